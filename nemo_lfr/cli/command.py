@@ -39,11 +39,11 @@ def common_options() -> list[click.Parameter]:
 
 
 class Command(click.Command):
-    """Command whose callback returns its result.
+    """Click command whose callback returns the result of the command as a dict.
 
-    The callback prints human-readable lines with `print_line`. It returns a dict with the keys of `result` except
-    `failures`, or None if it wrote binary data to stdout. With --json, the result is printed instead of the lines. The
-    exit code is 1 if the callback recorded failures (`session.fail`).
+    The dict has all keys of `result` except `failures`, which this class adds. A callback that wrote binary data to
+    stdout returns None. The callback also prints human-readable lines with `print_line`; with --json, the dict is
+    printed instead. The exit code is 1 if the callback recorded failures (`session.fail`).
 
     Args:
         result: TypedDict that describes the JSON output, from `nemo_lfr.cli.results`.
@@ -64,7 +64,7 @@ class Command(click.Command):
             print_json(values)
         if session.lost_output:
             closed = (
-                "stdout is closed, so the result was not printed; connect it to a file, a pipe or the null device."
+                "stdout is closed, so the result was not printed; connect stdout to a file, a pipe or the null device."
             )
             fail("stdout", NemoLfrError(closed))
             session.report_failures()
@@ -73,7 +73,7 @@ class Command(click.Command):
 
 
 class Group(click.Group):
-    """Group of commands; for an unknown command, the error suggests the most similar name."""
+    """Group of commands. The error for an unknown command suggests the most similar name."""
 
     command_class = Command
     group_class = type
@@ -91,7 +91,7 @@ class Group(click.Group):
 
 
 class RenamedOption(click.Option):
-    """Option that also accepts its name in earlier versions, which help texts and shell completion do not show.
+    """Option that was renamed. The earlier name still works, but help texts and shell completion do not show it.
 
     Args:
         earlier: the earlier name, such as "--jobs".

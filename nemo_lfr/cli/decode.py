@@ -48,7 +48,7 @@ AUDIO_FORMATS = ("wav", "flac")
 @seconds_option("--duration", "Length to decode, in seconds (default: to the end).")
 @click.option("--recover", is_flag=True, help="Decode the intact part of damaged or unfinished files.")
 @entropy_model_option(
-    "Entropy model (.lfrm) of compressed files (default: the bundled model, or HASH.lfrm in the folder of the file)."
+    "Entropy model (.lfrm) for compressed files (default: the bundled model, or HASH.lfrm in the folder of the file)."
 )
 @lookahead_option
 @model_options
@@ -118,7 +118,7 @@ def output_format(kind: str | None, out: Path | None) -> str:
         One of `AUDIO_FORMATS`; WAV if neither option selects a format.
 
     Raises:
-        NemoLfrError: if the two options differ.
+        NemoLfrError: if the two options name different formats.
     """
     suffix = "" if out is None or out.is_dir() else out.suffix[1:].lower()
     if suffix not in AUDIO_FORMATS:

@@ -74,7 +74,7 @@ def run(out: Path, codec: "Codec[Any]") -> dict[str, Any]:
         codec: codec to use; it must have the same sample rate as the clip.
 
     Returns:
-        The keys of a `DemoResult`.
+        The measurements as a dict with the keys of `DemoResult`.
 
     Raises:
         NemoLfrError: if the codec has another sample rate than the clip.
@@ -97,7 +97,7 @@ def run(out: Path, codec: "Codec[Any]") -> dict[str, Any]:
         )
     with AudioWriter(original, rate, overwrite=True) as writer:
         writer.write(audio)
-    codec.decode(codec.encode(audio[:rate], sample_rate=rate)[0])  # not timed: sets up threads and kernels
+    codec.decode(codec.encode(audio[:rate], sample_rate=rate)[0])  # not timed: the first call is slower
     started = time.perf_counter()
     codec.encode_file(original, tokens, overwrite=True)
     encoded = time.perf_counter()

@@ -101,7 +101,7 @@ def encode(
 def encode_tasks(
     tasks: list[FileTask], codec: "Codec[Any]", overwrite: bool, model: "EntropyModel | None" = None
 ) -> Iterator[FileFigures]:
-    """Encode short files as one batch and longer ones one at a time, in bounded memory.
+    """Encode short files in one batch, and longer files one at a time in bounded memory.
 
     Args:
         tasks: files to encode.
@@ -110,7 +110,7 @@ def encode_tasks(
         model: entropy model that compresses the token files; None for no compression.
 
     Yields:
-        The `task_result` of each task, in order, as soon as its token file is complete.
+        For each task, in order, the return value of `task_result`, as soon as the token file is complete.
     """
     import numpy as np
 

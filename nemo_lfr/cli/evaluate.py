@@ -23,10 +23,13 @@ if TYPE_CHECKING:
 
 
 class RegistryOption(click.Option):
-    """Option whose help text lists all registered codecs or metrics, which are imported only to show the help."""
+    """Option whose help text lists all registered codecs or metrics.
+
+    Their modules are slow to import, so they are imported only when the help is shown.
+    """
 
     def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
-        """Return the option and its help text, with `{}` replaced by the registered names."""
+        """Return the option and its help text, in which the registered names replace `{}`."""
         from nemo_lfr.evaluation.codecs import codec_usage
         from nemo_lfr.evaluation.model_metrics import model_metric_kinds
 
@@ -49,7 +52,8 @@ class RegistryOption(click.Option):
 @click.option(
     "--preset",
     type=click.Choice(["card-mls", "card-daps"]),
-    help="Test set of NVIDIA's model card; SOURCE is then the folder with its unpacked archives (default: none).",
+    help="Test set from a corpus that NVIDIA's model card names. SOURCE is then the folder with the unpacked archives "
+    "of the corpus (default: none).",
 )
 @click.option(
     "--audio-dir",
@@ -82,7 +86,7 @@ class RegistryOption(click.Option):
     multiple=True,
     cls=RegistryOption,
     metavar="KIND[:MODEL]",
-    help="Metric that uses another model, repeatable; kinds: {} (default: none).",
+    help="Metric that is computed by a model, repeatable; kinds: {} (default: none).",
 )
 @click.option(
     "--by",
@@ -112,9 +116,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure codecs on the recordings of a NeMo manifest or table, and write a report.
 
-    Results are kept: the same command resumes an interrupted run, and a command with another --codec or a larger
-    --limit adds to the results. The exit code is 1 if a codec failed on a recording, a line of the manifest could not
-    be used, or a requested metric could not be measured.
+    The output folder keeps all results. The same command resumes an interrupted run, and a command with another
+    --codec or a larger --limit adds to the results. The exit code is 1 if a codec failed on a recording, a line of
+    the manifest could not be used, or a requested metric could not be measured.
     """
     from nemo_lfr.evaluation import report
     from nemo_lfr.evaluation.codecs import open_codec
@@ -154,11 +158,11 @@ def evaluate(
 
 
 def _record_failures(evaluation: "Evaluation", requested: dict[str, str]) -> None:
-    """Record as failures the recordings that a codec failed on, and the requested metrics that were not measured.
+    """Record failures: recordings that a codec failed on, and requested metrics that were not measured.
 
     Args:
         evaluation: the finished evaluation.
-        requested: model of each requested kind of model metric.
+        requested: for each kind of model metric that was requested, the name of the model.
     """
     for result in evaluation.results:
         for key, reason in result.failures.items():
@@ -173,11 +177,12 @@ def _record_failures(evaluation: "Evaluation", requested: dict[str, str]) -> Non
         reasons = [str(value) for value in values if not isinstance(value, int | float)]
         errors = [reason for reason in reasons if reason.startswith("not measured")]
         if model in requested.values() and (errors or (reasons and len(reasons) == len(values))):
-            fail(model, NemoLfrError(f"{metric}: {len(errors or reasons)} of {len(values)} outputs: {reasons[0]}"))
+            failed = len(errors or reasons)
+            fail(model, NemoLfrError(f"{metric} has no value for {failed} of {len(values)} outputs: {reasons[0]}"))
 
 
 def _requested_models(asr: str | None, speaker_model: str | None, model_metrics: tuple[str, ...]) -> dict[str, str]:
-    """Return the model for each kind of model metric that the options request."""
+    """Return the name of the model for each kind of model metric that the options request."""
     models = {kind: model for kind, _, model in (text.partition(":") for text in model_metrics)}
     named = {"asr": asr, "speaker": speaker_model}
     return models | {kind: model for kind, model in named.items() if model is not None}
@@ -186,7 +191,10 @@ def _requested_models(asr: str | None, speaker_model: str | None, model_metrics:
 def _read_recordings(
     source: Path, preset: str | None, audio_dir: Path | None, seed: int
 ) -> "tuple[list[Recording], dict[str, Any]]":
-    """Return the recordings in a manifest or preset, and arguments for the report; unusable lines are failures."""
+    """Return the recordings in a manifest or preset, and keyword arguments for the report.
+
+    Lines of a manifest that cannot be used are recorded as failures.
+    """
     from nemo_lfr.evaluation.presets import PRESETS
     from nemo_lfr.io.manifests import read_manifest
 

@@ -88,7 +88,7 @@ def export_to_web(out: Path, onnxruntime_web: Path, model: str | None, overwrite
 
     read_runtime(onnxruntime_web)  # checked first, because opening the model takes longer
     codec = open_codec(model, "cpu", "fp32")
-    name = codec.name if model is None else Path(model).name  # a site should not show paths of this machine
+    name = codec.name if model is None else Path(model).name  # a public site should not show the path on this machine
     return _printed(export_site(codec, out, onnxruntime_web, name=name, overwrite=overwrite))
 
 
@@ -97,7 +97,7 @@ def export_to_web(out: Path, onnxruntime_web: Path, model: str | None, overwrite
 @model_option("checkpoint (.nemo or .ckpt) or Hub id")
 @overwrite_option
 def export_golden_vectors(out: Path, model: str | None, overwrite: bool) -> dict[str, Any]:
-    """Write a file with a short audio signal, its tokens, the decoded audio, and the output of every layer.
+    """Write a file with a short audio signal, its tokens, the decoded audio and the output of every layer.
 
     Use it to test a port of the codec to another runtime: the port should give the same values, up to rounding errors.
     """

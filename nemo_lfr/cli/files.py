@@ -1,4 +1,4 @@
-"""Plan, check and run the tasks of `encode` and `decode`, each of which is an input file with its output file."""
+"""Plan, check and run the tasks of `encode` and `decode`. A task is an input file and its output file."""
 
 import os
 import sys
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FileTask:
-    """Path of an input file, and path of its output."""
+    """Path of an input file, and path of the output file."""
 
     source: Path
     target: Path
@@ -53,7 +53,7 @@ def plan_tasks(
         Tasks without duplicates.
 
     Raises:
-        NemoLfrError: if an input is missing or of another kind, if a folder has no matching file, or if two inputs
+        NemoLfrError: if an input is missing or has a wrong type, if a folder has no matching file, or if two inputs
             have the same output.
     """
     passed_over: list[str] = []
@@ -137,14 +137,16 @@ def names_a_file(out: Path | None, suffix: str) -> bool:
 
 
 def check_input(path: Path, suffixes: Collection[str]) -> None:
-    """Raise an error if an input is a file for another command; otherwise it would be reported as damaged.
+    """Raise an error if an input is a file for another command.
+
+    Without this check, such a file would be reported as damaged.
 
     Args:
         path: input from the command line. Only regular files are checked.
         suffixes: suffixes of the files that the command selects in folders.
 
     Raises:
-        NemoLfrError: if the file is of another kind. The message names the right command or option.
+        NemoLfrError: if the file is for another command. The message names the right command or option.
     """
     if not path.is_file():
         return
@@ -196,7 +198,7 @@ def pending_tasks(tasks: Sequence[FileTask], overwrite: bool, skip_existing: boo
 def tasks_to_run(
     inputs: Sequence[str], out: Path | None, suffixes: Collection[str], suffix: str, overwrite: bool, skip: bool
 ) -> list[FileTask]:
-    """Plan the tasks, drop tasks whose output is kept, and print which files in folders were skipped.
+    """Plan the tasks, drop those with an existing output that is kept, and report skipped files in folders.
 
     See `plan_tasks` and `pending_tasks` for the arguments.
 
@@ -230,12 +232,12 @@ def run_tasks(tasks: Sequence[FileTask], work: Work, batch_size: int) -> dict[st
 
     Args:
         tasks: tasks to run.
-        work: function that runs a batch of tasks. It yields the `task_result` of each task, in order, as soon as the
-            output file is complete.
+        work: function that runs a batch of tasks. For each task, in order, it yields the return value of `task_result`
+            as soon as the output file is complete.
         batch_size: number of tasks per batch.
 
     Returns:
-        The keys of a `FilesResult`.
+        A dict with the keys of `FilesResult`, except `failures`.
     """
     results: list[FileFigures] = []
     shows_lines = not current().quiet and (current().verbose or sys.stderr.isatty())
@@ -268,7 +270,7 @@ def _attempts(batch: list[FileTask], work: Work) -> Iterator[FileFigures]:
         if (shortage := shortage_of(error)) is None:
             raise
         if len(batch) == 1:
-            # Not the error's own class, because subclasses may take other arguments.
+            # Use the base class, because the constructors of subclasses may take other arguments.
             kind = MemoryError if isinstance(error, MemoryError) else RuntimeError
             fail(batch[0].source, kind(f"{batch[0].source}: {shortage}"))
             return
@@ -287,7 +289,7 @@ def _line(result: FileFigures) -> str:
 def task_result(
     task: FileTask, codec: "Codec[Any]", num_samples: int, token_file: Path, seconds: float
 ) -> FileFigures:
-    """Return the description of a finished task that --json prints.
+    """Describe a finished task, for the output of --json.
 
     Args:
         task: the finished task.

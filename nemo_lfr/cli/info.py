@@ -47,7 +47,7 @@ def info(files: tuple[str, ...]) -> dict[str, Any]:
         if position:
             print_line("")
         print_table(values)
-    only: dict[str, Any] = {**items[0]} if len(files) < 2 else {}  # earlier versions only had these keys
+    only: dict[str, Any] = {**items[0]} if len(files) < 2 else {}  # earlier versions had only these keys
     return only | {"items": items}
 
 

@@ -21,10 +21,10 @@ PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 
 
 class Number(click.FloatRange):
-    """Type of an option whose value is a float in a range; NaN is an error."""
+    """Type of an option whose value is a float in a range. NaN is rejected."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Convert the value to a float within the range; NaN is an error."""
+        """Convert the value to a float, and check it."""
         number = super().convert(value, param, ctx)
         if math.isnan(number):
             self.fail("nan is not a valid number.", param, ctx)
@@ -34,8 +34,9 @@ class Number(click.FloatRange):
 class UserPath(click.Path):
     """Type of an option whose value is a `Path`.
 
-    `~` is expanded, because a shell does not expand it in quotes or in `--out=~/tokens`. An empty path is an error: it
-    is usually the result of an unset shell variable. So is "-", which stands for stdin or stdout.
+    `~` is expanded, because a shell does not expand it in quotes or in `--out=~/tokens`. An empty path is an error,
+    because it is usually the result of an unset shell variable. The path "-" is also an error, because it stands for
+    stdin or stdout.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -45,8 +46,8 @@ class UserPath(click.Path):
         """Return the value as a `Path` with `~` expanded."""
         if value == "-":
             self.fail(
-                "- stands for stdin or stdout, which only `encode FILE -` and `decode FILE -` write; pass a path "
-                "(./- for a file of this name)",
+                "- stands for stdin or stdout, and is only allowed as an argument of encode and decode, as in "
+                "`encode FILE -`; pass a path (./- for a file that is named -)",
                 param,
                 ctx,
             )
@@ -57,7 +58,7 @@ class UserPath(click.Path):
 
 
 class PathText(click.ParamType):  # type: ignore[type-arg]  # generic in recent releases of click
-    """Type of an argument that may be a path, a pattern, a Hub id or "-"; a shell completes it as a path.
+    """Type of an argument that may be a path, a pattern, a Hub id or "-". Shell completion treats it as a path.
 
     Args:
         name: placeholder for the value in help texts.

@@ -27,7 +27,8 @@ from nemo_lfr.io.token_file import Metadata, TokenStreamReader, TokenStreamWrite
 if TYPE_CHECKING:
     from nemo_lfr.codec.codec import Codec
 
-# Bytes of stdin to read for format detection, before input of other formats than WAV is written to a temporary file.
+# Number of bytes to read from stdin to detect the format. Input in a format other than WAV is then written to a
+# temporary file.
 SNIFFED_BYTES = 1 << 16
 UNKNOWN_BYTES = 0xFFFFFFFF  # value of the length field in a WAV header if the length is not known yet
 
@@ -47,12 +48,12 @@ def encode_pipe(
         source: audio file, or stdin. WAV from stdin is encoded as it arrives. Other formats are encoded after the end
             of the input.
         sink: file to write the token file to, block by block.
-        block: frames per chunk. Larger chunks are processed faster, but increase latency.
+        block: number of frames per chunk. Larger chunks are faster in total, but increase latency.
         lookahead: frames of lookahead; see `Codec.stream_encoder`.
         model: entropy model that compresses each block; None for no compression. Longer blocks compress better.
 
     Returns:
-        The closed reader of the audio, which has the name, the channels and the number of samples of the input.
+        The reader of the audio, already closed. Its attributes describe the input: name, channels, number of samples.
 
     Raises:
         AudioError: if the input is not audio or is damaged. The token file in `sink` is then incomplete.

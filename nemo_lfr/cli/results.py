@@ -62,8 +62,8 @@ class CodecFigures(TypedDict):
     """A checkpoint, a folder of ONNX files, or the bundled codec, as described by `info`.
 
     Attributes:
-        encoder_context_frames: numbers of frames before and after a frame that influence its tokens.
-        decoder_context_frames: numbers of frames before and after a frame that influence its decoded audio.
+        encoder_context_frames: how many frames before and after a frame influence its tokens, as [before, after].
+        decoder_context_frames: how many frames before and after a frame influence its audio, as [before, after].
         encoder_parameters: number of parameters; None for ONNX files.
         decoder_parameters: number of parameters; None for ONNX files.
         file_bytes: size of the checkpoint; None for ONNX files.
@@ -177,7 +177,7 @@ InfoFigures = CodecFigures | TokenFileFigures | EntropyModelFigures | AudioFigur
 class InfoResult(Result):
     """Output of `info`, in the order of the arguments.
 
-    If `info` has at most one argument, the output also has the keys of the only item.
+    If `info` has at most one argument, the keys of the only item also appear at the top level of the output.
     """
 
     items: list[InfoFigures]
@@ -190,7 +190,7 @@ class DemoResult(Result):
         original_bytes: size of the recording as 16-bit samples.
         token_file_bytes: size of the token file.
         bit_rate_bps: size of the token file in bits, per second of audio.
-        codec_bit_rate_bps: size of the tokens alone in bits, per second of audio.
+        codec_bit_rate_bps: size of the tokens alone, without the rest of the file, in bits per second of audio.
         encode_s: time that encoding took.
         decode_s: time that decoding took.
         spectrograms: path of the picture; None if matplotlib is not installed.
@@ -304,7 +304,7 @@ class EntropyFitResult(Result):
         entropy_model: hash of the model.
         bits_per_frame: mean number of bits per compressed frame, for the utterances that were held out.
         uniform_bits_per_frame: number of bits per frame without compression.
-        saved_share: fraction of these bits that the model saves.
+        saved_share: fraction of the uncompressed bits that the model saves.
     """
 
     output: str

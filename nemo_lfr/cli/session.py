@@ -28,7 +28,7 @@ class Session:
     """State of one run of a command.
 
     Attributes:
-        as_json: whether to print the result as JSON on stdout, and nothing else there.
+        as_json: whether to print the result as JSON on stdout, and print nothing else on stdout.
         quiet: whether to print only errors on stderr.
         verbose: whether to print log messages and tracebacks on stderr.
         started: whether the arguments were accepted and the work has begun. It determines the exit code of an error.
@@ -46,7 +46,7 @@ class Session:
     lost_output: bool = False
 
     def report_failures(self, total: int = 0, shown: int = SHOWN_FAILURES, see: str = "") -> None:
-        """Print failures on stderr that have not been printed yet.
+        """Print on stderr the failures that have not been printed yet.
 
         Args:
             total: number of inputs, for the last line.
@@ -70,7 +70,7 @@ def current() -> Session:
 
 
 def begin_work() -> None:
-    """Record that the arguments were accepted; later errors are failures of the work, not usage errors."""
+    """Record that the arguments were accepted. Errors after this are failures of the work, not usage errors."""
     current().started = True
 
 

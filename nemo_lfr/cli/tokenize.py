@@ -34,7 +34,7 @@ class FormatName(click.Choice):  # type: ignore[type-arg]  # generic in recent r
         super().__init__(BUILT_IN)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Return the name if there is such a format."""
+        """Return the name if it is the name of a format."""
         if value not in BUILT_IN and value not in format_names():
             self.fail(f"{value!r} is unknown; use {', '.join(map(repr, format_names()))}.", param, ctx)
         return value
@@ -55,7 +55,8 @@ class FormatName(click.Choice):  # type: ignore[type-arg]  # generic in recent r
     type=click.Choice(["encode", "magpie"]),
     default="encode",
     show_default=True,
-    help="Padding. magpie adds a frame of silence to clips that consist of whole frames, as Magpie's datasets do.",
+    help="Padding. magpie adds a frame of silence to clips whose length is a whole number of frames, as in Magpie's "
+    "datasets.",
 )
 @click.option("--context", is_flag=True, help="Also tokenize the context audio that the corpus lists for its clips.")
 @click.option(
@@ -111,8 +112,8 @@ def tokenize(
     If a run is interrupted, the same command resumes it. Clips that cannot be tokenized are listed in
     failures.jsonl; the exit code is then 1.
 
-    With --shard-of, several machines share a run without Ray. The process that ends last completes the output. If it
-    does not, run the same command without --shard-of.
+    With --shard-of, several machines share a run without Ray. The process that ends last completes the output. If that
+    process was interrupted, run the same command without --shard-of to complete the output.
     """
     from nemo_lfr.corpus.config import TokenizeConfig
     from nemo_lfr.corpus.part import parse_part
@@ -163,7 +164,7 @@ def _report(out: Path, done: dict[str, Any], failures: list[dict[str, str]]) -> 
     print_line(out)
     text = f"nemo-lfr: {done['clips']} clips, {done['hours']:.2f} hours"
     if missing:
-        text += f" in part {done['part']}; {out} is complete when the other parts have added {missing} shards"
+        text += f" in part {done['part']}; {out} is not complete yet: {missing} shards of other parts are missing"
     if failures and missing:
         echo_stderr(f"{text}; {len(failures)} clips failed; failures.jsonl will list them")
     elif failures:
@@ -208,7 +209,7 @@ def watching() -> Iterator[Callable[[Any], None]]:
 
     def summarize() -> str:
         if latest is None:
-            return "planning: no shards"
+            return "planning, no shards"
         hours = latest.samples / latest.sample_rate / 3600
         speed = latest.computed_samples / latest.sample_rate / max(time.monotonic() - started, 1e-9)
         return f"{latest.clips} clips, {hours:.2f} h, {speed:.1f}x real time, {len(latest.failures)} failed"

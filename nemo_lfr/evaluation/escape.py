@@ -4,7 +4,8 @@ import re
 
 from nemo_lfr.errors import printable
 
-# Characters at which spreadsheets start to parse a formula, also full-width forms, and also after whitespace.
+# A cell that starts with one of these characters, possibly after whitespace, is a formula in some spreadsheet program.
+# The characters also have full-width forms.
 FORMULA = re.compile(r"[\s\x00-\x1f\u200b-\u200f\ufeff]*[=+\-@\uff1d\uff0b\uff0d\uff20]")
 NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)(e[+-]?\d+)?|-", re.IGNORECASE | re.ASCII)
 MARKUP = {char: f"\\{char}" for char in "\\`*[]|!~"} | {"<": "&lt;", ">": "&gt;", "&": "&amp;"}
@@ -13,8 +14,8 @@ MARKUP = {char: f"\\{char}" for char in "\\`*[]|!~"} | {"<": "&lt;", ">": "&gt;"
 def plain_cell(text: str) -> str:
     """Escape text for a CSV cell so that spreadsheets do not evaluate it.
 
-    A formula is prefixed with an apostrophe. A number is unchanged. Control characters are replaced by "?". Surrogate
-    escapes are kept, since they represent bytes in file names that are not valid UTF-8.
+    Text that would be a formula gets an apostrophe at the start. A number is unchanged. Control characters are
+    replaced by "?". Surrogate escapes are kept, since they represent bytes in file names that are not valid UTF-8.
     """
     formula = FORMULA.match(text) or text[:1] in ("\t", "\r")
     text = "".join(char if char.isprintable() or "\ud800" <= char <= "\udfff" else "?" for char in text)

@@ -20,7 +20,7 @@ from nemo_lfr.io.audio import check_peak, check_rate, resample
 # training config of the codec.
 RESOLUTIONS = tuple((size, size // 4, size) for size in (32, 64, 128, 256, 512, 1024, 2048))
 MEL_DIMS = (5, 10, 20, 40, 80, 160, 320)
-# Least significant bit of 24-bit audio. Audio whose peak is lower counts as silent.
+# Least significant bit of 24-bit audio. Audio with a lower peak counts as silent.
 SILENCE = 2.0**-23
 # Maximum duration for PESQ. P.862 is designed for 8 to 20 s, and its reference code uses tables of fixed size.
 PESQ_SECONDS = 60
@@ -33,7 +33,7 @@ class NotMeasured(str):
 class Undefined(NotMeasured):
     """Placeholder for a metric that is not defined for this pair of recordings.
 
-    The metric would be undefined in every run, so that the placeholder is stored like a value.
+    A later run would give the same result, so the placeholder is stored like a value.
     """
 
 
@@ -216,8 +216,8 @@ class Metric:
         better: "higher" if higher values are better, "lower" if lower values are better, None if neither is the case.
         definition: short definition, which is printed with the results.
         package: package that the metric needs, or an empty string.
-        function: function that computes the metric from the original and the output, two `Signal`s with equal rate and
-            length; None for a metric that a trained model computes.
+        function: function that computes the metric from the original and the output. Both are `Signal`s with the same
+            sample rate and length. None for a metric that a trained model computes.
         digits: number of decimal places in tables.
     """
 
@@ -317,8 +317,8 @@ def measure(
     """
     if original.rate != output.rate or len(original.wave) != len(output.wave):
         raise AudioError(
-            f"original of {len(original.wave)} samples at {original.rate} Hz cannot be compared with output of "
-            f"{len(output.wave)} samples at {output.rate} Hz; pass the same rate and length."
+            f"the original has {len(original.wave)} samples at {original.rate} Hz, but the output has "
+            f"{len(output.wave)} samples at {output.rate} Hz; pass signals with the same rate and length."
         )
     values: dict[str, Value] = {}
     for name in table if names is None else names:

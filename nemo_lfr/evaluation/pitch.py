@@ -41,7 +41,7 @@ def estimate_pitch(audio: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 @cache
 def _pyin() -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Return the pYIN function, after its kernels were compiled or loaded from the cache."""
+    """Compile the kernels of pYIN or load them from the cache, and return the pYIN function."""
     with _numba_cache():
         import librosa
 
@@ -57,8 +57,8 @@ def _numba_cache() -> Iterator[None]:
     """Lock a cache folder, and make numba use it for modules that are imported inside the context.
 
     The folder is NUMBA_CACHE_DIR if this variable is set, otherwise `nemo_lfr/numba` in the user's cache folder. If
-    the folder cannot be written to or locked, a temporary folder is used instead. Modules of librosa that were
-    imported before still use their old cache.
+    the folder cannot be written to or locked, a temporary folder is used instead. Modules of librosa
+    that were imported earlier keep using their previous cache.
     """
     import numba
 

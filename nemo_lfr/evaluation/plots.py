@@ -34,7 +34,7 @@ DECIBELS = (-105, -30)  # range of a spectrogram's colors
 
 
 def metric_plots(evaluation: Evaluation, keys: Sequence[str], metrics: Mapping[str, Metric]) -> list[dict[str, str]]:
-    """Draw a figure for each metric that has values, and for which higher or lower values are better.
+    """Draw a figure for each metric that has values and a direction (higher or lower is better).
 
     Args:
         evaluation: results to draw.
@@ -142,8 +142,8 @@ def _rate_plot(name: str, rates: Mapping[int, float], means: Mapping[int, tables
 def _distribution(name: str, names: Mapping[int, str], values: Mapping[int, Sequence[float]]) -> str:
     """Draw a box plot for each codec.
 
-    The box shows the quartiles. The line extends to the most distant values within 1.5 interquartile ranges of the
-    box, and dots show the values beyond.
+    The box shows the quartiles. The whiskers extend to the most distant values within 1.5 interquartile ranges of
+    the box, and dots show the values beyond the whiskers.
     """
     height = ROW * len(names) + 28
     bottom = height - 22

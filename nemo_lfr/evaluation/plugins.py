@@ -30,9 +30,9 @@ def import_submodules(package: str) -> None:
 
 @cache
 def load_plugins() -> None:
-    """Import the modules that installed packages list in the entry-point group, once per process.
+    """Import the modules that installed packages list in the entry-point group. Later calls do nothing.
 
-    If a module cannot be imported, a warning is logged, and the codecs and metrics of this module are not available.
+    If a module cannot be imported, a warning is logged, and the module's codecs and metrics are not available.
     """
     for point in entry_points(group=ENTRY_POINTS):
         try:

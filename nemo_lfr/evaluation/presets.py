@@ -1,7 +1,7 @@
 """Test sets from the data sets that NVIDIA's model card names, read from the extracted public archives.
 
-The model card does not list the recordings that NVIDIA used, so the selections in this module are our own. They are
-deterministic. The values from the card are those for the released checkpoint (170k steps).
+The model card does not list the recordings that NVIDIA used, so the selections in this module are our own. With the
+same seed, a selection is always the same. The values from the card are those of the released checkpoint (170k steps).
 """
 
 import random
@@ -28,7 +28,7 @@ class Preset:
     Attributes:
         recordings: function that selects the recordings. Its arguments are the folder with the extracted archives and
             a random seed.
-        card: values from the model card, by metric.
+        card: value of each metric in the model card, by name of the metric.
         selection: description of the selection for the report.
     """
 
@@ -89,7 +89,7 @@ def card_daps(folder: Path, seed: int) -> list[Recording]:
         paths = sorted(folder.rglob(f"clean/{speaker}_script*_clean.wav"))
         if not paths:
             raise NemoLfrError(
-                f"{folder}: no clean/{speaker}_script*_clean.wav in this folder; unpack daps.tar.gz into it."
+                f"{folder}: no clean/{speaker}_script*_clean.wav in this folder; unpack daps.tar.gz into the folder."
             )
         for path in paths:
             labels = {"speaker": speaker, "lang": "english"}

@@ -1,4 +1,4 @@
-"""Select and read the recordings of an evaluation, and record which recordings its folder contains."""
+"""Select and read the recordings of an evaluation, and store a list of them in the output folder."""
 
 import json
 import random
@@ -16,8 +16,8 @@ from nemo_lfr.io.journal import write_text
 from nemo_lfr.io.manifests import Recording
 from nemo_lfr.io.regular import open_regular
 
-CLAIMS = "recordings.json"  # file that describes the recordings in a folder, by key
-SOURCE = "source"  # key of the entry that names the source; keys of recordings start with digits
+CLAIMS = "recordings.json"  # file in the output folder that describes each recording, by key
+SOURCE = "source"  # key of the entry for the source; the keys of recordings start with digits
 
 
 def choose(recordings: Sequence[Recording], limit: int | None, seed: int) -> dict[str, Recording]:
@@ -56,10 +56,10 @@ def read(path: Path, rate: int, offset: float, duration: float) -> np.ndarray:
 
 
 def claim(out: Path, recordings: dict[str, Recording], rate: int, source: str = "") -> None:
-    """Record in an evaluation's folder which recording each key refers to.
+    """Store in the folder of an evaluation which recording each key stands for.
 
-    All recordings in a folder must come from the same source, such as a manifest. Otherwise the stored results could
-    belong to other recordings than the report.
+    All recordings in a folder must come from the same source, such as one manifest. Otherwise, stored results could be
+    attributed to the wrong recordings.
 
     Args:
         out: folder of the evaluation.
@@ -68,8 +68,8 @@ def claim(out: Path, recordings: dict[str, Recording], rate: int, source: str = 
         source: text that identifies the source of the recordings; an empty string if it is unknown.
 
     Raises:
-        NemoLfrError: if `out` contains recordings from another source or at another rate, or if a recording differs
-            from the one that was recorded for its position in the source.
+        NemoLfrError: if `out` contains recordings from another source or at another rate, or if a recording has
+            changed since it was stored.
     """
     path = out / CLAIMS
     sweep(out, [path.name])
@@ -87,7 +87,7 @@ def claim(out: Path, recordings: dict[str, Recording], rate: int, source: str = 
     for key, value in claims.items():
         if keys.get(_position(key), key) != key or stored.get(key, value) != value:
             raise NemoLfrError(
-                f"{out}: contains an evaluation of other or changed recordings, or at another sample rate; choose "
+                f"{out}: this folder has an evaluation of other or changed recordings, or at another rate; choose "
                 "another --out."
             )
     write_text(path, json.dumps(stored | claims, ensure_ascii=False, indent=0))

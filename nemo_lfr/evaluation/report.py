@@ -110,7 +110,7 @@ def write_report(
 
 
 def page(**content: Any) -> str:
-    """Return the HTML page. The page loads no other files, and runs only its own script.
+    """Return the HTML page. The page does not load other files, and runs only the script in it.
 
     Args:
         content: variables of the page template: `plots`, `examples` and all arguments of `markdown`.
@@ -151,7 +151,7 @@ def markdown(
         quality: main quality table.
         differences: paired differences between codecs, or None.
         tables: additional tables.
-        gaps: failures and missing values, one line each.
+        gaps: descriptions of failures and missing values, one line each.
         definitions: names and definitions of the metrics.
         command: command line that produced the evaluation.
         versions: package versions and processor, from `versions`.

@@ -13,13 +13,13 @@ class Result:
 
     Attributes:
         name: name of the codec in tables.
-        delay: delay of the codec's output in seconds, which was compensated.
-        levels: FSQ levels of the codebooks; see `ComparedCodec`.
+        delay: delay of the codec's output in seconds; the stored audio is already shifted by this delay.
+        levels: number of FSQ levels of each dimension; see `ComparedCodec`.
         folder: folder that contains the codec's outputs and journals.
-        round_trips: for each recording key, a dictionary with the duration in seconds ("seconds"), the sizes in bytes
-            ("num_bytes", "file_bytes") and the times in seconds ("encode_seconds", "decode_seconds"). If an entropy
-            model is available, it also contains the number of frames ("frames") and the sizes "compressed_bytes" and
-            "compressed_file_bytes".
+        round_trips: for each recording, by key, a dictionary with the duration in seconds ("seconds"), the sizes in
+            bytes ("num_bytes", "file_bytes") and the times in seconds ("encode_seconds", "decode_seconds"). If an
+            entropy model is available, it also contains the number of frames ("frames") and the sizes
+            "compressed_bytes" and "compressed_file_bytes".
         values: values of the metrics, by recording key and name of the metric.
         failures: error message for each recording that failed, by recording key.
     """
@@ -49,9 +49,9 @@ class Evaluation:
         recordings: recordings by key.
         rate: sample rate of the comparison in Hz.
         results: results of each codec.
-        absent: for each metric that is not available, the reason.
-        models: for each metric that a model computes, the name of the model.
-        failed_models: for the kind of each requested model that could not be loaded, the reason.
+        absent: reason why a metric is not available, by name of the metric.
+        models: name of the model that computes a metric, by name of the metric.
+        failed_models: reason why a requested model could not be loaded, by kind of model.
     """
 
     recordings: dict[str, Recording]

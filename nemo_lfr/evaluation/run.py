@@ -1,8 +1,8 @@
 """Evaluate several codecs, and resume an interrupted evaluation.
 
 Each codec has a folder OUT/codecs/NAME-IDENTITY/. For each recording, the folder contains KEY.wav (float samples) and
-KEY.npy (tokens). The journals `sent.jsonl` (sizes and times), `metrics.jsonl`, and one for each model that computes
-metrics contain the results. If a run is repeated after an interruption, or with more codecs or recordings, only the
+KEY.npy (tokens). The results are in journals: `sent.jsonl` (sizes and times), `metrics.jsonl`, and one file for each
+model that computes metrics. If a run is repeated after an interruption, or with more codecs or recordings, only the
 missing results are computed.
 """
 
@@ -57,7 +57,7 @@ def evaluate(
         device: PyTorch device for models that compute metrics; chosen automatically if None.
         jobs: number of processes that compute metrics. Each codec processes one recording at a time with all threads,
             so that the times of the codecs are comparable.
-        models: for metrics that need a model, the Hub id or path of the model by kind of metric, such as
+        models: Hub id or path of the model for each kind of metric that needs a model, such as
             {"asr": "openai/whisper-base"}; an empty string for the default model. See `open_model_metrics`.
         source: text that identifies the source of the recordings; see `claim`.
         progress: progress callback; see `nemo_lfr.io.journal`.
@@ -94,7 +94,7 @@ def _new_result(codec: ComparedCodec, number: int, out: Path) -> Result:
 
     Args:
         codec: the codec.
-        number: number of codecs so far with the same name, including this codec.
+        number: 1 for the first codec with this name, 2 for the second, and so on.
         out: folder of the evaluation.
     """
     digest = hashlib.sha256(codec.identity.encode()).hexdigest()[:8]

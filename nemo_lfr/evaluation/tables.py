@@ -60,8 +60,8 @@ class Table:
         title: title, or an empty string.
         head: names of the columns.
         rows: rows of cells. The first cell in each row is the codec's name.
-        better: for each column, "higher" or "lower" if the best value in the column is marked, otherwise None. An
-            empty list marks no values.
+        better: "higher" or "lower" for each column whose best value is marked, and None for other columns. An empty
+            list marks no values.
     """
 
     title: str
@@ -71,9 +71,10 @@ class Table:
 
     @cached_property
     def best(self) -> frozenset[tuple[int, int]]:
-        """Return the row and column of the best values, which are compared as they are displayed.
+        """Return the (row, column) of each best value.
 
-        Rows in `REFERENCES` are ignored, and a column in which all values are equal has no best value.
+        Values are compared after rounding. Rows in `REFERENCES` are ignored. A column in which all values are equal
+        has no best value.
         """
         found = set()
         for column, better in enumerate(self.better):
@@ -132,10 +133,10 @@ def quality(
         evaluation: results to tabulate.
         keys: keys of the recordings to include.
         title: title of the table.
-        card: values from NVIDIA's model card for the same test set, by metric. They are added as the last row.
+        card: values from NVIDIA's model card for the same test set, by metric, which become the last row.
 
     Returns:
-        A table with a column for each metric for which any codec has a value.
+        A table. It has a column for each metric for which at least one codec has a value.
     """
     found = [means(result, keys) for result in evaluation.results]
     metrics = all_metrics()
@@ -249,7 +250,7 @@ def cost(evaluation: Evaluation) -> Table:
 def compression(evaluation: Evaluation) -> Table | None:
     """Tabulate the bit rate of each codec, with and without entropy coding.
 
-    The bits per frame can be compared with the loss of a language model on the same tokens, in bits per frame.
+    The bits per frame are comparable with the loss of a language model on the same tokens, in bits per frame.
 
     Returns:
         The table, or None if no codec has an entropy model.

@@ -34,7 +34,7 @@ class Output:
     Attributes:
         index: index of the codec in the list of results.
         path: file that contains the audio.
-        names: names of the metrics that are missing.
+        names: names of the metrics to compute.
     """
 
     index: int
@@ -44,7 +44,7 @@ class Output:
 
 @dataclass(frozen=True)
 class Task:
-    """Recording and the outputs of all codecs for it, so that the features of the original are computed only once.
+    """Recording with the outputs of all codecs. One task computes the features of the original only once.
 
     Attributes:
         key: key of the recording.
@@ -89,7 +89,7 @@ def measure_all(
         if outputs:
             tasks.append(Task(key, recording, rate, outputs, METRICS))
     with ExitStack() as stack, progress(len(tasks)) as advance:
-        folders = dict.fromkeys(result.folder for result in results)  # the same codec under two names has one folder
+        folders = dict.fromkeys(result.folder for result in results)  # two names of the same codec share a folder
         journals = {folder: stack.enter_context(Journal(folder / JOURNAL)) for folder in folders}
         for key, measured in _in_parallel(tasks, jobs):
             for index, values in measured:
@@ -113,13 +113,13 @@ def values_from_json(values: dict[str, Any]) -> dict[str, Value]:
 
 
 def read_pair(recording: Recording, output: Path, rate: int) -> tuple[Signal, Signal]:
-    """Read a recording, and the output of a codec for it, which is trimmed or padded to the same length."""
+    """Read a recording and the output of a codec, and trim or pad the output to the length of the recording."""
     original = Signal(read(recording.path, rate, recording.offset, recording.duration), rate)
     return original, read_output(output, original)
 
 
 def read_output(path: Path, original: Signal) -> Signal:
-    """Read the output of a codec, trimmed or padded to the length of the original."""
+    """Read the output of a codec, and trim or pad it to the length of the original."""
     audio, rate = soundfile.read(path, dtype="float32")
     return Signal(fit(audio, len(original.wave)), rate)
 

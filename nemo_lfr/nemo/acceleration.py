@@ -1,4 +1,4 @@
-"""`accelerate`: make a codec model that NeMo has loaded use the modules of this package."""
+"""Function `accelerate`, which replaces the modules of a codec model that NeMo has loaded."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -54,8 +54,8 @@ def accelerate(model: NeMoAudioCodecModel) -> NeMoAudioCodecModel:
         inner.init_codec_state(is_random=False, discriminator=kept)
         if has_discriminator:
             inner.discriminator = None
-        # NeMo's proxy around `training_step` wraps the method of the old class, so it is created again. Copies of a
-        # model have no proxy yet. If a caller has replaced the proxy with a function, the function is kept.
+        # NeMo wraps `training_step` in a proxy, which still calls the method of the old class. Create the proxy again.
+        # Copies of a model have no proxy yet. If a caller has replaced the proxy with a function, keep the function.
         if isinstance(inner.__dict__.get("training_step"), wrapt.ObjectProxy):
             del inner.training_step
         if "training_step" not in inner.__dict__:

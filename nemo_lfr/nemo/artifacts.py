@@ -1,4 +1,4 @@
-"""Spectrogram images for NeMo's logging callback, of the clips whose audio NeMo logs."""
+"""Log spectrogram images of the same clips whose audio NeMo's logging callback logs."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ RESOLUTION = (1024, 256, 1024)
 
 
 class SpectrogramGenerator(ArtifactGenerator):
-    """Generator of spectrogram images in dB, for the clips in the config's `log_config`.
+    """Generator of spectrogram images (in dB) of the clips that the config's `log_config` selects.
 
     The original clips are logged once, and their reconstructions at every logging step.
     """

@@ -15,9 +15,9 @@ PARTS = ("audio_encoder", "audio_decoder")
 
 
 class RestoreTrainedWeights(Callback):
-    """Callback that switches from the averaged back to the trained weights if validation raises an exception.
+    """Callback that restores the trained weights if validation, which uses averaged weights, raises an exception.
 
-    Lightning calls it before the callbacks that save a checkpoint of the failed run.
+    Lightning runs this callback before the callbacks that save a checkpoint of the failed run.
     """
 
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
@@ -26,7 +26,7 @@ class RestoreTrainedWeights(Callback):
 
 
 class WeightAveraging(BaseModel):
-    """Mixin with Lightning hooks, so that validation uses the averaged weights and checkpoints contain them."""
+    """Mixin with Lightning hooks that use averaged weights for validation, and store them in checkpoints."""
 
     @property
     def _generator(self) -> torch.nn.ModuleList:
@@ -50,7 +50,7 @@ class WeightAveraging(BaseModel):
             self._use_average(before)
 
     def on_train_start(self) -> None:
-        """Switch to the trained weights, in case an earlier validation failed and left the averaged weights in use."""
+        """Switch to the trained weights, because a validation that failed may have left the averaged ones in use."""
         self._use_average(False)
         super().on_train_start()
 
@@ -69,8 +69,8 @@ class WeightAveraging(BaseModel):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the moving average of the weights to a checkpoint.
 
-        During validation the model holds the averaged weights. A checkpoint that is saved then, for example after a
-        signal from Slurm, still has the trained weights in its state dict.
+        During validation, the model holds the averaged weights. If a checkpoint is saved then, for example after a
+        signal from Slurm, its state dict still gets the trained weights.
         """
         super().on_save_checkpoint(checkpoint)
         if self._average is None:

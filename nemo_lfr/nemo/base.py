@@ -27,8 +27,8 @@ try:
     from nemo.core.classes.common import PretrainedModelInfo
     from nemo.utils import logging, model_utils
 
-    from nemo_lfr.nemo import artifacts, cuts, resume  # noqa: F401  they import other parts of NeMo and Lightning
-    from nemo_lfr.nemo import neural_types as nemo_interface  # noqa: F401  sets NeMo's types for the modules
+    from nemo_lfr.nemo import artifacts, cuts, resume  # noqa: F401  fails early if NeMo is broken
+    from nemo_lfr.nemo import neural_types as nemo_interface  # noqa: F401  assigns NeMo's types to our modules
 except Exception as error:  # importing NeMo can raise any exception
     raise MissingExtraError(
         f"the NeMo integration needs NeMo, which cannot be imported ({error}): {install_command(*NEMO_PACKAGES)}. "
@@ -49,7 +49,8 @@ __all__ = [
 ]
 
 DISCRIMINATOR = "discriminator."
-# Part of the key of WavLM's weights in a state dict. NeMo 3.0 saves these frozen, public weights (380 MB) by mistake.
+# State-dict keys of WavLM's weights contain this text. NeMo 3.0 saves these frozen, public weights (380 MB) by
+# mistake.
 WAVLM = ".slm_model.ssl_model."
 
 
@@ -58,7 +59,7 @@ class BaseModel(NeMoAudioCodecModel):
 
     cfg: DictConfig
     discriminator: AudioDiscriminator | None
-    _codec: tuple[tuple[Any, ...], Codec[torch.Tensor]] | None = None  # values that it was built from, and the codec
+    _codec: tuple[tuple[Any, ...], Codec[torch.Tensor]] | None = None  # values it was built from, and the codec itself
     _unbuilt_discriminator: dict[str, torch.Tensor]
     _losses: CodecLosses | None
     _metrics: AudioTerms | None

@@ -67,15 +67,15 @@ def _is_json_lines(path: Any) -> bool:
 
 
 def make_careful(root: Any) -> None:
-    """Replace the line iterators of manifests inside a Lhotse or NeMo object with careful ones.
+    """Search a Lhotse or NeMo object for iterators over manifest lines, and make them skip malformed lines.
 
-    These skip malformed lines, or raise an error that names the line where lines cannot be skipped.
+    If an iterator cannot skip lines, it raises an error that names the malformed line instead.
 
     Args:
-        root: object to search. The iterators in it are changed in place.
+        root: object to search. The class of the iterators in it is changed in place.
     """
     seen: set[int] = set()
-    waiting: list[tuple[Any, type]] = [(root, CarefulLines)]  # objects, with the class to read their manifests with
+    waiting: list[tuple[Any, type]] = [(root, CarefulLines)]  # objects, each with the class for its manifests
     while waiting:
         item, lines = waiting.pop()
         if id(item) in seen:
@@ -131,7 +131,7 @@ class CarefulLines(LazyJsonlIterator):
         Args:
             losses: record of the skipped lines.
             number: number of the line, counted from 1.
-            reason: why it is skipped.
+            reason: why the line is skipped.
         """
         losses.add(f"line {number}", reason)
 
@@ -139,11 +139,11 @@ class CarefulLines(LazyJsonlIterator):
 class StrictLines(CarefulLines):
     """JSON-lines iterator that raises an error for a malformed line.
 
-    NeMo reads some manifests in parallel with other files, line by line. If a line of such a manifest were skipped,
-    all later lines would be combined with lines of other clips.
+    NeMo reads some manifests in parallel with other files, line by line. If one line were skipped, each later line
+    would be combined with a line about another clip.
     """
 
-    advice = "fix or remove it, together with its counterparts in the other files"
+    advice = "fix the line, or remove it together with the matching lines of the other files"
 
     def lose(self, losses: "_Losses", number: int, reason: str) -> None:
         """Raise an error instead of skipping the line.
@@ -165,8 +165,8 @@ class TarredLines(StrictLines):
     """
 
     advice = (
-        "fix or remove it, and set skip_missing_manifest_entries: true in dataloader_params if its audio stays in the "
-        "tar file"
+        "fix the line, or remove it together with its audio in the tar file. If the audio stays in the tar file, set "
+        "skip_missing_manifest_entries: true in dataloader_params"
     )
 
 
@@ -274,9 +274,9 @@ CAREFUL: dict[type, Any] = {
 
 
 class _Losses:
-    """Record of the lines or cuts that are skipped during one pass over a file.
+    """Record of the lines or cuts that are skipped while a file is read once.
 
-    Each skipped line or cut is logged once per process.
+    Each skipped line or cut is logged only once per process.
 
     Args:
         path: the file, for messages.

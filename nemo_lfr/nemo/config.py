@@ -11,8 +11,8 @@ from nemo_lfr.nemo.base import common
 from nemo_lfr.training import discriminators, losses
 from nemo_lfr.training.components import import_components
 
-# NeMo builds the class in a `_target_` only if a prefix of its name is in this list. Configs may also name classes of
-# this package.
+# NeMo only builds a class that `_target_` names if its import path starts with a prefix in this list. Add the prefix
+# of this package.
 if "nemo_lfr." not in common.ALLOWED_TARGET_PREFIXES:
     common.ALLOWED_TARGET_PREFIXES.append("nemo_lfr.")
 

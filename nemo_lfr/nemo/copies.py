@@ -44,7 +44,9 @@ class Copies(BaseModel):
         return other
 
     def __reduce__(self) -> Any:
-        """Return the config and the weights, from which a copy is rebuilt. PyTorch cannot pickle weight norm itself.
+        """Return the config and the weights, from which `pickle` rebuilds the model.
+
+        PyTorch cannot pickle a module with weight norm directly.
 
         Optimizers, the moving average of the weights and attributes of a subclass are not included.
         """
@@ -72,7 +74,7 @@ def _unpickled(
 ) -> BaseModel:
     """Rebuild a model from the values that `LFRCodecModel.__reduce__` returned.
 
-    The model is on the device of its weights.
+    The model is on the device on which the weights in `state` are.
     """
     for name, component in components.items():
         register_component(component, name=name)

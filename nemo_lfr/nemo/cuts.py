@@ -24,12 +24,12 @@ from nemo_lfr.nemo.careful import careful_iterators
 
 logger = logging.getLogger(__name__)
 
-# Consecutive batches without a readable cut after which reading stops, since training draws cuts without end.
+# Maximum number of consecutive batches without a readable cut. Without this limit, training could wait forever.
 MAX_UNREADABLE = 1000
 
 
 class CutDataset(Dataset[dict[str, Any] | None]):
-    """Dataset that turns Lhotse cuts into batches with NeMo's keys.
+    """Dataset that reads batches of Lhotse cuts, and returns them as dictionaries with NeMo's keys.
 
     Like NeMo's `AudioCodecLhotseDataset`, it uses the audio in a cut's `target_audio` field if there is one, and the
     cut's own audio otherwise. Unreadable cuts are skipped and logged once.
@@ -40,8 +40,8 @@ class CutDataset(Dataset[dict[str, Any] | None]):
 
     Args:
         sample_rate: sample rate of the batches, Hz.
-        segment_duration: maximum duration of an example in seconds. A random segment is taken from longer cuts. None
-            for entire cuts.
+        segment_duration: maximum duration of an example in seconds. From a longer cut, a random segment is used.
+            None for entire cuts.
         sanity_check_audio: accepted for compatibility with NeMo; audio is always checked.
         allow_url: whether to read cuts whose audio is at an http(s) URL.
     """
@@ -70,7 +70,7 @@ class CutDataset(Dataset[dict[str, Any] | None]):
 
         Returns:
             `audio`, float32, shape [B, T_audio], padded with zeros, and `audio_lens`, int32, shape [B]. None if no
-            cut can be read; `CutLoader` then takes another batch.
+            cut can be read; `CutLoader` handles this case.
         """
         examples = [audio for audio in map(self._read, cuts) if audio is not None]
         if not examples:
@@ -98,11 +98,11 @@ class CutDataset(Dataset[dict[str, Any] | None]):
 
 
 class CutLoader(DataLoader[dict[str, Any]]):
-    """Data loader that replaces batches without a readable cut by other batches.
+    """Data loader that handles batches in which no cut can be read.
 
     Attributes:
-        keep_count: whether the number of batches stays the same, because all processes need the same number. The
-            readable batch before or after an unreadable one is then used twice. Otherwise the next one is used.
+        keep_count: whether such a batch is replaced by a copy of the readable batch before or after it, so that all
+            processes have the same number of batches. If False, the batch is dropped.
     """
 
     keep_count = False
@@ -187,6 +187,6 @@ def cut_loader(
         batches: DataLoader[dict[str, Any]] = get_lhotse_dataloader_from_config(
             config=loader, global_rank=global_rank, world_size=world_size, dataset=dataset
         )
-    batches.__class__ = CutLoader  # NeMo offers no other way to replace the loader's class
+    batches.__class__ = CutLoader  # NeMo has no option for the loader's class
     batches.keep_count = world_size > 1
     return batches

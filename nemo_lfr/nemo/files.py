@@ -28,7 +28,7 @@ from nemo_lfr.nemo.base import (
 )
 from nemo_lfr.nemo.config import override_config
 
-# Modules that `restore_from` has loaded. The constructor uses them instead of building random ones.
+# Modules that `restore_from` has loaded. The constructor uses these modules instead of building random ones.
 READ_PARTS: ContextVar[CodecModules | None] = ContextVar("parts", default=None)
 
 
@@ -57,8 +57,8 @@ class NemoFiles(BaseModel):
             map_location: device of the model; default: a GPU if available, else the CPU.
             strict: whether every weight of the encoder, quantizer and decoder must be present.
             return_config: whether to return only the file's config.
-            save_restore_connector: NeMo's connector. If its `model_extracted_dir` is set, NeMo's own code restores the
-                model.
+            save_restore_connector: NeMo's `SaveRestoreConnector`. If its `model_extracted_dir` is set, NeMo's own code
+                restores the model.
             trainer: Lightning trainer, as in NeMo.
             validate_access_integrity: accepted for compatibility with NeMo; only used with `model_extracted_dir`.
 
@@ -144,7 +144,7 @@ class NemoFiles(BaseModel):
             strict: whether every weight of the encoder, quantizer and decoder must be present.
             return_config: whether to return only the file's config.
             trainer: Lightning trainer, as in NeMo.
-            save_restore_connector: NeMo's connector.
+            save_restore_connector: NeMo's `SaveRestoreConnector`.
             return_model_file: whether to return only the path of the downloaded file.
 
         Returns:
@@ -183,7 +183,7 @@ class NemoFiles(BaseModel):
 
     @classmethod
     def list_available_models(cls) -> list[PretrainedModelInfo]:
-        """Return the models in NeMo's list, and the names that model cards use for this codec."""
+        """Return the models in NeMo's list, and this codec under the names that its model cards use."""
         ours = [
             PretrainedModelInfo(
                 pretrained_model_name=alias,
@@ -248,7 +248,7 @@ def _stock(cls: type[BaseModel], name: str) -> Any:
 def _without_folders(config: DictConfig) -> DictConfig:
     """Return a copy of a config in which absolute paths in the data sections are shortened to their last component.
 
-    A saved model thus does not reveal folder names of the machine it was trained on.
+    A saved model therefore does not reveal the folder names of the machine on which it was trained.
     """
 
     def shortened(value: Any) -> Any:

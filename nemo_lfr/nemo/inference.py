@@ -22,7 +22,7 @@ class Inference(BaseModel):
         encoder, quantizer, decoder = (unwrapped(getattr(self, name)) for name in PARTS)
         made_of = (encoder, quantizer, decoder, self.sample_rate, next(decoder.parameters()).device)
         kept, codec = self._codec or (None, None)
-        # The same object matters because streams can only be batched if they belong to the same codec.
+        # Return the same object each time, because streams can only be batched if they belong to the same codec.
         if codec is None or kept != made_of:
             codec = Codec(TorchBackend(encoder, quantizer, decoder, self.sample_rate))  # type: ignore[arg-type]
             self._codec = made_of, codec
@@ -44,8 +44,8 @@ class Inference(BaseModel):
             audio: samples in [-1, 1], shape [B, T_audio].
             audio_len: valid samples of each example, shape [B].
             sample_rate: sample rate of `audio`, Hz; the codec's own by default.
-            num_codebooks: number of codebooks to use, from the first one on; all by default. As in NeMo, the result
-                has all codebooks; the tokens of the others are those for zero.
+            num_codebooks: number of codebooks to use, starting with the first; all by default. As in NeMo, the result
+                still has tokens for all codebooks. The tokens of unused codebooks stand for the value zero.
 
         Returns:
             Tokens as int32, shape [B, C, T_encoded], and their lengths in frames, shape [B].
@@ -76,9 +76,9 @@ class Inference(BaseModel):
         Args:
             tokens: ids in [0, codebook_size), shape [B, C, T_encoded].
             tokens_len: valid frames of each example, shape [B].
-            audio_len: samples to return for each example, shape [B]; complete frames by default.
-            num_codebooks: number of codebooks to use, from the first one on; all by default. `tokens` may leave out
-                the others.
+            audio_len: number of samples to return for each example, shape [B]; complete frames by default.
+            num_codebooks: number of codebooks to use, starting with the first; all by default. `tokens` may then
+                have only these codebooks.
 
         Returns:
             Audio [B, T_audio] and its lengths in samples [B].
@@ -91,7 +91,7 @@ class Inference(BaseModel):
     def forward(
         self, audio: torch.Tensor, audio_len: torch.Tensor, sample_rate: int | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Encode audio to tokens and decode the tokens again, without gradients.
+        """Encode audio to tokens and decode the tokens, without gradients.
 
         Args:
             audio: samples in [-1, 1], shape [B, T_audio].

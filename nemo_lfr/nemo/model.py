@@ -51,7 +51,7 @@ class LFRCodecModel(Inference, StateDicts, NemoFiles, Copies, TrainingSteps):
     """
 
     def __init__(self, cfg: DictConfig, trainer: Trainer | None = None) -> None:
-        # Read first, since NeMo's conversion loses the marks of sections from a checkpoint.
+        # Read this first, because NeMo's conversion drops the marks on config sections that come from a checkpoint.
         from_checkpoint = sections_from_checkpoint(cfg)
         cfg = model_utils.maybe_update_config_version(model_utils.convert_model_config_to_dict_config(cfg))
         values = checked_values(cfg)
@@ -64,8 +64,8 @@ class LFRCodecModel(Inference, StateDicts, NemoFiles, Copies, TrainingSteps):
             cfg.target = NEMO_MODEL
             for name in PARTS:
                 cfg[name] = nemo_config(values[name])
-        # NeMo's constructor builds the losses and the data loaders. It also builds modules, so it gets a config with
-        # minimal ones, which are replaced below.
+        # NeMo's constructor builds the losses, the data loaders and the modules. The modules are replaced below, so
+        # the constructor gets a config with minimal modules.
         lean = copy.deepcopy(cfg)
         with open_dict(lean):
             lean.audio_encoder, lean.audio_decoder = dict(IDENTITY), dict(IDENTITY)

@@ -15,7 +15,7 @@ from nemo_lfr.io.tensor_file import save_tensors
 
 logger = logging.getLogger(__name__)
 
-# Before NeMo writes or removes a checkpoint, it creates a file NAME-unfinished next to it, and removes it afterwards.
+# While NeMo writes or removes the checkpoint NAME, there is a marker file NAME-unfinished next to the checkpoint.
 MARKER = "-unfinished"
 LAST = "last.ckpt"
 # NeMo saves averaged weights next to a checkpoint, under the checkpoint's name with this suffix.
@@ -63,9 +63,9 @@ def tidy_checkpoints(experiment: str | os.PathLike[str]) -> None:
 def tidy_experiment(settings: Mapping[str, Any] | None) -> None:
     """Remove unfinished checkpoints of the run that `exp_manager` will resume.
 
-    Call this function in your training script before `exp_manager`, on rank 0. A hook of the model cannot do this,
-    because `exp_manager` looks for the last checkpoint before the model exists. Without this function, a run that is
-    killed while it writes a checkpoint may leave a file that you must delete by hand before NeMo resumes.
+    Call this function in your training script before `exp_manager`, on rank 0 only. Without it, a run that is killed
+    while it writes a checkpoint may leave a file that you must delete by hand before NeMo resumes. A hook of the model
+    would be too late, because `exp_manager` looks for the last checkpoint before the model exists.
 
     Args:
         settings: settings of `exp_manager`, such as `cfg.exp_manager`. The function does nothing unless

@@ -20,8 +20,8 @@ class StateDicts(BaseModel):
     def __delattr__(self, name: str) -> None:
         """Delete an attribute.
 
-        Callers delete `discriminator` to free memory. Deleting it also discards the weights that are kept for
-        discriminators that are not built yet.
+        Callers delete `discriminator` to free memory. If the discriminators are not built yet, this method discards
+        the weights that are kept for them.
         """
         super().__delattr__(name)
         if name == "discriminator":
@@ -32,9 +32,9 @@ class StateDicts(BaseModel):
     ) -> dict[str, Any]:
         """Return the state dict with NeMo's names.
 
-        It contains the weights of the discriminators even if they are not built yet, but not the weights of WavLM.
-        Modules that are wrapped by `torch.compile`, or whose weight norm was removed, have the same names and tensors
-        as in NeMo.
+        The state dict contains the weights of the discriminators even if they are not built yet, but not the weights
+        of WavLM. Modules that are wrapped by `torch.compile`, or whose weight norm was removed, have the same names
+        and tensors as in NeMo.
 
         Args:
             destination: dict to add the tensors to, as in `torch.nn.Module.state_dict`.
@@ -76,7 +76,7 @@ class StateDicts(BaseModel):
         other = [key for key, value in state_dict.items() if value.shape != shapes.get(key, value.shape)]
         if judged := [key for key in other if key.partition(".")[0] in PARTS]:
             raise CheckpointError(
-                f"the state dict belongs to another codec: {len(judged)} weights have other shapes, first "
+                f"the state dict belongs to another codec: {len(judged)} weights have other shapes, for example "
                 f"{judged[0]}: {list(state_dict[judged[0]].shape)} instead of {list(shapes[judged[0]])}."
             )
         levels = [key for key, value in own.items() if key.startswith("vector_quantizer.")]
@@ -98,8 +98,8 @@ class StateDicts(BaseModel):
             judged = [key for key in keys if key.partition(".")[0] in PARTS]
             if strict and judged:
                 raise CheckpointError(
-                    f"the state dict {what} weights, {len(judged)} in total, first {judged[:5]}; "
-                    "pass strict=False to load the weights that fit."
+                    f"the state dict {what} weights ({len(judged)} in total, the first are {judged[:5]}); pass "
+                    "strict=False to load the weights that fit."
                 )
         self._is_random = False
         return result
@@ -119,7 +119,8 @@ def _check_state_dict(state_dict: Any) -> None:
     """Check that an argument maps names to tensors.
 
     Raises:
-        CheckpointError: if a key is not a string or a value is not a tensor. The message describes the first one.
+        CheckpointError: if a key is not a string or a value is not a tensor. The message describes the first invalid
+            entry.
     """
     if not isinstance(state_dict, Mapping):
         raise CheckpointError(

@@ -1,4 +1,7 @@
-"""Training and validation steps of `LFRCodecModel`, with the same weight updates as NeMo's but less redundant work."""
+"""Training and validation steps of `LFRCodecModel`.
+
+The weights are updated as in NeMo, but with less redundant computation.
+"""
 
 import functools
 import logging
@@ -44,7 +47,8 @@ class TrainingSteps(WeightAveraging):
     """Lightning hooks for training and validation.
 
     The discriminators are built when training starts (`setup("fit")`), so restoring a model requires neither WavLM nor
-    network access. Until then the model keeps the discriminators' weights in memory; a saved model contains them.
+    network access. Until then, the model keeps the weights of the discriminators in memory. A saved model contains
+    these weights.
     """
 
     def setup(self, stage: str | None = None) -> None:
@@ -63,7 +67,8 @@ class TrainingSteps(WeightAveraging):
                     )
             check_codebook_dropout(self.cfg.get("codebook_dropout_rate"), self.num_codebooks)
             self.build_discriminator()
-            # Build losses and metrics before a checkpoint is loaded, because it may contain tensors of custom ones.
+            # Build losses and metrics before a checkpoint is loaded, because the checkpoint may contain tensors of
+            # custom losses and metrics.
             _ = self.losses, self.metrics
             if self._trainer is not None and type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
                 self.trainer.strategy.checkpoint_io = WholeCheckpoints()
@@ -177,10 +182,10 @@ class TrainingSteps(WeightAveraging):
         return configured
 
     def configure_callbacks(self) -> list[Callback]:
-        """Return NeMo's logging callback, with spectrograms if the config enables them, and `RestoreTrainedWeights`.
+        """Return `RestoreTrainedWeights` and, for training, NeMo's logging callback.
 
-        The config key for spectrograms is `log_config.log_spectrograms`. The logging callback is only added for
-        training: it reads its clips immediately, and the config of a saved model does not contain their folders.
+        The callback also logs spectrograms if `log_config.log_spectrograms` is set in the config. Without training,
+        the callback is left out: it reads its clips at once, and a saved model does not know their folders.
         """
         if self._trainer is not None and self._trainer.state.fn != TrainerFn.FITTING:
             return [RestoreTrainedWeights()]
@@ -192,7 +197,8 @@ class TrainingSteps(WeightAveraging):
     def maybe_init_from_pretrained_checkpoint(self, cfg: DictConfig, map_location: str = "cpu") -> None:
         """Load initial weights as configured by NeMo's `init_from_*` keys.
 
-        NeMo itself cannot read a codec with `init_from_ptl_ckpt`. Here, this file is read like any other checkpoint.
+        NeMo itself cannot load a codec from the file in `init_from_ptl_ckpt`. This method reads the file like any
+        other checkpoint.
 
         Args:
             cfg: config with the `init_from_*` keys.
@@ -227,7 +233,7 @@ class TrainingSteps(WeightAveraging):
     def initialize_from_data(self, num_segments: int = 32) -> None:
         """Rescale the random weights of the encoder and decoder, using a batch of training speech.
 
-        Every process draws its own segments, and then uses the weights of rank 0. See `nemo_lfr.training.initialize`.
+        All processes then get the weights of rank 0. See `nemo_lfr.training.initialize`.
 
         Args:
             num_segments: minimum number of segments to draw.
@@ -286,10 +292,10 @@ class TrainingSteps(WeightAveraging):
     def training_step(self, batch: Mapping[str, torch.Tensor], batch_idx: int) -> None:
         """Update the discriminators, unless NeMo's schedule skips them in this step, and then the generator.
 
-        The generator is the encoder and the decoder. The updates equal NeMo's. Discriminator inputs are computed once
-        per signal, under `no_grad` for real audio. The discriminators are frozen during the generator's update. With
-        `accumulate_grad_batches` in the model config, an update uses the gradients of that many batches; the last
-        update of an epoch may use fewer.
+        The generator is the encoder and the decoder. The updates equal NeMo's. The inputs of the discriminators are
+        computed once per signal, under `no_grad` for real audio. The discriminators are frozen during the update of
+        the generator. If the model config sets `accumulate_grad_batches`, each update uses the gradients of that many
+        batches. The last update of an epoch may use fewer.
 
         Args:
             batch: `audio` [B, T_audio] and `audio_lens` [B].

@@ -35,7 +35,7 @@ def assert_tokens_equal(actual: np.ndarray, expected: np.ndarray, max_ties: floa
             two levels that its token depends on the order of fp32 additions.
 
     Raises:
-        AssertionError: if the shapes differ, or if more than this fraction of the tokens differ.
+        AssertionError: if the shapes differ, or if more than `max_ties` of the tokens differ.
     """
     _require(actual.shape == expected.shape, f"tokens have shape {actual.shape}, not {expected.shape}")
     if actual.size and (actual != expected).mean() > max_ties:
@@ -80,7 +80,7 @@ def _audio(codec: Codec[Any], tokens: np.ndarray) -> np.ndarray:
 
 
 def check_spec(codec: Codec[Any]) -> None:
-    """Check that the spec is valid and that the codec accepts only its own fingerprint."""
+    """Check that `Codec.spec` is valid, and that the codec accepts only tokens with its own fingerprint."""
     spec = codec.spec
     spec.validate()
     _require(codec.fingerprint == spec.fingerprint, "Codec.fingerprint differs from the fingerprint of its spec")
@@ -105,21 +105,21 @@ def check_lengths(codec: Codec[Any]) -> None:
         )
         _require(tokens_len.tolist() == [num_frames], f"{length} samples: tokens_len is {tokens_len}")
         ids = to_numpy(tokens)
-        _require(ids.dtype == np.int32, f"tokens are {ids.dtype}, not int32")
+        _require(ids.dtype == np.int32, f"tokens have dtype {ids.dtype}, not int32")
         _require(not ids.size or 0 <= ids.min() <= ids.max() < codec.codebook_size, "tokens outside the codebook")
         audio, audio_len = codec.decode(tokens, tokens_len, [length])
         samples = to_numpy(audio)
         _require(samples.shape == (1, length), f"{length} samples: audio has shape {samples.shape}")
         _require(audio_len.tolist() == [length], f"{length} samples: audio_len is {audio_len}")
-        _require(samples.dtype == np.float32, f"audio is {samples.dtype}, not float32")
+        _require(samples.dtype == np.float32, f"audio has dtype {samples.dtype}, not float32")
         _require(not samples.size or abs(samples).max() <= 1, "audio is not in [-1, 1]")
 
 
 def check_batches(codec: Codec[Any]) -> None:
     """Check that clips in a batch do not affect each other.
 
-    The samples after the end of a clip must not affect its result either. Some of the clips have similar lengths, 21
-    to 23 frames, so that windows of different lengths may share a batch.
+    The samples after the end of a clip must not affect the result of the clip either. Some clips have similar lengths
+    (21 to 23 frames), so that a backend may batch windows of different lengths.
     """
     clips = [_speech(codec, num_frames, seed) for seed, num_frames in enumerate((9.5, 23, 1, 22.6, 21.2, 20.5))]
     batch = np.full((len(clips), max(map(len, clips))), 0.7, np.float32)
@@ -139,7 +139,7 @@ def check_batches(codec: Codec[Any]) -> None:
 
 
 def check_windows(codec: Codec[Any]) -> None:
-    """Check that a recording in windows or blocks gives the same results as the whole recording."""
+    """Check that processing a recording in windows or blocks gives the same results as processing it at once."""
     clip = _speech(codec, 40.3)
     tokens = _tokens(codec, clip)
     audio = _audio(codec, tokens)
@@ -153,7 +153,7 @@ def check_windows(codec: Codec[Any]) -> None:
 
 
 def check_files(codec: Codec[Any]) -> None:
-    """Check that token files store the spec and decode only with their own codec."""
+    """Check that a token file stores the spec of its codec, and that only this codec decodes the file."""
     clip = _speech(codec, 20.5)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -217,7 +217,7 @@ def check_copies(codec: Codec[Any]) -> None:
 
 
 def check_streams(codec: Codec[Any]) -> None:
-    """Check that streams give the same results as the whole recording.
+    """Check that streaming a recording gives the same results as processing it at once.
 
     If the backend does not support streaming, check that opening a stream raises NemoLfrError.
     """

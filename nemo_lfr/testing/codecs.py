@@ -46,13 +46,13 @@ def synthesize(seconds: float, seed: int = 0) -> np.ndarray:
 
 
 def codec_config(**changes: Any) -> dict[str, Any]:
-    """Return a config like the one of the released codec, but with few channels.
+    """Return a config like that of the released codec, but with few channels.
 
     `codec_config(**TWO_STAGES)` is the config of the fastest test codec.
 
     Args:
-        **changes: changed keys. A dict is merged into the section of that name, but a `vector_quantizer` with a
-            `_target_` replaces the section.
+        **changes: keys to change. A dict is merged into the section of the same name. A `vector_quantizer` that has a
+            `_target_` replaces the whole section.
 
     Returns:
         The model config, with the keys of the config in a `.nemo` file.

@@ -23,7 +23,7 @@ class AudioDiscriminator(nn.Module):
 
     @property
     def num_networks(self) -> int:
-        """Return the number of networks, by default 1. Each network has one view (its input) and one score."""
+        """Return the number of networks, 1 by default. Each network has one input, called its view, and one output."""
         return 1
 
     def preprocess(self, audio: Spectra) -> Views:
@@ -60,7 +60,7 @@ class AudioDiscriminator(nn.Module):
 
         Returns:
             Scores of real audio, scores of generated audio, feature maps of real audio, and feature maps of generated
-            audio. The order is that of NeMo.
+            audio. NeMo's discriminators return them in the same order.
         """
         scores_real, maps_real = score_views(self, preprocess_audio(self, Spectra(audio_real)))
         scores_gen, maps_gen = score_views(self, preprocess_audio(self, Spectra(audio_gen)))

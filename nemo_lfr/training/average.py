@@ -12,7 +12,8 @@ class Average:
             weights do not dominate.
 
     Attributes:
-        weights: the averaged weights, or the trained weights while `in_use` is True.
+        weights: the averaged weights. While `in_use` is True, these weights are in the module, and this attribute
+            holds the trained weights.
         in_use: whether the averaged weights are in the module.
     """
 
@@ -31,7 +32,7 @@ class Average:
         torch._foreach_lerp_(self.weights, [parameter.detach() for parameter in module.parameters()], 1 - decay)
 
     def use(self, module: torch.nn.Module, averaged: bool) -> None:
-        """Put the averaged weights into the module if `averaged` is True, or put its trained weights back."""
+        """Put the averaged weights into the module, or put the trained weights back if `averaged` is False."""
         if averaged == self.in_use:
             return
         self._move(module)

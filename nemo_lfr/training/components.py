@@ -36,7 +36,7 @@ def register_component(*, name: str) -> Callable[[ComponentClass], ComponentClas
 def register_component(component: Any = None, *, name: str | None = None) -> Any:
     """Register the class of a discriminator, loss or metric. This function can be used as a class decorator.
 
-    The class replaces a class that was registered under the same name before.
+    If another class was registered under the same name, the new class replaces it.
 
     Args:
         component: a subclass of `torch.nn.Module`.
@@ -127,7 +127,7 @@ def _targets(config: Mapping[str, Any], own: bool = False) -> Iterator[tuple[str
 def _plain_section(config: Mapping[str, Any], key: str, own: bool) -> Any:
     """Return a section as Python values, or None if the section cannot be resolved.
 
-    The error is then raised when the component is built.
+    In that case, an error is raised later, when the component is built.
     """
     try:
         section = config.get(key)
@@ -284,13 +284,13 @@ class ScoreLoss(nn.Module):
 class AudioTerms(nn.Module):
     """Custom losses or metrics that compare recordings with reconstructions.
 
-    Each loss or metric is a `torch.nn.Module`, whose parameters are frozen. It is called in the same way as NeMo's
-    losses, `module(audio_real=..., audio_gen=..., audio_len=...)`, with signals [B, T_audio] and lengths in samples
-    [B], and returns a scalar.
+    Each loss or metric ("term") is a `torch.nn.Module` with frozen parameters. It is called like NeMo's losses, as
+    `module(audio_real=..., audio_gen=..., audio_len=...)`, with signals [B, T_audio] and lengths in samples [B], and
+    returns a scalar.
 
     Args:
-        sections: for the name of each term, a section with `_target_` and the arguments of the constructor; None for
-            no terms.
+        sections: config section of each term, by name. A section has `_target_` and the arguments of the constructor.
+            None for no terms.
         where: key of the sections in the config, "losses" or "metrics".
         reserved: names of built-in terms, which custom terms must not use.
 

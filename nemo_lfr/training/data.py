@@ -1,8 +1,7 @@
 """Read training segments from the recordings in NeMo manifests, in any audio format and sample rate.
 
-Files that cannot be read are skipped, and logged once. This dataset replaces NeMo's `VocoderDataset`, which reads
-float files as silence, interprets the samples of stereo files as a thousand channels, and stops at the first file that
-cannot be read.
+Files that cannot be read are skipped, and logged once. This dataset replaces NeMo's `VocoderDataset`, which cannot
+read float or stereo files correctly, and stops at the first file that it cannot read.
 """
 
 import logging
@@ -30,8 +29,8 @@ class CodecDataset(Dataset[dict[str, Any]]):
     The audio is float32 and mono, and has the same sample rate for all recordings.
 
     Args:
-        dataset_meta: for the name of each dataset, its `manifest_path`, `audio_dir` (by default the manifest's folder)
-            and `sample_weight` (by default 1). Invalid lines of a manifest are skipped, and logged once.
+        dataset_meta: settings of each dataset, by name: `manifest_path`, `audio_dir` (by default the manifest's
+            folder) and `sample_weight` (by default 1). Invalid lines of a manifest are skipped, and logged once.
         sample_rate: sample rate of the audio in Hz.
         n_samples: length of a segment in samples; None for entire recordings.
         weighted_sampling_steps_per_epoch: number of batches per epoch. Recordings are then drawn at random,
@@ -107,8 +106,9 @@ class CodecDataset(Dataset[dict[str, Any]]):
         If the recording cannot be read, the next recording that can be read is used instead.
 
         Args:
-            draw: index of a recording, or a tuple (index, place). `place` selects the start of the segment: 0 for the
-                first possible start, 1 for the last. Without `place`, the start is random.
+            draw: index of a recording, or a tuple (index, place). `place` is a number from 0 to 1 that
+                selects the start of the segment: 0 for the first possible start, 1 for the last one. Without `place`,
+                the start is random.
 
         Returns:
             `dataset_name`, `audio_filepath`, `audio` (float32, shape [T_audio]) and `audio_len` in samples.
@@ -124,7 +124,7 @@ class CodecDataset(Dataset[dict[str, Any]]):
             recording = self.recordings[(index + step) % len(self.recordings)]
             try:
                 audio = self._read(recording, place)
-            except (NemoLfrError, OSError) as error:  # or MissingExtraError, for the format of the file
+            except (NemoLfrError, OSError) as error:  # MissingExtraError, if the format needs another package
                 if recording.path not in self._bad:
                     self._bad.add(recording.path)
                     logger.warning("recording is skipped, and the next one is used instead: %s", error)
@@ -177,10 +177,10 @@ class CodecDataset(Dataset[dict[str, Any]]):
 
 
 class SegmentSampler(DistributedSampler[tuple[int, float]]):
-    """Sampler of recordings and starts of segments. Its draws depend only on the seed and the epoch.
+    """Sampler that draws recordings and the starts of segments. The draws depend only on the seed and the epoch.
 
-    A run that is resumed at an epoch therefore draws the same segments, with any number of data loader workers. Since
-    the sampler is a `DistributedSampler`, Lightning does not replace it, and sets its epoch.
+    A run that is resumed at an epoch therefore draws the same segments, with any number of data loader workers.
+    Lightning does not replace a `DistributedSampler` with its own sampler, and sets the epoch of the sampler.
 
     Args:
         dataset: dataset to sample from.
@@ -233,8 +233,8 @@ def manifest_loader(config: DictConfig, world_size: int, rank: int) -> DataLoade
         rank: index of this process.
 
     Returns:
-        The data loader. None if the section names another dataset, or sets `feature_processors` or `resample_rate`:
-        such a section needs NeMo's own data loader.
+        The data loader; None if the section needs NeMo's own data loader, because it names another dataset or sets
+        `feature_processors` or `resample_rate`.
 
     Raises:
         ConfigError: if an argument of the dataset is unknown, or the dataset cannot be created.
@@ -251,6 +251,6 @@ def manifest_loader(config: DictConfig, world_size: int, rank: int) -> DataLoade
         raise ConfigError(f"dataset: {error}; correct the arguments in the config.") from error
     loader = dict(config.dataloader_params)
     sampler = dataset.get_sampler(loader["batch_size"], world_size, rank)
-    if sampler is not None:  # the sampler shuffles
+    if sampler is not None:  # the sampler already shuffles
         loader.pop("shuffle", None)
     return DataLoader(dataset, collate_fn=dataset.collate_fn, sampler=sampler, **loader)

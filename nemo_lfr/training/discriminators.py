@@ -1,11 +1,11 @@
 """Discriminators of periods, complex STFTs and hidden states of WavLM ("SLM").
 
 A discriminator first computes a representation of the audio without trainable weights (`preprocess`), and then scores
-it (`score`). The representation consists of folded audio, spectra or hidden states of WavLM. In a training step, each
-representation is computed once: without gradients for real audio, and with gradients for generated audio. It is
-detached to update the discriminators.
+it (`score`). The representation consists of folded audio, spectra or hidden states of WavLM. In a training step, the
+representation of each signal is computed only once: without gradients for real audio, and with gradients for generated
+audio. The update of the discriminators uses a detached copy of the representation.
 
-State-dict keys are the same as in NeMo's classes of the same names. A custom discriminator is a subclass of
+State-dict keys are the same as in the NeMo classes with the same names. A custom discriminator is a subclass of
 `AudioDiscriminator`; see `nemo_lfr.training.components`.
 """
 
@@ -116,7 +116,7 @@ class _Network(nn.Module):
 
 
 class PeriodDiscriminator(_Network):
-    """Discriminator of audio that is folded into rows of one period (HiFi-GAN, arXiv 2010.05646).
+    """Discriminator whose input is audio folded into rows of `period` samples (HiFi-GAN, arXiv 2010.05646).
 
     Args:
         period: number of samples in a row.
@@ -200,7 +200,7 @@ def stft_view(audio: Spectra, resolution: Sequence[int]) -> torch.Tensor:
 
 
 class DiscriminatorSTFT(_Network):
-    """Discriminator of a complex STFT (EnCodec, arXiv 2210.13438).
+    """Discriminator whose input is a complex STFT (EnCodec, arXiv 2210.13438).
 
     Args:
         resolution: (n_fft, hop, window) in samples.
@@ -215,7 +215,7 @@ class DiscriminatorSTFT(_Network):
         layers.append(conv(32, 32, kernel_size=(3, 3)))
         super().__init__(layers, conv(32, 1, kernel_size=(3, 3)), lrelu_slope)
         self.resolution = tuple(resolution)
-        # This Hann window is not used, since `Spectra` computes the STFT, but NeMo's checkpoints contain it.
+        # Not used, because `Spectra` computes the STFT, but NeMo's checkpoints contain this Hann window.
         self.register_buffer("window", torch.hann_window(self.resolution[2], periodic=False))
 
     def view(self, audio: Spectra) -> torch.Tensor:
@@ -276,7 +276,7 @@ def _band_network() -> _Network:
 
 
 class Discriminator(AudioDiscriminator):
-    """Combination of several discriminators, with the networks of all of them.
+    """Discriminator that combines the networks of several discriminators.
 
     Args:
         discriminators: discriminators to combine.

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 
 from nemo_lfr.errors import NemoLfrError
 
-# System errors that are due to the storage to which a run writes. Other system errors may be bugs, and their traceback
-# is shown.
+# System errors whose cause is the disk that a run writes to. Other system errors may be bugs, so their traceback is
+# shown.
 PLACE = {errno.ENOSPC, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, getattr(errno, "EDQUOT", errno.ENOSPC)}
 ADVICE = "free some space or choose another folder, and run the same command again; no existing file was damaged"
 

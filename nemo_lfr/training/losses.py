@@ -80,9 +80,10 @@ def feature_matching(real: FeatureMaps, gen: FeatureMaps) -> torch.Tensor:
 
 
 def relative_feature_matching(real: FeatureMaps, gen: FeatureMaps, guard: float = 1e-3) -> torch.Tensor:
-    """Compute the difference between feature maps relative to the magnitude of the real ones.
+    """Compute the difference between feature maps, relative to the magnitude of those of real audio (EnCodec).
 
-    Difference and magnitude are means over the last dimension (EnCodec, arXiv 2210.13438).
+    The difference and the magnitude are means over the last dimension (arXiv 2210.13438). `guard` is added to the
+    magnitude, to avoid a division by zero.
     """
     return _average(
         [
@@ -138,7 +139,7 @@ class CodecLosses(nn.Module):
     Attributes:
         reconstruction: module that computes the distances between signals.
         custom: module that computes the custom terms.
-        weights: weight of each term, without terms whose weight is zero.
+        weights: weight of each term, by name. Terms whose weight is zero are left out.
         generator: function that computes the adversarial term of the generator.
         discriminator: function that computes the loss of the discriminators.
         feature: function that computes the feature-matching term of the generator.

@@ -34,7 +34,7 @@ class Split:
         manifest: path of the manifest.
         utterances: number of utterances in the manifest.
         speakers: number of speakers.
-        duration_s: total duration of the utterances in seconds.
+        duration_s: total duration of the utterances, in seconds.
     """
 
     manifest: Path
@@ -112,7 +112,9 @@ def prepare(
         raise NemoLfrError(f"layout {shorten(kind)!r} is unknown; use {', '.join(LAYOUTS)} or {PREFIX}NAME.")
     if speaker_level is not None:
         if kind != "folder":
-            raise NemoLfrError(f"the layout {kind} has its own speakers; speaker_level is only for the layout folder.")
+            raise NemoLfrError(
+                f"speaker_level is only for the layout folder, but the layout is {kind}; remove speaker_level."
+            )
         read = partial(folder, speaker_level=speaker_level)
     if kind == "table" and not is_table(corpus):
         problem = "not a .csv, .tsv or metadata.jsonl file" if corpus.exists() else "no such file"
@@ -293,7 +295,7 @@ def _unusable(corpus: Path, name: str, error: Exception) -> Failure:
 
 
 def _fitted(utterance: CorpusUtterance, found: dict[str, float | Failure]) -> CorpusUtterance:
-    """Return an utterance with the duration of its audio, or with the problem that its section is not in the file."""
+    """Return an utterance with the duration of its audio, or with a problem if the audio ends before its section."""
     total = found.get(str(utterance.path))
     if utterance.problem or not isinstance(total, float | int):
         return utterance

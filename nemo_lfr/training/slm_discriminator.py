@@ -10,7 +10,7 @@ from nemo_lfr.training.wavlm import WavLM
 
 
 class SLMDiscriminator(AudioDiscriminator):
-    """Discriminator of all hidden states of a frozen WavLM model.
+    """Discriminator whose input is all hidden states of a frozen WavLM model.
 
     See StyleTTS 2 (arXiv 2306.07691), and Low Frame-rate Speech Codec (arXiv 2409.12117).
 

@@ -18,8 +18,9 @@ logger = logging.getLogger(__name__)
 class WavLM:
     """Feature extractor that returns all hidden states of a pretrained WavLM.
 
-    The model is loaded on first use. This class is not an `nn.Module`, so that the model is not saved with the
-    discriminator, is not trained, and is not set to training mode, in which it would drop layers and mask its input.
+    The model is loaded on first use. This class is not an `nn.Module`. Therefore WavLM is not saved with the
+    discriminator, is not trained, and stays in evaluation mode (in training mode, it would drop layers and mask its
+    input).
 
     Args:
         name: Hub id of the model, or a folder that contains it.
@@ -27,8 +28,8 @@ class WavLM:
         layers: number of hidden states, which is the number of layers plus 1 for the input of the first layer.
 
     Attributes:
-        fallback: function that returns the weights of the model from a checkpoint, or None. It is used if `name` is
-            not available. Checkpoints that NeMo 3.0 saved contain these weights.
+        fallback: function that returns WavLM's weights from a checkpoint of the codec; None for none. It is called if
+            `name` is not available. Checkpoints that NeMo 3.0 saved contain WavLM's weights.
     """
 
     def __init__(self, name: str, hidden: int, layers: int) -> None:

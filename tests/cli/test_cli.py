@@ -138,7 +138,7 @@ def test_a_bad_file_does_not_stop_the_others(capsys, folder, tmp_path):
         (["decode", "{folder}/a.wav", "--duration", "-1"], "-1"),
         (["encode", "-", "{folder}/a.wav"], "pass `-`, `- -` or `FILE -`"),
         (["encode", "-", "--out", "{folder}"], "without --out"),
-        (["encode", "{folder}/a.wav", "--out", "-"], "- stands for stdin or stdout, which only `encode FILE -`"),
+        (["encode", "{folder}/a.wav", "--out", "-"], "- stands for stdin or stdout, and is only allowed"),
         (["decode", "{folder}/a.lfr", "--out", "-"], "- stands for stdin or stdout"),
         (["export", "safetensors", "--out", "-"], "- stands for stdin or stdout"),
         (["tokenize", "-", "--out", "{folder}/t"], "- stands for stdin or stdout"),

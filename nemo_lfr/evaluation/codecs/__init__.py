@@ -1,4 +1,4 @@
-"""Codecs that an evaluation can compare, with one module for each.
+"""Codecs that an evaluation can compare. Each kind of codec has its own module.
 
 A codec is a subclass of `ComparedCodec` that is decorated with `register_codec`. When the first codec is opened, all
 modules in this folder are imported. They must therefore import large packages only inside functions.
@@ -47,15 +47,15 @@ def open_codec(text: str, device: str | None = None) -> "ComparedCodec":
     """Open a codec.
 
     Args:
-        text: value of `--codec`; see `codec_usage`. A `.nemo` or `.ckpt` file or a Hub id without a prefix is opened
-            as `lfr`.
+        text: value of `--codec`, such as "opus:16"; see `codec_usage`. A `.nemo` or `.ckpt` file or a Hub id without
+            a prefix is opened as `lfr`.
         device: PyTorch device; chosen automatically if None.
 
     Returns:
         The codec.
 
     Raises:
-        NemoLfrError: if the codec is unknown, or if a program, a package or weights that it needs are missing.
+        NemoLfrError: if the codec is unknown, or if a program, a package or the weights for the codec are missing.
     """
     kinds = codec_kinds()
     kind, _, options = text.partition(":")

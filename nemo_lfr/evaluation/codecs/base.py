@@ -22,8 +22,8 @@ class RoundTrip:
         encode_seconds: wall-clock time of encoding, including the start of external programs.
         decode_seconds: wall-clock time of decoding, including the start of external programs.
         tokens: token ids, shape [C, T_encoded]; None if the codec has no tokens.
-        compressed_bytes: size of the encoded data after an entropy model has compressed it; None without such a model.
-        compressed_file_bytes: size of the file with compressed data; None without an entropy model.
+        compressed_bytes: size of the encoded data after compression with an entropy model; None without a model.
+        compressed_file_bytes: size of a file with the compressed data; None without an entropy model.
     """
 
     audio: np.ndarray
@@ -37,15 +37,17 @@ class RoundTrip:
 
 
 class ComparedCodec(ABC):
-    """Base class for codecs that an evaluation compares. An instance has one setting, such as a bit rate.
+    """Base class for codecs that an evaluation compares. Each instance has one fixed setting, such as a bit rate.
 
     Attributes:
         kind: prefix of the codec in `--codec`.
         usage: form of the codec's `--codec` value for the help text, such as "opus:KBIT".
         name: name of the codec in tables.
-        identity: text that identifies the weights, or the version of the program. It must change if the results do.
+        identity: text that identifies the weights, or the version of the program. Stored results are only reused for
+            the same text.
         delay: delay of the codec's output in seconds. `round_trip` compensates it.
-        levels: FSQ levels of each dimension of a codebook; (size,) for codebooks other than FSQ; () without tokens.
+        levels: number of FSQ levels of each dimension of a codebook; (size,) for a codebook that is not FSQ; () for a
+            codec without tokens.
 
     Args:
         options: text after the colon in `--codec`. It must be empty unless a subclass reads it.

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @register_codec
 class LFR(ComparedCodec):
-    """Codec that this package loads."""
+    """Codec that this package loads: the bundled codec, a checkpoint or a model from the Hub."""
 
     kind = "lfr"
     usage = "lfr (the bundled codec), lfr:FILE_OR_HUB_ID"

@@ -13,7 +13,7 @@ from nemo_lfr.io.shortage import missing_extra
 
 @register_codec
 class StockNeMo(ComparedCodec):
-    """NeMo's own `AudioCodecModel`, which runs without the implementations in this package."""
+    """NeMo's own `AudioCodecModel`, without the modules of this package."""
 
     kind = "nemo"
     usage = "nemo:FILE"
@@ -30,7 +30,9 @@ class StockNeMo(ComparedCodec):
         try:
             from nemo.collections.tts.models import AudioCodecModel
         except Exception as error:  # a broken installation can raise anything
-            raise missing_extra(error, "NeMo", f"nemo: needs NeMo: {install_command(*NEMO_PACKAGES)}") from error
+            raise missing_extra(
+                error, "NeMo", f"--codec nemo needs NeMo: {install_command(*NEMO_PACKAGES)}"
+            ) from error
         self.device = choose_device(device)
         with torch.no_grad():
             self.model = AudioCodecModel.restore_from(str(path), map_location=self.device).eval()

@@ -43,7 +43,7 @@ class Opus(ComparedCodec):
 def ogg_payload(data: bytes) -> int:
     """Count the bytes of the audio packets in an Ogg Opus file.
 
-    Headers of pages (RFC 3533) are not counted, nor are the first two packets, which contain a header and tags.
+    The page headers (RFC 3533) and the first two packets, which contain a header and tags, are not counted.
     """
     position, packets, size = 0, 0, 0
     while position < len(data):

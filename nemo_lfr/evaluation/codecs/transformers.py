@@ -17,7 +17,7 @@ class TransformersCodec(ComparedCodec):
 
     Attributes:
         class_name: name of the model class in transformers.
-        hub_id: Hub id of the weights that are used if the options contain no folder.
+        hub_id: Hub id of the default weights, which are used if the options name no folder.
         unit: unit of the setting, "kbit/s" or "codebooks".
 
     Args:
@@ -33,7 +33,7 @@ class TransformersCodec(ComparedCodec):
         try:
             import transformers
         except Exception as error:  # a broken installation can raise anything
-            message = f"{self.kind}: needs transformers: {install_command('transformers')}"
+            message = f"--codec {self.kind} needs transformers: {install_command('transformers')}"
             raise missing_extra(error, "transformers", message) from error
         from nemo_lfr.codec.devices import choose_device
 

@@ -1,4 +1,4 @@
-"""Metrics that third-party trained models compute, with one module for each kind of model.
+"""Metrics that third-party trained models compute. Each kind of model has its own module.
 
 A model metric is a subclass of `ModelMetric` that is decorated with `register_model_metric`. If a model is not
 available, its metrics are reported as `NotMeasured` with the reason, and the evaluation continues.
@@ -20,8 +20,8 @@ class OpenedModels(NamedTuple):
 
     Attributes:
         models: the loaded models.
-        absent: for each metric that is not available, the reason.
-        failed: for the kind of each requested model that could not be loaded, the reason.
+        absent: reason why a metric is not available, by name of the metric.
+        failed: reason why a requested model could not be loaded, by kind of model.
     """
 
     models: list[ModelMetric]

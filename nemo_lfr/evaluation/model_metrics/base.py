@@ -14,7 +14,8 @@ class ModelMetric(ABC):
         kind: name of the model metric in `--model-metric`.
         metrics: description of each metric that the model computes, by name.
         automatic: whether the model is loaded even if it is not requested.
-        option: command-line option that requests the model, besides `--model-metric`; an empty string for none.
+        option: command-line option that requests the model, such as "--asr"; an empty string if there is only
+            `--model-metric`.
         name: name of the loaded model. The report shows it, and results are stored under this name.
 
     Args:

@@ -4,7 +4,7 @@ from typing import Any
 
 
 def is_nemo(source: str) -> bool:
-    """Return whether the name of a model is that of a NeMo model: a `.nemo` file or nemo:HUB_ID."""
+    """Return whether a text names a NeMo model: a `.nemo` file or nemo:HUB_ID."""
     return source.startswith("nemo:") or source.endswith(".nemo")
 
 
