@@ -16,7 +16,7 @@ If a run is stopped, the same command resumes it from the last saved epoch. Furt
     +seed=1                                                                     start from other random weights
 """
 
-import nemo_lfr  # noqa: F401, I001  imported first: disables usage reports of a library that NeMo imports
+import nemo_lfr  # noqa: F401, I001  imported first, to turn off the usage reports of a library that NeMo imports
 
 import lightning.pytorch as pl
 from nemo.core.config import hydra_runner
@@ -48,7 +48,7 @@ def train(cfg: DictConfig) -> None:
     pl.seed_everything(cfg.get("seed", 0), workers=True)
     trainer = pl.Trainer(**cfg.trainer)
     if is_global_rank_zero():
-        tidy_experiment(cfg.get("exp_manager"))  # removes what a run left behind that was killed while it saved
+        tidy_experiment(cfg.get("exp_manager"))  # removes a checkpoint that a killed run left unfinished
     exp_manager(trainer, cfg.get("exp_manager"))
     model = AudioCodecModel(cfg=cfg.model, trainer=trainer)
     model.maybe_init_from_pretrained_checkpoint(cfg=cfg)

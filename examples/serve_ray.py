@@ -8,10 +8,12 @@
 Each replica is a process that runs the application of `nemo-lfr serve`, on a GPU or on a few cores. Ray's proxy
 assigns each stream to a replica, where it stays. With `--max-replicas`, Ray adds replicas when the open streams exceed
 half of `--max-streams` per replica, and removes replicas when fewer are enough. A removed replica gets no new streams,
-and its open streams have `--drain` seconds to end. If you deploy again, Ray replaces all replicas in this manner, even
-if only their number differs, and a single replica is down until its successor has started. If a replica dies, its
-clients get an error (`ServerLostError` in `nemo_lfr.errors`) and have to open another stream. Another replica serves
-that stream, and Ray starts a new replica.
+and its open streams have `--drain` seconds to end. If you deploy again, Ray replaces all replicas in the same way,
+even if only their number has changed. A deployment with a single replica is then down until the new replica has
+started.
+
+If a replica dies, its clients get an error (`ServerLostError` in `nemo_lfr.errors`) and have to open another stream,
+which another replica serves. Ray starts a new replica.
 
 A cluster that a program started may require Ray's token: set RAY_AUTH_MODE=token to deploy to it.
 """
@@ -41,7 +43,7 @@ def application(args: argparse.Namespace) -> Any:
     Args:
         args: options of the command line.
     """
-    engines: list[Engine] = []  # one element, in the process of a replica
+    engines: list[Engine] = []  # the engine of this replica, once it is created
     settings = Settings(EngineLimits(max_streams=args.max_streams), token=os.environ.get("NEMO_LFR_TOKEN"))
     model, device, threads = args.model, "cuda" if args.gpus else "cpu", max(1, int(args.cpus))
 
@@ -75,7 +77,7 @@ def application(args: argparse.Namespace) -> Any:
         name=NAME,
         **size,
         ray_actor_options={"num_cpus": args.cpus, "num_gpus": args.gpus},
-        max_ongoing_requests=args.max_streams + 16,  # 16 more for files and for refusals with a reason
+        max_ongoing_requests=args.max_streams + 16,  # 16 more, for files and to refuse streams with a clear error
         graceful_shutdown_timeout_s=args.drain,
         health_check_period_s=5,
     )

@@ -10,7 +10,7 @@ results as without the interruption. `torchrun --nproc-per-node N` trains on N d
 
 The model is a causal transformer with the delay pattern of MusicGen. Each codebook is delayed by one frame relative to
 the previous one, so that a token can depend on the tokens of the previous codebooks in the same frame. The program is
-meant as a starting point and is small enough to read.
+small enough to read, and meant as a starting point.
 """
 
 import argparse
@@ -69,7 +69,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.streams, self.vocab = layout.num_streams, layout.vocab_size
         self.embedding = nn.Embedding(self.streams * self.vocab, width)
-        self.position = nn.Embedding(max_frames + self.streams + 1, width)  # more for delays and EOS
+        self.position = nn.Embedding(max_frames + self.streams + 1, width)  # extra positions for the delays and EOS
         layer = nn.TransformerEncoderLayer(width, heads, 4 * width, dropout=0.0, batch_first=True, norm_first=True)
         self.layers = nn.TransformerEncoder(layer, layers, nn.LayerNorm(width), enable_nested_tensor=False)
         self.head = nn.Linear(width, self.streams * self.vocab)
@@ -77,7 +77,7 @@ class LanguageModel(nn.Module):
         nn.init.normal_(self.position.weight, std=0.02)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """Predict the ids of each next step.
+        """Return the logits of the next ids, at every step.
 
         Args:
             ids: shape [B, S, L].
@@ -103,7 +103,7 @@ def loss_of(model: nn.Module, layout: DelayLayout, tokens: torch.Tensor, tokens_
     """
     ids, _ = layout.arrange(tokens, tokens_len)
     targets = ids[..., 1:]
-    # These ids follow from the delay pattern, so they have no loss.
+    # The delay pattern determines these ids, so they are not part of the loss.
     is_known = (targets == layout.pad_id) | (targets == layout.bos_id)
     logits = model(ids[..., :-1])
     return F.cross_entropy(logits.flatten(0, 2), targets.masked_fill(is_known, -100).flatten(), reduction="sum")
@@ -180,7 +180,7 @@ def check_server(url: str, codec: Metadata) -> None:
 
 
 def crop(batch: dict[str, Any], max_frames: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the tokens and lengths of a batch. Clips of more than `max_frames` are cropped at a random place."""
+    """Return the tokens and lengths of a batch. Clips longer than `max_frames` are cropped at a random place."""
     tokens, lengths = batch["tokens"], batch["tokens_len"]
     starts = [int(torch.randint(max(1, int(n) - max_frames + 1), (), generator=generator)) for n in lengths]
     rows = [row[:, start : start + max_frames] for row, start in zip(tokens, starts, strict=True)]
@@ -287,7 +287,7 @@ class Trainer:
         bucket = self.config.batch_size if shuffle else None
         dataset = TokenDataset(expand_home(folder), shuffle=shuffle, seed=self.config.seed, bucket_size=bucket)
         if not len(dataset):
-            raise NemoLfrError(f"{folder}: no tokens in this folder.")
+            raise NemoLfrError(f"{folder}: no tokens in this folder; pass a folder that nemo-lfr tokenize wrote.")
         return dataset
 
     def _batches(self) -> Iterator[dict[str, Any]]:
@@ -315,7 +315,7 @@ class Trainer:
         return self._bits(torch.tensor([loss.item(), lengths.sum()], dtype=torch.float64))
 
     def _bits(self, totals: torch.Tensor) -> float:
-        """Return bits per frame, from nats and frames that are summed over all processes."""
+        """Sum nats and frames over all processes, and return the bits per frame."""
         return round(float(self._sum(totals)[0] / totals[1]) / math.log(2), 4)
 
     def _sum(self, values: torch.Tensor) -> torch.Tensor:
@@ -338,7 +338,7 @@ class Trainer:
             print(", ".join(f"{name.replace('_', ' ')} {value}" for name, value in line.items()), flush=True)
 
     def _save(self) -> None:
-        """Write the checkpoint. If the run is killed meanwhile, the previous checkpoint remains."""
+        """Write the checkpoint atomically. If the run is killed during this, the previous checkpoint remains."""
         if self.rank:
             return
         state = {
@@ -444,7 +444,7 @@ def main(arguments: list[str] | None = None) -> int:
         handlers = {number: signal.signal(number, trainer.stop) for number in (signal.SIGINT, signal.SIGTERM)}
         trainer.train()
         if trainer.signal is not None:
-            print(f"saved {trainer.checkpoint} at step {trainer.step}; the same command continues", flush=True)
+            print(f"saved {trainer.checkpoint} at step {trainer.step}; the same command resumes the run", flush=True)
             return 128 + trainer.signal
         if trainer.rank == 0 and trainer.config.sample_frames:
             trainer.write_sample()

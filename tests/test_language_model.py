@@ -176,7 +176,7 @@ def test_a_resumed_run_equals_an_undisturbed_one(
             example.main(arguments)
     else:
         assert example.main(arguments) == code
-        assert f"at step {saved}; the same command continues" in capsys.readouterr().out
+        assert f"at step {saved}; the same command resumes the run" in capsys.readouterr().out
     if saved is not None:
         assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == saved
     if saved == 3:  # the validation of an interrupted run is that of its step

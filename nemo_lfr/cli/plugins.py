@@ -10,9 +10,10 @@ ENTRY_POINTS = "nemo_lfr.commands"
 
 
 class PluginGroup(Group):
-    """Command group that includes the commands of other packages, from the entry points `nemo_lfr.commands`.
+    """Command group with the built-in commands and the commands of other installed packages.
 
-    A command of another package cannot replace a built-in command.
+    Other packages list their commands in the entry-point group `nemo_lfr.commands`. These commands cannot replace
+    built-in commands.
     """
 
     def list_commands(self, ctx: click.Context) -> list[str]:

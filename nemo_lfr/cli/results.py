@@ -11,7 +11,7 @@ from nemo_lfr.errors import Failure
 
 
 class Result(TypedDict):
-    """Key that every output has."""
+    """Base class of all outputs, with the key that every output has."""
 
     failures: list[Failure]
 
@@ -238,8 +238,8 @@ class PrepareResult(Result):
         splits: manifest of each split (train, valid or test), by the name of the split.
         failures_file: path of failures.jsonl; None if nothing failed.
         kept: files of earlier runs in the output folder that this run did not write.
-        held_out_by: what was held out for validation: "speaker", "folder", "file", or several of these with "or"
-            between them; empty if nothing was held out.
+        held_out_by: kind of group that was held out for validation: "speaker", "folder" or "file". Several kinds are
+            joined by "or". Empty if nothing was held out.
         audio_dir: folder that the paths in the manifests are relative to.
     """
 

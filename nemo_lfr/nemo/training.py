@@ -290,12 +290,12 @@ class TrainingSteps(WeightAveraging):
             super().on_validation_model_zero_grad()
 
     def training_step(self, batch: Mapping[str, torch.Tensor], batch_idx: int) -> None:
-        """Update the discriminators, unless NeMo's schedule skips them in this step, and then the generator.
+        """Update the discriminators and then the generator, which consists of the encoder and the decoder.
 
-        The generator is the encoder and the decoder. The updates equal NeMo's. The inputs of the discriminators are
-        computed once per signal, under `no_grad` for real audio. The discriminators are frozen during the update of
-        the generator. If the model config sets `accumulate_grad_batches`, each update uses the gradients of that many
-        batches. The last update of an epoch may use fewer.
+        As in NeMo, the discriminators are skipped in some steps. The updates equal those of NeMo. The inputs of the
+        discriminators are computed once per signal, under `no_grad` for real audio. The discriminators are frozen
+        during the update of the generator. If the model config sets `accumulate_grad_batches`, each update uses the
+        gradients of that many batches. The last update of an epoch may use fewer.
 
         Args:
             batch: `audio` [B, T_audio] and `audio_lens` [B].

@@ -1,6 +1,6 @@
 """Whole files over HTTP: `POST /v1/encode` and `POST /v1/decode`.
 
-The engine processes files as background sessions, which it advances only while no live stream has input ready. The
+The engine processes files as background sessions: it takes a chunk of a file only when no live stream has input. The
 results are the same as in a live stream.
 """
 

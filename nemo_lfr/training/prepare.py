@@ -53,8 +53,8 @@ class Prepared:
         failures: records of the files, rows and transcripts that cannot be used.
         failures_file: path of failures.jsonl, which contains these records; None if there are no failures.
         kept: manifests and failures.jsonl in the output folder that an earlier run wrote and this run did not replace.
-        held_out_by: what was held out for validation: "speaker", "folder", "file", or several of these with "or"
-            between them; empty if nothing was held out.
+        held_out_by: kind of group that was held out for validation: "speaker", "folder" or "file". Several kinds are
+            joined by "or". Empty if nothing was held out.
     """
 
     audio_dir: Path

@@ -1,6 +1,8 @@
-"""Write a static site with the web page, in which the codec runs in the browser.
+"""Write a static site with the web page. The codec runs in the browser.
 
-index.html
+The site consists of these files:
+
+index.html         the page
 page/              scripts and style of the page, and the example recording
 page/codec/        the files of `nemo-lfr export onnx`
 page/ort/          the files of onnxruntime-web

@@ -1,4 +1,4 @@
-"""Codec2, run by its command-line programs."""
+"""The codec Codec2, run with its command-line programs."""
 
 import tempfile
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""DAC, run by transformers."""
+"""The codec DAC, as transformers implements it."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""EnCodec, run by transformers."""
+"""The codec EnCodec, as transformers implements it."""
 
 from typing import Any
 

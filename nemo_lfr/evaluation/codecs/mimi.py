@@ -1,4 +1,4 @@
-"""Mimi, run by transformers."""
+"""The codec Mimi, as transformers implements it."""
 
 from typing import Any
 

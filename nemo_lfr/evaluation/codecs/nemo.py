@@ -1,4 +1,4 @@
-"""NeMo without this package, for comparison."""
+"""Stock NeMo (NeMo without this package), as a codec to compare with."""
 
 import math
 import time

@@ -1,4 +1,4 @@
-"""Opus, run by the programs of opus-tools."""
+"""The codec Opus, run with the programs of opus-tools."""
 
 import tempfile
 from pathlib import Path

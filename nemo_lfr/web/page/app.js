@@ -1,4 +1,4 @@
-/** The page: inputs, what happens with them, and messages. */
+/** Entry point of the page: handle recordings and files, and show messages. */
 
 import { openBackend } from "./backend.js";
 import { byId, rate, setText } from "./dom.js";
@@ -78,7 +78,7 @@ function run(backend) {
 }
 
 /**
- * Do one thing at a time, with the buttons disabled, and show its error.
+ * Run an action while the buttons are disabled, and show its error if it fails.
  *
  * @param {() => Promise<void>} action
  */
@@ -95,7 +95,7 @@ async function perform(action) {
 
 /**
  * @param {Uint8Array} file
- * @returns {TokenFile | null} null if it is compressed
+ * @returns {TokenFile | null} null if the file is compressed
  */
 function readTokens(file) {
   try {

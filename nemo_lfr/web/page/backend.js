@@ -1,4 +1,4 @@
-/** The choice of the backend, which the page names in `<meta name="backend">`. */
+/** Open the backend that the page names in `<meta name="backend">`. */
 
 import { byId } from "./dom.js";
 
@@ -9,7 +9,7 @@ import { byId } from "./dom.js";
  *
  * @param {(message: string) => void} showStatus
  * @returns {Promise<Backend>}
- * @throws {import("./types.js").UserError} if it cannot be used
+ * @throws {import("./types.js").UserError} if the backend cannot be used
  */
 export async function openBackend(showStatus) {
   const base = new URL(".", document.baseURI);
@@ -24,7 +24,7 @@ export async function openBackend(showStatus) {
 /**
  * Connect to the server, and ask the user for its access token if it requires one.
  *
- * A link may carry the token behind "#token=", which browsers do not send to servers.
+ * A link may contain the token after "#token=". Browsers do not send this part of a link to servers.
  *
  * @param {URL} base
  * @param {(message: string) => void} showStatus

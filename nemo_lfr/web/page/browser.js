@@ -6,10 +6,10 @@ import { UserError } from "./types.js";
 
 /** @import { Backend, Metadata } from "./types.js" */
 
-const CHUNK_FRAMES = 430; // 20 s; frames that one run of a network returns, which limits its memory
+const CHUNK_FRAMES = 430; // 20 s; maximum number of frames in one run of a network, to limit its memory
 
 /**
- * What codec.json says about a network; see `nemo_lfr/codec/onnx/manifest.py`.
+ * Content of codec.json; see `nemo_lfr/codec/onnx/manifest.py`.
  *
  * @typedef {{past: number, future: number, min_frames: number}} Limits
  * @typedef {Metadata & {encoder: Limits, decoder: Limits, fingerprint: string, weights_fingerprint: string,
@@ -21,7 +21,7 @@ const CHUNK_FRAMES = 430; // 20 s; frames that one run of a network returns, whi
  *
  * @param {URL} base of the page
  * @returns {Promise<Backend>}
- * @throws {UserError} if its files cannot be loaded
+ * @throws {UserError} if the files of the codec cannot be loaded
  */
 export async function open(base) {
   const folder = new URL("page/codec/", base);
@@ -107,7 +107,7 @@ async function decode(worker, manifest, tokens) {
 }
 
 /**
- * Cut a recording into windows, each with the frames around it that its results depend on.
+ * Split a recording into windows. Each window also has the surrounding frames that its results depend on.
  *
  * @param {number} total frames
  * @param {Limits} limits
@@ -122,7 +122,7 @@ function windows(total, { past, future }) {
 
 /**
  * @param {Manifest} manifest
- * @returns {Metadata} of token files, in their order
+ * @returns {Metadata} metadata of token files, in the order of their keys
  */
 function metadataOf({ sample_rate, samples_per_frame, levels, num_codebooks, fingerprint, written_by }) {
   return { sample_rate, samples_per_frame, levels, num_codebooks, fingerprint, precision: "fp32", written_by };
@@ -158,8 +158,8 @@ class CodecWorker {
   /**
    * @param {"encoder" | "decoder"} network
    * @param {object} inputs
-   * @returns {Promise<Int32Array | Float32Array>} its output
-   * @throws {UserError} if it cannot be loaded or run
+   * @returns {Promise<Int32Array | Float32Array>} output of the network
+   * @throws {UserError} if the network cannot be loaded or run
    */
   run(network, inputs) {
     return new Promise((resolve, reject) => {

@@ -1,4 +1,4 @@
-/** CRC-32 and the packing of frames, as in `.lfr` files. */
+/** CRC-32 and packed frames, as `.lfr` files use them. */
 
 const TABLE = new Uint32Array(256).map((_, byte) => {
   let crc = byte;
@@ -10,7 +10,7 @@ const TABLE = new Uint32Array(256).map((_, byte) => {
  * Return zlib's CRC-32.
  *
  * @param {Uint8Array} data
- * @param {number} crc of the bytes before
+ * @param {number} crc CRC of the preceding bytes
  * @returns {number}
  */
 export function crc32(data, crc = 0) {
@@ -20,7 +20,7 @@ export function crc32(data, crc = 0) {
 }
 
 /**
- * Return the bytes of a packed frame.
+ * Return the size of a packed frame in bytes.
  *
  * @param {number} codebookSize
  * @param {number} numCodebooks
@@ -32,7 +32,7 @@ export function bytesPerFrame(codebookSize, numCodebooks) {
 }
 
 /**
- * Pack tokens: each frame is one little-endian number, whose lowest digit is the first codebook.
+ * Pack tokens. Each frame becomes one little-endian number, whose lowest digit is the token of the first codebook.
  *
  * @param {Int32Array} tokens frame by frame
  * @param {number} codebookSize

@@ -18,11 +18,11 @@
  * @typedef {{tokens: number[][], num_samples: number, sample_rate: number, samples_per_frame: number}} EncodedFile
  */
 
-/** @type {Record<number, ErrorKind>} kinds of the server's close codes */
+/** @type {Record<number, ErrorKind>} kind of error for each close code of the server */
 const KINDS = { 1002: "fault", 1007: "refused", 1008: "refused", 1009: "refused", 1011: "fault", 1012: "shutdown", 1013: "full" };
-const MAX_MESSAGE = 1 << 15; // items
+const MAX_MESSAGE = 1 << 15; // samples or tokens in one message
 
-/** Error of a request or a stream. */
+/** Error for a request or a stream that failed. */
 export class ServerError extends Error {
   /**
    * @param {string} message
@@ -58,7 +58,7 @@ export class Client {
 
   /**
    * @param {BodyInit} file audio file, such as a Blob, an ArrayBuffer or a Uint8Array
-   * @returns {Promise<EncodedFile>} its tokens, as a list of frames
+   * @returns {Promise<EncodedFile>} tokens of the file, as a list of frames
    */
   async encode(file) {
     return this.#json(await this.#request("/v1/encode?format=json", { method: "POST", body: file }));
@@ -66,7 +66,7 @@ export class Client {
 
   /**
    * @param {BodyInit} file audio file, such as a Blob, an ArrayBuffer or a Uint8Array
-   * @returns {Promise<Blob>} its token file (`.lfr`)
+   * @returns {Promise<Blob>} token file (`.lfr`)
    */
   async encodeToTokenFile(file) {
     return (await this.#request("/v1/encode", { method: "POST", body: file })).blob();
@@ -74,8 +74,8 @@ export class Client {
 
   /**
    * @param {(ArrayLike<number>)[] | Exclude<BodyInit, string>} tokens list of frames, or a token file (`.lfr`)
-   * @param {{numSamples?: number | null, format?: "wav" | "flac" | "opus"}} options length of the audio of a list of
-   *   frames in samples, and type of the audio file
+   * @param {{numSamples?: number | null, format?: "wav" | "flac" | "opus"}} options length to which
+   *   the audio is trimmed, in samples (only for a list of frames), and format of the audio file
    * @returns {Promise<Blob>} audio file
    */
   async decode(tokens, { numSamples = null, format = "wav" } = {}) {
@@ -89,8 +89,8 @@ export class Client {
   /**
    * Open a stream that takes tokens, frame by frame, and yields samples.
    *
-   * @param {{ramp?: number[], lookahead?: number | null, firstLookahead?: number | null}} options frames of the first
-   *   chunks, frames of lookahead, and the same before the first results
+   * @param {{ramp?: number[], lookahead?: number | null, firstLookahead?: number | null}} options numbers of
+   *   frames in the first chunks, lookahead in frames, and a smaller lookahead for the first frames
    * @returns {Promise<Stream<Float32Array>>}
    */
   decodeStream({ ramp = [], lookahead = null, firstLookahead = null } = {}) {
@@ -101,8 +101,8 @@ export class Client {
   /**
    * Open a stream that takes samples, and yields tokens, frame by frame.
    *
-   * @param {{sampleRate?: number | null, lookahead?: number | null}} options rate of the samples in Hz, and frames of
-   *   lookahead
+   * @param {{sampleRate?: number | null, lookahead?: number | null}} options sample rate in Hz, and lookahead in
+   *   frames
    * @returns {Promise<Stream<Int16Array>>}
    */
   encodeStream({ sampleRate = null, lookahead = null } = {}) {
@@ -151,7 +151,7 @@ export class Client {
 }
 
 /**
- * Stream of one recording; iterate over it for the results.
+ * Stream of one recording. Iterate over the stream to get the results.
  *
  * @template {Float32Array | Int16Array} Result
  */
@@ -209,7 +209,7 @@ export class Stream {
     });
   }
 
-  /** @returns {number} bytes that the network has not taken; stop pushing while there are too many */
+  /** @returns {number} number of bytes that are not sent yet; wait before the next `push` while it is large */
   get bufferedAmount() {
     return this.#socket.bufferedAmount;
   }
@@ -225,7 +225,7 @@ export class Stream {
   /**
    * End the input.
    *
-   * @param {number | null} numSamples length of the recording, to which a decoder trims its audio
+   * @param {number | null} numSamples length of the recording in samples; a decoder trims the audio to this length
    */
   end(numSamples = null) {
     if (this.#error) throw this.#error;

@@ -1,4 +1,4 @@
-/** Color ramps of the pictures, from the style sheet, so that they follow the color scheme. */
+/** Color ramps of the pictures. They come from the style sheet, so that they follow the color scheme. */
 
 const NUM_COLORS = 256;
 

@@ -9,11 +9,11 @@ const MAGIC = 0x5452464c; // "LFRT"
 const MAX_METADATA_BYTES = 65536;
 const MAX_BLOCK_FRAMES = 65536;
 
-/** Error of a token file that is valid but compressed, which only the server reads. */
+/** Error for a valid but compressed token file, which only the server can read. */
 export class CompressedError extends UserError {}
 
 /**
- * Return whether data starts like a token file.
+ * Return whether data starts with the magic number of a token file.
  *
  * @param {Uint8Array} data
  * @returns {boolean}
@@ -27,7 +27,7 @@ export function isTokenFile(data) {
  *
  * @param {Uint8Array} data
  * @returns {TokenFile}
- * @throws {UserError} if the file is damaged, cut short or compressed
+ * @throws {UserError} if the file is damaged, truncated or compressed
  */
 export function readTokenFile(data) {
   const reader = new SectionReader(data);
@@ -209,7 +209,7 @@ class SectionReader {
   /**
    * Read the CRC field that ends a section, and compare it.
    *
-   * @param {number | null} before CRC field that the section's CRC covers too
+   * @param {number | null} before CRC field of the previous section, which the CRC of this section also covers
    */
   checkCrc(before) {
     const expected = crc32(this.data.subarray(this.start, this.at), before === null ? 0 : crc32(word(before)));

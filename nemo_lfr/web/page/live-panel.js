@@ -9,7 +9,7 @@ import { UserError } from "./types.js";
 
 const LIVE = "Live. Speak now.";
 const SLOW = "The server is slower than real time, so the delay grows.";
-const SLOW_SECONDS = 1; // beyond the lookahead
+const SLOW_SECONDS = 1; // delay beyond the lookahead that counts as slow
 
 /**
  * Show the section if the backend has live streams.
@@ -72,7 +72,7 @@ class LivePanel {
     await loopback?.close();
   }
 
-  /** Show whether it runs. */
+  /** Show whether the loop-back is running. */
   showState() {
     const isOn = Boolean(this.loopback);
     this.button.setAttribute("aria-pressed", String(isOn));

@@ -7,22 +7,22 @@ import { UserError } from "./types.js";
 /** @import { Backend } from "./types.js" */
 /** @import { Stream } from "./client.js" */
 
-const HOLD_FRAMES = 1; // that playing waits for after a gap
-const LIMIT_FRAMES = 9; // that may wait to be played; the server computes up to 4 at a time
-const MAX_BUFFERED = 1 << 20; // bytes that may wait to be sent before the connection counts as too slow
+const HOLD_FRAMES = 1; // frames that must arrive after a gap before playing resumes
+const LIMIT_FRAMES = 9; // maximum number of frames that wait to be played; the server sends up to 4 at a time
+const MAX_BUFFERED = 1 << 20; // maximum number of bytes that wait to be sent; above, the connection is too slow
 
 /** A running loop-back. */
 export class Loopback {
   /**
    * @param {Backend} backend
-   * @param {{encoder: number, decoder: number}} lookahead frames of right context
+   * @param {{encoder: number, decoder: number}} lookahead number of later frames that a result waits for
    */
   constructor(backend, lookahead) {
     this.backend = backend;
     this.lookahead = lookahead;
     this.captured = 0; // seconds
     this.played = 0; // seconds
-    this.numBytes = 0; // of tokens, packed
+    this.numBytes = 0; // size of the packed tokens
     /** @type {(samples: Float32Array) => void} receives what the microphone records */
     this.onSamples = () => {};
     /** @type {(message: string) => void} called once, when the loop-back has ended by itself */
@@ -38,7 +38,7 @@ export class Loopback {
   }
 
   /**
-   * Start; the user is asked for the microphone.
+   * Start. The browser asks the user for permission to use the microphone.
    *
    * @throws {UserError} if there is no microphone, or if the server opens no streams
    */

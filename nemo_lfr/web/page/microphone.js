@@ -1,8 +1,8 @@
-/** The microphone, as blocks of samples. */
+/** Read the microphone as blocks of samples. */
 
 import { UserError } from "./types.js";
 
-/** An open microphone; `close` it to turn off the browser's recording sign. */
+/** An open microphone. Call `close` to turn off the browser's recording indicator. */
 export class Microphone {
   /**
    * @param {MediaStream} stream
@@ -19,7 +19,7 @@ export class Microphone {
    *
    * @param {(samples: Float32Array) => void} onSamples receives blocks of mono samples
    * @returns {Promise<Microphone>}
-   * @throws {UserError} if there is none, or the user refuses
+   * @throws {UserError} if there is no microphone, or the user refuses
    */
   static async open(onSamples) {
     if (!navigator.mediaDevices) {
@@ -44,7 +44,7 @@ export class Microphone {
   }
 
   /**
-   * Start to pass samples on.
+   * Start to call `onSamples`.
    *
    * @param {(samples: Float32Array) => void} onSamples
    */

@@ -1,8 +1,8 @@
 /**
  * Audio worklet that plays the samples that are posted to it, and posts the number of samples that it has played.
  *
- * After a gap, it waits for `hold` samples, so that results of uneven pace play evenly. If more than `limit` samples wait,
- * as after a pause of the server, it skips the oldest ones, so that the delay does not stay.
+ * After a gap, the worklet waits for `hold` samples, so that audio that arrives unevenly plays evenly. If more than `limit`
+ * samples wait, for example after a pause of the server, the worklet skips the oldest ones to reduce the delay again.
  */
 
 class Playback extends AudioWorkletProcessor {
@@ -14,7 +14,7 @@ class Playback extends AudioWorkletProcessor {
     /** @type {Float32Array[]} */
     this.queue = [];
     this.queued = 0;
-    this.offset = 0; // in the first array of the queue
+    this.offset = 0; // position in the first array of the queue
     this.played = 0;
     this.isPlaying = false;
     this.port.onmessage = ({ data }) => {
@@ -29,7 +29,7 @@ class Playback extends AudioWorkletProcessor {
    *
    * @param {number} count
    * @param {Float32Array | null} out receives them; null to skip them
-   * @returns {number} how many there were
+   * @returns {number} number of samples that were taken
    */
   take(count, out) {
     let taken = 0;

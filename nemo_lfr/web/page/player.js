@@ -45,7 +45,7 @@ export class Player {
   /**
    * Play from a position.
    *
-   * @param {number} [seconds] default: go on
+   * @param {number} [seconds] default: the current position
    */
   async play(seconds) {
     if (seconds !== undefined) this.audio.currentTime = seconds;

@@ -1,4 +1,4 @@
-/** The record button: a recording from the microphone, and its level while it runs. */
+/** The record button, which records from the microphone and shows the level. */
 
 import { byId, setText } from "./dom.js";
 import { Microphone } from "./microphone.js";
@@ -45,12 +45,12 @@ export class Recorder {
     this.follow();
   }
 
-  /** Stop, and pass the recording on. */
+  /** Stop recording, and call `onRecording`. */
   async stop() {
     const microphone = this.microphone;
     if (!microphone) return;
     this.microphone = null;
-    byId("record", HTMLButtonElement).disabled = true; // until the recording is encoded: a second click starts none
+    byId("record", HTMLButtonElement).disabled = true; // until the recording is encoded, so that a second click does not start another one
     await microphone.close();
     this.showState();
     const samples = new Float32Array(this.blocks.reduce((length, block) => length + block.length, 0));
@@ -60,7 +60,7 @@ export class Recorder {
     this.onRecording({ name: `Recording ${this.count}`, samples, sampleRate, file: writeWav(samples, sampleRate, 32) });
   }
 
-  /** Show whether it records. */
+  /** Show whether a recording is running. */
   showState() {
     byId("record").classList.toggle("on", this.isRecording);
     setText("record-label", this.isRecording ? "Stop" : "Record");
@@ -68,7 +68,7 @@ export class Recorder {
     for (const id of ["choose", "example"]) byId(id, HTMLButtonElement).disabled = this.isRecording;
   }
 
-  /** Draw the level, and count the seconds, while it records. */
+  /** Draw the level and count the seconds during a recording. */
   follow() {
     if (!this.microphone) return;
     drawLevel(this.canvas, this.levels);

@@ -1,4 +1,4 @@
-/** Audio files as recordings. */
+/** Read audio files as recordings. */
 
 import { readWav } from "./wav.js";
 import { UserError } from "./types.js";
@@ -14,7 +14,7 @@ import { UserError } from "./types.js";
  * @param {string} name for display
  * @param {number} sampleRate of the codec, Hz
  * @returns {Promise<Recording>}
- * @throws {UserError} if the browser cannot read the file, or it is empty
+ * @throws {UserError} if the browser cannot read the file, or the file is empty
  */
 export async function readRecording(file, name, sampleRate) {
   const buffer = await file.arrayBuffer();

@@ -1,8 +1,8 @@
-/** Resampling with a windowed sinc, whose phases are computed once. */
+/** Resample with a windowed sinc filter, which is computed once for each phase. */
 
 const ZERO_CROSSINGS = 32; // on each side; the transition band is about 6 % of the band
-const ROLLOFF = 0.95; // of the lower Nyquist frequency
-const BETA = 10; // of the Kaiser window: 100 dB
+const ROLLOFF = 0.95; // cutoff as a fraction of the lower Nyquist frequency
+const BETA = 10; // parameter of the Kaiser window, which gives 100 dB of attenuation
 
 /**
  * Resample a whole recording.
@@ -35,7 +35,7 @@ export function resample(samples, from, to) {
 
 /**
  * @param {number} offset of the output behind an input sample, in samples of the input
- * @param {number} cutoff as a part of the input's Nyquist frequency
+ * @param {number} cutoff as a fraction of the input's Nyquist frequency
  * @param {number} half taps on each side
  * @returns {Float64Array}
  */

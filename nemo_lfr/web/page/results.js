@@ -1,4 +1,4 @@
-/** Results of one recording: both versions, the tokens, and figures. */
+/** Show the results of one recording: both versions, the tokens, and figures. */
 
 import { onSchemeChange } from "./colors.js";
 import { byId, canvasOf, rate, setText, size } from "./dom.js";
@@ -126,7 +126,7 @@ export class Results {
     setText("numbers", lines.join("\n"));
   }
 
-  /** Go on playing at the same position in the other version. */
+  /** Switch to the other version, and continue playing at the same position. */
   switchVersion() {
     const from = this.decoded.audio.paused ? this.original : this.decoded;
     const to = from === this.original ? this.decoded : this.original;

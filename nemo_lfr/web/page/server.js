@@ -7,7 +7,7 @@ import { readWav, writeWav } from "./wav.js";
 /** @import { ServerInfo } from "./client.js" */
 /** @import { Backend, CodecInfo, Recording } from "./types.js" */
 
-/** The server asks for an access token, or refuses the one it got. */
+/** Error for an access token that is missing or wrong. */
 export class TokenError extends UserError {}
 
 /**
@@ -27,7 +27,7 @@ export async function open(base, token) {
     decode: async (file) => {
       const wav = await client.decode(new Blob([file.slice()])).catch(fail);
       const audio = readWav(await wav.arrayBuffer());
-      if (!audio) throw new UserError("The server sent something else than audio.");
+      if (!audio) throw new UserError("The server did not send audio.");
       return audio;
     },
     client,
@@ -35,7 +35,7 @@ export async function open(base, token) {
 }
 
 /**
- * Encode a recording: its own file, or WAV if the server does not know the format of the file.
+ * Encode a recording. Send its own file, or a WAV file if the server cannot read the format of the file.
  *
  * @param {Client} client
  * @param {Recording} recording
@@ -50,10 +50,10 @@ async function encode(client, recording) {
 }
 
 /**
- * Return an error of the client as one for the user.
+ * Convert an error of the client to an error for the user.
  *
  * @param {unknown} error
- * @returns {unknown} the error itself, if it is another one
+ * @returns {unknown} any other error unchanged
  */
 export function explain(error) {
   if (!(error instanceof ServerError)) return error;

@@ -1,4 +1,4 @@
-/** WAV files: mono samples out of any of PCM and float, and 16-bit or float files of mono samples. */
+/** Read PCM and float WAV files as mono samples, and write mono samples as 16-bit or float WAV files. */
 
 /** @import { Audio } from "./types.js" */
 
@@ -6,7 +6,7 @@
  * Read a WAV file.
  *
  * @param {ArrayBuffer} buffer
- * @returns {Audio | null} the mean of its channels; null for another format, which the browser may know
+ * @returns {Audio | null} the mean of the channels; null for another format, which the browser may be able to read
  */
 export function readWav(buffer) {
   const view = new DataView(buffer);
