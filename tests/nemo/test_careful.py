@@ -208,7 +208,7 @@ def test_invalid_line_of_a_parallel_manifest_is_named(tmp_path):
     (tmp_path / "q.txt").write_text("\n".join("abcdef") + "\n")
     field = {"type": "text_iter", "name": "question", "path": str(tmp_path / "q.txt")}
     entry = {"type": "nemo", "manifest_filepath": str(tmp_path / "m.json"), "extra_fields": [field]}
-    with pytest.raises(ConfigError, match=rf"m\.json, line {BAD + 1}: not JSON.* fix or remove"):
+    with pytest.raises(ConfigError, match=rf"m\.json, line {BAD + 1}: not JSON.* fix the line"):
         lengths(input_cfg=[entry])
 
 
