@@ -109,7 +109,7 @@ def number(cell: str) -> float | None:
 
 
 def shorten_name(name: str, length: int) -> str:
-    """Return a name. The middle of a name that is longer than `length` characters is replaced by an ellipsis."""
+    """Shorten a name to at most `length` characters, by replacing its middle with an ellipsis."""
     half = (length - 1) // 2
     return name if len(name) <= length else f"{name[:half]}…{name[-half:]}"
 
