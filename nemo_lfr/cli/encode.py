@@ -81,7 +81,7 @@ def encode(
         if reader.channels > 1:
             note(f"{reader.name}: {reader.channels} channels mixed to mono")
         if not reader.samples_read:
-            note(f"{reader.name}: contains no samples")
+            note(f"{reader.name}: the input contains no samples")
         return None
     if lookahead is not None:
         raise NemoLfrError(

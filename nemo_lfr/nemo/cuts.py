@@ -85,7 +85,7 @@ class CutDataset(Dataset[dict[str, Any] | None]):
             source = cut.target_audio if cut.has_custom("target_audio") else cut
             audio = read_cut(source, self.sample_rate, allow_url=self.allow_url)
             if not len(audio):
-                raise AudioError("it contains no samples.")
+                raise AudioError("the cut contains no samples.")
         except Exception as error:  # Lhotse raises many exception classes
             if cut.id not in self._bad:
                 self._bad.add(cut.id)

@@ -217,7 +217,7 @@ class NemoFiles(BaseModel):
         try:
             self._save_aside(path, *args, **kwargs)
         except OSError as error:
-            raise CheckpointError(f"{path}: cannot be written ({error.strerror or error}).") from error
+            raise CheckpointError(f"{path}: the file cannot be written ({error.strerror or error}).") from error
 
     def _save_aside(self, path: Path, *args: Any, **kwargs: Any) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -269,7 +269,7 @@ def _duration(corpus: Path, name: str) -> float | Failure:
     try:
         with AudioReader(corpus / name, None) as reader:
             if reader.duration <= 0:
-                raise AudioError("contains no samples")
+                raise AudioError("the file contains no samples")
             return round(reader.duration, 4)
     except (NemoLfrError, OSError) as error:
         return _unusable(corpus, name, error)
@@ -281,7 +281,7 @@ def _decoded_duration(corpus: Path, name: str) -> float | Failure:
         with AudioReader(corpus / name, None) as reader:
             num_samples = sum(len(block) for block in reader.blocks())
             if not num_samples:
-                raise AudioError("contains no samples")
+                raise AudioError("the file contains no samples")
             return round(num_samples / reader.native_rate, 4)
     except (NemoLfrError, OSError) as error:
         return _unusable(corpus, name, error)
@@ -304,7 +304,7 @@ def _fitted(utterance: CorpusUtterance, found: dict[str, float | Failure]) -> Co
     if start + (duration or 0.0) > total + slack or start >= total:
         stop = "the end" if duration is None else f"{start + duration:.2f} s"
         return replace(
-            utterance, problem=f"contains {total:.2f} s of audio, but the table lists {start:.2f} s to {stop}"
+            utterance, problem=f"the file contains {total:.2f} s of audio, but the table lists {start:.2f} s to {stop}"
         )
     if duration is None or (utterance.offset is None and duration >= total - slack):
         duration = round(total - start, 4)

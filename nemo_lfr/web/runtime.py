@@ -75,7 +75,7 @@ def _read_file(path: Path) -> bytes | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise NemoLfrError(f"{path}: cannot be read ({shorten(error.strerror or error)}).") from error
+        raise NemoLfrError(f"{path}: the file cannot be read ({shorten(error.strerror or error)}).") from error
 
 
 def _member_reader(archive: tarfile.TarFile) -> Callable[[str], bytes | None]:

@@ -55,9 +55,9 @@ def test_folder_round_trip_keeps_subfolders_and_lengths(capsys, folder, tmp_path
 def test_file_without_samples_is_reported(capsys, tmp_path):
     soundfile.write(tmp_path / "empty.wav", np.zeros(0), 22050)
     code, _, err = run(capsys, "encode", tmp_path / "empty.wav", "--out", tmp_path / "empty.lfr")
-    assert code == 0 and "empty.wav: contains no samples" in err
+    assert code == 0 and "empty.wav: the input contains no samples" in err
     code, _, err = run(capsys, "decode", tmp_path / "empty.lfr", "--out", tmp_path / "back")
-    assert code == 0 and "empty.lfr: contains no samples" in err
+    assert code == 0 and "empty.lfr: the input contains no samples" in err
 
 
 def test_recovering_an_empty_file_is_reported(capsys, tmp_path):
@@ -65,7 +65,7 @@ def test_recovering_an_empty_file_is_reported(capsys, tmp_path):
     run(capsys, "encode", tmp_path / "a.wav", "--out", tmp_path / "a.lfr")
     (tmp_path / "cut.lfr").write_bytes((tmp_path / "a.lfr").read_bytes()[:300])  # within its only block
     code, _, err = run(capsys, "decode", tmp_path / "cut.lfr", "--recover")
-    assert code == 0 and "cut.lfr: contains no samples" in err
+    assert code == 0 and "cut.lfr: the input contains no samples" in err
 
 
 def test_batched_files_have_the_same_bytes_as_single_files(capsys, folder, tmp_path):
