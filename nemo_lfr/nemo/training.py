@@ -1,7 +1,4 @@
-"""Training and validation steps of `LFRCodecModel`.
-
-The weights are updated as in NeMo, but with less redundant computation.
-"""
+"""Training and validation steps of `LFRCodecModel`, which update the weights as NeMo does, but faster."""
 
 import functools
 import logging
@@ -47,8 +44,7 @@ class TrainingSteps(WeightAveraging):
     """Lightning hooks for training and validation.
 
     The discriminators are built when training starts (`setup("fit")`), so restoring a model requires neither WavLM nor
-    network access. Until then, the model keeps the weights of the discriminators in memory. A saved model contains
-    these weights.
+    network access. Until then, the model keeps their weights in memory, and saved models contain these weights.
     """
 
     def setup(self, stage: str | None = None) -> None:
@@ -67,8 +63,7 @@ class TrainingSteps(WeightAveraging):
                     )
             check_codebook_dropout(self.cfg.get("codebook_dropout_rate"), self.num_codebooks)
             self.build_discriminator()
-            # Build losses and metrics before a checkpoint is loaded, because the checkpoint may contain tensors of
-            # custom losses and metrics.
+            # Build losses and metrics before loading a checkpoint, which may contain tensors of custom losses.
             _ = self.losses, self.metrics
             if self._trainer is not None and type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
                 self.trainer.strategy.checkpoint_io = WholeCheckpoints()
@@ -197,8 +192,7 @@ class TrainingSteps(WeightAveraging):
     def maybe_init_from_pretrained_checkpoint(self, cfg: DictConfig, map_location: str = "cpu") -> None:
         """Load initial weights as configured by NeMo's `init_from_*` keys.
 
-        NeMo itself cannot load a codec from the file in `init_from_ptl_ckpt`. This method reads the file like any
-        other checkpoint.
+        NeMo itself cannot load a codec from the file in `init_from_ptl_ckpt`. This method can load it.
 
         Args:
             cfg: config with the `init_from_*` keys.
