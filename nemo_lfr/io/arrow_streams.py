@@ -1,4 +1,7 @@
-"""Limit the size of Arrow streams, whose compressed buffers and empty columns may expand enormously."""
+"""Reject Arrow streams that would expand to an implausible size.
+
+A file of a few bytes can declare compressed buffers, or columns of nulls, that fill the memory when they are read.
+"""
 
 import struct
 from pathlib import Path
@@ -8,24 +11,24 @@ from nemo_lfr.errors import NemoLfrError, shorten
 from nemo_lfr.io.bounded import is_implausible
 from nemo_lfr.io.shortage import require
 
-# Slots of fields in Arrow's flatbuffers: in a message, in a record batch, and in a dictionary batch.
+# Slot numbers of fields in Arrow's flatbuffers tables. One line each: Message, RecordBatch, DictionaryBatch.
 HEADER_TYPE, HEADER = 1, 2
 LENGTH, BUFFERS, COMPRESSION = 0, 2, 3
 DATA = 1
-# Types of the header of a message.
+# Values of the field HEADER_TYPE.
 DICTIONARY_BATCH, RECORD_BATCH = 2, 3
 
 
 def check_stream(path: Path) -> None:
-    """Check that an Arrow stream does not expand to far more than real data does.
+    """Check that an Arrow stream does not expand to an implausible size.
 
-    Only the headers of its record batches are read. No buffer is decompressed.
+    Only the headers of the record batches in the stream are read. No buffer is decompressed.
 
     Args:
         path: file in Arrow's streaming format.
 
     Raises:
-        NemoLfrError: if the batches claim an implausible number of rows or bytes, or the file is damaged.
+        NemoLfrError: if the batches declare an implausible number of rows or bytes, or the file is damaged.
     """
     arrow = require("pyarrow")
     rows = expanded = 0
@@ -36,16 +39,19 @@ def check_stream(path: Path) -> None:
                 batch_rows, batch_bytes = _claims(message)
                 rows, expanded = rows + batch_rows, expanded + batch_bytes
     except (OSError, ValueError, EOFError, struct.error, IndexError) as error:
-        raise NemoLfrError(f"{path}: the Arrow file is damaged ({shorten(error, 200)}).") from error
+        raise NemoLfrError(f"{path}: the Arrow file is damaged ({shorten(error, 200)}); save it again.") from error
     if is_implausible(rows, expanded, size):
         raise NemoLfrError(
-            f"{path}: the file claims {rows} rows and {expanded} decompressed bytes, but has only {size} bytes; the "
+            f"{path}: the file declares {rows} rows and {expanded} decompressed bytes, but has only {size} bytes; the "
             "file is damaged or malicious."
         )
 
 
 def _claims(message: Any) -> tuple[int, int]:
-    """Return the number of rows in a message's batch, and the size in bytes of its buffers after decompression."""
+    """Return the number of rows and the decompressed size in bytes that a message declares for its batch.
+
+    Both are 0 for a message without a batch. The size is 0 for a batch that is not compressed.
+    """
     data = bytes(message.metadata)
     root = _follow(data, 0)
     kind = _field(data, root, HEADER_TYPE)
@@ -71,12 +77,12 @@ def _claims(message: Any) -> tuple[int, int]:
 
 
 def _follow(data: bytes, position: int) -> int:
-    """Return the position to which the offset at a position points."""
+    """Read the 32-bit offset at `position`, and return the position that it points to."""
     return position + int(struct.unpack_from("<I", data, position)[0])
 
 
 def _field(data: bytes, table: int, slot: int) -> int | None:
-    """Return the position of a field in a flatbuffers table; None if the table omits it (its default applies)."""
+    """Return the position of a field in a flatbuffers table; None if the table omits the field."""
     layout = table - struct.unpack_from("<i", data, table)[0]
     if 4 + 2 * slot >= struct.unpack_from("<H", data, layout)[0]:
         return None

@@ -22,7 +22,7 @@ from nemo_lfr.io.regular import check_replaceable
 
 PART = re.compile(r"(?P<name>.*)\.[0-9a-f]{8}\.part", re.DOTALL)
 WRITING = re.compile(r"\.writing-[a-z0-9_]{8}")
-# Number of characters of the final name in a temporary name, which must not exceed the limit for file names.
+# Number of characters of the final name that a temporary name keeps, so that it is not too long for file systems.
 KEPT = 60
 # Error numbers that file systems without hard links report.
 NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK)
@@ -49,7 +49,7 @@ def make_folder(path: Path) -> None:
     """Create an output folder and its parents.
 
     Raises:
-        NemoLfrError: if one of them is a file.
+        NemoLfrError: if the path or one of its parents is a file.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -71,10 +71,11 @@ def check_distinct(source: str | os.PathLike[str], target: str | os.PathLike[str
 def open_temporary(path: Path) -> IO[bytes]:
     """Open a new temporary file in the folder of `path`. The file is locked until it is closed.
 
-    The caller renames the file to `path`. The file has the permissions of any new file, unlike one from `tempfile`.
+    The caller must rename the file to `path`. Other users may read the file if the umask allows it, unlike a file from
+    `tempfile`.
 
     Raises:
-        NemoLfrError: if `path` is a pipe, device or socket, which would be replaced.
+        NemoLfrError: if `path` is a pipe, device or socket, since renaming would replace it.
         OSError: if the file cannot be created; the error names `path`.
     """
     check_replaceable(path)
@@ -109,7 +110,7 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
 def write_bytes(path: Path, data: bytes | Iterable[bytes]) -> Path:
     """Write a file atomically and return its path.
 
-    This function does not remove leftovers of killed runs: a command calls `sweep` once for all of its files.
+    This function does not remove leftovers of killed runs. Commands call `sweep` for this, once for all their files.
 
     Args:
         path: output file; an existing file is replaced.
@@ -124,9 +125,10 @@ def write_bytes(path: Path, data: bytes | Iterable[bytes]) -> Path:
 
 
 def write_new(path: Path, data: bytes) -> bool:
-    """Write a file atomically unless it exists. If several machines call this at the same time, one writes the file.
+    """Write a file atomically unless it exists.
 
-    File systems without hard links do not guarantee this: there, the last of the simultaneous writers wins.
+    If several machines call this function at the same time, exactly one of them writes the file. On file systems
+    without hard links, several may write it, and the last one wins.
 
     Args:
         path: output file; an existing file is kept.
@@ -175,7 +177,7 @@ def writing_folder(parent: Path) -> Iterator[Path]:
         descriptor = _open_folder(folder)
         if descriptor is None or os.path.exists(folder):
             break
-        os.close(descriptor)  # another process removed it as a leftover before it was locked
+        os.close(descriptor)  # another process removed the folder as a leftover before it was locked
     try:
         yield Path(folder)
     finally:
@@ -206,7 +208,7 @@ def sweep(folder: Path, names: Collection[str] | None = ()) -> None:
 
 
 class Sweeper:
-    """Remove leftovers of killed runs for output files that become known one by one.
+    """Remove leftovers of killed runs, for a caller that learns the names of its output files one by one.
 
     Each folder is listed only once.
     """
@@ -215,7 +217,7 @@ class Sweeper:
         self._leftovers: dict[Path, dict[str, list[os.DirEntry[str]]]] = {}
 
     def sweep(self, path: Path) -> None:
-        """Remove the `.part` files of one output file, as `sweep` does."""
+        """Remove the leftover `.part` files of one output file."""
         if path.parent not in self._leftovers:
             self._leftovers[path.parent] = self._list(path.parent)
         for entry in self._leftovers[path.parent].pop(path.name[:KEPT], []):
@@ -245,12 +247,12 @@ def _remove(entry: "os.DirEntry[str]") -> None:
 
 @contextlib.contextmanager
 def naming(path: Path, temporary: Path | None = None) -> Iterator[None]:
-    """Return a context in which each OSError names the file that the user knows.
+    """Return a context manager that makes OSErrors name the output file instead of a temporary file.
 
     Args:
-        path: file name for errors that have none, such as the error of a full disk.
-        temporary: temporary file or folder that becomes `path`. An error with its name, or with the name of a file in
-            it, gets the name `path`.
+        path: the output file. Errors without a file name, such as that of a full disk, get this name.
+        temporary: temporary file or folder that becomes `path`. An error that names it, or a file in it, gets the name
+            `path` instead.
     """
     try:
         yield
@@ -272,8 +274,8 @@ def _is_leftover(entry: "os.DirEntry[str]", names: Collection[str] | None) -> bo
 def _remove_free_file(path: str) -> None:
     """Remove a temporary file unless another process holds its lock.
 
-    This function holds the lock until the file is removed. A process that has just created the file and locks it
-    afterwards then finds that its name does not exist.
+    This function holds the lock until the file is removed. Another process may have created the file without having
+    locked it yet. When that process gets the lock, it notices that the file is gone, and creates another one.
     """
     if os.name == "nt":  # Windows has no such locks, but does not remove open files
         os.unlink(path)

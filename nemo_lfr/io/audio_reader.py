@@ -22,19 +22,20 @@ from nemo_lfr.io.resampling import Resampler, check_peak, check_rate, count_samp
 logger = logging.getLogger(__name__)
 
 BLOCK_SECONDS = 10
-# Formats that libsndfile reads. If it fails, FFmpeg is tried: it supports more codecs and tolerates more damage.
+# First bytes of formats that libsndfile reads. If libsndfile fails, FFmpeg is tried, which supports more codecs.
 FFMPEG_FALLBACK_MAGIC = (b"OggS", b"fLaC", b"RIFF", b"FORM", b".snd", b"caff", b"NIST")
+PIPE_LENGTH = "the length of a pipe is not known in advance; write the audio to a file"
 TO_WAV = "convert it to WAV, for example with ffmpeg"
-# Maximum number of values, over all channels, to read at a time: a header may claim a very high rate or channel count.
+# Maximum number of values (samples x channels) to read at a time. A header may declare thousands of channels.
 MAX_BLOCK = 1 << 24
 
 
 class AudioReader:
     """Read an audio file as mono float32 blocks at `sample_rate`.
 
-    All samples that can be decoded are read, even if the header claims fewer. In a file that was concatenated with
-    `cat`, all recordings are read. A truncated file is an error, but if only the last frame of MPEG audio is
-    incomplete, a warning is logged instead.
+    All samples that can be decoded are read, even if the header declares fewer. In a file that was concatenated with
+    `cat`, all recordings are read. A truncated file is an error. If only the last frame of a recorded stream is
+    incomplete, as in MPEG audio or AAC, a warning is logged instead.
 
     Args:
         path: the file.
@@ -47,10 +48,12 @@ class AudioReader:
         native_rate: sample rate of the file (of its first recording if there are several) in Hz.
         channels: number of channels in the first recording.
         samples_read: number of samples that `blocks` has yielded.
-        problem_at_end: function to call when a pipe has been read; returns what is wrong with its data, or None.
+        problem_at_end: function that `blocks` calls at the end of the audio. If it returns an error message instead of
+            None, `blocks` raises AudioError. The caller can set it to check the data that came through a pipe.
 
     Raises:
         AudioError: if the file is missing, is not audio, is truncated, or contains NaN.
+        MissingExtraError: if the format needs PyAV, which is not installed.
     """
 
     def __init__(
@@ -112,7 +115,7 @@ class AudioReader:
 
     @property
     def _file_name(self) -> Path | bytes:
-        """The path for libsndfile: bytes on POSIX systems, where a file name need not be valid UTF-8."""
+        """Path to pass to libsndfile. It is bytes on POSIX systems, where a file name need not be valid UTF-8."""
         return self.path if os.name == "nt" else os.fsencode(self.path)
 
     def _open(self, index: int) -> Decoder:
@@ -147,7 +150,7 @@ class AudioReader:
         return self._decoder
 
     def _open_mpeg(self, first: SndfileDecoder) -> Decoder:
-        """Open MPEG audio that follows other bytes. libsndfile would only estimate its length."""
+        """Open MPEG audio that follows other bytes, with its exact length. libsndfile only estimates the length."""
         if self._source is None or not (streams := find_mpeg(self._source)):
             return first
         self._streams = streams
@@ -209,14 +212,14 @@ class AudioReader:
         if index not in self._extents:
             if self._decoder is None or index != self._index:
                 if self._pipe is not None:
-                    raise AudioError(f"{self.name}: the length of a pipe is not known until its end.")
+                    raise AudioError(f"{self.name}: {PIPE_LENGTH}.")
                 self._reopened(index)
             decoder = self._decoder
             assert decoder is not None
             count = decoder.num_frames
             if count is None:
                 if self._pipe is not None:
-                    raise AudioError(f"{self.name}: the length of a pipe is not known until its end.")
+                    raise AudioError(f"{self.name}: {PIPE_LENGTH}.")
                 count = self._count(self._reopened(index))
                 self._reopened(0)
             self._extents[index] = count, decoder.rate
@@ -235,7 +238,7 @@ class AudioReader:
         return count
 
     def _decode(self, decoder: Decoder, count: int) -> np.ndarray:
-        """Decode up to `count` samples [n, channels], and add the file's name to errors."""
+        """Decode up to `count` samples [n, channels]. Errors get the name of the file."""
         try:
             return decoder.read(count)
         except soundfile.LibsndfileError as error:
@@ -283,7 +286,7 @@ class AudioReader:
                     f"{self.name}: the audio contains recordings with different sample rates or numbers of channels; "
                     f"{TO_WAV}."
                 )
-            check_peak(float(np.abs(block).max(initial=0.0)), f"{self.name}:")
+            check_peak(float(np.abs(block).max(initial=0.0)), f"{self.name}: the audio")
             blocks.append(block)
         return np.concatenate(blocks).T
 
@@ -311,17 +314,19 @@ class AudioReader:
     def _mix(self, block: np.ndarray) -> np.ndarray:
         """Mix samples [n, channels] down to mono [n] and check their peak."""
         wave: np.ndarray = block[:, 0] if block.shape[1] == 1 else block.mean(axis=1)
-        check_peak(float(np.abs(wave).max(initial=0.0)), f"{self.name}:")
+        check_peak(float(np.abs(wave).max(initial=0.0)), f"{self.name}: the audio")
         return wave
 
     def blocks(self, seconds: float = BLOCK_SECONDS) -> Iterator[np.ndarray]:
-        """Yield the whole file as consecutive mono blocks [n], and count the samples in `samples_read`.
+        """Yield the whole file as consecutive blocks of mono samples [n] at `sample_rate`.
+
+        The attribute `samples_read` counts the samples that were yielded.
 
         Args:
-            seconds: duration to decode at a time. The blocks vary in length, since the resampler delays samples.
+            seconds: number of seconds to decode at a time. If the audio is resampled, the blocks vary in length.
 
         Raises:
-            AudioError: if the audio is damaged, not finite, or shorter than its header claims.
+            AudioError: if the audio is damaged, not finite, or shorter than its header declares.
         """
         resampler: Resampler | None = None
         rate = self.sample_rate
@@ -354,7 +359,7 @@ class AudioReader:
             yield wave
 
     def _check_count(self, decoder: Decoder, num_read: int) -> None:
-        """Raise AudioError if a stream has fewer samples than its header claims."""
+        """Raise AudioError if a stream has fewer samples than its header declares."""
         expected = decoder.num_frames
         share = 1.0 if decoder.is_exact else 0.99
         if expected is not None and num_read < share * expected:

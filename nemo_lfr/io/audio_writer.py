@@ -22,7 +22,7 @@ def pcm16(wave: np.ndarray) -> bytes:
 
 
 class AudioWriter:
-    """Write 16-bit mono audio to a temporary file, and rename it to the final name when it is complete.
+    """Write a 16-bit mono audio file. Its temporary name becomes the final name when the file is complete.
 
     Args:
         path: output file; its suffix determines the format. Missing folders are created.
@@ -31,6 +31,7 @@ class AudioWriter:
 
     Raises:
         NemoLfrError: if the file exists and `overwrite` is not set, or if the format is unknown.
+        AudioError: if the format does not support the sample rate.
     """
 
     def __init__(self, path: str | os.PathLike[str], sample_rate: int, *, overwrite: bool = False) -> None:
@@ -115,7 +116,7 @@ class _SinkFile:
             return 0
 
     def check(self, path: Path) -> None:
-        """Raise the stored exception, if there is one. An OSError gets the file name `path`."""
+        """Raise the exception that was stored, if any. An OSError gets the file name `path`."""
         if isinstance(self._error, OSError):
             raise OSError(self._error.errno, self._error.strerror, str(path)) from self._error
         if self._error is not None:

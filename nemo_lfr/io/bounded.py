@@ -1,4 +1,7 @@
-"""Read archives, tables and JSON lines with limits on their size: a small malicious file may expand enormously."""
+"""Read archives, tables and JSON lines with limits on their size.
+
+Without limits, a small malicious file could expand to many gigabytes.
+"""
 
 import gzip
 import tarfile
@@ -11,8 +14,8 @@ from nemo_lfr.errors import NemoLfrError, shorten
 
 MAX_LINE = 1 << 26  # bytes in a line of JSON
 MAX_MEMBER = 1 << 31  # bytes in a file of an archive
-# Limits on the number of values and of decompressed bytes per compressed byte. The FREE_ numbers are allowed in
-# addition, for any compressed size. Tokens have about 11 bits each, so real columns do not come near these limits.
+# Limits on the number of values, and on the decompressed size. Each compressed byte allows for VALUES_PER_BYTE values.
+# FREE_VALUES more are always allowed. A token takes about 11 bits, so real columns do not come near these limits.
 VALUES_PER_BYTE, FREE_VALUES = 64, 1 << 20
 BYTES_PER_BYTE, FREE_BYTES = 256, 1 << 26
 # Tables of recordings may contain decoded samples. Silence compresses well, hence the larger numbers.
@@ -28,7 +31,10 @@ def lines(file: Any) -> Iterator[bytes]:
 
 
 class _Requests:
-    """File wrapper that raises an error for reads larger than `MAX_MEMBER`, which a damaged tar header may request."""
+    """File wrapper that refuses to read more than `MAX_MEMBER` bytes at a time.
+
+    A damaged header in a tar archive could cause such a read.
+    """
 
     def __init__(self, file: Any, path: Path) -> None:
         self._file, self._path = file, path
@@ -37,8 +43,8 @@ class _Requests:
     def read(self, size: int = -1) -> bytes:
         if not 0 <= size <= MAX_MEMBER:
             raise NemoLfrError(
-                f"{self._path}: the archive is damaged: a header claims a size of {size} bytes; at most {MAX_MEMBER} "
-                "are allowed."
+                f"{self._path}: the archive is damaged: a header declares a size of {size} bytes; at most "
+                f"{MAX_MEMBER} are allowed."
             )
         data: bytes = self._file.read(size)
         return data
@@ -76,7 +82,8 @@ def member_bytes(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     data = b"" if file is None else file.read()
     if len(data) != member.size:
         raise NemoLfrError(
-            f"{tar.name!s}: the member {shorten(member.name)!r} ends after {len(data)} of {member.size} bytes."
+            f"{tar.name!s}: the member {shorten(member.name)!r} is truncated after {len(data)} of {member.size} "
+            "bytes; copy or create the archive again."
         )
     return data
 
@@ -88,11 +95,11 @@ def is_implausible(
     free_values: int = FREE_INPUT_VALUES,
     free_bytes: int = FREE_INPUT_BYTES,
 ) -> bool:
-    """Return whether compressed data claims to expand to far more than real data does.
+    """Return whether compressed data would expand far more than real data does.
 
     Args:
-        values: claimed number of values or rows.
-        expanded: claimed size of the decompressed data in bytes.
+        values: declared number of values or rows.
+        expanded: declared size of the decompressed data in bytes.
         size: size of the compressed data in bytes.
         free_values: number of values that is accepted for any compressed size.
         free_bytes: size of decompressed data that is accepted for any compressed size.

@@ -1,4 +1,4 @@
-"""Names of the columns with audio, text, speaker and language in tables from other sources."""
+"""Names that tables from other sources use for their columns of audio, text, speakers and languages."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -14,6 +14,7 @@ LABELS: dict[str, tuple[str, ...]] = {
 }
 # Columns whose values, if they are bytes, are decoded as text.
 TEXT_COLUMNS = frozenset({"id", *(column for columns in LABELS.values() for column in columns)})
+# Columns that may contain audio or the path of an audio file. The first one that a table has is used.
 AUDIO = (
     "audio",
     "target_audio",
@@ -31,7 +32,7 @@ AUDIO = (
     "file_path",
     "filepath",
 )
-CONTEXT = "context_audio"
+CONTEXT = "context_audio"  # column with the audio on which a TTS model is conditioned
 # Columns of tables, and keys of manifests and cuts, that contain tokens of another codec. They are dropped, since
 # readers would mistake them for tokens of this codec.
 OTHER_TOKENS = frozenset(
@@ -81,7 +82,10 @@ def repeated_column(columns: Iterable[str]) -> str | None:
 
 
 def chosen_columns(columns: Iterable[str]) -> dict[str, str]:
-    """Return the column of each label, for labels that come from a column with another name."""
+    """Return the column that supplies each label, for example {"text": "sentence"}.
+
+    A label is omitted if its column has the same name as the label, or if no column supplies it.
+    """
     names = set(columns)
     found = {label: next((name for name in names_ if name in names), None) for label, names_ in LABELS.items()}
     return {label: name for label, name in found.items() if name is not None and name != label}

@@ -94,20 +94,20 @@ def _check_array(item: Mapping[str, Any]) -> None:
     kind = item["storage_type"]
     if kind not in ARRAY_STORAGE:
         raise AudioError(
-            f"the cut contains an array of storage type {shorten(kind)!r}, which is not allowed; drop that field."
+            f"the cut contains an array of storage type {shorten(kind)!r}, which is not allowed; remove that field."
         )
     for key in ("storage_path", "storage_key"):
         if isinstance(item.get(key), str) and URL.match(item[key]):
             raise AudioError(
-                f"the cut contains an array at {shorten(item[key])}, which is not allowed; drop that field."
+                f"the cut contains an array at {shorten(item[key])}, which is not allowed; remove that field."
             )
 
 
 def read_cut(cut: Any, sample_rate: int, longest: float = math.inf, allow_url: bool = False) -> np.ndarray:
     """Read a Lhotse cut or recording as mono samples.
 
-    If a cut consists of all channels of one source without augmentation, its samples equal those of a manifest entry
-    for the same audio. For other cuts, this module reads the sources, and Lhotse assembles the cut from their samples.
+    An excerpt of one file, with all its channels and without augmentation, gets the same samples as an entry of a NeMo
+    manifest. For any other cut, this module reads the sources, and Lhotse assembles the cut from their samples.
 
     Args:
         cut: cut of any type, or recording.
@@ -147,10 +147,10 @@ def read_cut(cut: Any, sample_rate: int, longest: float = math.inf, allow_url: b
 
 
 def forbid_programs() -> None:
-    """Remove the audio backends that start a shell from Lhotse's default backends, until this process ends.
+    """Remove those of Lhotse's default audio backends that start a shell.
 
-    This is needed besides `read_cut`: NeMo's data loaders open the files in their manifests to read the sample rate
-    before a cut reaches this module.
+    The change lasts until this process ends. It is needed in addition to `read_cut`, because NeMo's data loaders open
+    audio files with Lhotse, to read the sample rate, before they call `read_cut`.
     """
     from lhotse.audio.backend import (
         FfmpegSubprocessOpusBackend,
@@ -237,7 +237,10 @@ def _with_own_sources(item: Any, allow_url: bool) -> Any:
 
 
 def _check_numbers(item: Any) -> None:
-    """Raise AudioError for rates and factors that would turn seconds of audio into days."""
+    """Raise AudioError for implausible sample rates and speed factors.
+
+    With such a value, a few seconds of audio could become days.
+    """
     for name in RATE_ATTRIBUTES:
         if (rate := getattr(item, name, None)) is not None:
             check_rate(rate)
@@ -248,7 +251,7 @@ def _check_numbers(item: Any) -> None:
 
 
 def _open(source: Any, allow_url: bool) -> Path | bytes:
-    """Check an audio source, and return the path of its file or its bytes. A URL is downloaded."""
+    """Check an audio source, and return the path of its file, or the bytes of audio in memory or at a URL."""
     check_source(source.type, source.source, allow_url)
     if source.type == "file":
         return resolve_audio_path("", source.source)
@@ -298,7 +301,7 @@ def _read_all(answer: Any, url: str) -> bytes:
             )
         if time.monotonic() > end:
             raise AudioError(f"the download of {shorten(url)} takes longer than {MAX_DOWNLOAD_SECONDS} s.")
-    if answer.length:  # `read1` does not report this, unlike `read`
+    if answer.length:  # unlike `read`, `read1` does not report a download that ends too early
         raise AudioError(f"the download of {shorten(url)} ends {answer.length} bytes too early; try again.")
     return b"".join(pieces)
 

@@ -153,7 +153,7 @@ def check_fields(folder: Path, fields: Iterable[str]) -> None:
 
 
 def read_shar(cuts: Path, fields: Mapping[str, Path], allow_url: bool = False) -> Iterator[CutItem]:
-    """Yield the cuts in one shard of a Lhotse Shar, with the data in its other fields.
+    """Yield the cuts in one shard of a Lhotse Shar, each with its data from the other fields of the Shar.
 
     Args:
         cuts: `cuts.*.jsonl.gz` file of the shard.
@@ -190,7 +190,7 @@ def read_shar(cuts: Path, fields: Mapping[str, Path], allow_url: bool = False) -
         yield item
     for name, reader in readers.items():
         if name not in broken and (more := next(reader, None)) is not None:
-            yield CutItem(more[0], problem=f"{fields[name].name} contains more items than {cuts.name} has cuts.")
+            yield CutItem(more[0], problem=f"{fields[name].name} has more items than {cuts.name} has cuts.")
             return
 
 
@@ -202,14 +202,14 @@ def _attach(item: CutItem, values: Mapping[str, tuple[str, Any]], allow_url: boo
         for name, (of, value) in values.items():
             if of != item.id:
                 raise AudioError(
-                    f"the item of the field {name} at this position belongs to the cut {shorten(of)!r}: an item is "
-                    "missing or out of order."
+                    f"the field {name} has data of the cut {shorten(of)!r} in place of this cut's; an item is missing "
+                    "or out of order, so create the Shar again."
                 )
             if value is None:
                 continue
             manifest, data, member = value
             if manifest is None:
-                raise AudioError(f"the manifest of this cut in the tar file of the field {name} is not JSON.")
+                raise AudioError(f"the tar file of the field {name} has a manifest for this cut that is not JSON.")
             if isinstance(manifest, dict):
                 check_cut(manifest, allow_url)
                 if member is not None or _is_manifest(manifest):
@@ -236,10 +236,10 @@ def _is_manifest(value: Mapping[str, Any]) -> bool:
 
 
 def _field(path: Path, name: str) -> Iterator[tuple[str, Any]]:
-    """Yield the items in the file of a field.
+    """Yield the items in the file of one field of a Shar.
 
-    Each item consists of the id of its cut and a value. The value is a tuple of manifest, data and name of the data,
-    or None if the cut has no value for this field.
+    Each item is a pair of a cut id and a value. The value is a tuple (manifest, data, name of the tar member), or None
+    if the cut has no value for this field.
     """
     if not re.search(r"\.tar(\.gz)?$", path.name):
         for line in json_lines(path):

@@ -29,16 +29,16 @@ class Decoder(Protocol):
         """Return up to `count` float32 samples, shape [n, channels]; n is 0 at the end."""
 
     def seek(self, position: int) -> None:
-        """Set the position to a sample."""
+        """Seek to the sample with index `position`, from which `read` then continues."""
 
     def close(self) -> None:
         """Close the files that this decoder opened."""
 
 
 class _Sequential(soundfile.SoundFile):  # type: ignore[misc]  # soundfile declares no types
-    """File that libsndfile wrongly reports as seekable.
+    """Sound file that can only be read sequentially, although libsndfile reports it as seekable.
 
-    soundfile seeks after every read of a file that is reported as seekable.
+    After every read, soundfile seeks in a file that is reported as seekable. This class prevents that.
     """
 
     def seekable(self) -> bool:
@@ -54,6 +54,7 @@ class SndfileDecoder:
 
     Attributes:
         is_headerless: whether libsndfile found no header and chose the encoding by the file's suffix (.gsm, .vox).
+            See `Decoder` for the other attributes.
     """
 
     note: str | None = None
@@ -83,7 +84,7 @@ class SndfileDecoder:
         return samples
 
     def seek(self, position: int) -> None:
-        """Set the position to a sample."""
+        """Seek to the sample with index `position`, from which `read` then continues."""
         if not self._is_sequential:
             self._file.seek(position)
             return
@@ -97,5 +98,5 @@ class SndfileDecoder:
 
 
 def sndfile_reason(error: Exception) -> str:
-    """Return the reason in an exception of soundfile, without the file name in front of it."""
+    """Return the message of an exception of soundfile, without the file name at its beginning."""
     return str(error).rpartition(": ")[2].rstrip(".")

@@ -21,7 +21,8 @@ def exclusive(folder: Path, shared: bool = False) -> Iterator[None]:
 
     Args:
         folder: an existing folder.
-        shared: whether to hold a lock that several runs can share; it excludes only exclusive locks.
+        shared: whether several runs may hold the lock at the same time. No run can hold an exclusive lock while
+            another run holds a shared one, and vice versa.
 
     Raises:
         NemoLfrError: if another run holds the lock.

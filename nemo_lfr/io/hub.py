@@ -1,4 +1,4 @@
-"""Find a checkpoint by a local path or a name, or in a repository of the Hugging Face Hub or the Hub's cache."""
+"""Find a checkpoint by its local path, its model name, or its repository on the Hugging Face Hub."""
 
 import contextlib
 import logging
@@ -62,7 +62,7 @@ def find_checkpoint(source: str | os.PathLike[str] | None, refresh: bool = False
 
 
 def _cached(repository: str) -> Path | None:
-    """Find a repository's checkpoint in the Hub's cache; None if it is not there, or there are several."""
+    """Find the checkpoint of a repository in the Hub's cache; None if the cache has none or several."""
     from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -106,7 +106,7 @@ def _in_snapshot(repository: str) -> list[Path]:
 
 
 def _usual_name(repository: str) -> str:
-    """Return the usual name of a repository's `.nemo` file, which NeMo's `from_pretrained` expects, too."""
+    """Return the usual name of the `.nemo` file in a repository. NeMo's `from_pretrained` expects this name."""
     return repository.partition("/")[2] + ".nemo"
 
 

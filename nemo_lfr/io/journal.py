@@ -62,16 +62,20 @@ class Journal:
                 continue
 
     def entries(self, length: int) -> Iterator[list[Any]]:
-        """Yield the entries that are lists of this length and start with a string.
+        """Yield the entries that are lists of `length` values, of which the first is a string.
 
-        Other entries, which a file may contain if a user edited it, are skipped.
+        Other entries are skipped. The file may contain some if a user edited it.
         """
         for entry in self:
             if isinstance(entry, list) and len(entry) == length and isinstance(entry[0], str):
                 yield entry
 
     def add(self, entry: Any) -> None:
-        """Append an entry, and wait until it is on disk. JSON must be able to represent the entry."""
+        """Append an entry, and wait until it is on disk.
+
+        Args:
+            entry: any value that JSON can represent.
+        """
         with naming(self.path):
             self._file.write(json.dumps(entry, ensure_ascii=False) + "\n")
             self._file.flush()

@@ -29,14 +29,14 @@ class CorpusUtterance:
     """One utterance that a corpus lists.
 
     Attributes:
-        path: path of the audio file, relative to the folder of the corpus. If there is a problem, it may be the place
-            of the problem instead, such as a line of a table.
+        path: path of the audio file, relative to the folder of the corpus. For an utterance with a problem, it may
+            instead be the place of the problem, such as "train.tsv, line 3".
         speaker: name of the speaker in the corpus; empty if unknown.
         split: one of `nemo_lfr.io.splits.SPLITS`; None if the corpus does not assign the utterance to a split.
         labels: further labels: "lang" and "text".
         problem: reason why the utterance cannot be used, such as a transcript that is not UTF-8; None if it can.
-        offset: start in seconds of the section of the file that is the utterance; None for its beginning.
-        duration: duration of the section in seconds; None for the rest of the file.
+        offset: start of the utterance in the file, in seconds; None for the beginning of the file.
+        duration: duration of the utterance in seconds; None for the rest of the file.
     """
 
     path: Path
@@ -49,7 +49,10 @@ class CorpusUtterance:
 
 
 def librispeech(corpus: Path) -> Iterator[CorpusUtterance]:
-    """Read LibriSpeech (openslr.org/12): PART/SPEAKER/CHAPTER/*.flac, with one *.trans.txt for each chapter."""
+    """Read LibriSpeech (openslr.org/12).
+
+    Audio files are PART/SPEAKER/CHAPTER/*.flac. Each chapter has one transcript, *.trans.txt.
+    """
     for transcript in _named(corpus, "*.trans.txt"):
         part, speaker, _ = transcript.parent.parts[-3:]
         if (split := split_of_name(part)) is None:
@@ -68,7 +71,10 @@ def librispeech(corpus: Path) -> Iterator[CorpusUtterance]:
 
 
 def mls(corpus: Path) -> Iterator[CorpusUtterance]:
-    """Read Multilingual LibriSpeech (openslr.org/94): mls_LANGUAGE/SPLIT/transcripts.txt, audio/SPEAKER/BOOK/*."""
+    """Read Multilingual LibriSpeech (openslr.org/94).
+
+    Each folder mls_LANGUAGE/SPLIT contains transcripts.txt, and audio files audio/SPEAKER/BOOK/*.
+    """
     for transcript in _named(corpus, "transcripts.txt"):
         folder = transcript.parent
         language = folder.parent.name.removeprefix("mls_").removesuffix("_opus")
@@ -91,14 +97,15 @@ def mls(corpus: Path) -> Iterator[CorpusUtterance]:
 
 
 def commonvoice(corpus: Path) -> Iterator[CorpusUtterance]:
-    """Read Common Voice: LANGUAGE/{train,dev,test}.tsv with clips/*.mp3, or ss-corpus-*.tsv with audios/*.
+    """Read Common Voice, either Scripted Speech or Spontaneous Speech.
 
-    Tables of Scripted Speech have the columns `client_id`, `path`, `sentence` and `locale`. Tables of Spontaneous
-    Speech have `client_id`, `audio_file`, `transcription`, `language` and `split`. A row that does not fit the header
-    of its table is an utterance with a problem.
+    Scripted Speech has tables LANGUAGE/{train,dev,test}.tsv with the columns `client_id`, `path`, `sentence` and
+    `locale`; the audio is in clips/*.mp3. Spontaneous Speech has tables ss-corpus-*.tsv with the columns `client_id`,
+    `audio_file`, `transcription`, `language` and `split`; the audio is in audios/*. A row with more or fewer fields
+    than the header becomes an utterance with a problem.
 
     Raises:
-        ValueError: if a table lacks one of these columns, or has two of the same name.
+        ValueError: if a table lacks the column of speakers, audio files or texts, or has two columns of the same name.
     """
     for table in _named(corpus, "*.tsv"):
         spontaneous = table.name.startswith("ss-corpus-")
@@ -147,14 +154,14 @@ def folder(corpus: Path, speaker_level: int | None = None) -> Iterator[CorpusUtt
     """Read the audio files below a folder.
 
     A .txt file beside an audio file contains the text. If there is a table `metadata.csv`, `metadata.tsv` or
-    `metadata.jsonl`, as in Hugging Face's AudioFolder, its labels have precedence. Folders are splits if their names
-    are those of splits, unless all files belong to the same one. If there is a validation set, the files outside all
-    splits are training data.
+    `metadata.jsonl`, as in Hugging Face's AudioFolder, its labels have precedence. If folders are named after splits,
+    such as `train` and `test`, each file gets the split of its folder, unless all files would get the same split. Files
+    in other folders are training data if there is a validation set.
 
     Args:
         corpus: the folder.
-        speaker_level: depth of the folders that are named after speakers; 1 is directly below the corpus. None for no
-            speakers, because a folder may also be a split, a chapter or a microphone.
+        speaker_level: depth of the folders that are named after speakers; 1 is directly below the corpus. With None,
+            folder names are not used as speakers, because a folder may also be a split, a chapter or a microphone.
     """
     rows: dict[Path, list[CorpusUtterance]] = {}
     for row in _metadata(corpus):
@@ -201,9 +208,11 @@ def table(path: Path, *, by_file: bool = False) -> Iterator[CorpusUtterance]:
 
     Args:
         path: the table.
-        by_file: locate a problem of a row by its audio file if the row names one. Otherwise by the line.
+        by_file: whether the `path` of an utterance with a problem is its audio file. By default, and if the row names
+            no audio file, `path` is the line of the table.
     """
-    from nemo_lfr.io.manifests import resolve_audio_path, seconds  # imports the audio readers, unneeded for help
+    # This import loads the audio readers, so it is not at the top of the file: `--help` does not need them.
+    from nemo_lfr.io.manifests import resolve_audio_path, seconds
 
     for row in read_table(path):
         place = Path(f"{path.name}, line {row.line}")
@@ -229,7 +238,7 @@ def table(path: Path, *, by_file: bool = False) -> Iterator[CorpusUtterance]:
 
 
 def _as_text(value: object) -> str:
-    """Return a label as text; an empty one for anything but text and numbers."""
+    """Return a label as text. A label that is neither text nor a number becomes empty."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)  # pandas converts integer columns with missing values to float
     return str(value) if isinstance(value, str | int | float) and not isinstance(value, bool) else ""
@@ -263,9 +272,9 @@ def hold_out(utterances: list[CorpusUtterance], share: float) -> list[CorpusUtte
     """Assign each utterance without a split to "train" or "valid".
 
     All utterances of a speaker get the same split. If there is only one speaker, single files are held out. If no
-    speaker is known, folders are held out if there are enough of them for the share, and otherwise files. The choice
-    depends on a hash of the name, so that a growing corpus keeps its validation set. If the share is between 0 and 1
-    and there are at least two names, each split gets at least one.
+    speakers are known, whole folders are held out if `share` amounts to at least one folder, and single files
+    otherwise. The choice depends on a hash of the name, so that a growing corpus keeps its validation set. Each split
+    gets at least one speaker, folder or file, unless there is only one or `share` is 0 or 1.
 
     Args:
         utterances: utterances, some of which may have a split already.
@@ -298,14 +307,18 @@ def hold_out(utterances: list[CorpusUtterance], share: float) -> list[CorpusUtte
 
 
 def held_out_by(utterances: list[CorpusUtterance], share: float) -> str:
-    """Return what `hold_out` chooses from, such as "speaker" or "folder"; "" if all utterances have a split."""
+    """Return which units `hold_out` assigns to splits: "speaker", "folder" or "file".
+
+    If it uses several of them, the result joins them, as in "speaker or file". The result is empty if all utterances
+    have a split already.
+    """
     unit = _units(utterances, share)
     units = {unit(utterance) for utterance in utterances if utterance.split is None and not utterance.problem}
     return " or ".join(sorted(units, reverse=True))
 
 
 def _units(utterances: list[CorpusUtterance], share: float) -> Callable[[CorpusUtterance], str]:
-    """Return a function that says what an utterance is held out with: its "speaker", "folder" or "file"."""
+    """Return a function that maps an utterance to the unit that is held out: "speaker", "folder" or "file"."""
     speakers = {utterance.speaker for utterance in utterances}
     folders = {utterance.path.parent for utterance in utterances}
 
@@ -318,7 +331,7 @@ def _units(utterances: list[CorpusUtterance], share: float) -> Callable[[CorpusU
 
 
 def _named(corpus: Path, pattern: str) -> list[Path]:
-    """Find the files below a folder whose paths end with a match of a pattern; see `find_files`."""
+    """Find the files below a folder whose paths match a pattern such as "clips/*.mp3" (see `Path.match`)."""
     suffix = pattern[pattern.rindex(".") :]
     return [path for path in find_files(corpus, {suffix}, report=lambda _: None) if path.match(pattern)]
 
@@ -332,7 +345,8 @@ def text_of(transcript: Path) -> tuple[dict[str, str], str | None]:
     """Read the text file beside a recording.
 
     Returns:
-        Labels with the text (empty if the file does not exist), and a problem if the file cannot be read, else None.
+        A dictionary with the label "text", which is empty if the file does not exist, and an error message if the file
+        cannot be read; None otherwise.
     """
     try:
         if not os.path.lexists(transcript):  # a broken link counts as an unreadable transcript
@@ -346,7 +360,7 @@ def text_of(transcript: Path) -> tuple[dict[str, str], str | None]:
 def _transcripts(path: Path, corpus: Path, separator: bytes) -> Iterator[tuple[str | None, str, str | None]]:
     """Yield the name, the text and the problem (or None) of each line.
 
-    If the file cannot be read, the only result is None, the path of the file, and the problem.
+    If the file cannot be read, the only item is (None, path of the file, problem).
     """
     try:
         lines = read_lines(path)
@@ -381,10 +395,10 @@ def _row(line: bytes, columns: list[str]) -> dict[str, str]:
 
 
 def _below(name: str) -> Path:
-    """Return the path of a clip that a table names.
+    """Return the path of an audio file that a table lists.
 
     Raises:
-        ValueError: if the path is empty, or is not inside the folder of the clips.
+        ValueError: if the path is empty, absolute, or contains `..`.
     """
     path = Path(name)
     if not name.strip() or path.is_absolute() or ".." in path.parts:

@@ -177,7 +177,7 @@ def test_an_arrow_stream_that_expands_is_refused_before_it_does(kind, tmp_path):
             writer.write_table(table)
     assert path.stat().st_size < 1 << 17
     (tmp_path / "state.json").write_text(json.dumps({"_data_files": [{"filename": path.name}]}))
-    with pytest.raises(ConfigError, match=r"state\.arrow: the file claims \d+ rows.*damaged or malicious"):
+    with pytest.raises(ConfigError, match=r"state\.arrow: the file declares \d+ rows.*damaged or malicious"):
         SavedDataset(tmp_path)
 
 
