@@ -53,8 +53,8 @@ def lhotse_recipe(name: str) -> Callable[[Path], Iterator[CorpusUtterance]]:
     missing = [other.name for other in others if other.default is other.empty and other.name != "output_dir"]
     if missing:
         raise NemoLfrError(
-            f"Lhotse's recipe {name} needs more than {first.name}: {', '.join(missing)}; run it yourself with `lhotse "
-            f"prepare`, and pass the manifests that it writes to `nemo-lfr tokenize`."
+            f"Lhotse's recipe {name} needs more arguments than {first.name}: {', '.join(missing)}; run it yourself "
+            f"with `lhotse prepare`, and pass the manifests that it writes to `nemo-lfr tokenize`."
         )
 
     def read(corpus: Path) -> Iterator[CorpusUtterance]:
@@ -79,9 +79,10 @@ def lhotse_recipe(name: str) -> Callable[[Path], Iterator[CorpusUtterance]]:
 
 
 def _utterances(manifests: Any, corpus: Path, name: str, split: str | None = None) -> Iterator[CorpusUtterance]:
-    """Yield the utterances in the result of a recipe.
+    """Yield the utterances in the return value of a recipe.
 
-    The result contains recordings and supervisions, or maps splits, languages or other parts to such results.
+    This value is a dictionary with "recordings" and "supervisions", or a dictionary of such dictionaries, for example
+    one for each split or language.
     """
     if not isinstance(manifests, Mapping):
         kind = type(manifests).__name__
@@ -118,7 +119,7 @@ def _utterance(recording: Any, supervisions: list[Any], corpus: Path, split: str
 
 
 def _path(recording: Any, corpus: Path) -> tuple[Path, str | None]:
-    """Return the path of a recording relative to the corpus, and a problem if it cannot be used, else None."""
+    """Return the path of a recording relative to the corpus, and an error message or None."""
     sources = recording.sources
     if len(sources) != 1 or sources[0].type != "file":
         kinds = shorten([source.type for source in sources])

@@ -16,9 +16,9 @@ SAFETENSORS = "model.safetensors"
 PREPROCESSOR = "preprocessor_config.json"  # only transformers reads this file
 # A folder is a checkpoint if it contains both files of a pair. The first pair has precedence.
 FOLDERS = ((CONFIG_MEMBER, WEIGHTS_MEMBER), (SAFETENSORS_CONFIG, SAFETENSORS))
-# Suffixes of files in folders that are a checkpoint.
+# Suffixes of files that are only a part of a checkpoint, namely of a checkpoint folder.
 FOLDER_SUFFIXES = frozenset([".onnx", ".safetensors", ".yaml", ".json"])
-# Suffixes of model files. The name of a Hub repository may contain a dot, but is expected not to end with these.
+# Suffixes of model files. A name with such a suffix is taken for a path, not for a repository on the Hub.
 MODEL_SUFFIXES = frozenset(
     [".nemo", ".ckpt", ".onnx", ".pt", ".pth", ".bin", ".safetensors", ".tar", ".gz", ".tgz", ".zip", ".yaml", ".json"]
 )
@@ -63,8 +63,8 @@ def expand_home(path: str | os.PathLike[str], error: type[NemoLfrError] = NemoLf
 def looks_local(name: str) -> bool:
     """Return whether a name is a local path rather than a Hub repository.
 
-    The path need not exist. A name is local if it has the suffix of a model file, starts like a path (with `.`, `/` or
-    `~`, for instance), or if its first folder exists.
+    The path need not exist. A name is a local path if it has the suffix of a model file, if it begins like a path (for
+    instance with `.`, `/` or `~`), or if its first folder exists.
     """
     path = os.path.expanduser(name)
     if path.startswith((".", "~", "/", "\\")) or os.path.isabs(path) or "\\" in path:
@@ -78,7 +78,7 @@ def looks_local(name: str) -> bool:
 def check_model_name(name: str, error: type[NemoLfrError] = NemoLfrError) -> None:
     """Raise an error if a model is a local path that does not exist.
 
-    Without this check, another package would request the path as a repository from the Hub.
+    Without this check, other packages, such as transformers, would try to download a repository with this name.
 
     Args:
         name: name of a Hub repository, or local path.
@@ -103,8 +103,7 @@ def locate_checkpoint(source: str | os.PathLike[str]) -> Path:
         Path of the checkpoint file, or of the folder that contains config and weights.
 
     Raises:
-        CheckpointError: if there is no checkpoint, more than one, or the path is not a regular file (a pipe, device or
-            socket).
+        CheckpointError: if there is no checkpoint or more than one, or if the path is a pipe, device or socket.
     """
     path = expand_home(source, CheckpointError)
     if os.path.isdir(path):
@@ -118,12 +117,16 @@ def locate_checkpoint(source: str | os.PathLike[str]) -> Path:
     if path.suffix.lower() in FOLDER_SUFFIXES or (
         path.name == WEIGHTS_MEMBER and os.path.exists(path.with_name(CONFIG_MEMBER))
     ):
-        raise CheckpointError(f"{path}: one file of a checkpoint that is a folder; pass the folder {path.parent}.")
+        raise CheckpointError(f"{path}: this file is only a part of a checkpoint; pass the folder {path.parent}.")
     return path
 
 
 def folder_files(names: Collection[str]) -> tuple[str, str] | None:
-    """Return the names of the config and the weights among the names in a folder; None if it is no checkpoint."""
+    """Return the names of the config and of the weights in a checkpoint folder; None if one is missing.
+
+    Args:
+        names: names of the files in the folder.
+    """
     return next((pair for pair in FOLDERS if all(name in names for name in pair)), None)
 
 
@@ -190,9 +193,10 @@ def _in_folder(folder: Path) -> Path:
             f"{folder}: the folder has {SAFETENSORS}, but no {SAFETENSORS_CONFIG}; download the checkpoint again."
         )
     if any(name.endswith(".onnx") for name in names):
-        raise CheckpointError(f"{folder}: has ONNX files only; pass the checkpoint that they were exported from.")
+        raise CheckpointError(
+            f"{folder}: the folder has only ONNX files; pass the checkpoint from which they were exported."
+        )
     pairs = ", ".join(f"no {config} with {weights}" for config, weights in FOLDERS)
     raise CheckpointError(
-        f"{folder}: the folder contains no checkpoint: no .nemo file, {pairs}, no ONNX files; pass a .nemo or .ckpt "
-        "file."
+        f"{folder}: the folder contains no checkpoint: no .nemo file, {pairs}; pass a .nemo or .ckpt file."
     )

@@ -26,7 +26,7 @@ NOT_A_LINE = (ValueError, TypeError, KeyError, AttributeError, OverflowError, Re
 
 
 def line_id(line: bytes) -> str:
-    """Return an id for a manifest line from which no clip name can be read."""
+    """Return an id for a malformed manifest line: "line-", followed by a hash of the line."""
     return "line-" + hashlib.sha256(line).hexdigest()[:ID_DIGITS]
 
 
@@ -37,10 +37,10 @@ class Recording:
     Attributes:
         dataset: name of the dataset.
         path: path of the audio file.
-        name: `audio_filepath` as the manifest has it.
+        name: value of `audio_filepath`, as written in the manifest.
         offset: start of the recording in the file, in seconds.
         duration: duration in seconds.
-        labels: all values of the entry in the manifest.
+        labels: values of the manifest entry, and the standard labels; see `nemo_lfr.io.columns`.
     """
 
     dataset: str
@@ -131,7 +131,7 @@ def resolve_audio_path(folder: str | os.PathLike[str], name: object) -> Path:
     other path is relative to `folder`.
 
     Args:
-        folder: --audio-dir (`audio_dir` in training), or by default the folder of the manifest or table.
+        folder: folder that relative paths start from.
         name: path in the manifest or table.
 
     Raises:
@@ -151,7 +151,7 @@ def resolve_audio_path(folder: str | os.PathLike[str], name: object) -> Path:
 
 
 def seconds(labels: dict[str, Any], key: str) -> float | None:
-    """Return a time from an entry of a manifest, in seconds; None if the entry has no such key.
+    """Return a time in seconds from an entry of a manifest; None if the entry has no time for this key.
 
     Args:
         labels: values of the entry.

@@ -19,14 +19,14 @@ DEMUXERS = (
 _ESTIMATED = {"aac", "ac3", "eac3", "dts", "loas", "mp3", "amr"}
 # Decoders of frames with checksums. By default, FFmpeg ignores a wrong checksum or replaces the frame by silence.
 _CHECKED = {"ac3", "eac3", "dca", "flac", "mlp", "truehd", "tta", "wavpack"}
-# Demuxers of streams whose time stamps begin anywhere. FFmpeg determines their duration from the time stamps.
+# Demuxers of streams whose time stamps need not begin at 0. FFmpeg determines their duration from the time stamps.
 _RELATIVE = {"mpegts", "mpeg"}
 # Maximum number of packets at the end of a recorded stream that may be incomplete.
 _MAX_SUSPECTS = 32
 
 
 class MediaDecoder:
-    """Decoder for the first audio track in a file.
+    """Decoder that uses FFmpeg to read the first audio track in a file.
 
     Args:
         source: seekable file; the decoder does not close it.
@@ -118,8 +118,8 @@ class MediaDecoder:
     def _frames(self, track: Any) -> Iterator[Any]:
         """Yield the frames of a track.
 
-        A recorded transport stream usually ends within a frame. That frame is not decoded, since FFmpeg would invent
-        its missing bytes.
+        A recorded transport stream usually ends within a frame. The incomplete frame is not decoded, since
+        FFmpeg would invent the missing bytes.
 
         Raises:
             AudioError: if packets other than the last ones are incomplete.
@@ -138,7 +138,10 @@ class MediaDecoder:
                 raise AudioError("the audio is damaged: a packet is incomplete")
 
     def _tail(self, suspects: list[Any], size_of: FrameSize) -> Iterator[Any]:
-        """Yield the frames of those last packets that are complete by their headers, and warn about the others."""
+        """Yield the frames of the complete packets among the last packets of a file.
+
+        The header of a packet states its size. If packets are incomplete, a warning is stored in `note`.
+        """
         lost = 0
         for packet in suspects:
             size = size_of(bytes(memoryview(packet)[:FRAME_HEAD]))
@@ -150,7 +153,7 @@ class MediaDecoder:
             self.note = f"the audio ends within a frame, as recorded streams do; its last {lost} bytes are ignored"
 
     def read(self, count: int) -> np.ndarray:
-        """Return the next samples, float32 [up to count, channels]; empty at the end."""
+        """Return up to `count` float32 samples, shape [n, channels]; n is 0 at the end."""
         pieces, size = [self._waiting], len(self._waiting)
         while size < count and (block := next(self._blocks, None)) is not None:
             pieces.append(block)
@@ -161,7 +164,7 @@ class MediaDecoder:
         return np.ascontiguousarray(joined[:count], dtype=np.float32)
 
     def seek(self, position: int) -> None:
-        """Seek to a sample by decoding everything before it.
+        """Seek to the sample with index `position` by decoding all samples before it.
 
         FFmpeg's own seeking is not exact in every container.
         """

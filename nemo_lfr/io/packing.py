@@ -64,7 +64,8 @@ def unpack(data: bytes, codebook_size: int, num_codebooks: int, num_bytes: int) 
         The int32 tokens [C, T].
 
     Raises:
-        TokensError: if the last frame of `data` is incomplete, or the number of a frame is out of range.
+        TokensError: if the last frame of `data` is incomplete, or a frame contains a number that does not represent
+            tokens.
     """
     if len(data) % num_bytes:
         raise TokensError(f"the size of {len(data)} bytes is not a multiple of the frame size, {num_bytes} bytes.")
@@ -111,5 +112,5 @@ def _unpack_frame(data: bytes, codebook_size: int, num_codebooks: int) -> list[i
 
 def _too_large(codebook_size: int, num_codebooks: int) -> TokensError:
     return TokensError(
-        f"the number of a frame is {codebook_size}^{num_codebooks} or more, so the frame does not encode tokens."
+        f"a frame contains a number of {codebook_size}^{num_codebooks} or more, which does not represent tokens."
     )

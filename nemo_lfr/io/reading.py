@@ -8,9 +8,9 @@ import numpy as np
 from nemo_lfr.errors import AudioError
 from nemo_lfr.io.audio import AudioReader, check_peak, check_rate, resample
 
-# Durations in manifests are rounded. A difference of up to this or 2% of the duration, if that is more, is accepted.
+# Durations in manifests are rounded. A difference up to this value, or 2% of the duration if that is more, is ignored.
 DURATION_SLACK = 0.1  # seconds
-# Durations of cuts are rounded too. A cut from the start that ends this close to the end of the file is all of it.
+# Durations of cuts are rounded too. A cut that begins at 0 and ends this close to the end of a file is the whole file.
 ROUNDED = 0.01  # seconds
 
 
@@ -40,7 +40,7 @@ def read_file(
 
 
 def read_bytes(data: bytes, name: str, sample_rate: int, longest: float = math.inf) -> np.ndarray:
-    """Read an encoded audio file from memory, for instance from the cell of a table; see `read_file`."""
+    """Read an audio file whose bytes are in memory, for instance from a cell of a table; see `read_file`."""
     with AudioReader(name, sample_rate, data) as reader:
         return _read(reader, None, None, longest, name)
 
@@ -60,9 +60,9 @@ def read_samples(
 ) -> np.ndarray:
     """Convert decoded samples, for instance from a column of a table, to mono float32 samples.
 
-    Integers are divided by the full scale of their type. Lists of Python integers become int32 or int64, whatever the
-    original type was. For these types, the full scale is that of 16 bits if all values fit into 16 bits, and otherwise
-    that of 32 bits.
+    Integers are divided by the full scale of their type, for example int16 by 32,768. Many tables store 16-bit samples
+    as int32 or int64. For these two types, the full scale is therefore that of 16 bits if all values fit into 16 bits,
+    and that of 32 bits otherwise.
 
     Args:
         samples: samples [T], [C, T] or [T, C]. Of two axes, the shorter one contains the channels.

@@ -1,6 +1,7 @@
-"""Open and replace regular files only: reading a pipe or a device may block or never end.
+"""Open and replace only regular files.
 
-Placeholders that Git LFS leaves for files are refused too.
+Reading a pipe or a device may block or never end. Git LFS pointers, which stand in for files that were not downloaded
+yet, are refused too.
 """
 
 import os
@@ -14,7 +15,9 @@ POINTER_PROBLEM = "this is a Git LFS pointer, not the file itself; run `git lfs 
 
 
 def open_regular(
-    path: str | os.PathLike[str], error: type[NemoLfrError] = NemoLfrError, advice: str = "give the file itself"
+    path: str | os.PathLike[str],
+    error: type[NemoLfrError] = NemoLfrError,
+    advice: str = "pass the path of a regular file",
 ) -> IO[bytes]:
     """Open a regular file for reading, without blocking on a pipe or a device.
 
@@ -48,11 +51,11 @@ def check_replaceable(path: str | os.PathLike[str], error: type[NemoLfrError] = 
     """Check that an output path is not a pipe, a device or a socket, which a file would replace.
 
     Args:
-        path: output file; need not exist.
+        path: output file; it need not exist.
         error: exception class to raise.
 
     Raises:
-        NemoLfrError: of class `error`, if it is one of these.
+        NemoLfrError: of class `error`, if `path` is a pipe, a device or a socket.
     """
     try:
         mode = os.stat(path).st_mode

@@ -12,7 +12,7 @@ MAX_PEAK = 64.0
 
 
 def resample(wave: np.ndarray, from_rate: int, to_rate: int) -> np.ndarray:
-    """Resample audio exactly as `librosa.load` does: soxr, high quality.
+    """Resample audio exactly as `librosa.load` does, with soxr and its quality setting HQ.
 
     Args:
         wave: float32 samples [T].
@@ -53,7 +53,7 @@ class Resampler:
             last: whether this is the last block.
 
         Returns:
-            The output samples [k] that do not depend on later blocks. If `last` is set, all remaining output samples.
+            The next output samples [k]: those that do not depend on later input, or all the rest if `last` is set.
         """
         self._num_input += len(wave)
         resampled: np.ndarray = self._stream.resample_chunk(wave.astype(np.float32, copy=False), last=last)
@@ -68,7 +68,7 @@ class Resampler:
 def count_samples(seconds: float, rate: float) -> int:
     """Convert a time in seconds to the nearest number of samples, as Lhotse does.
 
-    Times in manifests are rounded, but stand for whole numbers of samples. Half a sample is rounded up.
+    Half a sample is rounded up. Manifests contain rounded times, but the exact time is a whole number of samples.
 
     Args:
         seconds: time in seconds, at least 0.

@@ -27,7 +27,7 @@ class SeekableBytes(io.RawIOBase):
         return self._position
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Set the position and return it.
+        """Move to a position and return it.
 
         A position before the first byte becomes 0. An exception instead would be lost in libsndfile's callback.
         """

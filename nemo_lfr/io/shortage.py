@@ -21,8 +21,8 @@ NO_MEMORY = (
 )
 NO_THREAD = ("can't start new thread", "Resource temporarily unavailable")
 
-# Address space in bytes that PyTorch needs to be imported, to run in total, and to run per thread (stack and heap).
-# Measured with the bundled codec on long files, and rounded up.
+# Address space in bytes that PyTorch needs: for its import, to run at all, and for each thread (stack and heap). The
+# values were measured with the bundled codec on long files, and rounded up.
 _IMPORTED, _COMPUTING, _PER_THREAD = 600 << 20, 256 << 20, 64 << 20
 _MAX_THREADS = 16
 
@@ -66,7 +66,7 @@ def shortage_of(error: BaseException) -> str | None:
 
 @contextmanager
 def sharing(what: str) -> Iterator[None]:
-    """Return a context in which a failure to create locks or shared memory raises a one-line error.
+    """Return a context manager that turns failures to create locks or shared memory into one-line errors.
 
     Args:
         what: plural subject of the error message, such as "several --workers".

@@ -9,8 +9,8 @@ from nemo_lfr.errors import ConfigError, shorten
 from nemo_lfr.io.text import is_missing
 
 SPLITS = ("train", "valid", "test")
-# Words that name a split; those of the Hugging Face Hub, and more. Held-out data comes first: a name with two words,
-# such as train_dev, must not become training data.
+# Words that name a split: those that the Hugging Face Hub recognizes, and more. Held-out data comes first, so that a
+# name with two words, such as train_dev, does not become training data.
 WORDS = {
     "test": "test|testing|eval|evaluation",
     "valid": "validation|valid|val|dev|devel|development",
@@ -28,26 +28,26 @@ def split_of_name(name: str) -> str | None:
 
 
 def split_of_parts(parts: Sequence[str]) -> str | None:
-    """Return the split that the parts of a path name; the last part that names one decides."""
+    """Return the split that the folders and file in a path name; the last one that names a split decides."""
     return next((split for part in reversed(parts) if (split := split_of_name(part))), None)
 
 
 def split_label(value: Any) -> str | None:
-    """Return the split that a column of a table contains; None if it is empty.
+    """Return the split that the value of a "split" column names; None if the value is empty.
 
     Raises:
-        ValueError: if the value is not the name of a split. Its row must not become training data.
+        ValueError: if the value does not name a split. The row must then not be used, not even for training.
     """
     if is_missing(value) or (isinstance(value, str) and not value.strip()):
         return None
     split = split_of_name(value) if isinstance(value, str) else None
     if split is None:
-        raise ValueError(f"its split {shorten(repr(value))} is unknown; use train, validation or test")
+        raise ValueError(f"the split {shorten(repr(value))} is unknown; use train, validation or test")
     return split
 
 
 def check_one_split(path: Path, splits: Iterable[str | None], advice: str) -> None:
-    """Refuse a folder whose files belong to several splits.
+    """Raise an error if the files of a folder belong to several splits.
 
     Args:
         path: the folder.
@@ -61,4 +61,4 @@ def check_one_split(path: Path, splits: Iterable[str | None], advice: str) -> No
     if len(found) > 1:
         names = ", ".join(sorted(split for split in found if split))
         names += " and files without a split" if None in found else ""
-        raise ConfigError(f"{path}: contains the splits {names}, which are not mixed; pass {advice}.")
+        raise ConfigError(f"{path}: the folder contains the splits {names}, which must not be mixed; pass {advice}.")

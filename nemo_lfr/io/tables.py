@@ -42,7 +42,7 @@ class TableRow:
 
 
 def is_table(path: Path) -> bool:
-    """Return whether a file is a table, by its suffix or (for JSON lines) by the keys in its first line."""
+    """Return whether a file is a table, by its suffix or, for JSON lines, by the keys in the first line."""
     suffix = path.suffix.lower()
     if suffix in TABLE_SUFFIXES:
         return path.is_file()

@@ -9,7 +9,7 @@ from nemo_lfr.io.atomic import replacing
 
 
 def save_tensors(path: Path, value: Any) -> None:
-    """Write a file that `torch.load` reads, and replace an existing file.
+    """Write a value with `torch.save`, atomically. An existing file is replaced.
 
     Raises:
         OSError: if the file cannot be written, for instance on a full disk. The error names `path`, and an existing

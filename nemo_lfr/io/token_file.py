@@ -89,7 +89,7 @@ class Metadata(CodecSpec):
     """Specification of the codec that made a token file, and name of the program that wrote it.
 
     Attributes:
-        written_by: name and version of the program.
+        written_by: name and version of the program. See `CodecSpec` for the other attributes.
     """
 
     written_by: str = f"nemo_lfr {__version__}"
@@ -171,7 +171,7 @@ class TokenStreamWriter:
         self._outline = zlib.crc32(self._checksum)
 
     def _write_section(self, data: bytes, before: bytes = b"") -> bytes:
-        """Write a section and the CRC of `before` and the section; return the CRC field."""
+        """Write a section, followed by the CRC of `before` and the section. Return the CRC field."""
         checksum = struct.pack("<I", zlib.crc32(data, zlib.crc32(before)))
         self._file.write(data + checksum)
         self._file.flush()  # so that the block survives if the process is killed
@@ -338,7 +338,9 @@ class TokenWriter(TokenStreamWriter):
                     file.flush()
                     os.fsync(file.fileno())
                 if kind is None and not self._finished:
-                    raise TokensError(f"{self.path}: `finish` was not called, so the file is incomplete.")
+                    raise TokensError(
+                        f"{self.path}: `finish` was not called, so the file was not written; call it after `write`."
+                    )
                 if kind is None:
                     temporary.replace(self.path)
         finally:
@@ -346,12 +348,12 @@ class TokenWriter(TokenStreamWriter):
 
 
 class _Sections:
-    """Base class of readers that reads and checks the sections of a token file.
+    """Base class for readers of token files, with methods that read and check each section.
 
     Args:
         file: binary file, open for reading.
         name: name of the file for messages.
-        model: entropy model for a compressed file, or its path (default: the one that `find_model` finds).
+        model: entropy model for a compressed file, or the path of the model (default: see `find_model`).
 
     Attributes:
         metadata: metadata in the header.
@@ -452,7 +454,7 @@ class _Sections:
         return model
 
     def _read_size(self, count: int) -> tuple[int, bytes]:
-        """Return the length of the payload of a block, and the bytes of the field that stores the length, if any."""
+        """Return the length of a block's payload, and the length field (no bytes if the file is not compressed)."""
         if self.coding == CODING:
             return count * self._bytes_per_frame, b""
         field = self._take(4)
@@ -462,7 +464,7 @@ class _Sections:
         return size, field
 
     def _read_tokens(self, count: int, first: int, before: bytes) -> tuple[np.ndarray, int, bytes]:
-        """Read the rest of a block after the number of frames.
+        """Read the rest of a block, after its number of frames was read.
 
         Args:
             count: number of frames in the block.
@@ -511,7 +513,7 @@ class _Sections:
         self._outline = zlib.crc32(struct.pack("<I", count) + checksum, self._outline)
 
     def _read_end(self, num_frames: int) -> int:
-        """Read the end section after its first field, check it, and return the number of samples."""
+        """Read and check the rest of the end section, after its first field; return the number of samples."""
         fields = self._take(8 if self.version == 1 else 12)
         self._check(bytes(4) + fields, "the end")
         if self._file.read(1):
@@ -546,6 +548,7 @@ class TokenStreamReader(_Sections):
     Args:
         file: binary file, open for reading; it need not be seekable.
         name: name of the file for messages.
+        model: entropy model for a compressed file, or the path of the model (default: see `find_model`).
 
     Attributes:
         num_samples: number of samples that were encoded; None until `blocks` has reached the end of the file.
@@ -575,7 +578,7 @@ class TokenReader(_Sections):
     Args:
         path: the file.
         recover: read the intact part of a truncated or damaged file instead of raising an error.
-        model: entropy model for a compressed file, or its path (default: the one that `find_model` finds).
+        model: entropy model for a compressed file, or the path of the model (default: see `find_model`).
 
     Attributes:
         metadata: metadata in the header.

@@ -222,7 +222,7 @@ def test_several_splits_are_not_mixed(wav, tmp_path):
     audio = {"audio": [{"bytes": wav.read_bytes()}]}
     for name in ("train-0", "train-1", "test-0"):
         write(tmp_path / "hub" / "data" / f"{name}.parquet", audio)
-    with pytest.raises(ConfigError, match=r"contains the splits test, train, which are not mixed"):
+    with pytest.raises(ConfigError, match=r"contains the splits test, train, which must not be mixed"):
         clips_of(tmp_path / "hub")
     write(tmp_path / "half" / "part-0.parquet", audio)
     write(tmp_path / "half" / "test.parquet", audio)

@@ -62,7 +62,10 @@ def test_non_regular_path_is_refused_without_blocking(kind, reader, tmp_path, mo
 def test_non_regular_transcript_fails_only_its_clip(kind, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     KINDS[kind](Path("a.txt"))
-    assert text_of(Path("a.txt")) == ({}, f"the transcript a.txt: not a regular file but {kind}; give the file itself")
+    assert text_of(Path("a.txt")) == (
+        {},
+        f"the transcript a.txt: not a regular file but {kind}; pass the path of a regular file",
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
