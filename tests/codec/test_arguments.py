@@ -247,7 +247,7 @@ BAD_FILES: dict[str, tuple[Callable[[], bytes], str, str]] = {
     "a token file": (lambda: b"LFRT\1" + bytes(50), "lfr", "not an audio file"),
     "web page": (lambda: b"<!DOCTYPE html>" * 100, "wav", "not an audio file"),
     "header alone": (lambda: sound("wav")[:20], "wav", "truncated: it ends within its header"),
-    "wav truncated": (lambda: sound("wav")[:3000], "wav", r"truncated: its header announces 44\d\d bytes, but there are 2956"),
+    "wav truncated": (lambda: sound("wav")[:3000], "wav", r"truncated: its header declares 44\d\d bytes, but there are 2956"),
     "float wav truncated": (lambda: sound("wav", "FLOAT")[:3000], "wav", "truncated"),
     "aiff truncated": (lambda: sound("aiff")[:3000], "aiff", "truncated"),
     "au truncated": (lambda: sound("au")[:3000], "au", "truncated"),

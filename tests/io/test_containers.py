@@ -385,7 +385,7 @@ def test_flac_with_fewer_samples_than_declared_is_truncated(promised):
         data, (21, bytes([data[21] & 0xF0 | promised >> 32])), (22, struct.pack(">I", promised & 0xFFFFFFFF))
     )
     with pytest.raises(
-        AudioError, match=f"was truncated: its header announces {promised} samples, but there are {len(WAVE)}"
+        AudioError, match=f"was truncated: its header declares {promised} samples, but there are {len(WAVE)}"
     ):
         read(data)
 

@@ -1,8 +1,12 @@
 """Find the audio in a file, and correct wrong headers.
 
 Decoders trust headers, but killed recorders, pipes and `cat` leave headers with a wrong length: the length is 0, too
-short, or covers only the first of several recordings. `find_streams` compares the header with the bytes in the file
-and describes each recording in such a way that libsndfile decodes all of it.
+short, or covers only the first of several recordings. `find_streams` compares the header with the bytes in the file.
+It returns a `Stream` for each recording, from which libsndfile decodes the whole recording.
+
+Each module handles some formats. Functions `is_FORMAT` recognize a format, and functions `FORMAT_streams` return the
+recordings of a file. If a recording is truncated or damaged, these functions raise no error, but store a message in
+`Stream.problem`.
 """
 
 import io
@@ -84,7 +88,7 @@ def _mpeg_size(head: bytes) -> int | None:
     return None if frame is None else frame.length
 
 
-# Functions that return the size of a frame, by FFmpeg's name of the decoder.
+# Functions that return the size of a frame. The keys are FFmpeg's names of decoders.
 PACKET_SIZES: dict[str, FrameSize] = {
     **FRAME_SIZES,
     "eac3": FRAME_SIZES["ac3"],
@@ -100,7 +104,7 @@ def find_streams(file: BinaryIO) -> list[Stream]:
         file: seekable file, open for reading.
 
     Returns:
-        At least one stream. For an unsupported format, the only stream is the unchanged file.
+        At least one stream. A file in an unknown format becomes one stream that is not checked (`is_checked`).
     """
     size = file.seek(0, io.SEEK_END)
     window = Window(file, size)
@@ -112,7 +116,7 @@ def find_streams(file: BinaryIO) -> list[Stream]:
 
 
 def _tag_before(window: Window) -> int:
-    """Return the size of an ID3 tag before audio other than MPEG; 0 if there is none."""
+    """Return the size of an ID3 tag that precedes audio other than MPEG; 0 for any other file."""
     skip = after_id3(window, 0)
     head = window.at(skip, 12)
     if not skip or len(head) < 12 or head[:3] == b"ID3":
@@ -145,6 +149,10 @@ def find_mpeg(file: BinaryIO) -> list[Stream]:
 
 
 def is_known(head: bytes) -> bool:
-    """Return whether a file with these first few thousand bytes has a supported format."""
+    """Return whether a file has a supported format.
+
+    Args:
+        head: first few thousand bytes of the file.
+    """
     window = Window(io.BytesIO(head), len(head))
     return any(matches(head[:12], window) for matches, _ in _FORMATS)

@@ -31,7 +31,7 @@ def is_matroska(head: bytes, _: Window) -> bool:
 
 
 def matroska_streams(window: Window) -> list[Stream]:
-    """Check the elements of a Matroska or WebM file.
+    """Find the recordings in a Matroska or WebM file, and check the sizes of its elements.
 
     Elements are nested, and the outer ones may have an unknown size. In a concatenated file, each recording begins
     with its own EBML element.
@@ -67,9 +67,15 @@ def _width(name: int) -> int:
 
 
 def _number(data: bytes, position: int, keep: bool = False) -> tuple[int | None, int]:
-    """Read an EBML number, whose first byte encodes its length.
+    """Read an EBML number, whose first byte encodes the length of the number.
 
-    With `keep`, the length marker is kept, as in element ids.
+    Args:
+        data: bytes that contain the number.
+        position: position of the number in `data`.
+        keep: whether to keep the bits that encode the length, as in the ids of elements.
+
+    Returns:
+        The number and the position after it; (None, `position`) if the number is invalid or incomplete.
     """
     if position >= len(data) or not data[position]:
         return None, position
@@ -86,7 +92,7 @@ def is_mp4(head: bytes, _: Window) -> bool:
 
 
 def mp4_streams(window: Window) -> list[Stream]:
-    """Check the boxes of an MP4, M4A, MOV or 3GP file."""
+    """Return an MP4, M4A, MOV or 3GP file as one stream, after checking the sizes of its boxes."""
     position, indexes, is_joined, is_fragmented, before = 0, 0, False, False, b"moov"
     while position + 8 <= window.size:
         size, name = struct.unpack(">I4s", window.at(position, 8))

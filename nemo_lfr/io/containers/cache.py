@@ -1,4 +1,4 @@
-"""Cache the recordings that were found in files, since training opens a file again for each segment.
+"""Cache the positions of recordings in files, since training opens a file again for each segment.
 
 Finding the recordings in a FLAC, MP3 or Ogg file requires reading it entirely. That takes 0.2 to 1 s for an hour of
 audio, far longer than reading a segment.
@@ -24,7 +24,7 @@ def cached_streams(file: BinaryIO) -> list[Stream]:
     """Return the result of `find_streams`, from the cache if the file is unchanged.
 
     Args:
-        file: seekable file, open for reading. An object that is not in the file system is not cached.
+        file: seekable file, open for reading. The result for an object in memory is not cached.
 
     Returns:
         The recordings in the file, see `find_streams`.

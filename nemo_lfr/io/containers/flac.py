@@ -28,7 +28,7 @@ def flac_streams(window: Window) -> list[Stream]:
 
 
 def _stream(window: Window, start: int, stop: int) -> Stream:
-    """Describe one FLAC stream. Its length is computed from the numbers in its frames."""
+    """Return a FLAC stream as a `Stream`, with its number of samples computed from the numbers of its frames."""
     info = window.at(start + 8, 34)
     if len(info) < 34 or _after_metadata(window, start, stop) is None:
         return Stream([(start, stop)], problem=HEADER_CUT)
@@ -47,16 +47,25 @@ def _stream(window: Window, start: int, stop: int) -> Stream:
         return _before_others(window, Stream([(start, end)], is_file=is_file), total, block_size)
     problem = None if is_whole else LAST_FRAME
     if counted is not None and counted < total:
-        problem = f"the audio was truncated: its header announces {total} samples, but there are {counted}"
+        problem = f"the audio was truncated: its header declares {total} samples, but there are {counted}"
     # The header gets the counted number of samples, since libsndfile stops at the number in the header.
     header = window.at(start, 21) + (known - total | (counted or 0)).to_bytes(5, "big")
     return Stream([(start + len(header), end)], header, problem=problem)
 
 
 def _before_others(window: Window, stream: Stream, total: int, block_size: int) -> Stream:
-    """Describe a FLAC stream that does not end with a complete frame.
+    """Complete the description of a FLAC stream whose last bytes are not a complete frame.
 
     Either the stream is truncated, or other data follows its last frame.
+
+    Args:
+        window: the file.
+        stream: the stream, to which a `problem` or `note` is added.
+        total: number of samples that the header declares.
+        block_size: number of samples per frame; 0 if it varies.
+
+    Returns:
+        The same stream.
     """
     ((start, stop),) = stream.spans
     first = _after_metadata(window, start, stop)
@@ -92,9 +101,10 @@ def _frame_ends(data: bytes) -> Iterator[int]:
 
 
 def _last_sample(window: Window, start: int, stop: int, block_size: int) -> tuple[int | None, bool]:
-    """Return the number of samples of a FLAC stream, and whether its end is intact.
+    """Return the number of samples in a FLAC stream, and whether the stream ends with a complete frame.
 
-    The number is computed from the numbers in the first and the last frame. It is None if they have none.
+    Frames store the position of their first sample, so the first and the last frame determine the number of samples.
+    The number is None if the frames store no position.
     """
     first = _after_metadata(window, start, stop)
     if first is not None and first == stop:
@@ -114,9 +124,9 @@ def _last_sample(window: Window, start: int, stop: int, block_size: int) -> tupl
 
 
 def _counted(window: Window, first: int | None, end: int, block_size: int) -> int | None:
-    """Return the number of samples, counted from the first frame.
+    """Return the number of samples from the first frame up to `end`.
 
-    The first frame need not have the number 0: the stream may be an excerpt of a longer one.
+    The first frame need not begin at sample 0, because the stream may be an excerpt of a longer one.
     """
     span = None if first is None else _frame_span(window.at(first, 32), block_size)
     return None if span is None else end - span[0]

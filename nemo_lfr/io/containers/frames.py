@@ -29,7 +29,7 @@ def _size_of(head: bytes, window: Window) -> FrameSize | None:
 
 
 def frames_streams(window: Window) -> list[Stream]:
-    """Check the frames of a file up to its end."""
+    """Return a file of codec frames as one stream, after checking that frames follow each other up to the end."""
     size_of = _size_of(window.at(0, FRAME_HEAD), window)
     assert size_of is not None
     return _walk(window, size_of)
@@ -51,7 +51,7 @@ def _walk(window: Window, size_of: FrameSize) -> list[Stream]:
 
 
 def _resumed(window: Window, position: int, size_of: Callable[[bytes], int | None]) -> int | None:
-    """Return where frames continue after other bytes; None if they do not."""
+    """Return the position at which frames continue after other bytes; None if no frames follow."""
     sync = window.at(0, 1)
     while (position := window.find(sync, position + 1)) >= 0:
         start = position
@@ -71,9 +71,9 @@ def is_gsm(head: bytes, window: Window) -> bool:
 
 
 def gsm_streams(window: Window) -> list[Stream]:
-    """Check the frames of a GSM 06.10 file, and describe the file with an AIFC header in front of its frames.
+    """Return a GSM 06.10 file as one stream with an AIFC header, after checking its frames.
 
-    GSM files have no header, so libsndfile would recognize this file only by the suffix of its name.
+    GSM files have no header. Without the AIFC header, libsndfile would recognize the format only by the file's suffix.
     """
     (stream,) = _walk(window, lambda head: _GSM_FRAME if head[:1] and head[0] >> 4 == 0xD else None)
     size = sum(stop - start for start, stop in stream.spans)

@@ -29,9 +29,9 @@ HEADER_BYTES = 32  # no match of `_HEADERS` is longer
 
 
 def next_file(window: Window, position: int) -> int | None:
-    """Return the start of an audio file at a position; None if there is none.
+    """Return where another audio file begins at a position; None if none begins there.
 
-    A padding byte, tags or zeros before it are skipped.
+    One padding byte, tags and zeros may precede the file.
     """
     if position >= window.size:
         return None
@@ -42,7 +42,7 @@ def next_file(window: Window, position: int) -> int | None:
 
 
 def header_in(data: bytes) -> int | None:
-    """Return the position in some bytes where the header of a file begins; None if there is none."""
+    """Return the position of the first header of an audio file in some bytes; None if they contain no header."""
     match = _HEADERS.search(data)
     return None if match is None else match.start()
 
@@ -70,7 +70,7 @@ def find_pattern(window: Window, pattern: re.Pattern[bytes], position: int, long
 
 
 def find_header(window: Window, position: int) -> int | None:
-    """Search for the header of another file among samples of undeclared length.
+    """Search the samples of a file for the header of another file, if the length of the samples is unknown.
 
     Args:
         window: the file.
@@ -83,19 +83,18 @@ def find_header(window: Window, position: int) -> int | None:
 
 
 def until_end(window: Window, position: int) -> int | None:
-    """Return the end of samples that extend to the end of a file, without appended tags.
+    """Return the end of the samples in a file that contains only samples and tags after `position`.
 
-    The result is None if another file follows.
+    The result is None if the header of another file follows.
     """
     return None if find_header(window, position) is not None else without_tags(window, position, window.size)
 
 
 def compare_end(window: Window, end: int) -> list[Stream]:
-    """Describe a file whose audio ends at a position.
+    """Return a file as one stream that ends at the position `end`.
 
-    Returns:
-        The file up to that position, with a problem if another file follows and a note if other bytes follow. Tags
-        and padding are ignored.
+    If another file follows, the stream has a `problem`. If other bytes follow, it has a `note`. Tags and padding are
+    ignored.
     """
     end = min(end, window.size)
     if next_file(window, end) is not None:
@@ -104,28 +103,28 @@ def compare_end(window: Window, end: int) -> list[Stream]:
 
 
 def damage_after(window: Window, end: int, section: re.Pattern[bytes]) -> str | None:
-    """Return an error message if the audio continues after bytes that are not a section of the file.
+    """Return an error message if audio follows after bytes that are not audio.
 
-    This check is for formats whose header does not state where the audio ends.
+    This check is for formats that consist of sections, such as packets, and do not state how many there are.
 
     Args:
         window: the file.
-        end: position after the last section that was found.
-        section: pattern of the beginning of a section; other bytes must be unlikely to match it.
+        end: end of the last section before the other bytes.
+        section: pattern that matches the beginning of a section, and is unlikely to match other bytes.
 
     Returns:
-        The message; None if another file follows, only tags and padding follow, or the pattern has no match.
+        The message. None if another file or only tags and padding follow, or if no section follows.
     """
     if next_file(window, end) is not None or note_after(window, end) is None:
         return None
     start = after_tags(window, end)
     if find_pattern(window, section, start) is None:
         return None
-    return f"the audio is damaged: the {window.size - start} bytes at {start} do not continue it"
+    return f"the audio is damaged: the {window.size - start} bytes from byte {start} on do not match the file format"
 
 
 def note_after(window: Window, end: int) -> str | None:
-    """Return the warning about bytes after the end of the audio; None for tags and padding."""
+    """Return a warning if bytes other than tags and padding follow the end of the audio; None otherwise."""
     start = after_tags(window, end)
     if window.size - start < FEW_BYTES:
         return None
@@ -133,15 +132,16 @@ def note_after(window: Window, end: int) -> str | None:
 
 
 def compare_size(window: Window, start: int, promised: int) -> list[Stream]:
-    """Compare the declared and the available number of bytes of samples.
+    """Return a file as one stream, after comparing the declared number of bytes with the size of the file.
 
     Args:
         window: the file.
         start: position of the first sample.
-        promised: number of bytes that the header declares.
+        promised: number of bytes of samples that the header declares.
 
     Returns:
-        The file up to the end of the samples, with a problem if it is truncated or another file follows.
+        The file up to the end of the samples. The stream has a `problem` if the file is truncated or if another file
+        follows.
     """
     available, end = max(0, window.size - start), start + promised
     if available < promised < UNKNOWN_BYTES:

@@ -24,12 +24,13 @@ AU_HEADER = 24  # size in bytes
 _CAF_CHUNKS = frozenset(b"chan edct free info inst kuki mark midi ovvw pakt peak regn strg umid uuid".split())
 # Name of a chunk of Wave64: letters, and a constant.
 _W64_CHUNK = re.compile(rb"[a-zA-Z0-9 ]{4}\xf3\xac\xd3\x11.{8}", re.DOTALL)
-# A length field: its position, its format in the notation of `struct`, a number to add, and its unit in bytes.
+# A length field in a header: its position, its format in the notation of `struct`, the unit of the length in bytes
+# (last), and a number to add to the length in this unit (third).
 Field = tuple[int, str, int, int]
 
 
 def _to_end(window: Window, begin: int, fields: Sequence[Field], note: str | None = None) -> list[Stream]:
-    """Describe a file whose samples extend to its end, and write the true length into its header.
+    """Return a file whose samples extend to its end as one stream, with the true length in the header.
 
     Args:
         window: the file.
@@ -50,7 +51,7 @@ def _to_end(window: Window, begin: int, fields: Sequence[Field], note: str | Non
 
 
 def au_streams(window: Window) -> list[Stream]:
-    """Find the audio in an AU file, and correct the length in its header."""
+    """Return an AU file as one stream, and correct the length in its header."""
     if window.size < AU_HEADER:
         return [whole_file(window.size, HEADER_CUT)]
     order = ">" if window.at(0, 4) == b".snd" else "<"
@@ -71,7 +72,7 @@ def au_streams(window: Window) -> list[Stream]:
 
 
 def aiff_streams(window: Window) -> list[Stream]:
-    """Find the audio in an AIFF or AIFC file, and correct the length in its header."""
+    """Return an AIFF or AIFC file as one stream, and correct the lengths in its header."""
     position, common, compressed = 12, None, window.at(8, 4) == b"AIFC"
     while position + 8 <= window.size:
         name, length = struct.unpack(">4sI", window.at(position, 8))
@@ -108,7 +109,7 @@ def aiff_streams(window: Window) -> list[Stream]:
 
 
 def caf_streams(window: Window) -> list[Stream]:
-    """Find the audio in a CAF file, and correct the length in its header."""
+    """Return a CAF file as one stream, and correct the length in its header."""
     position = 8
     while position + 12 <= window.size:
         name, length = struct.unpack(">4sq", window.at(position, 12))
@@ -131,7 +132,7 @@ def caf_streams(window: Window) -> list[Stream]:
 
 
 def w64_streams(window: Window) -> list[Stream]:
-    """Find the audio in a Wave64 file, and correct the length in its header."""
+    """Return a Wave64 file as one stream, and correct the length in its header."""
     position = 40
     while position + 24 <= window.size:
         name, length = window.at(position, 4), struct.unpack("<q", window.at(position + 16, 8))[0]

@@ -71,7 +71,7 @@ class Piece:
 
     spans: list[Span] = field(default_factory=list)  # byte ranges of the frames, without tags between them
     count: int = 0
-    promised: int | None = None  # number of frames that the Xing header declares, without the header frame
+    promised: int | None = None  # number of audio frames that the Xing header declares
     first: bytes = b""  # header of the first frame
     first_length: int = 0  # bytes of the first frame
     problem: str | None = None  # error message; ignored if the number of frames is as declared
@@ -109,7 +109,7 @@ def is_late(_: bytes, window: Window) -> bool:
 def frames_follow(window: Window, position: int, least: int = 3) -> bool:
     """Return whether MPEG audio begins at a position.
 
-    At least `least` frames of one kind must follow each other, or fewer up to the end of the file.
+    At least `least` consecutive frames of one kind are required, or two if the file then ends.
     """
     position = after_id3(window, position)
     kind: Kind | None = None
@@ -183,9 +183,9 @@ def _left_out(window: Window, start: int | None, stop: int) -> str | None:
 
 
 def _confirmed(window: Window, position: int, frame: Frame) -> bool:
-    """Return whether the file ends or a frame of the same kind follows.
+    """Return whether a frame is followed by another frame of the same kind, or by the end of the file.
 
-    Random bytes may look like one frame, but hardly like two.
+    Other bytes may look like one frame by chance, but hardly like two.
     """
     following = position + frame.length
     if following > window.size:
@@ -219,7 +219,7 @@ def _next_sync(window: Window, position: int) -> int:
 
 
 def _xing_frames(frame_bytes: bytes, frame: Frame) -> int | None:
-    """Return the number of frames that an encoder's header frame declares; None if the frame contains audio."""
+    """Return the number of frames that a header frame declares; None if the frame is not a header frame."""
     if frame.layer != 3:
         return None
     tag = frame_bytes[4 + frame.side : 4 + frame.side + 12]
@@ -232,7 +232,7 @@ def _xing_frames(frame_bytes: bytes, frame: Frame) -> int | None:
 
 
 def mpeg_streams(window: Window) -> list[Stream]:
-    """Find the recordings in MPEG audio."""
+    """Find the recordings in MPEG audio, and add or correct their Xing headers."""
     pieces = [piece for piece in _pieces(window) if piece.count or piece.promised]
     if not pieces and window.at(0, 3) == b"ID3" and after_id3(window, 0) >= window.size:
         return [whole_file(window.size, HEADER_CUT)]
@@ -243,7 +243,7 @@ def mpeg_streams(window: Window) -> list[Stream]:
         stream.problem = piece.problem if piece.is_joined or not is_counted else None
         if piece.promised and piece.count < piece.promised:
             stream.problem = (
-                f"the audio was truncated: its header announces {piece.promised} frames, but there are {piece.count}"
+                f"the audio was truncated: its header declares {piece.promised} frames, but there are {piece.count}"
             )
         if piece.promised and piece.count <= piece.promised:
             stream.is_file = len(pieces) == 1 and _is_plain(window, piece)
@@ -258,7 +258,8 @@ def mpeg_streams(window: Window) -> list[Stream]:
 def _is_plain(window: Window, piece: Piece) -> bool:
     """Return whether a file consists only of ID3v2 tags, frames and an ID3v1 tag.
 
-    The declared size must also be correct within 0.5%. About other files, libmpg123 prints messages to stderr.
+    The size that the file declares must also be correct within 0.5%. libmpg123 would print messages about any other
+    file to stderr.
     """
     (start, stop), *others = piece.spans
     tag = window.size - 128
@@ -301,8 +302,12 @@ def _true_header(window: Window, piece: Piece) -> tuple[bytes, list[Span]]:
 def _xing_header(head: bytes, count: int) -> bytes:
     """Return a silent header frame that declares `count` frames.
 
-    The header frame has the same kind as the frame that begins with `head`. The result is empty if there is no such
-    frame, as for layers 1 and 2.
+    Args:
+        head: first four bytes of an audio frame. The header frame has the same sample rate and number of channels.
+        count: number of frames to declare.
+
+    Returns:
+        The frame; empty for layers 1 and 2, which have no header frames.
     """
     frame = read_frame(head)
     if frame is None or frame.layer != 3:

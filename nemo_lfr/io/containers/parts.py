@@ -46,7 +46,7 @@ def is_avi(head: bytes, _: Window) -> bool:
 
 
 def avi_streams(window: Window) -> list[Stream]:
-    """Check the RIFF chunks of an AVI file; large files have several."""
+    """Return an AVI file as one stream, after checking the sizes of its RIFF chunks."""
     return _walked(window, _avi_parts(window))
 
 
@@ -64,9 +64,9 @@ def is_asf(head: bytes, _: Window) -> bool:
 
 
 def asf_streams(window: Window) -> list[Stream]:
-    """Check the objects of an ASF file, and the packets of its data.
+    """Return an ASF file as one stream, after checking the sizes of its objects and packets.
 
-    In a live recording, the size of the data is not stated. The data then extends to the end of the file.
+    A live recording does not state the size of its data. The data then extends to the end of the file.
     """
     return _walked(window, _asf_parts(window), _SECTION["asf"])
 
@@ -116,7 +116,7 @@ def is_flv(head: bytes, _: Window) -> bool:
 
 
 def flv_streams(window: Window) -> list[Stream]:
-    """Check the tags of a Flash video file."""
+    """Return a Flash video file as one stream, after checking the sizes of its tags."""
     return _walked(window, _flv_parts(window), _SECTION["flv"])
 
 
@@ -135,7 +135,7 @@ def is_amr(head: bytes, _: Window) -> bool:
 
 
 def amr_streams(window: Window) -> list[Stream]:
-    """Check the frames of an AMR file."""
+    """Return an AMR file as one stream, after checking its frames."""
     return _walked(window, _amr_parts(window), _SECTION["amr"])
 
 
@@ -155,7 +155,7 @@ def is_wavpack(head: bytes, _: Window) -> bool:
 
 
 def wavpack_streams(window: Window) -> list[Stream]:
-    """Check the blocks of a WavPack file."""
+    """Return a WavPack file as one stream, after checking its blocks."""
     return _walked(window, _wavpack_parts(window), _SECTION["wavpack"])
 
 
@@ -170,7 +170,7 @@ def _wavpack_parts(window: Window) -> Iterator[int]:
 
 
 def _is_further(window: Window, position: int) -> bool:
-    """Return whether a WavPack block contains further channels of the samples in the previous block."""
+    """Return whether a WavPack block has the same samples as the previous block, in further channels."""
     return not window.at(position + 25, 1)[0] & 8  # bit 11 of the flags marks the first block of a group
 
 
@@ -180,7 +180,7 @@ def is_tta(head: bytes, _: Window) -> bool:
 
 
 def tta_streams(window: Window) -> list[Stream]:
-    """Check the frames of a True Audio file."""
+    """Return a True Audio file as one stream, after checking its frames."""
     return _walked(window, _tta_parts(window))
 
 
@@ -200,7 +200,7 @@ def is_real(head: bytes, _: Window) -> bool:
 
 
 def real_streams(window: Window) -> list[Stream]:
-    """Check the chunks of a RealMedia file, and the packets of its data chunks."""
+    """Return a RealMedia file as one stream, after checking its chunks and packets."""
     return _walked(window, _real_parts(window), _SECTION["real"])
 
 
@@ -230,12 +230,12 @@ def _walked(window: Window, parts: Iterator[int], section: re.Pattern[bytes] | N
     Args:
         window: the file.
         parts: size of each section in bytes, in order; 0 if the size is unknown.
-        section: pattern of the beginning of a section. If it matches after the last section, the file is damaged and
-            the audio continues there. None if a header states the number of sections.
+        section: pattern of the beginning of a section. If bytes after the last section match, the file is damaged,
+            since audio follows after other bytes. None if a header states the number of sections.
 
     Returns:
-        The file, with a problem if it is truncated, damaged or several files are joined, and a note if other bytes
-        follow.
+        The file as one stream. The stream has a `problem` if the file is truncated or damaged, or if several files are
+        joined, and a `note` if other bytes follow.
     """
     position = 0
     for size in parts:

@@ -31,7 +31,7 @@ def is_program(head: bytes, _: Window) -> bool:
 
 
 def program_streams(window: Window) -> list[Stream]:
-    """Check the packets of an MPEG program stream."""
+    """Return an MPEG program stream as one stream, after checking its packets."""
     position = 0
     extents: Extents = {}
     while (head := window.at(position, _HEAD))[:3] in (_START, bytes(3)) and len(head) > 3:
@@ -74,7 +74,7 @@ def _size(head: bytes) -> int | None:
 
 
 def _track(packet: bytes) -> int | None:
-    """Return the track of an audio packet; None for subtitles, which are private packets too."""
+    """Return the track number of an audio packet; None if the packet contains subtitles."""
     if packet[3] != _PRIVATE or len(packet) < 9:
         return packet[3]
     content = packet[9 + packet[8] :][:1]
@@ -86,7 +86,7 @@ def _note_track(extents: Extents, track: int, position: int) -> None:
 
 
 def _joined(window: Window, extents: Extents) -> list[Stream]:
-    """Report a problem if one track ends before another begins, as in concatenated files."""
+    """Return a stream with an error if one track ends before another begins, as in concatenated files; else []."""
     last = min((last for _, last in extents.values()), default=0)
     is_joined = any(first > last for first, _ in extents.values())
     return [whole_file(window.size, JOINED)] if is_joined else []
@@ -105,7 +105,7 @@ def is_transport(_: bytes, window: Window) -> bool:
 
 
 def transport_streams(window: Window) -> list[Stream]:
-    """Check the packets of an MPEG transport stream, which all have the same size."""
+    """Return an MPEG transport stream as one stream, after checking its packets, which all have the same size."""
     layout = _layout(window)
     assert layout is not None
     lead, step = layout
@@ -141,7 +141,7 @@ def _note_tracks(extents: Extents, packets: np.ndarray, index: int) -> None:
 
 
 def _resumes(window: Window, position: int, lead: int, step: int) -> bool:
-    """Return whether packets continue after other bytes."""
+    """Return whether more packets follow after other bytes."""
     while (position := window.find(bytes([_SYNC]), position + 1)) >= 0:
         if all(window.at(position + step * index, 1) == bytes([_SYNC]) for index in range(1, 6)):
             return True

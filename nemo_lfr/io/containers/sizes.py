@@ -15,7 +15,7 @@ _DTS_CORE, _DTS_EXTENSION = b"\x7f\xfe\x80\x01", b"\x64\x58\x20\x25"
 
 
 def adts_size(head: bytes) -> int | None:
-    """Return the size of an ADTS (AAC) frame from its first seven bytes."""
+    """Return the size in bytes of an ADTS (AAC) frame, from its first seven bytes; None if they are no header."""
     if len(head) < _ADTS_HEAD or head[0] != 0xFF or head[1] & 0xF6 != 0xF0:
         return None
     size = (head[3] & 3) << 11 | head[4] << 3 | head[5] >> 5
@@ -23,14 +23,14 @@ def adts_size(head: bytes) -> int | None:
 
 
 def loas_size(head: bytes) -> int | None:
-    """Return the size of a LOAS (AAC in LATM) frame from its first three bytes."""
+    """Return the size in bytes of a LOAS (AAC) frame, from its first three bytes; None if they are no header."""
     if len(head) < _LOAS_HEAD or head[0] != 0x56 or head[1] & 0xE0 != 0xE0:
         return None
     return _LOAS_HEAD + ((head[1] & 0x1F) << 8 | head[2])
 
 
 def ac3_size(head: bytes) -> int | None:
-    """Return the size of an AC-3 or E-AC-3 frame from its first six bytes."""
+    """Return the size in bytes of an AC-3 or E-AC-3 frame, from its first six bytes; None if they are no header."""
     if len(head) < 6 or head[:2] != b"\x0b\x77" or head[5] >> 3 > _EAC3_LAST:
         return None
     if head[5] >> 3 > _AC3_LAST:
@@ -62,13 +62,13 @@ FRAME_SIZES: dict[str, FrameSize] = {"aac": adts_size, "aac_latm": loas_size, "a
 
 
 def frame_size_at(window: Window, position: int, size_of: FrameSize) -> int | None:
-    """Return the size of the frame at a position; None if there is none."""
+    """Return the size in bytes of the frame at a position; None if no frame begins there."""
     size = size_of(window.at(position, FRAME_HEAD))
     return size if size else None
 
 
 def codec_frames_follow(window: Window, position: int) -> bool:
-    """Return whether three frames of a codec of `FRAME_SIZES` begin at a position."""
+    """Return whether three consecutive frames of AAC, AC-3 or DTS begin at a position."""
     return any(_three_follow(window, position, size_of) for size_of in FRAME_SIZES.values())
 
 

@@ -32,7 +32,7 @@ class Stream:
 
     Attributes:
         spans: byte ranges [start, stop) of the file that contain the recording, in order.
-        header: bytes that a decoder needs before these ranges.
+        header: bytes that a decoder must read before these ranges.
         is_file: whether the stream is the unchanged file, which a decoder can open by itself.
         problem: error message if the recording cannot be read; None if it is complete.
         note: warning about an irregularity by which almost no audio is lost; None if there is none.
@@ -50,7 +50,7 @@ class Stream:
 
 
 class Splice(SeekableBytes):
-    """File object that reads one stream: its header, followed by its byte ranges of the file.
+    """File object that contains the header of a stream, followed by the byte ranges of the stream in a file.
 
     Args:
         file: the file; reading changes its position.
@@ -135,7 +135,7 @@ class Window:
 
 
 def without_tags(window: Window, start: int, stop: int) -> int:
-    """Return the end of [start, stop) without appended ID3v1, APE and Lyrics3 tags."""
+    """Return where the audio in [start, stop) ends, before appended ID3v1, APE and Lyrics3 tags."""
     before = None
     while before != stop:
         before = stop
@@ -158,12 +158,12 @@ def whole_file(size: int, problem: str | None = None) -> Stream:
 
 def cut_short(promised: int, available: int) -> str:
     """Return the error message for a file that has fewer bytes than its header declares."""
-    return f"the audio was truncated: its header announces {promised} bytes, but there are {available}"
+    return f"the audio was truncated: its header declares {promised} bytes, but there are {available}"
 
 
 def longer(promised: int, available: int) -> str:
     """Return the warning about a file that has more bytes than its header declares."""
-    return f"its header announces {promised} bytes, but there are {available}; all of them are read"
+    return f"its header declares {promised} bytes, but there are {available}; all of them are read"
 
 
 # Error message for a file that ends before its first sample.
@@ -171,7 +171,7 @@ HEADER_CUT = "the audio was truncated: it ends within its header"
 # Error message for several recordings in one file that cannot be separated.
 JOINED = "the audio contains several recordings, one after the other; convert each of them to WAV"
 
-# Error message for a file without a length in its header, in a format where truncation shows only in the length.
+# Error message for a file without a length in its header, if a truncated file cannot be detected in another way.
 NO_LENGTH = "the audio has no length in its header, as after an interrupted recording; convert it to WAV with ffmpeg"
 
 
@@ -182,7 +182,7 @@ def is_chunk(rest: bytes, left: int | None = None, order: str = "<") -> bool:
 
     Args:
         rest: the bytes.
-        left: number of bytes from there to the end of the file; None if unknown.
+        left: number of bytes from the first of them to the end of the file; None if unknown.
         order: byte order in the notation of `struct`.
     """
     if not CHUNK_NAME.match(rest):
@@ -193,13 +193,13 @@ def is_chunk(rest: bytes, left: int | None = None, order: str = "<") -> bool:
 
 
 def goes_on(rest: bytes, left: int | None = None, order: str = "<") -> bool:
-    """Return whether more samples follow those that a WAV header declares.
+    """Return whether more samples follow than the header declares.
 
-    The result is False if a chunk (see `is_chunk`), another file or a tag begins there, or if almost no bytes follow.
+    The result is False if a chunk (see `is_chunk`) or a tag follows, or fewer than 16 bytes.
 
     Args:
         rest: the first bytes after the declared samples.
-        left: number of bytes from there to the end of the file; None if unknown.
+        left: number of bytes from the end of the declared samples to the end of the file; None if unknown.
         order: byte order in the notation of `struct`.
     """
     return len(rest) >= FEW_BYTES and not is_chunk(rest, left, order) and not rest.startswith(TAGS)
@@ -207,6 +207,8 @@ def goes_on(rest: bytes, left: int | None = None, order: str = "<") -> bool:
 
 def moved(stream: Stream, spans: Sequence[Span]) -> Stream:
     """Convert the byte ranges of a stream from positions in an excerpt to positions in the file.
+
+    An excerpt is, for example, the content of the `data` chunk of a WAV file.
 
     Args:
         stream: stream that was found in the excerpt.

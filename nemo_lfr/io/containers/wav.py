@@ -112,7 +112,7 @@ class WavSamples:
         return b"".join(samples)
 
     def _before_header(self, data: bytes, last: bool) -> bytes:
-        """Return the samples before the header of another file, if the number of samples is unknown.
+        """Return the samples in `data` up to the header of another file, for samples of unknown length.
 
         The last bytes are kept until more data arrives, since a header may begin in them.
         """
@@ -183,7 +183,7 @@ def wav_streams(window: Window) -> list[Stream]:
 
 
 def _recording(window: Window, start: int) -> tuple[list[Stream], int | None]:
-    """Return the recording at `start`, if any, and the start of the next one."""
+    """Return the streams of the recording at `start`, and the start of the next recording or None."""
     size = window.size
     header = WavHeader(window.at(start, 4))
     spans: list[Span] = []
@@ -238,7 +238,7 @@ def _is_tag(name: bytes) -> bool:
 
 
 def _no_samples(window: Window, start: int, stop: int, header: WavHeader, spans: list[Span]) -> str:
-    """Return the error message for a WAV file whose chunks, which end at `stop`, have no samples or no format."""
+    """Return the error message for a WAV file that lacks a `data` or `fmt ` chunk. Its chunks end at `stop`."""
     declared = int.from_bytes(window.at(start + 4, 4), "big" if header.order == ">" else "little")
     is_whole = stop == window.size and declared in (stop - start, stop - start - 8)
     if not spans and stop + 8 > window.size and not is_whole:
@@ -260,7 +260,7 @@ def _mpeg_inside(window: Window, spans: list[Span], problem: str | None) -> list
 
 
 def _wav_data(window: Window, header: WavHeader, start: int, begin: int) -> tuple[int, str | None, bool]:
-    """Return the end of the samples, a problem or None, and whether the length in the header is correct."""
+    """Return the end of the samples, an error message or None, and whether the header has the correct length."""
     available, declared = window.size - begin, header.declared
     if header.is_unknown(available):
         return *_to_end(window, begin), False
@@ -275,7 +275,10 @@ def _wav_data(window: Window, header: WavHeader, start: int, begin: int) -> tupl
 
 
 def _to_end(window: Window, position: int) -> tuple[int, str | None]:
-    """Return the end of samples that extend to the next recording or the end of the file, and a problem or None."""
+    """Return where samples of unknown length end: at the next recording or at the end of the file.
+
+    The second value is an error message, or None.
+    """
     found = find_header(window, position)
     if found is None:
         return window.size, None
@@ -303,7 +306,10 @@ def _is_mock_chunk(window: Window, position: int, order: str) -> bool:
 
 
 def _is_broken_chain(window: Window, position: int, order: str) -> bool:
-    """Return whether something other than a known chunk, another file, a tag or padding follows unknown chunks."""
+    """Return whether unrecognized bytes follow the chunks with unknown names at a position.
+
+    Known chunks, another file, tags and padding are recognized.
+    """
     if window.at(position, 11).startswith(TAGS):
         return False
     end = _end_of_chunks(window, position, order)

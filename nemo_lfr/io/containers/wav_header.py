@@ -1,4 +1,4 @@
-"""Parse and rebuild the header of a WAV file, that is, the chunks before the samples."""
+"""Parse and rebuild the header of a WAV file, which consists of the chunks before the samples."""
 
 import struct
 from collections.abc import Callable
@@ -64,7 +64,7 @@ class WavHeader:
         """Return whether the header does not state the length of the samples.
 
         Args:
-            available: number of bytes that follow; None if unknown.
+            available: number of bytes between the header and the end of the file; None if unknown.
         """
         declared = self.declared
         if declared == 0 and self.magic in (b"RF64", b"BW64") and self.data_size == 0xFFFFFFFF:
