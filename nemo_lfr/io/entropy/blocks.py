@@ -1,6 +1,7 @@
 """Encode blocks of tokens to bytes with an entropy model, and decode them.
 
-Each block is encoded independently of the others.
+A block is the tokens of consecutive frames. Each block is encoded independently of the others. The model predicts
+digits: a token has one digit for each dimension of FSQ.
 """
 
 from collections.abc import Sequence
@@ -30,7 +31,7 @@ from nemo_lfr.io.entropy.predict import (
     tokens_to_digits,
 )
 
-# Minimum number of blocks for which decoding in parallel is faster than one by one.
+# Minimum number of blocks for which decoding them together is faster than one after another.
 SIDE_BY_SIDE = 3
 
 
@@ -46,14 +47,14 @@ def least_bytes(num_frames: int) -> int:
 
 
 def intervals(model: EntropyModel, digits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the interval of frequencies that represents each digit of a block.
+    """Return the interval of [0, 2^15) by which the range coder represents each digit of a block.
 
     Args:
         model: entropy model.
-        digits: digits [T, D].
+        digits: digits [T, D]; the tokens of a frame have D digits.
 
     Returns:
-        Start and length of the intervals, two int64 arrays [T, D].
+        Starts and lengths of the intervals, two int64 arrays [T, D].
     """
     sums = hidden_sums(model, block_features(model.spec, digits))
     rows = np.arange(len(digits))
@@ -79,7 +80,7 @@ def encode_block(model: EntropyModel, tokens: np.ndarray) -> bytes:
 
 
 def block_bits(model: EntropyModel, tokens: np.ndarray) -> float:
-    """Return the code length of a block in bits, without the overhead of the coder and the file.
+    """Return the number of bits that the model needs for a block, without the overhead of coder and file.
 
     Args:
         model: entropy model.

@@ -1,8 +1,8 @@
 """Range coder (rANS) for symbols with integer frequencies (Duda, arXiv 1311.2540).
 
-The state of the coder is an integer in [2^23, 2^31). At each step, the frequencies of all possible symbols sum to
-2^15. The decoder undoes the steps of the encoder in reverse order. The encoder therefore processes the symbols from
-last to first, so that the decoder returns them from first to last.
+The state of the coder is an integer in [2^23, 2^31). A symbol is represented by an interval of [0, 2^15), whose length
+is the frequency of the symbol. The decoder undoes the steps of the encoder in reverse order. The encoder therefore
+processes the symbols from last to first, so that the decoder returns them from first to last.
 """
 
 import struct
@@ -13,7 +13,7 @@ TOTAL = 1 << FREQUENCY_BITS
 LOW = 1 << 23  # minimum and initial value of the state
 STATE_BYTES = 4
 TRUNCATED = "the compressed data ends too early"
-WRONG_END = "the compressed data is wrong: the coder does not end in its initial state"
+WRONG_END = "the compressed data is wrong: after decoding, the coder is not in its initial state"
 
 
 def encode_intervals(starts: list[int], frequencies: list[int]) -> bytes:
@@ -87,7 +87,7 @@ class Decoder:
         """Return the bytes after the last symbol.
 
         Raises:
-            ValueError: if the state is not the initial one of the encoder, so that the decoded symbols are wrong.
+            ValueError: if the state is not the initial state of the encoder. The decoded symbols are then wrong.
         """
         if self.state != LOW:
             raise ValueError(WRONG_END)

@@ -12,7 +12,7 @@ from nemo_lfr.io.packing import check_range, pack, unpack
 CODING = 1
 MAX_BLOCK_FRAMES = 1024
 BLOCK_FRAMES = 256  # for files that are not written live; `docs/concepts/lfr-format.md` compares other sizes
-LEAST_BLOCK_FRAMES = 2  # a block of one frame would save less than the length field of a compressed block costs
+LEAST_BLOCK_FRAMES = 2  # compressing a single frame would save less than the length field costs
 SIZE = struct.Struct("<I")
 
 
@@ -24,7 +24,8 @@ def payload_range(count: int, bytes_per_frame: int) -> range:
 def encode_payload(model: EntropyModel, tokens: np.ndarray, bytes_per_frame: int) -> bytes:
     """Compress the tokens of a block.
 
-    The payload contains packed frames instead if they are not larger, or if the block has only one frame.
+    If packed frames are not larger than the compressed ones, or if the block has only one frame, the payload contains
+    packed frames (see `nemo_lfr.io.packing`).
 
     Args:
         model: entropy model.

@@ -1,4 +1,4 @@
-"""Find entropy models: the bundled one, one by its path, or one beside a token file."""
+"""Find entropy models: the bundled model, a file that the user passes, or a file beside the token file."""
 
 import os
 from functools import lru_cache
@@ -40,7 +40,7 @@ def model_to_write(
 
 
 def as_model(model: EntropyModel | str | os.PathLike[str] | None) -> EntropyModel | None:
-    """Return an entropy model, and read it if its path is passed.
+    """Return an entropy model. If a path is passed, the model is read from this file.
 
     Raises:
         EntropyModelError: if the file cannot be read.

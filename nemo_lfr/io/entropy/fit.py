@@ -31,13 +31,13 @@ class FitSettings:
     """Settings for fitting an entropy model.
 
     Attributes:
-        past: number of past frames that are features, see `ModelSpec`.
-        averages: time constants of running averages, see `ModelSpec`.
-        spreads: time constants of running averages of distances, see `ModelSpec`.
+        past: number of past frames that the model sees as features; see `ModelSpec`.
+        averages: time constants of running averages of the digits; see `ModelSpec`.
+        spreads: time constants of running averages of the digits' distances from the middle; see `ModelSpec`.
         hidden: number of units in the two hidden layers.
         epochs: number of passes over the data with float weights.
         rounded_epochs: number of further passes with rounded weights.
-        max_frames: number of frames after which no further utterances are used; the utterances are in random order.
+        max_frames: number of frames to train on. Utterances are used in random order until this number is reached.
         valid_share: fraction of the utterances that are held out for validation.
         learning_rate: peak learning rate of Adam.
         seed: random seed.
@@ -74,8 +74,8 @@ def fit(
         report: function that is called with progress messages.
 
     Returns:
-        The model, and measurements by name: numbers of utterances and frames, and bits per frame without a model and
-        with the model (on the held-out utterances).
+        The model, and a dictionary of measurements: the numbers of utterances and frames, and the bits per frame of
+        the held-out utterances with the model ("bits_per_frame") and without one ("uniform_bits_per_frame").
 
     Raises:
         EntropyModelError: if there are too few tokens, or the codec has more levels than models support.
@@ -107,7 +107,7 @@ def fit(
     try:
         model = network.to_model(spec)
     except ValueError as error:
-        raise EntropyModelError(f"the fitted weights are too large ({error}); fit more tokens.") from error
+        raise EntropyModelError(f"the fitted weights are too large ({error}); pass more tokens to fit.") from error
     return model, {
         "utterances": len(fitted),
         "frames": sum(part.shape[1] for part in fitted),
@@ -118,7 +118,7 @@ def fit(
 
 
 def measure(model: EntropyModel, utterances: Sequence[np.ndarray], block_frames: int = BLOCK_FRAMES) -> float:
-    """Return the code length in bits per frame, without the overhead of the coder and the file.
+    """Return the number of bits per frame that a model needs, without the overhead of coder and file.
 
     Args:
         model: entropy model.

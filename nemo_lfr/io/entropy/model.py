@@ -1,9 +1,11 @@
-"""Entropy model (`.lfrm` file): integer weights that predict a frame's digits.
+"""Entropy model (`.lfrm` file): a small network with integer weights that predicts the tokens of the next frame.
 
-A token consists of one digit for each FSQ dimension. `docs/concepts/lfr-format.md` specifies the file and the
-arithmetic. All values are integers, but are computed in float32. This is exact because no sum of absolute values
-reaches 2^24; a model for which it could is rejected when it is loaded. The order of summation therefore does not
-matter, and every BLAS library on every machine gives the same result.
+The network predicts digits. A token consists of one digit for each dimension of FSQ. `docs/concepts/lfr-format.md`
+specifies the file and the arithmetic.
+
+All values are integers, but are computed in float32. This is exact because no sum of absolute values reaches 2^24. A
+model whose sums could reach 2^24 is rejected when it is loaded. The order of summation therefore does not matter, and
+every BLAS library on every machine gives the same result.
 """
 
 import hashlib
@@ -47,7 +49,7 @@ class ModelSpec:
     Attributes:
         levels: number of levels of each dimension of a codebook, from 2 to 64.
         num_codebooks: number of codebooks C; a frame has `C * len(levels)` digits.
-        past: number of past frames that are features.
+        past: number of past frames whose digits are features.
         averages: time constants of running averages of the digits; k means 2^k frames.
         spreads: time constants of running averages of the digits' distances from the middle level; k means 2^k frames.
         hidden: number of units in the first and the second hidden layer.
@@ -186,7 +188,7 @@ class EntropyModel:
 
     @cached_property
     def offsets(self) -> list[int]:
-        """Return the index of each digit's first row in tensors with one row per level, then the number of rows."""
+        """Return the first row of each digit in tensors with one row per level, followed by the number of rows."""
         return [0, *np.cumsum(self.spec.digit_levels).tolist()]
 
     def to_bytes(self) -> bytes:
@@ -284,7 +286,7 @@ class Layers:
     Attributes:
         first: weights of the first layer [F + 1, H1].
         second: weights of the second layer [H1 + F + 1, H2].
-        digits: for each digit, what each of its values adds to the sums of the second layer [levels, H2].
+        digits: for each digit, the vectors [levels, H2] that its values add to the sums of the second layer.
         outputs: for each digit, weights of the output layer [H2 + 1, levels].
         scales: 2^-shift for each of the three layers; multiplication by a power of two is exact.
     """

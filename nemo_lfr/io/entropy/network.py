@@ -31,7 +31,7 @@ class _Chain(torch.autograd.Function):
         Args:
             ctx: context of autograd.
             sums: sums of the second layer before the first digit, [B, H2].
-            digit: what each value of a digit adds to the sums, [D, L, H2].
+            digit: vectors that the values of each digit add to the sums, [D, L, H2].
             output: weights of the output layer, [D, H2, L].
             ones: one-hot encoded digits, [B, D, L].
             rounded: whether to round the hidden units as in the integer model.
@@ -68,8 +68,8 @@ class _Chain(torch.autograd.Function):
 class _Ordinal(nn.Module):
     """Weights [D, L, H] for each level of each digit, parametrized as a parabola over the levels plus a residual.
 
-    Neighboring levels are similar. With the parabola, what is learned for one level also applies to its neighbors, so
-    that fewer tokens are needed.
+    Neighboring levels have similar weights. With the parabola, training on one level also changes the weights of its
+    neighbors, so that fewer tokens are needed.
 
     Args:
         levels: number of levels of each digit.
@@ -94,7 +94,7 @@ class _Ordinal(nn.Module):
 
 
 class Network(nn.Module):
-    """Entropy model with float weights; its logits are in bits.
+    """Entropy model with float weights, for training. The logits are logarithms to the base 2.
 
     Args:
         spec: sizes of the model.
@@ -118,7 +118,7 @@ class Network(nn.Module):
         self.exponents: dict[str, int] | None = None  # set by `round_from_here`
 
     def weight(self, name: str) -> torch.Tensor:
-        """Return a weight. Once `round_from_here` has been called, it is rounded as in the integer model."""
+        """Return a weight. After `round_from_here`, the weight is rounded as in the integer model."""
         module: _Ordinal | nn.Linear = getattr(self, name)
         value: torch.Tensor = module() if isinstance(module, _Ordinal) else module.weight
         value = value.transpose(1, 2) if name == "output" else value
@@ -130,7 +130,7 @@ class Network(nn.Module):
         return value + (rounded - value).detach()
 
     def activate(self, sums: torch.Tensor) -> torch.Tensor:
-        """Apply the activation function; once `round_from_here` has been called, also round the result."""
+        """Apply the activation function. After `round_from_here`, the result is rounded as in the integer model."""
         hidden = sums.clamp(0, HIDDEN_MAX * 2.0**-HIDDEN_BITS)
         if self.exponents is None:
             return hidden
@@ -138,14 +138,14 @@ class Network(nn.Module):
         return hidden + (rounded - hidden).detach()
 
     def forward(self, features: torch.Tensor, digits: torch.Tensor) -> torch.Tensor:
-        """Compute the code length of each digit in bits.
+        """Compute the number of bits that the model needs for each digit.
 
         Args:
             features: features [B, F].
             digits: digits [B, D].
 
         Returns:
-            Code lengths [B, D].
+            Numbers of bits [B, D].
         """
         hidden = self.activate(nn.functional.linear(features, self.weight("input"), self.input.bias))
         sums = nn.functional.linear(hidden, self.weight("hidden"), self.hidden.bias)
@@ -207,7 +207,7 @@ class Network(nn.Module):
             scale["output"] + HIDDEN_BITS - round(math.log2(STEPS)),
         )
         if min(shifts) < 0:
-            raise ValueError(f"the weights are too large: shifts are {shifts}")
+            raise ValueError(f"right shifts are {shifts}, but must not be negative")
         digit, output = integers("digit", "<i2"), integers("output", "<i1").swapaxes(1, 2)
         out_bias = bias(self.bias, scale["output"] + HIDDEN_BITS, shifts[2])
         weights = {

@@ -43,7 +43,8 @@ def digits_to_tokens(digits: np.ndarray, levels: tuple[int, ...]) -> np.ndarray:
 class History:
     """Features for predicting the next frame.
 
-    The features are the past frames, whether each of them exists, and the running averages that `ModelSpec` describes.
+    The features are the digits of past frames, a flag for each past frame that exists, and the running averages that
+    `ModelSpec` describes.
 
     Args:
         spec: sizes of the model.
@@ -111,7 +112,9 @@ def block_features(spec: ModelSpec, digits: np.ndarray) -> np.ndarray:
 
 
 def hidden_sums(model: EntropyModel, features: np.ndarray) -> np.ndarray:
-    """Compute the sums of the second hidden layer before any digit of the frame is known.
+    """Compute the sums of the second hidden layer from the past frames.
+
+    The digits of the current frame are added later, one by one, as they become known.
 
     Args:
         model: entropy model.
