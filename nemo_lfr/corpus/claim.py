@@ -1,9 +1,9 @@
-"""Detect that another run has replaced the output folder, and stop before writing to it.
+"""Detect that the output folder was removed and created again by another run.
 
 A lock excludes other runs only while the locked folder exists. If a user removes the folder of an active run, possibly
 on another machine, and starts a second run with the same path, both runs hold a lock. Each run therefore has a random
 ID, the claim, which is stored in the file `claim` of its state folder. Every process of the run checks this file
-before it moves results into place.
+before it moves results into the output folder, and stops if the ID is not that of its run.
 """
 
 import secrets
@@ -19,7 +19,7 @@ LENGTH = 32  # number of hex digits
 
 
 def claim(state: Path) -> str:
-    """Return the claim of an output folder: the random ID of the run that owns it.
+    """Return the claim of an output folder, which is the random ID of the run that owns the folder.
 
     If the state folder contains no valid claim, a new one is written. The caller must hold the lock of the output. All
     parts of one run get the same claim.
@@ -57,7 +57,7 @@ def check_claim(state: Path, text: str) -> None:
     if text and _read(state) != text:
         raise NemoLfrError(
             f"{state.parent}: this folder was removed or replaced during the run; stop any other run that writes to "
-            "it, or choose another --out, and start this run again."
+            "this folder, or choose another --out, and start this run again."
         )
 
 

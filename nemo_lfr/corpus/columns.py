@@ -1,4 +1,4 @@
-"""Find the audio column of a third-party table, and convert its Arrow cells to audio and labels."""
+"""Find the audio column in a table from another source, and convert Arrow cells to audio and labels."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ RATES = ("sampling_rate", "sample_rate")
 
 @dataclass(frozen=True)
 class Samples:
-    """Decoded audio in a cell: an array that is not validated yet, and its sample rate in Hz."""
+    """Decoded audio from a cell of a table. Neither the array nor the sample rate in Hz is validated yet."""
 
     array: np.ndarray
     rate: Any
@@ -39,10 +39,10 @@ def audio_column(names: Sequence[str], types: Mapping[str, Any]) -> str | None:
 
 
 def class_names(features: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Return the class names of integer columns, from the features that `datasets` stores as JSON.
+    """Return the class names of integer columns in a table that Hugging Face `datasets` wrote.
 
     Args:
-        features: feature of each column.
+        features: description of each column, in the form that `datasets` stores as JSON.
 
     Returns:
         The class names of each `ClassLabel` column.
@@ -57,7 +57,7 @@ def class_names(features: Mapping[str, Any]) -> dict[str, list[str]]:
 
 
 def parquet_features(metadata: Mapping[bytes, bytes] | None) -> dict[str, Any]:
-    """Return the features that `datasets` stored in Parquet metadata; {} if there are none."""
+    """Return the descriptions of columns that `datasets` stored in Parquet metadata; {} if there are none."""
     try:
         features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
     except (KeyError, ValueError, TypeError):
@@ -68,7 +68,8 @@ def parquet_features(metadata: Mapping[bytes, bytes] | None) -> dict[str, Any]:
 def label_value(cell: Any, names: Sequence[str] | None, column: str) -> Any:
     """Convert the Arrow cell of a label to a Python value; return None unless it is text, a number or a boolean.
 
-    Some databases and TensorFlow export text as bytes. Bytes are decoded only in columns whose names indicate text.
+    Some databases and TensorFlow export text as bytes. Bytes are decoded only in columns that usually contain text
+    (`TEXT_COLUMNS`).
 
     Args:
         cell: the Arrow scalar.
@@ -87,7 +88,7 @@ def label_value(cell: Any, names: Sequence[str] | None, column: str) -> Any:
         if isinstance(value, bytes) and column in TEXT_COLUMNS:
             value = value.decode()
     except UnicodeDecodeError as error:
-        raise AudioError(f"label in column {column!r} is not UTF-8 text ({error.reason})") from error
+        raise AudioError(f"the label in column {column!r} is not UTF-8 text ({error.reason})") from error
     except (ValueError, OverflowError, ArithmeticError):  # a date that Python cannot represent
         return None
     if names is not None and isinstance(value, int):
@@ -104,7 +105,7 @@ def audio_cell(cell: Any, rate: Any = None) -> bytes | str | Samples:
         rate: sample rate in Hz for samples without a sample rate in the cell.
 
     Raises:
-        AudioError: if the cell contains none of these.
+        AudioError: if the cell contains no audio in one of these forms.
     """
     import pyarrow.types as is_
 
@@ -136,20 +137,20 @@ def audio_cell(cell: Any, rate: Any = None) -> bytes | str | Samples:
 def _array(cell: Any) -> np.ndarray:
     """Convert an Arrow list, or a list of lists of equal length, to an array."""
     if not _is_list(cell.type):
-        raise AudioError(f"samples have the type {cell.type}; expected a list of numbers")
+        raise AudioError(f"the samples have the type {cell.type}; expected a list of numbers")
     values = cell.values
     if not _is_list(values.type):
         return _numbers(values)
     rows = [_numbers(row.values) for row in values if row.is_valid]
     if len({len(row) for row in rows}) > 1 or len(rows) < len(values):
-        raise AudioError("channels have different lengths")
+        raise AudioError("the channels have different lengths")
     return np.stack(rows) if rows else np.zeros(0, np.float32)
 
 
 def _numbers(values: Any) -> np.ndarray:
     array = values.to_numpy(zero_copy_only=False)  # null becomes NaN
     if array.dtype == object:
-        raise AudioError(f"samples have the type {values.type}; expected numbers")
+        raise AudioError(f"the samples have the type {values.type}; expected numbers")
     return np.asarray(array)
 
 

@@ -30,15 +30,15 @@ class TokenizeConfig:
         pad: "encode" pads a clip with silence to a whole number of frames, as `AudioCodecModel.encode` does. "magpie"
             also appends a frame of silence to a clip whose length is a whole number of frames, as NeMo's Magpie
             datasets do when they encode audio.
-        context: whether to tokenize context audio too.
+        context: whether to tokenize context audio too, which is audio on which a TTS model is conditioned.
         shard_size: number of clips per shard.
-        max_duration: maximum duration of a clip in seconds; longer clips are reported as failures.
+        max_duration: maximum duration of a clip in seconds. Longer clips are reported as failures.
         audio_dir: folder to which relative paths in a manifest or table refer; None for the folder that contains
             this manifest or table.
         allow_url: whether to download audio for which a Lhotse manifest has an http(s) URL.
         dataset: name of the corpus.
         strict: whether to stop at the first clip that fails.
-        threads: number of threads with which a worker on a CPU runs the codec.
+        threads: number of threads with which each worker runs the codec, if it runs on a CPU.
         readers: number of threads per worker that decode and resample audio.
         claim: random ID of the run that owns the output folder, set by `tokenize`; see `nemo_lfr.corpus.claim`.
         compress: whether to compress `.lfr` files losslessly.
@@ -79,8 +79,8 @@ class TokenizeConfig:
             relist: whether to list the files of a folder again. Only the process that plans the run passes True.
         """
         audio_dir = None if self.audio_dir is None else Path(self.audio_dir)
-        # Each part writes a file list of its own. If the corpus has changed since the other parts listed it, the new
-        # list must not replace theirs.
+        # Each part writes its own list of files. If the corpus has changed since the other parts listed it, the new
+        # list must not replace their lists.
         listing = "folder.json" if self.part is None else f"{PARTS}/{self.part.name}.json"
         return open_corpus(Path(self.source), audio_dir, self.state / listing, relist, self.allow_url)
 
@@ -96,7 +96,9 @@ class TokenizeConfig:
                 raise NemoLfrError(f"{name} {value!r} is unknown; use one of {known}.")
         output = get_format(self.kind)
         if self.context and not output.supports_context:
-            raise NemoLfrError(f'format "{self.kind}" cannot store contexts; use another format, or remove --context.')
+            raise NemoLfrError(
+                f'format "{self.kind}" cannot store the tokens of contexts; use another format, or remove --context.'
+            )
         if (self.compress or self.entropy_model is not None) and not output.supports_compression:
             raise NemoLfrError(
                 f'format "{self.kind}" is not compressed, because trainers read its files directly; use format "lfr".'

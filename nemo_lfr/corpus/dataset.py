@@ -86,9 +86,9 @@ class TokenDataset(IterableDataset[TokenizedUtterance]):
         self._resumed: dict[str, Any] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the state for pickling, with the rank and world size resolved.
+        """Return the state for pickling, which includes the rank and the world size.
 
-        A spawned data loader worker has no process group from which it could read them.
+        A spawned data loader worker has no process group from which it could read these values.
         """
         inherited = (*self._place(), _is_accelerated()) if _is_distributed() else self._inherited
         return self.__dict__ | {"_inherited": inherited}
@@ -116,7 +116,7 @@ class TokenDataset(IterableDataset[TokenizedUtterance]):
     def _place(self) -> tuple[int, int]:
         """Return the rank and the world size.
 
-        They are read on every call, because the process group may be initialized after the dataset is created.
+        These values are read on every call, because the process group may be initialized after the dataset.
         """
         if self._given is not None:
             return self._given
@@ -125,11 +125,11 @@ class TokenDataset(IterableDataset[TokenizedUtterance]):
         return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if _is_distributed() else (0, 1)
 
     def _share(self, splitter: Any) -> tuple[int, int]:
-        """Return the rank and the world size by which to split the utterances in one pass over the dataset.
+        """Return the rank and the world size for splitting the utterances in one pass over the dataset.
 
         Args:
-            splitter: object that iterates over the dataset. If it is a wrapper of Accelerate or the Trainer, which
-                splits the utterances itself, the result is (0, 1).
+            splitter: object that iterates over the dataset. It may be a wrapper from Accelerate or the Trainer that
+                splits the utterances itself. The result is then (0, 1).
 
         Raises:
             NemoLfrError: if the utterances would be split twice.
@@ -260,7 +260,7 @@ class TokenDataset(IterableDataset[TokenizedUtterance]):
         self._resumed = {name: state_dict[name] for name in ("epoch", "position", "workers")}
 
     def _settings(self) -> dict[str, Any]:
-        """Return the settings on which the order of the utterances depends."""
+        """Return the settings that determine the order of the utterances."""
         names = ("shuffle", "seed", "buffer_size", "bucket_size", "drop_last", "world_size")
         return {"tokens": self.tokens.identity} | {name: getattr(self, name) for name in names}
 
@@ -309,7 +309,7 @@ def _pad(rows: Sequence[torch.Tensor], pad: int) -> tuple[torch.Tensor, torch.Te
 
 
 def _shared_zero() -> torch.Tensor:
-    with sharing("a loader's workers"):
+    with sharing("data loader workers"):
         zero = torch.zeros((), dtype=torch.int64)
         cast(Callable[[], torch.Tensor], zero.share_memory_)()  # torch declares no types for it
         return zero

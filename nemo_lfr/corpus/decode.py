@@ -26,12 +26,12 @@ def decode_folder(
     precision: str = "fp32",
     on_start: Callable[[int], None] = lambda count: None,
 ) -> Iterator[Path | NemoLfrError]:
-    """Decode the utterances in a folder that `tokenize` wrote to audio files.
+    """Decode a folder of tokens, written by `tokenize`, to audio files.
 
     Args:
         tokens: the folder of tokens.
-        out: output folder. The names of the files are the ids of the utterances, cleaned so that every path is unique
-            and inside this folder.
+        out: output folder. Each file is named after the id of its utterance. Ids are changed if they are not unique or
+            would lead out of this folder.
         kind: format of the audio files, "wav" or "flac".
         model: checkpoint or Hub id of the codec that produced the tokens; None for the bundled codec.
         device: "cpu" or "cuda"; None for a GPU if one is available.

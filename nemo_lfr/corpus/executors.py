@@ -1,7 +1,7 @@
-"""Executors, which tokenize shards in this process, in local worker processes, or on a Ray cluster.
+"""Run the tokenization of shards in this process, in local worker processes, or on a Ray cluster.
 
-An executor receives the shards to tokenize, and yields a record for each shard when it is complete. If a worker dies,
-its shards are assigned to another worker. If the workers of one shard die repeatedly, the run stops.
+An executor is a function that receives the shards to tokenize, and yields a record for each completed shard. If a
+worker dies, its shards are assigned to another worker. If workers die repeatedly, the run stops.
 """
 
 import multiprocessing
@@ -37,7 +37,7 @@ Executor = Callable[[Plan, Sequence[Task]], Iterator[ShardRecord]]
 def choose_executor(
     config: TokenizeConfig, num_tasks: int, workers: int | None, device: str | None, ray: str | None
 ) -> Executor:
-    """Choose where shards are tokenized.
+    """Choose the executor that tokenizes shards.
 
     Args:
         config: options of the run.
@@ -110,8 +110,8 @@ def _start_worker(
 ) -> None:
     """Initialize a worker process.
 
-    The process ignores SIGINT, because the driver handles Ctrl-C for the process group. An error that is raised here
-    would end the process and could not be told from a crash, so it is stored and raised when the first shard is run.
+    The process ignores SIGINT, because the driver handles Ctrl-C for the process group. An error that this function
+    raised would look like a crash of the process. The error is therefore stored, and raised for the first shard.
     """
     global _worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)

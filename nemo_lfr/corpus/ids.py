@@ -41,7 +41,7 @@ def clean_id(name: str) -> str:
 
 
 def numbered_id(clip_id: str, number: int) -> str:
-    """Return the id of the `number`-th clip with the same name (unchanged for 1)."""
+    """Return the id of the `number`-th clip with the same name: "a" for the first, "a~2" for the second."""
     if number < 2:
         return clip_id
     folder, slash, last = clip_id.rpartition("/")
@@ -49,9 +49,9 @@ def numbered_id(clip_id: str, number: int) -> str:
 
 
 class UniqueIds:
-    """Counter that makes the ids of clips unique by numbering repeated names.
+    """Counter that numbers repeated clip names, to make the ids of clips unique.
 
-    Names are compared without regard to case and Unicode normalization, since some file systems ignore these.
+    Names that differ only in case or Unicode normalization count as equal, since some file systems ignore both.
     """
 
     def __init__(self) -> None:
@@ -69,7 +69,7 @@ class UniqueIds:
         return number
 
     def add(self, name: str) -> str:
-        """Return a clean id for any name. The id differs from all ids that were returned before."""
+        """Return a clean id for any name, which differs from all ids that this method has returned before."""
         clip_id = clean_id(name)
         return numbered_id(clip_id, self.number(clip_id))
 
@@ -101,9 +101,9 @@ def _clean_component(text: str) -> str:
 
 
 def _shorten(text: str, of: str | None = None) -> str:
-    """Truncate a component to the allowed length, with a hash at the end.
+    """Truncate a path component that is too long, and append a hash of its full text.
 
-    If `of` is passed, the result always ends with the hash of `of`.
+    If `of` is passed, the hash of `of` is appended instead, even if the component is short.
     """
     data = text.encode()
     if of is None and len(data) <= MAX_COMPONENT_BYTES:

@@ -1,7 +1,7 @@
-"""Detect changes to the files that list the clips of a corpus, by hashes and modification times.
+"""Detect changes to the files of a corpus that list its clips.
 
-Clips are located by their position in these files. A run is therefore resumed only if the files have the same content
-as when it was planned, and it stops if one of them changes while it runs.
+A clip is identified by its position in these files. A run is therefore resumed only if the hashes of the files are the
+same as when the run was planned, and a run stops if the size or modification time of a file changes.
 """
 
 import hashlib
@@ -42,7 +42,7 @@ def sampled_digest(path: Path) -> str:
 
 
 def list_digest(files: Iterable[tuple[str, str]]) -> str:
-    """Return a short hash of a list of pairs (file name, hash of the file), 16 hex digits."""
+    """Return a hash of 16 hex digits for a list of pairs (file name, hash of the file)."""
     return hashlib.sha256(json.dumps(list(files)).encode(errors="surrogateescape")).hexdigest()[:16]
 
 

@@ -1,8 +1,9 @@
 """Order in which a data loader worker reads the utterances of an epoch.
 
-Utterances are read shard by shard, and optionally shuffled in a buffer and grouped by length. An epoch can be resumed
-at any utterance without a saved buffer: shuffling is simulated up to this utterance, with positions in place of
-utterances, and only the utterances that would be in the buffer are read.
+Utterances are read shard by shard. Optionally, they are shuffled in a buffer and grouped by length.
+
+An epoch can be resumed at any utterance without saving the buffer. The shuffling up to this utterance is repeated with
+the positions of utterances, which takes little time. Then only the utterances that must be in the buffer are read.
 """
 
 import random
@@ -74,10 +75,10 @@ class EpochOrder:
         yield from buffer[skip:]
 
     def _grouped(self, skip: int, size: int) -> Iterator[TokenizedUtterance]:
-        """Sort the utterances of each full buffer by length, and shuffle groups of `size` utterances.
+        """Sort the utterances in each full buffer by length, and yield them in groups of `size`.
 
-        The groups are shuffled in the same way on every rank, so that all ranks have batches of similar length in a
-        step.
+        The groups are shuffled in the same way on every rank, so that all ranks have batches of similar length in the
+        same training step.
         """
         pool_size = max(1, self.buffer_size // size) * size
         number, skip = divmod(skip, pool_size)
@@ -93,7 +94,7 @@ class EpochOrder:
             number, skip = number + 1, 0
 
     def _at(self, positions: Sequence[int]) -> list[TokenizedUtterance]:
-        """Return the utterances at some indices of `self.positions`, reading each shard in one pass."""
+        """Return the utterances at some indices of `self.positions`. Each shard is read in one pass."""
         found: dict[int, TokenizedUtterance] = {}
         wanted = sorted(positions)
         while wanted:
@@ -108,7 +109,7 @@ class EpochOrder:
         return [found[position] for position in positions]
 
     def _spans(self, positions: range) -> Iterator[tuple[int, int, int]]:
-        """Yield the range of utterances (shard, first, end) in each shard that a range of positions covers."""
+        """Yield the utterances at a range of positions, as a tuple (shard, first, end) for each shard."""
         start, stop = positions.start, positions.stop
         ends = np.cumsum([self.tokens.counts[shard] for shard in self.shards])
         while start < stop:

@@ -104,7 +104,7 @@ class _Kin:
         """Find new processes of the run.
 
         Args:
-            again: scan all processes, not only those that appeared since the last call.
+            again: whether to scan all processes, instead of only those that appeared since the last call.
         """
         there = {int(name) for name in os.listdir("/proc") if name.isdecimal()} - {os.getpid()}
         self._started = {pid: started for pid, started in self._started.items() if pid in there}
@@ -139,7 +139,7 @@ class _Kin:
 
 
 def _state(pid: int) -> tuple[int, str] | None:
-    """Return the parent and start time of a process; None if it has ended."""
+    """Return the parent's id and the start time of a process; None if the process has ended."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
     except OSError:

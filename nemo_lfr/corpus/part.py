@@ -1,4 +1,4 @@
-"""Divide a run among N independent processes: each tokenizes its own share of the shards, called a part.
+"""Divide a run among N independent processes, each of which tokenizes a part of the shards.
 
 Part I of N consists of the shards whose index modulo N is I. The processes have no common driver and share only the
 output folder. Every process plans the run, and all of them use the first plan that was stored in the folder; see
@@ -105,7 +105,7 @@ def part_of_environment(environment: Mapping[str, str] = os.environ) -> Part:
             f"(SLURM_PROCID, SLURM_NTASKS) or job array; {HELP}."
         )
     array = _array(environment) if has_array else Part(0, 1)
-    # The variables of a step may be missing in a job array that does not use srun
+    # The variables of a step may be missing in a job array that does not use srun.
     step = _pair(environment, "SLURM_PROCID", "SLURM_NTASKS") if _has_step(environment, has_array) else Part(0, 1)
     return Part(array.index * step.count + step.index, array.count * step.count)
 
@@ -145,10 +145,10 @@ def _integer(environment: Mapping[str, str], name: str) -> int:
 
 @contextmanager
 def reserve(out: Path, state: Path, part: Part | None) -> Iterator[None]:
-    """Lock an output for a run, or for one part of a run.
+    """Lock an output folder for a run, or for one part of a run.
 
-    Several parts may write to the folder at the same time, but not together with a run without parts. The number of
-    parts is checked even on file systems without locks.
+    Several parts of a run may write to the folder at the same time. A run without parts needs the folder for itself.
+    The number of parts is checked even on file systems without locks.
 
     Args:
         out: the output folder.
@@ -166,7 +166,9 @@ def reserve(out: Path, state: Path, part: Part | None) -> Iterator[None]:
         return
     folder = state / FOLDER
     if folder.is_symlink():
-        raise NemoLfrError(f"{folder}: is a link, which is not followed; remove the link, or choose another --out.")
+        raise NemoLfrError(
+            f"{folder}: the folder is a link, which is not followed; remove the link, or choose another --out."
+        )
     folder.mkdir(exist_ok=True)
     count_file = folder / COUNT_FILE
     write_new(count_file, str(part.count).encode())

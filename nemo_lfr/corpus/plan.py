@@ -1,4 +1,4 @@
-"""Plan a tokenization run: its options, and the shards into which the corpus is split.
+"""Plan a tokenization run, which means to check its options and split the corpus into shards.
 
 The plan is stored in the output folder when a run starts. If the same command runs again, it reads the stored plan and
 resumes the run, provided that the corpus, the codec and the options that affect the tokens are unchanged.
@@ -85,12 +85,15 @@ def open_plan(config: TokenizeConfig, on_cpu: bool) -> Iterator[Plan]:
     config, out = config.absolute(), expand_home(config.out).resolve()
     if out.exists() and not (out / STATE).exists() and (names := [path.name for path in out.iterdir()]):
         raise NemoLfrError(
-            f"{requested_out}: is not empty and contains no resumable run (found {names[0]}); choose another --out."
+            f"{requested_out}: the folder is not empty and contains no resumable run (found {names[0]}); choose "
+            "another --out."
         )
     spec, model, codec, made = _load_codec(config, on_cpu)
     for path in (config.state, ShardRecord.folder(out)):
         if path.is_symlink():
-            raise NemoLfrError(f"{path}: is a link, which is not followed; remove the link, or choose another --out.")
+            raise NemoLfrError(
+                f"{path}: the folder is a link, which is not followed; remove the link, or choose another --out."
+            )
     config.state.mkdir(parents=True, exist_ok=True)
     with reserve(out, config.state, config.part):
         output = get_format(config.kind)
@@ -118,7 +121,7 @@ def load_or_create_plan(
         corpus: reader of the corpus.
         spec: description of the codec.
         entropy_model: hash of the entropy model; None without compression.
-        made: the codec's method `made`, which returns whether a fingerprint is one of this codec.
+        made: the method `made` of the codec. It returns whether a fingerprint is one of the codec's fingerprints.
 
     Raises:
         NemoLfrError: if the corpus is empty, or the stored plan is damaged, or was made for another corpus, codec or
@@ -151,7 +154,9 @@ def load_or_create_plan(
             else f"{key} {stored.get(key)!r}, now {expected[key]!r}"
             for key in differ
         )
-        raise NemoLfrError(f"{config.out}: contains the tokens of another run ({reasons}); choose another --out.")
+        raise NemoLfrError(
+            f"{config.out}: the folder contains the tokens of another run ({reasons}); choose another --out."
+        )
     stored_shards: list[dict[str, Any]] = stored["parts"]
     return stored_shards
 
@@ -194,8 +199,8 @@ def _read_plan(path: Path, config: TokenizeConfig) -> dict[str, Any]:
             raise ValueError("the list of shards was changed after it was written")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise NemoLfrError(
-            f"{path}: is damaged ({shorten(error, 200)}), so the run cannot be resumed; remove {config.out}, or "
-            "choose another --out."
+            f"{path}: the file is damaged ({shorten(error, 200)}), so the run cannot be resumed; remove {config.out}, "
+            "or choose another --out."
         ) from error
     return stored
 
@@ -207,10 +212,10 @@ def _shards_digest(shards: list[ShardSpec]) -> str:
 def _load_codec(
     config: TokenizeConfig, on_cpu: bool
 ) -> tuple[dict[str, Any], EntropyModel | None, "Codec[Any] | None", Callable[[str], bool]]:
-    """Return the description of the tokens, the entropy model, the codec, and the codec's method `made`.
+    """Load the codec, and return the description of the tokens, the entropy model, the codec and its method `made`.
 
-    The entropy model is None without compression. The codec is returned for reuse if the run uses this machine's CPU.
-    Otherwise the returned codec is None, and the workers check that their device supports the precision.
+    The entropy model is None without compression. The codec is returned only if the run can use it, on the CPU of this
+    machine, and is None otherwise. The workers then check that their devices support the precision.
     """
     from nemo_lfr.io.token_file import Metadata
     from nemo_lfr.pretrained import load
@@ -226,8 +231,8 @@ def _load_codec(
 def _remove_leftovers(config: TokenizeConfig, out: Path, output: type[OutputFormat]) -> None:
     """Remove temporary files of killed runs, without following links.
 
-    No other run writes to the folder, since the caller holds the lock. A part of a run removes only the files of its
-    own shards.
+    The caller must hold the lock of the output folder, so that no other run writes to it. If the run is a part, only
+    files of its own shards are removed.
     """
     staging = config.state / "staging"
     if staging.is_symlink():

@@ -58,8 +58,8 @@ def run_ray(
         gpu = bool(ray.cluster_resources().get("GPU")) if device is None else device.startswith("cuda")
         cores = config.threads + (config.readers if gpu else 0)
         room = _room(ray, cores, gpu, address)
-        # Ray must not restart dead workers: a restarted worker rejects shards until it is ready again, and a rejected
-        # shard could not be told from another death. `_Actors` replaces dead workers instead.
+        # Ray must not restart dead workers. A restarted worker rejects shards until it is ready, and a rejected shard
+        # looks like another death. `_Actors` replaces dead workers instead.
         make = ray.remote(num_cpus=cores, num_gpus=int(gpu), max_restarts=0, max_task_retries=0)(Worker)
         pool = _Actors(ray, lambda: make.remote(config, "cuda" if gpu else "cpu", plugins))
         for _ in range(min(workers or max(1, room), len(tasks))):
@@ -156,7 +156,7 @@ class _Actors:
     def replace(self, number: int) -> bool:
         """Replace a lost actor. Return False if it was replaced before.
 
-        Its other shards stay in `running`, since their results either have arrived or will raise an error.
+        The other shards of the lost actor stay in `running`. Their results have arrived, or will raise an error.
         """
         actor = self._actors.pop(number, None)
         if actor is None:
@@ -183,7 +183,7 @@ class _Actors:
 
 
 def _lost_worker_errors(ray: Any) -> tuple[type[Exception], ...]:
-    """Return the exceptions that Ray raises if an actor died or cannot be reached, or if its result was lost."""
+    """Return the exceptions that Ray raises if an actor died or is unreachable, or if a result was lost."""
     errors = ray.exceptions
     return errors.RayActorError, errors.ObjectLostError, errors.WorkerCrashedError, errors.OutOfMemoryError
 
@@ -191,10 +191,10 @@ def _lost_worker_errors(ray: Any) -> tuple[type[Exception], ...]:
 def _room(ray: Any, cores: int, gpu: bool, address: str) -> int:
     """Return the number of workers for which the cluster currently has resources.
 
-    Nodes may join a cluster later. If there are resources for no worker, log a warning.
+    If the resources do not suffice for any worker, a warning is logged, because nodes may join the cluster later.
 
     Raises:
-        NemoLfrError: if Ray was started on this machine only, which lacks the resources for a worker.
+        NemoLfrError: if Ray runs only on this machine, and the machine lacks the resources for a worker.
     """
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     room = sum(int(min(node.get("CPU", 0) // cores, node.get("GPU", 0) if gpu else math.inf)) for node in nodes)

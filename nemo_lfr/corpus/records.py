@@ -1,4 +1,4 @@
-"""Records of finished shards, and the names of a run's metadata file and state folder."""
+"""Records of finished shards, and names of the files of a run."""
 
 import json
 from dataclasses import asdict, dataclass, field
@@ -31,8 +31,8 @@ def describe_unfinished(out: Path) -> str | None:
 class ShardRecord:
     """Record of a finished shard: counts, failures, and the hash and size of each file.
 
-    A shard is complete if it has a record. A run that is resumed tokenizes shards without a record again; the result
-    is the same bytes.
+    A shard is complete if it has a record. When a run is resumed, shards without a record are tokenized again, with
+    identical results.
     """
 
     index: int

@@ -23,9 +23,9 @@ from nemo_lfr.io.journal import write_text
 class Totals:
     """Counts for the shards of a run that are complete so far."""
 
-    shards: int
+    shards: int  # number of shards of the run, complete or not
     sample_rate: int
-    done: int = 0
+    done: int = 0  # number of complete shards
     clips: int = 0
     samples: int = 0
     frames: int = 0
@@ -55,8 +55,8 @@ def tokenize(
     """Tokenize a corpus into `config.out`.
 
     Shards that an earlier run with the same options completed are kept. With `config.part`, only the shards of this
-    part are tokenized. The process that finds all shards complete writes the summary. A run without a part tokenizes
-    all missing shards and then writes the summary.
+    part are tokenized, and the process that finds all shards complete writes the summary. A run without a part
+    tokenizes all missing shards, and writes the summary.
 
     Args:
         config: corpus, output and options.
@@ -113,7 +113,7 @@ def compute(
         The records of all shards of the plan, or of its part, in order.
 
     Raises:
-        NemoLfrError: if the corpus or the output is changed meanwhile, or workers die repeatedly.
+        NemoLfrError: if the corpus or the output changes during the run, or if workers die repeatedly.
     """
     records = dict(complete)
     totals = Totals(len(plan.indices), plan.spec["sample_rate"])
@@ -145,10 +145,10 @@ def finish_part(plan: Plan, records: list[ShardRecord]) -> dict[str, Any]:
         records: records of the shards of this run.
 
     Returns:
-        See `tokenize`.
+        The return value of `tokenize`.
 
     Raises:
-        NemoLfrError: if the output was removed or changed meanwhile.
+        NemoLfrError: if the output was removed or changed during the run.
     """
     part = plan.config.part
     if part is None:
@@ -172,7 +172,7 @@ def finish(plan: Plan, records: list[ShardRecord]) -> dict[str, Any]:
         The content of `tokens.json`.
 
     Raises:
-        NemoLfrError: if files of a shard were removed or changed meanwhile.
+        NemoLfrError: if files of a shard were removed or changed during the run.
     """
     config, out = plan.config, plan.out
     check_claim(config.state, config.claim)
@@ -196,7 +196,7 @@ def finish(plan: Plan, records: list[ShardRecord]) -> dict[str, Any]:
 
 
 def _counts(plan: Plan, records: list[ShardRecord]) -> dict[str, Any]:
-    """Return the description of the tokens, and the counts for these shards."""
+    """Return the description of the tokens, and the counts for the shards with these records."""
     config = plan.config
     samples = sum(record.samples for record in records)
     return {

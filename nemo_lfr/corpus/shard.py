@@ -120,8 +120,8 @@ def skip_failures(
         except (NemoLfrError, OSError) as error:
             if config.strict:
                 raise
-            told = failure(clip.origin, error)
-            fields = {"input": told["input"], "error": told["error"], "type": told["type"]}
+            report = failure(clip.origin, error)
+            fields = {"input": report["input"], "error": report["error"], "type": report["type"]}
             record.failures.append({"id": clip.id} | fields)
 
 
@@ -149,7 +149,7 @@ def _batches(clips: Iterator[LoadedClip], limit: float) -> Iterator[list[LoadedC
 def prefetch(
     readers: ThreadPoolExecutor, config: TokenizeConfig, sample_rate: int, clips: Iterator[Clip]
 ) -> Iterator[tuple[Clip, "Future[list[np.ndarray]]"]]:
-    """Yield clips with their audio, which other threads read a few clips ahead."""
+    """Yield clips with their audio, which threads read in advance for a few clips."""
     waiting: list[tuple[Clip, Future[list[np.ndarray]]]] = []
     for clip in clips:
         waiting.append((clip, readers.submit(_read, clip, config, sample_rate)))
@@ -166,7 +166,7 @@ def _read(clip: Clip, config: TokenizeConfig, sample_rate: int) -> list[np.ndarr
     try:
         (clip.id + clip.origin).encode()
     except UnicodeEncodeError:
-        raise AudioError(f"{clip.origin}: name is not valid UTF-8; rename the file.") from None
+        raise AudioError(f"{clip.origin}: the name is not valid UTF-8; rename the file.") from None
     try:
         json.dumps([clip.labels, clip.cut], ensure_ascii=False, default=str).encode()
     except UnicodeEncodeError:
@@ -177,9 +177,9 @@ def _read(clip: Clip, config: TokenizeConfig, sample_rate: int) -> list[np.ndarr
     for loader, what in zip(loaders, ("audio", "context audio"), strict=False):
         wave = loader(sample_rate, config.max_duration)
         if not len(wave):
-            raise AudioError(f"{clip.origin}: {what} contains no samples.")
+            raise AudioError(f"{clip.origin}: the {what} contains no samples.")
         if not wave.any():
-            raise AudioError(f"{clip.origin}: {what} is silent: every sample is zero.")
+            raise AudioError(f"{clip.origin}: the {what} is silent: every sample is zero.")
         waves.append(wave)
     return waves
 
@@ -252,7 +252,7 @@ class Worker:
         self.corpus = config.open()
 
     def ready(self) -> None:
-        """Do nothing. The call returns when the worker is ready."""
+        """Do nothing. In Ray, the result of this call arrives when the worker is ready."""
 
     def run(self, index: int, shard: ShardSpec) -> dict[str, Any]:
         """Tokenize a shard and return its record as a JSON-compatible dictionary."""

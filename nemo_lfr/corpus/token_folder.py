@@ -1,8 +1,8 @@
 """Read and validate a folder of tokens that `nemo-lfr tokenize` wrote.
 
 The files are compared with the records of the run: the number of clips and the size of each file, and with `verify`
-also the hash of each file. If utterances are damaged, an error is yielded in their place, so that the caller can stop
-or continue. Files outside the folder are not read, even through links, and no code in the folder is executed.
+also the hash of each file. In place of damaged utterances, the reader yields an error, so that the caller can stop or
+continue. Files outside the folder are not read, even through links, and no code in the folder is executed.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ from nemo_lfr.io.locate import expand_home
 from nemo_lfr.io.token_file import Metadata
 
 MAX_SHARDS, MAX_CLIPS = 10_000_000, 2**48
-# Number of missing or empty shards up to which a folder is accepted, so that its other shards can be read.
+# A folder may lack up to about this many shards. Its other shards can then still be read.
 SPARE_SHARDS = 1000
 
 
@@ -105,7 +105,7 @@ class TokenFolder:
         return Metadata.from_json(json.dumps(values["codec"]).encode())
 
     def _count(self) -> list[int]:
-        """Return the number of utterances in each shard, from the summary, the records, or by counting them."""
+        """Return the number of utterances in each shard, from `tokens.json`, from the records, or by counting."""
         shards, clips = self.metadata["shards"], self.metadata["clips"]
         counts = self.metadata.get("shard_clips")
         if shards > SPARE_SHARDS:
@@ -135,8 +135,8 @@ class TokenFolder:
     def identity(self) -> str:
         """Return a hash of the codec and of the contents of all shards, 16 hex digits.
 
-        The contents are known by the records of the shards. Without records, only the counts of `tokens.json` are
-        hashed.
+        The records of the shards contain hashes of the files, so the files are not read. In a folder without records,
+        the result depends only on the codec and on the counts in `tokens.json`.
         """
         counts = {key: self.metadata.get(key) for key in ("clips", "frames", "context", "pad")}
         identity = hashlib.sha256(json.dumps([self.codec.fingerprint, self.counts, counts]).encode())

@@ -1,7 +1,7 @@
 """Read the `.pt` token tensors that a NeMo manifest lists, without executing code from the files.
 
-`torch.load(weights_only=True)` has the same purpose. However, files could make several versions of it execute code,
-and its check can be disabled by an environment variable.
+`torch.load(weights_only=True)` has the same purpose. However, several versions of it had bugs through which a file
+could execute code, and an environment variable can disable its check.
 """
 
 import os

@@ -101,7 +101,7 @@ def test_tokens_without_shared_memory_are_a_one_line_error(tmp_path):
         f"TokenDataset({str(tmp_path)!r})"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
-    assert "NemoLfrError: a loader's workers need shared memory" in done.stderr.splitlines()[-1]
+    assert "NemoLfrError: data loader workers need shared memory" in done.stderr.splitlines()[-1]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="a current folder cannot be removed there")
