@@ -234,10 +234,10 @@ def test_several_splits_are_not_mixed(wav, tmp_path):
     assert len(clips_of(tmp_path / "hub")) == 2
     saved = datasets.Dataset.from_dict({"audio": [str(wav)]})
     datasets.DatasetDict({"train": saved, "test": saved}).save_to_disk(tmp_path / "saved")
-    with pytest.raises(ConfigError, match="test, train; pass the folder of one"):
+    with pytest.raises(ConfigError, match="test, train; pass the folder of one split"):
         clips_of(tmp_path / "saved")
     (tmp_path / "saved" / "dataset_dict.json").unlink()
-    with pytest.raises(ConfigError, match="test, train; pass the folder of one"):
+    with pytest.raises(ConfigError, match="test, train; pass the folder of one of them"):
         clips_of(tmp_path / "saved")
     (clip,) = clips_of(tmp_path / "saved" / "test")
     assert len(clip.audio(RATE, 100)) == len(WAVE)

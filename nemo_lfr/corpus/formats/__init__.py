@@ -2,9 +2,10 @@
 
 Each module defines the writer, the reader and the summary files of its format. To add a format, define a subclass of
 `OutputFormat` and decorate it with `register_format`. If an installed package lists the class in the entry-point group
-`nemo_lfr.formats`, `nemo-lfr tokenize --format` accepts its name. A built-in format is a module of this folder with
-the format's name, listed in `BUILT_IN`. Formats are imported on first use, so that the command line can list their
-names quickly.
+`nemo_lfr.formats`, `nemo-lfr tokenize --format` accepts the name of the format.
+
+The built-in formats are listed in `BUILT_IN`, and each module in this folder has the name of its format. Formats are
+imported on first use, so that the command line can list their names quickly.
 """
 
 from importlib import import_module
@@ -37,7 +38,7 @@ def register_format(output: "type[OutputFormat]") -> "type[OutputFormat]":
 
 
 def format_names() -> tuple[str, ...]:
-    """Return the names of all formats: built-in formats first, formats of installed packages last."""
+    """Return the names of all formats, the built-in ones first and those of installed packages last."""
     return tuple(dict.fromkeys((*BUILT_IN, *_registered, *plugin_names(ENTRY_POINTS))))
 
 

@@ -24,20 +24,20 @@ from nemo_lfr.io.entropy.model import EntropyModel
 from nemo_lfr.io.regular import open_regular
 from nemo_lfr.io.token_file import Metadata
 
-REPAIR = "run the same tokenize command again, which repairs it"
+REPAIR = "run the same tokenize command again to repair the folder"
 
 
 class FormatWriter(ABC):
     """Base class for writers of one shard.
 
     Args:
-        folder: an empty folder to write to. The caller moves its files to `final` when the shard is complete.
+        folder: an empty folder to write to. The caller moves the files to `final` when the shard is complete.
         final: the output folder of the run.
         index: index of the shard.
         codec: metadata of the tokens.
         dataset: name of the corpus.
         context: whether the tokens of contexts are written.
-        model: entropy model with which formats that support compression compress token files; None for none.
+        model: entropy model for compressing the tokens, in formats that support compression; None for no compression.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class FormatWriter(ABC):
 
     @contextmanager
     def _writing(self, name: str) -> Iterator[Path]:
-        """Yield the path at which to write a file. An OSError inside the context names the final path."""
+        """Yield the path of a file to write. An OSError in this context names the final path of the file."""
         path = self.folder / name
         with naming(self.final / name, self.folder):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -86,7 +86,7 @@ class Damage(str):
 
 
 class Row:
-    """Utterance that is loaded on request, so that an error affects only this utterance."""
+    """Utterance whose data is loaded by `load`, so that an error affects only this utterance."""
 
     def __init__(self, load: Callable[..., dict[str, Any]], *arguments: Any) -> None:
         self._load, self._arguments = load, arguments
@@ -101,12 +101,12 @@ class Row:
 
 
 class ShardFiles:
-    """Paths of the files of a shard, each of which is compared with the shard's record first.
+    """Files of a shard. A file is compared with the record of the shard before its path is returned.
 
     Args:
         folder: the output folder of the run.
         shard: index of the shard.
-        verify: whether to compare hashes, not only sizes.
+        verify: whether to compare the hashes of files, not only their sizes.
         first: number of utterances in all shards before this one.
     """
 
@@ -176,24 +176,27 @@ class FormatReader(ABC):
         self.folder, self.summary, self.codec = folder, summary, codec
 
     def count_shards(self) -> list[int]:
-        """Count the utterances in each shard of a folder without records. By default, the utterances are read."""
+        """Count the utterances in each shard of a folder without records.
+
+        The default implementation reads the shards.
+        """
         return self._shard_counts(
             lambda files: sum(isinstance(row, Row) for row in self.rows(files, 0, self.summary["clips"]))
         )
 
     def num_files(self) -> int:
-        """Return an upper bound for the number of shards; by default the number of all files in the folder."""
+        """Return an upper bound for the number of shards. By default, this is the number of files in the folder."""
         return sum(path.is_file() for path in self.folder.rglob("*"))
 
     @abstractmethod
     def rows(self, files: ShardFiles, start: int, stop: int) -> Iterator[Row | Damage]:
         """Yield the utterances [start, stop) of a shard, and messages about damage.
 
-        The iterator may continue with utterances at or after `stop`.
+        An implementation may also yield the utterances from `stop` on.
         """
 
     def _shard_counts(self, count: Callable[[ShardFiles], int]) -> list[int]:
-        """Count the utterances in readable shards, and divide the other utterances among the unreadable shards."""
+        """Count the utterances in each shard, and divide the missing ones among the shards that cannot be read."""
         counts: list[int | None] = []
         for shard in range(self.summary["shards"]):
             try:
@@ -229,7 +232,7 @@ class OutputFormat:
 
     @classmethod
     def finish(cls, out: Path, num_shards: int, context: bool) -> None:
-        """Write the files that summarize all shards. By default, there are none.
+        """Write the files that summarize all shards. By default, a format has no such files.
 
         Args:
             out: the output folder of the run.

@@ -44,8 +44,8 @@ class LfrReader(ManifestReader):
                 values = getattr(expected, key), getattr(stored, key)
                 if values[0] != values[1] and not (key == "fingerprint" and same_fingerprint(*values)):
                     raise TokenFileError(
-                        f"{reader.path}: made by a codec with {key} {getattr(stored, key)}, but {METADATA} lists "
-                        f"{getattr(expected, key)}; tokenize the corpus again to another --out."
+                        f"{reader.path}: the tokens were made by a codec with {key} {getattr(stored, key)}, but "
+                        f"{METADATA} lists {getattr(expected, key)}; tokenize the corpus again to another --out."
                     )
             tokens = reader.read()
             return {"id": labels["id"], "tokens": tokens, "num_samples": reader.num_samples, "labels": labels}

@@ -43,7 +43,7 @@ class ManifestWriter(FormatWriter):
         self._lines: list[dict[str, Any]] = []
 
     def write(self, clip: Clip, tokens: np.ndarray, num_samples: int, context: np.ndarray | None) -> None:
-        """Write a clip's tensors and append its manifest line."""
+        """Write the `.pt` files of a clip, and append its manifest line."""
         line = {**clip.labels, "id": clip.id, "duration": self._duration(num_samples), "num_samples": num_samples}
         for name, value in (("target", tokens), ("context", context)):
             if value is not None:
@@ -70,10 +70,10 @@ class ManifestWriter(FormatWriter):
 class ManifestReader(FormatReader):
     """Reader for a manifest that lists `.pt` files."""
 
-    _is_reported = False  # whether a wrong number of lines was reported; it concerns no particular shard
+    _is_reported = False  # whether a wrong number of lines was reported, which is done only once for all shards
 
     def count_shards(self) -> list[int]:
-        """Divide the number of clips evenly among the shards, since a line does not name its shard."""
+        """Divide the clips evenly among the shards, since the lines of a manifest do not name their shards."""
         clips, shards = self.summary["clips"], self.summary["shards"]
         return [clips * (shard + 1) // shards - clips * shard // shards for shard in range(shards)]
 
@@ -123,7 +123,7 @@ class ManifestReader(FormatReader):
     def _tensor(self, files: ShardFiles, name: str, text: Any) -> Any:
         """Read a tensor of a clip.
 
-        `text` is the absolute path at which the file was written. The folder may have been moved since.
+        `text` is the absolute path of the file when it was written. The folder may have been moved since then.
         """
         if not isinstance(text, str):
             raise TokenFileError(
@@ -152,7 +152,7 @@ class ManifestFormat(OutputFormat):
 
     @classmethod
     def current_lines(cls, lines: bytes, out: Path) -> bytes:
-        """Return the lines of a shard, with paths inside `out`.
+        """Return the lines of a shard, in which the stored paths are replaced by paths inside `out`.
 
         The folder may have been moved since the lines were written.
         """
@@ -160,7 +160,7 @@ class ManifestFormat(OutputFormat):
 
 
 def _with_current_paths(lines: bytes, out: Path) -> bytes:
-    """Return the lines of a shard, with paths inside `out` in place of the stored paths."""
+    """Return the lines of a shard, in which the stored paths are replaced by paths inside `out`."""
     moved = []
     for line in lines.decode().split("\n")[:-1]:
         entry = json.loads(line)

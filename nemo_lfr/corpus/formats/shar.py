@@ -1,11 +1,11 @@
 """Output format `shar`: Lhotse Shar, which Lhotse and NeMo's Magpie trainer read.
 
 Shard 0 consists of the files `shar/cuts.000000.jsonl.gz`, `shar/target_codes.000000.tar` and, with contexts,
-`shar/context_codes.000000.tar`. Arrays have shape [C, T]. Read the shards with `CutSet.from_shar(in_dir="OUT/shar")`,
-or in NeMo with `input_cfg.yaml`, which is a section of a training config.
+`shar/context_codes.000000.tar`. Arrays have shape [C, T]. Lhotse reads the shards with
+`CutSet.from_shar(in_dir="OUT/shar")`. For NeMo, `input_cfg.yaml` is written, which is a section of a training config.
 
-Earlier versions wrote `cuts/cuts.000000.jsonl.gz` and `target_codes/codes.000000.tar`. Folders with these names can be
-read, and a run that was started with these names keeps them when it is resumed.
+Earlier versions wrote `cuts/cuts.000000.jsonl.gz` and `target_codes/codes.000000.tar`. Such folders can be read. A run
+that was started with these names keeps them when it is resumed.
 """
 
 import gzip
@@ -63,7 +63,7 @@ class Layout:
         return f"{self.cuts_folder}/cuts.{number}.jsonl.gz"
 
     def tar(self, field: str, number: str) -> str:
-        """Return the name of a shard's array file for a field, such as "target_codes"."""
+        """Return the name of the tar file with a shard's arrays for one field, such as "target_codes"."""
         return f"{field}/codes.{number}.tar" if self._is_earlier else f"shar/{field}.{number}.tar"
 
 
@@ -107,9 +107,9 @@ class SharWriter(FormatWriter):
         return TemporalArray(Array("shar", "", "", list(tokens.shape)), temporal_dim=-1, frame_shift=shift, start=0)
 
     def _cut(self, clip: Clip, num_samples: int) -> dict[str, Any]:
-        """Return the Lhotse cut of a clip, or a new cut with the clip's labels.
+        """Return the Lhotse cut from which a clip was read, or else a new cut, with the clip's labels.
 
-        The speaker of the cut is in Magpie's notation.
+        The speaker of the cut is in Magpie's notation, see `SPEAKER`.
         """
         duration = self._duration(num_samples)
         default = {"start": 0, "channel": 0, "type": "MonoCut", "supervisions": []}
@@ -221,7 +221,7 @@ class SharReader(FormatReader):
 
     @staticmethod
     def _arrays(path: Path) -> Iterator[tuple[str, bytes | None]]:
-        """Yield the name and content of each array in a tar file; the content is None for a clip without the array.
+        """Yield the name and content of each array in a tar file. The content is None if the clip has no array.
 
         Each array is followed by a description in JSON, which is skipped.
         """
@@ -265,7 +265,7 @@ class SharFormat(OutputFormat):
 
     @classmethod
     def finish(cls, out: Path, num_shards: int, context: bool) -> None:
-        """Write `input_cfg.yaml`, the section of a training config with which NeMo reads all shards."""
+        """Write `input_cfg.yaml`, a section of a NeMo training config that lists all shards."""
         from omegaconf import OmegaConf
 
         layout, root = Layout(out), out.resolve()
@@ -278,7 +278,7 @@ class SharFormat(OutputFormat):
 
 
 def read_npy(data: bytes) -> np.ndarray:
-    """Parse a `.npy` file without copying, so that a header with a huge shape allocates no memory."""
+    """Parse a `.npy` file without copying, so that a header with a wrong, huge shape allocates no memory."""
     stream = io.BytesIO(data)
     version = np.lib.format.read_magic(stream)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0

@@ -1,7 +1,7 @@
 """Readers for the corpora that `tokenize` accepts, with one module for each kind of corpus.
 
-To add a kind of corpus, define a subclass of `CorpusReader`, and register it with `register_source`, in the list
-`SOURCES`, or as an entry point of a package in the group `nemo_lfr.sources`.
+To add a kind of corpus, define a subclass of `CorpusReader`. Then register the class in one of three ways: with
+`register_source`, in the list `SOURCES`, or as an entry point of a package in the group `nemo_lfr.sources`.
 """
 
 from pathlib import Path
@@ -26,7 +26,7 @@ SOURCES: list[type[CorpusReader]] = [Cuts, Shar, SavedDataset, Parquet, TextTabl
 
 
 def register_source(source: type[CorpusReader]) -> type[CorpusReader]:
-    """Register a corpus reader, which takes precedence over the readers that were registered before.
+    """Register a corpus reader. It takes precedence over all readers that were registered before.
 
     This function can be used as a class decorator. Define the class in a module that worker processes can import.
     """
@@ -60,8 +60,8 @@ def open_corpus(
         path: file or folder.
         audio_dir: folder to which relative paths in a manifest or table refer; None for the folder that contains this
             manifest or table.
-        listing: path of the file that stores the list of clips in a folder or table.
-        relist: whether to read the folder or table again and write `listing`, instead of reading `listing`.
+        listing: path of a file that stores the list of clips in a folder or table.
+        relist: whether to list the clips again and write `listing`, instead of reading `listing`.
         allow_url: whether to download audio for which a Lhotse manifest has an http(s) URL.
 
     Raises:

@@ -1,8 +1,8 @@
 """Base class for corpus readers, and the types of clips and shard specifications.
 
-No audio is read when a corpus is split into shards. The specification of a shard is a small JSON object, with which
-any worker can find the clips of the shard. Audio is opened only when a clip is loaded, so that a file that cannot be
-read affects only its own clip.
+No audio is read when a corpus is split into shards. The specification of a shard is a small JSON object, from which
+any worker can find the clips of the shard. An audio file is opened only when its clip is loaded. A file that cannot be
+read therefore affects no other clip.
 """
 
 import hashlib
@@ -54,9 +54,9 @@ class OpenOptions:
     Attributes:
         audio_dir: folder to which relative paths in a manifest or table refer; None for the folder that contains this
             manifest or table.
-        listing: path of the file that stores the list of clips in a folder or table.
-        relist: whether to read the folder or table again and write `listing`, instead of reading `listing`. It is True
-            in the process that plans a run, which also logs warnings about the corpus, and False in the workers.
+        listing: path of a file that stores the list of clips in a folder or table.
+        relist: whether to list the clips again and write `listing`, instead of reading `listing`. It is True in the
+            process that plans a run, which also logs warnings about the corpus, and False in the workers.
         allow_url: whether to download audio for which a Lhotse manifest has an http(s) URL.
     """
 
@@ -77,7 +77,7 @@ class CorpusReader(ABC):
     @classmethod
     @abstractmethod
     def open(cls, path: Path, options: OpenOptions) -> "CorpusReader":
-        """Open a corpus for whose path `accepts` returned True.
+        """Open a corpus. `accepts` must have returned True for its path.
 
         Raises:
             NemoLfrError: if the corpus cannot be read.
@@ -85,7 +85,7 @@ class CorpusReader(ABC):
 
     @property
     def identity(self) -> str:
-        """Return a hash of the list of clips, by default of `files`. A run is resumed only if it is unchanged."""
+        """Return a hash of the list of clips, by default of `files`. A run is resumed only if the hash is equal."""
         return hashlib.sha256("".join(digest(path) for path in self.files).encode()).hexdigest()[:16]
 
     @property
@@ -113,9 +113,9 @@ class CorpusReader(ABC):
 
 
 def repeat_number(shard: ShardSpec, index: int) -> int:
-    """Return the number of times that a clip's name has occurred in the corpus, up to and including this clip.
+    """Return how often a clip's name has occurred in the corpus so far, including this clip.
 
-    The number is 1 unless the name is repeated; see `numbered_id`.
+    The number is 1 for the first clip with a name, 2 for the second, and so on; see `numbered_id`.
 
     Args:
         shard: specification of the shard, with the numbers of repeated names in "repeats".

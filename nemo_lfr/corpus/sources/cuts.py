@@ -49,7 +49,9 @@ class Cuts(CorpusReader):
                 f"{path}: no Lhotse cuts or recordings in this file; if it is a NeMo manifest, decompress it."
             )
         if kind not in ("cuts", "recordings"):
-            raise ConfigError(f"{path}: contains Lhotse {kind}, which refer to no audio; pass cuts or recordings.")
+            raise ConfigError(
+                f"{path}: the file contains Lhotse {kind}, which refer to no audio; pass cuts or recordings."
+            )
         return cls(path, options.allow_url)
 
     @property
@@ -87,9 +89,9 @@ class Cuts(CorpusReader):
 def cut_to_clip(cut: Any, origin: str, number: int = 1, allow_url: bool = False) -> Clip:
     """Convert a Lhotse cut to a clip.
 
-    If the cut has the field `target_audio`, it replaces the audio of the cut, as in NeMo's loaders. If the cut has
-    several supervisions, the clip has their texts joined in order of start time, and the speaker and language of the
-    first supervision.
+    If the cut has the field `target_audio`, the recording in this field is used instead of the audio of the cut, as in
+    NeMo's loaders. If the cut has several supervisions, their texts are joined in order of start time, and the clip
+    has the speaker and language of the first supervision.
 
     Args:
         cut: the cut.
@@ -130,7 +132,7 @@ def cut_to_clip(cut: Any, origin: str, number: int = 1, allow_url: bool = False)
 
 
 def _joined(supervisions: Sequence[Any], text: str | None) -> dict[str, Any]:
-    """Return the manifest of one supervision that replaces several, which are sorted by start time."""
+    """Join supervisions, which are sorted by start time, and return the manifest of the result."""
     joined = {key: value for key, value in supervisions[0].to_dict().items() if not is_missing(value)}
     joined |= {} if text is None else {"text": text}
     if isinstance(joined.get("custom"), dict):
@@ -157,11 +159,11 @@ def item_to_clip(item: CutItem, origin: str, number: int, allow_url: bool) -> Cl
 
 
 def number_cuts(paths: Sequence[Path]) -> list[tuple[int, dict[int, int]]]:
-    """Count the cuts in each file, and number the cuts whose id has occurred before.
+    """Count the cuts in each file, and find repeated ids.
 
     Returns:
-        For each file, the number of cuts, and a dictionary that maps the index of each cut whose id has occurred
-        before to the number of occurrences so far.
+        For each file, the number of cuts, and a dictionary with an entry for each cut whose id has occurred before.
+        The entry maps the index of the cut in the file to the number of occurrences of its id so far.
 
     Raises:
         ConfigError: if a file does not contain Lhotse cuts.

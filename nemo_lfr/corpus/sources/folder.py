@@ -13,11 +13,12 @@ from nemo_lfr.errors import NemoLfrError
 from nemo_lfr.io.journal import write_text
 from nemo_lfr.io.layouts import folder
 
-PROBLEM = "nemo_lfr.problem"  # key of an entry that cannot be used: the place of the problem, and the reason
+# Key that marks an entry as unusable. The value is the place of the problem, and the reason.
+PROBLEM = "nemo_lfr.problem"
 
 
 class Folder(Manifest):
-    """Reader for a folder of audio files, which are first listed in a manifest."""
+    """Reader for a folder of audio files. The list of files is first written to a manifest, and then read from it."""
 
     @classmethod
     def accepts(cls, path: Path) -> bool:
@@ -26,7 +27,7 @@ class Folder(Manifest):
 
     @classmethod
     def open(cls, path: Path, options: OpenOptions) -> "Folder":
-        """List the folder in a manifest, or open the stored manifest if `options.relist` is False."""
+        """Write a manifest of the folder and open it. If `options.relist` is False, open the existing manifest."""
         return list_folder(path, options.listing) if options.relist else cls(options.listing, path)
 
     def _clip(self, name: str, labels: dict[str, Any]) -> Clip:
@@ -44,7 +45,7 @@ class Folder(Manifest):
 
 
 def unusable(name: str, place: str, problem: str) -> dict[str, Any]:
-    """Return an entry for a clip that cannot be used, which is then listed as a failure.
+    """Return a manifest entry for a clip that cannot be used. The run reports such a clip as a failure.
 
     Args:
         name: name from which the clip's id is made.

@@ -64,9 +64,9 @@ class Manifest(CorpusReader):
         return [self.path]
 
     def shards(self, size: int) -> list[ShardSpec]:
-        """Split the manifest into shards of `size` lines. A shard is specified by the offset of its first line.
+        """Split the manifest into shards of `size` lines.
 
-        Names that are repeated anywhere in the manifest are numbered.
+        A specification contains the byte offset of the shard's first line, and the numbers of repeated clip names.
         """
         shards: list[ShardSpec] = []
         ids = UniqueIds()
@@ -118,7 +118,7 @@ def _is_entry(line: bytes) -> bool:
 
 
 def _describe_content(lines: Sequence[bytes]) -> str:
-    """Describe what a file contains instead of manifest lines, for an error message."""
+    """Return the part of an error message that says what a file contains instead of manifest lines."""
     first = lines[0] if lines else b""
     if first.startswith(UTF16_MARKS):
         return "it is UTF-16 text; save it as UTF-8"
@@ -126,7 +126,7 @@ def _describe_content(lines: Sequence[bytes]) -> str:
         return "it is not text; unpack an archive first, and pass a manifest, a folder, cuts or a Parquet table"
     expected = 'expected {"audio_filepath": ...}'
     if first.lstrip(b"\xef\xbb\xbf \t").startswith(b"["):
-        return f"it is a JSON list; {expected}, one object per line"
+        return f"it is a JSON list; {expected}, with one object per line"
     return f"its first line is {shorten(first.decode(errors='replace').strip())!r}; {expected}"
 
 

@@ -104,7 +104,7 @@ class Parquet(Table):
             for rows in table.iter_batches(size, row_groups=shard["groups"]):
                 yield from self._clips(rows, number)
                 number += rows.num_rows
-            reason = "its pages end early"  # for the remaining rows, if a page has fewer rows than its header states
+            reason = "the file has fewer rows than it declares"  # if a page has fewer rows than its header states
         except READ_ERRORS as error:
             reason = shorten(error, 200)
         for row in range(number, stop):

@@ -34,7 +34,9 @@ class SavedDataset(Table):
                 f"{path}: datasets.load_from_disk cannot read this folder ({shorten(error, 200)}); save it again."
             ) from error
         if isinstance(columns, dict):
-            raise ConfigError(f"{path}: contains the splits {', '.join(sorted(columns))}; pass the folder of one.")
+            raise ConfigError(
+                f"{path}: the folder contains the splits {', '.join(sorted(columns))}; pass the folder of one split."
+            )
         features = self.rows.features.to_dict()
         self.rows = self.rows.with_format("arrow")
         names = ("state.json", "dataset_info.json")
@@ -53,7 +55,9 @@ class SavedDataset(Table):
         """Open the dataset."""
         if not (path / "state.json").exists() and not (path / "dataset_dict.json").exists():
             splits = sorted(state.parent.name for state in path.glob("*/state.json"))
-            raise ConfigError(f"{path}: contains the saved datasets {', '.join(splits)}; pass the folder of one.")
+            raise ConfigError(
+                f"{path}: the folder contains the saved datasets {', '.join(splits)}; pass the folder of one of them."
+            )
         table = cls(path, options.audio_dir)
         if options.relist:  # log in the process that plans the run, not in each worker
             table.log_choices()
@@ -95,7 +99,8 @@ def _check_files(path: Path) -> None:
     for name in named:
         if path_inside(path, name) is None:
             raise ConfigError(
-                f"{path / name}: link to a file outside this folder, which is not read; copy the file here."
+                f"{path / name}: the file is a link that leads out of its folder and is not followed; copy the file "
+                "into the folder."
             )
         if (path / name).is_file():
             try:

@@ -16,8 +16,8 @@ from nemo_lfr.io.shortage import require
 class Shar(CorpusReader):
     """Reader for a Lhotse Shar: `cuts.*.jsonl.gz`, and the files of the other fields.
 
-    The files may be in one folder, or in a subfolder for each field. Each input shard becomes one output shard,
-    regardless of the shard size, so that the shards of the input and the output can be read together.
+    The files may be in one folder, or in a subfolder for each field. Each input shard becomes one output shard, so
+    that the shards of the input and the output can be read together. The option for the shard size has no effect.
 
     Args:
         path: the folder.

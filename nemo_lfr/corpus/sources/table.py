@@ -34,7 +34,7 @@ class Table(CorpusReader):
         path: file or folder of the table.
         files: files that contain the rows.
         schema: Arrow schema of the rows.
-        features: features of the columns, in the form in which `datasets` stores them.
+        features: descriptions of the columns, in the form that Hugging Face `datasets` stores ("features").
         audio_dir: folder to which relative paths refer; None for the table's folder.
 
     Raises:
@@ -67,16 +67,16 @@ class Table(CorpusReader):
         return self._files
 
     def log_choices(self) -> None:
-        """Log which columns were chosen as labels, and that other audio files in the folder are not used."""
+        """Log which columns become labels, and warn if the folder has audio files that no table may list."""
         if chosen := chosen_columns(self.columns):
             text = ", ".join(f"{label} from column {column!r}" for label, column in chosen.items())
             logger.warning("%s: %s.", self.path, text)
         if self.path.is_dir() and (audio_files := find_files(self.path, AUDIO_SUFFIXES, report=lambda _: None)):
-            text = "%s: folder with tables: of its %d audio files, only those listed in a table are used."
+            text = "%s: of the %d audio files in this folder of tables, only those that a table lists are used."
             logger.warning(text, self.path, len(audio_files))
 
     def _clips(self, rows: Any, number: int) -> Iterator[Clip]:
-        """Yield the clips in an Arrow table or batch, whose first row has this number in the corpus."""
+        """Yield the clips in an Arrow table or batch. `number` is the number of its first row in the corpus."""
         columns = {name: rows.column(index) for index, name in enumerate(rows.schema.names)}
         audio = {name: columns.pop(name) for name in (self.column, CONTEXT) if name in columns}
         for index in range(rows.num_rows):

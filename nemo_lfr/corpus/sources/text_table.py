@@ -11,7 +11,7 @@ from nemo_lfr.io.tables import is_table, read_table
 
 
 class TextTable(Folder):
-    """Reader for a table of audio files, which are first listed in a manifest."""
+    """Reader for a table of audio files. The rows are first written to a manifest, and then read from it."""
 
     @classmethod
     def accepts(cls, path: Path) -> bool:
@@ -20,7 +20,7 @@ class TextTable(Folder):
 
     @classmethod
     def open(cls, path: Path, options: OpenOptions) -> "TextTable":
-        """List the rows of the table in a manifest, or open the stored manifest if `options.relist` is False.
+        """Write the rows to a manifest and open it. If `options.relist` is False, open the existing manifest.
 
         Raises:
             ConfigError: if the table cannot be read or has no rows.
@@ -33,6 +33,6 @@ class TextTable(Folder):
                 entry = unusable(name, place, row.problem) if row.problem else row.values
                 lines.append(json.dumps(entry, ensure_ascii=False))
             if not lines:
-                raise ConfigError(f"{path}: table without rows; add a row for each audio file.")
+                raise ConfigError(f"{path}: the table has no rows; add a row for each audio file.")
             write_text(options.listing, "\n".join(lines) + "\n")
         return cls(options.listing, audio_dir)
