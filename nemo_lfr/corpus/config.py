@@ -101,7 +101,8 @@ class TokenizeConfig:
             )
         if (self.compress or self.entropy_model is not None) and not output.supports_compression:
             raise NemoLfrError(
-                f'format "{self.kind}" is not compressed, because trainers read its files directly; use format "lfr".'
+                f'format "{self.kind}" cannot be compressed, because trainers read its files directly; use the format '
+                '"lfr".'
             )
 
     def absolute(self) -> "TokenizeConfig":

@@ -48,8 +48,8 @@ class TokenDataset(IterableDataset[TokenizedUtterance]):
 
     Raises:
         NemoLfrError: if an argument is invalid, the folder does not contain the tokens of a complete run, or shared
-            memory cannot be allocated; while reading, if Accelerate would split the share of a rank again.
-        TokenFileError: while reading, for a damaged or truncated file.
+            memory cannot be allocated. While reading, also if Accelerate would split the utterances of a rank again.
+        TokenFileError: while reading, if a file is damaged or truncated.
     """
 
     def __init__(
@@ -146,9 +146,9 @@ class TokenDataset(IterableDataset[TokenizedUtterance]):
         is_accelerated = self._inherited[2] if self._inherited is not None else _is_accelerated()
         if self._given is None and place[1] > 1 and is_accelerated:
             raise NemoLfrError(
-                f"Accelerate is in use with {place[1]} processes, so pass rank and world_size to TokenDataset: if "
-                "Accelerator.prepare or the Trainer splits its data loader, rank=0 and world_size=1 (and set "
-                "dispatch_batches=False in Accelerate); otherwise rank=accelerator.process_index and "
+                f"Accelerate is in use with {place[1]} processes, so pass rank and world_size to TokenDataset. If "
+                "Accelerator.prepare or the Trainer splits the data loader, pass rank=0 and world_size=1, and set "
+                "dispatch_batches=False in Accelerate. Otherwise, pass rank=accelerator.process_index and "
                 "world_size=accelerator.num_processes."
             )
         return place

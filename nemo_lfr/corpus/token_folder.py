@@ -95,11 +95,11 @@ class TokenFolder:
             raise ValueError(f"expected a JSON object, found {shorten(values)}")
         for key, highest in (("shards", MAX_SHARDS), ("clips", MAX_CLIPS)):
             if type(values[key]) is not int or not 0 <= values[key] <= highest:
-                raise ValueError(f"{key} is {shorten(values[key])}")
+                raise ValueError(f"{key} is {shorten(values[key])}; expected an integer from 0 to {highest}")
         if not isinstance(values["format"], str) or values["format"] not in format_names():
             raise ValueError(f"format is {shorten(values['format'])}; expected one of {', '.join(format_names())}")
         if not isinstance(values.get("context", False), bool):
-            raise ValueError(f"context is {shorten(values['context'])}")
+            raise ValueError(f"context is {shorten(values['context'])}; expected true or false")
         if not isinstance(values["codec"], dict) or not isinstance(values["codec"]["fingerprint"], str):
             raise ValueError("codec is not an object with a fingerprint")
         return Metadata.from_json(json.dumps(values["codec"]).encode())
@@ -109,25 +109,25 @@ class TokenFolder:
         shards, clips = self.metadata["shards"], self.metadata["clips"]
         counts = self.metadata.get("shard_clips")
         if shards > SPARE_SHARDS:
-            there = max(self._reader.num_files(), num_entries(ShardRecord.folder(self.path)))
-            if shards > SPARE_SHARDS + 2 * there:
+            present = max(self._reader.num_files(), num_entries(ShardRecord.folder(self.path)))
+            if shards > SPARE_SHARDS + 2 * present:
                 raise TokenFileError(
-                    f"{self.path}: {METADATA} lists {shards} shards, but there are files of only {there}; {REPAIR}."
+                    f"{self.path}: {METADATA} lists {shards} shards, but only {present} have files; {REPAIR}."
                 )
         if counts is None:
-            marks = (
+            records = (
                 [ShardRecord.read(self.path, index) for index in range(shards)]
                 if ShardRecord.folder(self.path).is_dir()
                 else []
             )
-            known = [mark.clips for mark in marks if mark]
+            known = [record.clips for record in records if record]
             counts = known if len(known) == shards else self._reader.count_shards()
         if not isinstance(counts, list) or not all(type(count) is int and count >= 0 for count in counts):
-            raise TokenFileError(f"{self.path}/{METADATA}: invalid number of clips per shard; {REPAIR}.")
+            raise TokenFileError(f"{self.path}/{METADATA}: shard_clips is not a list of clip counts; {REPAIR}.")
         if len(counts) != shards or sum(counts) != clips:
             raise TokenFileError(
                 f"{self.path}: found {sum(counts)} utterances in {len(counts)} shards, but {METADATA} lists {clips} "
-                f"in {shards}; {REPAIR}."
+                f"utterances in {shards} shards; {REPAIR}."
             )
         return counts
 

@@ -22,7 +22,7 @@ def pcm16(wave: np.ndarray) -> bytes:
 
 
 class AudioWriter:
-    """Write a 16-bit mono audio file. Its temporary name becomes the final name when the file is complete.
+    """Write a 16-bit mono audio file under a temporary name, and rename the complete file.
 
     Args:
         path: output file; its suffix determines the format. Missing folders are created.

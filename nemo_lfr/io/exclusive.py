@@ -29,7 +29,9 @@ def exclusive(folder: Path, shared: bool = False) -> Iterator[None]:
     """
     with ExitStack() as stack:
         if os.name != "nt" and _lock(folder, stack, shared) is False:
-            raise NemoLfrError(f"{folder}: another run is writing there; wait until it ends, or stop it.")
+            raise NemoLfrError(
+                f"{folder}: another run is writing to this folder; wait until that run ends, or stop it."
+            )
         yield
 
 

@@ -255,7 +255,7 @@ def _metadata(corpus: Path) -> Iterator[CorpusUtterance]:
         except RepeatedColumnError:
             raise
         except ConfigError as error:  # a table of another kind, such as LJSpeech's
-            logger.warning("%s Its labels are not used.", error)
+            logger.warning("%s The labels in this table are not used.", error)
 
 
 LAYOUTS: dict[str, Callable[[Path], Iterator[CorpusUtterance]]] = {
@@ -337,7 +337,7 @@ def _named(corpus: Path, pattern: str) -> list[Path]:
 
 
 def _without_split(transcript: Path, corpus: Path, name: str) -> CorpusUtterance:
-    problem = f"its folder {shorten(name)!r} is not a split; expected a name such as train, dev or test"
+    problem = f"the folder name {shorten(name)!r} is not a split; expected a name such as train, dev or test"
     return CorpusUtterance(transcript.relative_to(corpus), "", problem=problem)
 
 
@@ -402,7 +402,7 @@ def _below(name: str) -> Path:
     """
     path = Path(name)
     if not name.strip() or path.is_absolute() or ".." in path.parts:
-        raise ValueError(f"{shorten(name)!r} is not the name of a file in the folder of the clips")
+        raise ValueError(f"{shorten(name)!r} is not a path inside the folder of audio files")
     return path
 
 

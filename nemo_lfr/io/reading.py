@@ -86,7 +86,7 @@ def read_samples(
     assert isinstance(rate, int | float | np.number)
     if samples.ndim not in (1, 2) or not np.issubdtype(samples.dtype, np.number) or np.iscomplexobj(samples):
         raise AudioError(
-            f"{name}: the audio is an array of shape {samples.shape}, {samples.dtype}; expected samples [T]."
+            f"{name}: the audio is an array of shape {samples.shape}, {samples.dtype}; expected numbers [T]."
         )
     wave: np.ndarray = _to_float(samples)
     if wave.ndim == 2:

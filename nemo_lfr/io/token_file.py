@@ -515,9 +515,9 @@ class _Sections:
     def _read_end(self, num_frames: int) -> int:
         """Read and check the rest of the end section, after its first field; return the number of samples."""
         fields = self._take(8 if self.version == 1 else 12)
-        self._check(bytes(4) + fields, "the end")
+        self._check(bytes(4) + fields, "the end section")
         if self._file.read(1):
-            raise self._fail("there are bytes after its end")
+            raise self._fail("other bytes follow its end section")
         if self.version > 1 and fields[8:] != struct.pack("<I", self._outline):
             raise self._fail("its blocks were replaced or reordered")
         num_samples: int = struct.unpack("<Q", fields[:8])[0]

@@ -208,8 +208,8 @@ def test_a_folder_that_grew_is_refused_and_does_not_disturb_the_running_parts(au
     ("running", "other", "message"),
     [
         (Part(0, 2), Part(0, 2), "part 0/2 is being tokenized by another process"),
-        (Part(0, 2), None, "another run is writing there"),
-        (None, Part(0, 2), "another run is writing there"),
+        (Part(0, 2), None, "another run is writing to this folder"),
+        (None, Part(0, 2), "another run is writing to this folder"),
     ],
 )
 def test_no_shard_is_computed_twice_at_the_same_time(running, other, message, audio, model, tmp_path):

@@ -28,7 +28,7 @@ def test_a_second_run_in_one_folder_is_refused(command, tmp_path, capsys):
     out.mkdir()
     with exclusive(out):
         code, _, stderr = run(capsys, command, *source, "--out", out)
-        assert code == 2 and "another run is writing there" in stderr and not list(out.iterdir())
+        assert code == 2 and "another run is writing to this folder" in stderr and not list(out.iterdir())
     code, _, stderr = run(capsys, command, *source, "--out", out, *(["--workers", 1] if command == "evaluate" else []))
     assert code == 0, stderr
 

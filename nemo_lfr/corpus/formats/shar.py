@@ -231,7 +231,7 @@ class SharReader(FormatReader):
                 data = member_bytes(tar, member)
                 if next(members, None) is None:
                     raise TokenFileError(
-                        f"{path}: file is damaged: {shorten(member.name)!r} has no description; {REPAIR}."
+                        f"{path}: file is damaged: array {shorten(member.name)!r} has no JSON description; {REPAIR}."
                     )
                 name, _, kind = member.name.rpartition(".")
                 yield name, None if kind == "nodata" else data

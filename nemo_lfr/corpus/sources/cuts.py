@@ -180,7 +180,7 @@ def number_cuts(paths: Sequence[Path]) -> list[tuple[int, dict[int, int]]]:
             num_joined += item.cut is not None and len(item.cut.supervisions) > 1
         counts.append((count, repeats))
     if num_joined:
-        text = "%s: %d cuts have several supervisions; each gets their texts in order, and the speaker of the first."
+        text = "%s: %d cuts have several supervisions; their texts are joined, and the first one names the speaker."
         logger.warning(text, paths[0], num_joined)
     return counts
 

@@ -123,7 +123,7 @@ def _describe_content(lines: Sequence[bytes]) -> str:
     if first.startswith(UTF16_MARKS):
         return "it is UTF-16 text; save it as UTF-8"
     if b"\0" in b"".join(lines):
-        return "it is not text; unpack an archive first, and pass a manifest, a folder, cuts or a Parquet table"
+        return "it is not text; if it is an archive, unpack it, and pass a manifest, a folder, cuts or a Parquet table"
     expected = 'expected {"audio_filepath": ...}'
     if first.lstrip(b"\xef\xbb\xbf \t").startswith(b"["):
         return f"it is a JSON list; {expected}, with one object per line"

@@ -70,7 +70,7 @@ class Table(CorpusReader):
         """Log which columns become labels, and warn if the folder has audio files that no table may list."""
         if chosen := chosen_columns(self.columns):
             text = ", ".join(f"{label} from column {column!r}" for label, column in chosen.items())
-            logger.warning("%s: %s.", self.path, text)
+            logger.warning("%s: labels are read from columns with other names: %s.", self.path, text)
         if self.path.is_dir() and (audio_files := find_files(self.path, AUDIO_SUFFIXES, report=lambda _: None)):
             text = "%s: of the %d audio files in this folder of tables, only those that a table lists are used."
             logger.warning(text, self.path, len(audio_files))

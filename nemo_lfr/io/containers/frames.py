@@ -29,7 +29,7 @@ def _size_of(head: bytes, window: Window) -> FrameSize | None:
 
 
 def frames_streams(window: Window) -> list[Stream]:
-    """Return a file of codec frames as one stream, after checking that frames follow each other up to the end."""
+    """Return a file of codec frames as one `Stream`, after checking that frames follow each other up to the end."""
     size_of = _size_of(window.at(0, FRAME_HEAD), window)
     assert size_of is not None
     return _walk(window, size_of)
@@ -71,7 +71,7 @@ def is_gsm(head: bytes, window: Window) -> bool:
 
 
 def gsm_streams(window: Window) -> list[Stream]:
-    """Return a GSM 06.10 file as one stream with an AIFC header, after checking its frames.
+    """Return a GSM 06.10 file as one `Stream` with an AIFC header, after checking its frames.
 
     GSM files have no header. Without the AIFC header, libsndfile would recognize the format only by the file's suffix.
     """

@@ -70,7 +70,7 @@ def find_pattern(window: Window, pattern: re.Pattern[bytes], position: int, long
 
 
 def find_header(window: Window, position: int) -> int | None:
-    """Search the samples of a file for the header of another file, if the length of the samples is unknown.
+    """Search samples whose length is unknown for the header of another file.
 
     Args:
         window: the file.
@@ -91,7 +91,7 @@ def until_end(window: Window, position: int) -> int | None:
 
 
 def compare_end(window: Window, end: int) -> list[Stream]:
-    """Return a file as one stream that ends at the position `end`.
+    """Return a file as one `Stream` that ends at the position `end`.
 
     If another file follows, the stream has a `problem`. If other bytes follow, it has a `note`. Tags and padding are
     ignored.
@@ -132,7 +132,7 @@ def note_after(window: Window, end: int) -> str | None:
 
 
 def compare_size(window: Window, start: int, promised: int) -> list[Stream]:
-    """Return a file as one stream, after comparing the declared number of bytes with the size of the file.
+    """Return a file as one `Stream`, after comparing the declared number of bytes with the size of the file.
 
     Args:
         window: the file.

@@ -30,7 +30,7 @@ Field = tuple[int, str, int, int]
 
 
 def _to_end(window: Window, begin: int, fields: Sequence[Field], note: str | None = None) -> list[Stream]:
-    """Return a file whose samples extend to its end as one stream, with the true length in the header.
+    """Return a file whose samples extend to its end as one `Stream`, with the true length in the header.
 
     Args:
         window: the file.
@@ -51,7 +51,7 @@ def _to_end(window: Window, begin: int, fields: Sequence[Field], note: str | Non
 
 
 def au_streams(window: Window) -> list[Stream]:
-    """Return an AU file as one stream, and correct the length in its header."""
+    """Return an AU file as one `Stream`, and correct the length in its header."""
     if window.size < AU_HEADER:
         return [whole_file(window.size, HEADER_CUT)]
     order = ">" if window.at(0, 4) == b".snd" else "<"
@@ -72,7 +72,7 @@ def au_streams(window: Window) -> list[Stream]:
 
 
 def aiff_streams(window: Window) -> list[Stream]:
-    """Return an AIFF or AIFC file as one stream, and correct the lengths in its header."""
+    """Return an AIFF or AIFC file as one `Stream`, and correct the lengths in its header."""
     position, common, compressed = 12, None, window.at(8, 4) == b"AIFC"
     while position + 8 <= window.size:
         name, length = struct.unpack(">4sI", window.at(position, 8))
@@ -109,7 +109,7 @@ def aiff_streams(window: Window) -> list[Stream]:
 
 
 def caf_streams(window: Window) -> list[Stream]:
-    """Return a CAF file as one stream, and correct the length in its header."""
+    """Return a CAF file as one `Stream`, and correct the length in its header."""
     position = 8
     while position + 12 <= window.size:
         name, length = struct.unpack(">4sq", window.at(position, 12))
@@ -132,7 +132,7 @@ def caf_streams(window: Window) -> list[Stream]:
 
 
 def w64_streams(window: Window) -> list[Stream]:
-    """Return a Wave64 file as one stream, and correct the length in its header."""
+    """Return a Wave64 file as one `Stream`, and correct the length in its header."""
     position = 40
     while position + 24 <= window.size:
         name, length = window.at(position, 4), struct.unpack("<q", window.at(position + 16, 8))[0]

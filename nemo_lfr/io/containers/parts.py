@@ -46,7 +46,7 @@ def is_avi(head: bytes, _: Window) -> bool:
 
 
 def avi_streams(window: Window) -> list[Stream]:
-    """Return an AVI file as one stream, after checking the sizes of its RIFF chunks."""
+    """Return an AVI file as one `Stream`, after checking the sizes of its RIFF chunks."""
     return _walked(window, _avi_parts(window))
 
 
@@ -64,7 +64,7 @@ def is_asf(head: bytes, _: Window) -> bool:
 
 
 def asf_streams(window: Window) -> list[Stream]:
-    """Return an ASF file as one stream, after checking the sizes of its objects and packets.
+    """Return an ASF file as one `Stream`, after checking the sizes of its objects and packets.
 
     A live recording does not state the size of its data. The data then extends to the end of the file.
     """
@@ -116,7 +116,7 @@ def is_flv(head: bytes, _: Window) -> bool:
 
 
 def flv_streams(window: Window) -> list[Stream]:
-    """Return a Flash video file as one stream, after checking the sizes of its tags."""
+    """Return a Flash video file as one `Stream`, after checking the sizes of its tags."""
     return _walked(window, _flv_parts(window), _SECTION["flv"])
 
 
@@ -135,7 +135,7 @@ def is_amr(head: bytes, _: Window) -> bool:
 
 
 def amr_streams(window: Window) -> list[Stream]:
-    """Return an AMR file as one stream, after checking its frames."""
+    """Return an AMR file as one `Stream`, after checking its frames."""
     return _walked(window, _amr_parts(window), _SECTION["amr"])
 
 
@@ -155,7 +155,7 @@ def is_wavpack(head: bytes, _: Window) -> bool:
 
 
 def wavpack_streams(window: Window) -> list[Stream]:
-    """Return a WavPack file as one stream, after checking its blocks."""
+    """Return a WavPack file as one `Stream`, after checking its blocks."""
     return _walked(window, _wavpack_parts(window), _SECTION["wavpack"])
 
 
@@ -180,7 +180,7 @@ def is_tta(head: bytes, _: Window) -> bool:
 
 
 def tta_streams(window: Window) -> list[Stream]:
-    """Return a True Audio file as one stream, after checking its frames."""
+    """Return a True Audio file as one `Stream`, after checking its frames."""
     return _walked(window, _tta_parts(window))
 
 
@@ -200,7 +200,7 @@ def is_real(head: bytes, _: Window) -> bool:
 
 
 def real_streams(window: Window) -> list[Stream]:
-    """Return a RealMedia file as one stream, after checking its chunks and packets."""
+    """Return a RealMedia file as one `Stream`, after checking its chunks and packets."""
     return _walked(window, _real_parts(window), _SECTION["real"])
 
 
@@ -234,8 +234,8 @@ def _walked(window: Window, parts: Iterator[int], section: re.Pattern[bytes] | N
             since audio follows after other bytes. None if a header states the number of sections.
 
     Returns:
-        The file as one stream. The stream has a `problem` if the file is truncated or damaged, or if several files are
-        joined, and a `note` if other bytes follow.
+        The file as one `Stream`. The stream has a `problem` if the file is truncated or damaged, or if several files
+        are joined. It has a `note` if other bytes follow the audio.
     """
     position = 0
     for size in parts:

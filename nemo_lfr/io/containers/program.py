@@ -31,7 +31,7 @@ def is_program(head: bytes, _: Window) -> bool:
 
 
 def program_streams(window: Window) -> list[Stream]:
-    """Return an MPEG program stream as one stream, after checking its packets."""
+    """Return an MPEG program stream as one `Stream`, after checking its packets."""
     position = 0
     extents: Extents = {}
     while (head := window.at(position, _HEAD))[:3] in (_START, bytes(3)) and len(head) > 3:
@@ -105,7 +105,7 @@ def is_transport(_: bytes, window: Window) -> bool:
 
 
 def transport_streams(window: Window) -> list[Stream]:
-    """Return an MPEG transport stream as one stream, after checking its packets, which all have the same size."""
+    """Return an MPEG transport stream as one `Stream`, after checking its packets, which all have the same size."""
     layout = _layout(window)
     assert layout is not None
     lead, step = layout

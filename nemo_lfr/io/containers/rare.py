@@ -40,7 +40,7 @@ def is_ircam(head: bytes, _: Window) -> bool:
 
 
 def ircam_streams(window: Window) -> list[Stream]:
-    """Return an IRCAM file as one stream, after checking its size."""
+    """Return an IRCAM file as one `Stream`, after checking its size."""
     head = window.at(0, 16)
     if window.size < _IRCAM_HEADER:
         return [whole_file(window.size, HEADER_CUT)]
@@ -54,7 +54,7 @@ def is_paf(head: bytes, _: Window) -> bool:
 
 
 def paf_streams(window: Window) -> list[Stream]:
-    """Return an Ensoniq PARIS file as one stream, after checking its size."""
+    """Return an Ensoniq PARIS file as one `Stream`, after checking its size."""
     if window.size < _PAF_HEADER:
         return [whole_file(window.size, HEADER_CUT)]
     order = ">" if window.at(0, 1) == b" " else "<"
@@ -68,7 +68,7 @@ def is_pvf(head: bytes, _: Window) -> bool:
 
 
 def pvf_streams(window: Window) -> list[Stream]:
-    """Return a Portable Voice Format file as one stream, after checking its size."""
+    """Return a Portable Voice Format file as one `Stream`, after checking its size."""
     header = _PVF.match(window.at(0, 64))
     if header is None:
         return [whole_file(window.size, HEADER_CUT if b"\n" not in window.at(5, 64) else None)]
@@ -81,7 +81,7 @@ def is_wve(head: bytes, _: Window) -> bool:
 
 
 def wve_streams(window: Window) -> list[Stream]:
-    """Return a Psion WVE file as one stream, after checking its size."""
+    """Return a Psion WVE file as one `Stream`, after checking its size."""
     if window.size < _WVE_HEADER:
         return [whole_file(window.size, HEADER_CUT)]
     return compare_size(window, _WVE_HEADER, int.from_bytes(window.at(18, 4), "big"))
@@ -93,7 +93,7 @@ def is_xi(head: bytes, _: Window) -> bool:
 
 
 def xi_streams(window: Window) -> list[Stream]:
-    """Return a FastTracker 2 instrument as one stream, after checking its size."""
+    """Return a FastTracker 2 instrument as one `Stream`, after checking its size."""
     if window.size < _XI_HEADER + _XI_SAMPLE:
         return [whole_file(window.size, HEADER_CUT)]
     count = int.from_bytes(window.at(_XI_HEADER - 2, 2), "little")
@@ -116,7 +116,7 @@ def is_mpc(head: bytes, window: Window) -> bool:
 
 
 def mpc_streams(window: Window) -> list[Stream]:
-    """Return an Akai MPC 2000 file as one stream, after checking its size."""
+    """Return an Akai MPC 2000 file as one `Stream`, after checking its size."""
     header = window.at(0, _MPC_HEADER)
     if len(header) < _MPC_HEADER:
         return [whole_file(window.size, HEADER_CUT)]
@@ -130,7 +130,7 @@ def is_mat4(_: bytes, window: Window) -> bool:
 
 
 def mat4_streams(window: Window) -> list[Stream]:
-    """Return a MATLAB 4 file as one stream, after checking the matrices with the sample rate and the samples."""
+    """Return a MATLAB 4 file as one `Stream`, after checking the matrices with the sample rate and the samples."""
     position = 0
     order = "<" if window.at(0, 4) == bytes(4) else ">"
     for _ in range(_MAT4_MATRICES):
@@ -156,7 +156,7 @@ def is_mat5(head: bytes, _: Window) -> bool:
 
 
 def mat5_streams(window: Window) -> list[Stream]:
-    """Return a MATLAB 5 file as one stream, after checking the sizes of its elements."""
+    """Return a MATLAB 5 file as one `Stream`, after checking the sizes of its elements."""
     if window.size < _MAT5_HEADER + 8:
         return [whole_file(window.size, HEADER_CUT)]
     order = "<" if window.at(126, 2) == b"IM" else ">"
@@ -199,7 +199,7 @@ def is_sds(head: bytes, _: Window) -> bool:
 
 
 def sds_streams(window: Window) -> list[Stream]:
-    """Return a MIDI sample dump as one stream, after checking its number of packets."""
+    """Return a MIDI sample dump as one `Stream`, after checking its number of packets."""
     header = window.at(0, _SDS_HEADER)
     if len(header) < _SDS_HEADER:
         return [whole_file(window.size, HEADER_CUT)]
@@ -217,7 +217,7 @@ def is_sox(head: bytes, _: Window) -> bool:
 
 
 def sox_streams(window: Window) -> list[Stream]:
-    """Return a file in SoX's native format as one stream, after checking its size."""
+    """Return a file in SoX's native format as one `Stream`, after checking its size."""
     order = "<" if window.at(0, 1) == b"." else ">"
     if window.size < _SOX_HEADER:
         return [whole_file(window.size, HEADER_CUT)]
@@ -228,18 +228,18 @@ def sox_streams(window: Window) -> list[Stream]:
 def is_htk(head: bytes, _: Window) -> bool:
     """Return whether a file is an HTK waveform.
 
-    The format has no magic number. The header must declare 2-byte samples with a period from 10 to 100,000 x 100 ns.
+    The format has no magic number. The header must declare 2-byte samples with a period from 1 microsecond to 10 ms.
     """
     return head[8:12] == b"\0\x02\0\0" and 10 <= int.from_bytes(head[4:8], "big") <= 100_000
 
 
 def htk_streams(window: Window) -> list[Stream]:
-    """Return an HTK waveform as one stream, after checking its size."""
+    """Return an HTK waveform as one `Stream`, after checking its size."""
     return compare_size(window, _HTK_HEADER, 2 * int.from_bytes(window.at(0, 4), "big"))
 
 
 def _in_blocks(window: Window, start: int, block: int) -> list[Stream]:
-    """Return a file whose header stores no length as one stream, after checking that its last block is complete.
+    """Return a file whose header stores no length as one `Stream`, after checking that its last block is complete.
 
     A file that is truncated between two blocks looks complete, so the stream always has a warning (`note`). Appended
     tags are not read.

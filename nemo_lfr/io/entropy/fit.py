@@ -138,7 +138,7 @@ def _split(
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
     if len(utterances) < 2:
         raise EntropyModelError(
-            f"the number of utterances with frames is {len(utterances)}; fitting an entropy model needs at least 2."
+            f"there are {len(utterances)} utterances that are not empty; fitting an entropy model needs at least 2."
         )
     order = random.permutation(len(utterances))
     num_held = min(len(order) - 1, max(1, round(settings.valid_share * len(order))))
