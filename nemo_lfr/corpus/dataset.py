@@ -116,7 +116,7 @@ class TokenDataset(IterableDataset[TokenizedUtterance]):
     def _place(self) -> tuple[int, int]:
         """Return the rank and the world size.
 
-        These values are read on every call, because the process group may be initialized after the dataset.
+        These values are read on every call, since the process group may be initialized after the dataset is created.
         """
         if self._given is not None:
             return self._given

@@ -48,7 +48,7 @@ class EpochOrder:
             skip: number of utterances to skip at the beginning.
 
         Raises:
-            TokenFileError: for a damaged file.
+            TokenFileError: if a file is damaged.
         """
         if self.bucket_size is not None:
             return self._grouped(skip, self.bucket_size)
@@ -77,8 +77,8 @@ class EpochOrder:
     def _grouped(self, skip: int, size: int) -> Iterator[TokenizedUtterance]:
         """Sort the utterances in each full buffer by length, and yield them in groups of `size`.
 
-        The groups are shuffled in the same way on every rank, so that all ranks have batches of similar length in the
-        same training step.
+        With `shuffle`, the order of the groups is random, but the same on every rank. All ranks therefore have batches
+        of similar length in the same training step.
         """
         pool_size = max(1, self.buffer_size // size) * size
         number, skip = divmod(skip, pool_size)

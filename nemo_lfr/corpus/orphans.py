@@ -55,7 +55,7 @@ def _is_alive(parent: int) -> bool:
 
 @contextmanager
 def family() -> Iterator[None]:
-    """Kill all processes that are started in this context if this process is killed.
+    """Context manager that kills all processes started inside it if this process is killed.
 
     A watcher process in its own session waits for this process to end. The watcher finds the processes by an
     environment variable, which children inherit. While the watcher waits, it scans for new processes continuously,

@@ -149,7 +149,7 @@ def _batches(clips: Iterator[LoadedClip], limit: float) -> Iterator[list[LoadedC
 def prefetch(
     readers: ThreadPoolExecutor, config: TokenizeConfig, sample_rate: int, clips: Iterator[Clip]
 ) -> Iterator[tuple[Clip, "Future[list[np.ndarray]]"]]:
-    """Yield clips with their audio, which threads read in advance for a few clips."""
+    """Yield clips with their audio. Other threads read the audio of the next clips in advance."""
     waiting: list[tuple[Clip, Future[list[np.ndarray]]]] = []
     for clip in clips:
         waiting.append((clip, readers.submit(_read, clip, config, sample_rate)))

@@ -251,8 +251,8 @@ def naming(path: Path, temporary: Path | None = None) -> Iterator[None]:
 
     Args:
         path: the output file. Errors without a file name, such as that of a full disk, get this name.
-        temporary: temporary file or folder that becomes `path`. An error that names it, or a file in it, gets the name
-            `path` instead.
+        temporary: temporary file or folder that becomes `path`. An error that names this file, or a file in
+            this folder, gets the name `path` instead.
     """
     try:
         yield

@@ -13,10 +13,10 @@ LOCK_FILE = ".lock"
 
 @contextmanager
 def exclusive(folder: Path, shared: bool = False) -> Iterator[None]:
-    """Hold a lock on a folder in this context.
+    """Hold a lock on a folder while this context manager is active.
 
     The folder itself is locked. On network drives that can lock only files, the file `.lock` in the folder is locked
-    instead; it is not removed afterwards. The system releases the lock when the process ends for any reason. Nothing
+    instead, and is not removed afterwards. The system releases the lock when the process ends for any reason. Nothing
     is locked on systems without such locks.
 
     Args:
@@ -29,15 +29,13 @@ def exclusive(folder: Path, shared: bool = False) -> Iterator[None]:
     """
     with ExitStack() as stack:
         if os.name != "nt" and _lock(folder, stack, shared) is False:
-            raise NemoLfrError(
-                f"{folder}: another run is writing to this folder; wait until that run ends, or stop it."
-            )
+            raise NemoLfrError(f"{folder}: another run is writing to this folder; wait until it ends, or stop it.")
         yield
 
 
 @contextmanager
 def exclusive_file(path: Path, message: str) -> Iterator[None]:
-    """Hold an exclusive lock on a file in this context.
+    """Hold an exclusive lock on a file while this context manager is active.
 
     On network drives, other machines see locks on files, but not locks on folders.
 

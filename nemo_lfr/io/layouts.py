@@ -345,8 +345,8 @@ def text_of(transcript: Path) -> tuple[dict[str, str], str | None]:
     """Read the text file beside a recording.
 
     Returns:
-        A dictionary with the label "text", which is empty if the file does not exist, and an error message if the file
-        cannot be read; None otherwise.
+        A dictionary with the label "text", and None. If the file does not exist, the dictionary is empty. If the file
+        cannot be read, the dictionary is empty and an error message replaces None.
     """
     try:
         if not os.path.lexists(transcript):  # a broken link counts as an unreadable transcript

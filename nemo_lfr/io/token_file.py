@@ -390,7 +390,7 @@ class _Sections:
         return data
 
     def _check(self, section: bytes, what: str, before: bytes = b"") -> bytes:
-        """Read the CRC field of a section, verify it over `before` and the section, and return it."""
+        """Read, verify and return the CRC field of a section. The CRC covers `before` and the section."""
         return self._compare(self._take(4), section, what, before)
 
     def _compare(self, checksum: bytes, section: bytes, what: str, before: bytes) -> bytes:
@@ -529,7 +529,7 @@ class _Sections:
         """Check that `codec` can decode these tokens.
 
         Raises:
-            TokenFileError: if `codec` has another layout or other weights than the codec that made the tokens.
+            TokenFileError: if `codec` differs in sample rate, codebooks or weights from the codec of the tokens.
         """
         stored: dict[str, Any] = asdict(self.metadata)
         expected: dict[str, Any] = asdict(Metadata.of(codec))

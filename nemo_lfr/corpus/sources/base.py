@@ -85,7 +85,7 @@ class CorpusReader(ABC):
 
     @property
     def identity(self) -> str:
-        """Return a hash of the list of clips, by default of `files`. A run is resumed only if the hash is equal."""
+        """Return a hash of the list of clips, by default of `files`. A run is resumed only if the hash is the same."""
         return hashlib.sha256("".join(digest(path) for path in self.files).encode()).hexdigest()[:16]
 
     @property

@@ -118,8 +118,8 @@ def parquet_files(folder: Path) -> list[Path]:
 
 
 def split_of(path: Path) -> str | None:
-    """Return the split that a file's path names: "train", "validation", "test", or None.
+    """Return the split that a file's path names: "train", "valid", "test", or None.
 
-    The path is searched for the same words as on the Hugging Face Hub.
+    The path is searched for words such as "validation" or "dev"; see `nemo_lfr.io.splits`.
     """
     return split_of_parts([*path.parts[:-1], path.stem])

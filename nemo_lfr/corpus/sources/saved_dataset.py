@@ -17,7 +17,7 @@ from nemo_lfr.io.shortage import require
 class SavedDataset(Table):
     """Reader for a dataset that Hugging Face `datasets` saved with `save_to_disk`.
 
-    This package decodes the audio itself, without `datasets`.
+    `datasets` reads the rows, but this package decodes the audio.
 
     Raises:
         ConfigError: if the folder is not a valid dataset, contains several splits, or has no column of audio.

@@ -34,7 +34,7 @@ def matroska_streams(window: Window) -> list[Stream]:
     """Find the recordings in a Matroska or WebM file, and check the sizes of its elements.
 
     Elements are nested, and the outer ones may have an unknown size. In a concatenated file, each recording begins
-    with its own EBML element.
+    with an EBML element.
     """
     position, start = 0, 0
     streams: list[Stream] = []

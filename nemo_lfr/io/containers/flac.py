@@ -28,7 +28,7 @@ def flac_streams(window: Window) -> list[Stream]:
 
 
 def _stream(window: Window, start: int, stop: int) -> Stream:
-    """Return a FLAC stream as a `Stream`, with its number of samples computed from the numbers of its frames."""
+    """Return a FLAC stream as a `Stream`. If its header and frames disagree, the header is corrected."""
     info = window.at(start + 8, 34)
     if len(info) < 34 or _after_metadata(window, start, stop) is None:
         return Stream([(start, stop)], problem=HEADER_CUT)

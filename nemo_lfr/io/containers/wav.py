@@ -44,7 +44,7 @@ class WavSamples:
 
     Args:
         header: the header before the first sample.
-        header_size: its size in bytes.
+        header_size: size of the header in bytes.
 
     Attributes:
         problem: error message after `finish`; None if the file is complete.
@@ -126,7 +126,7 @@ class WavSamples:
     def _next_chunk(self, data: bytes, last: bool) -> bytes:
         """Identify what follows samples or a chunk, and return the unprocessed data.
 
-        If more bytes are needed to identify it, all data is kept until they arrive.
+        If more bytes are needed for this, all data is kept until more data arrives.
         """
         window = Window(io.BytesIO(data), len(data))
         if not last and len(data) < MAX_HELD and self._is_open(window):
