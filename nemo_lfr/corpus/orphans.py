@@ -118,7 +118,7 @@ class _Kin:
             self._started |= {pid: states[pid][1] for pid in found}
             unknown = {pid: parent for pid, parent in unknown.items() if pid not in found}
             found = {pid for pid, parent in unknown.items() if parent in self._started}
-        # A child of the head has the variable only after it has executed its own program.
+        # A child of the run's main process (`head`) has the variable only after it has executed its own program.
         self._strangers |= {pid for pid, parent in unknown.items() if parent != self._head and pid != self._head}
 
     def kill(self) -> bool:

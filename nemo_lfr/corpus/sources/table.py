@@ -95,7 +95,7 @@ class Table(CorpusReader):
                 name = clean_id(f"{row_id}-{number:08d}")
             labels = standard_labels(values)
             rate = next((values[key] for key in RATES if key in values), None)
-            # As in text tables, offset and duration have this meaning only beside NeMo's key.
+            # As in text tables, offset and duration have this meaning only together with NeMo's key `audio_filepath`.
             keys = ("offset", "duration") if self.column == "audio_filepath" else ()
             audio_loader = self._loader(
                 audio.get(self.column), rate, origin, {key: seconds(labels, key) for key in keys}

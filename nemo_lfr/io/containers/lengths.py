@@ -24,8 +24,8 @@ AU_HEADER = 24  # size in bytes
 _CAF_CHUNKS = frozenset(b"chan edct free info inst kuki mark midi ovvw pakt peak regn strg umid uuid".split())
 # Name of a chunk of Wave64: letters, and a constant.
 _W64_CHUNK = re.compile(rb"[a-zA-Z0-9 ]{4}\xf3\xac\xd3\x11.{8}", re.DOTALL)
-# A length field in a header: its position, its format in the notation of `struct`, the unit of the length in bytes
-# (last), and a number to add to the length in this unit (third).
+# A length field in a header, as a tuple: position of the field, format in the notation of `struct`, a number to add
+# to the length, and the unit of the length in bytes.
 Field = tuple[int, str, int, int]
 
 

@@ -37,7 +37,7 @@ def sphere_streams(window: Window) -> list[Stream]:
         return [whole_file(window.size, HEADER_CUT)]
     if b"shorten" in header or b"sample_count" not in fields:
         return []
-    # Such samples have one byte. The field is not used, since libsndfile writes it as text.
+    # A sample in A-law or mu-law has one byte. `sample_n_bytes` is not used, since libsndfile writes it as text.
     size = 1 if _SPHERE_LAW.search(header) else fields.get(b"sample_n_bytes", 2)
     block = size * fields.get(b"channel_count", 1)
     return compare_size(window, start, fields[b"sample_count"] * block)

@@ -16,7 +16,7 @@ _HEAD, _LONGEST_HEAD = 14, 266  # size in bytes of the header of a pack, and of 
 _LEAST = 0xBB  # packets with this or a larger id have a length field
 _SYNC, _PACKET = 0x47, 188
 _PACKETS = 1 << 13  # number of packets to read at a time
-# Bytes before each packet, and distance between packets, of streams without extras, with a time code, with a checksum
+# Number of bytes before each packet, and distance between packets. In order: plain, with a time code, with a checksum.
 _LAYOUTS = ((0, _PACKET), (4, _PACKET + 4), (0, _PACKET + 16))
 _AUDIO_IDS = (*range(0xC0, 0xE0), _PRIVATE, 0xFD)
 # First byte of AC-3 data in a private packet. In program streams, a number from 0x80 on precedes AC-3, DTS and PCM.
