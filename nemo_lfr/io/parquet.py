@@ -1,9 +1,11 @@
-"""Open Parquet files of third parties.
+"""Open untrusted Parquet files.
 
-A file's footer is read and validated here, in Python, before pyarrow sees the file: pyarrow ends the whole process at
-some damaged footers, where it should raise an exception. Its metadata objects are not used at all for this reason.
-The footer is a struct in Thrift's compact protocol. `_Thrift` reads any such struct, as a dictionary whose keys are
-the numbers of the fields in Parquet's specification.
+Some damaged footers make pyarrow end the whole process instead of raising an exception. This module therefore reads
+and validates the footer of a file in Python before pyarrow opens the file. The metadata objects of pyarrow are not
+used at all, for the same reason.
+
+The footer is a struct in Thrift's compact protocol. `_Thrift` reads any such struct as a dictionary whose keys are the
+numbers of the fields in Parquet's specification.
 """
 
 import os
@@ -26,8 +28,8 @@ from nemo_lfr.io.shortage import require
 
 MAGIC = b"PAR1"
 TAIL_BYTES = 8  # length of the footer, and the magic number
-MAX_FOOTER = 1 << 25  # bytes; it takes up to 64 times as much memory
-MAX_DEPTH = 32  # of structs within structs; Parquet's have 6
+MAX_FOOTER = 1 << 25  # bytes; a parsed footer takes up to 64 times as much memory
+MAX_DEPTH = 32  # levels of nested structs; Parquet's footers have 6
 # Type codes of Thrift's compact protocol.
 TRUE, FALSE, BYTE, I16, I32, I64, DOUBLE, BINARY, LIST, SET, MAP, STRUCT = range(1, 13)
 REPEATED = 2
@@ -36,7 +38,14 @@ READ_ERRORS = (OSError, ValueError, TypeError, LookupError, ArithmeticError, Not
 
 
 class Column(NamedTuple):
-    """Chunk of a column in a row group: its path in the schema, number of values, and sizes in bytes."""
+    """Part of a column that belongs to one row group.
+
+    Attributes:
+        name: path of the column in the schema, joined with dots.
+        values: number of values.
+        compressed: compressed size in bytes.
+        expanded: decompressed size in bytes.
+    """
 
     name: str
     values: int
@@ -63,21 +72,24 @@ class ParquetFooter(NamedTuple):
     groups: list[RowGroup]
 
     def rows_at_a_time(self, groups: Iterable[int], most: int) -> int:
-        """Return the number of rows to read at a time from some row groups, between 1 and `most`.
+        """Return how many rows of some row groups can be read at a time without using too much memory.
 
-        Many rows may refer to one large value. The file contains it once, but memory contains it once for each row
-        read.
+        In a dictionary-encoded column, many rows may refer to one large value. The file stores this value once, but
+        every row that is read has its own copy in memory.
 
         Args:
             groups: indices of the row groups.
             most: number of rows to read at a time if all values are small.
+
+        Returns:
+            A number from 1 to `most`.
         """
         largest = max((column.expanded for group in groups for column in self.groups[group].columns), default=0)
         return max(1, min(most, FREE_INPUT_BYTES // max(1, largest)))
 
 
 def open_parquet(path: Path, *, is_input: bool = False) -> tuple[Any, ParquetFooter]:
-    """Open a Parquet file after its footer was validated.
+    """Validate the footer of a Parquet file, and open the file with pyarrow.
 
     Args:
         path: path of the file.
@@ -87,15 +99,15 @@ def open_parquet(path: Path, *, is_input: bool = False) -> tuple[Any, ParquetFoo
         pyarrow's `ParquetFile`, and the footer. Do not use `ParquetFile.metadata`.
 
     Raises:
-        NemoLfrError: if the file is no Parquet file, its footer is damaged, or it would expand to far more than real
-            data does.
+        NemoLfrError: if the file is not a Parquet file, its footer is damaged, or its data would expand far more than
+            real data does.
     """
     footer = read_footer(path, is_input=is_input)
     try:
         file = require("pyarrow.parquet").ParquetFile(path)
         _ = file.schema_arrow
     except READ_ERRORS as error:
-        raise NemoLfrError(f"{path}: not a Parquet file that can be read ({shorten(error, 200)}).") from error
+        raise NemoLfrError(f"{path}: not a Parquet file that pyarrow can read ({shorten(error, 200)}).") from error
     return file, footer
 
 
@@ -107,7 +119,7 @@ def read_footer(path: Path, *, is_input: bool = False) -> ParquetFooter:
         is_input: whether the file is a table of recordings; otherwise its columns contain tokens.
 
     Raises:
-        NemoLfrError: as `open_parquet`.
+        NemoLfrError: for the same reasons as in `open_parquet`.
     """
     status = os.stat(path)
     footer, size = _read_footer(path, (status.st_size, status.st_mtime_ns, status.st_ino))
@@ -117,7 +129,7 @@ def read_footer(path: Path, *, is_input: bool = False) -> ParquetFooter:
 
 @lru_cache(maxsize=4)  # a footer is read again for each shard; a thousand row groups take a second
 def _read_footer(path: Path, state: tuple[int, ...]) -> tuple[ParquetFooter, int]:
-    """Return the footer of a file in a given state, and the size of the file."""
+    """Return the footer and the size of a file. `state` is a key for the cache that changes with the file."""
     with open_regular(path) as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - TAIL_BYTES))
@@ -128,7 +140,9 @@ def _read_footer(path: Path, state: tuple[int, ...]) -> tuple[ParquetFooter, int
         (length,) = struct.unpack("<I", tail[:4])
         start = size - TAIL_BYTES - length
         if start < len(MAGIC) or length > MAX_FOOTER:
-            raise NemoLfrError(f"{path}: not a Parquet file: a footer of {length} bytes in a file of {size} bytes.")
+            raise NemoLfrError(
+                f"{path}: not a Parquet file: its footer would have {length} bytes in a file of {size} bytes."
+            )
         file.seek(start)
         data = file.read(length)
     try:
@@ -140,23 +154,26 @@ def _read_footer(path: Path, state: tuple[int, ...]) -> tuple[ParquetFooter, int
 
 
 def _check_expansion(footer: ParquetFooter, size: int, path: Path, is_input: bool) -> None:
-    """Refuse rows and columns that expand to far more than real ones do."""
+    """Raise an error if rows or columns would expand far more than real ones do."""
     if is_implausible(footer.num_rows, 0, size, FREE_VALUES):
         raise NemoLfrError(
-            f"{path}: the file claims {footer.num_rows} rows, but has only {size} bytes; it is damaged or malicious."
+            f"{path}: the file declares {footer.num_rows} rows, but has only {size} bytes; it is damaged or malicious."
         )
     free = (FREE_INPUT_VALUES, FREE_INPUT_BYTES) if is_input else (FREE_VALUES, FREE_BYTES)
     for chunks in zip(*(group.columns for group in footer.groups), strict=True):
         values, compressed, expanded = (sum(chunk[index] for chunk in chunks) for index in (1, 2, 3))
         if is_implausible(values, expanded, compressed, *free):
             raise NemoLfrError(
-                f"{path}: column {shorten(chunks[0].name)!r} claims {values} values and {expanded} bytes, but has "
-                f"only {compressed} compressed bytes; the file is damaged or malicious."
+                f"{path}: column {shorten(chunks[0].name)!r} declares {values} values and {expanded} bytes, but "
+                f"has only {compressed} compressed bytes; the file is damaged or malicious."
             )
 
 
 def _footer(values: dict[int, Any], end: int) -> ParquetFooter:
-    """Convert FileMetaData, and check that its row groups fit the schema, one another, and the data before `end`."""
+    """Convert the struct FileMetaData to a footer, and validate it.
+
+    The row groups must match the schema, and the data of all columns must lie before the position `end`.
+    """
     leaves = _leaves(_structs(values[2]))
     groups = []
     for group in _structs(values[4]):
@@ -173,7 +190,7 @@ def _footer(values: dict[int, Any], end: int) -> ParquetFooter:
 
 
 class _Leaf(NamedTuple):
-    """Column of the schema: its path, physical type, and whether a row may have several values."""
+    """Column in a schema, with its path, its physical type, and whether a row may have several values."""
 
     path: list[bytes]
     kind: int
@@ -239,13 +256,13 @@ def _count(value: Any) -> int:
 
 
 class _Thrift:
-    """Reader of Thrift's compact protocol. A list or map never has more items than there are bytes."""
+    """Reader for Thrift's compact protocol. A list or map with more items than remaining bytes is an error."""
 
     def __init__(self, data: bytes) -> None:
         self._data, self._position = data, 0
 
     def struct(self, depth: int = 0) -> dict[int, Any]:
-        """Read a struct as a dictionary from the numbers of its fields to their values."""
+        """Read a struct as a dictionary. Keys are the numbers of the fields."""
         if depth > MAX_DEPTH:
             raise ValueError("structs are nested too deeply")
         fields: dict[int, Any] = {}
@@ -287,7 +304,7 @@ class _Thrift:
 
     def _bounded(self, size: int) -> int:
         if size > len(self._data) - self._position:
-            raise ValueError("it ends within a field")
+            raise ValueError("the data ends within a field")
         return size
 
     def _unsigned(self) -> int:

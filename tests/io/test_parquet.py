@@ -38,7 +38,7 @@ def test_an_expanding_input_table_is_refused_or_skips_only_its_file(kind, tmp_pa
     bad.parent.mkdir()
     pq.write_table(pa.table(EXPANDING[kind]), bad, compression="zstd")
     assert bad.stat().st_size < 1 << 14
-    with pytest.raises(ConfigError, match=r"bad\.parquet: column '\w+.*' claims .* damaged or malicious"):
+    with pytest.raises(ConfigError, match=r"bad\.parquet: column '\w+.*' declares .* damaged or malicious"):
         Parquet(bad)
     pq.write_table(pa.table({"audio": [b"x"] * 3}), good)
     table = Parquet(bad.parent)
@@ -87,7 +87,7 @@ def test_a_column_that_claims_more_values_than_its_bytes_hold_is_refused(tmp_pat
         record.unlink()
     folder = TokenFolder(tmp_path)
     (result,) = folder.read(0)
-    assert isinstance(result, TokenFileError) and "claims 20000000 values" in str(result)
+    assert isinstance(result, TokenFileError) and "declares 20000000 values" in str(result)
     assert isinstance(next(folder.read(1)), TokenizedUtterance)
 
 
@@ -211,5 +211,5 @@ def test_a_small_file_with_an_enormous_number_of_rows_is_refused(groups, tmp_pat
     with pq.ParquetWriter(path, table.schema) as writer:
         for _ in range(groups):
             writer.write_table(table if groups > 1 else pa.table({"audio": pa.nulls(2_000_000)}))
-    with pytest.raises(ConfigError, match=r"a\.parquet: the file claims \d+ rows, but has only \d+ bytes"):
+    with pytest.raises(ConfigError, match=r"a\.parquet: the file declares \d+ rows, but has only \d+ bytes"):
         Parquet(path)
