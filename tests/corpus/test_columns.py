@@ -309,7 +309,7 @@ def test_sections_of_a_file_are_clips_where_the_column_is_that_of_nemo(name, col
 def test_unlisted_audio_files_beside_a_table_are_reported(wav, tmp_path, caplog):
     write(tmp_path / "a.parquet", {"audio": [wav.read_bytes()]})
     assert len(clips_of(tmp_path)) == 1
-    assert "of its 1 audio files, only those listed in a table" in caplog.text
+    assert "of the 1 audio files in this folder of tables, only those that a table lists" in caplog.text
 
 
 def test_a_table_of_other_columns_is_refused_by_name(tmp_path):

@@ -189,8 +189,8 @@ def test_hostile_blocks_with_right_checksums_raise(tmp_path):
         "state out of range": (body(20, bytes(len(payload))), "state"),
         "cut digits": (body(20, payload[:-1]), "compressed data"),
         "byte more": (body(20, payload + b"\0"), "follow"),
-        "fewer frames": (body(18, payload), r"compressed data|bytes|does not encode tokens"),
-        "packed frame too large": (body(2, b"\xff" * 6), "does not encode tokens"),
+        "fewer frames": (body(18, payload), r"compressed data|bytes|does not represent tokens"),
+        "packed frame too large": (body(2, b"\xff" * 6), "does not represent tokens"),
     }
     for name, (block, message) in cases.items():
         path.write_bytes(sealed(head, [block], 1024 * struct.unpack_from("<I", block)[0]))
