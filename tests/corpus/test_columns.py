@@ -380,6 +380,6 @@ def test_text_tables_are_read_as_corpora(wav):
     for clip, reason in ((clips[2], "line 4: the row has 1 fields"), (clips[3], "gone.wav")):
         with pytest.raises(AudioError, match=reason):
             clip.audio(RATE, 60.0)
-    with pytest.raises(ConfigError, match="without rows"):
+    with pytest.raises(ConfigError, match="has no rows"):
         path.write_text("file_name,text\n")
         clips_of(path)
