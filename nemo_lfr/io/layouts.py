@@ -14,7 +14,7 @@ from pathlib import Path
 from nemo_lfr.errors import ConfigError, NemoLfrError, printable, shorten
 from nemo_lfr.io.columns import repeated_column
 from nemo_lfr.io.folders import AUDIO_SUFFIXES, MAX_NAME, find_files
-from nemo_lfr.io.splits import split_label, split_of_name, split_of_parts
+from nemo_lfr.io.splits import split_label, split_of_name, splits_of_folders
 from nemo_lfr.io.tables import METADATA_NAMES, RepeatedColumnError, is_table, read_table
 from nemo_lfr.io.text import decode, read_lines
 
@@ -155,8 +155,8 @@ def folder(corpus: Path, speaker_level: int | None = None) -> Iterator[CorpusUtt
 
     A .txt file beside an audio file contains the text. If there is a table `metadata.csv`, `metadata.tsv` or
     `metadata.jsonl`, as in Hugging Face's AudioFolder, its labels have precedence. If folders are named after splits,
-    such as `train` and `test`, each file gets the split of its folder, unless all files would get the same split. Files
-    in other folders are training data if there is a validation set.
+    such as `train` and `test`, each file gets the split of its folder, unless all files would get the same one. If
+    there is a validation set, the files in other folders are training data.
 
     Args:
         corpus: the folder.
@@ -168,7 +168,7 @@ def folder(corpus: Path, speaker_level: int | None = None) -> Iterator[CorpusUtt
         rows.setdefault(row.path, []).append(row)
     paths = find_files(corpus, AUDIO_SUFFIXES, silent_suffixes={".txt"})
     folders = {path: path.relative_to(corpus).parts[:-1] for path in paths}
-    splits = _splits(corpus, set(folders.values()), speaker_level)
+    splits = splits_of_folders(corpus, set(folders.values()), speaker_level)
     for path, names in folders.items():
         speaker = names[speaker_level - 1] if speaker_level and len(names) >= speaker_level else ""
         split = splits[names]
@@ -181,26 +181,6 @@ def folder(corpus: Path, speaker_level: int | None = None) -> Iterator[CorpusUtt
             yield CorpusUtterance(path.relative_to(corpus), speaker, split, labels, problem)
     for row in (row for found in rows.values() for row in found):
         yield row if row.problem else replace(row, problem="the file is listed in a table, but does not exist")
-
-
-def _splits(
-    corpus: Path, folders: set[tuple[str, ...]], speaker_level: int | None
-) -> dict[tuple[str, ...], str | None]:
-    """Return the split of each folder; a folder of speakers is none."""
-    level = slice(0, 0) if speaker_level is None else slice(speaker_level - 1, speaker_level)
-    splits = {}
-    for names in folders:
-        parts = list(names)
-        del parts[level]
-        splits[names] = split_of_parts(parts)
-    values = set(splits.values())
-    if len(values) == 1:  # the name of a folder with all files distinguishes nothing
-        return dict.fromkeys(splits)
-    if None in values and (held_out := sorted(values - {None, "train"}, key=str)):
-        text = "%s: by the names of their folders, some files are %s data; files in other folders are training data."
-        logger.warning(text, corpus, " and ".join("validation" if name == "valid" else str(name) for name in held_out))
-    rest = "train" if "valid" in values else None
-    return {names: split or rest for names, split in splits.items()}
 
 
 def table(path: Path, *, by_file: bool = False) -> Iterator[CorpusUtterance]:

@@ -1,5 +1,6 @@
 """Names of the splits of a corpus, in the columns of tables and in the names of files and folders."""
 
+import logging
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -7,6 +8,8 @@ from typing import Any
 
 from nemo_lfr.errors import ConfigError, shorten
 from nemo_lfr.io.text import is_missing
+
+logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "valid", "test")
 # Words that name a split: those that the Hugging Face Hub recognizes, and more. Held-out data comes first, so that a
@@ -30,6 +33,38 @@ def split_of_name(name: str) -> str | None:
 def split_of_parts(parts: Sequence[str]) -> str | None:
     """Return the split that the folders and file in a path name; the last one that names a split decides."""
     return next((split for part in reversed(parts) if (split := split_of_name(part))), None)
+
+
+def splits_of_folders(
+    corpus: Path, folders: set[tuple[str, ...]], speaker_level: int | None
+) -> dict[tuple[str, ...], str | None]:
+    """Return the split that the name of each folder gives to its files, or None.
+
+    If all folders have the same split, the result is None for each of them. If there is a validation set, folders
+    without a split belong to "train".
+
+    Args:
+        corpus: folder of the corpus, for a warning.
+        folders: folders with audio files, each as the names on the path from `corpus`.
+        speaker_level: depth of the folders that are named after speakers, whose names are not searched for splits; 1
+            is directly below `corpus`. None if there are no such folders.
+    """
+    level = slice(0, 0) if speaker_level is None else slice(speaker_level - 1, speaker_level)
+    splits = {}
+    for names in folders:
+        parts = list(names)
+        del parts[level]
+        splits[names] = split_of_parts(parts)
+    values = set(splits.values())
+    if len(values) == 1:  # a split that contains all files is not a division of the corpus
+        return dict.fromkeys(splits)
+    if None in values and (held_out := sorted(values - {None, "train"}, key=str)):
+        text = (
+            "%s: some folders are named after splits, so their files are %s data; all other files are training data."
+        )
+        logger.warning(text, corpus, " and ".join("validation" if name == "valid" else str(name) for name in held_out))
+    rest = "train" if "valid" in values else None
+    return {names: split or rest for names, split in splits.items()}
 
 
 def split_label(value: Any) -> str | None:
