@@ -19,6 +19,7 @@ from nemo_lfr.modules.encoder import HiFiGANEncoder
 from nemo_lfr.modules.quantizer import FiniteScalarQuantizer, GroupFiniteScalarQuantizer
 
 PARTS = ("audio_encoder", "vector_quantizer", "audio_decoder")
+CONFIG_KEYS = ("sample_rate", "samples_per_frame", *PARTS)  # values on which tokens and audio depend
 NEMO_MODEL = "nemo.collections.tts.models.audio_codec.AudioCodecModel"
 _NEMO_MODULES = "nemo.collections.tts.modules.audio_codec_modules."
 

@@ -20,9 +20,9 @@ import torch
 from omegaconf import OmegaConf
 from torch import nn
 
-from nemo_lfr.checkpoint.config import build_parts, codec_values, parse_config
+from nemo_lfr.checkpoint.config import CONFIG_KEYS, build_parts, codec_values, parse_config
 from nemo_lfr.checkpoint.reader import Checkpoint
-from nemo_lfr.checkpoint.safetensors import write_tensors
+from nemo_lfr.checkpoint.safetensors import CONFIG, write_tensors
 from nemo_lfr.checkpoint.writer import split_weight_norm
 from nemo_lfr.errors import NemoLfrError
 from nemo_lfr.io.atomic import check_overwrite, make_folder, sweep, write_bytes
@@ -95,8 +95,9 @@ def write_folder(
         check_overwrite(path, overwrite)
     make_folder(folder)
     sweep(folder, [path.name for path in paths])
-    write_tensors(paths[1], tensors)
     values = codec_values(parse_config(json.dumps(config)))
+    # The weights name their config, so that the files of an interrupted export are not taken for a codec.
+    write_tensors(paths[1], tensors, {CONFIG: json.dumps({key: values[key] for key in CONFIG_KEYS if key in values})})
     write_bytes(paths[2], _json(_preprocessor(values)))
     write_bytes(paths[0], _json({"model_type": MODEL_TYPE, "architectures": ["NemoLfrModel"]} | dict(config)))
     return paths

@@ -1,5 +1,6 @@
 """Load codec modules from a checkpoint, and validate the keys, shapes and values of their weights."""
 
+import json
 import os
 import threading
 import weakref
@@ -60,6 +61,7 @@ class Checkpoint:
         self.config = _parse_config(path, members)
         self.parts = _empty_parts(path, members.config_name, self.config, weight_norm=False)
         self._tensors = _tensors(path, members)
+        _check_pair(self._tensors, self.config)
         self._sources = {
             name: _match(self._tensors, name, part, strict=True) for name, part in self.parts.named().items()
         }
@@ -159,9 +161,11 @@ def load_parts(
     path = Path(path)
     members = read_members(path)
     name = members.config_name if config is None else "the config argument"
-    config = _parse_config(path, members) if config is None else config
+    own = _parse_config(path, members) if config is None or members.is_safetensors else config
+    config = own if config is None else config
     parts = _empty_parts(path, name, config, weight_norm=True, meta=strict)
     tensors = _tensors(path, members)
+    _check_pair(tensors, own)
     for name, part in parts.named().items():
         _fill(tensors, name, part, _match(tensors, name, part, strict), strict)
     return parts, {key: tensors[key] for key in tensors.entries if others and key.startswith(others)}
@@ -182,6 +186,7 @@ def read_weights(files: Sequence[str | os.PathLike[str]], config: Mapping[str, A
             what to do.
     """
     tensors = open_files([Path(file) for file in files])
+    _check_pair(tensors, OmegaConf.create(dict(config)))
     parts = _empty_parts(tensors.path, SAFETENSORS_CONFIG, OmegaConf.create(dict(config)), weight_norm=True)
     for name, part in parts.named().items():
         _fill(tensors, name, part, _match(tensors, name, part, strict=True), strict=True)
@@ -201,6 +206,26 @@ def _parse_config(path: Path, members: Members) -> DictConfig:
         return parse_config(members.config.decode())
     except (UnicodeDecodeError, ConfigError) as error:
         raise CheckpointError(f"{path}: {members.config_name} is invalid: {error}") from error
+
+
+def _check_pair(tensors: Tensors, config: DictConfig) -> None:
+    """Check that safetensors were written for a config, if they name the one that they were written for.
+
+    A pair that does not match results from an interrupted export, a copy of one file, or a damaged or edited config.
+    """
+    if tensors.codec_config is None:
+        return
+    try:
+        values = codec_values(config)
+    except ConfigError:  # raised again, with the name of the file, when the modules are built
+        return
+    for key, expected in tensors.codec_config.items():
+        if json.dumps(values.get(key), sort_keys=True) != json.dumps(expected, sort_keys=True):
+            raise CheckpointError(
+                f"{tensors.path}: {SAFETENSORS_CONFIG} and {SAFETENSORS} do not belong together: {key} is "
+                f"{shorten(values.get(key), 150)}, but the weights were written for {shorten(expected, 150)}; export "
+                "or copy the folder again."
+            )
 
 
 def _empty_parts(path: Path, name: str, config: DictConfig, *, weight_norm: bool, meta: bool = True) -> CodecModules:

@@ -2,8 +2,8 @@
 
 A safetensors file consists of the length of a header (8 bytes, little-endian), the header, and the values of all
 tensors. The header is a JSON object with the dtype, the shape and the byte range of each tensor. The format has no
-checksum, so this package stores the SHA-256 of the values in the header's metadata when it writes a file. When a file
-that has this entry is read, the SHA-256 is verified.
+checksum. When this package writes a file, it therefore stores in the header's metadata the SHA-256 of the values and
+of the list of tensors, and the config that the weights belong to. When it reads such a file, it verifies them.
 """
 
 import hashlib
@@ -35,7 +35,8 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-CHECKSUM = "sha256_of_values"  # key in the metadata of the header
+CHECKSUM = "sha256_of_values"  # keys in the metadata of the header
+LIST_CHECKSUM, CONFIG = "sha256_of_tensor_list", "config"
 PIECE = 1 << 20  # bytes to read at a time for the checksum
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -60,7 +61,12 @@ class SafeTensors(Tensors):
             header = self._header()
             entries = [(name, self._entry(value)) for name, value in header.items() if name != "__metadata__"]
             self._check_layout([entry for _, entry in entries])
-            self._check_values(header.get("__metadata__"))
+            metadata = header.pop("__metadata__", None)
+            metadata = metadata if isinstance(metadata, dict) else {}
+            self._check_values(metadata.get(CHECKSUM))
+            if metadata.get(LIST_CHECKSUM, expected := _list_digest(header)) != expected:
+                raise ValueError("the SHA-256 of its list of tensors differs from the one in its header")
+            self.codec_config = dict(json.loads(metadata[CONFIG])) if CONFIG in metadata else None
         except CheckpointError:
             raise
         except Exception as error:  # wrong types and values in the header raise various exceptions
@@ -93,8 +99,7 @@ class SafeTensors(Tensors):
         if position != self._source.size:
             raise ValueError(f"its tensors end at byte {position} of {self._source.size}")
 
-    def _check_values(self, metadata: Any) -> None:
-        expected = metadata.get(CHECKSUM) if isinstance(metadata, dict) else None
+    def _check_values(self, expected: Any) -> None:
         if expected is None:
             return
         found, buffer = hashlib.sha256(), memoryview(bytearray(PIECE))
@@ -188,13 +193,18 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
     for _, tensor in sorted(tensors.items()):
         checksum.update(_values(tensor))
     # transformers requires the entry "format". Spaces after the header align the values to 8 bytes.
-    details = {"format": "pt", CHECKSUM: checksum.hexdigest()} | dict(metadata or {})
+    details = {"format": "pt", CHECKSUM: checksum.hexdigest(), LIST_CHECKSUM: _list_digest(entries)}
+    details |= dict(metadata or {})
     header = json.dumps({"__metadata__": details} | entries, separators=(",", ":")).encode()
     header += b" " * (-len(header) % LENGTH_BYTES)
     with replacing(path) as file:
         file.write(len(header).to_bytes(LENGTH_BYTES, "little") + header)
         for _, tensor in sorted(tensors.items()):
             file.write(_values(tensor))
+
+
+def _list_digest(entries: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
 
 
 def _values(tensor: torch.Tensor) -> Any:

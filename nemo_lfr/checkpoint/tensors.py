@@ -170,11 +170,15 @@ class Tensors:
     Attributes:
         entries: position, dtype and shape of each tensor by name.
         contents: the unpickled object, in which an `Entry` represents each tensor.
+        codec_config: config for which the tensors were written, as far as inference depends on it; None if the file
+            does not contain it.
 
     Raises:
         CheckpointError: if `source` is not a PyTorch zip file with a state dict (or with one tensor if `single` is
             set), or is damaged or unsafe.
     """
+
+    codec_config: dict[str, Any] | None = None
 
     def __init__(self, path: Path, source: ByteSource, training: bool = False, *, single: bool = False) -> None:
         is_file = training or single

@@ -11,7 +11,7 @@ from transformers import initialization as init
 from transformers.modeling_utils import PreTrainedAudioTokenizerBase
 from transformers.utils.generic import ModelOutput
 
-from nemo_lfr.checkpoint.config import PARTS, build_parts
+from nemo_lfr.checkpoint.config import CONFIG_KEYS, build_parts
 from nemo_lfr.checkpoint.names import gain_of
 from nemo_lfr.checkpoint.reader import read_weights
 from nemo_lfr.codec.ambient import building_state
@@ -113,7 +113,7 @@ class NemoLfrModel(PreTrainedAudioTokenizerBase):
         """Read the weights with this package's reader, which validates them, instead of that of transformers."""
         if state_dict is None and checkpoint_files:
             with building_state():
-                state_dict = read_weights(checkpoint_files, {key: getattr(model.config, key) for key in _KEYS})
+                state_dict = read_weights(checkpoint_files, {key: getattr(model.config, key) for key in CONFIG_KEYS})
             model._is_validated = True
         load = PreTrainedAudioTokenizerBase._load_pretrained_model
         return load(model, state_dict, checkpoint_files, *args, **kwargs)
@@ -140,7 +140,7 @@ class NemoLfrModel(PreTrainedAudioTokenizerBase):
         modules = (self.audio_encoder, self.vector_quantizer, self.audio_decoder)
         made_of = (*modules, next(self.audio_decoder.parameters()).device)
         if self._codec is None or self._codec[0] != made_of:
-            config = {key: value for key, value in self.config.to_dict().items() if key in _KEYS}
+            config = {key: value for key, value in self.config.to_dict().items() if key in CONFIG_KEYS}
             name = self.config._name_or_path or type(self).__name__
             backend = TorchBackend(*modules, self.config.sample_rate, name=name, config=config)
             self._codec = made_of, Codec(backend)
@@ -238,9 +238,6 @@ class NemoLfrModel(PreTrainedAudioTokenizerBase):
 
     def _wants_dict(self, return_dict: bool | None) -> bool:
         return bool(getattr(self.config, "return_dict", True) if return_dict is None else return_dict)
-
-
-_KEYS = ("sample_rate", "samples_per_frame", *PARTS)
 
 
 def _lengths(mask: torch.Tensor | None, shape: Any, name: str, error: type[Exception]) -> torch.Tensor | None:

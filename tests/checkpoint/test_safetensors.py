@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,9 @@ import torch
 from click.testing import CliRunner
 
 import nemo_lfr
+from nemo_lfr.checkpoint.config import codec_values
 from nemo_lfr.checkpoint.folder import export_safetensors
+from nemo_lfr.checkpoint.reader import Checkpoint
 from nemo_lfr.cli.main import app, main
 from nemo_lfr.errors import CheckpointError, NemoLfrError
 from nemo_lfr.io.hub import find_checkpoint
@@ -31,6 +34,12 @@ def nemo_file(tmp_path_factory):
 def folder(nemo_file, tmp_path):
     export_safetensors(nemo_file, tmp_path / "out")
     return tmp_path / "out"
+
+
+@pytest.fixture
+def small_folder(tmp_path):
+    export_safetensors(write_nemo(tmp_path / "small.nemo", codec_config("two_stages")), tmp_path / "small")
+    return tmp_path / "small"
 
 
 @pytest.mark.parametrize("kind", slow_except(KINDS, "symmetric", "two_stages"))
@@ -145,6 +154,37 @@ def test_a_damaged_config_is_refused_by_name(text, folder):
     with pytest.raises(CheckpointError) as error:
         nemo_lfr.load(folder, "cpu")
     assert str(folder) in str(error.value) and "config.json" in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_no_flipped_bit_changes_a_codec_unnoticed(name, small_folder):
+    def contents():
+        checkpoint = Checkpoint(small_folder)
+        stored = {key: value.sum().item() for key, value in checkpoint.iter_stored()}
+        return codec_values(checkpoint.config), stored
+
+    path, expected = small_folder / name, contents()
+    data = path.read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little") if name == "model.safetensors" else len(data)
+    refused = 0
+    for position in range(0, end, end // 50):
+        path.write_bytes(data[:position] + bytes([data[position] ^ 1 << position % 7]) + data[position + 1 :])
+        try:
+            assert contents() == expected
+        except CheckpointError:
+            refused += 1
+    assert refused > 20
+
+
+@pytest.mark.parametrize("written", [["model.safetensors"], ["model.safetensors", "preprocessor_config.json"]])
+def test_an_interrupted_export_over_another_codec_is_refused(written, small_folder, tmp_path):
+    config = codec_config("two_stages")
+    config["audio_encoder"]["activation"] = "elu"  # the names and shapes of all weights stay the same
+    export_safetensors(write_nemo(tmp_path / "b.nemo", config), tmp_path / "other")
+    for name in written:
+        shutil.copy(tmp_path / "other" / name, small_folder / name)
+    with pytest.raises(CheckpointError, match=r"config\.json and model\.safetensors do not belong together"):
+        nemo_lfr.load(small_folder, "cpu")
 
 
 def test_infinite_weights_are_refused_when_they_are_used(folder):

@@ -1,5 +1,6 @@
 """Tests of the weights that `AutoModel.from_pretrained` reads: it accepts and refuses what `nemo_lfr.load` does."""
 
+import json
 import shutil
 
 import pytest
@@ -52,7 +53,34 @@ def cut(folder, size):
     (folder / "model.safetensors").write_bytes(contents[:size])
 
 
+def edit_config(folder, edit):
+    values = json.loads((folder / "config.json").read_text())
+    edit(values)
+    (folder / "config.json").write_text(json.dumps(values))
+
+
+def swap(folder):
+    """Exchange the places of two tensors in the header."""
+    data = (folder / "model.safetensors").read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    first, second = (f"audio_decoder.res_layers.0.res_blocks.{n}.res_blocks.0.input_conv.conv.bias" for n in (0, 1))
+    header[first], header[second] = header[second], header[first]
+    text = json.dumps(header).encode()
+    (folder / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+
+
 REFUSED = {
+    "another sample rate": (lambda f: edit_config(f, lambda c: c.update(sample_rate=22051)), "do not belong together"),
+    "another activation": (
+        lambda f: edit_config(f, lambda c: c["audio_encoder"].update(activation="elu")),
+        "do not belong together: audio_encoder is",
+    ),
+    "a missing key": (
+        lambda f: edit_config(f, lambda c: c["audio_decoder"].pop("activation")),
+        "do not belong together: audio_decoder is",
+    ),
+    "swapped tensors of one shape": (swap, "SHA-256 of its list of tensors"),
     "a flipped bit of a value": (lambda f: flip(f, -1000), "SHA-256"),
     "a flipped bit of the header": (lambda f: flip(f, 8), "safetensors"),
     "a file that was cut short": (lambda f: cut(f, -100), "safetensors"),
