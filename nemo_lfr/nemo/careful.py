@@ -274,7 +274,7 @@ CAREFUL: dict[type, Any] = {
 
 
 class _Losses:
-    """Record of the lines or cuts that are skipped while a file is read once.
+    """Record of the lines or cuts that are skipped in one pass over a file.
 
     Each skipped line or cut is logged only once per process.
 
