@@ -131,6 +131,7 @@ def check_tokens(
     Raises:
         TokensError: for an unsupported shape or type, or a token outside the codebook.
     """
+    check_not_empty(tokens, "tokens", "utterance", TokensError)
     ids = arrays.convert(tokens, "tokens", TokensError)
     if not arrays.kind(ids).is_integer:
         raise TokensError(f"tokens are {ids.dtype}; pass integers.")
@@ -154,6 +155,22 @@ def check_tokens(
             bad = low if low < 0 else high
             raise TokensError(f"token {bad} of utterance {row} is outside [0, {spec.codebook_size}).")
     return ids, totals
+
+
+def check_not_empty(value: object, name: str, item: str, error: type[NemoLfrError]) -> None:
+    """Refuse an empty list, which may stand for a batch of nothing as well as for one clip without samples.
+
+    Args:
+        value: argument of `encode` or `decode`.
+        name: name of the argument.
+        item: what the list should contain: "clip" or "utterance".
+        error: type of the error to raise.
+
+    Raises:
+        NemoLfrError: of the type `error`, if the value is an empty list or tuple.
+    """
+    if isinstance(value, list | tuple) and not value:
+        raise error(f"{name} is an empty {type(value).__name__}; pass one {item} or more.")
 
 
 def check_lengths(

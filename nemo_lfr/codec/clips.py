@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nemo_lfr.codec.arguments import check_audio, check_lengths, float_audio, resample_clips
+from nemo_lfr.codec.arguments import check_audio, check_lengths, check_not_empty, float_audio, resample_clips
 from nemo_lfr.codec.arrays import Arrays
 from nemo_lfr.errors import AudioError, shorten
 from nemo_lfr.io.audio import AudioReader
@@ -63,6 +63,7 @@ def to_batch(
     Raises:
         AudioError: for audio in another form, a rate that contradicts the source, or a file that cannot be read.
     """
+    check_not_empty(audio, "audio", "clip", AudioError)
     if not _is_list_of_clips(audio):
         return _clip(arrays, audio, audio_len, sample_rate, target_rate)
     assert isinstance(audio, Sequence)

@@ -184,6 +184,8 @@ def check_invalid_arguments(codec: Codec[Any]) -> None:
         "audio of bool": (np.zeros(5000, bool),),
         "audio of three dimensions": (np.zeros((2, 3, 4), np.float32),),
         "a string": ("audio",),
+        "an empty list of clips": ([],),
+        "an array of no clips": (np.zeros((0, 50), np.float32),),
         "audio_len greater than the audio": (np.zeros(50, np.float32), [51]),
         "a sample rate of 0": (np.zeros(50, np.float32), None, 0),
     }
@@ -192,6 +194,8 @@ def check_invalid_arguments(codec: Codec[Any]) -> None:
         "one codebook too many": (np.zeros((count + 1, 3), int),),
         "a token of codebook_size": (np.full((count, 3), codec.codebook_size),),
         "a token of -1": (np.full((count, 3), -1),),
+        "an empty list of utterances": ([],),
+        "an array of no utterances": (np.zeros((0, count, 3), int),),
         "audio_len of fewer frames": (np.zeros((count, 3), int), None, [1]),
     }
     for case, arguments in audio.items():

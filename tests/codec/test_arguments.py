@@ -65,7 +65,8 @@ BAD_AUDIO: dict[str, tuple[Any, Any, Any, str]] = {
     "a file that does not exist": ("speech.wav", None, None, "speech.wav: no such file"),
     "bytes": (b"RIFF", None, None, "audio is bytes|audio is torch.uint8"),
     "dictionary": ({"audio": WAVE}, None, None, "audio is dict"),
-    "empty list": ([], None, [1], "sample_rate"),
+    "empty list": ([], None, None, "audio is an empty list; pass one clip or more"),
+    "empty tuple with lengths": ((), [], 16000, "audio is an empty tuple"),
     "objects": (np.array([None, 1.0]), None, None, "audio is an array of object"),
     "an array of text": (np.array(["a", "b"]), None, None, "audio is an array of <U1"),
     "sparse": (torch.eye(8).to_sparse(), None, None, "plain"),
@@ -159,6 +160,8 @@ BAD_TOKENS: dict[str, tuple[Any, Any, Any, str]] = {
     "nine codebooks": (np.concatenate([TOKENS, TOKENS[:, :1]], axis=1), None, None, r"\[2, 9, 5\]"),
     "frames before codebooks": (TOKENS.transpose(0, 2, 1), None, None, r"\[2, 5, 8\]"),
     "codebooks first": (TOKENS.transpose(1, 0, 2), None, None, r"\[8, 2, 5\]"),
+    "empty list": ([], None, None, "tokens is an empty list; pass one utterance or more"),
+    "empty tuple with lengths": ((), [], [], "tokens is an empty tuple"),
     "no utterances": (TOKENS[:0], None, None, r"\[0, 8, 5\]"),
     **{
         f"a token of {token}": (np.where(TOKENS == 25, token, TOKENS), None, None, rf"token {token} of utterance 0")

@@ -106,7 +106,7 @@ REFUSED: dict[str, tuple[Any, Any, Any, str]] = {
     "a decoder at another rate": (Decoder(FIRST), None, 16000, "declares a sample rate of 22050 Hz"),
     "a path that does not exist": ([FIRST, pathlib.Path("nowhere.wav")], None, RATE, "nowhere.wav: no such file"),
     "an empty path": ("", None, None, "the path '' is empty"),
-    "no clips": ([], None, [1], "sample_rate"),
+    "no clips": ([], None, [1], "audio is an empty list"),
 }  # fmt: skip
 
 
