@@ -32,7 +32,7 @@ class EngineLimits:
 
     max_streams: int = 64
     max_batch: int = 64
-    max_frames: int = 96
+    max_frames: int = 48
     chunk_frames: int = 4
     max_pending_s: float = 10.0
     max_uncollected_s: float = 10.0
