@@ -271,7 +271,7 @@ def test_a_damaged_record_of_the_job_is_named(audio, model, tmp_path, content):
     job_.state.mkdir(parents=True)
     record = job_.state / "job.json"
     os.mkfifo(record) if content == "pipe" else record.write_text(content)
-    with pytest.raises(NemoLfrError, match=r"job\.json: is"):
+    with pytest.raises(NemoLfrError, match=r"job\.json: the file is damaged"):
         tokenize(job_, device="cpu", workers=1)
 
 
