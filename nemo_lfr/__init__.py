@@ -4,7 +4,7 @@
     tokens, tokens_len = codec.encode(audio, sample_rate=16000)
     audio, audio_len = codec.decode(tokens, tokens_len)
 
-Names load on first use: importing the package imports neither torch nor NeMo.
+Public names are imported on first use, so `import nemo_lfr` imports neither torch nor NeMo.
 """
 
 import importlib

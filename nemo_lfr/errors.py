@@ -14,10 +14,10 @@ NEMO_PACKAGES = ("nemo_toolkit[tts]", "lightning", "pytorch-lightning")
 class NemoLfrError(ValueError):
     """Base class of the errors that this package raises for bad input.
 
-    Control characters in the message, which a file name may contain, are replaced (see `printable`).
+    A message may contain the name of an untrusted file, so its control characters are replaced (see `printable`).
 
-    When a worker process of PyTorch's data loader raises an error, the main process raises it again with the worker's
-    traceback as its message. Of such a message, only the last line is kept.
+    When a worker process of PyTorch's data loader raises an error, PyTorch raises it again in the main process, with
+    the worker's traceback as its message. Only the last line of such a message is kept.
     """
 
     def __init__(self, *args: object) -> None:
@@ -43,7 +43,7 @@ class TokenFileError(NemoLfrError):
 
 
 class EntropyModelError(TokenFileError):
-    """Entropy model that is damaged, missing, or made for another codec."""
+    """Entropy model (used to compress token files) that is damaged, missing, or made for another codec."""
 
 
 class CheckpointError(NemoLfrError):
@@ -67,7 +67,7 @@ class ServerRefusedError(ServerError):
 
 
 class ServerFullError(ServerError):
-    """Server that has too many streams or files; try again later."""
+    """Server that is already processing its maximum number of streams or files; try again later."""
 
 
 class ServerShutdownError(ServerError):
@@ -79,10 +79,10 @@ class ServerLostError(ServerError):
 
 
 class Failure(TypedDict):
-    """Record of something that was requested but not done, in JSON output and in `failures.jsonl`.
+    """Record of one failure, such as an input file that cannot be read, in JSON output and in `failures.jsonl`.
 
     Attributes:
-        input: path or name of the input; a model or an output if that is what failed.
+        input: path or name of the input file, or of the model or output if the failure concerns one of these.
         error: the message, on one line.
         type: name of the exception's class, such as "AudioError".
     """
@@ -135,8 +135,8 @@ def printable(text: str) -> str:
 def install_command(*packages: str) -> str:
     """Return the pip command that installs optional packages.
 
-    The command names the packages rather than an extra of nemo_lfr, so that it works for an installation from a clone,
-    from a wheel or by hand. The version limits of nemo_lfr are added.
+    The command names the packages instead of an extra such as `nemo_lfr[eval]`, so it works however nemo_lfr itself
+    was installed. Each package has the version limits that nemo_lfr requires.
 
     Args:
         packages: names on the package index, with their extras, such as "nemo_toolkit[tts]".
@@ -146,7 +146,7 @@ def install_command(*packages: str) -> str:
 
 @cache
 def _requirements() -> dict[str, str]:
-    """Return the requirements of nemo_lfr by package name, or nothing if nemo_lfr is not installed."""
+    """Return the requirements of nemo_lfr by package name; the result is empty if nemo_lfr is not installed."""
     from importlib.metadata import PackageNotFoundError, requires
 
     try:

@@ -16,14 +16,14 @@ def bits_per_frame(levels: Sequence[int], num_codebooks: int) -> float:
 
 
 def bytes_per_frame(levels: Sequence[int], num_codebooks: int) -> int:
-    """Return the bytes of a frame packed as one mixed-radix number: 11 for 8 x 2016."""
+    """Return the number of bytes in a frame that is packed as one mixed-radix number: 11 for 8 codebooks of 2016."""
     largest: int = math.prod(levels) ** num_codebooks - 1
     return (largest.bit_length() + 7) // 8
 
 
 @dataclass(frozen=True)
 class Context:
-    """Number of frames before and after a frame that influence the output for this frame."""
+    """Context of a frame: the numbers of earlier and later frames that its output depends on."""
 
     past: int
     future: int
@@ -59,7 +59,7 @@ def plan_windows(total: int, chunk: int, context: Context) -> Iterator[Window]:
     Args:
         total: number of frames in the recording.
         chunk: number of frames to keep from each window; the last window may keep fewer or more.
-        context: number of frames around a frame on which the output for this frame depends.
+        context: numbers of earlier and later frames that the output for a frame depends on.
 
     Yields:
         Windows in order; their kept frames cover the recording exactly once.

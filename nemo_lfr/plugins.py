@@ -6,7 +6,8 @@ A package lists its extensions in its `pyproject.toml`:
     text = "my_package.text_format:TextFormat"
 
 The groups are `nemo_lfr.backends`, `nemo_lfr.sources`, `nemo_lfr.formats` and `nemo_lfr.commands`. An extension is
-imported on first use. For codecs and metrics in evaluations, see `nemo_lfr.evaluation.plugins`.
+imported on first use. Extensions for evaluations (codecs and metrics) use other groups;
+see `nemo_lfr.evaluation.plugins`.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -52,4 +53,4 @@ def load_plugin(group: str, name: str) -> Any:
 
 def _described(point: "EntryPoint") -> str:
     package = f" of the package {point.dist.name}" if point.dist is not None else ""
-    return f"{point.group}: {point.name!r}{package}"
+    return f"entry point {point.name!r} (group {point.group}){package}"

@@ -1,4 +1,4 @@
-"""`CodecSpec`: the description of tokens that codecs, token files, corpora and exports use."""
+"""`CodecSpec`, the description of tokens that codecs, token files, corpora and exported models share."""
 
 import math
 from dataclasses import dataclass
@@ -47,7 +47,7 @@ class CodecSpec:
 
     @property
     def zero_token(self) -> int:
-        """Token whose code is zero in every dimension; used for codebooks that are left out."""
+        """Token whose code is zero in every dimension. It fills the codebooks that are left out before decoding."""
         return sum(level // 2 * math.prod(self.levels[:place]) for place, level in enumerate(self.levels))
 
     @property
@@ -78,11 +78,11 @@ class CodecSpec:
         for name in ("fingerprint", "precision"):
             check_text(name, getattr(self, name))
         if self.codebook_size > 2**31:
-            raise ValueError(f"a codebook of {self.codebook_size} entries")
+            raise ValueError(f"levels {self.levels!r} give {self.codebook_size} codebook entries, more than {2**31}")
 
 
 class KnownCodec(Protocol):
-    """Interface of a codec that the readers and writers of token files need."""
+    """Interface of a codec, with the members that readers and writers of token files need."""
 
     @property
     def name(self) -> str:
@@ -97,7 +97,7 @@ class KnownCodec(Protocol):
 
 
 def same_fingerprint(first: str, second: str) -> bool:
-    """Return whether two fingerprints are equal, or are both fingerprints of the bundled codec."""
+    """Return whether two fingerprints are equal, or both belong to the bundled codec (see `BUNDLED_OLDER`)."""
     return first == second or {first, second} <= {BUNDLED, *BUNDLED_OLDER}
 
 

@@ -1,19 +1,20 @@
 """Read and write `.nemo` checkpoints without extracting them or executing code from them.
 
-A `.nemo` is a tar archive of `model_config.yaml` and `model_weights.ckpt`. The latter is a zip archive: a pickle
-describes the tensors, and one record per tensor contains its raw values. Checkpoints are untrusted files, so every
-module of this package validates what it reads:
+A `.nemo` file is a tar archive of `model_config.yaml` and `model_weights.ckpt`. The weights are in a zip archive: a
+pickle describes the tensors, and one record per tensor contains its raw values. Checkpoints are untrusted files, so
+everything that is read from them is validated. The modules of this package:
 
+    source.py       read bytes of a checkpoint from a file or from memory
     archive.py      find the config and the weights in the tar archive
     config.py       parse the YAML config and build modules from an allow-list of classes
-    resolvers.py    compute the OmegaConf resolvers of NeMo without NeMo
+    resolvers.py    implement NeMo's OmegaConf resolvers without NeMo
     tensors.py      read tensors from the zip archive without calling anything that the pickle names
     lightning.py    read the config of a training checkpoint (`.ckpt`), which is a zip archive without the tar
     names.py        remove wrapper prefixes from weight names, and convert the names of weight norm
     safetensors.py  read and write safetensors files
     folder.py       write a folder with `config.json` and `model.safetensors`
     reader.py       load modules, and validate their keys, shapes and values
-    writer.py       write modules to a `.nemo`
+    writer.py       write modules to a `.nemo` file
 """
 
 from nemo_lfr.checkpoint.config import (

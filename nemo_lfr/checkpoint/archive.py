@@ -44,7 +44,7 @@ class Members:
     """Config and weights of a checkpoint.
 
     Attributes:
-        config: text of the config, or None for a training checkpoint, which has it among the pickled objects.
+        config: text of the config; None for a training checkpoint, in which the config is a pickled object.
         weights: file or member with the weights; for a training checkpoint, the whole file.
         is_safetensors: whether the checkpoint is a folder with `config.json` and `model.safetensors`.
     """
@@ -55,7 +55,7 @@ class Members:
 
     @property
     def config_name(self) -> str:
-        """Return the file name of the config, or "the config" if it is not a file of its own, for messages."""
+        """Name of the config file for messages; "the config" for a training checkpoint, which has no such file."""
         if self.is_safetensors:
             return SAFETENSORS_CONFIG
         return "the config" if self.config is None else CONFIG_MEMBER
@@ -157,7 +157,8 @@ def _find_members(path: Path, stream: "_Bounded") -> dict[str, tarfile.TarInfo]:
             limit = MAX_CONFIG_BYTES if name == CONFIG_MEMBER else MAX_WEIGHTS_BYTES
             if not 0 <= member.size <= limit:
                 raise CheckpointError(
-                    f"{path}: {name} claims a size of {member.size} bytes; at most {limit} are allowed."
+                    f"{path}: {name} claims a size of {member.size} bytes, but at most {limit} are allowed; download "
+                    "the file again."
                 )
             found[name] = member
     for name in (CONFIG_MEMBER, WEIGHTS_MEMBER):
@@ -178,7 +179,7 @@ def _contents(stream: "_Bounded", member: tarfile.TarInfo) -> bytearray:
 
 
 class _Bounded:
-    """File wrapper that limits the size of a read, and the position in the file.
+    """File wrapper that limits the size of each read and the position in the file.
 
     The limits protect against false sizes in headers and against decompression bombs.
     """

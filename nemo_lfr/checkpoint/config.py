@@ -23,7 +23,8 @@ CONFIG_KEYS = ("sample_rate", "samples_per_frame", *PARTS)  # values on which to
 NEMO_MODEL = "nemo.collections.tts.models.audio_codec.AudioCodecModel"
 _NEMO_MODULES = "nemo.collections.tts.modules.audio_codec_modules."
 
-# For each class of NeMo: our class, the arguments that NeMo's class implies, and the defaults in which they differ.
+# For each class of NeMo: our class, the arguments that NeMo's class implies, and those of NeMo's defaults that differ
+# from ours.
 NEMO_CLASSES: dict[str, tuple[type[nn.Module], dict[str, Any], dict[str, Any]]] = {
     _NEMO_MODULES + "HiFiGANEncoder": (HiFiGANEncoder, {}, {}),
     _NEMO_MODULES + "CausalHiFiGANEncoder": (HiFiGANEncoder, {"causal": True}, {"pad_mode": "zeros"}),
@@ -186,7 +187,7 @@ def codec_values(config: DictConfig) -> dict[str, Any]:
 
 
 class _Expansion:
-    """Compute the size of a config's values after resolving `${...}` interpolations, without resolving them.
+    """Check how large a config would become if its `${...}` interpolations were resolved, without resolving them.
 
     Thirty lines that each refer to the previous one twice would expand to a billion characters. An interpolation
     inside another one is an error.
@@ -238,7 +239,8 @@ class _Expansion:
                 value = value[int(name)]
             elif isinstance(value, str) and "${" in value:
                 raise ConfigError(
-                    f"{path[0]} cannot be resolved: {'.'.join(path)} refers to a key of the string {shorten(value)!r}."
+                    f"{path[0]} cannot be resolved: {'.'.join(path)} refers to a key inside the "
+                    f"string {shorten(value)!r}."
                 )
             else:
                 return None  # OmegaConf reports the missing key
@@ -249,7 +251,7 @@ def our_target(target: str) -> tuple[type[nn.Module], dict[str, Any], dict[str, 
     """Return the class that a config's `_target_` selects.
 
     Returns:
-        Our class, the arguments that NeMo's class implies, and the defaults in which NeMo's class differs from ours.
+        Our class, the arguments that NeMo's class implies, and NeMo's defaults that differ from ours.
 
     Raises:
         ConfigError: if the name is not a class of this codec family.
@@ -274,7 +276,7 @@ def nemo_config(config: Mapping[str, Any]) -> dict[str, Any]:
         if candidate is ours and implied.get("causal", False) == causal:
             config["_target_"] = name
             return config
-    raise ConfigError(f"{target} has no counterpart in NeMo.")
+    raise ConfigError(f"_target_ {target!r} has no counterpart in NeMo.")
 
 
 def build_part(config: Mapping[str, Any], *, weight_norm: bool = True) -> nn.Module:

@@ -64,8 +64,8 @@ def module_tensors(config: Mapping[str, Any], modules: Mapping[str, nn.Module], 
         name: name of the codec, for messages.
 
     Raises:
-        NemoLfrError: if the names of the weights differ from those that the config describes, as after adapters were
-            added.
+        NemoLfrError: if the names of the weights differ from the names in the config, for instance because adapters
+            were added.
     """
     tensors = {
         f"{part}.{key}": value for part, module in modules.items() for key, value in split_weight_norm(module).items()
@@ -75,8 +75,8 @@ def module_tensors(config: Mapping[str, Any], modules: Mapping[str, nn.Module], 
     expected = {f"{part}.{key}" for part, module in parts.named().items() for key in module.state_dict()}
     if different := sorted(expected.symmetric_difference(tensors)):
         raise NemoLfrError(
-            f"{name}: {len(different)} weights differ by name from those that the config describes, first "
-            f"{different[0]}; merge or remove modules that were added, such as adapters."
+            f"{name}: {len(different)} weights exist only in the codec or only in its config, first {different[0]}; "
+            "merge or remove modules that were added, such as adapters."
         )
     return tensors
 

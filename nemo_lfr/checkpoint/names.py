@@ -60,8 +60,8 @@ def unwrapped(module: nn.Module) -> nn.Module:
 def gain_of(weight: torch.Tensor) -> torch.Tensor:
     """Return the gain of a weight for weight norm: the norm of each slice along the first dimension.
 
-    All other dimensions of the gain have size 1. The gain is rounded as when weight norm is folded, so that plain
-    weights do not change when they are split and folded again.
+    All other dimensions of the gain have size 1. The gain is rounded in the same way as when weight norm is folded, so
+    splitting a plain weight and folding it again gives the same weight.
     """
     if weight.is_meta:
         return weight.new_empty(len(weight), *[1] * (weight.dim() - 1))

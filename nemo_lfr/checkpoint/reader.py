@@ -94,7 +94,7 @@ class Checkpoint:
 
         Args:
             name: name of the module in the checkpoint, such as "audio_encoder".
-            order: order of summation when weight norm is folded.
+            order: order of summation for the norms when weight norm is folded.
 
         Raises:
             CheckpointError: if the weights are damaged, or the file has changed since it was opened.
@@ -172,10 +172,12 @@ def load_parts(
 
 
 def read_weights(files: Sequence[str | os.PathLike[str]], config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """Read a codec's weights, in the form with weight norm, from safetensors files; each is validated.
+    """Read and validate a codec's weights from safetensors files.
+
+    The weights are returned in the form with weight norm, even if the files contain plain weights.
 
     Args:
-        files: one file, or all files of weights that were saved in several.
+        files: the only file, or all files if the weights were saved in several.
         config: model config.
 
     Returns:
@@ -331,7 +333,8 @@ def _read(
         weights, is_valid = {key: direction}, True
     if not is_valid:
         raise CheckpointError(
-            f"{tensors.path}: {prefix}.{key} is not finite: a row of its direction (weight norm) is all zeros."
+            f"{tensors.path}: {prefix}.{key} is not finite: a row of its direction (weight norm) is all zeros; use "
+            "another checkpoint."
         )
     return weights
 
@@ -359,7 +362,7 @@ def _finite(tensors: Tensors, name: str, want: torch.Tensor, kept: bool) -> torc
     """Read a tensor, convert it to the module's dtype (from fp16, for instance), and check that it is finite."""
     value = (tensors[name] if kept else tensors.temporary(name)).to(want.dtype)
     if not _is_finite(value):
-        raise CheckpointError(f"{tensors.path}: {name} contains NaN or infinite values.")
+        raise CheckpointError(f"{tensors.path}: {name} contains NaN or infinite values; use another checkpoint.")
     return value
 
 

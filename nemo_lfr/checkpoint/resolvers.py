@@ -1,8 +1,8 @@
-"""Compute the OmegaConf resolvers of NeMo without NeMo.
+"""Implement NeMo's OmegaConf resolvers without NeMo.
 
-NeMo registers `multiply` and `sum` when it is imported, and other programs may register functions with these names. In
-the values of a codec, this package replaces them by its own resolvers, so that a config has the same values in every
-process.
+NeMo registers `multiply` and `sum` when it is imported, and other programs may register other functions with these
+names. This package therefore reads the config of a codec with its own resolvers. A config then has the same values in
+every process.
 """
 
 import operator

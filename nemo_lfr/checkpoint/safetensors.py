@@ -76,7 +76,7 @@ class SafeTensors(Tensors):
             ) from error
         self._check_unchanged()
         if not entries:
-            raise CheckpointError(f"{path}: the file contains no tensors.")
+            raise CheckpointError(f"{path}: the file contains no tensors; pass a file with the weights of a codec.")
         self.entries: Mapping[str, Entry] = plain_keys(entries, str(path))
 
     def _header(self) -> dict[str, Any]:
@@ -171,7 +171,7 @@ def _open_file(path: Path) -> SafeTensors:
             state = file_state(file.fileno())
             return SafeTensors(path, FileSource(path, file, 0, state[0], state))
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be opened ({error.strerror}).") from error
+        raise CheckpointError(f"{path}: the file cannot be opened ({error.strerror}).") from error
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:

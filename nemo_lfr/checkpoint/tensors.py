@@ -169,7 +169,7 @@ class Tensors:
 
     Attributes:
         entries: position, dtype and shape of each tensor by name.
-        contents: the unpickled object, in which an `Entry` represents each tensor.
+        contents: the unpickled object, which contains an `Entry` in place of each tensor.
         codec_config: config for which the tensors were written, as far as inference depends on it; None if the file
             does not contain it.
 
@@ -200,7 +200,7 @@ class Tensors:
             pickles = [name for name in self._records if name.endswith("/data.pkl")]
             if len(pickles) != 1 or len(self._records) != len(archive.infolist()):
                 raise zipfile.BadZipFile("it is not a single PyTorch archive")
-            # PyTorch computes none where `torch.serialization.set_crc32_options(False)` was called.
+            # PyTorch writes no checksums after a call of `torch.serialization.set_crc32_options(False)`.
             self._has_checksums = any(info.CRC for info in self._records.values() if info.file_size)
             self._root = pickles[0].removesuffix("data.pkl")
             if self._records[pickles[0]].file_size > MAX_PICKLE_BYTES:
@@ -217,7 +217,7 @@ class Tensors:
             raise CheckpointError(f"{what} is damaged or unsafe ({reason}); download it again.") from error
         self._check_unchanged()
         if single and not isinstance(state, Entry):
-            raise CheckpointError(f"{what} contains no tensor.")
+            raise CheckpointError(f"{what} contains no tensor; save one tensor with torch.save.")
         if single:
             state = {SINGLE: state}
         # Call the methods of `dict` itself: a pickle may have replaced those of the instance.
@@ -297,7 +297,7 @@ class Tensors:
     def _read_record(self, name: str, begin: int, buffer: memoryview) -> None:
         """Fill a buffer with the bytes of a stored record from `begin`, and verify the whole record's checksum.
 
-        Of a record that several tensors share, the rest is read only once.
+        If several tensors share a record, its checksum is verified only once.
         """
         if name not in self._records:
             raise zipfile.BadZipFile(f"record {name} is missing")
@@ -348,7 +348,7 @@ class Tensors:
 
 
 class _SourceFile(SeekableBytes):
-    """File object for `zipfile` over a byte source. It limits the size of a read, and so of the zip directory."""
+    """File object through which `zipfile` reads a byte source. Limits each read, and so the size of the directory."""
 
     def __init__(self, source: ByteSource) -> None:
         super().__init__(source.size)

@@ -1,4 +1,4 @@
-"""Write codec modules to a `.nemo` file that NeMo opens."""
+"""Write codec modules to a `.nemo` file that NeMo can open."""
 
 import os
 import tarfile

@@ -1,9 +1,9 @@
-"""Isolation from the caller's PyTorch settings: autocast, default device, inference mode, reduced precision.
+"""Run the codec independently of the caller's PyTorch settings, such as autocast and the default device.
 
 Some of these settings are per thread (autocast, default device, inference and grad mode), others per process (default
-dtype, precision of fp32 matrix products). `reference_state` turns off the settings that change results. It leaves the
-default dtype unchanged, because the codec's own code passes a dtype for every tensor that it creates.
-`building_state` also sets the default dtype, which the constructors of PyTorch's modules use.
+dtype, precision of fp32 matrix products). `reference_state` turns off the settings that change results. The default
+dtype is not one of them, because the codec passes a dtype for every tensor that it creates. `building_state` is for
+code that builds modules. It also sets the default dtype, which the constructors of PyTorch's modules use.
 """
 
 import os
@@ -24,8 +24,8 @@ _MKLDNN: Any = torch.backends.mkldnn
 class ProcessSetting:
     """Process-wide setting that is changed while at least one thread needs another value.
 
-    The first thread that enters `at` saves the caller's value, and the last thread that leaves restores it. A thread
-    that needs a different value waits until no thread uses the current one.
+    The first thread that enters `at` saves the caller's value, and the last thread that leaves `at` restores this
+    value. A thread that needs a different value waits until no other thread is inside `at`.
 
     Args:
         get: returns the current value.
@@ -69,7 +69,7 @@ class ProcessSetting:
                     self._changed.notify_all()
 
     def differs(self, wanted: Any) -> bool:
-        """Return whether `at(wanted)` must be entered: the value differs, or other threads are using the setting."""
+        """Return whether `at(wanted)` must be entered: the value differs from `wanted`, or a thread is inside `at`."""
         return self._users > 0 or self._get() != wanted
 
 
@@ -122,7 +122,7 @@ else:
 
 @contextmanager
 def reference_state(device: torch.device) -> Iterator[None]:
-    """Return a context for full fp32 without gradients, independent of the caller's settings.
+    """Return a context in which networks run in full fp32 and without gradients, whatever the caller's settings are.
 
     Args:
         device: device of the codec. Autocast is turned off for this device and for the CPU.
@@ -150,7 +150,7 @@ def reference_state(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def building_state(device: torch.device | None = None) -> Iterator[None]:
-    """Return a context for building trainable fp32 modules, independent of the caller's settings.
+    """Return a context in which trainable fp32 modules can be built, whatever the caller's settings are.
 
     Inference mode and CPU autocast are disabled, and the default dtype is fp32.
 
@@ -182,7 +182,7 @@ def convolutions(tf32: bool) -> Iterator[None]:
 
 
 def check_weights(module: nn.Module, name: str) -> None:
-    """Raise an error unless all weights of a network are fp32, the dtype that defines the tokens.
+    """Check that all weights of a network are fp32. Weights of another dtype would give other tokens.
 
     Args:
         module: encoder or decoder.

@@ -1,4 +1,4 @@
-"""Validate the codec's arguments, and the tokens and audio that its networks return."""
+"""Validate the arguments of `Codec`, and the tokens and audio that its encoder and decoder return."""
 
 import math
 import operator
@@ -23,7 +23,7 @@ def float_audio(arrays: Arrays[Any], audio: object, name: str = "audio") -> Any:
     clips = arrays.convert(audio, name, AudioError)
     kind = arrays.kind(clips)
     if kind not in (Kind.FLOAT, Kind.INT16):
-        raise AudioError(f"{name} is {clips.dtype}; pass floating point in [-1, 1], or int16.")
+        raise AudioError(f"{name} has dtype {clips.dtype}; pass floating point in [-1, 1], or int16.")
     clips = arrays.cast(clips, np.float32)
     return clips / 32768 if kind is Kind.INT16 else clips
 
@@ -38,7 +38,7 @@ def check_audio(
         audio: floating point in [-1, 1], or int16; [T_audio], [B, T_audio] or [B, 1, T_audio].
         audio_len: samples in each clip, [B]; default: the full length.
         name: name of `audio` in messages.
-        first: number of the first clip in messages.
+        first: index of the first clip, for messages; not 0 if `audio` is an element of a longer list.
 
     Returns:
         Audio [B, T_audio] and the number of samples in each clip.
@@ -122,8 +122,8 @@ def check_tokens(
         spec: description of the codec.
         tokens: integers, [C, T] or [B, C, T].
         tokens_len: frames in each utterance, [B]; default: the full length.
-        num_codebooks: number of codebooks to use. `tokens` may have only the first `num_codebooks` of them. All
-            tokens of the other codebooks are set to `spec.zero_token`.
+        num_codebooks: number of codebooks to use, starting with the first; default: all. `tokens` may contain only
+            these codebooks. The tokens of all other codebooks are set to `spec.zero_token`.
 
     Returns:
         Tokens [B, C, T] with all codebooks, and the number of frames in each utterance.
@@ -134,12 +134,12 @@ def check_tokens(
     check_not_empty(tokens, "tokens", "utterance", TokensError)
     ids = arrays.convert(tokens, "tokens", TokensError)
     if not arrays.kind(ids).is_integer:
-        raise TokensError(f"tokens are {ids.dtype}; pass integers.")
+        raise TokensError(f"tokens have dtype {ids.dtype}; pass integers.")
     if ids.ndim == 2:
         ids = ids[None]
     kept = check_num_codebooks(spec, num_codebooks)
     if ids.ndim != 3 or ids.shape[1] not in (spec.num_codebooks, kept) or not ids.shape[0]:
-        raise TokensError(f"tokens have shape {list(ids.shape)}; expected [B, {kept}, T] (or without B).")
+        raise TokensError(f"tokens have shape {list(ids.shape)}; expected [B, {kept}, T] or [{kept}, T].")
     totals = check_lengths(arrays, tokens_len, ids.shape[0], ids.shape[2], "tokens_len", TokensError)
     ids = arrays.cast(ids, np.int64)
     if kept < spec.num_codebooks:
@@ -188,10 +188,10 @@ def check_lengths(
         arrays: array library that reads `lengths`.
         lengths: integers of shape [batch]; None if every example has the length `limit`.
         batch: number of examples.
-        limit: largest valid length; None if there is no limit.
+        limit: largest valid length; None for any length.
         name: name of `lengths` in messages.
         error: type of the error to raise.
-        first: number of the first example in messages.
+        first: index of the first example, for messages; not 0 if the batch is an element of a longer list.
 
     Raises:
         NemoLfrError: of the type `error`, if the shape, the type or a value is invalid.
@@ -201,7 +201,9 @@ def check_lengths(
         return [limit] * batch
     values = arrays.convert(lengths, name, error)
     if not arrays.kind(values).is_integer or tuple(values.shape) != (batch,):
-        raise error(f"{name} is {values.dtype} {list(values.shape)}; expected integers of shape [{batch}].")
+        raise error(
+            f"{name} has dtype {values.dtype} and shape {list(values.shape)}; expected integers of shape [{batch}]."
+        )
     checked = [int(value) for value in values.tolist()]
     for row, value in enumerate(checked, first):
         if value < 0 or (limit is not None and value > limit):
@@ -211,7 +213,7 @@ def check_lengths(
 
 
 def check_kept_samples(samples: Sequence[int], totals: Sequence[int], samples_per_frame: int) -> None:
-    """Check that the samples of each utterance need exactly as many frames as the utterance has.
+    """Check for each utterance that the number of samples to keep fits the number of frames.
 
     Args:
         samples: samples to keep from each utterance.
@@ -219,7 +221,7 @@ def check_kept_samples(samples: Sequence[int], totals: Sequence[int], samples_pe
         samples_per_frame: samples in one frame.
 
     Raises:
-        TokensError: for the first utterance whose samples need more or fewer frames.
+        TokensError: for the first utterance whose samples would need more or fewer frames than it has.
     """
     for row, (count, total) in enumerate(zip(samples, totals, strict=True)):
         if num_frames(count, samples_per_frame) != total:
@@ -232,7 +234,7 @@ def check_kept_samples(samples: Sequence[int], totals: Sequence[int], samples_pe
 
 
 def check_encoded(tokens: Any, spec: CodecSpec, name: str) -> None:
-    """Raise NemoLfrError if encoded tokens [B, C, T] are outside the codebook."""
+    """Raise NemoLfrError if a token [B, C, T] marks NaN or infinite encoder output: it is outside the codebook."""
     if not math.prod(tokens.shape) or _within(tokens, spec.codebook_size):
         return
     row = next(row for row, clip in enumerate(tokens) if not _within(clip, spec.codebook_size))
@@ -240,7 +242,7 @@ def check_encoded(tokens: Any, spec: CodecSpec, name: str) -> None:
 
 
 def check_latents(encoded: Any, spec: CodecSpec, name: str) -> None:
-    """Raise NemoLfrError if encoded vectors [B, D, T] are NaN or infinite."""
+    """Raise NemoLfrError if encoded vectors [B, D, T] contain NaN or infinite values."""
     if not math.prod(encoded.shape) or _is_finite(encoded):
         return
     row = next(row for row, clip in enumerate(encoded) if not _is_finite(clip))
@@ -252,7 +254,7 @@ def _is_finite(values: Any) -> bool:
 
 
 def check_decoded(audio: Any, spec: CodecSpec, name: str) -> None:
-    """Raise NemoLfrError if decoded audio [B, T_audio] is NaN."""
+    """Raise NemoLfrError if decoded audio [B, T_audio] contains NaN, which marks NaN or infinite decoder output."""
     if not math.prod(audio.shape) or not math.isnan(float(audio.max())):
         return
     row = next(row for row, clip in enumerate(audio) if math.isnan(float(clip.max())))

@@ -1,6 +1,7 @@
-"""The array operations that the codec needs, as a protocol, and their implementation in numpy.
+"""Protocol of the array operations that the codec needs, and its implementation in numpy.
 
-With this protocol the same code of `Codec` works with numpy arrays and with tensors. Dtypes are always numpy's.
+`Codec` calls only these operations, so the same code works with numpy arrays and with tensors. Arguments named `dtype`
+are numpy types, even for tensors.
 """
 
 from collections.abc import Sequence
@@ -73,7 +74,7 @@ class NumpyArrays:
             what = " ".join(str(reason).split())
             raise error(f"{name} is {type(value).__name__}; pass a numpy array ({shorten(what)}).") from None
         if not np.issubdtype(array.dtype, np.number) and array.dtype != bool:
-            raise error(f"{name} is {type(value).__name__} of {array.dtype}; pass an array of numbers.")
+            raise error(f"{name} is {type(value).__name__} of dtype {array.dtype}; pass an array of numbers.")
         return array.astype(array.dtype.newbyteorder("="), copy=False)
 
     def kind(self, array: np.ndarray) -> Kind:
@@ -93,12 +94,12 @@ class NumpyArrays:
         return array.astype(dtype, copy=False)
 
     def peaks(self, audio: np.ndarray, lengths: Sequence[int]) -> list[float]:
-        """Return the largest magnitude in each clip."""
+        """Return the largest magnitude in each clip; see `Arrays.peaks`."""
         return [
             float(np.abs(row[:length]).max()) if length else 0.0 for row, length in zip(audio, lengths, strict=True)
         ]
 
 
 def to_numpy(array: Any) -> np.ndarray:
-    """Convert an array of any backend to a numpy array, which is on the CPU."""
+    """Convert an array of any backend to a numpy array. A tensor is copied to the CPU if needed."""
     return array if isinstance(array, np.ndarray) else array.cpu().numpy()

@@ -1,9 +1,10 @@
-"""The protocol of backends. A backend runs the encoder and the decoder of a `Codec` on whole frames.
+"""Interfaces of backends. A backend runs the encoder and the decoder of a `Codec` on whole frames.
 
 `Codec` does everything else: it checks arguments, resamples, cuts long recordings into windows, forms batches, and
 reads and writes files. The smallest backend is a subclass of `NumpyBackend` with a name, a `CodecSpec`, the limits of
-its encoder and decoder, and two methods. After one call of `nemo_lfr.codec.backends.register`,
-`nemo_lfr.load(backend=...)` can open the backend. `nemo_lfr.testing` has the checks that every backend must pass.
+its encoder and decoder, and the methods `encode_frames` and `decode_frames`. Once it is registered with
+`nemo_lfr.codec.backends.register`, `nemo_lfr.load(backend=...)` can open it. `nemo_lfr.testing` has the checks that
+every backend must pass.
 """
 
 from collections.abc import Iterable
@@ -21,7 +22,7 @@ Operation = Literal["encode", "decode"]
 
 
 class Limits(Protocol):
-    """Context and shortest input of an encoder or decoder. A long recording is cut into windows accordingly."""
+    """Context and shortest input of an encoder or decoder. `Codec` cuts long recordings into windows accordingly."""
 
     @property
     def context(self) -> Context:
@@ -55,7 +56,8 @@ class Batching:
             frames becomes 144 frames to encode and 158 to decode.
         batch_frames: total frames in one batch of windows.
         pad_multiple: windows are padded to a multiple of this many frames, so that few different shapes occur.
-        mix_widths: whether windows of similar widths share a batch; if false, all windows of a batch have one width.
+        mix_widths: whether windows of similar widths share a batch. If false, all windows of a batch have the same
+            width.
     """
 
     chunk_frames: int = 132
@@ -65,7 +67,7 @@ class Batching:
 
 
 class Backend(Protocol[Array]):
-    """Encoder and decoder for whole frames, with one array library on one device.
+    """Interface of a backend: an encoder and a decoder that run on one device and use one array library.
 
     The results of an example must not depend on the other examples in the batch or on the padding after its end.
     """
@@ -76,7 +78,7 @@ class Backend(Protocol[Array]):
 
     @property
     def spec(self) -> CodecSpec:
-        """Description of the tokens. Its fingerprint may be empty; `fingerprints` returns the actual ones."""
+        """Description of the tokens. Its fingerprint may be empty, because `fingerprints` returns the fingerprints."""
 
     @property
     def encoder(self) -> Limits:
@@ -125,7 +127,8 @@ class Backend(Protocol[Array]):
     def fingerprints(self) -> Iterable[str]:
         """Return the fingerprints of the weights and settings, the current one first.
 
-        The first fingerprint is written to token files. Token files with any of the fingerprints are accepted.
+        A codec has several fingerprints if older versions of this package computed them differently. The first one is
+        written to new token files. Token files with any of them are accepted.
         """
 
     def load(self, operation: Operation) -> None:
@@ -143,7 +146,7 @@ class NumpyBackend:
     device: object = "cpu"
 
     def fingerprints(self) -> tuple[str, ...]:
-        """Return no fingerprint: token files of any codec are then accepted."""
+        """Return no fingerprint. Token files that any codec wrote are then accepted."""
         return ()
 
     def load(self, operation: Operation) -> None:
@@ -174,7 +177,7 @@ class EncoderStream(Stream, Protocol):
     """Streaming encoder for one recording: it takes samples and returns tokens."""
 
     def push(self, samples: np.ndarray) -> np.ndarray:
-        """Add samples [n], and return the tokens [C, k] whose lookahead has arrived; k may be 0."""
+        """Add samples [n], and return the tokens [C, k] for which enough later samples have arrived; k may be 0."""
 
     def flush(self) -> np.ndarray:
         """End the recording and return the remaining tokens, int32, shape [C, k]."""
@@ -184,7 +187,7 @@ class DecoderStream(Stream, Protocol):
     """Streaming decoder for one recording: it takes tokens and returns samples."""
 
     def push(self, tokens: np.ndarray) -> np.ndarray:
-        """Add tokens [C, k], and return the samples [n] whose lookahead has arrived; n may be 0."""
+        """Add tokens [C, k], and return the samples [n] for which enough later tokens have arrived; n may be 0."""
 
     def flush(self, num_samples: int | None = None) -> np.ndarray:
         """End the recording and return the remaining samples [n].
@@ -211,7 +214,7 @@ class StreamingBackend(Protocol):
     """Additional methods of a backend that can stream."""
 
     def stream_encoder(self, codec: Any, lookahead: int | None) -> EncoderStream:
-        """Return a stream; see `Codec.stream_encoder`."""
+        """Return a streaming encoder for `codec`; see `Codec.stream_encoder`."""
 
     def stream_decoder(self, codec: Any, lookahead: int | None, first_lookahead: int | None = None) -> DecoderStream:
-        """Return a stream; see `Codec.stream_decoder`."""
+        """Return a streaming decoder for `codec`; see `Codec.stream_decoder`."""

@@ -4,8 +4,8 @@ A backend is registered by one call,
 
     nemo_lfr.codec.backends.register("tflite", Opener(open_tflite, accepts=is_tflite, model="a .tflite file"))
 
-or by an entry point in the group `nemo_lfr.backends`. The name of the entry point is the name of the backend, and its
-object is the second argument of `register`.
+or by an entry point in the group `nemo_lfr.backends`. The name of the entry point is the name of the backend. The
+object that the entry point refers to is an `Opener` or a function, like the second argument of `register`.
 """
 
 import contextlib
@@ -59,24 +59,24 @@ class Opener:
     """Functions and texts with which `nemo_lfr.load` opens a backend.
 
     Attributes:
-        open: function that opens the model at a local path and returns its backend. The model is a checkpoint, or the
-            backend's own kind of model if `accepts` is set.
-        accepts: function that returns whether a local path is the backend's own kind of model; None for a backend
-            that opens checkpoints.
+        open: function that opens the model at a local path and returns its backend. The model is a checkpoint, or a
+            model in the backend's own format if `accepts` is set.
+        accepts: function that returns whether a local path is a model in the backend's own format, such as a .tflite
+            file. None for a backend that opens checkpoints.
         check: function that raises an error for unsupported options. It is called before a checkpoint is downloaded.
-        model: kind of model that `accepts` recognizes, for messages.
+        model: description of the models that `accepts` recognizes, for messages.
         advice: how to create such a model, for messages.
     """
 
     open: Open
     accepts: Callable[[Path], bool] | None = None
     check: Callable[[OpenOptions], object] | None = None
-    model: str = "a model of its own kind"
-    advice: str = "pass the path of one"
+    model: str = "a model in its own format"
+    advice: str = "pass the path of such a model"
 
 
 def register(name: str, opener: Opener | Open) -> None:
-    """Let `nemo_lfr.load` open a backend, by `backend=name` or by the kind of model that the backend accepts.
+    """Register a backend, so that `nemo_lfr.load` can open it by name or by the path of a model that it accepts.
 
     Args:
         name: name of the backend.
@@ -137,12 +137,12 @@ def open_backend(
     opener = find_opener(chosen)
     if opener.accepts is None and owner is not None:
         raise NemoLfrError(
-            f"{source}: {find_opener(owner).model}, which backend {chosen!r} cannot open; pass the checkpoint that it "
-            "was exported from."
+            f"{source}: this is {find_opener(owner).model}, which backend {chosen!r} cannot open; pass the checkpoint "
+            "from which it was exported."
         )
     if opener.accepts is not None and (path is None or not opener.accepts(path)):
         what = "the bundled codec" if source is None else source
-        raise NemoLfrError(f"backend {chosen!r} runs {opener.model}, which {what} is not; {opener.advice}.")
+        raise NemoLfrError(f"backend {chosen!r} needs {opener.model}, but the source is {what}; {opener.advice}.")
     options = OpenOptions("the bundled codec" if source is None else os.fspath(source), device, precision)
     if opener.check is not None:
         opener.check(options)

@@ -19,7 +19,8 @@ class CodecBase(Generic[Array]):
 
     Args:
         backend: backend that runs the encoder and the decoder.
-        chunk_frames: frames in one window of long audio, without its context; default: the backend's choice.
+        chunk_frames: frames in one window of long audio, without the frames that are only context. Default: the
+            backend's choice.
 
     Attributes:
         backend: backend that runs the encoder and the decoder.
@@ -44,7 +45,7 @@ class CodecBase(Generic[Array]):
 
     @property
     def sample_rate(self) -> int:
-        """Samples per second, Hz."""
+        """Sample rate of the audio, Hz."""
         return self.backend.spec.sample_rate
 
     @property
@@ -88,7 +89,10 @@ class CodecBase(Generic[Array]):
         return next(iter(self.backend.fingerprints()), "")
 
     def made(self, fingerprint: str) -> bool:
-        """Return whether tokens with this fingerprint were made by this codec; older forms of it also count."""
+        """Return whether this codec made the tokens with a fingerprint.
+
+        Fingerprints that older versions of this package computed for this codec are also accepted.
+        """
         known = iter(self.backend.fingerprints())
         first = next(known, fingerprint)  # a backend without fingerprints accepts all
         return same_fingerprint(first, fingerprint) or any(same_fingerprint(other, fingerprint) for other in known)
@@ -100,17 +104,17 @@ class CodecBase(Generic[Array]):
 
     @property
     def encoder(self) -> Any:
-        """Encoder module of a PyTorch backend. Other backends only have the `Limits` of their encoder."""
+        """Encoder module if the backend uses PyTorch; with other backends, the `Limits` of the encoder."""
         return self.backend.encoder
 
     @property
     def decoder(self) -> Any:
-        """Decoder module of a PyTorch backend. Other backends only have the `Limits` of their decoder."""
+        """Decoder module if the backend uses PyTorch; with other backends, the `Limits` of the decoder."""
         return self.backend.decoder
 
     @property
     def quantizer(self) -> Any:
-        """Quantizer module of a PyTorch backend; AttributeError with other backends."""
+        """Quantizer module. Only PyTorch backends have one; with other backends, AttributeError is raised."""
         return cast(Any, self.backend).quantizer
 
     def check_audio(self, audio: object, audio_len: object = None) -> tuple[Array, list[int]]:
@@ -122,9 +126,9 @@ class CodecBase(Generic[Array]):
         return arguments.check_tokens(self.backend.arrays, self.backend.spec, tokens, tokens_len)
 
     def check_encoded(self, tokens: Array | np.ndarray) -> None:
-        """Raise NemoLfrError if encoded tokens [B, C, T] are outside the codebook."""
+        """Raise NemoLfrError if a token [B, C, T] marks NaN or infinite encoder output: it is outside the codebook."""
         arguments.check_encoded(tokens, self.backend.spec, self.name)
 
     def check_decoded(self, audio: Array | np.ndarray) -> None:
-        """Raise NemoLfrError if decoded audio [B, T_audio] is NaN."""
+        """Raise NemoLfrError if audio [B, T_audio] contains NaN, which marks NaN or infinite decoder output."""
         arguments.check_decoded(audio, self.backend.spec, self.name)

@@ -5,7 +5,7 @@
 | array [T_audio], [B, T_audio] or [B, 1, T_audio] | mono | `sample_rate` |
 | list of clips in these forms, of any lengths | depends on the clip | declared by the clip, else `sample_rate` |
 | path | mixed to mono | declared by the file |
-| {"array", "sampling_rate"} or {"path", "bytes"} of `datasets` | mixed to mono | from the dictionary or the file |
+| `datasets` item: {"array", "sampling_rate"} or {"path", "bytes"} | mixed to mono | from the item or the file |
 | `AudioDecoder` of `datasets` or TorchCodec, or `AudioSamples` | mixed to mono | from the object |
 """
 
@@ -34,7 +34,7 @@ class _Recording(NamedTuple):
 
     Attributes:
         audio: samples, [1, T_audio].
-        rate: sample rate in Hz; None if the source leaves it out.
+        rate: sample rate in Hz; None if the source does not state it.
     """
 
     audio: Any
@@ -47,8 +47,9 @@ def to_batch(
     """Convert audio in any of the supported forms to one batch.
 
     Files and `datasets` items with several channels are mixed to mono. A plain array with several rows is a batch of
-    clips. Two warnings are logged at most once per process: if a plain array has two rows and no `audio_len`, since
-    it may be a stereo recording; and if neither the source nor `sample_rate` gives the sample rate.
+    clips. A warning is logged if an array has two rows and no `audio_len`, because it may be a stereo recording.
+    Another warning is logged if neither the source nor `sample_rate` gives the sample rate. Each warning is logged at
+    most once per process.
 
     Args:
         arrays: array library of the result.
@@ -170,7 +171,7 @@ def _check_rates(declared: object, passed: object, name: str) -> None:
     """Raise AudioError if a source declares another sample rate than the argument `sample_rate`."""
     for rate in (declared, passed):
         if isinstance(rate, str):
-            raise AudioError(f"{name} has the sample rate {shorten(repr(rate))}, a string; pass a number of Hz.")
+            raise AudioError(f"{name} has the sample rate {shorten(repr(rate))}, a string; pass a number, in Hz.")
     if declared is not None and passed is not None and declared != passed:
         raise AudioError(
             f"{name} declares a sample rate of {shorten(declared)} Hz, but sample_rate is {shorten(repr(passed))}; "

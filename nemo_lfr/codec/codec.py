@@ -45,12 +45,13 @@ class Codec(HubMethods[Array]):
     """Speech codec: encodes audio to tokens and decodes tokens to audio, with any backend.
 
     Arguments may be numpy arrays or arrays of the backend (tensors with PyTorch). Results are arrays of the backend.
-    Batching and chunking do not change results: every utterance gets the tokens that it would get alone. To this end
-    long audio is cut into windows that include the context of their frames, and windows of similar width form a batch.
+    Batching and chunking do not change results: every utterance gets the tokens that it would get alone. Long audio is
+    cut into overlapping windows for this purpose. Each window includes all frames that its results depend on.
 
     Args:
         backend: backend that runs the encoder and the decoder.
-        chunk_frames: frames in one window of long audio, without its context; default: the backend's choice.
+        chunk_frames: frames in one window of long audio, without the frames that are only context. Default: the
+            backend's choice.
 
     Attributes:
         backend: backend that runs the encoder and the decoder.
@@ -80,7 +81,7 @@ class Codec(HubMethods[Array]):
             audio_len: samples in each clip, [B]; later samples are ignored. Default: the full length.
             sample_rate: sample rate of `audio`, Hz. Audio is resampled if this is not the codec's rate. Not needed
                 for files and `datasets` items, which declare their rate.
-            num_codebooks: number of codebooks to return, from the first one on. Useful if the codec was trained with
+            num_codebooks: number of codebooks to return, starting with the first. Useful if the codec was trained with
                 codebook dropout. Default: all.
 
         Returns:
@@ -148,8 +149,8 @@ class Codec(HubMethods[Array]):
             tokens: integers, [C, T_encoded] or [B, C, T_encoded].
             tokens_len: frames in each utterance, [B]; default: the full length.
             audio_len: samples to keep from each utterance, [B], usually its length before encoding. Default: all
-                samples of its frames.
-            num_codebooks: number of codebooks to decode, from the first one on; `tokens` may leave out the others.
+                samples, which are whole frames.
+            num_codebooks: number of codebooks to decode, starting with the first; `tokens` may contain only these.
                 Default: all.
 
         Returns:
@@ -250,10 +251,10 @@ class Codec(HubMethods[Array]):
 
         Args:
             lookahead: see `stream_encoder`.
-            first_lookahead: a smaller number of frames of lookahead for the first results, so that the first frame of
-                audio is complete `lookahead - first_lookahead` frames sooner. This many frames of audio are
-                approximate. The audio after them waits for `lookahead` again. Playback has no gap if the first tokens
-                arrive at twice the playback rate or faster; most language models are fast enough.
+            first_lookahead: lookahead in frames for the start of the audio, smaller than `lookahead`. The audio then
+                starts n = `lookahead - first_lookahead` frames sooner, but its first n frames are approximate. Later
+                frames wait for the full `lookahead`. Playback has no gap if the first tokens arrive at twice the
+                playback rate or faster. Default: `lookahead`.
 
         Raises:
             NemoLfrError: if a lookahead is not a number of frames, or the backend does not support streaming.
@@ -279,18 +280,22 @@ class Codec(HubMethods[Array]):
         compress: bool = False,
         entropy_model: EntropyModel | str | PathLike[str] | None = None,
     ) -> int:
-        """Encode an audio file of any format and rate to a token file; return the number of samples encoded.
+        """Encode an audio file to a token file.
 
         Args:
-            source: the audio file.
+            source: the audio file, at any sample rate.
             target: the `.lfr` token file to write.
             overwrite: replace an existing `target`.
             compress: make the token file about a third smaller, without loss.
-            entropy_model: model, or path of a `.lfrm` file, to compress with; default: the bundled model.
+            entropy_model: entropy model to compress with, or the path of its `.lfrm` file. Default: the model for the
+                bundled codec. If it is passed, the file is compressed even if `compress` is not set.
+
+        Returns:
+            Number of samples that were encoded, at the codec's sample rate.
 
         Raises:
             AudioError: if `source` cannot be read.
-            EntropyModelError: if `compress` is set and there is no entropy model for this codec.
+            EntropyModelError: if the file is to be compressed and there is no entropy model for this codec.
             NemoLfrError: if `target` is the same file as `source`, or exists while `overwrite` is not set.
         """
         source, target = expand_home(source), expand_home(target)
@@ -317,7 +322,7 @@ class Codec(HubMethods[Array]):
         recover: bool = False,
         entropy_model: EntropyModel | str | PathLike[str] | None = None,
     ) -> int:
-        """Decode a token file, or a segment of it, to an audio file; return the number of samples written.
+        """Decode a token file, or a segment of it, to an audio file.
 
         A decoded segment equals the same slice of the complete decoded file.
 
@@ -330,6 +335,9 @@ class Codec(HubMethods[Array]):
             recover: decode the intact part of a damaged `source`.
             entropy_model: entropy model that `source` was compressed with, or its path. Only needed if this model is
                 neither bundled nor in the folder of `source`.
+
+        Returns:
+            Number of samples that were written.
 
         Raises:
             TokenFileError: if `source` is damaged or from another codec, or `start` lies after its end.

@@ -1,15 +1,15 @@
 """Golden vectors: the outputs of every layer for a short input.
 
-A port of the codec to another runtime can compare its own layers with them, to find the first one that differs. The
-golden vectors are in a safetensors file with these tensors:
+They help to port the codec to another runtime: compare the outputs of the port's layers with the golden vectors, and
+find the first layer that differs. Golden vectors are stored in a safetensors file with these tensors:
 
 | name | content |
 | --- | --- |
-| `input.audio` | audio [1, T_audio], which ends within a frame |
+| `input.audio` | audio [1, T_audio]; its last frame is incomplete |
 | `input.padded` | `input.audio`, zero-padded to whole frames |
 | `audio_encoder.LAYER` | output of each encoder layer; LAYER is its name in a checkpoint |
 | `encoded` | output of the encoder [1, D, frames] |
-| `compressed` | `encoded` in the range of the FSQ levels, before rounding |
+| `compressed` | `encoded`, squashed into the range of the FSQ levels but not rounded |
 | `codes` | FSQ values in [-1, 1], [1, D, frames]: the input of the decoder |
 | `tokens` | int32 [1, C, frames] |
 | `audio_decoder.LAYER` | output of each decoder layer |
@@ -65,7 +65,7 @@ def export_golden(codec: Codec[Any], path: str | os.PathLike[str], *, overwrite:
     """
     path = expand_home(path)
     if path.suffix != SUFFIX:
-        raise NemoLfrError(f"{path}: not a name for golden vectors; use a name that ends in {SUFFIX}.")
+        raise NemoLfrError(f"{path}: golden vectors are safetensors files; use a name that ends in {SUFFIX}.")
     check_overwrite(path, overwrite)
     tensors = golden_vectors(codec)
     values = {

@@ -1,7 +1,7 @@
 """Methods of `Codec` that load from and save to the Hugging Face Hub.
 
-They have the names of the methods of `huggingface_hub.ModelHubMixin`, but do not inherit from this mixin: it takes a
-second to import and changes the constructor's arguments. `push_to_hub` uses it internally.
+The methods have the same names as those of `huggingface_hub.ModelHubMixin`. `Codec` does not inherit from this mixin,
+because the mixin takes a second to import and changes the arguments of the constructor. Only `push_to_hub` uses it.
 """
 
 import os
@@ -87,7 +87,7 @@ class HubMethods(CodecBase[Array]):
             push_to_hub_kwargs: arguments of `push_to_hub`.
 
         Returns:
-            Address of the commit if `push_to_hub` is set, else None.
+            URL of the commit if `push_to_hub` is set, else None.
 
         Raises:
             NemoLfrError: if the codec has no config, because it was built from modules or its backend is not PyTorch.
@@ -116,7 +116,7 @@ class HubMethods(CodecBase[Array]):
                 `commit_message` and `branch`.
 
         Returns:
-            Address of the commit.
+            URL of the commit.
 
         Raises:
             NemoLfrError: as in `save_pretrained`.
@@ -139,7 +139,7 @@ class HubMethods(CodecBase[Array]):
 
 
 def _snapshot(repository: str, download: dict[str, Any]) -> str:
-    """Download the files of a codec with the options in `download`, which `nemo_lfr.load` does not have."""
+    """Download a codec from the Hub, with options for `snapshot_download`, and return the folder of its files."""
     from huggingface_hub import snapshot_download
 
     if os.path.splitext(repository)[1].lower() in MODEL_SUFFIXES:

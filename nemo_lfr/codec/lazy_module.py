@@ -18,12 +18,12 @@ M = TypeVar("M", bound=nn.Module)
 class LazyModule(Generic[M]):
     """Encoder or decoder whose weights are loaded on first access.
 
-    Copying or pickling it loads the weights, so the copy does not need the checkpoint.
+    Copying or pickling this object loads the weights first, so the copy does not need the checkpoint.
 
     Args:
-        module: the module. If there is a checkpoint, it is on the meta device and has no weights yet.
-        checkpoint: source of the weights; None if `module` already has them.
-        name: name of the module in the checkpoint.
+        module: the encoder or decoder. If `checkpoint` is passed, it must be on the meta device, without weights.
+        checkpoint: source of the weights; None if `module` already has its weights.
+        name: name of the module in the checkpoint, such as "audio_encoder".
         device: device of the module once its weights are loaded.
         path: file that the weights were loaded from; ignored if there is a checkpoint.
 
@@ -75,8 +75,8 @@ class LazyModule(Generic[M]):
 
         Args:
             order: order of summation for the norms when weight norm is folded. Loaded weights are already folded in
-                the default order. For another order, the checkpoint is read again, unless it was removed or now
-                contains other weights.
+                the default order. For another order, the checkpoint is read again. If it was removed, or now contains
+                other weights, the loaded weights are returned.
 
         Raises:
             CheckpointError: if the weights cannot be read.
@@ -105,7 +105,7 @@ class LazyModule(Generic[M]):
 
 
 def _plain_state(module: nn.Module, order: SumOrder = CANONICAL) -> list[tuple[str, torch.Tensor]]:
-    """Return the state with weight norm folded, sorted by name.
+    """Return the names and tensors of a module's state with weight norm folded, sorted by name.
 
     The result is the same whether the module was built with weight norm or without.
     """

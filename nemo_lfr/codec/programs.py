@@ -1,4 +1,4 @@
-"""Encoder and decoder without data-dependent control flow, for export to ONNX and `torch.export`."""
+"""Encoder and decoder without data-dependent control flow, for export to ONNX or with `torch.export`."""
 
 import warnings
 from typing import Any, NamedTuple
@@ -54,7 +54,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """FSQ followed by the decoder: int64 tokens [B, C, T], `tokens_len` [B] -> audio [B, T * samples_per_frame]."""
+    """Dequantizer and decoder: int64 tokens [B, C, T], `tokens_len` [B] -> audio [B, T * samples_per_frame]."""
 
     def __init__(self, backend: TorchBackend) -> None:
         super().__init__()
@@ -91,11 +91,11 @@ def graphs(backend: TorchBackend) -> tuple[Graph, Graph]:
 
 
 def fp32_backend(codec: CodecBase[Any], target: str) -> TorchBackend:
-    """Return the PyTorch backend of a codec to export, which must run in fp32.
+    """Return the PyTorch backend of a codec, after checking that the codec can be exported.
 
     Args:
         codec: the codec.
-        target: plural noun for the files or programs to export, for messages.
+        target: what will be exported, in the plural, for messages; for example "ONNX files".
 
     Raises:
         NemoLfrError: if the codec has another backend or precision.

@@ -1,4 +1,4 @@
-"""Interface of a PyTorch backend that streams use, and a check of their arguments."""
+"""Members of a PyTorch backend that streams use, and a check of the lookahead arguments."""
 
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
@@ -38,11 +38,11 @@ class StreamModules(Protocol):
         """Return a context in which modules run at the codec's precision."""
 
     def computing(self) -> AbstractContextManager[None]:
-        """Return a context that isolates the computation from the caller's settings."""
+        """Return a context in which the modules do not depend on the caller's settings, such as autocast."""
 
 
 def check_lookahead(**values: int | None) -> None:
-    """Check the lookaheads of a stream, by argument name.
+    """Check the lookahead arguments of a stream, which are passed under their own names.
 
     Raises:
         NemoLfrError: if a value is neither None nor an integer of at least 0.

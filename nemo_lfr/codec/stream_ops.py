@@ -1,7 +1,7 @@
-"""Streaming operations of the network.
+"""Operations of the encoder and the decoder for streams.
 
-Every layer keeps the inputs that its next output still needs. Each sample is convolved once, and the results equal
-those of the whole recording for any chunk size. A frame is returned as soon as its lookahead is complete.
+Every layer keeps the inputs that its next outputs still need, so no input is processed twice. The results are the same
+as for the whole recording, whatever the chunk size. A frame is returned as soon as its lookahead is complete.
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -25,7 +25,14 @@ class LayerState(NamedTuple):
 
 
 class Slot(NamedTuple):
-    """Place of one layer's state in that of a network: n items of H channels."""
+    """Description of one `LayerState` that is stored in a `State`.
+
+    Attributes:
+        layer: key of the layer.
+        num_items: number of items n.
+        channels: number of values H in each item.
+        started: as in `LayerState`.
+    """
 
     layer: Hashable
     num_items: int
@@ -34,13 +41,13 @@ class Slot(NamedTuple):
 
 
 class State(NamedTuple):
-    """State of a network for one stream.
+    """State of an encoder or decoder for one stream.
 
-    One tensor holds the items of all layers, so that joining the states of a batch is one copy. It is replaced, never
-    changed.
+    One tensor contains the items of all layers, so one copy joins the states of several streams in a batch. The tensor
+    is never changed in place; a new one replaces it.
 
     Attributes:
-        slots: layers in the order of `values`.
+        slots: description of the part of `values` that belongs to each layer, in order.
         values: items of all layers, [N].
     """
 
@@ -51,12 +58,12 @@ class State(NamedTuple):
 class StreamOps:
     """Operations on one chunk, which read and update the state of each layer.
 
-    Signals are tensors [B, n, H], n >= 0: the items that have become available.
+    Signals are tensors [B, n, H] with the n items that have become available; n may be 0.
 
     Args:
         state: state of each layer; changed in place.
-        last: the recordings end with this chunk.
-        weights: convolutions of the layers.
+        last: whether the recordings end with this chunk.
+        weights: weights of the layers, with methods that convolve with them.
     """
 
     def __init__(self, state: dict[Hashable, LayerState], last: bool, weights: StreamWeights) -> None:
@@ -65,7 +72,7 @@ class StreamOps:
     def conv(
         self, layer: Conv1d, signal: torch.Tensor, activation: CodecActivation | None = None, slope: float = 1.0
     ) -> torch.Tensor:
-        """Return the outputs whose inputs are complete, after a leaky ReLU of this slope."""
+        """Apply an activation, a convolution and a leaky ReLU, and return the outputs whose inputs are complete."""
         hidden, started = self._join(layer, signal if activation is None else _activate(activation, signal))
         stride = layer.conv.stride[0]
         if not started and (self.last or hidden.shape[1] >= layer.min_length):
@@ -80,7 +87,7 @@ class StreamOps:
         return self.weights.convolve(layer, hidden[:, : (num_outputs - 1) * stride + layer.span], slope)
 
     def upsample(self, layer: ConvTranspose1d, signal: torch.Tensor, activation: CodecActivation) -> torch.Tensor:
-        """Return the outputs between available inputs, which later inputs do not change."""
+        """Apply an activation and a transposed convolution, and return the outputs that no later input changes."""
         hidden, started = self._join(layer, _activate(activation, signal))
         if not started:
             if not hidden.shape[1]:
@@ -92,12 +99,12 @@ class StreamOps:
         if hidden.shape[1] < 2:
             return signal.new_zeros(signal.shape[0], 0, layer.conv.out_channels)
         out = self.weights.overlap(layer, hidden)
-        # The first and the last `stride` samples together are cut to `stride`: `first_sample` before, the rest after.
+        # `stride` outputs are removed in total: `first_sample` of them at the start, the rest at the end.
         stop = out.shape[1] - (layer.conv.stride[0] - layer.first_sample) * self.last
         return out[:, layer.first_sample * (not started) : stop]
 
     def residual(self, layer: ResidualLayer, signal: torch.Tensor) -> torch.Tensor:
-        """Return the mean of the branches, as far as all of them are available."""
+        """Return the mean of the residual branches, for the items that all branches have produced."""
         results = []
         for blocks in layer.branches:
             hidden = signal
@@ -108,14 +115,14 @@ class StreamOps:
         return total / len(results)
 
     def _block(self, block: ResidualBlock, signal: torch.Tensor) -> torch.Tensor:
-        """Return the block's result; its input is kept until the convolutions catch up."""
+        """Run a residual block. Each input item is kept until the convolutions produce the item to add to it."""
         slope = slope_of(block.skip_activation)  # a leaky ReLU is fused into the convolution before it
         hidden = self.conv(block.input_conv, signal, block.input_activation, 1.0 if slope is None else slope)
         added = self.conv(block.skip_conv, hidden, block.skip_activation if slope is None else None)
         return self._add_available(block, [signal, added])
 
     def _add_available(self, key: Hashable, terms: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Return the sum of the items that all terms have; keep the others."""
+        """Add the items that all terms have produced, and keep the other items for the next chunk."""
         joined = [self._join((key, number), term)[0] for number, term in enumerate(terms)]
         ready = min(term.shape[1] for term in joined)
         for number, term in enumerate(joined):
@@ -141,8 +148,8 @@ def _pad_ends(layer: Conv1d, hidden: torch.Tensor, first: bool = True, last: boo
     return layer.pad_ends(hidden.transpose(1, 2), first, last).transpose(1, 2)
 
 
-# One step of a network on a batch of streams: state (changed in place), new inputs [B, ..., n] and whether the
-# recordings end with them -> outputs [B, ..., k].
+# Function that runs a network on the new inputs of several streams and returns outputs [B, ..., k]. Its arguments are
+# the state of each layer, which is changed in place; the inputs [B, ..., n]; and whether the recordings end here.
 Step = Callable[[dict[Hashable, LayerState], torch.Tensor, bool], torch.Tensor]
 
 
@@ -154,8 +161,8 @@ def run_batched(
     Args:
         states: state of each stream.
         inputs: inputs of each stream, [1, ..., n].
-        last: the recordings end with these inputs.
-        step: computes a batch.
+        last: whether the recordings end with these inputs.
+        step: function that runs a batch.
 
     Returns:
         New state of each stream, and its outputs [..., k].
@@ -170,7 +177,7 @@ def run_batched(
         result = step(joined, torch.cat([inputs[number] for number in numbers]), last)
         slots, values = _merge(joined, len(numbers))
         for row, number in enumerate(numbers):
-            # A copy: a row would keep the states of the other streams in memory.
+            # Copy the row: a view would keep the states of all streams of the batch in memory.
             after[number] = State(slots, values[row].clone() if len(numbers) > 1 else values[0])
             results[number] = result[row]
     return after, results

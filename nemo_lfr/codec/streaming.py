@@ -1,9 +1,9 @@
 """Streaming encoder and decoder.
 
-Results equal those of the whole recording for any chunk size. A frame is returned as soon as its lookahead is
-complete: 6 frames later when encoding and 13 when decoding with the released config. A smaller `lookahead` reduces
-latency at some cost in quality: a frame is then computed as if the recording ended after its lookahead. A stream
-accepts one push at a time. A push that raises an error leaves all of its streams unchanged.
+Results are the same as for the whole recording, whatever the chunk size. A frame is returned as soon as its lookahead
+is complete. With the released config, the encoder waits for 6 later frames and the decoder for 13. A smaller
+`lookahead` reduces latency at some cost in quality: each frame is then processed as if the recording ended after its
+lookahead. Only one thread at a time may push to a stream. A push that raises an error leaves all streams unchanged.
 """
 
 import threading
@@ -27,13 +27,16 @@ from nemo_lfr.modules.weights import must_check
 
 
 class _Stream:
-    """Base class of streams in both directions.
+    """Base class of the streaming encoder and decoder.
 
     Args:
-        codec: checks arguments and results; a codec serves any number of streams.
+        codec: codec that checks arguments and results. Several streams may share one codec.
         modules: modules and settings of the codec's backend.
-        lookahead: frames of lookahead; None for all that a result depends on.
-        first_lookahead: frames of lookahead of the first results; None for `lookahead`.
+        context: number of later frames that the result of a frame depends on.
+        min_frames: shortest valid input of the network, in frames.
+        items: numbers of input and output items (samples or tokens) in one frame.
+        lookahead: number of later frames to wait for; None for `context`.
+        first_lookahead: number of later frames to wait for at the start of the recording; None for `lookahead`.
     """
 
     def __init__(
@@ -52,13 +55,13 @@ class _Stream:
         self.first_delay_frames = self.delay_frames if first_lookahead is None else min(first_lookahead, context)
         self.exact = self.delay_frames == self.first_delay_frames == context
         self._min_frames = min_frames
-        self._items_in, self._items_out = items  # of a frame
+        self._items_in, self._items_out = items  # in one frame
         self._piece = max(1, codec.chunk_frames // 2) * self._items_in  # items processed at a time
         self._state = State()
         self._num_in = 0  # frames
         self._num_computed = 0  # items of the output whose lookahead is complete
         self._num_out = 0  # items of the output that were returned
-        self._finished, self._has_more = False, False  # this push has more frames
+        self._finished, self._has_more = False, False  # flushed; the current push has more frames to process
         self._in_use = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -71,12 +74,12 @@ class _Stream:
 
     @property
     def latency_ms(self) -> float:
-        """Milliseconds from a frame's last sample to its result, excluding the computation."""
+        """Milliseconds from the last sample of a frame to the result for the frame, without the processing time."""
         return 1000 * self.delay_frames / self.codec.frame_rate
 
     def _num_due(self) -> int:
-        """Return how many output items (tokens or samples) have all the lookahead that this stream waits for."""
-        # As many frames as the first results are early. They are played while the lookahead of the next ones arrives.
+        """Return the number of output items (tokens or samples) whose lookahead has arrived."""
+        # The first frames only wait for the first lookahead. They play while the lookahead of later frames arrives.
         early_frames = min(self.delay_frames - self.first_delay_frames, self._num_in - self.first_delay_frames)
         return max(self._num_in - self.delay_frames, early_frames) * self._items_out
 
@@ -192,8 +195,8 @@ class StreamDecoder(_Stream):
         """End the recording and return the remaining audio [n].
 
         Args:
-            num_samples: length of the original recording in samples, to which the audio is trimmed; not trimmed by
-                default. A causal decoder has already returned the last frame, so the caller has to trim it.
+            num_samples: length of the original recording in samples; the audio is trimmed to this length. Default: no
+                trimming. With a lookahead of 0, `push` has already returned the last frame, so the caller must trim.
 
         Raises:
             TokensError: if `num_samples` does not match the number of frames.
@@ -206,7 +209,9 @@ class StreamDecoder(_Stream):
         self._check_open()
         frame = self.codec.samples_per_frame
         if num_samples is not None and -(-num_samples // frame) != self._num_in:
-            raise TokensError(f"num_samples is {num_samples}, but {self._num_in} frames were pushed.")
+            raise TokensError(
+                f"num_samples is {num_samples}, but {self._num_in} frames were pushed; pass the original length."
+            )
         self._finished = True
         if not self._num_in:
             return np.zeros(0, np.float32)
@@ -236,7 +241,7 @@ def _exclusive(streams: Sequence[_Stream]) -> Iterator[None]:
     """Reserve streams for this thread, and restore their state after an error.
 
     Raises:
-        NemoLfrError: if another thread uses one of them.
+        NemoLfrError: if another thread uses one of the streams.
     """
     with ExitStack() as stack:
         for stream in streams:
@@ -257,17 +262,17 @@ def _exclusive(streams: Sequence[_Stream]) -> Iterator[None]:
 
 
 def push_encoders(streams: Sequence[StreamEncoder], samples: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Push to many streams of one codec, batching those with equal state shapes.
+    """Push samples to several streams of one codec. Streams whose states have equal shapes run as one batch.
 
     Args:
-        streams: distinct streams.
-        samples: one array [n] for each stream.
+        streams: streaming encoders, each of them only once.
+        samples: chunk of samples [n] for each stream; n may be 0.
 
     Returns:
-        For each stream, tokens [C, k]: those of `StreamEncoder.push`.
+        For each stream, the tokens [C, k] that `StreamEncoder.push` would return.
 
     Raises:
-        AudioError: as `StreamEncoder.push`; all streams are unchanged.
+        AudioError: as in `StreamEncoder.push`. All streams then remain unchanged.
         NemoLfrError: for streams of different codecs, a stream that is passed twice or in use by another thread, or a
             different number of chunks than streams.
     """
@@ -275,7 +280,7 @@ def push_encoders(streams: Sequence[StreamEncoder], samples: Sequence[np.ndarray
 
 
 def push_decoders(streams: Sequence[StreamDecoder], tokens: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Push tokens [C, k] to each stream and return its audio [n]; see `push_encoders`."""
+    """Push tokens [C, k] to each of several streams, and return the audio [n] of each; see `push_encoders`."""
     return _push(streams, tokens, StreamDecoder, _advance_decoders)
 
 
@@ -285,15 +290,13 @@ def _push(
     streams, inputs = _listed(streams, "streams"), _listed(inputs, "chunks")
     for stream in streams:
         if not isinstance(stream, kind):
-            raise NemoLfrError(f"one of the streams is {shorten(type(stream).__name__)}, not {kind.__name__}.")
+            raise NemoLfrError(f"a stream is {shorten(type(stream).__name__)}; pass only {kind.__name__} objects.")
         if stream.codec is not streams[0].codec:
             raise NemoLfrError("the streams belong to several codecs; pass the streams of one codec.")
     if len(streams) != len(inputs):
-        raise NemoLfrError(
-            f"{len(streams)} streams, but {len(inputs)} chunks; pass one for each stream (it may be empty)."
-        )
+        raise NemoLfrError(f"got {len(inputs)} chunks for {len(streams)} streams; pass one (possibly empty) for each.")
     if len({id(stream) for stream in streams}) < len(streams):
-        raise NemoLfrError("a stream occurs twice; concatenate its chunks, or push them one after the other.")
+        raise NemoLfrError("the same stream was passed twice; join its chunks, or push them one after the other.")
     if not streams:
         return []
     with _exclusive(streams):
@@ -304,7 +307,7 @@ def _listed(values: Any, what: str) -> list[Any]:
     try:
         return list(values)
     except TypeError:
-        raise NemoLfrError(f"{what} are {shorten(type(values).__name__)}; pass a list of them.") from None
+        raise NemoLfrError(f"{what} are {shorten(type(values).__name__)}; pass a list of {what}.") from None
 
 
 def _push_checked(
@@ -364,7 +367,7 @@ def _advance(
     step: Step,
     check: Callable[[np.ndarray], None],
 ) -> list[np.ndarray]:
-    """Advance every stream by its input, and return the new items of each."""
+    """Process the new input of every stream, and return the new output items of each stream."""
     states, results = run_batched([stream._state for stream in streams], inputs, last, step)
     for stream, state in zip(streams, states, strict=True):
         stream._state = state
@@ -377,7 +380,7 @@ def _advance(
         and stream._num_due() > max(computed[number], stream._num_out)
     ]
     if early:
-        # With a shorter lookahead, compute the frames that are due as if the recordings ended here.
+        # With a shorter lookahead, process the frames that are due as if the recordings ended here.
         ends = []
         for number in early:
             missing = max(0, streams[number]._min_frames - streams[number]._num_in) * streams[number]._items_in

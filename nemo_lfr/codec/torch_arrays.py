@@ -56,7 +56,7 @@ class TorchArrays:
         return array.detach().to(self.device, DTYPES[dtype])
 
     def peaks(self, audio: torch.Tensor, lengths: Sequence[int]) -> list[float]:
-        """Return the largest magnitude in each clip."""
+        """Return the largest magnitude in each clip; see `Arrays.peaks`."""
         # One transfer for all rows, because each transfer to the CPU synchronizes a GPU.
         peaks = [row[:length].abs().max() for row, length in zip(audio, lengths, strict=True) if length]
         values = iter(torch.stack(peaks).tolist() if peaks else [])
@@ -68,7 +68,7 @@ def _tensor(value: object, name: str, error: type[NemoLfrError]) -> torch.Tensor
         raise error(f"{name} is a masked array with {int(np.sum(value.mask))} masked values; fill them first.")
     if isinstance(value, np.ndarray):
         if not np.issubdtype(value.dtype, np.number) and value.dtype != bool:
-            raise error(f"{name} is an array of {value.dtype}; pass an array of numbers.")
+            raise error(f"{name} is an array of dtype {value.dtype}; pass an array of numbers.")
         native = value.dtype.newbyteorder("=")
         if not value.flags.writeable or value.dtype != native or min(value.strides, default=0) < 0:
             value = value.astype(native, order="C")  # a copy: torch rejects such arrays, or warns about them

@@ -37,7 +37,7 @@ Quantizer = FiniteScalarQuantizer | GroupFiniteScalarQuantizer
 PRECISIONS = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 BATCHING = {
-    # oneDNN compiles kernels for every new shape, which takes a third of the time in which a sentence is encoded.
+    # oneDNN compiles kernels for every new shape, which takes a third as long as encoding a sentence.
     "cpu": Batching(pad_multiple=8),
     # A GPU is faster with long windows and large batches. Few shapes should occur, because each new shape needs a CUDA
     # graph or a kernel search in cuDNN.
@@ -89,7 +89,10 @@ class TorchBackend:
         self._digests: dict[SumOrder, str] = {}
         self._digests_version: Any = None
         if precision == "bf16" and self.device.type == "cpu" and not has_bf16():
-            raise NemoLfrError('precision "bf16": this CPU has neither AMX nor AVX512-bf16; use "fp32".')
+            raise NemoLfrError(
+                'precision "bf16" needs bf16 instructions (on x86, AMX or AVX512-bf16), which this CPU lacks; use '
+                '"fp32".'
+            )
 
     @classmethod
     def from_checkpoint(
@@ -101,7 +104,7 @@ class TorchBackend:
         raised then.
 
         Args:
-            path: local checkpoint, such as a `.nemo` file or a Lightning `.ckpt` file, or a folder with its contents.
+            path: local `.nemo` file, Lightning `.ckpt` file, or folder of an unpacked or exported codec.
             device: device of the modules.
             precision: as in the constructor.
             name: name of the codec in messages; default: the path.
@@ -153,11 +156,11 @@ class TorchBackend:
         return BATCHING.get(self.device.type, Batching())
 
     def fingerprints(self) -> Iterator[str]:
-        """Yield the current fingerprint and all older forms of it.
+        """Yield the current fingerprint, and then all fingerprints that older versions gave the same codec.
 
-        The current fingerprint is a hash of weights and settings; the oldest form is a hash of the weights alone.
-        Older versions folded weight norm with PyTorch's kernel, whose rounding depends on the CPU. Their fingerprints
-        for the other known kinds of CPU follow.
+        The current fingerprint is a hash of weights and settings. The oldest versions hashed the weights alone. Other
+        versions folded weight norm with PyTorch's kernel, whose rounding depends on the CPU, so their fingerprints for
+        each known kind of CPU are also yielded.
         """
         settings = settings_of(self._encoder.module, self.quantizer, self._decoder.module, self.spec.sample_rate)
         digests = set()
@@ -187,7 +190,11 @@ class TorchBackend:
 
     @contextmanager
     def computing(self) -> Iterator[None]:
-        """Return a context in which networks do not depend on the caller's PyTorch settings; reject tracers."""
+        """Return a context in which networks do not depend on the caller's PyTorch settings.
+
+        Raises:
+            NemoLfrError: within a tracer or function transform; see `nemo_lfr.codec.tracing`.
+        """
         guard_after_fork()
         check_not_tracing()
         with reference_state(self.device), checksum_once():

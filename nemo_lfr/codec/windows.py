@@ -51,7 +51,7 @@ class Cutter(NamedTuple):
         arrays: array library of the recordings.
         limits: context and shortest input of the encoder or decoder that will run the windows.
         batching: window and batch sizes.
-        chunk_frames: frames in one window of a long recording, without its context.
+        chunk_frames: frames in one window of a long recording, without the frames that are only context.
         items_per_frame: length of one frame on the last axis: `samples_per_frame` for audio, 1 for tokens.
         dtype: dtype of the recordings.
     """
@@ -81,7 +81,7 @@ class Cutter(NamedTuple):
             for window in plan_windows(total, self.chunk_frames, self.limits.context):
                 by_width.setdefault(self.width(window.num_frames), []).append(PlacedWindow(row, window))
         for width, places in group_widths(by_width, self.batching.mix_widths):
-            # Only batches of 1, 2, 4 ... examples: with few different shapes, kernels are reused.
+            # Batches have 1, 2, 4, ... examples, so that few shapes occur and compiled kernels are reused.
             while places:
                 count = min(len(places), max(1, self.batching.batch_frames // width))
                 count = 1 << (count.bit_length() - 1)
@@ -150,7 +150,7 @@ def rolling_windows(
     Args:
         blocks: consecutive samples or tokens, [..., n] with any n.
         items_per_frame: length of one frame on the last axis: `samples_per_frame` for audio, 1 for tokens.
-        chunk: frames in one window, without its context.
+        chunk: frames in one window, without the frames that are only context.
         context: context of the encoder or decoder.
 
     Yields:

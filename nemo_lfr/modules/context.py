@@ -23,8 +23,8 @@ class Field:
     Attributes:
         stride: number of inputs per time step of the signal; more than 1 after down-sampling.
         split: number of time steps of the signal per input; more than 1 after up-sampling.
-        past: number of inputs before the current one, times `split`.
-        future: number of inputs after the current one, times `split`.
+        past: `split` times the number of inputs before the current one.
+        future: `split` times the number of inputs after the current one.
         shortest: length of the shortest input that is long enough for the padding of every layer.
     """
 
@@ -80,6 +80,6 @@ class ContextOps:
 
 
 def residual_context(layer: ResidualLayer) -> tuple[int, int]:
-    """Return the numbers of time steps before and after that an output of a residual layer depends on."""
+    """Return how many earlier and how many later time steps an output of a residual layer depends on."""
     field = ContextOps().residual(layer, Field())
     return field.past, field.future

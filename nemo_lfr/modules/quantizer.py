@@ -30,7 +30,7 @@ class FiniteScalarQuantizer(NeuralModule):
 
     Args:
         num_levels: number of levels in each dimension, at least 2.
-        eps: fraction by which the squashed range is smaller than the range of the levels.
+        eps: fraction by which the range of squashed values is smaller than the range of the levels.
 
     Raises:
         ConfigError: if a dimension has fewer than 2 levels, or the codebook has 2^31 entries or more.

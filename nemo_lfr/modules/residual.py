@@ -73,7 +73,7 @@ class ResidualBranch(nn.Module):
 
 
 class ResidualLayer(nn.Module):
-    """Residual layer: the mean of several residual branches, one per kernel size."""
+    """Residual layer. Its output is the mean of several residual branches, one per kernel size."""
 
     def __init__(
         self,

@@ -61,7 +61,7 @@ class ReconstructionLoss(nn.Module):
             terms: names of the losses to compute, from `TERMS`.
 
         Returns:
-            A dictionary from each name to a scalar. Lower values are better, so that "si_sdr" is the negated ratio.
+            Dictionary from the name of each loss to a scalar. Lower is better, so "si_sdr" is the negated ratio in dB.
         """
         totals: dict[str, torch.Tensor] = {}
         for index, resolution in enumerate(self.resolutions):

@@ -87,7 +87,7 @@ class NemoLfrModel(PreTrainedAudioTokenizerBase):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Load a model; the arguments are those of `PreTrainedModel.from_pretrained`.
 
-        The files are validated as `nemo_lfr.load` does, so no weight is initialized instead of being read.
+        The files are validated as in `nemo_lfr.load`. A missing weight is an error, and is not initialized at random.
 
         Raises:
             CheckpointError: if a file is damaged, is not a safetensors file, or does not match the config.
@@ -110,7 +110,7 @@ class NemoLfrModel(PreTrainedAudioTokenizerBase):
     def _load_pretrained_model(
         model: Any, state_dict: Any, checkpoint_files: list[str] | None, *args: Any, **kwargs: Any
     ) -> Any:
-        """Read the weights with this package's reader, which validates them, instead of that of transformers."""
+        """Read the weights with this package's reader, which validates them, and then load them with transformers."""
         if state_dict is None and checkpoint_files:
             with building_state():
                 state_dict = read_weights(checkpoint_files, {key: getattr(model.config, key) for key in CONFIG_KEYS})
@@ -159,7 +159,7 @@ class NemoLfrModel(PreTrainedAudioTokenizerBase):
             input_values: audio at the codec's rate, [B, 1, T_audio] or [B, T_audio].
             padding_mask: mask [B, T_audio] or [B, 1, T_audio], 1 for the samples of a clip and 0 after its end.
                 Default: all samples.
-            num_codebooks: number of codebooks to return, from the first one on. Default: all.
+            num_codebooks: number of codebooks to return, starting with the first. Default: all.
             return_dict: whether to return an output object (default) or a tuple.
 
         Raises:
@@ -189,7 +189,7 @@ class NemoLfrModel(PreTrainedAudioTokenizerBase):
         Args:
             audio_codes: tokens [B, C, frames]. C may be smaller than the codec's number of codebooks, if only the
                 first codebooks were encoded.
-            padding_mask: mask that was passed to `encode`; the result then has the same length as the mask.
+            padding_mask: mask that was passed to `encode`. If it is passed, the audio has the same length as the mask.
             audio_codes_mask: mask [B, frames], 1 for the frames of a clip and 0 after its end; not needed with
                 `padding_mask`.
             return_dict: whether to return an output object (default) or a tuple.

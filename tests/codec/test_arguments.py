@@ -63,12 +63,12 @@ BAD_AUDIO: dict[str, tuple[Any, Any, Any, str]] = {
     # Types
     "nothing": (None, None, None, "audio is NoneType"),
     "a file that does not exist": ("speech.wav", None, None, "speech.wav: no such file"),
-    "bytes": (b"RIFF", None, None, "audio is bytes|audio is torch.uint8"),
+    "bytes": (b"RIFF", None, None, "audio is bytes|audio has dtype torch.uint8"),
     "dictionary": ({"audio": WAVE}, None, None, "audio is dict"),
     "empty list": ([], None, None, "audio is an empty list; pass one clip or more"),
     "empty tuple with lengths": ((), [], 16000, "audio is an empty tuple"),
-    "objects": (np.array([None, 1.0]), None, None, "audio is an array of object"),
-    "an array of text": (np.array(["a", "b"]), None, None, "audio is an array of <U1"),
+    "objects": (np.array([None, 1.0]), None, None, "audio is an array of dtype object"),
+    "an array of text": (np.array(["a", "b"]), None, None, "audio is an array of dtype <U1"),
     "sparse": (torch.eye(8).to_sparse(), None, None, "plain"),
     "meta": (torch.empty(1, 100, device="meta"), None, None, "plain"),
     "fake": (FAKE, None, None, "FakeTensor"),
@@ -80,7 +80,7 @@ BAD_AUDIO: dict[str, tuple[Any, Any, Any, str]] = {
     ),
     "masked": (np.ma.masked_array(WAVE, np.arange(T) < 9), None, None, "9 masked values"),
     **{
-        f"of {dtype}": (tensor(1, 100, dtype=dtype), None, None, f"audio is {dtype}")
+        f"of {dtype}": (tensor(1, 100, dtype=dtype), None, None, f"audio has dtype {dtype}")
         for dtype in (torch.bool, torch.uint8, torch.int8, torch.int32, torch.int64, torch.complex64, torch.complex128)
     },
     # Shapes
@@ -100,8 +100,8 @@ BAD_AUDIO: dict[str, tuple[Any, Any, Any, str]] = {
     "1e30": (WAVE * 1e30, None, None, "reaches"),
     "float64 beyond float32": (WAVE.astype(np.float64) * 1e300, None, None, "infinite"),
     # Lengths
-    "lengths as floats": (PAIR, [10.0, 10.0], None, "audio_len is torch.float32"),
-    "lengths as booleans": (PAIR, [True, True], None, "audio_len is torch.bool"),
+    "lengths as floats": (PAIR, [10.0, 10.0], None, "audio_len has dtype torch.float32"),
+    "lengths as booleans": (PAIR, [True, True], None, "audio_len has dtype torch.bool"),
     "lengths as text": (PAIR, "10", None, "audio_len is str"),
     "lengths as a dictionary": (PAIR, {0: 10}, None, "audio_len is dict"),
     "a length of nothing": (PAIR, [10, None], None, "audio_len is list"),
@@ -145,7 +145,7 @@ BAD_TOKENS: dict[str, tuple[Any, Any, Any, str]] = {
     "nothing": (None, None, None, "tokens is NoneType"),
     "text": ("a.lfr", None, None, "tokens is str"),
     "dictionary": ({"tokens": TOKENS}, None, None, "tokens is dict"),
-    "objects": (np.array([[[None]]]), None, None, "tokens is an array of object"),
+    "objects": (np.array([[[None]]]), None, None, "tokens is an array of dtype object"),
     "uneven lists": ([[1, 2], [3]], None, None, "tokens is list"),
     "sparse": (torch.eye(8).long().to_sparse(), None, None, "plain"),
     "meta": (torch.empty(1, 8, 5, device="meta", dtype=torch.int64), None, None, "plain"),
@@ -169,8 +169,8 @@ BAD_TOKENS: dict[str, tuple[Any, Any, Any, str]] = {
     },
     "a wrong token in the second utterance": (TOKENS * np.array([[[1]], [[10]]]), None, None, "of utterance 1"),
     "uint8 does not wrap round": (np.full((1, 8, 5), 255, np.uint8), [6], None, r"tokens_len\[0\] is 6"),
-    "lengths as floats": (TOKENS, [5.0, 5.0], None, "tokens_len is torch.float32"),
-    "lengths as booleans": (TOKENS, [True, False], None, "tokens_len is torch.bool"),
+    "lengths as floats": (TOKENS, [5.0, 5.0], None, "tokens_len has dtype torch.float32"),
+    "lengths as booleans": (TOKENS, [True, False], None, "tokens_len has dtype torch.bool"),
     "lengths as text": (TOKENS, "5", None, "tokens_len is str"),
     "one length for two": (TOKENS, [5], None, r"tokens_len .*\[1\].*\[2\]"),
     "one number": (TOKENS[0], 5, None, r"tokens_len .*\[\].*\[1\]"),
@@ -193,7 +193,7 @@ BAD_TOKENS: dict[str, tuple[Any, Any, Any, str]] = {
     ),
     "no samples for frames": (TOKENS, None, [0, 5120], r"audio_len\[0\] is 0"),
     "negative samples": (TOKENS, None, [-1, 5120], r"audio_len\[0\] is -1"),
-    "samples as floats": (TOKENS, None, [5120.0, 5120.0], "audio_len is torch.float32"),
+    "samples as floats": (TOKENS, None, [5120.0, 5120.0], "audio_len has dtype torch.float32"),
     "samples as text": (TOKENS, None, "5120", "audio_len is str"),
     "too many sample counts": (TOKENS, None, [5120] * 3, r"\[3\].*\[2\]"),
     "one sample count for two": (TOKENS, None, [5120], r"\[1\].*\[2\]"),

@@ -93,11 +93,11 @@ def test_load_finds_the_backend_by_the_kind_of_model(model_of, name):
 
 
 def test_models_of_another_kind_are_refused(tmp_path):
-    with pytest.raises(NemoLfrError, match=r"'levels' runs a \.levels file, which .*codec\.nemo is not; touch"):
+    with pytest.raises(NemoLfrError, match=r"'levels' needs a \.levels file, but the source is .*codec\.nemo; touch"):
         nemo_lfr.load(write_checkpoint(tmp_path), backend="levels")
     with pytest.raises(NemoLfrError, match=r"a \.levels file, which backend 'torch' cannot open; pass the checkpoint"):
         nemo_lfr.load(write_levels(tmp_path), backend="torch")
-    with pytest.raises(NemoLfrError, match="backend 'levels' runs"):
+    with pytest.raises(NemoLfrError, match="backend 'levels' needs"):
         nemo_lfr.load(backend="levels")
 
 

@@ -318,9 +318,9 @@ def test_misused_stream_raises_and_stays_unchanged(misuse):
 
 def test_streams_of_the_other_direction_are_refused():
     codec = cached_codec("symmetric")
-    with pytest.raises(NemoLfrError, match="StreamDecoder, not StreamEncoder"):
+    with pytest.raises(NemoLfrError, match="StreamDecoder; pass only StreamEncoder"):
         push_encoders([codec.stream_decoder()], [synthesize(0.1)])
-    with pytest.raises(NemoLfrError, match="StreamEncoder, not StreamDecoder"):
+    with pytest.raises(NemoLfrError, match="StreamEncoder; pass only StreamDecoder"):
         push_decoders([codec.stream_encoder()], [np.zeros((8, 2), int)])
 
 

@@ -42,7 +42,7 @@ def trim_malloc() -> None:
 
 
 def trim_after_batch() -> None:
-    """Call `trim_malloc` after every `BATCHES_PER_TRIM` corpus batches; call this function after each batch."""
+    """Trim the heap once per `BATCHES_PER_TRIM` batches of a corpus. Call this function after every batch."""
     if next(_batches) % BATCHES_PER_TRIM == 0:
         trim_malloc()
 

@@ -235,7 +235,7 @@ def weights_of(network: nn.Module, dtype: torch.dtype) -> Weights:
 def has_bf16() -> bool:
     """Return whether this CPU has bf16 instructions.
 
-    On x86 these are AMX and AVX512-bf16. For other CPUs, the answer is oneDNN's.
+    On x86 these are AMX and AVX512-bf16. For other CPUs, oneDNN reports whether it can use bf16.
     """
     if torch.backends.cpu.get_cpu_capability().startswith("AVX"):
         return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()

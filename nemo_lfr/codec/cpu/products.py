@@ -1,8 +1,8 @@
 """Convolutions of short signals on a CPU, as matrix products.
 
-A live stream advances by a few frames at a time. In the deep layers of the network, such a signal is a few items long,
-and oneDNN's convolutions read all weights again for each stream. A matrix product reads them once: each of its rows
-holds the inputs of one output, and the outputs of all streams are rows of the same product.
+A live stream advances by a few frames at a time. In the deep layers of the network, such a signal is only a few time
+steps long, and oneDNN's convolutions read all weights again for each stream. A matrix product reads the weights once
+for all streams: each row contains the inputs of one output, and the rows of all streams form one matrix.
 """
 
 from typing import Protocol
@@ -15,13 +15,13 @@ from nemo_lfr.codec.cpu.packed import ModuleWeights, Weights, weights_of
 from nemo_lfr.modules.conv import Conv1d, ConvTranspose1d, fold
 from nemo_lfr.modules.weights import DerivedForms
 
-# Fewest rows of a product for which oneDNN's convolution, which does not copy the inputs to rows, is faster (measured
-# on Zen 4 with 16 to 64 channels).
+# From this number of rows on, oneDNN's convolution is faster, because it does not copy the inputs to rows (measured on
+# Zen 4 with 16 to 64 channels).
 MAX_ROWS = 1024
 
 
 class StreamWeights(Protocol):
-    """Weights of an encoder or a decoder, and the convolutions with them, for signals [B, T, H]."""
+    """Weights of an encoder or decoder, with methods that convolve signals [B, T, H] with them."""
 
     def convolve(self, layer: Conv1d, hidden: torch.Tensor, slope: float = 1.0) -> torch.Tensor:
         """Run `Conv1d.convolve`, then a leaky ReLU: [B, T, H_in] -> [B, (T - span) // stride + 1, H_out]."""
@@ -31,7 +31,7 @@ class StreamWeights(Protocol):
 
 
 class Transposed:
-    """`Weights`, which take signals [B, H, T], for signals [B, T, H]."""
+    """Adapter that lets `Weights`, whose methods take signals [B, H, T], process signals [B, T, H]."""
 
     def __init__(self, weights: Weights) -> None:
         self._weights = weights
@@ -46,10 +46,10 @@ class Transposed:
 
 
 class ProductWeights(Transposed):
-    """Weights in the layout of matrix products; built layer by layer on first use.
+    """Weights in the layout for matrix products. They are converted layer by layer on first use.
 
     Args:
-        weights: convolutions of longer signals.
+        weights: weights for longer signals, which run as convolutions.
     """
 
     def __init__(self, weights: Weights) -> None:
@@ -79,7 +79,7 @@ class ProductWeights(Transposed):
         return phases.view(batch, (length - 1) * layer.conv.stride[0], -1)
 
     def _product(self, layer: Conv1d | ConvTranspose1d, windows: torch.Tensor) -> torch.Tensor:
-        """Multiply the inputs of each output, [B, T_out, K, H_in], by the weights: [B, T_out, H_out]."""
+        """Multiply the inputs of each output by the weights: [B, T_out, K, H_in] -> [B, T_out, H_out]."""
         if layer not in self._products:
             weight, bias = fold(layer)
             self._products[layer] = weight.transpose(1, 2).flatten(1).contiguous(), bias  # [H_out, K * H_in]
@@ -92,7 +92,7 @@ _WEIGHTS: DerivedForms[ProductWeights] = DerivedForms()
 
 
 def stream_weights(network: nn.Module) -> StreamWeights:
-    """Return weights for matrix products if a network runs in fp32 on a CPU, else those of its modules."""
+    """Return weights for matrix products if a network runs in fp32 on a CPU, else weights that call its modules."""
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
     if dtype == torch.float32:
         weights = weights_of(network, dtype)

@@ -44,9 +44,9 @@ class Autotuner:
         """Return the result of the fastest candidate, which is measured on the first call with `key`.
 
         Args:
-            key: identifies the layer's kind, shapes and dtype.
+            key: value that identifies the kind, the shapes and the dtype of the layer.
             candidates: implementations by name, each of which returns [B, T, H]. The first one is the reference. It is
-                also used while a CUDA graph is captured, when nothing can be measured.
+                used for a new `key` while a CUDA graph is captured, because nothing can be measured then.
             ends: number of valid time steps in each example, [B]. Only these are compared with the reference.
         """
         first = next(iter(candidates))

@@ -216,8 +216,8 @@ def convolution(
         activation: activation before the convolution.
         residual: tensor to add to the result, [B, T_out, H_out].
         total: second tensor to add, [B, T_out, H_out].
-        scale: factor of the sum.
-        after: activation of the scaled sum.
+        scale: factor for the sum.
+        after: activation to apply to the scaled sum.
         dtype: dtype of the result; default: the dtype of `signal`.
 
     Returns:

@@ -103,7 +103,7 @@ class GraphCache:
         """Return `function(*inputs)` as a new tensor.
 
         Args:
-            key: identifies the function. Together with the shapes and dtypes of the inputs, it selects the graph.
+            key: value that identifies the function. The key and the shapes and dtypes of the inputs select the graph.
             function: function that only uses tensors on the GPU.
             inputs: tensors on the GPU.
         """

@@ -16,7 +16,7 @@ POINTWISE_TILE = 1024
 
 
 class Tile(NamedTuple):
-    """Sizes with which a convolution is divided among the GPU's threads.
+    """Sizes of the blocks into which a convolution is divided for the GPU.
 
     Attributes:
         time: output time steps per program.
@@ -25,7 +25,8 @@ class Tile(NamedTuple):
         warps: Triton's `num_warps`.
         stages: Triton's `num_stages`.
         pairs: whether a leaky ReLU before the convolution processes two 16-bit values at a time, on GPUs that support
-            this. Each value is activated once per tap, which would otherwise take as long as the matrix product.
+            this. The kernel activates each value once per tap. One value at a time, this would take as long as the
+            matrix product.
     """
 
     time: int
@@ -78,8 +79,8 @@ def convolution(
         activation: activation before the convolution.
         residual: tensor to add to the result, [B, T_out, H_out].
         total: second tensor to add, [B, T_out, H_out], contiguous.
-        scale: factor of the sum.
-        after: activation of the scaled sum.
+        scale: factor for the sum.
+        after: activation to apply to the scaled sum.
         dtype: dtype of the result; default: the dtype of `signal`.
 
     Returns:
@@ -178,9 +179,9 @@ def pointwise(
     activation: Activation | None = None,
     dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """Return the padded activation(scale * (signal + bias + residual + total)), in one kernel.
+    """Compute activation(scale * (signal + bias + residual + total)) and pad the result, in one kernel.
 
-    It does the work before and after a convolution that cuDNN runs.
+    If cuDNN runs a convolution, this kernel prepares the input and completes the output.
 
     Args:
         signal: [B, T, H].
@@ -190,8 +191,8 @@ def pointwise(
         bias: tensor to add to the signal, [H].
         residual: tensor to add, [B, T, H].
         total: second tensor to add, [B, T, H], contiguous.
-        scale: factor of the sum.
-        activation: activation of the scaled sum.
+        scale: factor for the sum.
+        activation: activation to apply to the scaled sum.
         dtype: dtype of the result; default: the dtype of `signal`.
 
     Returns:
@@ -261,7 +262,7 @@ def leaky_pairs(name: str, bits: int) -> str:
 
 
 def _spec(activation: Activation | None, unused: torch.Tensor) -> tuple[Any, torch.Tensor]:
-    """Return the kind of an activation and its alpha, which is an empty part of `unused` if there is none."""
+    """Return the kind and alpha of an activation; without alpha, return an empty slice of the tensor `unused`."""
     if activation is None:
         return "none", unused[:0]
     return activation.kind, unused[:0] if activation.alpha is None else activation.alpha

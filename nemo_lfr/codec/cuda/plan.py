@@ -137,9 +137,9 @@ class Recording(NamedTuple):
 
 
 class CudaOps:
-    """Operations, as the argument `ops` of `network.run`, that record steps instead of running layers.
+    """Operations for the argument `ops` of `network.run` that record the layers as steps instead of running them.
 
-    They copy and prepare the weights of each layer.
+    Each operation copies and prepares the weights of its layer.
 
     Args:
         network: encoder or decoder. Its first and last layer stay in fp32.
@@ -222,7 +222,10 @@ class LayerRunner:
         return self._autotuner.run(key, candidates, ends * layer.upsample_stride // layer.stride)
 
     def run_residuals(self, branches: list[list[Block]], signal: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-        """Return the mean of the residual branches, [B, T, H]. The last block of each branch adds to the sum."""
+        """Return the mean of the residual branches, [B, T, H].
+
+        The last block of each branch also adds its result to the sum of the branches.
+        """
         total: torch.Tensor | None = None
         for branch, blocks in enumerate(branches):
             result = signal
@@ -264,7 +267,7 @@ class LayerRunner:
     def _may_fuse(self, layer: Layer) -> bool:
         """Return whether fused kernels are candidates for a layer.
 
-        In fp32 they are not, because reference tokens must not depend on which candidate was measured as the fastest.
+        In fp32 they are not: reference tokens must not depend on which candidate happens to be the fastest.
         """
         return (self.precision.dtype, self.precision.tf32) != (torch.float32, False) and (
             max(layer.inputs, layer.outputs // layer.upsample_stride) <= FUSED_CHANNELS
@@ -342,7 +345,7 @@ def _kind(activation: Activation | None) -> str:
 
 
 def _size(signal: torch.Tensor) -> tuple[int, Any]:
-    """Return log2 of the number of time steps in the batch, rounded up, and the device; for the autotuner's key."""
+    """Return the batch size for the autotuner's key: log2 of the number of time steps, rounded up, and the device."""
     return (signal.shape[0] * signal.shape[1] - 1).bit_length(), signal.device
 
 

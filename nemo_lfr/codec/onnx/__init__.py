@@ -2,5 +2,5 @@
 
 ENCODER, DECODER = "encoder.onnx", "decoder.onnx"
 MANIFEST = "codec.json"
-METADATA = "nemo_lfr"  # metadata key in both files for the description of the tokens
+METADATA = "nemo_lfr"  # key in the metadata of both files; its value describes the tokens
 VERSION = 2

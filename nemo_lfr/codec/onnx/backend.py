@@ -107,7 +107,7 @@ class OnnxBackend(NumpyBackend):
         import onnxruntime
 
         path = self._folder / file
-        data = read_verified(self._folder, file, self._manifest)  # checked again: it may have been replaced since
+        data = read_verified(self._folder, file, self._manifest)  # checked again: the file may have been replaced
         options = onnxruntime.SessionOptions()
         threads = os.environ.get("OMP_NUM_THREADS", "")
         options.intra_op_num_threads = min(int(threads[:9]), os.cpu_count() or 1) if threads.isdecimal() else 0

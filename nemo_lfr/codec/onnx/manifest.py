@@ -70,7 +70,7 @@ def read_manifest(folder: Path) -> Manifest:
         with open_regular(path, CheckpointError) as file:
             raw = file.read(MAX_BYTES + 1)
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({shorten(error.strerror or error)}).") from error
+        raise CheckpointError(f"{path}: the file cannot be read ({shorten(error.strerror or error)}).") from error
     if len(raw) > MAX_BYTES:
         raise CheckpointError(f"{path}: file is larger than {MAX_BYTES} bytes, the limit for manifests; {AGAIN}.")
     try:
@@ -88,7 +88,7 @@ def parse_manifest(values: Any) -> Manifest:
         CheckpointError: for the first invalid value.
     """
     if not isinstance(values, dict):
-        raise CheckpointError("the manifest is not a JSON object.")
+        raise CheckpointError("the file is not a JSON object.")
     version = values.get("version")
     if type(version) is not int or version != VERSION:
         raise CheckpointError(f"version is {shorten(version)}, but this nemo_lfr only reads version {VERSION}.")
@@ -146,7 +146,7 @@ def _limits(values: dict[str, Any], name: str) -> ModuleLimits:
 
 
 def read_verified(folder: Path, name: str, manifest: Manifest) -> bytes:
-    """Read one of the ONNX files and check its hash.
+    """Read encoder.onnx or decoder.onnx, and check its hash.
 
     Raises:
         CheckpointError: if the file is missing, or its hash differs from the one in the manifest.
@@ -158,7 +158,7 @@ def read_verified(folder: Path, name: str, manifest: Manifest) -> bytes:
         with open_regular(path, CheckpointError) as file:
             data = file.read()
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({shorten(error.strerror or error)}).") from error
+        raise CheckpointError(f"{path}: the file cannot be read ({shorten(error.strerror or error)}).") from error
     if hashlib.sha256(data).hexdigest() != manifest.files[name]:
         raise CheckpointError(
             f"{path}: the SHA-256 of this file differs from the one in {MANIFEST}, so the file is damaged, truncated "
