@@ -101,7 +101,9 @@ def _read_folder(folder: Path) -> Members:
     with open_regular(config, CheckpointError) as file:
         text = file.read(MAX_CONFIG_BYTES + 1)
     if len(text) > MAX_CONFIG_BYTES:
-        raise CheckpointError(f"{config}: the file is larger than {MAX_CONFIG_BYTES} bytes, the limit for a config.")
+        raise CheckpointError(
+            f"{config}: the file is larger than {MAX_CONFIG_BYTES} bytes, the limit for a config; check the path."
+        )
     with open_regular(weights, CheckpointError) as file:
         state = file_state(file.fileno())
         if not state[0]:

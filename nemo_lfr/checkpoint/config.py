@@ -88,7 +88,8 @@ def parse_config(text: str) -> DictConfig:
         for value in _strings(plain):
             if "${" in value and ":" in NEMO_RESOLVERS.sub("", value):
                 raise ConfigError(
-                    f"{shorten(value)!r} uses an OmegaConf resolver other than multiply, sum and gpu_name."
+                    f"{shorten(value)!r} uses an OmegaConf resolver other than multiply, sum and gpu_name; write the "
+                    "value instead."
                 )
         expansion = _Expansion(plain)
         for key in config:
@@ -201,13 +202,16 @@ class _Expansion:
         """Raise ConfigError if the value of a key would be larger than MAX_RESOLVED or refers to itself."""
         if self._size((key,)) > MAX_RESOLVED:
             raise ConfigError(
-                f"{key} cannot be resolved: its interpolations expand to more than {MAX_RESOLVED} characters."
+                f"{key} cannot be resolved: its interpolations expand to more than {MAX_RESOLVED} characters; write "
+                "the values instead."
             )
 
     def _size(self, path: tuple[str, ...]) -> int:
         if path in self._sizes:
             if (known := self._sizes[path]) is None:
-                raise ConfigError(f"{path[0]} cannot be resolved: its interpolations form a cycle.")
+                raise ConfigError(
+                    f"{path[0]} cannot be resolved: its interpolations form a cycle; write a value instead."
+                )
             return known
         self._sizes[path] = None
         value = self._value(path)
@@ -218,7 +222,10 @@ class _Expansion:
         elif isinstance(value, str):
             size += len(value) + sum(self._size(self._target(path, name)) for name in _REFERENCE.findall(value))
             if _REFERENCE.search(_REFERENCE.sub("", value)):
-                raise ConfigError(f"{path[0]} cannot be resolved: {shorten(value)!r} is a nested interpolation.")
+                raise ConfigError(
+                    f"{path[0]} cannot be resolved: {shorten(value)!r} is a nested interpolation; write the value "
+                    "instead."
+                )
         self._sizes[path] = size
         return size
 

@@ -67,7 +67,7 @@ class _Plain:
         self.count = 0
 
     def of(self, value: Any, depth: int = 0) -> Any:
-        """Convert a value and everything in it.
+        """Convert a value, including all values that it contains.
 
         Raises:
             ConfigError: if there are more than MAX_CONFIG_EVENTS values or more than MAX_CONFIG_DEPTH levels.

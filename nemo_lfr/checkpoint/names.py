@@ -20,14 +20,14 @@ Value = TypeVar("Value")
 
 
 def plain_key(key: str) -> str:
-    """Return a weight's name without the components that wrappers insert."""
+    """Return a weight's name without the components that wrappers insert, such as `_orig_mod`."""
     if "_orig_mod" not in key and "module" not in key:
         return key
     return ".".join(name for name in key.split(".") if name not in WRAPPERS)
 
 
 def plain_keys(items: Iterable[tuple[str, Value]], what: str) -> dict[str, Value]:
-    """Return values by weight name, without the name components that wrappers insert.
+    """Return values by weight name, without the name components that wrappers insert; see `plain_key`.
 
     Args:
         items: pairs of a weight's name and any value.

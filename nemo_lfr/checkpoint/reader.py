@@ -275,7 +275,7 @@ def _match(tensors: Tensors, prefix: str, part: nn.Module, strict: bool) -> dict
     if missing and strict:
         raise CheckpointError(
             f"{path}: {prefix} lacks {len(missing)} of {len(expected)} weights, first {missing[:5]}; the weights "
-            "belong to another config, or the file is incomplete."
+            "belong to another config, or the file is incomplete and must be downloaded again."
         )
     if unexpected and strict:
         raise CheckpointError(
@@ -320,7 +320,7 @@ def _read(
     if not want.is_floating_point() and not torch.equal(direction, want):
         raise CheckpointError(
             f"{tensors.path}: {prefix}.{key} is {shorten(direction.flatten().tolist())}, but the config requires "
-            f"{shorten(want.flatten().tolist())}."
+            f"{shorten(want.flatten().tolist())}; use the config and the weights of one model."
         )
     if has_norm:
         stem, norm = key.removesuffix(".weight"), gain_of(direction)
@@ -352,10 +352,14 @@ def _check_entry(tensors: Tensors, name: str, want: torch.Tensor, shape: tuple[i
     entry = tensors.entries[name]
     if entry.shape != shape:
         raise CheckpointError(
-            f"{tensors.path}: {name} has shape {shorten(list(entry.shape))}, but the config requires {list(shape)}."
+            f"{tensors.path}: {name} has shape {shorten(list(entry.shape))}, but the config requires {list(shape)}; "
+            "use the config and the weights of one model."
         )
     if entry.dtype.is_floating_point != want.is_floating_point() or entry.dtype.is_complex:
-        raise CheckpointError(f"{tensors.path}: {name} has dtype {entry.dtype}, but the config requires {want.dtype}.")
+        raise CheckpointError(
+            f"{tensors.path}: {name} has dtype {entry.dtype}, but the config requires {want.dtype}; use the config "
+            "and the weights of one model."
+        )
 
 
 def _finite(tensors: Tensors, name: str, want: torch.Tensor, kept: bool) -> torch.Tensor:

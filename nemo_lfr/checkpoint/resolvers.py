@@ -40,7 +40,7 @@ OmegaConf.register_new_resolver(PREFIX + "sum", _arithmetic(operator.add), repla
 def with_own_resolvers(config: DictConfig) -> DictConfig:
     """Return a config in which this package's resolvers replace those of NeMo.
 
-    `gpu_name` has no replacement, so that a value that uses it cannot be resolved.
+    NeMo's resolver `gpu_name` has no replacement, so a value that uses `gpu_name` cannot be resolved.
     """
     plain = OmegaConf.to_container(config, resolve=False)
     replaced = _replaced(plain)

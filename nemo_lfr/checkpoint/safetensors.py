@@ -171,7 +171,7 @@ def _open_file(path: Path) -> SafeTensors:
             state = file_state(file.fileno())
             return SafeTensors(path, FileSource(path, file, 0, state[0], state))
     except OSError as error:
-        raise CheckpointError(f"{path}: the file cannot be opened ({error.strerror}).") from error
+        raise CheckpointError(f"{path}: the file cannot be opened ({error.strerror}); check the path.") from error
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:

@@ -81,7 +81,9 @@ class FileSource:
                     raise CheckpointError(f"{self._path}: the file was truncated while it was open; load it again.")
                 done += count
         except OSError as error:
-            raise CheckpointError(f"{self._path}: the file can no longer be read ({error.strerror}).") from error
+            raise CheckpointError(
+                f"{self._path}: the file can no longer be read ({error.strerror}); check the disk."
+            ) from error
 
     def changed(self) -> bool:
         """Return whether the file's size or modification time has changed since it was opened."""

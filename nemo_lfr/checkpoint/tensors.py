@@ -224,7 +224,7 @@ class Tensors:
         if isinstance(state, dict) and isinstance(dict.get(state, "state_dict"), dict):
             state = dict.get(state, "state_dict")
         if not isinstance(state, dict) or not state:
-            raise CheckpointError(f"{what} contains no state dict.")
+            raise CheckpointError(f"{what} contains no state dict; pass the checkpoint of a codec.")
         items = dict.items(state)
         entries = [(key, value) for key, value in items if isinstance(key, str) and isinstance(value, Entry)]
         self.entries: Mapping[str, Entry] = plain_keys(entries, str(path) if is_file else what)

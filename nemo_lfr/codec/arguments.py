@@ -153,7 +153,9 @@ def check_tokens(
         low, high = (int(valid.min()), int(valid.max())) if total else (0, 0)
         if low < 0 or high >= spec.codebook_size:
             bad = low if low < 0 else high
-            raise TokensError(f"token {bad} of utterance {row} is outside [0, {spec.codebook_size}).")
+            raise TokensError(
+                f"token {bad} of utterance {row} is outside [0, {spec.codebook_size}); pass tokens of this codec."
+            )
     return ids, totals
 
 
@@ -207,8 +209,8 @@ def check_lengths(
     checked = [int(value) for value in values.tolist()]
     for row, value in enumerate(checked, first):
         if value < 0 or (limit is not None and value > limit):
-            wanted = "not be negative" if limit is None else f"lie between 0 and {limit}"
-            raise error(f"{name}[{row}] is {value}; it must {wanted}.")
+            wanted = "a value of at least 0" if limit is None else f"a value between 0 and {limit}"
+            raise error(f"{name}[{row}] is {value}; pass {wanted}.")
     return checked
 
 
@@ -234,7 +236,10 @@ def check_kept_samples(samples: Sequence[int], totals: Sequence[int], samples_pe
 
 
 def check_encoded(tokens: Any, spec: CodecSpec, name: str) -> None:
-    """Raise NemoLfrError if a token [B, C, T] marks NaN or infinite encoder output: it is outside the codebook."""
+    """Raise NemoLfrError if a token [B, C, T] is outside the codebook.
+
+    Such tokens mark frames for which the encoder returned NaN or infinite values.
+    """
     if not math.prod(tokens.shape) or _within(tokens, spec.codebook_size):
         return
     row = next(row for row, clip in enumerate(tokens) if not _within(clip, spec.codebook_size))

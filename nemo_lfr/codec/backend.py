@@ -78,7 +78,7 @@ class Backend(Protocol[Array]):
 
     @property
     def spec(self) -> CodecSpec:
-        """Description of the tokens. Its fingerprint may be empty, because `fingerprints` returns the fingerprints."""
+        """Description of the tokens. Its field `fingerprint` may be empty; see the method `fingerprints`."""
 
     @property
     def encoder(self) -> Limits:

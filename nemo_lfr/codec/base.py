@@ -126,7 +126,10 @@ class CodecBase(Generic[Array]):
         return arguments.check_tokens(self.backend.arrays, self.backend.spec, tokens, tokens_len)
 
     def check_encoded(self, tokens: Array | np.ndarray) -> None:
-        """Raise NemoLfrError if a token [B, C, T] marks NaN or infinite encoder output: it is outside the codebook."""
+        """Raise NemoLfrError if a token [B, C, T] is outside the codebook.
+
+        Such tokens mark frames for which the encoder returned NaN or infinite values.
+        """
         arguments.check_encoded(tokens, self.backend.spec, self.name)
 
     def check_decoded(self, audio: Array | np.ndarray) -> None:

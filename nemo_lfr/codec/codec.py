@@ -123,7 +123,8 @@ class Codec(HubMethods[Array]):
         backend, spec = self.backend, self.backend.spec
         if not isinstance(backend, LatentBackend):
             raise NemoLfrError(
-                f"{self.name}: {type(backend).__name__} only returns tokens; load the checkpoint with PyTorch."
+                f"{self.name}: {type(backend).__name__} cannot return latents, but only tokens; load the checkpoint "
+                "with PyTorch."
             )
         with backend.computing():
             waves, lengths = self._at_own_rate(audio, audio_len, sample_rate)
@@ -250,7 +251,8 @@ class Codec(HubMethods[Array]):
         """Return a streaming decoder for one recording.
 
         Args:
-            lookahead: see `stream_encoder`.
+            lookahead: number of later frames that the audio of a frame may depend on. A smaller number reduces latency
+                at some cost in quality. Default: `decoder.context.future`, which gives the same audio as `decode`.
             first_lookahead: lookahead in frames for the start of the audio, smaller than `lookahead`. The audio then
                 starts n = `lookahead - first_lookahead` frames sooner, but its first n frames are approximate. Later
                 frames wait for the full `lookahead`. Playback has no gap if the first tokens arrive at twice the
@@ -288,7 +290,7 @@ class Codec(HubMethods[Array]):
             overwrite: replace an existing `target`.
             compress: make the token file about a third smaller, without loss.
             entropy_model: entropy model to compress with, or the path of its `.lfrm` file. Default: the model for the
-                bundled codec. If it is passed, the file is compressed even if `compress` is not set.
+                bundled codec. If a model is passed, the file is compressed even if `compress` is not set.
 
         Returns:
             Number of samples that were encoded, at the codec's sample rate.

@@ -103,7 +103,7 @@ def fp32_backend(codec: CodecBase[Any], target: str) -> TorchBackend:
     backend = codec.backend
     if not isinstance(backend, TorchBackend):
         raise NemoLfrError(
-            f"{codec.name}: this codec is already exported; pass the checkpoint that it was exported from."
+            f"{codec.name}: only a codec that runs in PyTorch can be exported; pass the original checkpoint."
         )
     if codec.precision != "fp32":
         raise NemoLfrError(

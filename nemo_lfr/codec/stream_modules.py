@@ -24,15 +24,15 @@ class StreamModules(Protocol):
 
     @property
     def encoder(self) -> HiFiGANEncoder:
-        """Audio -> encoded frames."""
+        """Encoder module, from audio to encoded frames."""
 
     @property
     def quantizer(self) -> FiniteScalarQuantizer | GroupFiniteScalarQuantizer:
-        """Encoded frames <-> tokens."""
+        """Quantizer module, between encoded frames and tokens."""
 
     @property
     def decoder(self) -> HiFiGANDecoder:
-        """Dequantized frames -> audio."""
+        """Decoder module, from dequantized frames to audio."""
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Return a context in which modules run at the codec's precision."""

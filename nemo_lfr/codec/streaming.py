@@ -85,7 +85,7 @@ class _Stream:
 
     def _check_open(self) -> None:
         if self._finished:
-            raise NemoLfrError("this stream was flushed; open a new one.")
+            raise NemoLfrError("this stream was flushed; open a new stream.")
 
 
 class StreamEncoder(_Stream):
@@ -294,7 +294,7 @@ def _push(
         if stream.codec is not streams[0].codec:
             raise NemoLfrError("the streams belong to several codecs; pass the streams of one codec.")
     if len(streams) != len(inputs):
-        raise NemoLfrError(f"got {len(inputs)} chunks for {len(streams)} streams; pass one (possibly empty) for each.")
+        raise NemoLfrError(f"got {len(inputs)} chunks for {len(streams)} streams; pass one for each; it may be empty.")
     if len({id(stream) for stream in streams}) < len(streams):
         raise NemoLfrError("the same stream was passed twice; join its chunks, or push them one after the other.")
     if not streams:

@@ -73,8 +73,8 @@ class Cutter(NamedTuple):
 
         Args:
             rows: samples [B, T_audio] or tokens [B, C, T].
-            lengths: samples or token frames in each recording.
-            totals: frames in each recording.
+            lengths: number of samples (for audio) or frames (for tokens) in each recording.
+            totals: number of frames in each recording; a partial last frame counts.
         """
         by_width: dict[int, list[PlacedWindow]] = {}
         for row, total in enumerate(totals):

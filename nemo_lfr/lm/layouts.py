@@ -358,7 +358,7 @@ class DelayLayout(Layout):
 
 
 class StackLayout(Layout):
-    """Layout with several frames per step, in frames_per_step x C parallel sequences.
+    """Layout with several frames per step. It has frames_per_step * C parallel sequences.
 
     Args:
         num_codebooks: number of codebooks, C.

@@ -14,7 +14,10 @@ from nemo_lfr.modules.activation import CodecActivation
 
 
 def must_be_called(layer: nn.Module, kind: type[nn.Module]) -> bool:
-    """Return whether a layer has hooks, or a `forward` method other than the one of the class `kind`."""
+    """Return whether a layer must be run by calling it.
+
+    This is the case if it has hooks, or a `forward` method other than the one of the class `kind`.
+    """
     if layer._forward_hooks or layer._forward_pre_hooks or not isinstance(layer, kind):
         return True
     return "forward" in layer.__dict__ or type(layer).forward is not kind.forward

@@ -72,7 +72,7 @@ class NemoLfrConfig(PreTrainedConfig):
 
     @property
     def num_codebooks(self) -> int:
-        """Number of tokens per frame."""
+        """Number of codebooks, which is also the number of tokens in one frame."""
         return int((self.vector_quantizer or {}).get("num_groups", 1))
 
     @property

@@ -303,7 +303,7 @@ def test_files_round_trip_at_another_rate_and_length(small, tmp_path):
 
 
 def test_negative_length_error_names_no_limit_without_one(small):
-    with pytest.raises(TokensError, match=r"audio_len\[0\] is -1; it must not be negative\."):
+    with pytest.raises(TokensError, match=r"audio_len\[0\] is -1; pass a value of at least 0\."):
         small.decode(torch.zeros(1, small.num_codebooks, 2, dtype=torch.int64), audio_len=[-1])
 
 

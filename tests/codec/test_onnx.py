@@ -185,7 +185,7 @@ def test_export_does_not_overwrite_by_default(capsys, bundled):
 
 def test_exporting_an_exported_folder_raises(capsys, bundled, tmp_path):
     code, _, err = run(capsys, "export", "onnx", "--model", bundled, "--out", tmp_path / "again")
-    assert code == 2 and f"{bundled}: this codec is already exported; pass the checkpoint" in err
+    assert code == 2 and f"{bundled}: only a codec that runs in PyTorch can be exported; pass the original" in err
 
 
 def test_one_onnx_file_works_in_its_direction(bundled, tmp_path):

@@ -50,7 +50,7 @@ def test_other_precisions_and_backends_are_refused(function):
     onnx = object.__new__(OnnxBackend)
     onnx.name = "folder"
     codec.backend = onnx
-    with pytest.raises(NemoLfrError, match="folder: this codec is already exported"):
+    with pytest.raises(NemoLfrError, match="folder: only a codec that runs in PyTorch can be exported"):
         function(codec)
 
 

@@ -84,8 +84,8 @@ class Weights(Protocol):
 
         Args:
             layers: layers for which `use_winograd` is true. If any of `starts` is not 0, their dilation must be 1.
-            padded: input [B, H_in, T], stored in memory as [B, T, H_in]. `winograd.slack` more time steps of finite
-                values must follow it in memory.
+            padded: input [B, H_in, T], stored in memory as [B, T, H_in]. In memory, at least `winograd.slack` time
+                steps of finite values must follow the input.
             starts: for each layer, the index of the first time step in `padded` that its first output depends on.
             slope: slope of a leaky ReLU after the convolution; 1 for none.
 
@@ -245,9 +245,9 @@ def has_bf16() -> bool:
 def _pack(weight: torch.Tensor, stride: int, dilation: int) -> torch.Tensor:
     """Reorder weights [H_out, H_in, 1, K] to the layout of oneDNN's kernel.
 
-    The layout depends on the length of the input. For kernels with more than one tap, it is the same for all inputs of
-    about 100 time steps or more (measured). For shorter inputs, and for kernels with one tap, oneDNN may reorder the
-    weights in each call.
+    The layout depends on the length of the input. For kernels with more than one tap, all inputs of about 100 time
+    steps or more have the same layout (measured). For shorter inputs, and for kernels with one tap, oneDNN may reorder
+    the weights in each call.
     """
     span = (weight.shape[3] - 1) * dilation + 1
     shape = [1, weight.shape[1], 1, span + 1023 * stride]

@@ -72,8 +72,8 @@ def convolve(
 
     Args:
         layers: weights of the layers. If any of `starts` is not 0, their dilation must be 1.
-        padded: input [B, H_in, T], stored in memory as [B, T, H_in]. `slack` more time steps of finite values
-            must follow it in memory.
+        padded: input [B, H_in, T], stored in memory as [B, T, H_in]. In memory, at least `slack` time steps of finite
+            values must follow the input.
         starts: for each layer, the index of the first time step in `padded` that its first output depends on.
         slope: slope of a leaky ReLU after the convolution; 1 for none.
 

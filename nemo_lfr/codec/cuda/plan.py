@@ -345,7 +345,7 @@ def _kind(activation: Activation | None) -> str:
 
 
 def _size(signal: torch.Tensor) -> tuple[int, Any]:
-    """Return the batch size for the autotuner's key: log2 of the number of time steps, rounded up, and the device."""
+    """Return log2 of the number of time steps in the batch, rounded up, and the device, for the autotuner's key."""
     return (signal.shape[0] * signal.shape[1] - 1).bit_length(), signal.device
 
 

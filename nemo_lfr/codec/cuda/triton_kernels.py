@@ -10,7 +10,10 @@ import triton.language as tl
 
 @triton.jit
 def _inside(at, end, mode: tl.constexpr):
-    """Return the row of the signal that each padded position reads, and false where the padding is zero instead."""
+    """Return the row of the signal that each padded position reads, and whether to read it.
+
+    With zero padding, positions outside the signal are not read.
+    """
     if mode == "reflect":
         at = tl.where(at < 0, -at, at)  # not tl.abs, after which the compiler no longer sees the alignment
         at = tl.where(at >= end, 2 * end - 2 - at, at)

@@ -70,7 +70,9 @@ def read_manifest(folder: Path) -> Manifest:
         with open_regular(path, CheckpointError) as file:
             raw = file.read(MAX_BYTES + 1)
     except OSError as error:
-        raise CheckpointError(f"{path}: the file cannot be read ({shorten(error.strerror or error)}).") from error
+        raise CheckpointError(
+            f"{path}: the file cannot be read ({shorten(error.strerror or error)}); check its permissions."
+        ) from error
     if len(raw) > MAX_BYTES:
         raise CheckpointError(f"{path}: file is larger than {MAX_BYTES} bytes, the limit for manifests; {AGAIN}.")
     try:
@@ -158,7 +160,9 @@ def read_verified(folder: Path, name: str, manifest: Manifest) -> bytes:
         with open_regular(path, CheckpointError) as file:
             data = file.read()
     except OSError as error:
-        raise CheckpointError(f"{path}: the file cannot be read ({shorten(error.strerror or error)}).") from error
+        raise CheckpointError(
+            f"{path}: the file cannot be read ({shorten(error.strerror or error)}); check its permissions."
+        ) from error
     if hashlib.sha256(data).hexdigest() != manifest.files[name]:
         raise CheckpointError(
             f"{path}: the SHA-256 of this file differs from the one in {MANIFEST}, so the file is damaged, truncated "
