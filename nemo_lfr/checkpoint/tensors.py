@@ -348,7 +348,7 @@ class Tensors:
 
 
 class _SourceFile(SeekableBytes):
-    """File object through which `zipfile` reads a byte source. Limits each read, and so the size of the directory."""
+    """File object through which `zipfile` reads a byte source. A read of more than MAX_DIRECTORY_BYTES is an error."""
 
     def __init__(self, source: ByteSource) -> None:
         super().__init__(source.size)

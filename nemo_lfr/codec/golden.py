@@ -15,8 +15,8 @@ find the first layer that differs. Golden vectors are stored in a safetensors fi
 | `audio_decoder.LAYER` | output of each decoder layer |
 | `decoded` | audio [1, frames * samples_per_frame] |
 
-The file's metadata has the key "nemo_lfr" with a JSON object. It contains the version of this layout, the version of
-the package, the description of the tokens (`CodecSpec`), and the names of the tensors in processing order.
+The file's metadata has the key "nemo_lfr" with a JSON object. This object contains the version of the layout, the
+version of the package, the description of the tokens (`CodecSpec`), and the names of the tensors in processing order.
 """
 
 import json
