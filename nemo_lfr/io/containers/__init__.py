@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import BinaryIO
 
-from nemo_lfr.io.containers import boxes, flac, frames, older, parts, program, rare
+from nemo_lfr.io.containers import avi, boxes, flac, frames, older, parts, program, rare
 from nemo_lfr.io.containers.flac import flac_streams
 from nemo_lfr.io.containers.lengths import aiff_streams, au_streams, caf_streams, w64_streams
 from nemo_lfr.io.containers.magic import after_id3, looks_like_media, unchecked_format
@@ -69,7 +69,7 @@ _FORMATS: tuple[tuple[Callable[[bytes, Window], bool], Callable[[Window], list[S
     (boxes.is_mp4, boxes.mp4_streams),
     (program.is_transport, program.transport_streams),
     (program.is_program, program.program_streams),
-    (parts.is_avi, parts.avi_streams),
+    (avi.is_avi, avi.avi_streams),
     (parts.is_asf, parts.asf_streams),
     (parts.is_flv, parts.flv_streams),
     (parts.is_amr, parts.amr_streams),

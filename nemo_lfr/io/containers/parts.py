@@ -1,4 +1,4 @@
-"""Check that AVI, ASF, FLV, AMR, True Audio, WavPack and RealMedia files are complete.
+"""Check that ASF, FLV, AMR, True Audio, WavPack and RealMedia files are complete.
 
 FFmpeg reads the available part of a truncated file, or only the first of several concatenated files, without an error.
 """
@@ -40,24 +40,6 @@ _SECTION = {
 _REAL_CHUNKS, _REAL_DATA_HEAD = (b".RMF", b"PROP", b"CONT", b"MDPR", b"DATA", b"INDX", b"RMMD", b"RMJE"), 18
 
 
-def is_avi(head: bytes, _: Window) -> bool:
-    """Return whether a file is AVI."""
-    return head[:4] == b"RIFF" and head[8:12] == b"AVI "
-
-
-def avi_streams(window: Window) -> list[Stream]:
-    """Return an AVI file as one `Stream`, after checking the sizes of its RIFF chunks."""
-    return _walked(window, _avi_parts(window))
-
-
-def _avi_parts(window: Window) -> Iterator[int]:
-    position = 0
-    while window.at(position, 4) == b"RIFF" and (position == 0 or window.at(position + 8, 4) == b"AVIX"):
-        size = int.from_bytes(window.at(position + 4, 4), "little")
-        yield 0 if not size or size == 0xFFFFFFFF else 8 + size
-        position += 8 + size + size % 2
-
-
 def is_asf(head: bytes, _: Window) -> bool:
     """Return whether a file is ASF (WMA, WMV)."""
     return head == _ASF[:12]
@@ -68,7 +50,7 @@ def asf_streams(window: Window) -> list[Stream]:
 
     A live recording does not state the size of its data. The data then extends to the end of the file.
     """
-    return _walked(window, _asf_parts(window), _SECTION["asf"])
+    return walked(window, _asf_parts(window), _SECTION["asf"])
 
 
 def _asf_parts(window: Window) -> Iterator[int]:
@@ -117,7 +99,7 @@ def is_flv(head: bytes, _: Window) -> bool:
 
 def flv_streams(window: Window) -> list[Stream]:
     """Return a Flash video file as one `Stream`, after checking the sizes of its tags."""
-    return _walked(window, _flv_parts(window), _SECTION["flv"])
+    return walked(window, _flv_parts(window), _SECTION["flv"])
 
 
 def _flv_parts(window: Window) -> Iterator[int]:
@@ -136,7 +118,7 @@ def is_amr(head: bytes, _: Window) -> bool:
 
 def amr_streams(window: Window) -> list[Stream]:
     """Return an AMR file as one `Stream`, after checking its frames."""
-    return _walked(window, _amr_parts(window), _SECTION["amr"])
+    return walked(window, _amr_parts(window), _SECTION["amr"])
 
 
 def _amr_parts(window: Window) -> Iterator[int]:
@@ -156,7 +138,7 @@ def is_wavpack(head: bytes, _: Window) -> bool:
 
 def wavpack_streams(window: Window) -> list[Stream]:
     """Return a WavPack file as one `Stream`, after checking its blocks."""
-    return _walked(window, _wavpack_parts(window), _SECTION["wavpack"])
+    return walked(window, _wavpack_parts(window), _SECTION["wavpack"])
 
 
 def _wavpack_parts(window: Window) -> Iterator[int]:
@@ -181,7 +163,7 @@ def is_tta(head: bytes, _: Window) -> bool:
 
 def tta_streams(window: Window) -> list[Stream]:
     """Return a True Audio file as one `Stream`, after checking its frames."""
-    return _walked(window, _tta_parts(window))
+    return walked(window, _tta_parts(window))
 
 
 def _tta_parts(window: Window) -> Iterator[int]:
@@ -201,7 +183,7 @@ def is_real(head: bytes, _: Window) -> bool:
 
 def real_streams(window: Window) -> list[Stream]:
     """Return a RealMedia file as one `Stream`, after checking its chunks and packets."""
-    return _walked(window, _real_parts(window), _SECTION["real"])
+    return walked(window, _real_parts(window), _SECTION["real"])
 
 
 def _real_parts(window: Window) -> Iterator[int]:
@@ -224,7 +206,7 @@ def _real_parts(window: Window) -> Iterator[int]:
         position += size
 
 
-def _walked(window: Window, parts: Iterator[int], section: re.Pattern[bytes] | None = None) -> list[Stream]:
+def walked(window: Window, parts: Iterator[int], section: re.Pattern[bytes] | None = None) -> list[Stream]:
     """Compare the sum of the sizes of all sections with the size of the file.
 
     Args:
