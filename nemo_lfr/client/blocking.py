@@ -54,6 +54,7 @@ class Client:
             audio: path or content of the file.
 
         Raises:
+            AudioError: if `audio` is neither bytes nor the path of a regular file.
             FileNotFoundError: if the file does not exist.
             ServerError: if the server refuses the file, fails or cannot be reached.
         """

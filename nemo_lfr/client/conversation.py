@@ -22,6 +22,7 @@ from nemo_lfr.errors import (
     TokensError,
     shorten,
 )
+from nemo_lfr.io.arrays import numeric_array
 
 SampleType = Literal["float32", "int16"]
 
@@ -123,7 +124,7 @@ class Conversation:
             yield json.dumps({"tokens": piece.tolist()}) if piece.dtype == np.int64 else piece.tobytes()
 
     def _samples(self, items: Any) -> np.ndarray:
-        samples = np.asarray(items)
+        samples = numeric_array(items, "samples", AudioError)
         if samples.ndim != 1 or not (samples.dtype == np.int16 or np.issubdtype(samples.dtype, np.floating)):
             raise AudioError(
                 f"the samples have dtype {samples.dtype} and shape {list(samples.shape)}; push float or int16 "
@@ -135,7 +136,7 @@ class Conversation:
 
     def _tokens(self, items: Any) -> np.ndarray:
         """Check tokens, and return them as [k, C]: int16 if the codebook has at most 2**15 entries, else int64."""
-        tokens = np.asarray(items)
+        tokens = numeric_array(items, "tokens", TokensError)
         frames = tokens[None] if tokens.ndim == 1 else tokens.T
         if frames.ndim != 2 or frames.shape[1] != self.num_codebooks or not np.issubdtype(frames.dtype, np.integer):
             raise TokensError(

@@ -3,7 +3,6 @@
 import json
 import os
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -11,8 +10,18 @@ import numpy as np
 from nemo_lfr.client.answers import audio_problem, has_type, parse_object, parse_tokens
 from nemo_lfr.client.server import Server, count_of
 from nemo_lfr.client.transport import request
-from nemo_lfr.errors import AudioError, NemoLfrError, ServerError, TokensError, shorten
+from nemo_lfr.errors import (
+    AudioError,
+    NemoLfrError,
+    ServerError,
+    ServerRefusedError,
+    TokensError,
+    printable,
+    shorten,
+)
 from nemo_lfr.frames import num_frames
+from nemo_lfr.io.arrays import numeric_array
+from nemo_lfr.io.regular import open_regular
 
 AudioFormat = Literal["wav", "flac", "opus"]
 
@@ -95,18 +104,20 @@ def encode_file(server: Server, audio: bytes | str | os.PathLike[str]) -> Encode
         audio: path of the file, or its content as bytes.
 
     Raises:
-        AudioError: if `audio` is neither a path nor bytes.
+        AudioError: if `audio` is neither bytes nor the path of a regular file.
         FileNotFoundError: if the file does not exist.
         ServerError: if the server refuses the file, fails, cannot be reached or does not return valid tokens.
     """
-    if not isinstance(audio, bytes | bytearray | str | os.PathLike):
-        raise AudioError(f"audio is {type(audio).__name__}; pass the path or the content of a file.")
-    body = bytes(audio) if isinstance(audio, bytes | bytearray) else Path(audio).read_bytes()
+    if isinstance(audio, bytes | bytearray):
+        info = get_info(server)
+        _check_size(server, info, len(audio), "the content")
+        body = bytes(audio)
+    else:
+        body, info = _read(server, audio)
     # The limit is generous. Tokens as JSON are smaller than most audio files, but not than well compressed silence.
     values = _json(server, "/v1/encode?format=json", body, (1 << 26) + 64 * len(body))
     if not isinstance(values.get("tokens"), list):
         raise _stranger(server, "does not report tokens")
-    info = get_info(server)
     tokens = parse_tokens(values["tokens"], info.num_codebooks, info.codebook_size)
     if tokens is None:
         raise _stranger(
@@ -120,6 +131,35 @@ def encode_file(server: Server, audio: bytes | str | os.PathLike[str]) -> Encode
     if not is_count or num_frames(num_samples, info.samples_per_frame) != tokens.shape[1]:  # type: ignore[arg-type]
         raise _stranger(server, f"reports {tokens.shape[1]} frames for {shorten(repr(num_samples))} samples")
     return EncodedFile(tokens, num_samples, *rates)  # type: ignore[arg-type]
+
+
+def _read(server: Server, audio: object) -> tuple[bytes, ServerInfo]:
+    """Read an audio file that is not larger than the server's limit; also return the description of the server.
+
+    The file is opened before the server is asked for its limit, so that a wrong path is reported first.
+    """
+    if not isinstance(audio, str | os.PathLike):
+        raise AudioError(f"audio is {type(audio).__name__}; pass the path or the content of a file.")
+    try:
+        file = open_regular(audio, AudioError, "pass the path or the content of an audio file")
+    except ValueError as error:
+        if isinstance(error, AudioError):
+            raise
+        raise AudioError(f"{shorten(repr(audio))} is not a path ({error}); pass the path of a file.") from None
+    with file:
+        info = get_info(server)
+        size = os.fstat(file.fileno()).st_size
+        _check_size(server, info, size, printable(os.fspath(audio)))
+        return file.read(size), info
+
+
+def _check_size(server: Server, info: ServerInfo, size: int, name: str) -> None:
+    """Raise ServerRefusedError if a body of `size` bytes is larger than the server's limit."""
+    if size > info.max_body_bytes:
+        raise ServerRefusedError(
+            f"{server.url}: {name} has {size} bytes, more than {info.max_body_bytes}, the server's limit; send a "
+            "shorter recording."
+        )
 
 
 def decode_tokens(server: Server, tokens: Any, num_samples: int | None, audio_format: AudioFormat) -> bytes:
@@ -139,10 +179,7 @@ def decode_tokens(server: Server, tokens: Any, num_samples: int | None, audio_fo
     if audio_format not in get_args(AudioFormat):
         raise NemoLfrError(f"audio_format {shorten(audio_format)} is not one of {', '.join(get_args(AudioFormat))}.")
     num_samples = count_of("num_samples", num_samples)
-    try:
-        array = np.asarray(tokens)
-    except ValueError as error:
-        raise TokensError(f"the tokens are not an array ({shorten(error)}); pass integers [C, T_encoded].") from None
+    array = numeric_array(tokens, "tokens", TokensError)
     if array.ndim != 2 or (array.size and not np.issubdtype(array.dtype, np.integer)):
         raise TokensError(
             f"the tokens have dtype {array.dtype} and shape {list(array.shape)}; pass integers [C, T_encoded]."

@@ -93,7 +93,8 @@ class Server:
             scheme: "http", or "ws" for a WebSocket.
         """
         query = urlencode({name: value for name, value in (parameters or {}).items() if value is not None}, safe=",")
-        base = scheme + self.url.rstrip("/").removeprefix("http")
+        own, _, rest = self.url.rstrip("/").partition("://")
+        base = scheme + own.lower().removeprefix("http") + "://" + rest
         return f"{base}{path}?{query}" if query else base + path
 
     def waits(self) -> Iterator[float]:

@@ -1,11 +1,12 @@
 """Helpers for WebSocket connections, which both clients use."""
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
 from nemo_lfr.client.conversation import Conversation
 from nemo_lfr.client.server import Server, require_websockets
-from nemo_lfr.errors import ServerError, ServerFullError, ServerRefusedError
+from nemo_lfr.errors import NemoLfrError, ServerError, ServerFullError, ServerRefusedError, shorten
 
 
 def connect_options(server: Server) -> dict[str, Any]:
@@ -39,8 +40,15 @@ def handshake_error(server: Server, error: Exception) -> Exception:
 
 
 def ramp_of(ramp: Sequence[int]) -> str | None:
-    """Return the URL parameter for a ramp, such as "1,2,4"; None for an empty ramp."""
-    return ",".join(str(size) for size in ramp) or None
+    """Return the URL parameter for a ramp, such as "1,2,4"; None for an empty ramp.
+
+    Raises:
+        NemoLfrError: if the ramp is not a sequence of integers.
+    """
+    try:
+        return ",".join(str(operator.index(size)) for size in ramp) or None
+    except TypeError:
+        raise NemoLfrError(f"ramp is {shorten(repr(ramp))}; pass numbers of frames, such as (1, 2, 4).") from None
 
 
 def closed_by(conversation: Conversation, error: Any) -> ServerError:

@@ -10,7 +10,8 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from nemo_lfr.errors import NemoLfrError, shorten
+from nemo_lfr.errors import NemoLfrError
+from nemo_lfr.io.arrays import numeric_array
 
 Array = TypeVar("Array")
 
@@ -61,21 +62,8 @@ class NumpyArrays:
     """Implementation of `Arrays` in numpy."""
 
     def convert(self, value: object, name: str, error: type[NemoLfrError]) -> np.ndarray:
-        """Return `numpy.asarray(value)`, in the machine's native byte order.
-
-        Raises:
-            NemoLfrError: of the type `error`, if the value is not numeric or has masked elements.
-        """
-        if isinstance(value, np.ma.MaskedArray) and np.ma.is_masked(value):
-            raise error(f"{name} is a masked array with {int(np.sum(value.mask))} masked values; fill them first.")
-        try:
-            array = np.asarray(value)
-        except Exception as reason:  # the `__array__` method of any class may raise any exception
-            what = " ".join(str(reason).split())
-            raise error(f"{name} is {type(value).__name__}; pass a numpy array ({shorten(what)}).") from None
-        if not np.issubdtype(array.dtype, np.number) and array.dtype != bool:
-            raise error(f"{name} is {type(value).__name__} of dtype {array.dtype}; pass an array of numbers.")
-        return array.astype(array.dtype.newbyteorder("="), copy=False)
+        """Return a numpy array; see `numeric_array`."""
+        return numeric_array(value, name, error)
 
     def kind(self, array: np.ndarray) -> Kind:
         """Return the type of the elements."""

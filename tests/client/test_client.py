@@ -4,6 +4,7 @@ import asyncio
 import io
 import json
 import math
+import os
 import socket
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import threading
 import time
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -54,6 +56,9 @@ def audio():
 @pytest.fixture(scope="module")
 def tokens(server, audio):
     return np.asarray(server.codec.encode(audio)[0][0])
+
+
+MASKED = np.ma.masked_array(np.zeros((8, 3), int), np.eye(8, 3, dtype=bool))
 
 
 def client_of(server, **options):
@@ -165,6 +170,8 @@ def test_an_empty_file_has_no_frames(server):
         ("encode", np.zeros((1, 9), np.float32), AudioError),
         ("encode", np.zeros(9, np.int32), AudioError),
         ("encode", ["a"], AudioError),
+        ("encode", np.ma.masked_array(np.zeros(9), [True] + [False] * 8), AudioError),
+        ("decode", MASKED, TokensError),
         ("encode", np.full(9, np.nan), ServerRefusedError),
         ("encode", np.full(9, 1e30), ServerRefusedError),
     ],
@@ -333,7 +340,7 @@ def test_another_server_is_recognized(tokens):
 INFO = {
     "version": "1", "model": "m", "fingerprint": "f", "sample_rate": 22050, "samples_per_frame": 1024,
     "frame_rate": 21.5, "num_codebooks": 2, "codebook_size": 16, "bit_rate": 172.0, "max_streams": 1,
-    "max_message_bytes": 1, "max_body_bytes": 1,
+    "max_message_bytes": 1, "max_body_bytes": 1000,
 }  # fmt: skip
 ENCODED = {"tokens": [[1, 2], [3, 4]], "num_samples": 2000, "sample_rate": 22050, "samples_per_frame": 1024}
 
@@ -602,13 +609,61 @@ def test_a_bad_argument_of_a_client_is_an_error(arguments):
         (lambda client: client.decode(np.zeros((8, 1), int), -1), NemoLfrError),
         (lambda client: client.decode(np.zeros((8, 1), int), audio_format="mp3"), NemoLfrError),
         (lambda client: client.decode([[1], [1, 2]]), TokensError),
+        (lambda client: client.decode(MASKED), TokensError),
+        (lambda client: client.decode([["a"]]), TokensError),
         (lambda client: client.encode_file(5), AudioError),
+        (lambda client: client.encode_file("a\0.wav"), AudioError),
+        *(
+            (lambda client, ramp=ramp: client.decode_stream(ramp=ramp), NemoLfrError)
+            for ramp in (3, None, "124", (1, 2.5), (1, "2"))
+        ),
     ],
 )
 def test_a_bad_argument_of_a_request_is_an_error(call, error):
     with pytest.raises(error) as caught:
         call(Client("http://127.0.0.1:1"))
-    assert not isinstance(caught.value, ServerError)
+    assert not isinstance(caught.value, ServerError) and "\n" not in str(caught.value)
+
+
+@pytest.fixture(params=["pipe", "socket", "device", "folder", "pointer"])
+def not_audio(request, tmp_path):
+    """Path of something that is not the content of an audio file."""
+    path = tmp_path / "speech.wav"
+    if request.param == "pipe":
+        os.mkfifo(path)
+    elif request.param == "socket":
+        with socket.socket(socket.AF_UNIX) as bound:
+            bound.bind(os.path.relpath(path))
+    elif request.param == "device":
+        path = Path("/dev/zero")
+    elif request.param == "folder":
+        path.mkdir()
+    else:
+        path.write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    return path
+
+
+def test_only_regular_files_are_sent(not_audio):
+    url = "http://127.0.0.1:1"
+    for call in (Client(url).encode_file, lambda path: asyncio.run(AsyncClient(url).encode_file(path))):
+        with pytest.raises(AudioError, match=r"not a regular file but|Git LFS pointer"):
+            call(not_audio)
+
+
+def test_a_file_larger_than_the_limit_of_the_server_is_not_read(tmp_path):
+    path = tmp_path / "speech.wav"
+    with path.open("wb") as file:
+        file.truncate(1 << 40)
+    with answering(lambda: response(ENCODED), INFO | {"max_body_bytes": 1000}) as url:
+        for audio in (path, bytes(1001)):
+            with pytest.raises(ServerRefusedError, match="bytes, more than 1000,"):
+                Client(url).encode_file(audio)
+        assert Client(url).encode_file(bytes(1000)).num_samples == 2000
+
+
+def test_the_scheme_of_a_url_may_have_capitals(server, tokens):
+    client = Client(server.url("").replace("http", "HTTP"))
+    assert client.info().num_codebooks == 8 and decode(client, tokens, 9).size
 
 
 def test_a_flushed_stream_refuses_input(server, tokens):
