@@ -21,6 +21,7 @@ from nemo_lfr.checkpoint.tensors import MAX_DIMENSIONS, MAX_PICKLE_BYTES, Entry,
 from nemo_lfr.errors import CheckpointError, shorten
 from nemo_lfr.io.atomic import replacing
 from nemo_lfr.io.regular import open_regular
+from nemo_lfr.modules.weights import contiguous_values
 
 LENGTH_BYTES = 8
 DTYPES = {
@@ -208,4 +209,4 @@ def _list_digest(entries: Mapping[str, Any]) -> str:
 
 
 def _values(tensor: torch.Tensor) -> Any:
-    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+    return contiguous_values(tensor).cpu().flatten().view(torch.uint8).numpy().data

@@ -16,6 +16,7 @@ from torch import nn
 
 from nemo_lfr.modules.conv import Conv1d, ConvTranspose1d
 from nemo_lfr.modules.quantizer import FiniteScalarQuantizer, GroupFiniteScalarQuantizer
+from nemo_lfr.modules.weights import contiguous_values
 
 LENGTH = 16  # hex digits
 
@@ -28,7 +29,7 @@ def weights_digest(weights: Iterable[tuple[str, torch.Tensor]]) -> str:
     digest = hashlib.sha256()
     for name, weight in weights:
         digest.update(name.encode())
-        digest.update(weight.detach().float().cpu().contiguous().numpy().data)
+        digest.update(contiguous_values(weight).float().cpu().numpy().data)
     return digest.hexdigest()
 
 

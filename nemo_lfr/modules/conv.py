@@ -16,6 +16,7 @@ from torch.nn.utils.parametrizations import weight_norm as add_weight_norm
 from nemo_lfr.errors import ConfigError
 from nemo_lfr.modules.altered import must_be_called
 from nemo_lfr.modules.padding import PAD_MODES, pad_signal
+from nemo_lfr.modules.weights import contiguous_values
 
 
 def channels_last(hidden: torch.Tensor) -> torch.Tensor:
@@ -228,7 +229,7 @@ class ConvTranspose1d(nn.Module):
 
 
 def fold(layer: Conv1d | ConvTranspose1d) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return a layer's weight, with weight norm folded, and its bias, both detached.
+    """Return a layer's weight, with weight norm folded, and its bias, both detached and contiguous.
 
     A transposed layer without groups is converted to an ordinary convolution with two taps. The input of the ordinary
     convolution must be padded by one time step at both ends, and `interleave` converts its output to the signal.
@@ -237,12 +238,11 @@ def fold(layer: Conv1d | ConvTranspose1d) -> tuple[torch.Tensor, torch.Tensor | 
         Weight [H_out, H_in, K], and bias [H_out] or None. For a converted layer, the shapes are
         [stride * H_out, H_in, 2] and [stride * H_out]. A grouped transposed layer keeps PyTorch's shapes.
     """
-    weight, bias = layer.conv.weight.detach(), layer.conv.bias
-    bias = None if bias is None else bias.detach()
+    bias = None if layer.conv.bias is None else contiguous_values(layer.conv.bias)
     if isinstance(layer, Conv1d) or layer.conv.groups > 1:
-        return weight, bias
+        return contiguous_values(layer.conv.weight), bias
     stride = layer.conv.stride[0]
-    return _phase_weight(weight, stride), None if bias is None else bias.repeat(stride)
+    return _phase_weight(layer.conv.weight.detach(), stride), None if bias is None else bias.repeat(stride)
 
 
 def _phase_weight(weight: torch.Tensor, stride: int) -> torch.Tensor:

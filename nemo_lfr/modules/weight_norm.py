@@ -16,6 +16,8 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from nemo_lfr.modules.weights import contiguous_values
+
 BLOCK = 1 << 16  # number of weights whose squares are summed at once, so that they fit into the CPU cache
 
 
@@ -55,7 +57,7 @@ def row_norms(weight: torch.Tensor, order: SumOrder = CANONICAL) -> torch.Tensor
 
 
 def _values(weight: torch.Tensor) -> torch.Tensor:
-    return weight.detach().to("cpu", torch.promote_types(weight.dtype, torch.float32)).contiguous()
+    return contiguous_values(weight).to("cpu", torch.promote_types(weight.dtype, torch.float32))
 
 
 def _kernel_norms(values: torch.Tensor) -> torch.Tensor:

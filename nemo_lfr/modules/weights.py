@@ -78,6 +78,15 @@ def must_check(network: nn.Module, check: Hashable) -> bool:
     return True
 
 
+def contiguous_values(parameter: torch.Tensor) -> torch.Tensor:
+    """Return the values of a parameter in contiguous memory, detached; a contiguous parameter is not copied.
+
+    A parameter may be a view, for example a column of a table or an expanded scalar. Kernels that read memory by
+    pointer, such as oneDNN's convolutions and Triton's, ignore its strides.
+    """
+    return parameter.detach().resolve_neg().contiguous()
+
+
 def weights_version(*modules: nn.Module) -> Callable[[], Any]:
     """Return a function whose result changes if a submodule, weight or buffer is replaced, moved or written to.
 
@@ -165,7 +174,7 @@ def _checksums(tensors: list[torch.Tensor]) -> tuple[int, ...]:
     kinds: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
     for tensor in tensors:
         if tensor.numel() and not tensor.is_meta:
-            kinds.setdefault((tensor.device, tensor.dtype), []).append(tensor.detach().reshape(-1))
+            kinds.setdefault((tensor.device, tensor.dtype), []).append(contiguous_values(tensor).view(-1))
     sums: list[int] = []
     for (device, _), members in kinds.items():
         flats = list(_joined(members, SMALL.get(device.type, SMALL_ELSEWHERE)))

@@ -1,20 +1,25 @@
 """Tests that packed CPU weights give the results of the layers, and are never outdated."""
 
+import copy as copying
 import gc
 import weakref
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.parametrizations import weight_norm
 
 from nemo_lfr.codec.codec import Codec
 from nemo_lfr.codec.cpu import network as inference
 from nemo_lfr.codec.cpu import packed as plan
 from nemo_lfr.codec.cpu.packed import ModuleWeights, PackedWeights, weights_of
 from nemo_lfr.codec.cpu.winograd import slack
+from nemo_lfr.codec.cuda.folded import Activation, Layer, Precision
 from nemo_lfr.codec.torch_backend import TorchBackend
 from nemo_lfr.errors import NemoLfrError
-from nemo_lfr.modules.conv import Conv1d
+from nemo_lfr.modules.activation import CodecActivation
+from nemo_lfr.modules.conv import Conv1d, ConvTranspose1d
 from tests.models import build_codec, cached_codec, speech_like
 from tests.tiers import slow_except
 
@@ -133,6 +138,61 @@ def test_outdated_packed_weights_are_never_used(change):
         after, expected = run(part, inputs), reference(inputs)
         assert (after - expected).abs().max() < 1e-5 * (1 + expected.abs().max())
         assert not torch.equal(after, before)
+
+
+LAYOUTS = {
+    "column": lambda value: torch.stack([value, torch.full_like(value, 7.0)], -1)[..., 0],
+    "row": lambda value: F.pad(value, (1, 2), value=7.0).narrow(-1, 1, value.shape[-1]),
+    "inner": lambda value: F.pad(value.flatten(), (3, 5), value=7.0)[3:-5].view(value.shape),
+    "outputs innermost": lambda value: value.movedim(0, -1).contiguous().movedim(-1, 0),
+    "negated": lambda value: torch.complex(torch.zeros_like(value), -value).conj().imag,
+    "expanded": lambda value: value.flatten()[:1].expand(value.shape),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", ["symmetric", "causal", "nano"])
+def test_parameters_may_be_views_of_other_tensors(kind, layout):
+    """Kernels that read weights by pointer must use a parameter's values, whatever its strides and offset are."""
+    codec = build_codec(kind)
+    if kind == "symmetric":
+        for layer in [*codec.encoder.modules(), *codec.decoder.modules()]:
+            if isinstance(layer, Conv1d | ConvTranspose1d):
+                weight_norm(layer.conv)
+    same = copying.deepcopy(codec)
+    for part, plain in ((codec.encoder, same.encoder), (codec.decoder, same.decoder)):
+        state = {key: LAYOUTS[layout](value) for key, value in plain.state_dict().items()}
+        assert layout == "inner" or any(not value.is_contiguous() for value in state.values())
+        plain.load_state_dict(state)
+        part.load_state_dict(state, assign=True)
+        assert all(value.is_contiguous() for value in plain.state_dict().values())
+    clip = speech_like(9 * codec.samples_per_frame)
+    tokens, expected = codec.encode(clip)[0], same.encode(clip)[0]
+    assert torch.equal(tokens, expected)
+    assert torch.equal(codec.decode(tokens)[0], same.decode(tokens)[0])
+    assert codec.fingerprint == same.fingerprint
+    streams = codec.stream_encoder(), codec.stream_decoder()
+    pushed = np.concatenate([streams[0].push(clip.numpy()), streams[0].flush()], 1)
+    assert np.array_equal(pushed, expected[0].numpy())
+    audio = np.concatenate([streams[1].push(pushed), streams[1].flush()])
+    assert np.abs(audio - same.decode(tokens)[0][0].numpy()).max() < 1e-5
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_folded_layers_for_cuda_are_contiguous(layout):
+    """Triton's kernels read biases and alphas by pointer."""
+    torch.manual_seed(0)
+    for layer in (Conv1d(4, 6, 3), ConvTranspose1d(4, 2, stride=2), ConvTranspose1d(4, 2, stride=2, groups=2)):
+        layer.conv.bias = torch.nn.Parameter(LAYOUTS[layout](layer.conv.bias.detach()))
+        bias = Layer.of(layer, Precision(torch.float32)).bias
+        assert bias.is_contiguous() and torch.equal(bias, layer.conv.bias.repeat(len(bias) // len(layer.conv.bias)))
+    for kind in ("snake", "half_snake"):
+        activation = CodecActivation(kind, 8)
+        snake = activation.activation if kind == "snake" else activation.activation.snake_act
+        snake.alpha = torch.nn.Parameter(LAYOUTS[layout](torch.rand_like(snake.alpha)))
+        alpha = Activation.of(activation).alpha
+        assert alpha.is_contiguous() and torch.equal(alpha, snake.alpha.flatten())
 
 
 def test_training_and_deletion_free_packed_weights():

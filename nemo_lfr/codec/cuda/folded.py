@@ -15,6 +15,7 @@ from torch import nn
 from nemo_lfr.modules.activation import CodecActivation, HalfSnake, Snake
 from nemo_lfr.modules.conv import Conv1d, ConvTranspose1d, fold, interleave
 from nemo_lfr.modules.padding import fill_padding
+from nemo_lfr.modules.weights import contiguous_values
 
 
 @dataclass(frozen=True)
@@ -54,9 +55,11 @@ class Activation:
             case nn.LeakyReLU():
                 return cls(inner, "lrelu", inner.negative_slope)
             case Snake():
-                return cls(inner, "snake", 0.0, inner.alpha.detach().flatten())
+                return cls(inner, "snake", 0.0, contiguous_values(inner.alpha).flatten())
             case HalfSnake():
-                return cls(inner, "snake", inner.lrelu.negative_slope, inner.snake_act.alpha.detach().flatten())
+                return cls(
+                    inner, "snake", inner.lrelu.negative_slope, contiguous_values(inner.snake_act.alpha).flatten()
+                )
         return cls(inner)
 
     def __call__(self, signal: torch.Tensor) -> torch.Tensor:
