@@ -24,9 +24,9 @@ from starlette.websockets import WebSocket
 
 from nemo_lfr._version import __version__
 from nemo_lfr.codec.codec import Codec
-from nemo_lfr.errors import NemoLfrError
+from nemo_lfr.errors import NemoLfrError, shorten
 from nemo_lfr.serve.engine import Engine, OverloadedError
-from nemo_lfr.serve.files import decode_file, encode_file
+from nemo_lfr.serve.files import MediaTypeError, decode_file, encode_file
 from nemo_lfr.serve.health import find_fault
 from nemo_lfr.serve.metrics import Metrics
 from nemo_lfr.serve.openapi import OPENAPI
@@ -122,6 +122,7 @@ def create_app(codec: Codec[Any], settings: Settings | None = None) -> Starlette
         exception_handlers={NemoLfrError: _report, HTTPException: _report_path, ClientDisconnect: _drop},
         lifespan=lifespan,
     )
+    app.router.redirect_slashes = False  # most clients do not send the body of a POST request again after a redirect
     _control_access(app, settings)
     app.state.engine = engine
     return app
@@ -161,17 +162,26 @@ def _info(engine: Engine, settings: Settings) -> dict[str, Any]:
 
 async def _report(_: Request, error: Exception) -> Response:
     """Return an error of this package as JSON."""
-    status = 503 if isinstance(error, OverloadedError) else 400
-    if isinstance(error, ProtocolError):
+    status = 400
+    if isinstance(error, OverloadedError):
+        status = 503
+    elif isinstance(error, MediaTypeError):
+        status = 415
+    elif isinstance(error, ProtocolError):
         status = {CloseCode.TOO_BIG: 413, CloseCode.POLICY: 408}.get(error.code, status)
     headers = {"Retry-After": "1"} if status == 503 else None
     return JSONResponse({"error": str(error), "type": type(error).__name__}, status, headers)
 
 
-async def _report_path(_: Request, error: Exception) -> Response:
+async def _report_path(request: Request, error: Exception) -> Response:
     """Return an error of Starlette, such as an unknown path or a wrong method, as JSON."""
     assert isinstance(error, HTTPException)
-    return JSONResponse({"error": error.detail, "type": "HTTPException"}, error.status_code, error.headers)
+    message = error.detail
+    if error.status_code == 404:
+        path = request.url.path
+        advice = "remove the slash at the end" if path.endswith("/") else "see the paths in /openapi.json"
+        message = f"this server has no {shorten(path)}; {advice}."
+    return JSONResponse({"error": message, "type": "HTTPException"}, error.status_code, error.headers)
 
 
 async def _drop(_: Request, error: Exception) -> Response:

@@ -5,6 +5,7 @@ results are the same as in a live stream.
 """
 
 import asyncio
+import codecs
 import functools
 import io
 import tempfile
@@ -18,7 +19,7 @@ import soundfile
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from nemo_lfr.errors import NemoLfrError
+from nemo_lfr.errors import NemoLfrError, shorten
 from nemo_lfr.io.audio import AudioReader, Resampler
 from nemo_lfr.io.token_file import Metadata, TokenStreamReader, TokenStreamWriter
 from nemo_lfr.serve.engine import Engine
@@ -30,12 +31,19 @@ from nemo_lfr.serve.tasks import stop_tasks, within
 T = TypeVar("T")
 
 _PIECE = 1 << 18  # bytes to send at once
+_FORM = "multipart/form-data"
+_JSON = "application/json"
+_HEAD = 64  # bytes in which JSON is recognized
 OPUS_RATE = 24000  # Hz; Opus only supports 8, 12, 16, 24 and 48 kHz
 _FORMATS: dict[str, tuple[str, str, str]] = {
     "wav": ("WAV", "PCM_16", "audio/wav"),
     "flac": ("FLAC", "PCM_16", "audio/flac"),
     "opus": ("OGG", "OPUS", "audio/ogg"),
 }
+
+
+class MediaTypeError(NemoLfrError):
+    """Error for a body that is not a file as such, or whose content type belongs to another kind of body."""
 
 
 async def encode_file(request: Request, engine: Engine, max_bytes: int, limits: StreamLimits) -> Response:
@@ -87,13 +95,29 @@ async def decode_file(request: Request, engine: Engine, max_bytes: int, limits: 
     check_names(request.query_params, {"format", "token"})
     kind = choice(request.query_params, "format", tuple(_FORMATS))
     async with _spooled(request, max_bytes, limits) as path:
-        media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        read = _read_json if media_type == "application/json" else _read_lfr
+        read = _read_json if _media_type(request) == _JSON else _read_lfr
         tokens, num_samples = await asyncio.to_thread(read, path, engine, limits)
     with engine.decoder(live=False) as session:
         audio = _AudioFile(engine.codec.sample_rate, kind)
         await _through(request, session, _steps(iter([tokens])), audio.write, num_samples)
     return await asyncio.to_thread(audio.response)
+
+
+def _media_type(request: Request) -> str:
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
+def _check_is_plain(request: Request) -> None:
+    """Check that the body is the file itself.
+
+    Raises:
+        MediaTypeError: if the body is a form, or compressed.
+    """
+    if _media_type(request) == _FORM:
+        raise MediaTypeError("the body is a form; send the file itself: curl --data-binary @FILE.")
+    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    if encoding not in ("", "identity"):
+        raise MediaTypeError(f"the body has the content encoding {shorten(encoding)}; send it uncompressed.")
 
 
 def _limited(pieces: Iterable[np.ndarray], limits: StreamLimits, rate: float) -> Iterator[np.ndarray]:
@@ -113,6 +137,9 @@ def _limited(pieces: Iterable[np.ndarray], limits: StreamLimits, rate: float) ->
 
 def _read_lfr(path: Path, engine: Engine, limits: StreamLimits) -> tuple[np.ndarray, int | None]:
     with path.open("rb") as file:
+        if file.read(_HEAD).removeprefix(codecs.BOM_UTF8).lstrip()[:1] in (b"{", b"["):
+            raise MediaTypeError(f"the body looks like JSON; send it with the header Content-Type: {_JSON}.")
+        file.seek(0)
         reader = TokenStreamReader(file, "the body")
         reader.check_codec(engine.codec)
         blocks = list(_limited(reader.blocks(), limits, engine.codec.frame_rate))
@@ -124,9 +151,11 @@ def _read_json(path: Path, engine: Engine, limits: StreamLimits) -> tuple[np.nda
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
-        raise ProtocolError("the body is not valid UTF-8; send JSON in UTF-8.") from None
+        raise ProtocolError(
+            f"the body is not valid UTF-8; send JSON in UTF-8, or a token file without the content type {_JSON}."
+        ) from None
     protocol = DecodeProtocol(engine.codec, {})
-    fields = parse_text(text)
+    fields = parse_text(text, "the body")
     (tokens,) = _limited([protocol.tokens_of(fields)], limits, engine.codec.frame_rate)
     return tokens, protocol.end_of(fields).num_samples
 
@@ -252,8 +281,10 @@ async def _spooled(request: Request, max_bytes: int, limits: StreamLimits) -> As
 
     Raises:
         ProtocolError: the body has more than `max_bytes`, or no data arrives for `limits.idle_s`.
+        MediaTypeError: the body is a form, or compressed.
         NemoLfrError: the body is empty.
     """
+    _check_is_plain(request)
     parts = request.stream()
 
     async def next_part() -> bytes | None:

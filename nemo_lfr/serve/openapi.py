@@ -30,6 +30,7 @@ _ERRORS = {
         "401": "The access token is missing or wrong.",
         "408": "The client stopped sending the body.",
         "413": "The body is too large, or the recording is too long.",
+        "415": "The body is a form or compressed, or its content type is not that of its content.",
         "503": "The server has too many streams or files, or is shutting down.",
     }.items()
 }

@@ -2,10 +2,12 @@
 
 Each stream is for one recording. Binary messages contain little-endian samples or tokens. Text messages are JSON
 objects with either `tokens` or the `type` of a control message. Every message is validated when it is parsed, so an
-invalid message ends only its own stream.
+invalid message ends only its own stream. Unknown and repeated keys and parameters are refused, because a value that is
+ignored would be lost without notice.
 """
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
@@ -117,29 +119,58 @@ def ramp(query: Mapping[str, str]) -> tuple[int, ...]:
 
 
 def check_names(query: Mapping[str, str], names: set[str]) -> None:
-    """Reject a URL that has a parameter outside `names`.
+    """Reject a URL that has a parameter outside `names`, or the same parameter twice.
 
     Raises:
-        ProtocolError: if a parameter is unknown. The message lists the known parameters.
+        ProtocolError: if a parameter is unknown or repeated.
     """
-    for name in query:
+    items = getattr(query, "multi_items", query.items)()  # Starlette's mapping itself has only the last of equal names
+    for name, count in Counter(name for name, _ in items).items():
         if name not in names:
             raise ProtocolError(f"unknown parameter {shorten(name)}; use {', '.join(sorted(names))}.")
+        if count > 1:
+            raise ProtocolError(f"the parameter {name} is repeated; pass it once.")
 
 
-def parse_text(text: str) -> dict[str, Any]:
-    """Return the JSON object in a text message.
+def parse_text(text: str, name: str = "a text message") -> dict[str, Any]:
+    """Return the JSON object in a text message or in the body of a request.
+
+    Args:
+        text: the JSON text.
+        name: what the text is, for error messages.
 
     Raises:
-        ProtocolError: if the message is not a JSON object.
+        ProtocolError: if the text is not a JSON object, or repeats a key.
     """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(pairs)
+        if len(values) < len(pairs):
+            repeated = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+            raise ProtocolError(f"{name} has the key {shorten(repr(repeated), 40)} more than once; send it once.")
+        return values
+
     try:
-        message = json.loads(text)
+        message = json.loads(text, object_pairs_hook=unique)
+    except ProtocolError:
+        raise
     except (ValueError, RecursionError):
-        raise ProtocolError("a text message is not valid JSON.") from None
+        raise ProtocolError(f"{name} is not valid JSON.") from None
     if not isinstance(message, dict):
-        raise ProtocolError("a text message is not a JSON object.")
+        raise ProtocolError(f"{name} is not a JSON object.")
     return message
+
+
+def check_keys(message: Mapping[str, Any], names: tuple[str, ...]) -> None:
+    """Reject a text message that has a key outside `names`.
+
+    Raises:
+        ProtocolError: if a key is unknown.
+    """
+    unknown = [key for key in message if key not in names]
+    if unknown:
+        kind = "an end message" if message.get("type") == "end" else "a message with tokens"
+        raise ProtocolError(f"{kind} has the key {shorten(repr(unknown[0]), 40)}; send only {' and '.join(names)}.")
 
 
 class DecodeProtocol:
@@ -184,17 +215,29 @@ class DecodeProtocol:
                 )
             tokens = np.frombuffer(message, "<i2").reshape(-1, count).T
         else:
-            fields = parse_text(message)
-            return self.end_of(fields) if fields.get("type") == "end" else self.tokens_of(fields)
+            return self._from_text(message)
         return self._checked(tokens)
 
-    def tokens_of(self, fields: Mapping[str, Any]) -> np.ndarray:
+    def _from_text(self, message: str) -> np.ndarray | End:
+        fields = parse_text(message)
+        if fields.get("type") == "end":
+            check_keys(fields, ("type", "num_samples"))
+            return self.end_of(fields)
+        tokens = self.tokens_of(fields, ', or {"type": "end"}')
+        check_keys(fields, ("tokens",))
+        return tokens
+
+    def tokens_of(self, fields: Mapping[str, Any], alternative: str = "") -> np.ndarray:
         """Return the tokens [C, k] in a JSON object.
+
+        Args:
+            fields: the JSON object.
+            alternative: what else the client may send, for error messages.
 
         Raises:
             ProtocolError: if the tokens are not valid.
         """
-        return self._checked(self._from_lists(fields.get("tokens"), self.codec.num_codebooks))
+        return self._checked(self._from_lists(fields.get("tokens"), alternative))
 
     def _checked(self, tokens: np.ndarray) -> np.ndarray:
         size = self.codec.codebook_size
@@ -214,15 +257,13 @@ class DecodeProtocol:
             raise ProtocolError(f"num_samples is {shorten(repr(num_samples), 40)}; send an integer of at least 0.")
         return End(num_samples)
 
-    @staticmethod
-    def _from_lists(frames: Any, count: int) -> np.ndarray:
+    def _from_lists(self, frames: Any, alternative: str) -> np.ndarray:
+        count = self.codec.num_codebooks
         if not isinstance(frames, list) or not all(
             isinstance(frame, list) and len(frame) == count and all(type(token) is int for token in frame)
             for frame in frames
         ):
-            raise ProtocolError(
-                f'expected {{"tokens": [frame, ...]}} with frames of {count} integers, or {{"type": "end"}}.'
-            )
+            raise ProtocolError(f'expected {{"tokens": [frame, ...]}} with frames of {count} integers{alternative}.')
         try:
             return np.array(frames, np.int64).reshape(-1, count).T
         except OverflowError:
@@ -277,8 +318,10 @@ class EncodeProtocol:
             ProtocolError: if the message is invalid.
         """
         if isinstance(message, str):
-            if parse_text(message).get("type") != "end":
+            fields = parse_text(message)
+            if fields.get("type") != "end":
                 raise ProtocolError('expected samples in a binary message, or {"type": "end"}.')
+            check_keys(fields, ("type",))
             return End()
         kind = np.dtype("<i2" if self.audio == "pcm_s16le" else "<f4")
         if len(message) % kind.itemsize:

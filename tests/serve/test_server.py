@@ -1,5 +1,6 @@
 """Tests of the server over real sockets: exact results, bad messages, limits, access, files and shutdown."""
 
+import gzip
 import io
 import json
 import os
@@ -155,8 +156,21 @@ BAD = {
         '{"type": "end", "num_samples": -1}',
         '{"type": "end", "num_samples": 5.0}',
         '{"type": "end", "num_samples": 999999}',
+        '{"type": "end", "tokens": [[1, 1, 1, 1, 1, 1, 1, 1]]}',
+        '{"type": "end", "num_sample": 5}',
+        '{"type": "end", "num_samples": 0, "num_samples": 0}',
+        '{"tokens": [[1, 1, 1, 1, 1, 1, 1, 1]], "num_samples": 5}',
+        '{"tokens": [[1, 1, 1, 1, 1, 1, 1, 1]], "tokens": []}',
     ],
-    "encode": [b"123", struct.pack("<2f", float("nan"), 0), struct.pack("<f", 1e30), "text", '{"type": "done"}'],
+    "encode": [
+        b"123",
+        struct.pack("<2f", float("nan"), 0),
+        struct.pack("<f", 1e30),
+        "text",
+        '{"type": "done"}',
+        '{"type": "end", "num_samples": 5}',
+        '{"type": "end", "type": "end"}',
+    ],
 }
 
 
@@ -174,7 +188,16 @@ def test_a_bad_message_ends_its_own_stream_with_the_reason(server, tokens, kind,
 
 @pytest.mark.parametrize(
     "query",
-    ["?lookahead=-1", "?lookahead=x", "?ramp=0", "?ramp=1,,2", "?ramp=1,1,1,1,1,1,1,1,1", "?audio=mp3", "?volume=1"],
+    [
+        "?lookahead=-1",
+        "?lookahead=x",
+        "?ramp=0",
+        "?ramp=1,,2",
+        "?ramp=1,1,1,1,1,1,1,1,1",
+        "?audio=mp3",
+        "?volume=1",
+        "?ramp=1&ramp=2",
+    ],
 )
 def test_a_bad_parameter_is_refused(server, query):
     with server.connect("/v1/decode/stream" + query) as socket:
@@ -235,6 +258,7 @@ def test_files_are_encoded_and_decoded_like_streams(server):
         ("/v1/decode", b"no tokens", 400),
         ("/v1/decode?format=mp3", b"x", 400),
         ("/v1/decode?x=1", b"x", 400),
+        ("/v1/decode?format=wav&format=wav", b"x", 400),
         ("/v1/nothing", b"x", 404),
     ],
 )
@@ -244,11 +268,39 @@ def test_a_bad_request_is_an_error_of_the_client(server, path, body, status):
 
 
 @pytest.mark.parametrize(
-    "body", [b"{", b"\xff", b'{"tokens": 1}', b'{"type": "end"}', b'{"tokens": [], "num_samples": 1}']
+    ("path", "headers", "body", "status", "match"),
+    [
+        ("/v1/encode", {"Content-Type": "multipart/form-data; boundary=a"}, b"--a\r\n", 415, "--data-binary @FILE"),
+        ("/v1/decode", {"Content-Type": "multipart/form-data; boundary=a"}, b"--a\r\n", 415, "--data-binary @FILE"),
+        ("/v1/encode", {"Content-Encoding": "gzip"}, gzip.compress(b"RIFF"), 415, "content encoding gzip"),
+        ("/v1/decode", {}, b'{"tokens": []}', 415, "Content-Type: application/json"),
+        ("/v1/decode", {"Content-Type": "text/plain"}, b'\xef\xbb\xbf\n {"tokens": []}', 415, "Content-Type: appl"),
+        ("/v1/decode", {"Content-Type": "application/json"}, b"\x89lfr", 400, "a token file without"),
+        ("/v1/encode/", {}, b"x", 404, "remove the slash"),
+        ("/v1/decode/stream/", {}, b"x", 404, "remove the slash"),
+    ],
+)  # fmt: skip
+def test_a_request_in_another_form_is_refused_with_the_remedy(server, path, headers, body, status, match):
+    received, text = post(server, path, body, **headers)
+    assert received == status and match in json.loads(text)["error"]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"{",
+        b"[]",
+        b"\xff",
+        b'{"tokens": 1}',
+        b'{"type": "end"}',
+        b'{"tokens": [], "num_samples": 1}',
+        b'{"tokens": [], "tokens": []}',
+    ],
 )
 def test_bad_json_is_an_error_of_the_client(server, body):
     status, text = post(server, "/v1/decode", body, **{"Content-Type": "application/json"})
-    assert status == 400 and json.loads(text)["error"]
+    assert status == 400 and '"end"' not in json.loads(text)["error"]
+    assert "message" not in json.loads(text)["error"]  # a word of streams
 
 
 def test_streams_that_exceed_limits_are_ended(tokens):
