@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import pickle
 import shutil
 import subprocess
@@ -305,6 +306,15 @@ DAMAGE = {
     "no files": lambda folder, _: set_values(folder, files=...),
     "files without hashes": lambda folder, _: set_values(folder, files={"encoder.onnx": 1, "decoder.onnx": None}),
     "files elsewhere": lambda folder, _: set_values(folder, files={"../encoder.onnx": "0" * 64}),
+    **{
+        f"{name} is a {kind}": lambda folder, _, name=name, put=put: ((folder / name).unlink(), put(folder / name))
+        for name in ("encoder.onnx", "decoder.onnx", "codec.json")
+        for kind, put in {
+            "pipe": os.mkfifo,
+            "folder": Path.mkdir,
+            "dangling link": lambda path: path.symlink_to("x"),
+        }.items()
+    },
     **{
         f"{key} {value!r}": lambda folder, _, key=key, value=value: forge(folder, **{key: value})
         for key, values in {

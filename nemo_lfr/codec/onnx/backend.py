@@ -47,7 +47,7 @@ class OnnxBackend(NumpyBackend):
                 f"{' and ' + repr('cuda') if has_gpu else ' only'}."
             )
         self.device = "cuda" if has_gpu and device != "cpu" else "cpu"
-        present = [file for file in (ENCODER, DECODER) if (self._folder / file).is_file()]
+        present = [file for file in (ENCODER, DECODER) if os.path.lexists(self._folder / file)]
         if not present:
             raise CheckpointError(
                 f"{folder}: no {ENCODER} or {DECODER} in this folder; nemo-lfr export onnx writes them."

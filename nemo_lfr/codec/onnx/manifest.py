@@ -13,6 +13,7 @@ checked before ONNX Runtime opens it. A file that was changed after the export i
 import hashlib
 import json
 import math
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,12 +63,12 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST
     try:
-        if not path.is_file():
+        if not os.path.lexists(path):
             raise CheckpointError(
                 f"{folder}: no {MANIFEST} in this folder. An ONNX file needs the {MANIFEST} of its export in the same "
                 f"folder; copy it there, or {AGAIN}."
             )
-        with open_regular(path, CheckpointError) as file:
+        with open_regular(path, CheckpointError, AGAIN) as file:
             raw = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise CheckpointError(
@@ -154,10 +155,13 @@ def read_verified(folder: Path, name: str, manifest: Manifest) -> bytes:
         CheckpointError: if the file is missing, or its hash differs from the one in the manifest.
     """
     path = folder / name
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file; nemo-lfr export onnx writes it.")
+    if not os.path.lexists(path):
+        other = "decode" if name == ENCODER else "encode"
+        raise CheckpointError(
+            f"{path}: no such file, so this folder can only {other}; nemo-lfr export onnx writes it."
+        )
     try:
-        with open_regular(path, CheckpointError) as file:
+        with open_regular(path, CheckpointError, AGAIN) as file:
             data = file.read()
     except OSError as error:
         raise CheckpointError(
