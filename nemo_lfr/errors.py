@@ -59,23 +59,23 @@ class MissingExtraError(NemoLfrError, ImportError):
 
 
 class ServerError(NemoLfrError):
-    """Failure that the server reports for a request or stream of `nemo_lfr.client`, such as an internal error."""
+    """Raised by `nemo_lfr.client` if a request or stream fails, for example because of an error in the server."""
 
 
 class ServerRefusedError(ServerError):
-    """Input, parameter, access token or recording that a server refuses; retrying the same request does not help."""
+    """Raised if the server refuses the input, a parameter or the access token. Retrying does not help."""
 
 
 class ServerFullError(ServerError):
-    """Server that is already processing its maximum number of streams or files; try again later."""
+    """Raised if the server already processes its maximum number of streams or files. Try again later."""
 
 
 class ServerShutdownError(ServerError):
-    """Server that is shutting down; connect to another one."""
+    """Raised if the server is shutting down. Connect to another server."""
 
 
 class ServerLostError(ServerError):
-    """Server that cannot be reached, does not answer, or closes the connection without a reason."""
+    """Raised if the server cannot be reached, does not answer, or closes the connection without a reason."""
 
 
 class Failure(TypedDict):

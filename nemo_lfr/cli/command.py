@@ -26,7 +26,7 @@ def _set(name: str) -> Callable[[click.Context, click.Parameter, bool], None]:
 
 
 def common_options() -> list[click.Parameter]:
-    """Return the options that every command has; they may also precede the name of the command."""
+    """Return the options that every command has. Users may also pass them before the name of the command."""
     texts = {
         ("--json", "as_json"): "Print the result as JSON on stdout.",
         ("--quiet", "quiet"): "Print only errors on stderr.",
@@ -91,7 +91,7 @@ class Group(click.Group):
 
 
 class RenamedOption(click.Option):
-    """Option that was renamed. The earlier name still works, but help texts and shell completion do not show it.
+    """Option that was renamed. The earlier name still works, but is hidden in help texts and shell completion.
 
     Args:
         earlier: the earlier name, such as "--jobs".

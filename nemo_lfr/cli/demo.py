@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 def demo(out: Path, model: str | None, device: str | None, precision: str) -> dict[str, Any]:
     """Encode and decode a speech clip, and measure the result.
 
-    The command writes the clip, its tokens, the decoded audio, and a picture of both spectrograms. Existing files are
-    replaced.
+    The command writes the clip, its tokens, the decoded audio, and a picture with a spectrogram of the clip and one of
+    the decoded audio. Existing files are replaced.
     """
     codec = open_codec(model, device, precision)
     begin_work()
@@ -60,7 +60,7 @@ def _rounded(value: Any) -> float | None:
 
 
 def demo_clip() -> Path:
-    """Return the path of the bundled recording; weights/README.md has its source and license."""
+    """Return the path of the bundled recording. weights/README.md gives the source and license of this recording."""
     return Path(str(files("nemo_lfr") / "weights" / "speech.flac"))
 
 

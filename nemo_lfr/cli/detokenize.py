@@ -35,7 +35,7 @@ from nemo_lfr.errors import NemoLfrError
 @device_option()
 @precision_option
 def detokenize(tokens: Path, out: Path, kind: str, overwrite: bool, **options: Any) -> dict[str, Any]:
-    """Decode a folder that `tokenize` wrote into audio files.
+    """Decode the output folder of `tokenize` to audio files.
 
     Existing files are kept unless --overwrite is passed. Utterances that cannot be decoded are listed on stderr; the
     exit code is then 1.

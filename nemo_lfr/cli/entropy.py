@@ -42,8 +42,8 @@ def fit(
     """Fit an entropy model to tokens of one codec.
 
     TOKENS are .lfr files, folders of .lfr files, or folders that `tokenize` wrote. About an hour of speech is enough.
-    Fitting takes some minutes on a CPU. 4 % of the utterances are held out to measure the model. Tokens that cannot be
-    read are skipped; the exit code is then 1.
+    Fitting takes some minutes on a CPU. 4 % of the utterances are held out to evaluate the model. Tokens that cannot
+    be read are skipped; the exit code is then 1.
     """
     from nemo_lfr.io.atomic import check_overwrite
     from nemo_lfr.io.entropy.fit import FitSettings

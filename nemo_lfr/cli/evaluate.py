@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 class RegistryOption(click.Option):
     """Option whose help text lists all registered codecs or metrics.
 
-    Their modules are slow to import, so they are imported only when the help is shown.
+    The modules that register them are slow to import, so they are imported only when the help is shown.
     """
 
     def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
@@ -114,11 +114,11 @@ def evaluate(
     device: str | None,
     **models: Any,
 ) -> dict[str, Any]:
-    """Measure codecs on the recordings of a NeMo manifest or table, and write a report.
+    """Measure codecs on the recordings in a NeMo manifest or table, and write a report.
 
-    The output folder keeps all results. The same command resumes an interrupted run, and a command with another
-    --codec or a larger --limit adds to the results. The exit code is 1 if a codec failed on a recording, a line of
-    the manifest could not be used, or a requested metric could not be measured.
+    The output folder keeps all results. To resume an interrupted run, run the same command again. To add results, run
+    it with another --codec or a larger --limit. The exit code is 1 if a codec failed on a recording, a line of the
+    manifest could not be used, or a requested metric could not be measured.
     """
     from nemo_lfr.evaluation import report
     from nemo_lfr.evaluation.codecs import open_codec

@@ -80,7 +80,7 @@ def export_to_onnx(out: Path, model: str | None, overwrite: bool) -> dict[str, A
 def export_to_web(out: Path, onnxruntime_web: Path, model: str | None, overwrite: bool) -> dict[str, Any]:
     """Write a static site that encodes and decodes in the browser.
 
-    The site consists of the page of nemo-lfr serve, the ONNX files of the codec, and ONNX Runtime. This command
+    The site consists of the web page of nemo-lfr serve, the ONNX files of the codec, and ONNX Runtime. This command
     downloads nothing, so install onnxruntime-web with npm first.
     """
     from nemo_lfr.web.runtime import read_runtime

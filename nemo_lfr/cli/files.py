@@ -38,13 +38,13 @@ def plan_tasks(
 ) -> list[FileTask]:
     """Expand files, folders and globs into tasks.
 
-    The subfolders of an input folder are mirrored under `out`. An `out` that ends in `new_suffix` is the output of a
-    single file, unless a folder of that name exists.
+    The subfolders of an input folder are mirrored under `out`. If `out` ends in `new_suffix` and is not an existing
+    folder, it is the output file of a single input.
 
     Args:
         inputs: paths and glob patterns from the command line.
         out: output folder, or output file of a single input; None writes beside the inputs.
-        suffixes: suffixes of the files to select in folders, in lower case.
+        suffixes: lower-case suffixes of the files to select in folders.
         new_suffix: suffix of the outputs.
         report: function that is called with one line for each folder in which files were skipped, after all checks
             have passed.
@@ -53,7 +53,7 @@ def plan_tasks(
         Tasks without duplicates.
 
     Raises:
-        NemoLfrError: if an input is missing or has a wrong type, if a folder has no matching file, or if two inputs
+        NemoLfrError: if an input is missing or has the wrong type, if a folder has no matching file, or if two inputs
             have the same output.
     """
     passed_over: list[str] = []
@@ -198,7 +198,9 @@ def pending_tasks(tasks: Sequence[FileTask], overwrite: bool, skip_existing: boo
 def tasks_to_run(
     inputs: Sequence[str], out: Path | None, suffixes: Collection[str], suffix: str, overwrite: bool, skip: bool
 ) -> list[FileTask]:
-    """Plan the tasks, drop those with an existing output that is kept, and report skipped files in folders.
+    """Plan the tasks, and drop the tasks whose output exists and is kept.
+
+    Files in folders that are skipped are reported.
 
     See `plan_tasks` and `pending_tasks` for the arguments.
 

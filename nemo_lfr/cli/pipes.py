@@ -198,7 +198,9 @@ def _feed(
 
 @contextmanager
 def _woken_by_signals() -> Iterator[int | None]:
-    """Yield a descriptor that becomes readable when a signal arrives or the context ends; None if not supported.
+    """Yield a descriptor that becomes readable when a signal arrives or the context ends.
+
+    Yield None if signals cannot be watched here, as in a thread other than the main thread.
 
     Python handles a signal only when the main thread returns to the interpreter. It does not return while libsndfile
     waits for data from the pipe. Therefore the feeding thread watches this descriptor, and closes the pipe on a

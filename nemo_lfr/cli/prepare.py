@@ -52,9 +52,9 @@ def prepare(
 ) -> dict[str, Any]:
     """Write training manifests for an unpacked corpus. The audio files are not moved or copied.
 
-    KIND is the layout of CORPUS: librispeech, mls, commonvoice or vctk for these corpora as published, folder for
-    any folder of audio files, table for a .csv, .tsv or metadata.jsonl file, or lhotse:NAME for a corpus that the
-    Lhotse recipe NAME can read, such as lhotse:ljspeech.
+    KIND is the layout of CORPUS. Use librispeech, mls, commonvoice or vctk for one of these corpora as published.
+    Use folder for any folder of audio files, and table for a .csv, .tsv or metadata.jsonl file. Use lhotse:NAME,
+    such as lhotse:ljspeech, for a corpus that the Lhotse recipe NAME can read.
 
     If a run is interrupted, the same command resumes it. Files that cannot be used are listed in failures.jsonl;
     the exit code is then 1.

@@ -39,7 +39,7 @@ class FileFigures(TypedDict):
         duration_s: duration of the recording.
         samples: number of samples in the recording at the codec's sample rate.
         token_file_bytes: size of the token file, which is the output of `encode` and the input of `decode`.
-        bit_rate_bps: size of the token file in bits, per second of audio.
+        bit_rate_bps: bits per second of audio, counting the whole token file.
         times_real_time: seconds of audio per second of processing.
     """
 
@@ -96,8 +96,8 @@ class TokenFileFigures(TypedDict):
     """A token file, as described by `info`.
 
     Attributes:
-        bit_rate_bps: size of the whole file in bits, per second of audio.
-        payload_bit_rate_bps: size of the tokens without header and checksums in bits, per second of audio.
+        bit_rate_bps: bits per second of audio, counting the whole file.
+        payload_bit_rate_bps: bits per second of audio, counting only the tokens, not the header or checksums.
         entropy_model: hash of the entropy model that the file was compressed with; None if it is not compressed.
     """
 
@@ -158,7 +158,7 @@ class AudioFigures(TypedDict):
 
 
 class OtherFigures(TypedDict):
-    """Another file or folder, as described by `info`.
+    """File or folder of any other kind, as described by `info`.
 
     Attributes:
         description: text that says what the file or folder is.
@@ -189,8 +189,8 @@ class DemoResult(Result):
     Attributes:
         original_bytes: size of the recording as 16-bit samples.
         token_file_bytes: size of the token file.
-        bit_rate_bps: size of the token file in bits, per second of audio.
-        codec_bit_rate_bps: size of the tokens alone, without the rest of the file, in bits per second of audio.
+        bit_rate_bps: bits per second of audio, counting the whole token file.
+        codec_bit_rate_bps: bits per second of audio, counting only the tokens.
         encode_s: time that encoding took.
         decode_s: time that decoding took.
         spectrograms: path of the picture; None if matplotlib is not installed.
@@ -235,7 +235,7 @@ class PrepareResult(Result):
     """Output of `prepare`.
 
     Attributes:
-        splits: manifest of each split (train, valid or test), by the name of the split.
+        splits: manifests by the name of their split (train, valid or test).
         failures_file: path of failures.jsonl; None if nothing failed.
         kept: files of earlier runs in the output folder that this run did not write.
         held_out_by: kind of group that was held out for validation: "speaker", "folder" or "file". Several kinds are
@@ -302,7 +302,7 @@ class EntropyFitResult(Result):
         frames: number of frames in these utterances.
         held_out_frames: number of frames that the model was measured on.
         entropy_model: hash of the model.
-        bits_per_frame: mean number of bits per compressed frame, for the utterances that were held out.
+        bits_per_frame: mean number of bits per frame after compression, measured on the held-out utterances.
         uniform_bits_per_frame: number of bits per frame without compression.
         saved_share: fraction of the uncompressed bits that the model saves.
     """

@@ -47,7 +47,8 @@ def serve(
     """Run a server that encodes and decodes files and live streams, with a page for browsers at /.
 
     Live streams are processed together in batches. If the environment variable NEMO_LFR_TOKEN is set, clients must
-    send its value as the access token. After SIGTERM or Ctrl-C, open streams may end before the server stops.
+    send its value as the access token. After SIGTERM or Ctrl-C, the server lets open streams finish, for up to
+    --drain seconds, and then stops.
     """
     try:
         from nemo_lfr.serve.app import Settings, create_app

@@ -31,7 +31,7 @@ class Session:
         as_json: whether to print the result as JSON on stdout, and print nothing else on stdout.
         quiet: whether to print only errors on stderr.
         verbose: whether to print log messages and tracebacks on stderr.
-        started: whether the arguments were accepted and the work has begun. It determines the exit code of an error.
+        started: whether the arguments were accepted and the work has begun. This determines the exit code of an error.
         failures: records of requested work that failed.
         reported: number of failures that `report_failures` has already printed.
         lost_output: whether a part of the result could not be printed, because stdout was closed.

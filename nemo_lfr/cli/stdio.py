@@ -48,7 +48,7 @@ def spooled(source: str, suffix: str, new_suffix: str) -> Iterator[FileTask]:
         new_suffix: suffix of the temporary output file.
 
     Yields:
-        The task to run in the context, from the input file to the temporary output file.
+        The task to run in the context. Its output is the temporary file.
     """
     with tempfile.TemporaryDirectory(prefix="nemo-lfr-") as folder:
         path = Path(source)

@@ -19,7 +19,8 @@ HEARTBEAT_S = 20.0
 def echo_stderr(text: str) -> None:
     """Print one line on stderr, with control characters replaced.
 
-    Write errors, for example if stderr is a log file on a full disk, are ignored so that they do not end the command.
+    If the line cannot be written, for example to a log file on a full disk, the error is ignored, so that it does not
+    end the command.
 
     Raises:
         BrokenPipeError: if the reader of stderr has closed its pipe.

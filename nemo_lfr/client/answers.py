@@ -20,7 +20,7 @@ def parse_object(text: bytes | str) -> dict[str, Any] | None:
 
 
 def has_type(value: object, kind: type) -> bool:
-    """Return whether a JSON value is a string, or a positive number below 2**63.
+    """Return whether a JSON value has the expected type. A number must also be positive and below 2**63.
 
     Args:
         value: the JSON value.
@@ -33,7 +33,7 @@ def has_type(value: object, kind: type) -> bool:
 
 
 def parse_tokens(frames: object, num_codebooks: int, codebook_size: int) -> np.ndarray | None:
-    """Convert a list of frames to tokens [C, T_encoded]; return None if it is invalid.
+    """Convert a list of frames to tokens [C, T_encoded]; return None if the list is invalid.
 
     Args:
         frames: list of frames, each with one token per codebook.
@@ -92,7 +92,10 @@ def _flac_figures(content: bytes) -> tuple[int, int] | None:
 
 
 def _ogg_problem(content: bytes) -> str | None:
-    """Return a text unless the file is Ogg Opus and its last page has the end-of-stream flag."""
+    """Return why a file is not a complete Ogg Opus file; None if it is one.
+
+    The last page of a complete file has the end-of-stream flag.
+    """
     position, is_last = 0, False
     while content[position : position + 4] == b"OggS" and position + 27 <= len(content):
         is_last = bool(content[position + 5] & 4)

@@ -134,7 +134,7 @@ def encode_file(server: Server, audio: bytes | str | os.PathLike[str]) -> Encode
 
 
 def _read(server: Server, audio: object) -> tuple[bytes, ServerInfo]:
-    """Read an audio file that is not larger than the server's limit; also return the description of the server.
+    """Read an audio file, check its size, and return its content and the description of the server.
 
     The file is opened before the server is asked for its limit, so that a wrong path is reported first.
     """

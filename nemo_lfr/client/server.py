@@ -110,7 +110,7 @@ class Server:
         Only errors in `RETRIED` lead to another attempt.
 
         Raises:
-            ServerError: the error in the last attempt.
+            ServerError: the error of the last attempt.
         """
         waits = self.waits()
         while True:

@@ -98,7 +98,7 @@ def _refusal(server: Server, error: urllib.error.HTTPError) -> ServerError:
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
     """Handler that does not follow redirects.
 
-    urllib would send the access token to the other address, but not the file.
+    If urllib followed a redirect, it would send the access token, but not the file, to the new address.
     """
 
     def redirect_request(self, *_: Any) -> None:

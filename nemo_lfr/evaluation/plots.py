@@ -83,7 +83,7 @@ def _values(result: Result, keys: Sequence[str], name: str) -> list[float]:
 
 
 def _padded(low: float, high: float) -> tuple[float, float]:
-    """Return a range with a margin on both sides, also if `low` equals `high`."""
+    """Return a range with a margin on both sides, even if `low` equals `high`."""
     margin = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
     return low - margin, high + margin
 

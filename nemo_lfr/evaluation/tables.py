@@ -35,7 +35,7 @@ class Mean:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Mean":
-        """Compute the mean of one or more values, and its confidence interval."""
+        """Compute the mean of one or more values, and the confidence interval of the mean."""
         rng, found = np.random.default_rng(0), np.asarray(values, float)
         # Draw the resamples in blocks, since all of them together need gigabytes of memory for a large test set.
         blocks = [rng.choice(found, (RESAMPLES // 50, len(found))).mean(axis=1) for _ in range(50)]
@@ -133,7 +133,7 @@ def quality(
         evaluation: results to tabulate.
         keys: keys of the recordings to include.
         title: title of the table.
-        card: values from NVIDIA's model card for the same test set, by metric, which become the last row.
+        card: values from NVIDIA's model card for the same test set, by metric. They become the last row.
 
     Returns:
         A table. It has a column for each metric for which at least one codec has a value.
@@ -154,7 +154,10 @@ def quality(
 
 
 def heading(name: str, metric: Metric) -> str:
-    """Return the column name of a metric, with its unit, and an arrow up if higher or down if lower is better."""
+    """Return the column name of a metric: name, unit and an arrow.
+
+    The arrow points up if higher values are better, and down if lower values are better.
+    """
     arrow = {"higher": " ↑", "lower": " ↓", None: ""}[metric.better]
     return f"{name}{f' ({metric.unit})' if metric.unit else ''}{arrow}"
 
@@ -163,9 +166,10 @@ def differences(evaluation: Evaluation, keys: Sequence[str]) -> Table | None:
     """Tabulate the paired differences between codecs, with one row for each pair of codecs.
 
     Returns:
-        A table, or None if there are fewer than two codecs besides "original". Each cell contains the mean of the
-        differences (first codec minus second codec) over the recordings for which both codecs have a value, and its
-        confidence interval. If the interval excludes zero, the mark FIRST or SECOND shows which codec is better.
+        A table, or None if there are fewer than two codecs besides "original". Each cell contains a mean
+        difference (first codec minus second codec) with its confidence interval. The mean is over the recordings for
+        which both codecs have a value. If the interval excludes zero, a mark (FIRST or SECOND) shows which codec is
+        better.
     """
     metrics = all_metrics()
     codecs = [result for result in evaluation.results if result.name not in REFERENCES]

@@ -18,7 +18,7 @@ def accelerate(model: NeMoAudioCodecModel) -> NeMoAudioCodecModel:
     """Replace the encoder, quantizer and decoder of a loaded NeMo `AudioCodecModel` with modules of this package.
 
     The weights are kept: the parameters remain the same objects, with their dtype, device and `requires_grad`.
-    Wrappers around the replaced modules, from `torch.compile` or `DistributedDataParallel`, are removed.
+    If `torch.compile` or `DistributedDataParallel` wraps a replaced module, the wrapper is removed.
 
     Args:
         model: model to change in place. A plain `AudioCodecModel` becomes an `LFRCodecModel`; an instance of a

@@ -1,4 +1,4 @@
-"""Log spectrogram images of the same clips whose audio NeMo's logging callback logs."""
+"""Log spectrogram images of the clips that NeMo's logging callback logs as audio."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ RESOLUTION = (1024, 256, 1024)
 
 
 class SpectrogramGenerator(ArtifactGenerator):
-    """Generator of spectrogram images (in dB) of the clips that the config's `log_config` selects.
+    """Generator of spectrogram images, in dB, for the clips that `log_config` in the config selects.
 
     The original clips are logged once, and their reconstructions at every logging step.
     """

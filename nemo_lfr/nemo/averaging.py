@@ -69,8 +69,8 @@ class WeightAveraging(BaseModel):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the moving average of the weights to a checkpoint.
 
-        During validation, the model holds the averaged weights. If a checkpoint is saved then, for example after a
-        signal from Slurm, its state dict still gets the trained weights.
+        A checkpoint may be saved during validation, for example after a signal from Slurm. The model then holds the
+        averaged weights, but the state dict in the checkpoint still gets the trained weights.
         """
         super().on_save_checkpoint(checkpoint)
         if self._average is None:

@@ -1,8 +1,8 @@
 """Base class of the mixins that make up `LFRCodecModel`.
 
-Importing this module also imports NeMo and the modules of this folder that need NeMo and Lightning directly. If NeMo
-is missing or broken, the import raises MissingExtraError with a one-line message. The other modules of the folder
-import the NeMo classes that they need from here.
+This module imports NeMo, and also the modules in this folder that import NeMo or Lightning themselves. If NeMo is
+missing or broken, the import therefore fails here, with MissingExtraError and a one-line message. The mixins in this
+folder import NeMo's classes from this module.
 """
 
 from pathlib import Path

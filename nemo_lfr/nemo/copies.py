@@ -37,7 +37,7 @@ class Copies(BaseModel):
         return other
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Self":
-        """Return an independent model that shares only the data loaders."""
+        """Return an independent copy. Only the data loaders are shared with this model."""
         other = memo[id(self)] = type(self).__new__(type(self))
         state = {key: value if key in _DATA_LOADERS else copy.deepcopy(value, memo) for key, value in self._to_copy()}
         other.__setstate__(state | _NO_TRAINER)
@@ -74,7 +74,7 @@ def _unpickled(
 ) -> BaseModel:
     """Rebuild a model from the values that `LFRCodecModel.__reduce__` returned.
 
-    The model is on the device on which the weights in `state` are.
+    The model is on the same device as the weights in `state`.
     """
     for name, component in components.items():
         register_component(component, name=name)

@@ -150,8 +150,8 @@ class Inference(BaseModel):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Pad audio with zeros to complete frames.
 
-        Unlike NeMo's method, this method also sets the samples after the end of each example to zero, so that other
-        values there have no effect.
+        Unlike NeMo's method, this method also sets the samples after the end of each example to zero. The values of
+        these samples therefore have no effect.
 
         Args:
             audio: samples, shape [B, T_audio].

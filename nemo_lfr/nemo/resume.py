@@ -1,4 +1,4 @@
-"""Crash-safe training checkpoints: write them atomically, and remove unfinished ones before a run is resumed."""
+"""Write training checkpoints atomically, and remove unfinished checkpoints before a run is resumed."""
 
 import logging
 import os
@@ -51,7 +51,7 @@ def tidy_checkpoints(experiment: str | os.PathLike[str]) -> None:
 
     Call this function before `exp_manager`, in one process only. NeMo refuses to resume if the last checkpoint is
     unfinished, even if an older one is intact. NeMo resumes from a file named `*last.ckpt`. If no intact file has such
-    a name, the newest intact checkpoint is copied to one.
+    a name, the newest intact checkpoint is copied to a file with such a name.
 
     Args:
         experiment: folder of the run, such as EXP_DIR/NAME. A missing folder is ignored.

@@ -143,7 +143,10 @@ def _is_wavlm(key: str) -> bool:
 
 
 def _stock_names(state: Mapping[str, Any]) -> set[str]:
-    """Return the names under which NeMo stores the weights of convolutions that have no weight norm in `state`."""
+    """Return NeMo's names for the weights of convolutions whose weight norm was removed.
+
+    `state` contains the plain weights of these convolutions. The result names the weight-norm directions instead.
+    """
     stems = [key.removesuffix(".weight") for key in state if key.endswith(".conv.weight")]
     return {stem + DIRECTION for stem in stems if stem.partition(".")[0] in PARTS}
 

@@ -1,4 +1,4 @@
-"""Training and validation steps of `LFRCodecModel`, which update the weights as NeMo does, but faster."""
+"""Training and validation steps of `LFRCodecModel`. The weight updates equal those of NeMo, but take less time."""
 
 import functools
 import logging
@@ -51,7 +51,7 @@ class TrainingSteps(WeightAveraging):
         """Build the discriminators, and let Lightning write checkpoints atomically.
 
         Raises:
-            ConfigError: if the config sets a loss that this package does not train with, an invalid dropout rate, or
+            ConfigError: if the config sets a loss that this package does not support, an invalid dropout rate, or
                 a component that cannot be built.
         """
         super().setup(stage)
@@ -179,8 +179,8 @@ class TrainingSteps(WeightAveraging):
     def configure_callbacks(self) -> list[Callback]:
         """Return `RestoreTrainedWeights` and, for training, NeMo's logging callback.
 
-        The callback also logs spectrograms if `log_config.log_spectrograms` is set in the config. Without training,
-        the callback is left out: it reads its clips at once, and a saved model does not know their folders.
+        The logging callback also logs spectrograms if `log_config.log_spectrograms` is set in the config. It is
+        only used for training: it opens its clips at once, and the config of a saved model lacks their folders.
         """
         if self._trainer is not None and self._trainer.state.fn != TrainerFn.FITTING:
             return [RestoreTrainedWeights()]

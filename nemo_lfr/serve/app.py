@@ -174,7 +174,7 @@ async def _report(_: Request, error: Exception) -> Response:
 
 
 async def _report_path(request: Request, error: Exception) -> Response:
-    """Return an error of Starlette, such as an unknown path or a wrong method, as JSON."""
+    """Return an error that Starlette raised, such as an unknown path or a wrong method, as JSON."""
     assert isinstance(error, HTTPException)
     message = error.detail
     if error.status_code == 404:

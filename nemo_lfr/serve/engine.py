@@ -32,11 +32,11 @@ SHUTTING_DOWN = "the server is shutting down; connect to another one."
 
 
 class OverloadedError(NemoLfrError):
-    """Error that refuses a new stream, because the engine is full or shutting down."""
+    """Raised for a new stream if the engine is full or shutting down."""
 
 
 class ShutdownError(OverloadedError):
-    """Error that refuses or ends a stream, because the engine is shutting down."""
+    """Raised for a new or an open stream if the engine is shutting down."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,8 @@ class Engine:
     Attributes:
         draining: whether new sessions are refused. The server sets this attribute when it shuts down.
         num_opened: number of sessions opened so far.
-        fault: text of the unexpected error that ended all streams of the last step; None if a stream in the last step
-            had no error.
+        fault: text of the last unexpected error that ended all streams of a step. None if there was no such error, or
+            if a later step has processed at least one stream without an error.
     """
 
     def __init__(
@@ -178,7 +178,10 @@ class Engine:
                 self._changed.notify_all()
 
     def close(self) -> None:
-        """Stop the thread. Open sessions still return the results so far; then `collect` raises `ShutdownError`."""
+        """Stop the thread.
+
+        Open sessions still return the results that have been computed. Then `collect` raises `ShutdownError`.
+        """
         with self._changed:
             self._closing = True
             self._changed.notify_all()

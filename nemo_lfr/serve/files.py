@@ -274,7 +274,7 @@ async def _steps(iterator: Iterator[T]) -> AsyncIterator[T]:
 
 @asynccontextmanager
 async def _spooled(request: Request, max_bytes: int, limits: StreamLimits) -> AsyncIterator[Path]:
-    """Write the body of a request to a temporary file, and remove the file after the context.
+    """Write the body of a request to a temporary file, and remove the file when the context ends.
 
     Yields:
         The path of the file.

@@ -1,4 +1,4 @@
-"""OpenAPI description of the HTTP endpoints. OpenAPI cannot describe WebSockets; docs/reference/protocol.md does."""
+"""OpenAPI description of the HTTP endpoints. OpenAPI cannot describe WebSockets; see docs/reference/protocol.md."""
 
 from typing import Any
 

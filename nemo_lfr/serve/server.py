@@ -94,14 +94,14 @@ class _HeaderLimit(asyncio.Protocol):
 class Server(uvicorn.Server):
     """uvicorn server that waits for open streams before it stops.
 
-    After the first signal, `/health` returns 503 and new streams are refused. The server waits for open streams to
-    end, and then closes the rest with code 1012. A second signal skips the rest of the wait.
+    After the first signal, `/health` returns 503 and new streams are refused. The server waits up to
+    `drain_s` - 3 seconds for open streams to end. It then closes the remaining streams with code 1012. A second signal
+    ends the wait at once.
 
     Args:
         config: uvicorn's settings.
         app: application that `create_app` returned.
-        drain_s: maximum time in seconds from the first signal to the end of the process. Open streams are closed 3 s
-            earlier.
+        drain_s: maximum time in seconds from the first signal to the end of the process.
     """
 
     def __init__(self, config: uvicorn.Config, app: Starlette, drain_s: float) -> None:
@@ -135,7 +135,10 @@ class Server(uvicorn.Server):
 
 
 def _without_traceback(record: logging.LogRecord) -> bool:
-    """Remove the traceback from uvicorn's log record of a message that is not UTF-8, which any client can cause."""
+    """Remove the traceback from the log record that uvicorn writes when a client sends a message that is not UTF-8.
+
+    Any client can cause this record, and it does not show a bug.
+    """
     if record.getMessage().startswith("Invalid UTF-8"):
         record.exc_info = None
     return True

@@ -174,7 +174,10 @@ class Session:
         return self._ramp[0] if self._ramp else max(1, self._available())
 
     def _take(self, frames: int) -> np.ndarray:
-        """Remove the next chunk from the queue and return it. While a ramp lasts, it replaces the size `frames`."""
+        """Remove the next chunk from the queue and return it.
+
+        The chunk has `frames` frames, or the number that the ramp requires while the ramp lasts.
+        """
         self._taken_at = time.monotonic()
         wanted = (self._ramp.popleft() if self._ramp else frames) * self._frame
         pieces: list[np.ndarray] = []

@@ -51,7 +51,7 @@ class StreamLimits:
             rate: samples or frames per second, Hz.
 
         Raises:
-            ProtocolError: if it is longer.
+            ProtocolError: if the audio is longer.
         """
         if num_items > self.max_seconds * rate:
             raise ProtocolError(

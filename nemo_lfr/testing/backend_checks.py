@@ -93,7 +93,7 @@ def check_spec(codec: Codec[Any]) -> None:
 def check_lengths(codec: Codec[Any]) -> None:
     """Check shapes, types and ranges of results for clips of several lengths.
 
-    The lengths are 0 samples, 1 sample, and 7 frames exactly, minus one sample and plus one sample.
+    The lengths are 0, 1, n - 1, n and n + 1 samples, where n is the number of samples in 7 frames.
     """
     for length in (0, 1, *(7 * codec.samples_per_frame + extra for extra in (-1, 0, 1))):
         clip = synthesize(length / SAMPLE_RATE)[:length]
@@ -119,7 +119,7 @@ def check_batches(codec: Codec[Any]) -> None:
     """Check that clips in a batch do not affect each other.
 
     The samples after the end of a clip must not affect the result of the clip either. Some clips have similar lengths
-    (21 to 23 frames), so that a backend may batch windows of different lengths.
+    (21 to 23 frames), because a backend may process windows of slightly different lengths in one batch.
     """
     clips = [_speech(codec, num_frames, seed) for seed, num_frames in enumerate((9.5, 23, 1, 22.6, 21.2, 20.5))]
     batch = np.full((len(clips), max(map(len, clips))), 0.7, np.float32)

@@ -127,7 +127,7 @@ def _targets(config: Mapping[str, Any], own: bool = False) -> Iterator[tuple[str
 def _plain_section(config: Mapping[str, Any], key: str, own: bool) -> Any:
     """Return a section as Python values, or None if the section cannot be resolved.
 
-    In that case, an error is raised later, when the component is built.
+    If it cannot be resolved, an error is raised later, when the component is built.
     """
     try:
         section = config.get(key)

@@ -38,7 +38,7 @@ class CodecDataset(Dataset[dict[str, Any]]):
             recordings.
         min_duration: minimum duration of a recording in seconds. Shorter recordings are skipped.
         max_duration: maximum duration of a recording in seconds. Longer recordings are skipped.
-        trunc_duration: maximum duration in seconds that is read from the start of a recording.
+        trunc_duration: duration in seconds; a longer recording is cut to its first `trunc_duration` seconds.
         volume_norm: whether to scale the audio to a peak of 0.95, as NeMo does.
 
     Raises:
@@ -180,7 +180,7 @@ class SegmentSampler(DistributedSampler[tuple[int, float]]):
     """Sampler that draws recordings and the starts of segments. The draws depend only on the seed and the epoch.
 
     A run that is resumed at an epoch therefore draws the same segments, with any number of data loader workers.
-    Lightning does not replace a `DistributedSampler` with its own sampler, and sets the epoch of the sampler.
+    The base class is `DistributedSampler` because Lightning sets the epoch of such a sampler and does not replace it.
 
     Args:
         dataset: dataset to sample from.

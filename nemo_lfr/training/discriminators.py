@@ -179,7 +179,7 @@ class MultiPeriodDiscriminator(_Networks):
         self.discriminators = nn.ModuleList(networks)
 
     def preprocess(self, audio: Spectra) -> Views:
-        """Fold the audio into rows of each period."""
+        """Fold the audio into rows, once for each period."""
         return [network.view(audio.audio) for network in cast(Iterable[PeriodDiscriminator], self.discriminators)]
 
 

@@ -80,10 +80,10 @@ def feature_matching(real: FeatureMaps, gen: FeatureMaps) -> torch.Tensor:
 
 
 def relative_feature_matching(real: FeatureMaps, gen: FeatureMaps, guard: float = 1e-3) -> torch.Tensor:
-    """Compute the difference between feature maps, relative to the magnitude of those of real audio (EnCodec).
+    """Compute the relative difference between feature maps of real and generated audio (EnCodec).
 
-    The difference and the magnitude are means over the last dimension (arXiv 2210.13438). `guard` is added to the
-    magnitude, to avoid a division by zero.
+    The difference is divided by the magnitude of the feature map of real audio. Both are means over the last dimension
+    (arXiv 2210.13438). `guard` is added to the magnitude, to avoid a division by zero.
     """
     return _average(
         [
@@ -140,12 +140,12 @@ class CodecLosses(nn.Module):
         reconstruction: module that computes the distances between signals.
         custom: module that computes the custom terms.
         weights: weight of each term, by name. Terms whose weight is zero are left out.
-        generator: function that computes the adversarial term of the generator.
+        generator: function that computes the adversarial term of the generator's loss.
         discriminator: function that computes the loss of the discriminators.
-        feature: function that computes the feature-matching term of the generator.
+        feature: function that computes the feature-matching term of the generator's loss.
 
     Raises:
-        ConfigError: if a loss is neither one of NeMo's nor registered, or cannot be built.
+        ConfigError: if a loss is neither a loss of NeMo nor registered, or cannot be built.
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
@@ -200,7 +200,7 @@ class CodecLosses(nn.Module):
     def adversarial_terms(
         self, scores_gen: Scores, maps_real: FeatureMaps, maps_gen: FeatureMaps
     ) -> dict[str, torch.Tensor]:
-        """Compute the terms of the generator that depend on discriminator outputs.
+        """Compute those terms of the generator's loss that depend on discriminator outputs.
 
         Args:
             scores_gen: scores of generated audio.

@@ -295,7 +295,10 @@ def _unusable(corpus: Path, name: str, error: Exception) -> Failure:
 
 
 def _fitted(utterance: CorpusUtterance, found: dict[str, float | Failure]) -> CorpusUtterance:
-    """Return an utterance with the duration of its audio, or with a problem if the audio ends before its section."""
+    """Return an utterance with its duration, which the length of the file limits.
+
+    If the file ends before the section that the corpus lists, the result has a problem instead.
+    """
     total = found.get(str(utterance.path))
     if utterance.problem or not isinstance(total, float | int):
         return utterance

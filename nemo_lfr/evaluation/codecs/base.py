@@ -45,7 +45,7 @@ class ComparedCodec(ABC):
         name: name of the codec in tables.
         identity: text that identifies the weights, or the version of the program. Stored results are only reused for
             the same text.
-        delay: delay of the codec's output in seconds. `round_trip` compensates it.
+        delay: delay of the codec's output in seconds. `round_trip` compensates for it.
         levels: number of FSQ levels of each dimension of a codebook; (size,) for a codebook that is not FSQ; () for a
             codec without tokens.
 

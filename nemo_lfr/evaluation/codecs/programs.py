@@ -34,7 +34,7 @@ def run_timed(*command: str) -> float:
     """Run a program and return its wall-clock time in seconds.
 
     Raises:
-        NemoLfrError: if the program fails. The message contains the end of its output on stderr.
+        NemoLfrError: if the program fails. The message contains the end of what the program printed on stderr.
     """
     started = time.perf_counter()
     run = subprocess.run(command, capture_output=True, text=True)
