@@ -48,9 +48,10 @@ def check_stream(path: Path) -> None:
 
 
 def _claims(message: Any) -> tuple[int, int]:
-    """Return the number of rows and the decompressed size in bytes that a message declares for its batch.
+    """Return the number of rows and the decompressed size in bytes of the record batch in an Arrow message.
 
-    Both are 0 for a message without a batch. The size is 0 for a batch that is not compressed.
+    Both values are read from the message's header. They are 0 if the message contains no batch. The size is also 0 if
+    the batch is not compressed.
     """
     data = bytes(message.metadata)
     root = _follow(data, 0)
