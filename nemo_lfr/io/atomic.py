@@ -250,7 +250,7 @@ def naming(path: Path, temporary: Path | None = None) -> Iterator[None]:
     """Return a context manager that makes OSErrors name the output file instead of a temporary file.
 
     Args:
-        path: the output file. Errors without a file name, such as that of a full disk, get this name.
+        path: the output file. An error without a file name, such as "No space left on device", gets this name.
         temporary: temporary file or folder that becomes `path`. An error that names this file, or a file in
             this folder, gets the name `path` instead.
     """
