@@ -33,19 +33,19 @@ MAX_BLOCK = 1 << 24
 class AudioReader:
     """Read an audio file as mono float32 blocks at `sample_rate`.
 
-    All samples that can be decoded are read, even if the header declares fewer. In a file that was concatenated with
-    `cat`, all recordings are read. A truncated file is an error. If only the last frame of a recorded stream is
-    incomplete, as in MPEG audio or AAC, a warning is logged instead.
+    All samples that can be decoded are read, even if the header declares fewer. If several files were joined with
+    `cat`, the recordings of all of them are read. A truncated file raises an error. If only the last frame is
+    incomplete, as is common in MPEG or AAC audio that was recorded from a stream, a warning is logged instead.
 
     Args:
         path: the file.
         sample_rate: sample rate of the result in Hz; None for the file's own rate.
-        data: bytes of an audio file in memory, or the descriptor of a pipe with WAV data, which the reader closes.
-            `path` is then only a name for messages.
+        data: bytes of an audio file in memory, or the file descriptor of a pipe with WAV data. The reader closes the
+            descriptor. If `data` is passed, `path` is only a name for messages.
         name: name of the file for messages (default: `path`).
 
     Attributes:
-        native_rate: sample rate of the file (of its first recording if there are several) in Hz.
+        native_rate: sample rate in Hz of the first recording in the file.
         channels: number of channels in the first recording.
         samples_read: number of samples that `blocks` has yielded.
         problem_at_end: function that `blocks` calls at the end of the audio. If it returns an error message instead of
@@ -150,7 +150,10 @@ class AudioReader:
         return self._decoder
 
     def _open_mpeg(self, first: SndfileDecoder) -> Decoder:
-        """Open MPEG audio that follows other bytes, with its exact length. libsndfile only estimates the length."""
+        """Open MPEG audio that follows other bytes.
+
+        Its frames are counted, because libsndfile only estimates the number of samples.
+        """
         if self._source is None or not (streams := find_mpeg(self._source)):
             return first
         self._streams = streams
@@ -171,7 +174,7 @@ class AudioReader:
         return path
 
     def _open_with_ffmpeg(self, error: Exception, stream: Stream) -> Decoder:
-        """Open a stream with FFmpeg after libsndfile failed to open it with `error`."""
+        """Open a stream with FFmpeg. `error` is the exception that libsndfile raised for the same stream."""
         refused = AudioError(f"not an audio file that libsndfile reads ({sndfile_reason(error)}).")
         if self._source is None:
             raise refused from error
@@ -238,7 +241,7 @@ class AudioReader:
         return count
 
     def _decode(self, decoder: Decoder, count: int) -> np.ndarray:
-        """Decode up to `count` samples [n, channels]. Errors get the name of the file."""
+        """Decode up to `count` samples [n, channels]. Error messages begin with the name of the file."""
         try:
             return decoder.read(count)
         except soundfile.LibsndfileError as error:
