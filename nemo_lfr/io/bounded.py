@@ -95,13 +95,15 @@ def is_implausible(
     free_values: int = FREE_INPUT_VALUES,
     free_bytes: int = FREE_INPUT_BYTES,
 ) -> bool:
-    """Return whether compressed data would expand far more than real data does.
+    """Return whether compressed data declares an implausible number of values or decompressed size.
+
+    The limits are proportional to the compressed size, plus a constant.
 
     Args:
         values: declared number of values or rows.
         expanded: declared size of the decompressed data in bytes.
         size: size of the compressed data in bytes.
-        free_values: number of values that is accepted for any compressed size.
-        free_bytes: size of decompressed data that is accepted for any compressed size.
+        free_values: the constant in the limit on values.
+        free_bytes: the constant in the limit on the decompressed size, in bytes.
     """
     return values > VALUES_PER_BYTE * size + free_values or expanded > BYTES_PER_BYTE * size + free_bytes
