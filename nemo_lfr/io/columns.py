@@ -51,9 +51,9 @@ OTHER_TOKENS = frozenset(
 def standard_labels(labels: Mapping[str, Any]) -> dict[str, Any]:
     """Add the standard labels "text", "speaker" and "lang" to the labels of a row.
 
-    The values come from the columns that `LABELS` lists. None, NaN, infinity and columns with the tokens of another
-    codec are dropped. A number is accepted as text or speaker, and converted to text. A number is not accepted as a
-    language, since it would be an index into a list of names that is not available.
+    The values come from the columns that `LABELS` lists. Labels whose value is None, NaN or infinite are dropped, and
+    so are columns with tokens of another codec. A number is accepted as the text or speaker, and converted to a
+    string. A number is not accepted as the language, since it is most likely an index into an unknown list of names.
 
     Args:
         labels: values of the row by column.
