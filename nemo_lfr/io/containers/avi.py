@@ -1,7 +1,7 @@
 """Check that AVI files are complete, chunk by chunk.
 
 FFmpeg skips everything in an AVI file that it does not understand, and stops at the end of the `movi` list, without
-an error. A damaged name or size of a chunk would therefore cost audio unnoticed.
+an error. If the name or size of a chunk is damaged, audio may therefore be lost without notice.
 """
 
 import re
@@ -26,18 +26,18 @@ def is_avi(head: bytes, _: Window) -> bool:
 
 
 def avi_streams(window: Window) -> list[Stream]:
-    """Check the chunks of an AVI file; large files consist of several RIFF chunks."""
+    """Return an AVI file as one `Stream`, after checking its chunks."""
     return walked(window, _parts(window), _SECTION)
 
 
 @dataclass
 class _Avi:
-    """State of the walk: what earlier chunks say about later ones.
+    """Information from the chunks that were read so far, which is needed to check the next chunks.
 
     Attributes:
         kinds: type of each stream, such as b"auds".
         movi_end: end of the current `movi` list; 0 outside of these lists.
-        data: sizes of the chunks with audio in the first RIFF chunk, by their name.
+        data: for each chunk name, the sizes in bytes of the audio chunks in the first RIFF chunk.
     """
 
     kinds: list[bytes] = field(default_factory=list)
@@ -57,9 +57,10 @@ class _Avi:
 
 
 def _parts(window: Window) -> Iterator[int]:
-    """Yield the sizes of all sections: the heads of RIFF chunks and of lists, and whole chunks.
+    """Yield the size in bytes of each section.
 
-    The sections end before the first chunk that does not fit the format.
+    A section is the header of a RIFF chunk, the header of a list, or a whole chunk of another type. A large file has
+    several RIFF chunks. The iterator stops before the first chunk that does not fit the format.
     """
     position, avi = 0, _Avi()
     while window.at(position, 4) == b"RIFF" and (position == 0 or window.at(position + 8, 4) == b"AVIX"):
@@ -90,8 +91,8 @@ def _chunk(window: Window, position: int, end: int, avi: _Avi, is_first: bool) -
         window: the file.
         position: position of the section.
         end: end of the RIFF chunk.
-        avi: state of the walk, which is updated.
-        is_first: whether the RIFF chunk is the first one, which the index describes.
+        avi: information from earlier chunks, which is updated.
+        is_first: whether this is the first RIFF chunk. The index lists only the chunks in the first RIFF chunk.
     """
     head = window.at(position, _LIST_HEAD)
     name, size = head[:4], int.from_bytes(head[4:_HEAD], "little")
@@ -119,7 +120,7 @@ def _chunk(window: Window, position: int, end: int, avi: _Avi, is_first: bool) -
 
 
 def _index_fits(window: Window, start: int, size: int, data: dict[bytes, list[int]]) -> bool:
-    """Return whether an index lists the chunks with audio. FFmpeg does not read some chunks that it does not list."""
+    """Return whether an index lists all audio chunks. FFmpeg may skip a chunk that is missing from the index."""
     listed: dict[bytes, list[int]] = {name: [] for name in data}
     for position in range(start, start + size, _INDEX_ENTRY):
         entry = window.at(position, _INDEX_ENTRY)
