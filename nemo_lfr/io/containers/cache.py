@@ -1,6 +1,6 @@
-"""Cache the positions of recordings in files, since training opens a file again for each segment.
+"""Remember in memory where the recordings in each file are, since training opens a file again for each segment.
 
-Finding the recordings in a FLAC, MP3 or Ogg file requires reading it entirely. That takes 0.2 to 1 s for an hour of
+To find the recordings in a FLAC, MP3 or Ogg file, the whole file must be read. That takes 0.2 to 1 s for an hour of
 audio, far longer than reading a segment.
 """
 
@@ -21,13 +21,13 @@ _found: dict[tuple[int, ...], list[Stream]] = {}
 
 
 def cached_streams(file: BinaryIO) -> list[Stream]:
-    """Return the result of `find_streams`, from the cache if the file is unchanged.
+    """Find the recordings in a file with `find_streams`, or use the cached result if the file is unchanged.
 
     Args:
         file: seekable file, open for reading. The result for an object in memory is not cached.
 
     Returns:
-        The recordings in the file, see `find_streams`.
+        The recordings in the file, in order.
     """
     key = _state(file)
     streams = None if key is None else _found.get(key)
