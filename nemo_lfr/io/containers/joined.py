@@ -29,9 +29,9 @@ HEADER_BYTES = 32  # no match of `_HEADERS` is longer
 
 
 def next_file(window: Window, position: int) -> int | None:
-    """Return where another audio file begins at a position; None if none begins there.
+    """Return the start of another audio file that follows at `position`; None if no file follows.
 
-    One padding byte, tags and zeros may precede the file.
+    The file may be preceded by one padding byte, or by tags and zeros.
     """
     if position >= window.size:
         return None
@@ -42,7 +42,7 @@ def next_file(window: Window, position: int) -> int | None:
 
 
 def header_in(data: bytes) -> int | None:
-    """Return the position of the first header of an audio file in some bytes; None if they contain no header."""
+    """Search `data` for the header of an audio file. Return the position of the header; None if there is none."""
     match = _HEADERS.search(data)
     return None if match is None else match.start()
 
@@ -70,7 +70,7 @@ def find_pattern(window: Window, pattern: re.Pattern[bytes], position: int, long
 
 
 def find_header(window: Window, position: int) -> int | None:
-    """Search samples whose length is unknown for the header of another file.
+    """Search for the header of another file in the samples of a file that does not state their length.
 
     Args:
         window: the file.
