@@ -38,7 +38,9 @@ _UNCHECKED = (
 
 
 def unchecked_format(head: bytes) -> str | None:
-    """Return the name of the format if it is refused, because truncated files cannot be detected; else None.
+    """Return the name of the file's format if truncation cannot be detected in this format; otherwise None.
+
+    Files in such a format are refused.
 
     Args:
         head: first 16 bytes of a file.
@@ -63,7 +65,7 @@ def looks_like_media(head: bytes) -> bool:
 
 
 def has_magic(window: Window, position: int) -> bool:
-    """Return whether a file begins at a position, with a magic number that samples are unlikely to contain."""
+    """Return whether the bytes at `position` are a magic number that samples are unlikely to contain."""
     head = window.at(position, 16)
     return _MAGIC.match(head) is not None or (_SYNC.match(head) is None and looks_like_media(head))
 
