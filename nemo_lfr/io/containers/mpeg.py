@@ -37,9 +37,9 @@ class Frame:
 
     @property
     def kind(self) -> Kind:
-        """Return the properties shared by all frames of a recording.
+        """Return the properties that are the same in all frames of a recording.
 
-        `side` distinguishes mono from stereo.
+        The size `side` differs between mono and stereo.
         """
         return self.layer, self.rate, self.side
 
@@ -109,7 +109,7 @@ def is_late(_: bytes, window: Window) -> bool:
 def frames_follow(window: Window, position: int, least: int = 3) -> bool:
     """Return whether MPEG audio begins at a position.
 
-    At least `least` consecutive frames of one kind are required, or two if the file then ends.
+    At least `least` consecutive frames of one kind are required. Two are enough if the file ends after them.
     """
     position = after_id3(window, position)
     kind: Kind | None = None
@@ -185,7 +185,7 @@ def _left_out(window: Window, start: int | None, stop: int) -> str | None:
 def _confirmed(window: Window, position: int, frame: Frame) -> bool:
     """Return whether a frame is followed by another frame of the same kind, or by the end of the file.
 
-    Other bytes may look like one frame by chance, but hardly like two.
+    Other bytes may look like a frame by chance, but are very unlikely to look like two consecutive frames.
     """
     following = position + frame.length
     if following > window.size:
@@ -219,7 +219,7 @@ def _next_sync(window: Window, position: int) -> int:
 
 
 def _xing_frames(frame_bytes: bytes, frame: Frame) -> int | None:
-    """Return the number of frames that a header frame declares; None if the frame is not a header frame."""
+    """Return the number of frames that a Xing or VBRI header declares; None if the frame is not such a header."""
     if frame.layer != 3:
         return None
     tag = frame_bytes[4 + frame.side : 4 + frame.side + 12]
@@ -258,8 +258,8 @@ def mpeg_streams(window: Window) -> list[Stream]:
 def _is_plain(window: Window, piece: Piece) -> bool:
     """Return whether a file consists only of ID3v2 tags, frames and an ID3v1 tag.
 
-    The size that the file declares must also be correct within 0.5%. libmpg123 would print messages about any other
-    file to stderr.
+    If the file declares the size of its audio, the size must also be correct within 0.5%. For any other file,
+    libmpg123 would print messages to stderr.
     """
     (start, stop), *others = piece.spans
     tag = window.size - 128
@@ -274,7 +274,7 @@ def _is_plain(window: Window, piece: Piece) -> bool:
 
 
 def _xing_bytes(window: Window, piece: Piece) -> int | None:
-    """Return the size in bytes that the header frame declares; None if it declares none."""
+    """Return the size of the recording in bytes that its Xing header declares; None if no size is declared."""
     tag = _xing_tag(window, piece)
     return struct.unpack_from(">I", tag, 12)[0] if len(tag) >= 16 and tag[7] & 3 == 3 else None
 
@@ -289,7 +289,7 @@ def _xing_tag(window: Window, piece: Piece) -> bytes:
 
 
 def _true_header(window: Window, piece: Piece) -> tuple[bytes, list[Span]]:
-    """Return the header frame with the correct size, and the byte ranges of the other frames."""
+    """Return the Xing header after correcting the declared size, and the byte ranges of the other frames."""
     (start, stop), *others = piece.spans
     header = bytearray(window.at(start, piece.first_length))
     frame = read_frame(piece.first)
@@ -300,14 +300,14 @@ def _true_header(window: Window, piece: Piece) -> tuple[bytes, list[Span]]:
 
 
 def _xing_header(head: bytes, count: int) -> bytes:
-    """Return a silent header frame that declares `count` frames.
+    """Return a Xing header, which is a silent frame that declares `count` frames.
 
     Args:
-        head: first four bytes of an audio frame. The header frame has the same sample rate and number of channels.
+        head: first four bytes of an audio frame. The Xing header has the same sample rate and number of channels.
         count: number of frames to declare.
 
     Returns:
-        The frame; empty for layers 1 and 2, which have no header frames.
+        The frame; empty for layers 1 and 2, which have no Xing headers.
     """
     frame = read_frame(head)
     if frame is None or frame.layer != 3:
