@@ -152,7 +152,7 @@ def _wavpack_parts(window: Window) -> Iterator[int]:
 
 
 def _is_further(window: Window, position: int) -> bool:
-    """Return whether a WavPack block has the same samples as the previous block, in further channels."""
+    """Return whether a WavPack block covers the same time as the previous block, but other channels."""
     return not window.at(position + 25, 1)[0] & 8  # bit 11 of the flags marks the first block of a group
 
 
