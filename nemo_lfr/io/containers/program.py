@@ -1,7 +1,7 @@
 """Check that MPEG program streams (MPG, VOB) and transport streams (TS, M2TS) are complete.
 
 Both consist of packets, each of which names its track. FFmpeg reads the available part of a truncated file without an
-error. In concatenated files, it reads only the tracks that the first file has.
+error. If several files were joined, FFmpeg reads only the tracks that the first one has.
 """
 
 import numpy as np
@@ -86,7 +86,10 @@ def _note_track(extents: Extents, track: int, position: int) -> None:
 
 
 def _joined(window: Window, extents: Extents) -> list[Stream]:
-    """Return a stream with an error if one track ends before another begins, as in concatenated files; else []."""
+    """Return a stream with a `problem` if a track ends before another one begins; otherwise an empty list.
+
+    Such a file was joined from several files.
+    """
     last = min((last for _, last in extents.values()), default=0)
     is_joined = any(first > last for first, _ in extents.values())
     return [whole_file(window.size, JOINED)] if is_joined else []
