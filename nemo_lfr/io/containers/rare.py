@@ -130,7 +130,10 @@ def is_mat4(_: bytes, window: Window) -> bool:
 
 
 def mat4_streams(window: Window) -> list[Stream]:
-    """Return a MATLAB 4 file as one `Stream`, after checking the matrices with the sample rate and the samples."""
+    """Return a MATLAB 4 file as one `Stream`, after checking the sizes of its two matrices.
+
+    One matrix contains the sample rate, and the other one contains the samples.
+    """
     position = 0
     order = "<" if window.at(0, 4) == bytes(4) else ">"
     for _ in range(_MAT4_MATRICES):
@@ -241,13 +244,13 @@ def htk_streams(window: Window) -> list[Stream]:
 def _in_blocks(window: Window, start: int, block: int) -> list[Stream]:
     """Return a file whose header stores no length as one `Stream`, after checking that its last block is complete.
 
-    A file that is truncated between two blocks looks complete, so the stream always has a warning (`note`). Appended
-    tags are not read.
+    A file that is truncated between two blocks looks complete, so the stream always has a warning (`note`). Tags at
+    the end of the file are not part of the stream.
 
     Args:
         window: the file.
         start: position of the first block.
-        block: size of a block in bytes: one sample of each channel, or several.
+        block: size of a block in bytes. A block contains one or more samples of each channel.
     """
     end = until_end(window, start)
     if end is None or window.find(window.at(0, 16), start) >= 0:
