@@ -35,8 +35,8 @@ class Stream:
         header: bytes that a decoder must read before these ranges.
         is_file: whether the stream is the unchanged file, which a decoder can open by itself.
         problem: error message if the recording cannot be read; None if it is complete.
-        note: warning about an irregularity by which almost no audio is lost; None if there is none.
-        is_checked: whether the recording was checked for truncation, which depends on the format.
+        note: warning about an irregularity in the file that costs little or no audio; None if there is none.
+        is_checked: whether the recording was checked for truncation. Some formats cannot be checked.
         by_name: whether libsndfile needs a file name, rather than a file object, to decode the format (MPEG audio).
     """
 
@@ -178,11 +178,12 @@ NO_LENGTH = "the audio has no length in its header, as after an interrupted reco
 def is_chunk(rest: bytes, left: int | None = None, order: str = "<") -> bool:
     """Return whether some bytes are the beginning of a RIFF chunk.
 
-    Samples may look like the name of a chunk, but rarely also like a possible length.
+    A chunk begins with its name and length. Samples may look like a name by chance, but are then unlikely to be
+    followed by a possible length.
 
     Args:
         rest: the bytes.
-        left: number of bytes from the first of them to the end of the file; None if unknown.
+        left: number of bytes from the beginning of `rest` to the end of the file; None if unknown.
         order: byte order in the notation of `struct`.
     """
     if not CHUNK_NAME.match(rest):
@@ -195,7 +196,7 @@ def is_chunk(rest: bytes, left: int | None = None, order: str = "<") -> bool:
 def goes_on(rest: bytes, left: int | None = None, order: str = "<") -> bool:
     """Return whether more samples follow than the header declares.
 
-    The result is False if a chunk (see `is_chunk`) or a tag follows, or fewer than 16 bytes.
+    The result is False if a chunk (see `is_chunk`) or a tag follows, or if fewer than 16 bytes remain.
 
     Args:
         rest: the first bytes after the declared samples.
