@@ -112,9 +112,10 @@ class WavSamples:
         return b"".join(samples)
 
     def _before_header(self, data: bytes, last: bool) -> bytes:
-        """Return the samples in `data` up to the header of another file, for samples of unknown length.
+        """Return the samples in `data` before the header of another file, or all samples if there is no header.
 
-        The last bytes are kept until more data arrives, since a header may begin in them.
+        This method is used if the length of the samples is unknown. The last bytes are kept until more data arrives,
+        since a header may begin in them.
         """
         if (found := header_in(data)) is not None:
             self._done, self.problem = True, SEVERAL
@@ -298,7 +299,8 @@ def _samples_follow(window: Window, stop: int, declared: int, order: str) -> boo
 def _is_mock_chunk(window: Window, position: int, order: str) -> bool:
     """Return whether bytes that look like a chunk are samples.
 
-    They are samples if the name is unknown, and the length leads beyond the end of the file or to unrecognized bytes.
+    They are samples if the chunk's name is unknown, and if its length leads beyond the end of the file or to bytes
+    that are not recognized.
     """
     end = _end_of_chunks(window, position, order)
     is_beyond = end > max(window.size + 1, position) and not window.at(position, 11).startswith(TAGS)
