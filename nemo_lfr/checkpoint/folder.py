@@ -75,8 +75,8 @@ def module_tensors(config: Mapping[str, Any], modules: Mapping[str, nn.Module], 
     expected = {f"{part}.{key}" for part, module in parts.named().items() for key in module.state_dict()}
     if different := sorted(expected.symmetric_difference(tensors)):
         raise NemoLfrError(
-            f"{name}: {len(different)} weights exist only in the codec or only in its config, first {different[0]}; "
-            "merge or remove modules that were added, such as adapters."
+            f"{name}: the codec's weights do not match its config; {len(different)} names appear in only one of the "
+            f"two, for example {different[0]}. Merge or remove modules that were added, such as adapters."
         )
     return tensors
 

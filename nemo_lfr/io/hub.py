@@ -141,8 +141,8 @@ def _download(repository: str, refresh: bool) -> Path:
         if len(cached_files := _in_snapshot(repository)) > 1:
             listing = shorten(", ".join(path.name for path in cached_files), 200)
             raise CheckpointError(
-                f"{repository}: the copy in the Hub's cache contains {len(cached_files)} .nemo files ({listing}), and "
-                f"the Hub cannot be reached; pass the path of one of them, in {cached_files[0].parent}."
+                f"{repository}: the Hub cannot be reached, and its cache contains {len(cached_files)} .nemo files in "
+                f"{cached_files[0].parent} ({listing}); pass the path of one of these files."
             ) from error
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
