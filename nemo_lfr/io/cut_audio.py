@@ -40,7 +40,7 @@ MAX_DOWNLOAD_SECONDS = 900
 
 
 def check_cut(manifest: Mapping[str, Any], allow_url: bool = False) -> None:
-    """Raise an error if a cut would run a program or open a source that is not allowed.
+    """Raise an error if reading a cut would run a program or open a source that is not allowed.
 
     Args:
         manifest: cut of any type as a dict. The check covers its recording, custom recordings, tracks, supervisions,
@@ -106,8 +106,9 @@ def _check_array(item: Mapping[str, Any]) -> None:
 def read_cut(cut: Any, sample_rate: int, longest: float = math.inf, allow_url: bool = False) -> np.ndarray:
     """Read a Lhotse cut or recording as mono samples.
 
-    An excerpt of one file, with all its channels and without augmentation, gets the same samples as an entry of a NeMo
-    manifest. For any other cut, this module reads the sources, and Lhotse assembles the cut from their samples.
+    If the cut is an excerpt of one file, with all channels of the file and no augmentation, the samples are the same
+    as for an entry of a NeMo manifest. For any other cut, this module reads the sources, and Lhotse assembles the cut
+    from their samples.
 
     Args:
         cut: cut of any type, or recording.
@@ -147,10 +148,10 @@ def read_cut(cut: Any, sample_rate: int, longest: float = math.inf, allow_url: b
 
 
 def forbid_programs() -> None:
-    """Remove those of Lhotse's default audio backends that start a shell.
+    """Remove the backends that start a shell from Lhotse's default audio backends.
 
-    The change lasts until this process ends. It is needed in addition to `read_cut`, because NeMo's data loaders open
-    audio files with Lhotse, to read the sample rate, before they call `read_cut`.
+    The change lasts until this process ends. `read_cut` does not use these backends, but NeMo's data loaders open
+    audio files with Lhotse before `read_cut` is called, to find the sample rate.
     """
     from lhotse.audio.backend import (
         FfmpegSubprocessOpusBackend,
