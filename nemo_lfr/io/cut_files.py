@@ -305,7 +305,8 @@ def _cut_of(recording: Any, supervisions: Mapping[str, Sequence[Any]]) -> dict[s
 def supervisions_beside(recordings: Path) -> Path | None:
     """Return the file of supervisions that accompanies a file of recordings; None if it does not exist.
 
-    Lhotse's recipes write both files to the same folder, with names that differ only in this word.
+    Lhotse's recipes write both files to the same folder. Their names differ only in the word "recordings" or
+    "supervisions".
     """
     head, found, tail = recordings.name.rpartition("recordings")
     path = recordings.with_name(f"{head}supervisions{tail}")
