@@ -49,7 +49,7 @@ def as_model(model: EntropyModel | str | os.PathLike[str] | None) -> EntropyMode
 
 
 def model_for(codec: KnownCodec, model: EntropyModel | str | os.PathLike[str] | None = None) -> EntropyModel:
-    """Return the entropy model for a codec's tokens, and check that it fits.
+    """Return the entropy model for a codec's tokens, and check that the model fits the codec.
 
     Args:
         codec: codec of the tokens.
@@ -97,7 +97,7 @@ def find_model(
 
     Args:
         wanted: hash of the model, as stored in the token file.
-        beside: path of the token file. `HASH.lfrm` is searched in the file's folder and in the parent folder.
+        beside: path of the token file. The function looks for `HASH.lfrm` in the file's folder and its parent folder.
         written_by: program that wrote the token file, for messages.
         passed: entropy model or its path. If it is not None, no other place is searched.
 
