@@ -33,7 +33,7 @@ class FitSettings:
     Attributes:
         past: number of past frames that the model sees as features; see `ModelSpec`.
         averages: time constants of running averages of the digits; see `ModelSpec`.
-        spreads: time constants of running averages of the digits' distances from the middle; see `ModelSpec`.
+        spreads: time constants of running averages of each digit's distance from the middle level; see `ModelSpec`.
         hidden: number of units in the two hidden layers.
         epochs: number of passes over the data with float weights.
         rounded_epochs: number of further passes with rounded weights.
