@@ -51,7 +51,7 @@ class ModelSpec:
         num_codebooks: number of codebooks C; a frame has `C * len(levels)` digits.
         past: number of past frames whose digits are features.
         averages: time constants of running averages of the digits; k means 2^k frames.
-        spreads: time constants of running averages of the digits' distances from the middle level; k means 2^k frames.
+        spreads: time constants of running averages of each digit's distance from the middle level; k means 2^k frames.
         hidden: number of units in the first and the second hidden layer.
         shifts: right shifts after the first layer, the second layer and the output layer, in bits.
         fingerprint: fingerprint of the codec whose tokens were fitted.
@@ -188,7 +188,10 @@ class EntropyModel:
 
     @cached_property
     def offsets(self) -> list[int]:
-        """Return the first row of each digit in tensors with one row per level, followed by the number of rows."""
+        """Return the index of each digit's first row in tensors that have one row for each level of each digit.
+
+        The last item is the total number of rows.
+        """
         return [0, *np.cumsum(self.spec.digit_levels).tolist()]
 
     def to_bytes(self) -> bytes:
@@ -200,7 +203,7 @@ class EntropyModel:
 
     @cached_property
     def hash(self) -> str:
-        """Return the id of this model in token files: the first 16 hex digits of its `.lfrm` file's SHA-256."""
+        """Return the id of this model in token files: the first 16 hex digits of the `.lfrm` file's SHA-256 hash."""
         return model_hash(self.to_bytes())
 
     @classmethod
