@@ -19,7 +19,8 @@ INPUT_BITS = 7  # fractional bits of a feature: the maximum 127 is slightly less
 class _Chain(torch.autograd.Function):
     """Compute the second hidden layer and the logits, digit by digit.
 
-    Autograd would need tensors [B, D, H2] for the same result. They exceed the CPU cache and take three times as long.
+    With PyTorch's own operations, autograd would store tensors [B, D, H2]. These tensors exceed the CPU cache, so that
+    the computation would take three times as long.
     """
 
     @staticmethod
@@ -68,8 +69,8 @@ class _Chain(torch.autograd.Function):
 class _Ordinal(nn.Module):
     """Weights [D, L, H] for each level of each digit, parametrized as a parabola over the levels plus a residual.
 
-    Neighboring levels have similar weights. With the parabola, training on one level also changes the weights of its
-    neighbors, so that fewer tokens are needed.
+    Neighboring levels have similar weights. With the parabola, training on one level also changes the weights of the
+    neighboring levels, so that fewer training tokens are needed.
 
     Args:
         levels: number of levels of each digit.
