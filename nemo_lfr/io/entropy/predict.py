@@ -43,8 +43,8 @@ def digits_to_tokens(digits: np.ndarray, levels: tuple[int, ...]) -> np.ndarray:
 class History:
     """Features for predicting the next frame.
 
-    The features are the digits of past frames, a flag for each past frame that exists, and the running averages that
-    `ModelSpec` describes.
+    The features are the digits of past frames, a flag for each past frame, and the running averages that `ModelSpec`
+    describes. A flag says whether the past frame exists: the first frames of a block have fewer past frames.
 
     Args:
         spec: sizes of the model.
