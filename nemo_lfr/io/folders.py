@@ -101,8 +101,8 @@ def find_files(
     """Find the files below a folder whose names have certain suffixes.
 
     Hidden files and folders and system files (`._*`, `__MACOSX`, `@eaDir` ...) are skipped. Links are followed. A
-    folder that is reached more than once, for example by a link to its parent, is read once. A broken link is returned
-    too, so that opening it raises an error with its name.
+    folder that is reached more than once, for example through a link to its parent, is read once. Broken links are
+    returned too, so that the caller's attempt to open one raises an error with the name of the link.
 
     Args:
         root: folder to search; it may itself be hidden.
@@ -130,7 +130,7 @@ def find_matches(pattern: str) -> list[str]:
 
     `**` matches any number of nested folders, and `FOLDER/**` matches only the folder itself. As in `glob.glob`, a
     hidden name matches only if the pattern contains its dot. Links to folders are followed. A folder that is reached
-    more than once, for example by a link to its parent, is read once.
+    more than once, for example through a link to its parent, is read once.
     """
     head, star, tail = pattern.partition("**")
     if not star or (head and head[-1] not in _SEPARATORS) or (tail and tail[0] not in _SEPARATORS):
@@ -148,7 +148,7 @@ def find_matches(pattern: str) -> list[str]:
 
 
 def _folders_below(root: str) -> Iterator[str]:
-    """Yield a folder and all folders below it once, except hidden ones."""
+    """Yield a folder, and each folder below it exactly once. Hidden folders are skipped."""
     seen = {_identity(os.stat(root))}
 
     def is_new(path: str) -> bool:
