@@ -36,7 +36,7 @@ def find_checkpoint(source: str | os.PathLike[str] | None, refresh: bool = False
         Path of a `.nemo` or `.ckpt` file, or of a folder with config and weights.
 
     Raises:
-        CheckpointError: if the path does not exist, or the repository is neither cached nor can be downloaded.
+        CheckpointError: if the path does not exist, or the repository is not cached and cannot be downloaded.
     """
     if source is None:
         return bundled_checkpoint()
@@ -62,7 +62,7 @@ def find_checkpoint(source: str | os.PathLike[str] | None, refresh: bool = False
 
 
 def _cached(repository: str) -> Path | None:
-    """Find the checkpoint of a repository in the Hub's cache; None if the cache has none or several."""
+    """Return the checkpoint of a repository from the Hub's cache; None if the cache has none or several."""
     from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -85,13 +85,14 @@ def _cached(repository: str) -> Path | None:
 
 
 def _in_snapshot(repository: str) -> list[Path]:
-    """List the checkpoints in the only snapshot that the Hub's cache has of a repository.
+    """List the checkpoints in a repository's snapshot in the Hub's cache, without the Hub's client.
 
-    The Hub's client does not find a snapshot that was downloaded by its commit, or copied without links and
-    references, since the cache has no branch name for it.
+    The client finds a snapshot only if the cache stores a branch name for it. There is no branch name if the snapshot
+    was downloaded by its commit, or if the cache was copied without links and references.
 
     Returns:
-        The `.nemo` files, or the folder of the snapshot if it contains config and weights.
+        The `.nemo` files, or the folder of the snapshot if it contains config and weights. The list is empty if the
+        cache has no snapshot of the repository, or several.
     """
     from huggingface_hub.constants import HF_HUB_CACHE
 
