@@ -62,9 +62,9 @@ class Journal:
                 continue
 
     def entries(self, length: int) -> Iterator[list[Any]]:
-        """Yield the entries that are lists of `length` values, of which the first is a string.
+        """Yield the entries that are lists of `length` values and begin with a string.
 
-        Other entries are skipped. The file may contain some if a user edited it.
+        Other entries are skipped. They may occur in a file that a user edited.
         """
         for entry in self:
             if isinstance(entry, list) and len(entry) == length and isinstance(entry[0], str):
