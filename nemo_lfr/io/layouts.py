@@ -154,7 +154,7 @@ def folder(corpus: Path, speaker_level: int | None = None) -> Iterator[CorpusUtt
     """Read the audio files below a folder.
 
     A .txt file beside an audio file contains the text. If there is a table `metadata.csv`, `metadata.tsv` or
-    `metadata.jsonl`, as in Hugging Face's AudioFolder, its labels have precedence. If folders are named after splits,
+    `metadata.jsonl`, as in Hugging Face's AudioFolder, its labels take precedence. If folders are named after splits,
     such as `train` and `test`, each file gets the split of its folder, unless all files would get the same one. If
     there is a validation set, the files in other folders are training data.
 
@@ -225,7 +225,7 @@ def _as_text(value: object) -> str:
 
 
 def _metadata(corpus: Path) -> Iterator[CorpusUtterance]:
-    """Yield the rows of all tables below a folder that have AudioFolder's names, such as metadata.csv."""
+    """Yield the rows of all AudioFolder tables (metadata.csv and others) in a folder and its subfolders."""
     for path in [path for name in METADATA_NAMES for path in _named(corpus, name) if is_table(path)]:
         folder_name = path.parent.relative_to(corpus)
         try:
@@ -289,8 +289,8 @@ def hold_out(utterances: list[CorpusUtterance], share: float) -> list[CorpusUtte
 def held_out_by(utterances: list[CorpusUtterance], share: float) -> str:
     """Return which units `hold_out` assigns to splits: "speaker", "folder" or "file".
 
-    If it uses several of them, the result joins them, as in "speaker or file". The result is empty if all utterances
-    have a split already.
+    If several kinds of units are used, the result names all of them, as in "speaker or file". The result is empty if
+    all utterances have a split already.
     """
     unit = _units(utterances, share)
     units = {unit(utterance) for utterance in utterances if utterance.split is None and not utterance.problem}
@@ -325,8 +325,8 @@ def text_of(transcript: Path) -> tuple[dict[str, str], str | None]:
     """Read the text file beside a recording.
 
     Returns:
-        A dictionary with the label "text", and None. If the file does not exist, the dictionary is empty. If the file
-        cannot be read, the dictionary is empty and an error message replaces None.
+        A dictionary with the label "text", and an error message. The dictionary is empty if the file does not exist or
+        cannot be read. The message is None unless the file exists but cannot be read.
     """
     try:
         if not os.path.lexists(transcript):  # a broken link counts as an unreadable transcript
@@ -338,9 +338,9 @@ def text_of(transcript: Path) -> tuple[dict[str, str], str | None]:
 
 
 def _transcripts(path: Path, corpus: Path, separator: bytes) -> Iterator[tuple[str | None, str, str | None]]:
-    """Yield the name, the text and the problem (or None) of each line.
+    """Yield a tuple (name, text, error message or None) for each line of a transcript.
 
-    If the file cannot be read, the only item is (None, path of the file, problem).
+    If the file cannot be read, the only item is (None, path of the file, error message).
     """
     try:
         lines = read_lines(path)
