@@ -1,8 +1,8 @@
 """Open untrusted Parquet files.
 
-Some damaged footers make pyarrow end the whole process instead of raising an exception. This module therefore reads
-and validates the footer of a file in Python before pyarrow opens the file. The metadata objects of pyarrow are not
-used at all, for the same reason.
+Some damaged footers make pyarrow crash the process instead of raising an exception. This module therefore reads and
+validates the footer of a file in Python before pyarrow opens the file. For the same reason, pyarrow's metadata objects
+are not used at all.
 
 The footer is a struct in Thrift's compact protocol. `_Thrift` reads any such struct as a dictionary whose keys are the
 numbers of the fields in Parquet's specification.
@@ -38,7 +38,7 @@ READ_ERRORS = (OSError, ValueError, TypeError, LookupError, ArithmeticError, Not
 
 
 class Column(NamedTuple):
-    """Part of a column that belongs to one row group.
+    """The part of a column in one row group, which Parquet calls a column chunk.
 
     Attributes:
         name: path of the column in the schema, joined with dots.
@@ -72,7 +72,7 @@ class ParquetFooter(NamedTuple):
     groups: list[RowGroup]
 
     def rows_at_a_time(self, groups: Iterable[int], most: int) -> int:
-        """Return how many rows of some row groups can be read at a time without using too much memory.
+        """Return the number of rows to read at a time from some row groups, so that they fit in memory.
 
         In a dictionary-encoded column, many rows may refer to one large value. The file stores this value once, but
         every row that is read has its own copy in memory.
@@ -99,8 +99,8 @@ def open_parquet(path: Path, *, is_input: bool = False) -> tuple[Any, ParquetFoo
         pyarrow's `ParquetFile`, and the footer. Do not use `ParquetFile.metadata`.
 
     Raises:
-        NemoLfrError: if the file is not a Parquet file, its footer is damaged, or its data would expand far more than
-            real data does.
+        NemoLfrError: if the file is not a Parquet file, its footer is damaged, or the footer declares an implausible
+            size (see `is_implausible`).
     """
     footer = read_footer(path, is_input=is_input)
     try:
@@ -129,7 +129,13 @@ def read_footer(path: Path, *, is_input: bool = False) -> ParquetFooter:
 
 @lru_cache(maxsize=4)  # a footer is read again for each shard; a thousand row groups take a second
 def _read_footer(path: Path, state: tuple[int, ...]) -> tuple[ParquetFooter, int]:
-    """Return the footer and the size of a file. `state` is a key for the cache that changes with the file."""
+    """Return the validated footer of a file, and the file's size in bytes.
+
+    Args:
+        path: path of the file.
+        state: size, modification time and inode of the file. They are part of the cache key, so that the footer is
+            read again if the file has changed.
+    """
     with open_regular(path) as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - TAIL_BYTES))
@@ -154,7 +160,10 @@ def _read_footer(path: Path, state: tuple[int, ...]) -> tuple[ParquetFooter, int
 
 
 def _check_expansion(footer: ParquetFooter, size: int, path: Path, is_input: bool) -> None:
-    """Raise an error if rows or columns would expand far more than real ones do."""
+    """Raise an error if a footer declares more rows, values or bytes than the file can plausibly contain.
+
+    The limits depend on the size of the file and on the compressed size of each column; see `is_implausible`.
+    """
     if is_implausible(footer.num_rows, 0, size, FREE_VALUES):
         raise NemoLfrError(
             f"{path}: the file declares {footer.num_rows} rows, but has only {size} bytes; it is damaged or malicious."
@@ -190,7 +199,7 @@ def _footer(values: dict[int, Any], end: int) -> ParquetFooter:
 
 
 class _Leaf(NamedTuple):
-    """Column in a schema, with its path, its physical type, and whether a row may have several values."""
+    """Column in a schema: its path, its physical type, and whether one row may contain several values."""
 
     path: list[bytes]
     kind: int
@@ -198,7 +207,7 @@ class _Leaf(NamedTuple):
 
 
 def _leaves(elements: list[dict[int, Any]]) -> list[_Leaf]:
-    """Return the columns of a schema, which is a tree in depth-first order."""
+    """Return the columns of a schema, whose elements form a tree that is stored in depth-first order."""
     position = 1
     leaves: list[_Leaf] = []
 
