@@ -1,4 +1,4 @@
-"""Names of the splits of a corpus, in the columns of tables and in the names of files and folders."""
+"""Recognize the splits of a corpus by names of files and folders, and by the values of table columns."""
 
 import logging
 import re
@@ -26,28 +26,31 @@ _PATTERNS = {
 
 
 def split_of_name(name: str) -> str | None:
-    """Return the split that a name contains as a word, such as "valid" for "dev-clean"; None if it has none."""
+    """Return the split that a word in a name refers to, such as "valid" for "dev-clean"; None if no word does."""
     return next((split for split, pattern in _PATTERNS.items() if pattern.search(name)), None)
 
 
 def split_of_parts(parts: Sequence[str]) -> str | None:
-    """Return the split that the folders and file in a path name; the last one that names a split decides."""
+    """Return the split of a file from the parts of its path; None if no part contains the name of a split.
+
+    If several parts contain the name of a split, the last one decides.
+    """
     return next((split for part in reversed(parts) if (split := split_of_name(part))), None)
 
 
 def splits_of_folders(
     corpus: Path, folders: set[tuple[str, ...]], speaker_level: int | None
 ) -> dict[tuple[str, ...], str | None]:
-    """Return the split that the name of each folder gives to its files, or None.
+    """Return the split of the files in each folder, according to the folder's path; None for no split.
 
     If all folders have the same split, the result is None for each of them. If there is a validation set, folders
     without a split belong to "train".
 
     Args:
         corpus: folder of the corpus, for a warning.
-        folders: folders with audio files, each as the names on the path from `corpus`.
-        speaker_level: depth of the folders that are named after speakers, whose names are not searched for splits; 1
-            is directly below `corpus`. None if there are no such folders.
+        folders: folders with audio files. Each folder is a tuple of the folder names on its path from `corpus`.
+        speaker_level: depth of the folders that are named after speakers; 1 is directly below `corpus`. The names of
+            these folders are not searched for splits. None if there are no such folders.
     """
     level = slice(0, 0) if speaker_level is None else slice(speaker_level - 1, speaker_level)
     splits = {}
@@ -90,7 +93,7 @@ def check_one_split(path: Path, splits: Iterable[str | None], advice: str) -> No
         advice: what to pass instead.
 
     Raises:
-        ConfigError: if the files belong to several splits, or only some of them to one.
+        ConfigError: if the files belong to several splits, or if some of them have a split and others have none.
     """
     found = set(splits)
     if len(found) > 1:
