@@ -23,7 +23,7 @@ MAX_LINES = 64
 
 
 class RepeatedColumnError(ConfigError):
-    """Two columns of a table have the same name, so that one of them would be lost."""
+    """Error for a table with two columns of the same name, one of which would be lost."""
 
 
 @dataclass(frozen=True)
