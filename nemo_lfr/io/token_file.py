@@ -32,8 +32,8 @@ block follows from the block's length, so that a reader can seek without reading
 
 A block's CRC also covers the previous CRC field, in the four bytes in front of the block. If a block was moved,
 repeated, omitted or taken from another file, a check therefore fails when blocks are read in order, as from a pipe or
-with `recover`. The outline detects such changes when a file is opened, from the lengths and CRC fields alone, before a
-reader seeks in the file. The same tokens and metadata always give the same bytes.
+with `recover`. A reader that seeks uses the outline instead: when it opens a file, it detects such changes from the
+lengths and CRC fields alone. The same tokens and metadata always give the same bytes.
 
 Files are written to a temporary name, `NAME.????????.part`, and renamed when they are complete. Each block is written
 to the file system immediately. After a crash, the `.part` file can be read with `recover=True` up to its last complete
@@ -86,7 +86,7 @@ BLOCKS_TOGETHER = 16  # number of compressed blocks to decode as one batch
 
 @dataclass(frozen=True)
 class Metadata(CodecSpec):
-    """Specification of the codec that made a token file, and name of the program that wrote it.
+    """Metadata of a token file: the codec that produced the tokens, and the program that wrote the file.
 
     Attributes:
         written_by: name and version of the program. See `CodecSpec` for the other attributes.
@@ -171,7 +171,7 @@ class TokenStreamWriter:
         self._outline = zlib.crc32(self._checksum)
 
     def _write_section(self, data: bytes, before: bytes = b"") -> bytes:
-        """Write a section, followed by the CRC of `before` and the section. Return the CRC field."""
+        """Write a section and its CRC field, and return the CRC field. The CRC covers `before` and the section."""
         checksum = struct.pack("<I", zlib.crc32(data, zlib.crc32(before)))
         self._file.write(data + checksum)
         self._file.flush()  # so that the block survives if the process is killed
@@ -495,7 +495,7 @@ class _Sections:
         return body if self.coding == CODING else body[compressed.SIZE.size :]
 
     def _decode(self, blocks: list[tuple[bytes, int]]) -> list[np.ndarray]:
-        """Decode blocks, each a payload and its number of frames, to int32 tokens [C, T]."""
+        """Decode blocks to int32 tokens [C, T]. Each block is a pair (payload, number of frames)."""
         meta = self.metadata
         try:
             if self.coding == CODING:
@@ -623,7 +623,7 @@ class TokenReader(_Sections):
 
     @property
     def num_frames(self) -> int:
-        """Number of frames in the file, counted when it is opened."""
+        """Number of frames in the file. The frames are counted when the file is opened."""
         return self._firsts[-1]
 
     def __enter__(self) -> "TokenReader":
