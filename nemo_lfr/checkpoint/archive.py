@@ -64,11 +64,12 @@ class Members:
 def read_members(path: Path) -> Members:
     """Find the config and the weights of a checkpoint.
 
-    Other members of a `.nemo` are ignored. The weights in an uncompressed tar archive are not read until they are
-    used, so that unused ones, such as those of discriminators, take no time and memory.
+    Other members of a `.nemo` are ignored. Weights in an uncompressed tar archive are read only when they are used.
+    Unused weights, such as those of discriminators, therefore cost neither time nor memory.
 
     Args:
-        path: a `.nemo` or `.ckpt` file, or the folder of an unpacked `.nemo` or of a safetensors file.
+        path: a `.nemo` file, a `.ckpt` file, or a folder. The folder contains either the files of an unpacked
+            `.nemo`, or `config.json` and `model.safetensors`.
 
     Raises:
         CheckpointError: if the file is missing, damaged or not a checkpoint.
@@ -92,7 +93,7 @@ def read_members(path: Path) -> Members:
 
 
 def _read_folder(folder: Path) -> Members:
-    """Return the config and the weights in the folder of an unpacked `.nemo` or of a safetensors file."""
+    """Return the config and the weights in a folder: an unpacked `.nemo`, or a config and a safetensors file."""
     names = folder_files(os.listdir(folder)) or FOLDERS[0]
     config, weights = (folder / name for name in names)
     for name in names:
