@@ -104,7 +104,7 @@ def parse_config(text: str) -> DictConfig:
 
 
 def mark_from_checkpoint(config: Any) -> None:
-    """Mark a config and its sections as coming from a checkpoint; copies by OmegaConf keep the mark."""
+    """Mark a config and its sections as coming from a checkpoint. OmegaConf copies the mark with the config."""
     if isinstance(config, DictConfig | ListConfig):
         config._set_flag(_FROM_CHECKPOINT, True)
         for node in _nodes(config):
@@ -199,7 +199,7 @@ class _Expansion:
         self._sizes: dict[tuple[str, ...], int | None] = {}
 
     def check(self, key: str) -> None:
-        """Raise ConfigError if the value of a key would be larger than MAX_RESOLVED or refers to itself."""
+        """Raise ConfigError if the value of a key refers to itself or expands to more than MAX_RESOLVED characters."""
         if self._size((key,)) > MAX_RESOLVED:
             raise ConfigError(
                 f"{key} cannot be resolved: its interpolations expand to more than {MAX_RESOLVED} characters; write "
@@ -258,10 +258,11 @@ def our_target(target: str) -> tuple[type[nn.Module], dict[str, Any], dict[str, 
     """Return the class that a config's `_target_` selects.
 
     Returns:
-        Our class, the arguments that NeMo's class implies, and NeMo's defaults that differ from ours.
+        Our class; the arguments that NeMo's class implies, such as `causal`; and the defaults in NeMo that differ
+        from ours.
 
     Raises:
-        ConfigError: if the name is not a class of this codec family.
+        ConfigError: if `target` is not the name of a class of this codec family.
     """
     if target in NEMO_CLASSES:
         return NEMO_CLASSES[target]
