@@ -64,8 +64,8 @@ def module_tensors(config: Mapping[str, Any], modules: Mapping[str, nn.Module], 
         name: name of the codec, for messages.
 
     Raises:
-        NemoLfrError: if the names of the weights differ from the names in the config, for instance because adapters
-            were added.
+        NemoLfrError: if `config` describes modules whose weights have other names, for instance because adapters
+            were added to `modules`.
     """
     tensors = {
         f"{part}.{key}": value for part, module in modules.items() for key, value in split_weight_norm(module).items()
