@@ -211,9 +211,10 @@ def _parse_config(path: Path, members: Members) -> DictConfig:
 
 
 def _check_pair(tensors: Tensors, config: DictConfig) -> None:
-    """Check that safetensors were written for a config, if they name the one that they were written for.
+    """Raise CheckpointError if a safetensors file stores a config that differs from `config`.
 
-    A pair that does not match results from an interrupted export, a copy of one file, or a damaged or edited config.
+    The two files do not match after an interrupted export, if only one of them was copied, or if the config was edited
+    or damaged. A safetensors file that stores no config is accepted.
     """
     if tensors.codec_config is None:
         return
