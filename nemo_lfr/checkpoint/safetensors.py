@@ -2,8 +2,8 @@
 
 A safetensors file consists of the length of a header (8 bytes, little-endian), the header, and the values of all
 tensors. The header is a JSON object with the dtype, the shape and the byte range of each tensor. The format has no
-checksum. When this package writes a file, it therefore stores in the header's metadata the SHA-256 of the values and
-of the list of tensors, and the config that the weights belong to. When it reads such a file, it verifies them.
+checksum. When this package writes a file, it therefore adds entries to the header's metadata: the SHA-256 of the
+values, the SHA-256 of the list of tensors and, for an exported codec, the config. Reading a file verifies them.
 """
 
 import hashlib
