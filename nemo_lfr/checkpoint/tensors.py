@@ -71,7 +71,7 @@ class Entry:
         offset: position of the first value: in values from the start of the record, or in bytes in a safetensors file.
         shape: size of each dimension.
         stride: distance between neighbors along each dimension, in values.
-        negative: whether the values are stored negated.
+        negative: whether the sign of each stored value must be flipped (PyTorch's negative bit).
     """
 
     record: str
@@ -163,15 +163,15 @@ class Tensors:
 
     Args:
         path: path of the checkpoint, for messages.
-        source: bytes of `model_weights.ckpt`, of a whole training checkpoint, or of another file by `torch.save`.
+        source: bytes of `model_weights.ckpt`, of a training checkpoint, or of another file that `torch.save` wrote.
         training: whether `source` is a training checkpoint.
         single: whether `source` contains one tensor instead of a state dict. The tensor then has the name `SINGLE`.
 
     Attributes:
         entries: position, dtype and shape of each tensor by name.
         contents: the unpickled object, which contains an `Entry` in place of each tensor.
-        codec_config: config for which the tensors were written, as far as inference depends on it; None if the file
-            does not contain it.
+        codec_config: the part of the codec's config that inference depends on, as stored in the file. None if the
+            file does not store a config.
 
     Raises:
         CheckpointError: if `source` is not a PyTorch zip file with a state dict (or with one tensor if `single` is
