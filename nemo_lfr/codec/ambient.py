@@ -95,8 +95,8 @@ def _put_cudnn_tf32(value: Any) -> None:
 def _attribute(owner: Any) -> ProcessSetting:
     """Return the setting for oneDNN's precision in fp32 matrix products or convolutions.
 
-    The value "none" inherits from oneDNN's own setting or from the one for all backends. An inherited value is
-    restored as "none", so that later changes to the setting that it came from still take effect.
+    A setting whose value is "none" inherits the value of a more general setting: oneDNN's own, or the one for all
+    backends. Such a setting is restored to "none", so that later changes to the general setting still take effect.
 
     Args:
         owner: `torch.backends.mkldnn.matmul` or `torch.backends.mkldnn.conv`.
