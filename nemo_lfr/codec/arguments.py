@@ -38,7 +38,7 @@ def check_audio(
         audio: floating point in [-1, 1], or int16; [T_audio], [B, T_audio] or [B, 1, T_audio].
         audio_len: samples in each clip, [B]; default: the full length.
         name: name of `audio` in messages.
-        first: index of the first clip, for messages; not 0 if `audio` is an element of a longer list.
+        first: index that messages use for the first clip; not 0 if `audio` comes from a longer list of clips.
 
     Returns:
         Audio [B, T_audio] and the number of samples in each clip.
@@ -160,7 +160,7 @@ def check_tokens(
 
 
 def check_not_empty(value: object, name: str, item: str, error: type[NemoLfrError]) -> None:
-    """Refuse an empty list, which may stand for a batch of nothing as well as for one clip without samples.
+    """Raise an error for an empty list, which could mean an empty batch or one clip without samples.
 
     Args:
         value: argument of `encode` or `decode`.
@@ -193,7 +193,7 @@ def check_lengths(
         limit: largest valid length; None for any length.
         name: name of `lengths` in messages.
         error: type of the error to raise.
-        first: index of the first example, for messages; not 0 if the batch is an element of a longer list.
+        first: index that messages use for the first example; not 0 if the batch comes from a longer list.
 
     Raises:
         NemoLfrError: of the type `error`, if the shape, the type or a value is invalid.
@@ -223,7 +223,7 @@ def check_kept_samples(samples: Sequence[int], totals: Sequence[int], samples_pe
         samples_per_frame: samples in one frame.
 
     Raises:
-        TokensError: for the first utterance whose samples would need more or fewer frames than it has.
+        TokensError: if an utterance has more or fewer frames than its number of samples needs.
     """
     for row, (count, total) in enumerate(zip(samples, totals, strict=True)):
         if num_frames(count, samples_per_frame) != total:
