@@ -26,7 +26,7 @@ class Limits(Protocol):
 
     @property
     def context(self) -> Context:
-        """How many earlier and how many later frames the result of a frame depends on."""
+        """Numbers of earlier and later frames that the result for a frame depends on."""
 
     @property
     def min_frames(self) -> int:
@@ -38,7 +38,7 @@ class ModuleLimits:
     """`Limits` as a data class, for backends whose networks are not PyTorch modules.
 
     Attributes:
-        context: how many earlier and how many later frames the result of a frame depends on.
+        context: numbers of earlier and later frames that the result for a frame depends on.
         min_frames: shortest valid input, in frames.
     """
 
@@ -170,7 +170,7 @@ class Stream(Protocol):
 
     @property
     def latency_ms(self) -> float:
-        """Milliseconds from the last sample of a frame to the result for the frame, without the processing time."""
+        """Milliseconds from the last sample of a frame to the result for this frame, excluding processing time."""
 
 
 class EncoderStream(Stream, Protocol):
