@@ -56,7 +56,7 @@ Open = Callable[[Path, OpenOptions], Backend[Any]]
 
 @dataclass(frozen=True)
 class Opener:
-    """Functions and texts with which `nemo_lfr.load` opens a backend.
+    """Functions that `nemo_lfr.load` calls to open a backend, and texts for its messages.
 
     Attributes:
         open: function that opens the model at a local path and returns its backend. The model is a checkpoint, or a
@@ -76,7 +76,7 @@ class Opener:
 
 
 def register(name: str, opener: Opener | Open) -> None:
-    """Register a backend, so that `nemo_lfr.load` can open it by name or by the path of a model that it accepts.
+    """Register a backend. `nemo_lfr.load` can then open it by name, or by the path of a model that `opener` accepts.
 
     Args:
         name: name of the backend.
