@@ -89,7 +89,7 @@ class CodecBase(Generic[Array]):
         return next(iter(self.backend.fingerprints()), "")
 
     def made(self, fingerprint: str) -> bool:
-        """Return whether this codec made the tokens with a fingerprint.
+        """Return whether tokens with this fingerprint were made by this codec.
 
         Fingerprints that older versions of this package computed for this codec are also accepted.
         """
