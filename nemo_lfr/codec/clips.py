@@ -107,8 +107,8 @@ def _clip(
         audio_len: as in `to_batch`.
         sample_rate: as in `to_batch`.
         target_rate: as in `to_batch`.
-        index: position of `audio` in the caller's list, whose elements must have one row each; None if it is not in a
-            list.
+        index: position of `audio` in the caller's list, whose elements must have one row each; None if `audio` is not
+            in a list.
     """
     name = "audio" if index is None else f"audio[{index}]"
     recording = _recording(arrays, audio, audio_len, sample_rate, target_rate, name)
@@ -168,7 +168,7 @@ def _recording(
 
 
 def _check_rates(declared: object, passed: object, name: str) -> None:
-    """Raise AudioError if a source declares another sample rate than the argument `sample_rate`."""
+    """Raise AudioError if a source declares a sample rate that differs from the argument `sample_rate`."""
     for rate in (declared, passed):
         if isinstance(rate, str):
             raise AudioError(f"{name} has the sample rate {shorten(repr(rate))}, a string; pass a number, in Hz.")
