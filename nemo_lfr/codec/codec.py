@@ -45,8 +45,8 @@ class Codec(HubMethods[Array]):
     """Speech codec: encodes audio to tokens and decodes tokens to audio, with any backend.
 
     Arguments may be numpy arrays or arrays of the backend (tensors with PyTorch). Results are arrays of the backend.
-    Batching and chunking do not change results: every utterance gets the tokens that it would get alone. Long audio is
-    cut into overlapping windows for this purpose. Each window includes all frames that its results depend on.
+    Batching does not change results: every utterance gets the tokens that it would get alone. Long audio is cut into
+    windows. This does not change results either, because each window includes all frames that its results depend on.
 
     Args:
         backend: backend that runs the encoder and the decoder.
@@ -342,7 +342,7 @@ class Codec(HubMethods[Array]):
             Number of samples that were written.
 
         Raises:
-            TokenFileError: if `source` is damaged or from another codec, or `start` lies after its end.
+            TokenFileError: if `source` is damaged or from another codec, or `start` is outside the recording.
             NemoLfrError: if `target` is the same file as `source`, or exists while `overwrite` is not set.
         """
         source, target = expand_home(source), expand_home(target)
