@@ -1,8 +1,8 @@
 """Settings for glibc's malloc, so that it keeps freed memory for the next window of audio.
 
 By default glibc returns every large block to the system when it is freed. An encoder allocates and frees hundreds of
-megabytes for each second of audio. The system must map and clear these pages again each time, which takes up to a
-third of the encoding time. With `configure_malloc`, a process that mainly runs a codec keeps the pages instead.
+megabytes for each second of audio. For every allocation, the system must then map and clear new pages, which takes up
+to a third of the encoding time. `configure_malloc` lets a process that mainly runs a codec keep the freed memory.
 """
 
 import ctypes
@@ -50,8 +50,8 @@ def trim_after_batch() -> None:
 def trim_between_windows(windows: Iterable[tuple[_Items, Window]]) -> Iterator[tuple[_Items, Window]]:
     """Yield the windows unchanged, calling `trim_malloc` between some of them.
 
-    Periodic trims keep memory from growing with the duration of a recording. A window of a different width is also
-    preceded by a trim, because its blocks may not fit into the memory that malloc keeps.
+    Periodic trims keep memory from growing with the duration of a recording. The heap is also trimmed when the width
+    of the windows changes, because blocks of another size may not fit into the memory that malloc keeps.
     """
     width = 0
     for number, (items, window) in enumerate(windows):
