@@ -81,9 +81,9 @@ class Batch(NamedTuple):
 
 
 class PackedOps:
-    """Operations of an encoder or decoder on a CPU, as the argument `ops` of `network.run`.
+    """Operations that run an encoder or decoder on a CPU; pass them to `network.run` as `ops`.
 
-    They use packed weights, or `ModuleWeights` if the weights cannot be packed. Within
+    The operations use packed weights, or `ModuleWeights` if the weights cannot be packed. Within
     `torch.autocast("cpu", torch.bfloat16)` packed weights are bf16.
 
     Args:
@@ -153,7 +153,7 @@ class PackedOps:
         Args:
             blocks: the residual blocks.
             signal: input of the branch.
-            middle: output of the first convolution of the first block, with the activation after it.
+            middle: output of the first block's first convolution, with the next activation applied.
         """
         hidden, ends = signal
         for block in blocks:
@@ -165,7 +165,7 @@ class PackedOps:
         return hidden
 
     def _first_convs(self, blocks: list[ResidualBlock], signal: Batch) -> Iterator[torch.Tensor]:
-        """Yield the output of each branch's first convolution and the activation after it."""
+        """For each branch, run the first convolution and the activation that follows it, and yield the result."""
         if any(True for _ in blocks[0].input_activation.parameters()):
             for block in blocks:
                 yield self._conv(block.input_conv, signal, block.input_activation, block.skip_activation)
@@ -187,7 +187,7 @@ class PackedOps:
     def _shared_winograd(
         self, convs: list[Conv1d], shared: torch.Tensor, starts: list[int], after: CodecActivation
     ) -> dict[int, torch.Tensor]:
-        """Return the results of the layers that share one Winograd transform of the input, by index in `convs`."""
+        """Run all layers that can share one Winograd transform; return their outputs by index in `convs`."""
         numbers = [n for n, conv in enumerate(convs) if self._use_winograd(conv) and conv.conv.dilation[0] == 1]
         if not numbers:
             return {}
