@@ -2,14 +2,15 @@
 
 Packed weights are built on first use and dropped when the parameters of the network change. There are two forms:
 
-- For each convolution, the weights with weight norm folded, in the memory layout of oneDNN's kernel. Calls then need
-  neither fold nor reorder the weights. A transposed convolution becomes an ordinary convolution with two taps whose
+- For each convolution, the weights with weight norm folded, in the memory layout of oneDNN's kernel. Calls then do
+  not have to fold or reorder the weights. A transposed convolution becomes an ordinary convolution with two taps. Its
   output channels include all phases (the `stride` outputs for each input step).
-- For wide convolutions in fp32, also the weights for Winograd convolution (`nemo_lfr.codec.cpu.winograd`), which
-  needs 7 multiplications for four outputs of a kernel with four taps, instead of 16.
+- For wide convolutions in fp32, also the weights for Winograd convolution (`nemo_lfr.codec.cpu.winograd`). With a
+  kernel of four taps, this method needs 7 multiplications instead of 16 for four outputs.
 
-In bf16, which is opt-in, the first call of each layer with each shape is compared with fp32. If the error is too
-large, the layer runs in fp32 for this shape, with a warning. The first and the last layer of the network run in fp32.
+In bf16, which is opt-in, the first result of each layer for each shape is compared with fp32. If the error is too
+large, a warning is issued and the layer runs in fp32 for this shape. The first and the last layer of the network
+always run in fp32.
 """
 
 import warnings
@@ -83,7 +84,7 @@ class Weights(Protocol):
         """Convolve one input with several layers of equal dilation, by Winograd convolution.
 
         Args:
-            layers: layers for which `use_winograd` is true. If any of `starts` is not 0, their dilation must be 1.
+            layers: layers for which `use_winograd` is true. The dilation must be 1 if any of `starts` is not 0.
             padded: input [B, H_in, T], stored in memory as [B, T, H_in]. In memory, at least `winograd.slack` time
                 steps of finite values must follow the input.
             starts: for each layer, the index of the first time step in `padded` that its first output depends on.
@@ -142,7 +143,7 @@ class PackedWeights:
         self._checked: dict[tuple[nn.Module, torch.Size], bool] = {}
 
     def cast(self, hidden: torch.Tensor, layer: Conv1d | None = None) -> torch.Tensor:
-        """See `Weights`. The input of the first and the last layer is not converted: they accept any dtype."""
+        """See `Weights`. The inputs of the first and the last layer stay unchanged: these layers accept any dtype."""
         return hidden if layer in self._ends else hidden.to(self.dtype)
 
     def convolve(
