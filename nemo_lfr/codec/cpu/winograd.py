@@ -3,7 +3,7 @@
 Seven samples of the input and four taps of the kernel are treated as polynomials and evaluated at 7 points. The
 products at these points are transformed back to four outputs, so four outputs need 7 multiplications instead of 16. A
 longer kernel is split into groups of four taps whose results are added. All groups and layers share the transformed
-input. In fp32 the rounding error is 4 times as large as for an ordinary convolution: 1e-6 of the rms of the output.
+input. In fp32 the rounding error is 1e-6 of the output's rms, 4 times as large as for an ordinary convolution.
 """
 
 from collections.abc import Sequence
@@ -71,7 +71,7 @@ def convolve(
     """Convolve one input with several layers of equal dilation.
 
     Args:
-        layers: weights of the layers. If any of `starts` is not 0, their dilation must be 1.
+        layers: weights of the layers. The dilation must be 1 if any of `starts` is not 0.
         padded: input [B, H_in, T], stored in memory as [B, T, H_in]. In memory, at least `slack` time steps of finite
             values must follow the input.
         starts: for each layer, the index of the first time step in `padded` that its first output depends on.
@@ -109,7 +109,7 @@ def convolve(
 
 
 def _multiply(layer: Transformed, seen: torch.Tensor, out: torch.Tensor) -> None:
-    """Write tiles of four outputs [tiles, 4, W] from the transformed input [POINTS, n, H_in]."""
+    """Convolve the transformed input [POINTS, n, H_in], and write tiles of four outputs [tiles, 4, W] to `out`."""
     products = [
         # The bias is added at the point 1 only. Because 1 ** n = 1, every output then contains it once.
         _sum_of_products(seen[point], layer.bank[point], layer.bias if point == 2 else None, layer.dilation)
@@ -165,7 +165,7 @@ def _evaluate(rows: torch.Tensor) -> torch.Tensor:
 
 
 def _interpolate(products: list[torch.Tensor], out: torch.Tensor) -> None:
-    """Transform the products [n, W] at each point back and write tiles of four outputs [n, 4, W].
+    """Transform the products [n, W] at all points back, and write tiles of four outputs [n, 4, W] to `out`.
 
     The products are overwritten.
     """
