@@ -88,7 +88,7 @@ def _is_capturing() -> bool:
 
 
 def gpu_seconds(candidate: Candidate, repeats: int = 5, rounds: int = 3) -> float:
-    """Return the seconds that a candidate takes on the GPU; a short one is measured without launch overhead."""
+    """Return the seconds that a candidate takes on the GPU, without launch overhead if this time is short."""
 
     def fastest(run: Callable[[], object]) -> float:
         best = float("inf")
