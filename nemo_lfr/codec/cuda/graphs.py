@@ -1,7 +1,8 @@
 """CUDA graphs for small batches, whose run time is dominated by kernel launches.
 
-A graph is captured for the second batch of a shape. It can be replayed for all later batches of this shape, whatever
-the lengths of the clips in them. Plans and graphs are dropped when the weights of their network change or move.
+A graph is captured when a shape occurs for the second time. It can be replayed for all later batches of this shape,
+whatever the lengths of the clips in them. Plans and graphs are dropped when the weights of their network change or
+move.
 """
 
 import logging
@@ -187,9 +188,9 @@ class CudaModule:
 
     @contextmanager
     def _turn(self, device: torch.device) -> Iterator[None]:
-        """Return a context in which the current CUDA stream waits for the previous call, because graphs share memory.
+        """Make the current CUDA stream wait for the previous call, which may have used another stream.
 
-        The previous call may have used another stream.
+        Calls must not overlap on the GPU, because graphs share memory.
         """
         if device.type != "cuda":
             yield
