@@ -25,8 +25,8 @@ class Tile(NamedTuple):
         warps: Triton's `num_warps`.
         stages: Triton's `num_stages`.
         pairs: whether a leaky ReLU before the convolution processes two 16-bit values at a time, on GPUs that support
-            this. The kernel activates each value once per tap. One value at a time, this would take as long as the
-            matrix product.
+            this. The kernel activates each value once per tap. If it processed one value at a time, the activation
+            would take as long as the matrix product.
     """
 
     time: int
@@ -262,7 +262,7 @@ def leaky_pairs(name: str, bits: int) -> str:
 
 
 def _spec(activation: Activation | None, unused: torch.Tensor) -> tuple[Any, torch.Tensor]:
-    """Return the kind and alpha of an activation; without alpha, return an empty slice of the tensor `unused`."""
+    """Return the kind and alpha of an activation. An empty slice of `unused` stands for a missing alpha."""
     if activation is None:
         return "none", unused[:0]
     return activation.kind, unused[:0] if activation.alpha is None else activation.alpha
