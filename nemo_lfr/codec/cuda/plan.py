@@ -70,7 +70,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Step:
-    """Layer or residual layer of the network, which can be run and timed separately.
+    """Step of a plan: one layer or one residual layer, which can be run and timed separately.
 
     Attributes:
         name: name in reports.
@@ -345,7 +345,7 @@ def _kind(activation: Activation | None) -> str:
 
 
 def _size(signal: torch.Tensor) -> tuple[int, Any]:
-    """Return log2 of the number of time steps in the batch, rounded up, and the device, for the autotuner's key."""
+    """Return two parts of the autotuner's key: log2 of all time steps in the batch, rounded up, and the device."""
     return (signal.shape[0] * signal.shape[1] - 1).bit_length(), signal.device
 
 
