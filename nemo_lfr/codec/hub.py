@@ -48,8 +48,9 @@ class HubMethods(CodecBase[Array]):
         """Load a codec from a Hub repository or a local path.
 
         Args:
-            pretrained_model_name_or_path: as `source` in `nemo_lfr.load`: the name of a repository that contains
-                `config.json` and `model.safetensors`, or one `.nemo` file; or the path of a folder or file.
+            pretrained_model_name_or_path: name of a repository on the Hub, or path of a local folder or file. The
+                repository contains `config.json` and `model.safetensors`, or a single `.nemo` file. See `source` in
+                `nemo_lfr.load` for local paths.
             device: as in `nemo_lfr.load`.
             precision: as in `nemo_lfr.load`.
             force_download: download again, even if the files are in the cache.
