@@ -21,7 +21,7 @@ class LazyModule(Generic[M]):
     Copying or pickling this object loads the weights first, so the copy does not need the checkpoint.
 
     Args:
-        module: the encoder or decoder. If `checkpoint` is passed, it must be on the meta device, without weights.
+        module: the encoder or decoder. It must be on the meta device, without weights, if `checkpoint` is passed.
         checkpoint: source of the weights; None if `module` already has its weights.
         name: name of the module in the checkpoint, such as "audio_encoder".
         device: device of the module once its weights are loaded.
