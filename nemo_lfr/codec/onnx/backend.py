@@ -27,7 +27,8 @@ class OnnxBackend(NumpyBackend):
         name: name for messages; default: the folder.
 
     Raises:
-        CheckpointError: if the files are missing, damaged, from several exports, or not written by this package.
+        CheckpointError: if the files are missing or damaged, come from different exports, or were not written by
+            this package.
         MissingExtraError: if ONNX Runtime is not installed.
         NemoLfrError: for a device that ONNX Runtime does not support.
     """
