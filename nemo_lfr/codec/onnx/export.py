@@ -97,7 +97,7 @@ def _write(backend: TorchBackend, targets: list[Path]) -> None:
 
 
 def _write_aside(path: Path, data: bytes, target: Path) -> str:
-    """Write the temporary file of `target` and return its SHA-256."""
+    """Write data to `path`, the temporary file for `target`, and return the SHA-256 of the data."""
     with naming(target, path), open(path, "wb") as file:
         file.write(data)
         file.flush()
