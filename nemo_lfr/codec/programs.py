@@ -19,7 +19,7 @@ class Graph(NamedTuple):
     Attributes:
         module: the encoder or decoder.
         example: example inputs.
-        dynamic_shapes: dynamic dimensions of each input, as `torch.export` takes them.
+        dynamic_shapes: dynamic dimensions of each input, in the form that `torch.export` expects.
         inputs: names of the inputs.
         output: name of the output.
     """
