@@ -1,4 +1,4 @@
-"""Members of a PyTorch backend that streams use, and a check of the lookahead arguments."""
+"""Interface that streams need from a PyTorch backend, and a check of their lookahead arguments."""
 
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
@@ -42,7 +42,7 @@ class StreamModules(Protocol):
 
 
 def check_lookahead(**values: int | None) -> None:
-    """Check the lookahead arguments of a stream, which are passed under their own names.
+    """Check the lookahead arguments of a stream. They are passed by keyword, because messages contain their names.
 
     Raises:
         NemoLfrError: if a value is neither None nor an integer of at least 0.
