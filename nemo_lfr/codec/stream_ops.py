@@ -1,7 +1,8 @@
 """Operations of the encoder and the decoder for streams.
 
 Every layer keeps the inputs that its next outputs still need, so no input is processed twice. The results are the same
-as for the whole recording, whatever the chunk size. A frame is returned as soon as its lookahead is complete.
+as for the whole recording, whatever the chunk size. The result for a frame is returned as soon as the later frames
+that it depends on have arrived.
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -29,8 +30,8 @@ class Slot(NamedTuple):
 
     Attributes:
         layer: key of the layer.
-        num_items: number of items n.
-        channels: number of values H in each item.
+        num_items: number of inputs that the layer keeps, n.
+        channels: number of values in each input, H.
         started: as in `LayerState`.
     """
 
@@ -43,12 +44,12 @@ class Slot(NamedTuple):
 class State(NamedTuple):
     """State of an encoder or decoder for one stream.
 
-    One tensor contains the items of all layers, so one copy joins the states of several streams in a batch. The tensor
-    is never changed in place; a new one replaces it.
+    One tensor contains the kept inputs of all layers. The states of several streams can therefore be joined to a batch
+    with one copy. The tensor is never changed in place; a new one replaces it.
 
     Attributes:
         slots: description of the part of `values` that belongs to each layer, in order.
-        values: items of all layers, [N].
+        values: kept inputs of all layers, [N].
     """
 
     slots: tuple[Slot, ...] = ()
@@ -58,7 +59,7 @@ class State(NamedTuple):
 class StreamOps:
     """Operations on one chunk, which read and update the state of each layer.
 
-    Signals are tensors [B, n, H] with the n items that have become available; n may be 0.
+    Signals are tensors [B, n, H] with the n time steps that have become available; n may be 0.
 
     Args:
         state: state of each layer; changed in place.
@@ -104,7 +105,7 @@ class StreamOps:
         return out[:, layer.first_sample * (not started) : stop]
 
     def residual(self, layer: ResidualLayer, signal: torch.Tensor) -> torch.Tensor:
-        """Return the mean of the residual branches, for the items that all branches have produced."""
+        """Return the mean of the residual branches, for the time steps that all branches have produced."""
         results = []
         for blocks in layer.branches:
             hidden = signal
@@ -115,14 +116,14 @@ class StreamOps:
         return total / len(results)
 
     def _block(self, block: ResidualBlock, signal: torch.Tensor) -> torch.Tensor:
-        """Run a residual block. Each input item is kept until the convolutions produce the item to add to it."""
+        """Run a residual block. Each input step is kept until the convolutions produce the step to add to it."""
         slope = slope_of(block.skip_activation)  # a leaky ReLU is fused into the convolution before it
         hidden = self.conv(block.input_conv, signal, block.input_activation, 1.0 if slope is None else slope)
         added = self.conv(block.skip_conv, hidden, block.skip_activation if slope is None else None)
         return self._add_available(block, [signal, added])
 
     def _add_available(self, key: Hashable, terms: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Add the items that all terms have produced, and keep the other items for the next chunk."""
+        """Add the time steps that all terms have produced, and keep later ones for the next chunk."""
         joined = [self._join((key, number), term)[0] for number, term in enumerate(terms)]
         ready = min(term.shape[1] for term in joined)
         for number, term in enumerate(joined):
