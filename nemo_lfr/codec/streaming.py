@@ -1,9 +1,10 @@
 """Streaming encoder and decoder.
 
-Results are the same as for the whole recording, whatever the chunk size. A frame is returned as soon as its lookahead
-is complete. With the released config, the encoder waits for 6 later frames and the decoder for 13. A smaller
-`lookahead` reduces latency at some cost in quality: each frame is then processed as if the recording ended after its
-lookahead. Only one thread at a time may push to a stream. A push that raises an error leaves all streams unchanged.
+Results are the same as for the whole recording, whatever the chunk size. The result for a frame depends on some later
+frames, the lookahead, and is returned as soon as they have arrived. With the released config, the encoder waits for 6
+later frames and the decoder for 13. A smaller `lookahead` reduces latency at some cost in quality: each frame is then
+processed as if the recording ended after its lookahead. Only one thread at a time may push to a stream. A push that
+raises an error leaves all streams unchanged.
 """
 
 import threading
@@ -65,7 +66,7 @@ class _Stream:
         self._in_use = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the state for a copy, which then is an independent stream."""
+        """Return the state for a copy. The copy is an independent stream."""
         return self.__dict__ | {"_in_use": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -74,11 +75,11 @@ class _Stream:
 
     @property
     def latency_ms(self) -> float:
-        """Milliseconds from the last sample of a frame to the result for the frame, without the processing time."""
+        """Milliseconds from the last sample of a frame to the result for this frame, excluding processing time."""
         return 1000 * self.delay_frames / self.codec.frame_rate
 
     def _num_due(self) -> int:
-        """Return the number of output items (tokens or samples) whose lookahead has arrived."""
+        """Return how many output items (tokens or samples) can be returned, because their lookahead has arrived."""
         # The first frames only wait for the first lookahead. They play while the lookahead of later frames arrives.
         early_frames = min(self.delay_frames - self.first_delay_frames, self._num_in - self.first_delay_frames)
         return max(self._num_in - self.delay_frames, early_frames) * self._items_out
@@ -99,7 +100,7 @@ class StreamEncoder(_Stream):
         self.num_samples = 0
 
     def push(self, samples: np.ndarray) -> np.ndarray:
-        """Push samples and return the tokens whose lookahead is complete.
+        """Push samples, and return the tokens for which enough later samples have arrived.
 
         Args:
             samples: [n], n >= 0, at the codec's rate; floating point in [-1, 1], or int16.
@@ -177,7 +178,7 @@ class StreamDecoder(_Stream):
         return self.codec.num_codebooks * len(self.codec.levels)
 
     def push(self, tokens: np.ndarray) -> np.ndarray:
-        """Push tokens and return the audio whose lookahead is complete.
+        """Push tokens, and return the audio for which enough later tokens have arrived.
 
         Args:
             tokens: [C, k], k >= 0.
@@ -273,14 +274,14 @@ def push_encoders(streams: Sequence[StreamEncoder], samples: Sequence[np.ndarray
 
     Raises:
         AudioError: as in `StreamEncoder.push`. All streams then remain unchanged.
-        NemoLfrError: for streams of different codecs, a stream that is passed twice or in use by another thread, or a
-            different number of chunks than streams.
+        NemoLfrError: if the streams belong to different codecs, a stream is passed twice or is in use by another
+            thread, or the numbers of streams and chunks differ.
     """
     return _push(streams, samples, StreamEncoder, _advance_encoders)
 
 
 def push_decoders(streams: Sequence[StreamDecoder], tokens: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Push tokens [C, k] to each of several streams, and return the audio [n] of each; see `push_encoders`."""
+    """Push tokens [C, k] to each of several streams, and return audio [n] for each stream; see `push_encoders`."""
     return _push(streams, tokens, StreamDecoder, _advance_decoders)
 
 
