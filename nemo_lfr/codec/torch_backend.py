@@ -55,8 +55,8 @@ class TorchBackend:
         sample_rate: sample rate of the audio, Hz.
         precision: "fp32" gives the reference tokens: TF32 is off, whatever PyTorch's settings are. "tf32" drops 13 of
             23 mantissa bits in convolutions on a GPU, as stock NeMo with PyTorch's defaults does; on a CPU it equals
-            "fp32". "bf16" and "fp16" run the convolutions at that precision, which changes about 16 % of the tokens
-            (bf16) or 1.5 % (fp16) of the bundled codec. FSQ runs in fp32 at every precision.
+            "fp32". "bf16" and "fp16" run the convolutions at that precision, which changes about 16 % (bf16) or
+            1.5 % (fp16) of the bundled codec's tokens. FSQ runs in fp32 at every precision.
         name: source of the weights, for messages.
         config: model config of the modules, which `Codec.save_pretrained` writes; None if there is no config.
 
