@@ -145,7 +145,7 @@ def place_windows(
 def rolling_windows(
     blocks: Iterable[np.ndarray], items_per_frame: int, chunk: int, context: Context
 ) -> Iterator[tuple[np.ndarray, Window]]:
-    """Cut a recording of unknown length into the windows of `frames.plan_windows`.
+    """Cut a recording of unknown length into the same windows as `frames.plan_windows`.
 
     Args:
         blocks: consecutive samples or tokens, [..., n] with any n.
