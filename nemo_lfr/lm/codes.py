@@ -22,8 +22,8 @@ def unfold(tokens: Any, levels: Levels) -> Any:
 
     Args:
         tokens: ids in [0, codebook_size), shape [..., C, T].
-        levels: FSQ levels of the dimensions of every codebook, such as `codec.levels`, or a sequence of such levels
-            with one entry for each codebook.
+        levels: number of FSQ levels in each dimension of a codebook, such as `codec.levels`. If the codebooks have
+            different levels, pass one such sequence for each codebook.
 
     Returns:
         Codes, int64, shape [..., D, T]. D is the total number of dimensions, for example 32 for 8 codebooks with
@@ -52,8 +52,8 @@ def fold(codes: Any, levels: Levels) -> Any:
 
     Args:
         codes: integers, shape [..., D, T]. The codes of a dimension with n levels are in [0, n).
-        levels: levels of the codebooks; see `unfold`. If levels are passed for one codebook, the number of codebooks
-            is D / len(levels).
+        levels: levels of the codebooks; see `unfold`. If only one sequence is passed, it is used for all
+            D / len(levels) codebooks.
 
     Returns:
         Tokens, int64, shape [..., C, T].
