@@ -303,7 +303,7 @@ class FlatLayout(Layout):
 
 
 class DelayLayout(Layout):
-    """Layout with one sequence per codebook, each of which has its own delay.
+    """Layout with one sequence per codebook. Each sequence has its own delay.
 
     This is the delay pattern of MusicGen (Copet et al., arXiv 2306.05284). If all delays are 0, the tokens of a frame
     are at the same step.
