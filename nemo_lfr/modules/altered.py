@@ -42,7 +42,7 @@ def _conv_kind(layer: nn.Module | None) -> type[nn.Module]:
 
 
 def check_unaltered(network: nn.Module, name: str) -> None:
-    """Raise an error if a network is altered; for streams, which do not call its modules.
+    """Raise an error if a network is altered. Streams need this check, because they do not call its modules.
 
     Args:
         network: encoder or decoder.
