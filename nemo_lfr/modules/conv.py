@@ -42,8 +42,8 @@ def convolve(
     - If the signal is larger than the weights: a channels-last convolution. It copies the weights, and in training
       also their gradients, to another layout on every call.
     - If the weights are larger: a convolution in the default layout, which does not copy them.
-    - If the weights are much larger: a matrix product. oneDNN's convolutions are up to 8 times slower there (for
-      example, for 1,536 outputs with 768 x 16 weights each and 24 frames).
+    - If the weights are much larger: a matrix product. In this case, oneDNN's convolutions are up to 8 times slower,
+      for example with H_in = 768, H_out = 1536, K = 16 and T = 24.
 
     An exported graph contains `conv1d`, so that its runtime can choose.
 
@@ -167,8 +167,8 @@ class Conv1d(nn.Module):
 class ConvTranspose1d(nn.Module):
     """Transposed convolution with kernel size 2 * stride, which multiplies the length by `stride`.
 
-    Such a convolution gives `stride` more outputs than needed. If it is symmetric, half of them are removed at each
-    end; if it is causal, all of them are removed at the end.
+    Such a convolution gives `stride` more outputs than needed. A symmetric layer removes half of the extra outputs at
+    each end. A causal layer removes all extra outputs at the end.
 
     Attributes:
         stride: outputs per input.
@@ -232,7 +232,7 @@ def fold(layer: Conv1d | ConvTranspose1d) -> tuple[torch.Tensor, torch.Tensor | 
     """Return a layer's weight, with weight norm folded, and its bias, both detached and contiguous.
 
     A transposed layer without groups is converted to an ordinary convolution with two taps. The input of the ordinary
-    convolution must be padded by one time step at both ends, and `interleave` converts its output to the signal.
+    convolution must be padded by one time step at both ends. `interleave` converts the output to the signal.
 
     Returns:
         Weight [H_out, H_in, K], and bias [H_out] or None. For a converted layer, the shapes are
