@@ -47,7 +47,7 @@ class CodecSpec:
 
     @property
     def zero_token(self) -> int:
-        """Token whose code is zero in every dimension. It fills the codebooks that are left out before decoding."""
+        """Token whose code is zero in every dimension. Decoding uses this token for codebooks that are left out."""
         return sum(level // 2 * math.prod(self.levels[:place]) for place, level in enumerate(self.levels))
 
     @property
