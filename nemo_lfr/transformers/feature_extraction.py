@@ -1,4 +1,4 @@
-"""Feature extractor of the codec, which pads clips to a batch and returns a mask."""
+"""Feature extractor of the codec: it pads clips, stacks them in a batch, and returns a mask."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ logger = logging.get_logger(__name__)
 
 
 class NemoLfrFeatureExtractor(SequenceFeatureExtractor):
-    """Feature extractor that pads clips to a batch of `input_values` with a `padding_mask`.
+    """Feature extractor that pads clips and stacks them in a batch, `input_values`, with a `padding_mask`.
 
     Args:
         feature_size: number of channels, which must be 1.
