@@ -17,10 +17,15 @@ LENGTH, BUFFERS, COMPRESSION = 0, 2, 3
 DATA = 1
 # Values of the field HEADER_TYPE.
 DICTIONARY_BATCH, RECORD_BATCH = 2, 3
+# What follows the last batch: the mark of the current format, or that of the format before Arrow 0.15.
+END_MARKS = (b"\xff\xff\xff\xff\x00\x00\x00\x00", b"\x00\x00\x00\x00")
 
 
 def check_stream(path: Path) -> None:
-    """Check that an Arrow stream does not expand to an implausible size.
+    """Check that an Arrow stream is complete, and that it does not expand to an implausible size.
+
+    Without its end mark, a stream was cut short. `datasets` and pyarrow read such a stream up to the cut if that is
+    between two batches, without an error.
 
     Only the headers of the record batches in the stream are read. No buffer is decompressed.
 
@@ -28,16 +33,21 @@ def check_stream(path: Path) -> None:
         path: file in Arrow's streaming format.
 
     Raises:
-        NemoLfrError: if the batches declare an implausible number of rows or bytes, or the file is damaged.
+        NemoLfrError: if the batches declare an implausible number of rows or bytes, or the file is damaged, truncated
+            or followed by other data.
     """
     arrow = require("pyarrow")
     rows = expanded = 0
     try:
         size = path.stat().st_size
         with arrow.memory_map(str(path)) as file:
+            end = 0
             for message in arrow.ipc.MessageReader.open_stream(file):
+                end = file.tell()
                 batch_rows, batch_bytes = _claims(message)
                 rows, expanded = rows + batch_rows, expanded + batch_bytes
+            file.seek(end)
+            rest = file.read(max(map(len, END_MARKS)) + 1)
     except (OSError, ValueError, EOFError, struct.error, IndexError) as error:
         raise NemoLfrError(f"{path}: the Arrow file is damaged ({shorten(error, 200)}); save it again.") from error
     if is_implausible(rows, expanded, size):
@@ -45,6 +55,10 @@ def check_stream(path: Path) -> None:
             f"{path}: the file declares {rows} rows and {expanded} decompressed bytes, but has only {size} bytes; the "
             "file is damaged or malicious."
         )
+    if rest not in END_MARKS:
+        if rest.startswith(END_MARKS):
+            raise NemoLfrError(f"{path}: other data follows the end of the rows in this Arrow file; save it again.")
+        raise NemoLfrError(f"{path}: the Arrow file ends early, without its end mark; copy or save it again.")
 
 
 def _claims(message: Any) -> tuple[int, int]:

@@ -181,6 +181,47 @@ def test_an_arrow_stream_that_expands_is_refused_before_it_does(kind, tmp_path):
         SavedDataset(tmp_path)
 
 
+# Number of batches that are kept, and the bytes that follow them.
+CUTS = {
+    "all rows, without the mark": (3, b"", "ends early"),
+    "half of the mark": (3, b"\xff" * 4, "damaged"),
+    "one byte of the mark is missing": (3, b"\xff" * 4 + b"\0" * 3, "damaged|ends early"),
+    "after a batch": (2, b"", "ends early"),
+    "before the first batch": (0, b"", "ends early"),
+    "padding": (3, b"\xff" * 4 + b"\0" * 12, "other data follows"),
+    "a mark in the middle": (1, b"\xff" * 4 + b"\0" * 4 + b"x" * 100, "other data follows"),
+    "whole": (3, b"\xff" * 4 + b"\0" * 4, None),
+}
+
+
+@pytest.mark.parametrize("kind", CUTS)
+def test_an_arrow_stream_without_its_end_mark_is_truncated(kind, tmp_path):
+    batches, tail, problem = CUTS[kind]
+    path = tmp_path / "a.arrow"
+    # The last batch ends with the bytes of an end mark.
+    table = pa.table({"x": pa.array([-1, 0] * 3, pa.int32())})
+    stream = pa.BufferOutputStream()
+    ends = []
+    with pa.ipc.new_stream(stream, table.schema) as writer:
+        for batch in table.to_batches(max_chunksize=2):
+            ends.append(stream.tell())
+            writer.write_batch(batch)
+        ends.append(stream.tell())
+    path.write_bytes(stream.getvalue().to_pybytes()[: ends[batches]] + tail)
+    if problem is None:
+        return check_stream(path)
+    with pytest.raises(NemoLfrError, match=rf"a\.arrow: .*{problem}"):
+        check_stream(path)
+
+
+def test_arrow_streams_of_old_versions_are_complete(tmp_path):
+    options = pa.ipc.IpcWriteOptions(use_legacy_format=True)
+    table = pa.table({"x": [1, 2]})
+    with pa.OSFile(str(tmp_path / "a.arrow"), "wb") as file, pa.ipc.new_stream(file, table.schema, options=options) as w:
+        w.write_table(table)
+    check_stream(tmp_path / "a.arrow")
+
+
 @pytest.mark.parametrize("compression", [None, "zstd", "lz4"])
 def test_a_damaged_arrow_stream_is_an_error_of_this_package(compression, tmp_path):
     path = tmp_path / "a.arrow"

@@ -10,6 +10,7 @@ from nemo_lfr.corpus.sources.table import ROWS, Table
 from nemo_lfr.errors import ConfigError, NemoLfrError, shorten
 from nemo_lfr.io.arrow_streams import check_stream
 from nemo_lfr.io.manifests import NOT_A_LINE, describe
+from nemo_lfr.io.numbered import check_numbered
 from nemo_lfr.io.regular import open_regular
 from nemo_lfr.io.shortage import require
 
@@ -25,6 +26,7 @@ class SavedDataset(Table):
 
     def __init__(self, path: Path, audio_dir: Path | None = None) -> None:
         datasets = require("datasets")
+        path = _only_split(path)
         _check_files(path)
         try:
             self.rows = datasets.load_from_disk(str(path))
@@ -46,13 +48,19 @@ class SavedDataset(Table):
     @classmethod
     def accepts(cls, path: Path) -> bool:
         """Return whether the path is a saved dataset."""
-        return path.is_dir() and any(
-            list(path.glob(name)) for name in ("state.json", "dataset_dict.json", "*/state.json")
-        )
+        if not path.is_dir():
+            return False
+        names = ("state.json", "dataset_dict.json", "*/state.json")
+        return any(list(path.glob(name)) for name in names) or _lacks_state(path)
 
     @classmethod
     def open(cls, path: Path, options: OpenOptions) -> "SavedDataset":
         """Open the dataset."""
+        if _lacks_state(path):
+            raise ConfigError(
+                f"{path}: a saved dataset without its state.json; copy this file too, or save the dataset with "
+                "save_to_disk and pass the new folder."
+            )
         if not (path / "state.json").exists() and not (path / "dataset_dict.json").exists():
             splits = sorted(state.parent.name for state in path.glob("*/state.json"))
             raise ConfigError(
@@ -73,6 +81,33 @@ class SavedDataset(Table):
         stop = shard["start"] + shard["count"]
         for start in range(shard["start"], stop, ROWS):
             yield from self._clips(self.rows[start : min(start + ROWS, stop)], start)
+
+
+def _lacks_state(path: Path) -> bool:
+    """Return whether a folder has the files of a saved dataset except state.json, like the cache of `datasets`."""
+    return (
+        (path / "dataset_info.json").is_file()
+        and not (path / "state.json").exists()
+        and next(path.glob("*.arrow"), None) is not None
+    )
+
+
+def _only_split(path: Path) -> Path:
+    """Return the folder of the only split of a saved `DatasetDict`; otherwise the folder itself."""
+    listing = path / "dataset_dict.json"
+    if (path / "state.json").exists() or not listing.exists():
+        return path
+    try:
+        with open_regular(listing, ConfigError) as file:
+            splits = json.loads(file.read())["splits"]
+        names = [name for name in splits if isinstance(name, str)]
+    except NOT_A_LINE as error:
+        raise ConfigError(f"{listing}: file is damaged ({describe(error)}); save the dataset again.") from error
+    if len(names) != 1 or len(splits) != 1:
+        return path
+    if path_inside(path, names[0]) is None or Path(names[0]).name != names[0]:
+        raise ConfigError(f"{listing}: {shorten(names[0])!r} is not a folder in this folder; save the dataset again.")
+    return path / names[0]
 
 
 def _check_files(path: Path) -> None:
@@ -96,6 +131,7 @@ def _check_files(path: Path) -> None:
         raise ConfigError(f"{state}: {shorten(bad)!r} is not a file in this folder; save the dataset again.")
     if not named:
         raise ConfigError(f"{path}: the saved dataset has no rows; save one that has rows.")
+    check_numbered(path, [path / name for name in named])
     for name in named:
         if path_inside(path, name) is None:
             raise ConfigError(

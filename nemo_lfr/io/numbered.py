@@ -1,0 +1,50 @@
+"""Find the files that are missing in a numbered set, such as `train-00001-of-00003.parquet`."""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from nemo_lfr.errors import ConfigError, shorten
+
+# Names such as "train-00000-of-00003.parquet". Older versions of `datasets` added a hash after the numbers.
+_NUMBERED = re.compile(r"(?P<head>.*?)(?P<index>\d+)(?P<of>[-_. ]?of[-_. ]?)(?P<total>\d+)(?P<tail>.*)", re.IGNORECASE)
+NAMED = 5  # maximum number of missing files that a message names
+MAX_TOTAL = 1_000_000  # a larger number of files is not plausible, so that the name has another meaning
+
+
+def missing_files(paths: Iterable[Path]) -> list[str]:
+    """Return the names of files that are missing in numbered sets, in order, without folders.
+
+    Args:
+        paths: files. Those of one set are in the same folder, and have the same name except for their number and what
+            follows the total.
+    """
+    sets: dict[tuple[Path, str, str, int, str], dict[int, re.Match[str]]] = {}
+    for path in paths:
+        found = _NUMBERED.fullmatch(path.stem)
+        if found and 0 < int(found["total"]) <= MAX_TOTAL and int(found["index"]) <= int(found["total"]):
+            key = (path.parent, found["head"], found["of"], int(found["total"]), path.suffix)
+            sets.setdefault(key, {})[int(found["index"])] = found
+    missing = []
+    for (_, head, of, total, suffix), files in sets.items():
+        some = next(iter(files.values()))
+        first = 1 if total in files and 0 not in files else 0  # the files of some programs are numbered from 1
+        for index in range(first, first + total):
+            if index not in files:
+                missing.append(f"{head}{index:0{len(some['index'])}d}{of}{some['total']}{suffix}")
+    return missing
+
+
+def check_numbered(folder: Path, paths: Iterable[Path]) -> None:
+    """Refuse a folder in which files of a numbered set are missing.
+
+    Raises:
+        ConfigError: if files are missing.
+    """
+    if missing := missing_files(paths):
+        names = ", ".join(shorten(name) for name in missing[:NAMED])
+        more = f" and {len(missing) - NAMED} more" if len(missing) > NAMED else ""
+        raise ConfigError(
+            f"{folder}: incomplete: {names}{more} missing, according to the names of the other files; copy the missing "
+            "files. To use the others alone, rename them without '-of-' and the total."
+        )
