@@ -217,7 +217,10 @@ def test_an_arrow_stream_without_its_end_mark_is_truncated(kind, tmp_path):
 def test_arrow_streams_of_old_versions_are_complete(tmp_path):
     options = pa.ipc.IpcWriteOptions(use_legacy_format=True)
     table = pa.table({"x": [1, 2]})
-    with pa.OSFile(str(tmp_path / "a.arrow"), "wb") as file, pa.ipc.new_stream(file, table.schema, options=options) as w:
+    with (
+        pa.OSFile(str(tmp_path / "a.arrow"), "wb") as file,
+        pa.ipc.new_stream(file, table.schema, options=options) as w,
+    ):
         w.write_table(table)
     check_stream(tmp_path / "a.arrow")
 
