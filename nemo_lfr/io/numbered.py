@@ -29,9 +29,8 @@ def missing_files(paths: Iterable[Path]) -> list[str]:
     for (_, head, of, total, suffix), files in sets.items():
         some = next(iter(files.values()))
         first = 1 if total in files and 0 not in files else 0  # the files of some programs are numbered from 1
-        for index in range(first, first + total):
-            if index not in files:
-                missing.append(f"{head}{index:0{len(some['index'])}d}{of}{some['total']}{suffix}")
+        absent = [index for index in range(first, first + total) if index not in files]
+        missing += [f"{head}{index:0{len(some['index'])}d}{of}{some['total']}{suffix}" for index in absent]
     return missing
 
 
@@ -45,6 +44,6 @@ def check_numbered(folder: Path, paths: Iterable[Path]) -> None:
         names = ", ".join(shorten(name) for name in missing[:NAMED])
         more = f" and {len(missing) - NAMED} more" if len(missing) > NAMED else ""
         raise ConfigError(
-            f"{folder}: incomplete: {names}{more} missing, according to the names of the other files; copy the missing "
-            "files. To use the others alone, rename them without '-of-' and the total."
+            f"{folder}: incomplete: {names}{more} missing, according to the names of the other files; copy the "
+            "missing files. To use the others alone, rename them without '-of-' and the total."
         )

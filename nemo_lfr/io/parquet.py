@@ -26,6 +26,7 @@ from nemo_lfr.io.bounded import (
 from nemo_lfr.io.regular import open_regular
 from nemo_lfr.io.shortage import require
 
+PARQUET_SUFFIXES = frozenset((".parquet", ".parq", ".pq"))
 MAGIC = b"PAR1"
 TAIL_BYTES = 8  # length of the footer, and the magic number
 MAX_FOOTER = 1 << 25  # bytes; a parsed footer takes up to 64 times as much memory

@@ -1,27 +1,37 @@
 """Reader for Parquet files with a column of audio."""
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from nemo_lfr.corpus.columns import parquet_features
 from nemo_lfr.corpus.ids import clean_id
+from nemo_lfr.corpus.inventory import list_digest, sampled_digest
 from nemo_lfr.corpus.sources.base import Clip, OpenOptions, ShardSpec, unreadable
 from nemo_lfr.corpus.sources.table import ROWS, Table
 from nemo_lfr.errors import ConfigError, MissingExtraError, NemoLfrError, shorten
 from nemo_lfr.io.columns import repeated_column
 from nemo_lfr.io.folders import find_files
-from nemo_lfr.io.parquet import READ_ERRORS, ParquetFooter, open_parquet
+from nemo_lfr.io.numbered import check_numbered
+from nemo_lfr.io.parquet import PARQUET_SUFFIXES, READ_ERRORS, ParquetFooter, open_parquet
+from nemo_lfr.io.partitions import partition_of
 from nemo_lfr.io.shortage import require
 from nemo_lfr.io.splits import check_one_split, split_of_parts
+
+logger = logging.getLogger(__name__)
+
+NAMED = 5  # maximum number of columns that a message names
 
 
 class Parquet(Table):
     """Reader for a Parquet file or a folder of Parquet files. A shard consists of row groups of one file.
 
+    Folders with names such as `lang=de` become columns, see `partition_of`.
+
     Raises:
         ConfigError: if no file can be read, no column contains audio, or a folder contains several splits of a
-            dataset.
+            dataset or lacks a file that the names of the others announce.
     """
 
     def __init__(self, path: Path, audio_dir: Path | None = None) -> None:
@@ -30,6 +40,7 @@ class Parquet(Table):
         if path.is_dir():
             splits = [split_of(file.relative_to(path)) for file in files]
             check_one_split(path, splits, "one file, or a folder with the files of one split")
+            check_numbered(path, files)
         problems = []
         for file in files:
             try:
@@ -39,12 +50,14 @@ class Parquet(Table):
                 problems.append(error)
         else:
             raise problems[0]
+        self.partitions = [partition_of(file, path) for file in files]
         super().__init__(path, files, schema, parquet_features(schema.metadata), audio_dir)
+        self.columns += [name for name in dict.fromkeys(key for keys in self.partitions for key in keys)]
 
     @classmethod
     def accepts(cls, path: Path) -> bool:
         """Return whether the path is a Parquet file, or a folder that contains Parquet files."""
-        return path.suffix == ".parquet" if path.is_file() else bool(parquet_files(path))
+        return path.suffix.lower() in PARQUET_SUFFIXES if path.is_file() else bool(parquet_files(path))
 
     @classmethod
     def open(cls, path: Path, options: OpenOptions) -> "Parquet":
@@ -53,6 +66,14 @@ class Parquet(Table):
         if options.relist:  # log in the process that plans the run, not in each worker
             table.log_choices()
         return table
+
+    @property
+    def identity(self) -> str:
+        """Return a hash of the files and of the columns that their folders stand for."""
+        if not any(self.partitions):
+            return super().identity
+        pairs = zip(self.files, self.partitions, strict=True)
+        return list_digest((f"{file.name} {sorted(keys.items())}", sampled_digest(file)) for file, keys in pairs)
 
     def _open(self, file: Path) -> tuple[Any, ParquetFooter]:
         try:
@@ -74,16 +95,27 @@ class Parquet(Table):
         """Split the row groups into shards of about `size` clips."""
         shards: list[ShardSpec] = []
         number = 0
+        first_columns: list[str] = []
         for file in range(len(self.files)):
             try:
-                footer = self._open(self.files[file])[1]
+                table, footer = self._open(self.files[file])
+                columns = table.schema_arrow.names
+                if self.column not in columns:
+                    raise ConfigError(
+                        f"{self.files[file]}: no column {self.column!r}, from which the other files take the audio; "
+                        f"found {shorten(columns, 300)}. Rename the column, or tokenize this file by itself."
+                    )
+                if difference := _difference(columns, first_columns or columns):
+                    logger.warning("%s: other columns than in the files before: %s.", self.files[file], difference)
+                first_columns = first_columns or columns
+                first = number
             except ConfigError as error:
                 shards.append({"file": file, "groups": [], "start": number, "problem": str(error)})
                 continue
             count = size
             for index, group in enumerate(footer.groups):
                 if count >= size:
-                    shards.append({"file": file, "groups": [], "start": number})
+                    shards.append({"file": file, "groups": [], "start": number, "first": first})
                     count = 0
                 shards[-1]["groups"].append(index)
                 count += group.num_rows
@@ -97,24 +129,37 @@ class Parquet(Table):
             yield Clip(clean_id(path.stem), str(path), unreadable(shard["problem"]))
             return
         table, footer = self._open(path)
-        number = shard["start"]
+        number, first = shard["start"], shard["first"]
         stop = number + sum(footer.groups[group].num_rows for group in shard["groups"])
         try:
             size = footer.rows_at_a_time(shard["groups"], ROWS)
             for rows in table.iter_batches(size, row_groups=shard["groups"]):
-                yield from self._clips(rows, number)
+                yield from self._clips(rows, number, path, first, self.partitions[shard["file"]])
                 number += rows.num_rows
             reason = "the file has fewer rows than it declares"  # if a page has fewer rows than its header states
         except READ_ERRORS as error:
             reason = shorten(error, 200)
         for row in range(number, stop):
-            origin = f"{self.path}, row {row}"
+            origin = f"{path}, row {row - first}"
             yield Clip(f"{row:08d}", origin, unreadable(f"{origin}: damaged Parquet ({reason})."))
 
 
 def parquet_files(folder: Path) -> list[Path]:
     """Return the Parquet files in a folder and its subfolders."""
-    return find_files(folder, {".parquet"}, report=lambda _: None)
+    return find_files(folder, PARQUET_SUFFIXES, report=lambda _: None)
+
+
+def _difference(columns: Sequence[str], expected: Sequence[str]) -> str:
+    """Return a description of how the columns of a file differ from those of another; empty if they do not."""
+    parts = [
+        f"{word} {', '.join(shorten(repr(name)) for name in names[:NAMED])}"
+        for word, names in (
+            ("without", [name for name in expected if name not in columns]),
+            ("with", [name for name in columns if name not in expected]),
+        )
+        if names
+    ]
+    return ", ".join(parts)
 
 
 def split_of(path: Path) -> str | None:

@@ -75,26 +75,46 @@ class Table(CorpusReader):
             text = "%s: of the %d audio files in this folder of tables, only those that a table lists are used."
             logger.warning(text, self.path, len(audio_files))
 
-    def _clips(self, rows: Any, number: int) -> Iterator[Clip]:
-        """Yield the clips in an Arrow table or batch. `number` is the number of its first row in the corpus."""
+    def _clips(
+        self,
+        rows: Any,
+        number: int,
+        file: Path | None = None,
+        first: int = 0,
+        constants: Mapping[str, str] = MappingProxyType({}),
+    ) -> Iterator[Clip]:
+        """Yield the clips in an Arrow table or batch.
+
+        Args:
+            rows: the table or batch.
+            number: number of its first row in the corpus.
+            file: file that contains the rows, for messages; None for the corpus.
+            first: number of the first row of the file in the corpus.
+            constants: values of columns that are not in the file.
+        """
         columns = {name: rows.column(index) for index, name in enumerate(rows.schema.names)}
         audio = {name: columns.pop(name) for name in (self.column, CONTEXT) if name in columns}
         for index in range(rows.num_rows):
             yield self._clip(
                 number + index,
+                f"{file or self.path}, row {number + index - first}",
                 {name: cells[index] for name, cells in audio.items()},
                 {name: cells[index] for name, cells in columns.items()},
+                constants,
             )
 
-    def _clip(self, number: int, audio: dict[str, Any], cells: dict[str, Any]) -> Clip:
-        origin = f"{self.path}, row {number}"
+    def _clip(
+        self, number: int, origin: str, audio: dict[str, Any], cells: dict[str, Any], constants: Mapping[str, str]
+    ) -> Clip:
         name = f"{number:08d}"
         try:
-            values = {key: label_value(cell, self.class_names.get(key), key) for key, cell in cells.items()}
+            values: dict[str, Any] = dict(constants)
+            values |= {key: label_value(cell, self.class_names.get(key), key) for key, cell in cells.items()}
             if (row_id := values.get("id")) is not None and not is_missing(row_id):
                 name = clean_id(f"{row_id}-{number:08d}")
             labels = standard_labels(values)
             rate = next((values[key] for key in RATES if key in values), None)
+            rate = int(rate) if isinstance(rate, str) and rate.isdecimal() else rate  # from the name of a folder
             # As in text tables, offset and duration have this meaning only together with NeMo's key `audio_filepath`.
             keys = ("offset", "duration") if self.column == "audio_filepath" else ()
             audio_loader = self._loader(
