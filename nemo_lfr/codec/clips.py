@@ -19,10 +19,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nemo_lfr.codec.arguments import check_audio, check_lengths, check_not_empty, float_audio, resample_clips
-from nemo_lfr.codec.arrays import Arrays
+from nemo_lfr.codec.arrays import Arrays, Kind, to_numpy
 from nemo_lfr.errors import AudioError, shorten
 from nemo_lfr.io.audio import AudioReader
 from nemo_lfr.io.locate import expand_home
+from nemo_lfr.io.pcm import samples_to_float
 
 logger = logging.getLogger(__name__)
 
@@ -197,8 +198,14 @@ def _read(
 
 
 def _mono(arrays: Arrays[Any], audio: object, name: str) -> Any:
-    """Mix samples [T_audio], [channels, T_audio] or [T_audio, channels] to [1, T_audio]."""
-    samples = float_audio(arrays, audio, name)
+    """Mix samples [T_audio], [channels, T_audio] or [T_audio, channels] to [1, T_audio].
+
+    Integers are scaled as in the tables of a corpus, see `samples_to_float`.
+    """
+    samples = arrays.convert(audio, name, AudioError)
+    if arrays.kind(samples) is Kind.INTEGER:
+        samples = samples_to_float(to_numpy(samples), name)
+    samples = float_audio(arrays, samples, name)
     if samples.ndim == 2 and len(samples) > 1:
         last = samples.shape[1] <= MAX_CHANNELS < len(samples)
         samples = samples.mean(1) if last else samples.mean(0)

@@ -7,6 +7,7 @@ import numpy as np
 
 from nemo_lfr.errors import AudioError
 from nemo_lfr.io.audio import AudioReader, check_peak, check_rate, resample
+from nemo_lfr.io.pcm import samples_to_float
 
 # Durations in manifests are rounded. A difference up to this value, or 2% of the duration if that is more, is ignored.
 DURATION_SLACK = 0.1  # seconds
@@ -60,9 +61,7 @@ def read_samples(
 ) -> np.ndarray:
     """Convert decoded samples, for instance from a column of a table, to mono float32 samples.
 
-    Integers are divided by the full scale of their type, for example int16 by 32,768. Many tables store 16-bit samples
-    as int32 or int64. For these two types, the full scale is therefore that of 16 bits if all values fit into 16 bits,
-    and that of 32 bits otherwise.
+    See `samples_to_float` for the full scale of integers.
 
     Args:
         samples: samples [T], [C, T] or [T, C]. Of two axes, the shorter one contains the channels.
@@ -88,27 +87,13 @@ def read_samples(
         raise AudioError(
             f"{name}: the audio is an array of shape {samples.shape}, {samples.dtype}; expected numbers [T]."
         )
-    wave: np.ndarray = _to_float(samples)
+    wave: np.ndarray = samples_to_float(samples, name)
     if wave.ndim == 2:
         wave = wave.mean(axis=int(np.argmin(wave.shape)))
     _check_length(len(wave) / float(rate), longest, name)
     check_peak(float(np.abs(wave).max(initial=0.0)), f"{name}:")
     wave = wave.astype(np.float32)
     return resample(wave, int(rate), sample_rate) if int(rate) != sample_rate and len(wave) else wave
-
-
-def _to_float(samples: np.ndarray) -> np.ndarray:
-    if np.issubdtype(samples.dtype, np.floating):
-        return samples
-    wave: np.ndarray = samples.astype(np.float64)
-    if samples.dtype == np.uint8:
-        return (wave - 128) / 128
-    bits = {1: 8, 2: 16, 4: 32}.get(samples.dtype.itemsize)
-    if samples.dtype.itemsize >= 4:
-        bits = 16 if np.abs(wave).max(initial=0.0) <= 2**15 else 32
-    assert bits is not None
-    wave /= 2 ** (bits - 1)
-    return wave
 
 
 def _read(reader: AudioReader, offset: float | None, duration: float | None, longest: float, name: str) -> np.ndarray:

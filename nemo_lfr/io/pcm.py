@@ -1,0 +1,54 @@
+"""Convert integer samples to floating point. The scale depends on the type alone, never on the samples of a clip."""
+
+import numpy as np
+
+from nemo_lfr.errors import AudioError
+
+# Full scale of each type of samples. 64-bit audio does not exist: int64 is what Python, JSON and pandas make of 16-bit
+# samples. Other unsigned types than uint8 do not occur in audio formats either.
+FULL_SCALE = {"int8": 2**7, "uint8": 2**7, "int16": 2**15, "int32": 2**31, "int64": 2**15}
+# The peak of 24-bit samples that were stored as int32 without a shift is at most this.
+LARGEST_24_BIT = 2**23
+
+
+def samples_to_float(samples: np.ndarray, name: str) -> np.ndarray:
+    """Convert decoded samples to floating point, with full scale at 1.
+
+    | type | full scale |
+    | --- | --- |
+    | floating point | 1; unchanged |
+    | int8 | 128 |
+    | uint8 | 128 above and below the middle, 128, as in WAV files |
+    | int16 | 32,768 |
+    | int32 | 2,147,483,648, as libsndfile and torchaudio read it |
+    | int64 | 32,768, since lists of Python integers become int64 |
+
+    Args:
+        samples: samples of any shape.
+        name: name of the samples for messages.
+
+    Raises:
+        AudioError: if the type is another one, if int64 samples exceed 16 bits, or if int32 samples are not silence but
+            fit into 24 bits, since their full scale may then be that of 16 or 24 bits.
+    """
+    kind = samples.dtype.name
+    if np.issubdtype(samples.dtype, np.floating):
+        return samples
+    if kind not in FULL_SCALE:
+        raise AudioError(
+            f"{name}: the samples have the type {kind}, which has no defined full scale; store floats in [-1, 1], or "
+            "int16."
+        )
+    wave: np.ndarray = samples.astype(np.float64)
+    peak = float(np.abs(wave).max(initial=0.0))
+    if kind == "int64" and peak > FULL_SCALE[kind]:
+        raise AudioError(
+            f"{name}: int64 samples are read as 16-bit audio, but reach {peak:.0f}; store floats in [-1, 1], or int32 "
+            "with a full scale of 2^31."
+        )
+    if kind == "int32" and 0 < peak <= LARGEST_24_BIT:
+        raise AudioError(
+            f"{name}: int32 samples are read with a full scale of 2^31, but reach only {peak:.0f}, as 16-bit or 24-bit "
+            "audio does; store 16-bit audio as int16, and other audio as floats in [-1, 1]."
+        )
+    return (wave - 128 if kind == "uint8" else wave) / FULL_SCALE[kind]
