@@ -28,8 +28,8 @@ def samples_to_float(samples: np.ndarray, name: str) -> np.ndarray:
         name: name of the samples for messages.
 
     Raises:
-        AudioError: if the type is another one, if int64 samples exceed 16 bits, or if int32 samples are not silence but
-            fit into 24 bits, since their full scale may then be that of 16 or 24 bits.
+        AudioError: if the type is another one, if int64 samples exceed 16 bits, or if int32 samples are not silence
+            but fit into 24 bits, since their full scale may then be that of 16 or 24 bits.
     """
     kind = samples.dtype.name
     if np.issubdtype(samples.dtype, np.floating):
@@ -48,7 +48,7 @@ def samples_to_float(samples: np.ndarray, name: str) -> np.ndarray:
         )
     if kind == "int32" and 0 < peak <= LARGEST_24_BIT:
         raise AudioError(
-            f"{name}: int32 samples are read with a full scale of 2^31, but reach only {peak:.0f}, as 16-bit or 24-bit "
-            "audio does; store 16-bit audio as int16, and other audio as floats in [-1, 1]."
+            f"{name}: int32 samples are read with a full scale of 2^31, but reach only {peak:.0f}, as 16-bit or "
+            "24-bit audio does; store 16-bit audio as int16, and other audio as floats in [-1, 1]."
         )
     return (wave - 128 if kind == "uint8" else wave) / FULL_SCALE[kind]
