@@ -29,7 +29,7 @@ class RegistryOption(click.Option):
     """
 
     def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
-        """Return the option and its help text, in which the registered names replace `{}`."""
+        """Return the option and its help text. In the text, `{}` is replaced by the registered names."""
         from nemo_lfr.evaluation.codecs import codec_usage
         from nemo_lfr.evaluation.model_metrics import model_metric_kinds
 
@@ -162,7 +162,7 @@ def _record_failures(evaluation: "Evaluation", requested: dict[str, str]) -> Non
 
     Args:
         evaluation: the finished evaluation.
-        requested: for each kind of model metric that was requested, the name of the model.
+        requested: names of the requested models, by kind of model metric.
     """
     for result in evaluation.results:
         for key, reason in result.failures.items():
@@ -182,7 +182,7 @@ def _record_failures(evaluation: "Evaluation", requested: dict[str, str]) -> Non
 
 
 def _requested_models(asr: str | None, speaker_model: str | None, model_metrics: tuple[str, ...]) -> dict[str, str]:
-    """Return the name of the model for each kind of model metric that the options request."""
+    """Return the names of the models that the options request, by kind of model metric."""
     models = {kind: model for kind, _, model in (text.partition(":") for text in model_metrics)}
     named = {"asr": asr, "speaker": speaker_model}
     return models | {kind: model for kind, model in named.items() if model is not None}

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FileTask:
-    """Path of an input file, and path of the output file."""
+    """Task of `encode` or `decode`: the path of the input file and the path of the output file."""
 
     source: Path
     target: Path
@@ -46,8 +46,8 @@ def plan_tasks(
         out: output folder, or output file of a single input; None writes beside the inputs.
         suffixes: lower-case suffixes of the files to select in folders.
         new_suffix: suffix of the outputs.
-        report: function that is called with one line for each folder in which files were skipped, after all checks
-            have passed.
+        report: function that is called after all checks have passed, with one line for each folder in which files
+            were skipped.
 
     Returns:
         Tasks without duplicates.

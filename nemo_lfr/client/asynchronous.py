@@ -36,7 +36,7 @@ class AsyncClient:
         return await asyncio.to_thread(encode_file, self._server, audio)
 
     async def decode(self, tokens: Any, num_samples: int | None = None, *, audio_format: AudioFormat = "wav") -> bytes:
-        """Decode tokens to the content of an audio file; see `Client.decode`."""
+        """Decode tokens, and return the content of an audio file; see `Client.decode`."""
         return await asyncio.to_thread(decode_tokens, self._server, tokens, num_samples, audio_format)
 
     def decode_stream(

@@ -61,7 +61,7 @@ class Client:
         return encode_file(self._server, audio)
 
     def decode(self, tokens: Any, num_samples: int | None = None, *, audio_format: AudioFormat = "wav") -> bytes:
-        """Decode tokens to the content of an audio file.
+        """Decode tokens, and return the content of an audio file.
 
         Args:
             tokens: integers, shape [C, T_encoded].

@@ -163,7 +163,7 @@ def _check_size(server: Server, info: ServerInfo, size: int, name: str) -> None:
 
 
 def decode_tokens(server: Server, tokens: Any, num_samples: int | None, audio_format: AudioFormat) -> bytes:
-    """Decode tokens to the content of an audio file.
+    """Decode tokens, and return the content of an audio file.
 
     Args:
         server: server to send the tokens to.

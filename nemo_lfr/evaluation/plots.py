@@ -109,7 +109,7 @@ def _color(index: int) -> str:
 
 
 def _rate_plot(name: str, rates: Mapping[int, float], means: Mapping[int, tables.Mean]) -> str:
-    """Draw the mean and confidence interval of each codec against the bit rate, which has a logarithmic axis."""
+    """Draw the mean and confidence interval of each codec against the bit rate, on a logarithmic axis."""
     top, height = 8, 190
     bottom = height - 34
     low, high = _padded(min(mean.low for mean in means.values()), max(mean.high for mean in means.values()))

@@ -44,7 +44,7 @@ class Output:
 
 @dataclass(frozen=True)
 class Task:
-    """Recording with the outputs of all codecs. One task computes the features of the original only once.
+    """Recording with the outputs of all codecs. The features of the original are computed once per task.
 
     Attributes:
         key: key of the recording.

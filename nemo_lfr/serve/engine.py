@@ -118,7 +118,7 @@ class Engine:
 
         Args:
             lookahead: number of later frames that a token may depend on; see `Codec.stream_encoder`.
-            live: whether the session is a live stream. Background sessions wait for all live streams.
+            live: whether the session is a live stream. Other sessions (files) wait while a live stream has input.
 
         Yields:
             A session whose input is samples [n] at the codec's sample rate.
@@ -145,7 +145,7 @@ class Engine:
             first_lookahead: a smaller lookahead for the first frames; see `Codec.stream_decoder`.
             ramp: numbers of frames in the first chunks, such as (1, 2, 4). Small first chunks give the first audio
                 sooner. A chunk is processed when all of its frames have arrived.
-            live: whether the session is a live stream. Background sessions wait for all live streams.
+            live: whether the session is a live stream. Other sessions (files) wait while a live stream has input.
 
         Yields:
             A session whose input is tokens [C, k].
@@ -247,7 +247,7 @@ class Engine:
         return chosen
 
     def _take(self, batch: list[Session]) -> list[np.ndarray]:
-        """Take a chunk from each stream. Chunks have the same number of frames, except for those of a ramp."""
+        """Take a chunk from each stream. All chunks have the same number of frames, unless a ramp sets another one."""
         available = [session._available() for session in batch if not session._ended]
         frames = max(1, min(available, default=self.limits.chunk_frames))
         return [session._take(frames) for session in batch]

@@ -44,8 +44,8 @@ class AudioDiscriminator(nn.Module):
             views: list with one tensor [B, ...] per network.
 
         Returns:
-            A list with the scores [B, ...] of each network, and a list with the feature maps of each network, which
-            are a list of tensors [B, ...].
+            Two lists with one entry per network: the scores, each a tensor [B, ...], and the feature maps, each a list
+            of tensors [B, ...].
         """
         raise NotImplementedError
 

@@ -37,7 +37,7 @@ PadMode = Literal["reflect", "zeros"]
 
 
 class Conv2d(nn.Module):
-    """2-D convolution with weight norm. With a stride of 1, the output is as large as the input.
+    """2-D convolution with weight norm. With a stride of 1, height and width do not change.
 
     Args:
         in_channels: number of input channels.

@@ -28,8 +28,8 @@ class WavLM:
         layers: number of hidden states, which is the number of layers plus 1 for the input of the first layer.
 
     Attributes:
-        fallback: function that returns WavLM's weights from a checkpoint of the codec; None for none. It is called if
-            `name` is not available. Checkpoints that NeMo 3.0 saved contain WavLM's weights.
+        fallback: function that is called if `name` is not available. It returns the weights of WavLM from a checkpoint
+            of the codec, since NeMo 3.0 saves them there. None if there is no such checkpoint.
     """
 
     def __init__(self, name: str, hidden: int, layers: int) -> None:

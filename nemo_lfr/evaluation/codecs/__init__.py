@@ -47,8 +47,8 @@ def open_codec(text: str, device: str | None = None) -> "ComparedCodec":
     """Open a codec.
 
     Args:
-        text: value of `--codec`, such as "opus:16"; see `codec_usage`. A `.nemo` or `.ckpt` file or a Hub id without
-            a prefix is opened as `lfr`.
+        text: value of `--codec`, such as "opus:16"; see `codec_usage`. A `.nemo` file, a `.ckpt` file and
+            a Hub id need no prefix; they are opened as `lfr`.
         device: PyTorch device; chosen automatically if None.
 
     Returns:
