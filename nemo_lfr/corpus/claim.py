@@ -21,8 +21,8 @@ LENGTH = 32  # number of hex digits
 def claim(state: Path) -> str:
     """Return the claim of an output folder, which is the random ID of the run that owns the folder.
 
-    If the state folder contains no valid claim, a new one is written. The caller must hold the lock of the output. All
-    parts of one run get the same claim.
+    If the state folder contains no valid claim, a new one is written. The caller must hold the lock of the output. If
+    several processes tokenize parts of one run, all of them get the same claim.
 
     Args:
         state: the state folder of the output.
