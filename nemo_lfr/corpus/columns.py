@@ -25,7 +25,8 @@ class Samples:
 def audio_column(names: Sequence[str], types: Mapping[str, Any]) -> str | None:
     """Return the name of the audio column of a table.
 
-    A column with a known name is preferred. Otherwise it is the first column that contains bytes or decoded samples.
+    A column with a known name is preferred. If there is none, the first column that contains bytes or decoded samples
+    is the audio column.
 
     Args:
         names: names of all columns.
