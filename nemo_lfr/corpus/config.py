@@ -30,7 +30,7 @@ class TokenizeConfig:
         pad: "encode" pads a clip with silence to a whole number of frames, as `AudioCodecModel.encode` does. "magpie"
             also appends a frame of silence to a clip whose length is a whole number of frames, as NeMo's Magpie
             datasets do when they encode audio.
-        context: whether to tokenize context audio too, which is audio on which a TTS model is conditioned.
+        context: whether to tokenize context audio too. A TTS model is conditioned on the context audio of a clip.
         shard_size: number of clips per shard.
         max_duration: maximum duration of a clip in seconds. Longer clips are reported as failures.
         audio_dir: folder to which relative paths in a manifest or table refer; None for the folder that contains
@@ -43,8 +43,8 @@ class TokenizeConfig:
         claim: random ID of the run that owns the output folder, set by `tokenize`; see `nemo_lfr.corpus.claim`.
         compress: whether to compress `.lfr` files losslessly.
         entropy_model: path of the entropy model for compression; the codec's bundled model if None.
-        part: share of the shards to tokenize, if several independent processes tokenize the corpus; None for all
-            shards. See `nemo_lfr.corpus.part`.
+        part: the shards that this process tokenizes, if several independent processes tokenize the corpus (see
+            `nemo_lfr.corpus.part`); None for all shards.
     """
 
     source: str
