@@ -48,7 +48,8 @@ class TokenDataset(IterableDataset[TokenizedUtterance]):
 
     Raises:
         NemoLfrError: if an argument is invalid, the folder does not contain the tokens of a complete run, or shared
-            memory cannot be allocated. While reading, also if Accelerate would split the utterances of a rank again.
+            memory cannot be allocated. This error is also raised while reading, if Accelerate would split the
+            utterances of a rank again.
         TokenFileError: while reading, if a file is damaged or truncated.
     """
 
@@ -125,11 +126,11 @@ class TokenDataset(IterableDataset[TokenizedUtterance]):
         return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if _is_distributed() else (0, 1)
 
     def _share(self, splitter: Any) -> tuple[int, int]:
-        """Return the rank and the world size for splitting the utterances in one pass over the dataset.
+        """Return the rank and the world size by which the utterances are split in one pass over the dataset.
 
         Args:
-            splitter: object that iterates over the dataset. It may be a wrapper from Accelerate or the Trainer that
-                splits the utterances itself. The result is then (0, 1).
+            splitter: object that iterates over the dataset. If it is a wrapper from Accelerate or the Trainer, the
+                wrapper splits the utterances itself, and the result is (0, 1).
 
         Raises:
             NemoLfrError: if the utterances would be split twice.
