@@ -86,7 +86,7 @@ class Damage(str):
 
 
 class Row:
-    """Utterance whose data is loaded by `load`, so that an error affects only this utterance."""
+    """Utterance whose data is loaded only by `load`, so that an error in the data affects no other utterance."""
 
     def __init__(self, load: Callable[..., dict[str, Any]], *arguments: Any) -> None:
         self._load, self._arguments = load, arguments
@@ -101,7 +101,7 @@ class Row:
 
 
 class ShardFiles:
-    """Files of a shard. A file is compared with the record of the shard before its path is returned.
+    """Access to the files of a shard. Each file is compared with the shard's record before its path is returned.
 
     Args:
         folder: the output folder of the run.
@@ -137,7 +137,7 @@ class ShardFiles:
             name: path of the file relative to the output folder.
 
         Raises:
-            TokenFileError: if the file is missing or outside the folder, or is damaged while hashes are compared.
+            TokenFileError: if the file is missing or outside the folder, or if it is damaged and `verify` is set.
         """
         path = self._path(name)
         problem = self._damage(path)
@@ -176,9 +176,9 @@ class FormatReader(ABC):
         self.folder, self.summary, self.codec = folder, summary, codec
 
     def count_shards(self) -> list[int]:
-        """Count the utterances in each shard of a folder without records.
+        """Count the utterances in each shard.
 
-        The default implementation reads the shards.
+        This method is called only if the folder has no records of its shards. By default, it reads the shards.
         """
         return self._shard_counts(
             lambda files: sum(isinstance(row, Row) for row in self.rows(files, 0, self.summary["clips"]))
@@ -196,7 +196,10 @@ class FormatReader(ABC):
         """
 
     def _shard_counts(self, count: Callable[[ShardFiles], int]) -> list[int]:
-        """Count the utterances in each shard, and divide the missing ones among the shards that cannot be read."""
+        """Count the utterances in each shard that can be read.
+
+        The rest of the utterances that `tokens.json` declares are divided among the shards that cannot be read.
+        """
         counts: list[int | None] = []
         for shard in range(self.summary["shards"]):
             try:
