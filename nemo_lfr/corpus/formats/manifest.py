@@ -123,7 +123,8 @@ class ManifestReader(FormatReader):
     def _tensor(self, files: ShardFiles, name: str, text: Any) -> Any:
         """Read a tensor of a clip.
 
-        `text` is the absolute path of the file when it was written. The folder may have been moved since then.
+        `text` is the absolute path that the file had when the manifest was written. The output folder may have been
+        moved since then.
         """
         if not isinstance(text, str):
             raise TokenFileError(
@@ -152,7 +153,7 @@ class ManifestFormat(OutputFormat):
 
     @classmethod
     def current_lines(cls, lines: bytes, out: Path) -> bytes:
-        """Return the lines of a shard, in which the stored paths are replaced by paths inside `out`.
+        """Replace the stored paths in the manifest lines of a shard by paths inside `out`.
 
         The folder may have been moved since the lines were written.
         """
@@ -160,7 +161,7 @@ class ManifestFormat(OutputFormat):
 
 
 def _with_current_paths(lines: bytes, out: Path) -> bytes:
-    """Return the lines of a shard, in which the stored paths are replaced by paths inside `out`."""
+    """Replace the stored paths in the manifest lines of a shard by paths inside `out`."""
     moved = []
     for line in lines.decode().split("\n")[:-1]:
         entry = json.loads(line)
