@@ -2,7 +2,7 @@
 
 Shard 0 consists of the files `shar/cuts.000000.jsonl.gz`, `shar/target_codes.000000.tar` and, with contexts,
 `shar/context_codes.000000.tar`. Arrays have shape [C, T]. Lhotse reads the shards with
-`CutSet.from_shar(in_dir="OUT/shar")`. For NeMo, `input_cfg.yaml` is written, which is a section of a training config.
+`CutSet.from_shar(in_dir="OUT/shar")`. For NeMo, the file `input_cfg.yaml` contains a section of a training config.
 
 Earlier versions wrote `cuts/cuts.000000.jsonl.gz` and `target_codes/codes.000000.tar`. Such folders can be read. A run
 that was started with these names keeps them when it is resumed.
@@ -107,9 +107,10 @@ class SharWriter(FormatWriter):
         return TemporalArray(Array("shar", "", "", list(tokens.shape)), temporal_dim=-1, frame_shift=shift, start=0)
 
     def _cut(self, clip: Clip, num_samples: int) -> dict[str, Any]:
-        """Return the Lhotse cut from which a clip was read, or else a new cut, with the clip's labels.
+        """Return a Lhotse cut with the clip's labels.
 
-        The speaker of the cut is in Magpie's notation, see `SPEAKER`.
+        If the clip was read from a cut, the result is a copy of that cut, whose text and speaker take precedence over
+        the labels. The speaker is in Magpie's notation; see `SPEAKER`.
         """
         duration = self._duration(num_samples)
         default = {"start": 0, "channel": 0, "type": "MonoCut", "supervisions": []}
@@ -136,9 +137,10 @@ class SharWriter(FormatWriter):
         return cut
 
     def _recording(self, path: Path, num_samples: int) -> dict[str, Any]:
-        """Return the clip's audio file as the field `target_audio`, which Magpie's speaker model reads.
+        """Return the cut's field `target_audio`, which refers to the clip's audio file.
 
-        The result is {} if the clip is an excerpt from the file, or if the file is not mono or not readable.
+        Magpie's speaker model reads this file. The result is {} if the clip is only an excerpt from the file, or
+        if the file is not mono or not readable.
         """
         try:
             info = soundfile.info(str(path))
