@@ -27,8 +27,8 @@ def clean_id(name: str) -> str:
     """Return a valid clip id for any name.
 
     The id is a relative path that does not leave its folder, has a bounded length, and consists of characters that
-    Linux, macOS and Windows accept. A name that already is such a path is returned unchanged. A component or name that
-    is too long is truncated and ends with a hash of the full text, so that different names stay different.
+    Linux, macOS and Windows accept. A name that already is such a path is returned unchanged. A name or path component
+    that is too long is truncated, and a hash of the full text is appended, so that different names stay different.
     """
     components = [part for part in PurePosixPath(name).parts if part not in ("/", "//", ".", "..")]
     if not components:
@@ -58,7 +58,7 @@ class UniqueIds:
         self._counts: dict[str, int] = {}
 
     def number(self, clip_id: str) -> int:
-        """Register a clean id and return the number with which `numbered_id` makes it unique."""
+        """Register a clean id, and return the number to pass to `numbered_id` to make the id unique."""
         key = _collision_key(clip_id)
         number = self._counts.get(key, 0) + 1
         if number > 1:
@@ -69,7 +69,7 @@ class UniqueIds:
         return number
 
     def add(self, name: str) -> str:
-        """Return a clean id for any name, which differs from all ids that this method has returned before."""
+        """Return a clean id for any name. The id differs from all ids that this method has returned before."""
         clip_id = clean_id(name)
         return numbered_id(clip_id, self.number(clip_id))
 
