@@ -1,7 +1,7 @@
-"""Detect changes to the files of a corpus that list its clips.
+"""Detect changes to the files that list the clips of a corpus, such as a manifest.
 
 A clip is identified by its position in these files. A run is therefore resumed only if the hashes of the files are the
-same as when the run was planned, and a run stops if the size or modification time of a file changes.
+same as when the run was planned. An active run stops if the size or modification time of a file changes.
 """
 
 import hashlib
@@ -53,7 +53,7 @@ class Watch:
         self._states = {path: _state(path) for path in files}
 
     def changed(self, files: Iterable[Path]) -> Path | None:
-        """Return the first of these files that has changed since the watcher was created; None if none has changed."""
+        """Return the first of `files` that has changed since the watcher was created; None if all are unchanged."""
         return next((path for path in files if _state(path) != self._states.get(path)), None)
 
 
