@@ -2,8 +2,9 @@
 
 Utterances are read shard by shard. Optionally, they are shuffled in a buffer and grouped by length.
 
-An epoch can be resumed at any utterance without saving the buffer. The shuffling up to this utterance is repeated with
-the positions of utterances, which takes little time. Then only the utterances that must be in the buffer are read.
+An epoch can be resumed at any utterance without saving the buffer. Shuffling is first repeated up to this utterance,
+which takes little time, since only the positions of utterances are shuffled. The utterances that must then be in the
+buffer are read, but no earlier ones.
 """
 
 import random
@@ -109,7 +110,7 @@ class EpochOrder:
         return [found[position] for position in positions]
 
     def _spans(self, positions: range) -> Iterator[tuple[int, int, int]]:
-        """Yield the utterances at a range of positions, as a tuple (shard, first, end) for each shard."""
+        """Yield a tuple (shard, start, stop) for each run of utterances from one shard in a range of positions."""
         start, stop = positions.start, positions.stop
         ends = np.cumsum([self.tokens.counts[shard] for shard in self.shards])
         while start < stop:
