@@ -57,10 +57,10 @@ def _is_alive(parent: int) -> bool:
 def family() -> Iterator[None]:
     """Context manager that kills all processes started inside it if this process is killed.
 
-    A watcher process in its own session waits for this process to end. The watcher finds the processes by an
-    environment variable, which children inherit. While the watcher waits, it scans for new processes continuously,
-    because some of Ray's processes later overwrite their environment and lose their parents. On systems without /proc,
-    this context manager does nothing.
+    A watcher process in its own session waits for this process to end. The watcher recognizes the processes by an
+    environment variable, which child processes inherit. The watcher scans for new processes continuously, because some
+    of Ray's processes later overwrite their environment and lose their parents. On systems without /proc, this context
+    manager does nothing.
     """
     if not Path("/proc/self/environ").exists():
         yield
