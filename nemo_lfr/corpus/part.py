@@ -2,8 +2,8 @@
 
 Part I of N consists of the shards whose index modulo N is I. The processes have no common driver and share only the
 output folder. Every process plans the run, and all of them use the first plan that was stored in the folder; see
-`nemo_lfr.corpus.plan`. The process that finds all shards complete writes the summary. The same command without a part
-also writes the summary.
+`nemo_lfr.corpus.plan`. A process that finds all shards complete writes the summary. The same command
+without a part tokenizes all missing shards and writes the summary.
 """
 
 import os
@@ -189,7 +189,8 @@ def reserve(out: Path, state: Path, part: Part | None) -> Iterator[None]:
 def _check_free(state: Path, out: Path) -> None:
     """Raise NemoLfrError if a part is being tokenized, possibly on another machine.
 
-    Locks on folders may not be visible to other machines, but those on the lock files of parts are.
+    Other machines may not see a lock on the output folder. This function therefore checks the lock files of the parts,
+    since locks on files are visible to other machines.
     """
     for path in sorted((state / FOLDER).glob("*.lock")):
         message = f"{out}: part {path.stem.replace('-of-', '/')} is being tokenized; wait until it ends, or stop it."
