@@ -1,4 +1,4 @@
-"""Plan a tokenization run, which means to check its options and split the corpus into shards.
+"""Plan a tokenization run: check its options, and split the corpus into shards.
 
 The plan is stored in the output folder when a run starts. If the same command runs again, it reads the stored plan and
 resumes the run, provided that the corpus, the codec and the options that affect the tokens are unchanged.
@@ -114,14 +114,14 @@ def load_or_create_plan(
     entropy_model: str | None,
     made: Callable[[str], bool],
 ) -> list[ShardSpec]:
-    """Return the shards of the corpus, from the plan that an earlier run stored if there is one.
+    """Return the shards of the plan that an earlier run stored, or create and store a plan.
 
     Args:
         config: options of the run.
         corpus: reader of the corpus.
         spec: description of the codec.
         entropy_model: hash of the entropy model; None without compression.
-        made: the method `made` of the codec. It returns whether a fingerprint is one of the codec's fingerprints.
+        made: the codec's method `made`, which returns whether this codec made the tokens with a fingerprint.
 
     Raises:
         NemoLfrError: if the corpus is empty, or the stored plan is damaged, or was made for another corpus, codec or
@@ -214,8 +214,8 @@ def _load_codec(
 ) -> tuple[dict[str, Any], EntropyModel | None, "Codec[Any] | None", Callable[[str], bool]]:
     """Load the codec, and return the description of the tokens, the entropy model, the codec and its method `made`.
 
-    The entropy model is None without compression. The codec is returned only if the run can use it, on the CPU of this
-    machine, and is None otherwise. The workers then check that their devices support the precision.
+    The entropy model is None without compression. The returned codec is None unless `on_cpu` is set. The workers then
+    load the codec themselves, and check that their devices support the precision.
     """
     from nemo_lfr.io.token_file import Metadata
     from nemo_lfr.pretrained import load
@@ -231,8 +231,8 @@ def _load_codec(
 def _remove_leftovers(config: TokenizeConfig, out: Path, output: type[OutputFormat]) -> None:
     """Remove temporary files of killed runs, without following links.
 
-    The caller must hold the lock of the output folder, so that no other run writes to it. If the run is a part, only
-    files of its own shards are removed.
+    The caller must hold the lock of the output folder, so that no other run is writing to the folder. If this run
+    tokenizes only a part of the corpus, only temporary files of shards in this part are removed.
     """
     staging = config.state / "staging"
     if staging.is_symlink():
