@@ -208,7 +208,7 @@ def _room(ray: Any, cores: int, gpu: bool, address: str) -> int:
 
 
 def _connect(ray: Any, address: str) -> str:
-    """Connect to Ray and return the address, which is "local" if "auto" has started Ray on this machine."""
+    """Connect to Ray and return the address. For "auto", it is "local" if Ray was started on this machine."""
     options: dict[str, Any] = {"logging_level": "error", "log_to_driver": False, "include_dashboard": False}
     try:
         if address == "auto":
