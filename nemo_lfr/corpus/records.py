@@ -15,7 +15,7 @@ RESUME = "run the same nemo-lfr tokenize command again, which resumes the run"
 
 
 def describe_unfinished(out: Path) -> str | None:
-    """Return how many shards of an unfinished run are complete, as text; None if the folder has no unfinished run."""
+    """Describe how many shards of an unfinished run are complete; return None if there is no unfinished run."""
     if (out / METADATA).exists() or not (out / STATE).is_dir():
         return None
     done = sum(path.stem.isdecimal() for path in ShardRecord.folder(out).glob("*.json"))
