@@ -21,7 +21,7 @@ from nemo_lfr.io.journal import write_text
 
 @dataclass
 class Totals:
-    """Counts for the shards of a run that are complete so far."""
+    """Counts for the complete shards of a run, which are updated while the run is active."""
 
     shards: int  # number of shards of the run, complete or not
     sample_rate: int
@@ -138,7 +138,7 @@ def compute(
 def finish_part(plan: Plan, records: list[ShardRecord]) -> dict[str, Any]:
     """Write the summary if the shards of all parts are complete.
 
-    Parts that end at the same time all write the summary, with the same content.
+    Several processes that end at the same time may all write the summary, with the same content.
 
     Args:
         plan: the plan.
