@@ -85,7 +85,10 @@ class CorpusReader(ABC):
 
     @property
     def identity(self) -> str:
-        """Return a hash of the list of clips, by default of `files`. A run is resumed only if the hash is the same."""
+        """Return a hash of the list of clips. A run is resumed only if the hash is unchanged.
+
+        By default, this is a hash of the contents of `files`.
+        """
         return hashlib.sha256("".join(digest(path) for path in self.files).encode()).hexdigest()[:16]
 
     @property
