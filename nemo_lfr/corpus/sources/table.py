@@ -67,7 +67,7 @@ class Table(CorpusReader):
         return self._files
 
     def log_choices(self) -> None:
-        """Log which columns become labels, and warn if the folder has audio files that no table may list."""
+        """Log which columns become labels, and warn about audio files in the folder, which may not be in a table."""
         if chosen := chosen_columns(self.columns):
             text = ", ".join(f"{label} from column {column!r}" for label, column in chosen.items())
             logger.warning("%s: labels are read from columns with other names: %s.", self.path, text)
@@ -87,9 +87,9 @@ class Table(CorpusReader):
 
         Args:
             rows: the table or batch.
-            number: number of its first row in the corpus.
+            number: index in the corpus of the first row in `rows`.
             file: file that contains the rows, for messages; None for the corpus.
-            first: number of the first row of the file in the corpus.
+            first: index in the corpus of the first row in `file`.
             constants: values of columns that are not in the file.
         """
         columns = {name: rows.column(index) for index, name in enumerate(rows.schema.names)}
