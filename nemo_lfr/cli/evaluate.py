@@ -15,6 +15,7 @@ from nemo_lfr.cli.progress import progress
 from nemo_lfr.cli.results import EvaluateResult
 from nemo_lfr.cli.session import current, fail, note, print_line
 from nemo_lfr.errors import NemoLfrError
+from nemo_lfr.io.locate import resolve
 from nemo_lfr.io.regular import open_regular
 
 if TYPE_CHECKING:
@@ -140,7 +141,7 @@ def evaluate(
             device=device,
             jobs=workers or os.cpu_count() or 1,
             models=requested,
-            source=f"{preset or 'manifest'} {source.resolve()}",
+            source=f"{preset or 'manifest'} {resolve(source)}",
             progress=progress,
         )
         _record_failures(evaluation, requested)
@@ -207,7 +208,7 @@ def _read_recordings(
     else:
         _check_manifest(source)
         recordings = read_manifest(source, audio_dir, on_bad_line=lambda line: fail(source, NemoLfrError(line)))
-        look = {"title": f"Speech codecs on {source.resolve().parent.name}/{source.name}"}
+        look = {"title": f"Speech codecs on {resolve(source).parent.name}/{source.name}"}
         current().report_failures()
     if not recordings:
         raise NemoLfrError(f"{source}: no recordings found; pass a manifest with at least one usable line.")

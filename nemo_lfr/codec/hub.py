@@ -12,7 +12,7 @@ from nemo_lfr.codec.arrays import Array
 from nemo_lfr.codec.backends import open_backend
 from nemo_lfr.codec.base import CodecBase
 from nemo_lfr.errors import CheckpointError, NemoLfrError, shorten
-from nemo_lfr.io.locate import MODEL_SUFFIXES, PREPROCESSOR, SAFETENSORS, SAFETENSORS_CONFIG, check_path
+from nemo_lfr.io.locate import MODEL_SUFFIXES, PREPROCESSOR, SAFETENSORS, SAFETENSORS_CONFIG, check_path, resolve
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -106,7 +106,7 @@ class HubMethods(CodecBase[Array]):
         write_folder(save_directory, config, module_tensors(config, modules, self.name), overwrite=True)
         if not push_to_hub:
             return None
-        return self.push_to_hub(repo_id or Path(save_directory).resolve().name, **push_to_hub_kwargs)
+        return self.push_to_hub(repo_id or resolve(save_directory).name, **push_to_hub_kwargs)
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
         """Upload the codec to a repository on the Hub, which is created if it does not exist.

@@ -11,7 +11,7 @@ from nemo_lfr.corpus.records import STATE
 from nemo_lfr.corpus.sources import open_corpus
 from nemo_lfr.corpus.sources.base import CorpusReader
 from nemo_lfr.errors import NemoLfrError
-from nemo_lfr.io.locate import expand_home
+from nemo_lfr.io.locate import expand_home, resolve
 
 PADS = ("encode", "magpie")
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
@@ -115,7 +115,7 @@ class TokenizeConfig:
             "entropy_model": self.entropy_model,
         }
         resolved: dict[str, Any] = {
-            name: str(expand_home(path).resolve())
+            name: str(resolve(expand_home(path)))
             for name, path in paths.items()
             if path is not None and (name != "model" or expand_home(path).exists())  # else a Hub id
         }

@@ -45,10 +45,13 @@ def decode_folder(
         The path of each audio file, or the error that prevented its creation.
 
     Raises:
-        NemoLfrError: if the folder cannot be read or has no utterances, or its tokens were produced by another codec.
+        NemoLfrError: if the folder cannot be read or has no utterances, its tokens were produced by another codec, or
+            `out` is the same folder.
         OSError: if audio cannot be written.
     """
     folder, out = TokenFolder(tokens, verify=verify), expand_home(out)
+    if out.exists() and out.samefile(folder.path):
+        raise NemoLfrError(f"{out}: this is the folder of the tokens; choose another --out.")
     total = sum(folder.counts)
     if not total:
         raise NemoLfrError(f"{tokens}: this folder has no utterances; failures.jsonl lists the clips that failed.")

@@ -9,6 +9,8 @@ import re
 import unicodedata
 from pathlib import Path, PurePosixPath
 
+from nemo_lfr.io.locate import resolve
+
 # File systems allow 255 bytes per path component. The other 15 are for ".flac" and for suffixes of temporary files.
 MAX_COMPONENT_BYTES = 240
 MAX_ID_BYTES = 700
@@ -87,9 +89,9 @@ def path_inside(folder: Path, name: str) -> Path | None:
         The resolved path, or None if it is outside the folder.
     """
     try:
-        path = Path(folder, name).resolve()
-        return path if path.is_relative_to(folder.resolve()) else None
-    except (OSError, ValueError, RuntimeError):  # a cycle of links, a NUL character, or a name that is too long
+        path = resolve(Path(folder, name))
+        return path if path.is_relative_to(resolve(folder)) else None
+    except (OSError, ValueError):  # a cycle of links, a NUL character, or a name that is too long
         return None
 
 

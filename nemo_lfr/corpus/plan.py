@@ -25,7 +25,7 @@ from nemo_lfr.errors import ConfigError, NemoLfrError, shorten
 from nemo_lfr.io.atomic import sweep, write_new
 from nemo_lfr.io.entropy.find import model_to_write
 from nemo_lfr.io.entropy.model import SUFFIX, EntropyModel, write_model
-from nemo_lfr.io.locate import expand_home
+from nemo_lfr.io.locate import expand_home, resolve
 from nemo_lfr.io.regular import open_regular
 from nemo_lfr.spec import same_fingerprint
 
@@ -82,7 +82,7 @@ def open_plan(config: TokenizeConfig, on_cpu: bool) -> Iterator[Plan]:
     """
     config.validate()
     requested_out = config.out
-    config, out = config.absolute(), expand_home(config.out).resolve()
+    config, out = config.absolute(), resolve(expand_home(config.out))
     if out.exists() and not (out / STATE).exists() and (names := [path.name for path in out.iterdir()]):
         raise NemoLfrError(
             f"{requested_out}: the folder is not empty and contains no resumable run (found {names[0]}); choose "

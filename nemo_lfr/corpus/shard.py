@@ -12,7 +12,6 @@ import uuid
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,6 +29,7 @@ from nemo_lfr.corpus.sources.base import AudioLoader, Clip, CorpusReader, ShardS
 from nemo_lfr.errors import AudioError, NemoLfrError, failure
 from nemo_lfr.io.atomic import naming
 from nemo_lfr.io.entropy.find import model_to_write
+from nemo_lfr.io.locate import resolve
 from nemo_lfr.io.regular import check_replaceable
 from nemo_lfr.io.text import without_nonfinite
 from nemo_lfr.io.token_file import Metadata
@@ -61,7 +61,7 @@ def tokenize_shard(
         NemoLfrError: if the output folder no longer belongs to this run.
         OSError: if files cannot be written.
     """
-    out = Path(config.out).resolve()
+    out = resolve(config.out)
     record = ShardRecord(index)
     check_claim(config.state, config.claim)
     staging = config.state / "staging" / f"{index:06d}.{uuid.uuid4().hex[:8]}"

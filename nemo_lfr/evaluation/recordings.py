@@ -13,6 +13,7 @@ from nemo_lfr.errors import NemoLfrError, shorten
 from nemo_lfr.io.atomic import sweep
 from nemo_lfr.io.audio import AudioReader
 from nemo_lfr.io.journal import write_text
+from nemo_lfr.io.locate import resolve
 from nemo_lfr.io.manifests import Recording
 from nemo_lfr.io.regular import open_regular
 
@@ -76,7 +77,7 @@ def claim(out: Path, recordings: dict[str, Recording], rate: int, source: str = 
     files = {item.path for item in recordings.values() if item.path.is_file()}  # a missing file has no results
     contents = {file: digest(file)[:16] for file in files}
     claims: dict[str, object] = {
-        key: [str(item.path.resolve()), item.offset, item.duration, rate, contents[item.path]]
+        key: [str(resolve(item.path)), item.offset, item.duration, rate, contents[item.path]]
         for key, item in recordings.items()
         if item.path in files
     }

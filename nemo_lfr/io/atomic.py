@@ -35,13 +35,15 @@ def check_overwrite(path: Path, overwrite: bool) -> None:
         path: output file.
         overwrite: whether an existing file may be replaced.
 
+    A link exists even if its target does not: renaming the new file to its name would replace the link.
+
     Raises:
         NemoLfrError: if `path` is a folder, pipe, device or socket, or exists and `overwrite` is not set.
     """
     if os.path.isdir(path):
         raise NemoLfrError(f"{path} is a folder, not an output file; choose another name.")
     check_replaceable(path)
-    if os.path.exists(path) and not overwrite:
+    if os.path.lexists(path) and not overwrite:
         raise NemoLfrError(f"{path} exists; pass --overwrite (overwrite=True) to replace it.")
 
 

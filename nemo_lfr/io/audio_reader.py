@@ -130,7 +130,7 @@ class AudioReader:
         stream = self._streams[index]
         if self._pipe is not None:
             source: Any = self._pipe
-        elif stream.is_file and not isinstance(self._source, io.BytesIO):
+        elif stream.is_file and not isinstance(self._source, io.BytesIO) and not self._only_named_mp3(stream):
             source = self._file_name
         else:
             assert self._source is not None
@@ -148,6 +148,13 @@ class AudioReader:
             )
         self._index = index
         return self._decoder
+
+    def _only_named_mp3(self, stream: Stream) -> bool:
+        """Return whether a file has the suffix .mp3 but no MPEG audio.
+
+        If libsndfile knows the name, libmpg123 searches for frames and prints messages to stderr.
+        """
+        return not stream.is_checked and self.path.suffix.lower() == ".mp3"
 
     def _open_mpeg(self, first: SndfileDecoder) -> Decoder:
         """Open MPEG audio that follows other bytes.
@@ -379,4 +386,4 @@ def _not_a_file(path: Path) -> str | None:
         return "not a file but a folder"
     if path.exists():
         return "not a regular file; to read a pipe, connect it to stdin: nemo-lfr encode - -"
-    return "no such file"
+    return "a link to a missing file" if path.is_symlink() else "no such file"

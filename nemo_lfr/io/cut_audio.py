@@ -140,7 +140,7 @@ def read_cut(cut: Any, sample_rate: int, longest: float = math.inf, allow_url: b
             raise AudioError("the cut has no audio.")
         audio = np.asarray(channels, dtype=np.float32).mean(axis=0)
         check_peak(float(np.abs(audio).max(initial=0.0)), "the audio")
-        rate = int(cut.sampling_rate)
+        rate = float(cut.sampling_rate)
         return resample(audio, rate, sample_rate) if rate != sample_rate and len(audio) else audio
     except Exception as error:  # any part of Lhotse may raise
         reason = _reason(error)

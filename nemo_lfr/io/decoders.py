@@ -7,6 +7,10 @@ import soundfile
 
 from nemo_lfr.io.containers import UNKNOWN_BYTES
 
+# libsndfile's error codes of a file whose format it does not recognize. The message of the second one, "File does not
+# exist or is not a regular file (possibly a pipe?)", is wrong for a file that was just opened.
+_NO_FORMAT = (1, 7)
+
 
 class Decoder(Protocol):
     """Interface of a decoder for one stream of an audio file.
@@ -99,4 +103,6 @@ class SndfileDecoder:
 
 def sndfile_reason(error: Exception) -> str:
     """Return the message of an exception of soundfile, without the file name at its beginning."""
+    if getattr(error, "code", None) in _NO_FORMAT:
+        return "unknown format"
     return str(error).rpartition(": ")[2].rstrip(".")

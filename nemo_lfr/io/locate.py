@@ -1,5 +1,6 @@
 """Resolve paths that users pass: expand `~`, and find the checkpoint in a file or folder."""
 
+import errno
 import os
 from collections.abc import Collection
 from contextlib import suppress
@@ -58,6 +59,22 @@ def expand_home(path: str | os.PathLike[str], error: type[NemoLfrError] = NemoLf
     if not os.fspath(path):
         raise error("the path '' is empty; pass . for the current folder.")
     return Path(os.path.expanduser(path))
+
+
+def resolve(path: str | os.PathLike[str]) -> Path:
+    """Return an absolute path without symbolic links. The path need not exist.
+
+    `Path.resolve` raises a RuntimeError for a loop of links in Python 3.12 and earlier, and nothing in later versions.
+
+    Raises:
+        OSError: if the links form a loop; the error names `path`.
+    """
+    try:
+        os.stat(path)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), os.fspath(path)) from error
+    return Path(os.path.realpath(path))
 
 
 def looks_local(name: str) -> bool:

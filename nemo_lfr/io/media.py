@@ -6,7 +6,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from nemo_lfr.errors import AudioError, install_command, shorten
-from nemo_lfr.io.containers import FRAME_HEAD, PACKET_SIZES, FrameSize
+from nemo_lfr.io.containers import FRAME_HEAD, PACKET_SIZES, FrameSize, several_tracks
 from nemo_lfr.io.shortage import missing_extra
 
 # FFmpeg's names of the allowed demuxers. Playlists are excluded, since they refer to other files. Formats that
@@ -23,6 +23,17 @@ _CHECKED = {"ac3", "eac3", "dca", "flac", "mlp", "truehd", "tta", "wavpack"}
 _RELATIVE = {"mpegts", "mpeg"}
 # Maximum number of packets at the end of a recorded stream that may be incomplete.
 _MAX_SUSPECTS = 32
+# Reasons by the class of PyAV's exception, where FFmpeg's message says nothing about the file.
+_REASONS = {
+    "InvalidDataError": "invalid data",
+    "PermissionError": "invalid data",
+    "ArgumentError": "invalid data",
+    "BugError": "invalid data",
+    "UnknownError": "invalid data",
+    "ExternalError": "invalid data",
+    "PatchWelcomeError": "data that FFmpeg does not support",
+    "NotImplementedError": "data that FFmpeg does not support",
+}
 
 
 class MediaDecoder:
@@ -65,8 +76,8 @@ class MediaDecoder:
             if not tracks:
                 raise AudioError("the file has no audio track")
             track = tracks[0]
-            count = len(tracks)
-            self.note = f"the file contains {count} audio tracks; the first one is read" if count > 1 else None
+            # The tracks of an Ogg file were already counted by `find_streams`.
+            self.note = None if self._container.format.name == "ogg" else several_tracks(len(tracks))
             if track.codec_context is None:
                 raise AudioError("FFmpeg has no decoder for the audio track; convert it to WAV")
             track.thread_type = "NONE"
@@ -86,7 +97,7 @@ class MediaDecoder:
         self._expected = self._container.duration if is_known else None  # microseconds
         self._blocks = self._decode(track)
         self._waiting = np.zeros((0, self.channels), np.float32)
-        self._position = 0
+        self._position = self._surplus = 0
 
     def _decode(self, track: Any) -> Iterator[np.ndarray]:
         total, end = 0, 0.0  # number of samples, and time at which they end by the time stamps
@@ -97,12 +108,12 @@ class MediaDecoder:
                         "the audio changes its sample rate or number of channels; convert it to WAV with ffmpeg"
                     )
                 end = max(end, (frame.time or 0.0) + frame.samples / self.rate)
-                for part in self._resampler.resample(frame):
-                    total += part.samples
-                    yield part.to_ndarray().reshape(-1, self.channels)
-            for part in self._resampler.resample(None):
-                total += part.samples
-                yield part.to_ndarray().reshape(-1, self.channels)
+                for block in self._samples(frame):
+                    total += len(block)
+                    yield block
+            for block in self._samples(None):
+                total += len(block)
+                yield block
         except (self._av.FFmpegError, ValueError, OSError) as error:
             if isinstance(error, AudioError):
                 raise
@@ -114,6 +125,14 @@ class MediaDecoder:
             reached = max(total / self.rate, 0.0 if self._container.format.name in _RELATIVE else end)
             if reached < 0.97 * seconds - 0.5:
                 raise AudioError(f"the audio was truncated after {reached:.1f} of {seconds:.1f} s")
+
+    def _samples(self, frame: Any) -> Iterator[np.ndarray]:
+        """Yield the samples [n, channels] of a frame, or those that the resampler still has if it is None."""
+        for part in self._resampler.resample(frame):
+            block = part.to_ndarray().reshape(-1, self.channels)
+            skipped = min(self._surplus, len(block))
+            self._surplus -= skipped
+            yield block[skipped:]
 
     def _frames(self, track: Any) -> Iterator[Any]:
         """Yield the frames of a track.
@@ -129,6 +148,7 @@ class MediaDecoder:
         for packet in self._container.demux(track):
             size = size_of(bytes(memoryview(packet)[:FRAME_HEAD])) if packet.size else None
             packet_is_cut = size is not None and packet.size < size
+            self._surplus += self._pre_skip(track, packet)
             if not packet.size or (not suspects and not packet.is_corrupt and not packet_is_cut):
                 yield from self._tail(suspects, size_of) if not packet.size else ()
                 yield from packet.decode()
@@ -136,6 +156,21 @@ class MediaDecoder:
             suspects.append(packet)
             if len(suspects) > _MAX_SUSPECTS:
                 raise AudioError("the audio is damaged: a packet is incomplete")
+
+    def _pre_skip(self, track: Any, packet: Any) -> int:
+        """Return how many samples before the beginning of Opus audio in Matroska FFmpeg would not skip.
+
+        FFmpeg 8 counts them at the sample rate of the header, which may be lower than that of the decoder, 48 kHz.
+        """
+        codec = track.codec_context
+        if codec.name not in ("opus", "libopus") or not self._container.format.name.startswith("matroska"):
+            return 0
+        head = codec.extradata or b""
+        if not head.startswith(b"OpusHead") or not hasattr(packet, "iter_sidedata"):
+            return 0
+        skips = [bytes(data)[:4] for data in packet.iter_sidedata() if data.data_type == "skip_samples"]
+        skip = int.from_bytes(skips[0], "little") if skips else 0
+        return max(0, int.from_bytes(head[10:12], "little") - skip) if skip else 0
 
     def _tail(self, suspects: list[Any], size_of: FrameSize) -> Iterator[Any]:
         """Yield the frames of the complete packets among the last packets of a file.
@@ -181,5 +216,10 @@ class MediaDecoder:
 
 
 def _reason(error: Exception) -> str:
-    """Return FFmpeg's error message without the file name."""
+    """Return the reason of an error without the file name.
+
+    FFmpeg's decoders return some of the system's error codes, whose messages would be about files and permissions.
+    """
+    if type(error).__module__.startswith("av.") and (reason := _REASONS.get(type(error).__name__)):
+        return reason
     return shorten(getattr(error, "strerror", None) or str(error) or type(error).__name__, 200)

@@ -93,7 +93,7 @@ def read_samples(
     _check_length(len(wave) / float(rate), longest, name)
     check_peak(float(np.abs(wave).max(initial=0.0)), f"{name}:")
     wave = wave.astype(np.float32)
-    return resample(wave, int(rate), sample_rate) if int(rate) != sample_rate and len(wave) else wave
+    return resample(wave, float(rate), sample_rate) if rate != sample_rate and len(wave) else wave
 
 
 def _read(reader: AudioReader, offset: float | None, duration: float | None, longest: float, name: str) -> np.ndarray:

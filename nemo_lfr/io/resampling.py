@@ -11,12 +11,12 @@ MIN_RATE, MAX_RATE = 100, 1_000_000  # Hz
 MAX_PEAK = 64.0
 
 
-def resample(wave: np.ndarray, from_rate: int, to_rate: int) -> np.ndarray:
+def resample(wave: np.ndarray, from_rate: float, to_rate: int) -> np.ndarray:
     """Resample audio exactly as `librosa.load` does, with soxr and its quality setting HQ.
 
     Args:
         wave: float32 samples [T].
-        from_rate: sample rate of `wave` in Hz.
+        from_rate: sample rate of `wave` in Hz; need not be a whole number.
         to_rate: sample rate of the result in Hz.
 
     Returns:
@@ -38,7 +38,7 @@ class Resampler:
         to_rate: sample rate of the output in Hz.
     """
 
-    def __init__(self, from_rate: int, to_rate: int) -> None:
+    def __init__(self, from_rate: float, to_rate: int) -> None:
         import soxr
 
         self._stream = soxr.ResampleStream(from_rate, to_rate, 1, dtype="float32", quality="HQ")
@@ -98,7 +98,7 @@ def check_peak(peak: float, what: str) -> None:
         AudioError: if the peak is NaN, infinite or larger than 64.
     """
     if not math.isfinite(peak):
-        raise AudioError(f"{what} contains NaN or infinite samples; remove them first.")
+        raise AudioError(f"{what} contains NaN or infinite samples, or exceeds float32; remove them first.")
     if peak > MAX_PEAK:
         raise AudioError(
             f"{what} reaches {peak:.6g}, but audio lies in [-1, 1]; if the samples are 16-bit integers, divide by "

@@ -16,6 +16,7 @@ from nemo_lfr.io.exclusive import exclusive
 from nemo_lfr.io.journal import Journal, Progress, write_text
 from nemo_lfr.io.layouts import LAYOUTS, CorpusUtterance, folder, held_out_by, hold_out
 from nemo_lfr.io.lhotse_recipes import PREFIX, lhotse_recipe
+from nemo_lfr.io.locate import resolve
 from nemo_lfr.io.manifests import MAX_SECONDS
 from nemo_lfr.io.reading import DURATION_SLACK
 from nemo_lfr.io.splits import SPLITS
@@ -125,7 +126,7 @@ def prepare(
             problem = "a table, not a folder; use `nemo-lfr prepare table`"
         raise NemoLfrError(f"{corpus}: {problem}.")
     try:
-        utterances = list(read(corpus.resolve()))
+        utterances = list(read(resolve(corpus)))
     except NemoLfrError:
         raise
     except (KeyError, TypeError, ValueError) as error:
@@ -223,7 +224,7 @@ def _open_all(
     progress: Progress,
 ) -> dict[str, float | Failure]:
     """Return the duration of each file in seconds, or the record of a failure."""
-    mine = {"kind": kind, "corpus": str(corpus.resolve()), "check": check}
+    mine = {"kind": kind, "corpus": str(resolve(corpus)), "check": check}
     with Journal(journal) as log:
         found: dict[str, float | Failure] = {}
         known: dict[str, list[Any]] = {}

@@ -99,6 +99,7 @@ REFUSED: dict[str, tuple[Any, Any, Any, str]] = {
     "an item at a rate in text": (item(FIRST, "22050"), None, RATE, "audio has the sample rate '22050', a string"),
     "a rate in text": (item(FIRST), None, "22050", "audio has the sample rate '22050', a string; pass a number"),
     "an item at no rate": (item(FIRST, 0), None, None, "sample_rate 0 is not a number of Hz"),
+    "samples beyond float32": (item(FIRST.astype(np.float64) * 1e300), None, None, "NaN or infinite.*exceeds float32"),
     "an item of integers": (item((FIRST * 99).astype(np.int32)), None, None, "audio: int32 samples .* reach only"),
     "a row of a table": ({"audio": item(FIRST), "text": ""}, None, None, r"keys \['audio', 'text'\]; pass 'array'"),
     "an item without audio": ({"path": None, "bytes": None}, None, None, "audio is dict"),

@@ -400,6 +400,17 @@ def test_what_is_not_a_folder_of_tokens_is_refused(model, tmp_path, capsys):
         assert code == 2 and len(lines) == 1, name
 
 
+@pytest.mark.parametrize("name", ["tokens", "tokens/../tokens", "link"])
+def test_audio_is_not_written_into_the_folder_of_the_tokens(name, whole, model, tmp_path, capsys):
+    shutil.copytree(whole["lfr"], tmp_path / "tokens")
+    if name == "link":
+        (tmp_path / "link").symlink_to("tokens")
+    before = sorted(tmp_path.rglob("*"))
+    code, lines = run(tmp_path / "tokens", tmp_path / name, model, capsys)
+    assert code == 2 and len(lines) == 1 and "choose another --out" in lines[0]
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 @pytest.mark.skipif(os.name == "nt", reason="links")
 def test_links_in_the_output_are_not_followed(whole, model, tmp_path, capsys):
     (tmp_path / "out").mkdir()

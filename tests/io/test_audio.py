@@ -9,6 +9,7 @@ import soundfile
 from nemo_lfr.errors import AudioError, NemoLfrError
 from nemo_lfr.io import audio_writer
 from nemo_lfr.io.audio import BLOCK_SECONDS, AudioReader, AudioWriter, resample
+from nemo_lfr.io.reading import read_samples
 from tests.crash import on_a_full_disk
 from tests.models import synthesize
 
@@ -63,6 +64,15 @@ def test_invalid_sample_rate_is_refused(rate):
         resample(np.zeros(10, np.float32), rate, 22050)
 
 
+@pytest.mark.parametrize("rate", [8000.25, np.float64(22050.5), np.float32(44100.0), 44101.5])
+def test_decoded_samples_are_resampled_from_a_rate_that_is_not_a_whole_number(rate):
+    tone = np.sin(2 * np.pi * 1000 / rate * np.arange(round(float(rate)))).astype(np.float32)
+    wave = read_samples(tone, rate, "a", 22050)
+    assert abs(len(wave) - 22050) <= 3
+    expected = np.sin(2 * np.pi * 1000 / 22050 * np.arange(len(wave)))
+    np.testing.assert_allclose(wave[2000:-2000], expected[2000:-2000], rtol=0, atol=2e-3)
+
+
 @pytest.mark.parametrize(
     ("suffix", "subtype", "tolerance"),
     # The tolerance is half a step of each format. Vorbis is lossy: its audio must only not be silent or shifted.
@@ -110,6 +120,15 @@ def test_invalid_audio_file_is_refused_with_its_name(tmp_path, content):
 def test_a_missing_file_and_a_folder_are_refused_by_name(tmp_path, name):
     with pytest.raises(AudioError, match=r"no such file|not a file but a folder"):
         AudioReader(tmp_path / name, 22050)
+
+
+@pytest.mark.parametrize("suffix", ["mp3", "MP3", "wav", "flac", "ogg", "opus", "m4a"])
+@pytest.mark.parametrize("content", [b"<html>404</html>\n" * 300, bytes(5000), b"PK\x03\x04" + bytes(range(256)) * 20])
+def test_a_file_of_another_kind_is_named_as_such_and_libraries_print_nothing(tmp_path, suffix, content, capfd):
+    (tmp_path / f"a.{suffix}").write_bytes(content)
+    with pytest.raises(AudioError, match=r"not an audio file that libsndfile reads \(unknown format\)"):
+        AudioReader(tmp_path / f"a.{suffix}", 22050)
+    assert capfd.readouterr() == ("", "")
 
 
 def test_a_file_without_samples_has_no_blocks(tmp_path):
@@ -270,6 +289,7 @@ def test_a_full_disk_leaves_the_old_audio_and_nothing_else(tmp_path, name, free)
     script = f"""
 import numpy
 from nemo_lfr.io.audio import AudioWriter
+from nemo_lfr.io.reading import read_samples
 with AudioWriter({str(path)!r}, 22050, overwrite=True) as writer:
     for _ in range(4):
         writer.write(0.3 * numpy.random.default_rng(0).standard_normal(10000, dtype=numpy.float32))

@@ -231,6 +231,10 @@ def test_mp3_in_wav_is_decoded_as_mp3(count):
         read(data[:-1000])
 
 
+def inserted(data, position, new):
+    return data[:position] + new + data[position:]
+
+
 def bare_mp3(wave=WAVE):
     data = written(wave, format="MP3")
     return data[data.index(data[:2], 2) :]  # the first frame contains the header and no audio
@@ -252,6 +256,7 @@ CUT = {
     "second of two MP3s": written(format="MP3") + written(OTHER, format="MP3")[:-1000],
     "MP3 without a header of its encoder, with a hole": bare_mp3()[:1500] + bare_mp3()[2100:],
     "MP3 without a header of its encoder, with zeros": patched(bare_mp3(), (1500, bytes(600))),
+    "MP3 with a header of its encoder, with inserted bytes": inserted(written(format="MP3"), 1500, b"\x55" * 3000),
     "WAV without its data chunk": wav(),
     "WAV without its format": b"RIFF\0\0\0\0WAVE" + chunk(b"data", pcm()),
     "WAV within the name of its data chunk": wav(chunk(b"data", pcm()))[:42],

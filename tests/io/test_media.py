@@ -87,6 +87,45 @@ def test_a_frame_whose_checksum_is_wrong_is_damage(tmp_path, suffix):
             read(path)
 
 
+DAMAGE = {
+    "a zeroed block": lambda data, at: data[:at] + bytes(4096) + data[at + 4096 :],
+    "missing bytes": lambda data, at: data[:at] + data[at + 101 :],
+    "inserted bytes": lambda data, at: data[:at] + b"\x55" * 999 + data[at:],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("suffix", ["aac", "ac3", "eac3", "dts"])
+def test_frames_with_a_gap_are_damage_and_not_several_recordings(tmp_path, suffix, damage):
+    pytest.importorskip("av")
+    path = made(tmp_path, suffix)
+    data = path.read_bytes()
+    path.write_bytes(DAMAGE[damage](data, len(data) // 2 | 1))
+    with pytest.raises(AudioError, match=r"damaged: \d+ bytes at \d+ are not frames"):
+        read(path)
+    path.write_bytes(data + TAG + data)
+    with pytest.raises(AudioError, match="several recordings"):
+        read(path)
+
+
+@pytest.mark.parametrize("kind", ["aac", "caf"])
+def test_reasons_of_ffmpeg_are_about_the_audio(tmp_path, kind):
+    """FFmpeg returns the system's code "Operation not permitted" for AAC, and asks for patches for ALAC."""
+    pytest.importorskip("av")
+    soundfile.write(tmp_path / "source.wav", synthesize(1), RATE)
+    path = tmp_path / f"a.{kind}"
+    ffmpeg("-i", tmp_path / "source.wav", *(["-c:a", "alac"] if kind == "caf" else []), path)
+    data, messages = path.read_bytes(), set()
+    for seed in range(12):
+        at, noise = len(data) * (seed + 3) // 16, np.random.default_rng(seed).bytes(64)
+        path.write_bytes(data[:at] + noise + data[at + len(noise) :])
+        try:
+            read(path)
+        except AudioError as error:
+            messages.add(str(error).partition(": ")[2])
+    assert messages and not any("permitted" in text or "patches" in text for text in messages), messages
+
+
 @pytest.mark.parametrize("suffix", ["m4a", "mp4", "webm", "wma", "wv", "tta", "avi", "flv", "mkv"])
 def test_a_media_file_that_is_cut_is_refused(tmp_path, suffix):
     pytest.importorskip("av")
@@ -280,12 +319,37 @@ def test_joined_files_of_one_container_and_two_codecs_lose_nothing_silently(tmp_
         assert "contains several recordings" in str(error) or "damaged" in str(error)
 
 
+@pytest.mark.parametrize("rate", [16000, 22050, 48000])
+@pytest.mark.parametrize("suffix", ["webm", "mka"])
+def test_the_delay_and_padding_of_opus_in_matroska_are_dropped(tmp_path, suffix, rate):
+    pytest.importorskip("av")
+    soundfile.write(tmp_path / "source.wav", synthesize(1), rate)
+    ffmpeg("-i", tmp_path / "source.wav", "-c:a", "libopus", tmp_path / f"a.{suffix}")
+    # 1 s at 22050 Hz, as seconds of `rate`, in Opus's 48 kHz. Times in Matroska are rounded to 1 ms.
+    expected = RATE * 48000 / rate
+    assert abs(len(read(tmp_path / f"a.{suffix}", 48000)) - expected) <= 48
+    reference = np.frombuffer(ffmpeg("-i", tmp_path / f"a.{suffix}", "-f", "f32le", "-ac", "1", "-"), "<f4")
+    np.testing.assert_allclose(read(tmp_path / f"a.{suffix}", 48000)[:40000], reference[:40000], rtol=0, atol=1e-5)
+
+
 def test_a_change_of_rate_within_a_track_is_refused(tmp_path):
     pytest.importorskip("av")
     options = {"mpegts": ["-c:a", "mp2", "-ar", "44100"], "mpegts faster": ["-c:a", "mp2", "-ar", "48000"]}
     data = b"".join(encoded(tmp_path, kind, options=options) for kind in options)
     with pytest.raises(AudioError, match="changes its sample rate or number of channels"):
         read("a", None, data=data)
+
+
+@pytest.mark.parametrize("codec", [("libopus", "libvorbis"), ("libvorbis", "libopus"), ("flac", "libopus")])
+def test_the_first_of_several_tracks_in_ogg_is_read_with_one_message(tmp_path, caplog, codec):
+    if "flac" in codec:  # libsndfile does not read FLAC in Ogg with other tracks
+        pytest.importorskip("av")
+    for number, seconds in enumerate((1, 2)):
+        soundfile.write(tmp_path / f"{number}.wav", synthesize(seconds, seed=number), RATE)
+    inputs = ["-i", tmp_path / "0.wav", "-i", tmp_path / "1.wav", "-map", "0", "-map", "1"]
+    ffmpeg(*inputs, "-c:0", codec[0], "-c:1", codec[1], tmp_path / "a.ogg")
+    assert abs(len(read(tmp_path / "a.ogg")) - RATE) <= 1024
+    assert caplog.text.count("contains 2 audio tracks; the first one is read") == 1
 
 
 def test_the_first_of_several_audio_tracks_is_read_with_a_message(tmp_path, caplog):

@@ -21,6 +21,7 @@ from nemo_lfr.errors import MissingExtraError, TokenFileError, shorten
 from nemo_lfr.io.atomic import naming
 from nemo_lfr.io.bounded import MAX_LINE
 from nemo_lfr.io.entropy.model import EntropyModel
+from nemo_lfr.io.locate import resolve
 from nemo_lfr.io.regular import open_regular
 from nemo_lfr.io.token_file import Metadata
 
@@ -156,7 +157,7 @@ class ShardFiles:
     def _damage(self, path: Path) -> str | None:
         if self._record is None:
             return None
-        root = self.folder.resolve()
+        root = resolve(self.folder)
         name = path.relative_to(root).as_posix()
         if name not in self._record.files:
             return None

@@ -37,6 +37,7 @@ from nemo_lfr.corpus.sources.base import Clip
 from nemo_lfr.errors import TokenFileError, shorten
 from nemo_lfr.io.bounded import member_bytes, open_tar
 from nemo_lfr.io.journal import write_text
+from nemo_lfr.io.locate import resolve
 from nemo_lfr.io.reading import DURATION_SLACK
 from nemo_lfr.io.shortage import require
 
@@ -270,7 +271,7 @@ class SharFormat(OutputFormat):
         """Write `input_cfg.yaml`, a section of a NeMo training config that lists all shards."""
         from omegaconf import OmegaConf
 
-        layout, root = Layout(out), out.resolve()
+        layout, root = Layout(out), resolve(out)
         numbers = f"_OP_000000..{num_shards - 1:06d}_CL_"  # NeMo's notation for a range
         paths = {"cuts": f"{root}/{layout.cuts(numbers)}"}
         for field in ("target_codes", *(["context_codes"] if context else [])):

@@ -8,6 +8,7 @@ import numpy as np
 from nemo_lfr.errors import NEMO_PACKAGES, install_command
 from nemo_lfr.evaluation.codecs import register_codec
 from nemo_lfr.evaluation.codecs.base import ComparedCodec, RoundTrip, fit, resample_to
+from nemo_lfr.io.locate import resolve
 from nemo_lfr.io.shortage import missing_extra
 
 
@@ -37,7 +38,7 @@ class StockNeMo(ComparedCodec):
         with torch.no_grad():
             self.model = AudioCodecModel.restore_from(str(path), map_location=self.device).eval()
         self.name = f"stock NeMo ({path.name if options else 'bundled'})"
-        self.identity = f"{path.resolve()} {path.stat().st_size} {path.stat().st_mtime_ns}"
+        self.identity = f"{resolve(path)} {path.stat().st_size} {path.stat().st_mtime_ns}"
         self.levels = tuple(int(level) for level in self.model.vector_quantizer.fsqs[0].num_levels.flatten())
 
     def round_trip(self, audio: np.ndarray, rate: int) -> RoundTrip:

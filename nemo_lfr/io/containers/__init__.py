@@ -21,7 +21,7 @@ from nemo_lfr.io.containers.magic import after_id3, looks_like_media, unchecked_
 from nemo_lfr.io.containers.mpeg import is_late, is_mpeg, mpeg_streams, read_frame
 from nemo_lfr.io.containers.ogg import ogg_streams
 from nemo_lfr.io.containers.sizes import FRAME_HEAD, FRAME_SIZES, FrameSize
-from nemo_lfr.io.containers.stream import UNKNOWN_BYTES, Splice, Stream, Window, moved, whole_file
+from nemo_lfr.io.containers.stream import UNKNOWN_BYTES, Splice, Stream, Window, moved, several_tracks, whole_file
 from nemo_lfr.io.containers.wav import WavSamples, wav_streams
 from nemo_lfr.io.containers.wav_header import WavHeader, is_wav, read_wav_header
 
@@ -39,6 +39,7 @@ __all__ = [
     "is_known",
     "looks_like_media",
     "read_wav_header",
+    "several_tracks",
     "unchecked_format",
 ]
 

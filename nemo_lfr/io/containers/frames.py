@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from nemo_lfr.io.containers.joined import compare_end, next_file
 from nemo_lfr.io.containers.sizes import FRAME_HEAD, FRAME_SIZES, FrameSize, frame_size_at
-from nemo_lfr.io.containers.stream import Stream, Window, whole_file
+from nemo_lfr.io.containers.stream import TAGS, Stream, Window, whole_file
 
 _GSM_FRAME, _GSM_RATE, _GSM_SAMPLES = 33, 8000, 160
 
@@ -44,10 +44,21 @@ def _walk(window: Window, size_of: FrameSize) -> list[Stream]:
         rest_size = window.size - position
         note = f"the audio ends within a frame, as recorded streams do; its last {rest_size} bytes are ignored"
         return [Stream([(0, position)], note=note)]
-    if next_file(window, position) is None and (again := _resumed(window, position, size_of)) is not None:
+    if not _file_follows(window, position, size_of) and (again := _resumed(window, position, size_of)) is not None:
         problem = f"the audio is damaged: {again - position} bytes at {position} are not frames of its codec"
         return [whole_file(window.size, problem)]
     return compare_end(window, position)
+
+
+def _file_follows(window: Window, position: int, size_of: FrameSize) -> bool:
+    """Return whether another file begins at a position, or after tags.
+
+    Frames of the same codec after a gap without tags are not another file: the frames of two files that were joined
+    follow each other without a gap. The gap is damage, such as a block of zeros that replaced frames.
+    """
+    start = next_file(window, position)
+    is_tagged = window.at(position, 11).startswith(TAGS)
+    return start is not None and (is_tagged or frame_size_at(window, start, size_of) is None)
 
 
 def _resumed(window: Window, position: int, size_of: Callable[[bytes], int | None]) -> int | None:

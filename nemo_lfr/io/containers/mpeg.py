@@ -74,8 +74,8 @@ class Piece:
     promised: int | None = None  # number of audio frames that the Xing header declares
     first: bytes = b""  # header of the first frame
     first_length: int = 0  # bytes of the first frame
-    problem: str | None = None  # error message; ignored if the number of frames is as declared
-    is_joined: bool = False  # whether the problem is another file after the frames
+    problem: str | None = None  # error message
+    is_certain: bool = False  # whether the problem also exists if the number of frames is as declared
     note: str | None = None  # warning about an irregularity by which almost no audio is lost
 
     def add(self, start: int, stop: int) -> None:
@@ -134,7 +134,7 @@ def _pieces(window: Window) -> Iterator[Piece]:
         frame = read_frame(head)
         if frame is None or (frame.kind != kind and not _confirmed(window, position, frame)):
             if skipped is None and piece is not None and has_magic(window, after_tags(window, position)):
-                piece.problem, piece.is_joined = JOINED, True
+                piece.problem, piece.is_certain = JOINED, True
                 break
             skipped = position if skipped is None else skipped
             if head[:3] == b"ID3":
@@ -162,6 +162,8 @@ def _pieces(window: Window) -> Iterator[Piece]:
         elif skipped is not None and not window.at(skipped, 11).startswith(TAGS):
             hole = f"the audio is damaged: {position - skipped} bytes at {skipped} are not MPEG frames"
             piece.problem = piece.problem or hole
+            # Bytes that were inserted usually split a frame. Zeros may also be padding that the encoder wrote.
+            piece.is_certain |= not window.is_zero(skipped, position)
         skipped = None
         if promised is None:
             piece.count += 1
@@ -240,7 +242,7 @@ def mpeg_streams(window: Window) -> list[Stream]:
     for piece in pieces:
         is_counted = piece.count == piece.promised
         stream = Stream(piece.spans, by_name=True, note=piece.note)
-        stream.problem = piece.problem if piece.is_joined or not is_counted else None
+        stream.problem = piece.problem if piece.is_certain or not is_counted else None
         if piece.promised and piece.count < piece.promised:
             stream.problem = (
                 f"the audio was truncated: its header declares {piece.promised} frames, but there are {piece.count}"

@@ -4,7 +4,10 @@ import struct
 import zlib
 
 from nemo_lfr.io.containers.joined import next_file
-from nemo_lfr.io.containers.stream import JOINED, TAGS, Stream, Window
+from nemo_lfr.io.containers.stream import JOINED, TAGS, Stream, Window, several_tracks
+
+# Beginning of the first packet of an audio codec.
+_AUDIO = (b"\x01vorbis", b"OpusHead", b"\x7fFLAC", b"Speex   ", b"fLaC")
 
 
 def ogg_streams(window: Window) -> list[Stream]:
@@ -13,7 +16,7 @@ def ogg_streams(window: Window) -> list[Stream]:
     open_serials: set[int] = set()
     numbers: dict[int, int] = {}
     position, start, in_heads = 0, 0, True
-    problem = None
+    problem, tracks = None, 0
     while position < window.size:
         page = window.at(position, 27)
         if page[:4] != b"OggS":
@@ -39,11 +42,12 @@ def ogg_streams(window: Window) -> list[Stream]:
         flags, serial, number = page[5], *struct.unpack_from("<II", page, 14)
         if flags & 2:  # the page begins a logical stream
             if not in_heads:  # after pages of other streams: the next recording
-                links.append(Stream([(start, position)], problem=problem or _unfinished(open_serials)))
-                start, problem = position, None
+                links.append(_link(start, position, problem, open_serials, tracks))
+                start, problem, tracks = position, None, 0
                 open_serials, numbers = set(), {}
             in_heads = True
             open_serials.add(serial)
+            tracks += window.at(position + 27 + len(table), 8).startswith(_AUDIO)
         else:
             in_heads = False
             if serial in numbers and number != (numbers[serial] + 1) & 0xFFFFFFFF:
@@ -52,7 +56,7 @@ def ogg_streams(window: Window) -> list[Stream]:
         if flags & 4:
             open_serials.discard(serial)
         position += length
-    links.append(Stream([(start, position)], problem=problem or _unfinished(open_serials)))
+    links.append(_link(start, position, problem, open_serials, tracks))
     if len(links) == 1:
         links[0].is_file = True
     return links
@@ -72,5 +76,7 @@ def _checksum(page: bytes) -> int:
     return int(f"{inverted:032b}"[::-1], 2)
 
 
-def _unfinished(open_serials: set[int]) -> str | None:
-    return "the audio was truncated: its last page is missing" if open_serials else None
+def _link(start: int, stop: int, problem: str | None, open_serials: set[int], tracks: int) -> Stream:
+    if open_serials:
+        problem = problem or "the audio was truncated: its last page is missing"
+    return Stream([(start, stop)], problem=problem, note=several_tracks(tracks))

@@ -166,6 +166,11 @@ def longer(promised: int, available: int) -> str:
     return f"its header declares {promised} bytes, but there are {available}; all of them are read"
 
 
+def several_tracks(count: int) -> str | None:
+    """Return the warning about a file with several audio tracks; None for one track."""
+    return f"the file contains {count} audio tracks; the first one is read" if count > 1 else None
+
+
 # Error message for a file that ends before its first sample.
 HEADER_CUT = "the audio was truncated: it ends within its header"
 # Error message for several recordings in one file that cannot be separated.
