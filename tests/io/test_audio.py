@@ -124,7 +124,10 @@ def test_a_missing_file_and_a_folder_are_refused_by_name(tmp_path, name):
 
 @pytest.mark.parametrize("suffix", ["mp3", "MP3", "wav", "flac", "ogg", "opus", "m4a"])
 @pytest.mark.parametrize("content", [b"<html>404</html>\n" * 300, bytes(5000), b"PK\x03\x04" + bytes(range(256)) * 20])
-def test_a_file_of_another_kind_is_named_as_such_and_libraries_print_nothing(tmp_path, suffix, content, capfd):
+def test_a_file_of_another_kind_is_named_as_such_and_libraries_print_nothing(
+    tmp_path, suffix, content, capfd, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)  # libsndfile takes a file "._" in the working directory for a header
     (tmp_path / f"a.{suffix}").write_bytes(content)
     with pytest.raises(AudioError, match=r"not an audio file that libsndfile reads \(unknown format\)"):
         AudioReader(tmp_path / f"a.{suffix}", 22050)
