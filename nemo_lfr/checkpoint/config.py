@@ -98,7 +98,7 @@ def parse_config(text: str) -> DictConfig:
         return config
     except ConfigError:
         raise
-    except Exception as error:  # OmegaConf raises AssertionError, and PyYAML's constructors any exception of Python
+    except Exception as error:  # OmegaConf raises AssertionError; PyYAML may raise any exception
         reason = " ".join(str(error).split())[:200] or "it is not a mapping"
         raise ConfigError(f"the config cannot be parsed: {reason}") from error
 
