@@ -122,8 +122,8 @@ def check_tokens(
         spec: description of the codec.
         tokens: integers, [C, T] or [B, C, T].
         tokens_len: frames in each utterance, [B]; default: the full length.
-        num_codebooks: number of codebooks to use, starting with the first; default: all. `tokens` may contain only
-            these codebooks. The tokens of all other codebooks are set to `spec.zero_token`.
+        num_codebooks: number of codebooks to use, starting with the first; default: all. `tokens` may leave out the
+            other codebooks. In the result, all tokens of the other codebooks are `spec.zero_token`.
 
     Returns:
         Tokens [B, C, T] with all codebooks, and the number of frames in each utterance.
@@ -190,7 +190,7 @@ def check_lengths(
         arrays: array library that reads `lengths`.
         lengths: integers of shape [batch]; None if every example has the length `limit`.
         batch: number of examples.
-        limit: largest valid length; None for any length.
+        limit: maximum length; None for any length.
         name: name of `lengths` in messages.
         error: type of the error to raise.
         first: index that messages use for the first example; not 0 if the batch comes from a longer list.
