@@ -22,7 +22,7 @@ Operation = Literal["encode", "decode"]
 
 
 class Limits(Protocol):
-    """Context and shortest input of an encoder or decoder. `Codec` cuts long recordings into windows accordingly."""
+    """Context and shortest input of an encoder or decoder. `Codec` uses these limits to plan its windows."""
 
     @property
     def context(self) -> Context:
@@ -146,7 +146,7 @@ class NumpyBackend:
     device: object = "cpu"
 
     def fingerprints(self) -> tuple[str, ...]:
-        """Return no fingerprint. Token files that any codec wrote are then accepted."""
+        """Return no fingerprint. Token files from any codec are then accepted."""
         return ()
 
     def load(self, operation: Operation) -> None:
