@@ -92,7 +92,7 @@ _WEIGHTS: DerivedForms[ProductWeights] = DerivedForms()
 
 
 def stream_weights(network: nn.Module) -> StreamWeights:
-    """Return weights for matrix products if a network runs in fp32 on a CPU, else weights that call its modules."""
+    """Return weights for matrix products for a network in fp32 on a CPU, else weights that call its modules."""
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
     if dtype == torch.float32:
         weights = weights_of(network, dtype)
