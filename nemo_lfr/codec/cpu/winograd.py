@@ -17,8 +17,8 @@ from nemo_lfr.modules.conv import Conv1d, fold
 # Elements per thread in one array of a block; 7 such arrays and their products fit into the cache.
 BLOCK = 192 * 1024
 TILE, POINTS = 4, 7
-# Points: three pairs a and -a, and infinity. Each row has a, and for the other two pairs b and c the coefficients
-# b^2 + c^2 and b^2 * c^2 of (x^2 - b^2)(x^2 - c^2).
+# Points: three pairs (a, -a), and infinity. Each row contains the value a of one pair, b^2 + c^2, and b^2 * c^2, where
+# b and c are the values of the other two pairs. The sum and the product are coefficients of (x^2 - b^2)(x^2 - c^2).
 PAIRS = ((0.5, 5.0, 4.0), (1.0, 4.25, 1.0), (2.0, 1.25, 0.25))
 
 
