@@ -118,7 +118,7 @@ class Layer:
         return self.weight[0].numel() if self.groups == 1 else 2 * self.inputs // self.groups
 
     def num_out(self, num_in: int) -> int:
-        """Return the number of time steps of the convolution's output, with `upsample_stride` phases each."""
+        """Return the number of time steps in the convolution's output, each of which has `upsample_stride` phases."""
         return num_in + 1 if self.upsample_stride > 1 else num_in // self.stride
 
     def num_kept(self, num_in: int) -> int:
