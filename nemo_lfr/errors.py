@@ -14,7 +14,7 @@ NEMO_PACKAGES = ("nemo_toolkit[tts]", "lightning", "pytorch-lightning")
 class NemoLfrError(ValueError):
     """Base class of the errors that this package raises for bad input.
 
-    A message may contain the name of an untrusted file, so its control characters are replaced (see `printable`).
+    Control characters in the message are replaced, because it may contain untrusted file names (see `printable`).
 
     When a worker process of PyTorch's data loader raises an error, PyTorch raises it again in the main process, with
     the worker's traceback as its message. Only the last line of such a message is kept.
