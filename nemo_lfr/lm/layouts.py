@@ -196,11 +196,11 @@ class Layout(ABC):
         return 0
 
     def _is_start(self, at: Any, frame: Any) -> Any:
-        """Return whether each position is BOS, for positions [1, 1, L] and frames from `_source`."""
+        """Return whether the id at each position [1, 1, L] is BOS, given the frames from `_source`."""
         return at < 0
 
     def _is_end(self, at: Any, length: Any, steps: Any) -> Any:
-        """Return whether each position is EOS, for positions [1, 1, L]."""
+        """Return whether the id at each position [1, 1, L] is EOS."""
         return at == steps
 
     @abstractmethod
