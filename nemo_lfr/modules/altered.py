@@ -16,7 +16,7 @@ from nemo_lfr.modules.activation import CodecActivation
 def must_be_called(layer: nn.Module, kind: type[nn.Module]) -> bool:
     """Return whether a layer must be run by calling it.
 
-    This is the case if it has hooks, or a `forward` method other than the one of the class `kind`.
+    This is the case if the layer has hooks, or if its `forward` method is not the `forward` of `kind`.
     """
     if layer._forward_hooks or layer._forward_pre_hooks or not isinstance(layer, kind):
         return True
