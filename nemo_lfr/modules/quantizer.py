@@ -245,7 +245,7 @@ class GroupFiniteScalarQuantizer(NeuralModule):
         return encoded.masked_fill(is_dropped[:, :, None], 0)
 
     def dropout_random_codebooks(self, encoded: torch.Tensor, rate: float) -> torch.Tensor:
-        """Drop the last codebooks of some examples, which are chosen at random.
+        """Drop the last codebooks of randomly chosen examples.
 
         The number of codebooks to keep is also random, from 1 to C - 1.
 
