@@ -49,8 +49,8 @@ class Spectra:
     def mel(self, resolution: Sequence[int], filters: torch.Tensor) -> torch.Tensor:
         """Compute mel magnitudes.
 
-        In NeMo, the mel loss pads the signal with zeros, and the STFT loss pads it by reflection. The cached STFT is
-        therefore reused, except for frames that overlap the padding.
+        In NeMo, the mel loss pads the signal with zeros, but the STFT loss pads it by reflection. The cached STFT,
+        which is padded by reflection, is therefore reused only for frames that do not overlap the padding.
 
         Args:
             resolution: (n_fft, hop, window) in samples.
