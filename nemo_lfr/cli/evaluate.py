@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 class RegistryOption(click.Option):
     """Option whose help text lists all registered codecs or metrics.
 
-    The modules that register them are slow to import, so they are imported only when the help is shown.
+    The modules that register codecs and metrics are slow to import. They are imported only when the help is shown.
     """
 
     def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:

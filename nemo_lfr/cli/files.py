@@ -297,7 +297,7 @@ def task_result(
         task: the finished task.
         codec: codec that was used.
         num_samples: number of samples in the recording, at the codec's sample rate.
-        token_file: token file of the task, which is its input or output.
+        token_file: path of the token file: the output of `encode`, or the input of `decode`.
         seconds: wall-clock time that the task took, in seconds.
     """
     if not num_samples:

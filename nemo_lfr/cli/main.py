@@ -92,8 +92,8 @@ def _stopped_by_signals() -> Iterator[None]:
 def _prepare_streams() -> None:
     """Replace closed standard streams with the null device, and let stdout print any file name.
 
-    If stdout or stderr is closed, the next file that is opened gets its descriptor. This file would then receive the
-    output of `print` and of native libraries.
+    If stdout or stderr is closed, the next file that is opened gets the closed descriptor. This file would then
+    receive the output of `print` and of native libraries.
     """
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass

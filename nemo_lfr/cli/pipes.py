@@ -202,9 +202,9 @@ def _woken_by_signals() -> Iterator[int | None]:
 
     Yield None if signals cannot be watched here, as in a thread other than the main thread.
 
-    Python handles a signal only when the main thread returns to the interpreter. It does not return while libsndfile
-    waits for data from the pipe. Therefore the feeding thread watches this descriptor, and closes the pipe on a
-    signal.
+    Python handles a signal only when the main thread returns to the interpreter. The thread does not return while
+    libsndfile waits for data from the pipe. Therefore the feeding thread watches this descriptor, and closes the pipe
+    on a signal.
     """
     if os.name == "nt" or threading.current_thread() is not threading.main_thread():
         yield None

@@ -1,8 +1,8 @@
 """Output of `--json`: one TypedDict for each command.
 
 Keys are in snake_case. A key whose value has a unit ends in the unit: `_s` seconds, `_hz` hertz, `_bps` bits per
-second, `_bytes` bytes. Numbers are JSON numbers, and paths are strings. Every output has the key `failures`, a list of
-`Failure` records, which is empty on success. If a command fails before it has a result, the output has only this key.
+second, `_bytes` bytes. Numbers are JSON numbers, and paths are strings. Every output has the key `failures`: a list of
+`Failure` records, empty on success. If a command fails before it has a result, the output has only this key.
 """
 
 from typing import Literal, TypedDict
@@ -162,7 +162,7 @@ class OtherFigures(TypedDict):
 
     Attributes:
         description: text that says what the file or folder is.
-        use: text that names the command for it.
+        use: text that names the command for the file or folder.
     """
 
     kind: Literal["corpus", "corpus_tokens", "unfinished_tokens", "evaluation", "files"]

@@ -78,7 +78,8 @@ class _AsyncStream:
     """Base class of streams. Open a stream with `async with`, which raises the errors of `Client.decode_stream`.
 
     Send the input in one task and receive the results in another one, or use `through`, which does both. If the client
-    does not receive results, the server stops reading the input. It disconnects the client after 20 s (by default).
+    does not receive results, the server stops reading the input. After 20 s (by default), the server disconnects
+    the client.
 
     Attributes:
         conversation: parser and formatter for the messages of the stream. When the stream is open, it also has the

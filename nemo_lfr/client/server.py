@@ -35,8 +35,8 @@ class Server:
     """Address of a server, and settings for connections to it.
 
     Attributes:
-        url: address of the server, such as "http://127.0.0.1:8000". If a proxy serves it below a path, include the
-            path: "https://example.org/codec".
+        url: address of the server, such as "http://127.0.0.1:8000". If a reverse proxy puts the server below a path,
+            include this path: "https://example.org/codec".
         token: access token; None if the server does not require one.
         timeout: maximum time in seconds to wait for a connection or a response. A large file may take longer if at
             least 64 kB arrive per second.

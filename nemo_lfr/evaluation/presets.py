@@ -72,7 +72,7 @@ def card_mls(folder: Path, seed: int) -> list[Recording]:
 def card_daps(folder: Path, seed: int) -> list[Recording]:
     """Select the clean DAPS recordings of the speakers F10 and M10, split into segments of 10 s.
 
-    The end of a file is dropped if it is shorter than 10 s.
+    If the last segment of a file is shorter than 10 s, it is dropped.
 
     Args:
         folder: folder with the extracted archive.

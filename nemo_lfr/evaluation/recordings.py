@@ -108,5 +108,5 @@ def _stored_claims(path: Path) -> dict[str, object]:
 
 
 def _position(key: str) -> str:
-    """Return the digits at the start of a recording's key, which are its position in the source."""
+    """Return the position of a recording in its source: the digits at the start of the recording's key."""
     return key.partition("-")[0]

@@ -115,7 +115,7 @@ def shorten_name(name: str, length: int) -> str:
 
 
 def means(result: Result, keys: Iterable[str]) -> dict[str, Mean]:
-    """Compute the mean of each metric over the recordings for which it has a value."""
+    """Compute the mean of each metric, over the recordings that have a value of the metric."""
     columns: dict[str, list[float]] = {}
     for key in keys:
         for name, value in result.values.get(key, {}).items():

@@ -246,7 +246,7 @@ def _stock(cls: type[BaseModel], name: str) -> Any:
 
 
 def _without_folders(config: DictConfig) -> DictConfig:
-    """Return a copy of a config in which absolute paths in the data sections are shortened to their last component.
+    """Return a copy of a config, with absolute paths in the data sections shortened to their last component.
 
     A saved model therefore does not reveal the folder names of the machine on which it was trained.
     """

@@ -91,7 +91,7 @@ class TrainingSteps(WeightAveraging):
 
     @property
     def losses(self) -> CodecLosses:
-        """Losses in the config, which are built on first access.
+        """Losses that the config names, built on first access.
 
         Raises:
             ConfigError: if a loss cannot be built.
@@ -104,7 +104,7 @@ class TrainingSteps(WeightAveraging):
 
     @property
     def metrics(self) -> AudioTerms:
-        """Validation metrics in the config, which are built on first access.
+        """Validation metrics that the config names, built on first access.
 
         Raises:
             ConfigError: if a metric cannot be built.

@@ -108,7 +108,7 @@ class Engine:
 
     @property
     def step_s(self) -> float:
-        """Seconds for which the current step has been running; 0 between steps."""
+        """Duration of the current step so far, in seconds; 0 between steps."""
         started = self._step_started
         return 0.0 if started is None else time.monotonic() - started
 
@@ -124,7 +124,7 @@ class Engine:
             A session whose input is samples [n] at the codec's sample rate.
 
         Raises:
-            OverloadedError: if the engine has `max_streams` sessions; `ShutdownError` if it is draining.
+            OverloadedError: if the engine has `max_streams` sessions; `ShutdownError` if the engine is draining.
             NemoLfrError: if `lookahead` is invalid, or the codec's backend cannot process streams in batches.
         """
         yield from self._open(lambda: self.codec.stream_encoder(lookahead), (), live)

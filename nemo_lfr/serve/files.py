@@ -43,7 +43,7 @@ _FORMATS: dict[str, tuple[str, str, str]] = {
 
 
 class MediaTypeError(NemoLfrError):
-    """Error for a body that is not a file as such, or whose content type belongs to another kind of body."""
+    """Raised if a body is compressed, is a form, or does not match its content type."""
 
 
 async def encode_file(request: Request, engine: Engine, max_bytes: int, limits: StreamLimits) -> Response:
@@ -252,7 +252,7 @@ async def _through(
 
 
 async def _steps(iterator: Iterator[T]) -> AsyncIterator[T]:
-    """Yield the items of a blocking iterator, whose steps run in worker threads."""
+    """Yield the items of a blocking iterator. Each step of the iterator runs in a worker thread."""
     end = object()
     step: Callable[..., Any] = next
     while True:

@@ -25,9 +25,10 @@ class EngineLimits:
             of a step.
         chunk_frames: maximum number of frames of one stream per step. Larger chunks need less computation but make
             other streams wait longer. The limit does not apply to the chunks of a `ramp`.
-        max_pending_s: maximum unprocessed input of one stream, in seconds of audio. Above it, `Session.feed` waits.
-        max_uncollected_s: maximum uncollected results of one stream, in seconds of audio. Above it, the stream is
-            paused.
+        max_pending_s: maximum unprocessed input of one stream, in seconds of audio. Above this limit,
+            `Session.feed` waits.
+        max_uncollected_s: maximum uncollected results of one stream, in seconds of audio. Above this limit, the
+            stream is paused.
     """
 
     max_streams: int = 64

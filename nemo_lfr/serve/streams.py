@@ -30,8 +30,8 @@ class StreamLimits:
     """Limits of a WebSocket stream.
 
     Attributes:
-        idle_s: maximum time in seconds between two messages from the client. It does not apply after the end of the
-            input.
+        idle_s: maximum time in seconds between two messages from the client. This limit does not apply after
+            the end of the input.
         send_s: maximum time in seconds that the client may take to receive a message.
         max_seconds: maximum duration of a recording, in seconds.
         max_message_bytes: maximum size of a message from the client, in bytes for binary messages and in characters

@@ -27,7 +27,7 @@ class AudioDiscriminator(nn.Module):
         return 1
 
     def preprocess(self, audio: Spectra) -> Views:
-        """Compute the view of each network, which is its input. This step has no trainable weights.
+        """Compute the input of each network, called its view. This step has no trainable weights.
 
         Args:
             audio: signals [B, T_audio] with cached STFTs.

@@ -1,6 +1,6 @@
 """Registry of custom discriminators, losses and metrics (components) for training configs.
 
-In a training config, the key `_target_` names the class of a component. Its value is the import path of the class,
+In a training config, the key `_target_` names the class of a component. The value is the import path of the class,
 such as `my_package.MyDiscriminator`, or a name under which the class was registered with `register_component`. Only a
 config that the user passes can cause an import (`import_components`). A config from a checkpoint can use only
 registered and built-in components, so that a checkpoint cannot choose which code to run.

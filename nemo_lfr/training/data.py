@@ -218,7 +218,7 @@ class SegmentSampler(DistributedSampler[tuple[int, float]]):
         return iter(list(zip(indices[own].tolist(), places[own].tolist(), strict=True)))
 
     def __len__(self) -> int:
-        """Return the number of draws per process and epoch, which is equal in all processes."""
+        """Return the number of draws of one process per epoch. All processes have the same number."""
         return self.count // self.num_replicas
 
 

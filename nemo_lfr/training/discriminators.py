@@ -361,8 +361,8 @@ def build_discriminator(config: Mapping[str, Any]) -> AudioDiscriminator:
     """Build the discriminator that a model config describes.
 
     Args:
-        config: section `discriminator` of the config. It contains the arguments of the constructor and `_target_`,
-            which names a class in NeMo, a class in this package, or a registered class.
+        config: section `discriminator` of the config. The section contains the arguments of the constructor and
+            `_target_`, which names a class in NeMo, a class in this package, or a registered class.
 
     Returns:
         The discriminator, with random weights.

@@ -30,7 +30,7 @@ def initialize_from_data(
 
     Args:
         encoder: encoder to change in place.
-        quantizer: quantizer between encoder and decoder, which is not changed.
+        quantizer: quantizer between encoder and decoder; it is not changed.
         decoder: decoder to change in place.
         audio: batch of speech, shape [B, T_audio]. T_audio is a multiple of the number of samples per frame.
         encoded_spread: standard deviation of each dimension of the encoder output. The mean of each becomes 0.
@@ -64,9 +64,9 @@ def initialize_from_data(
 
 
 def _multiply_weight(conv: nn.Conv1d | nn.ConvTranspose1d, factor: torch.Tensor) -> None:
-    """Multiply the weight of a convolution by a factor, which is a scalar or has one value per output channel.
+    """Multiply the weight of a convolution by a factor. With weight norm, multiply the gain instead.
 
-    With weight norm, the gain is multiplied instead.
+    The factor is a scalar, or has one value per output channel.
     """
     gain = dict(conv.named_parameters()).get(GAIN.removeprefix("."))
     (conv.weight if gain is None else gain).mul_(factor)

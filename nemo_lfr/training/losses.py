@@ -1,4 +1,4 @@
-"""Losses for training a codec, which are computed from signals or from discriminator outputs.
+"""Losses for training a codec, computed from signals or from discriminator outputs.
 
 Distances between two signals are in `nemo_lfr.signal.distances`.
 """

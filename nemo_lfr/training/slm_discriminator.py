@@ -19,7 +19,7 @@ class SLMDiscriminator(AudioDiscriminator):
         slm_sr: sample rate of the WavLM model in Hz.
         input_sr: sample rate of the audio in Hz.
         slm_hidden: hidden size of the WavLM model.
-        slm_layers: number of hidden states, which is the number of layers plus 1 for the input of the first layer.
+        slm_layers: number of hidden states: the number of layers plus 1 (for the input of the first layer).
         initial_channel: number of output channels of the discriminator's first layer.
         use_spectral_norm: whether to use spectral norm instead of weight norm.
     """

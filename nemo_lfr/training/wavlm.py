@@ -25,7 +25,7 @@ class WavLM:
     Args:
         name: Hub id of the model, or a folder that contains it.
         hidden: hidden size of the model.
-        layers: number of hidden states, which is the number of layers plus 1 for the input of the first layer.
+        layers: number of hidden states: the number of layers plus 1 (for the input of the first layer).
 
     Attributes:
         fallback: function that is called if `name` is not available. It returns the weights of WavLM from a checkpoint
@@ -95,7 +95,7 @@ def build_wavlm(weights: Mapping[str, torch.Tensor], layers: int) -> nn.Module:
         The model.
 
     Raises:
-        ConfigError: if the weights are not those of such a model.
+        ConfigError: if the weights do not belong to such a model.
     """
     from transformers import WavLMConfig, WavLMModel
 
