@@ -3,12 +3,13 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
 
 from nemo_lfr.errors import AudioError, shorten
-from nemo_lfr.io.columns import AUDIO, TEXT_COLUMNS
+from nemo_lfr.io.columns import AUDIO, LABEL_COLUMNS, TEXT_COLUMNS
 
 # Names of fields and columns that contain the sample rate.
 RATES = ("sampling_rate", "sample_rate")
@@ -69,6 +70,7 @@ def parquet_features(metadata: Mapping[bytes, bytes] | None) -> dict[str, Any]:
 def label_value(cell: Any, names: Sequence[str] | None, column: str) -> Any:
     """Convert the Arrow cell of a label to a Python value; return None unless it is text, a number or a boolean.
 
+    In the columns of the standard labels, other values are returned as they are, so that `standard_labels` refuses them.
     Some databases and TensorFlow export text as bytes. Bytes are decoded only in columns that usually contain text
     (`TEXT_COLUMNS`).
 
@@ -82,7 +84,7 @@ def label_value(cell: Any, names: Sequence[str] | None, column: str) -> Any:
     """
     import pyarrow.types as is_
 
-    if is_.is_nested(cell.type):
+    if is_.is_nested(cell.type) and column not in LABEL_COLUMNS:
         return None
     try:
         value = cell.as_py()
@@ -94,7 +96,9 @@ def label_value(cell: Any, names: Sequence[str] | None, column: str) -> Any:
         return None
     if names is not None and isinstance(value, int):
         return names[value] if 0 <= value < len(names) else None
-    return value if isinstance(value, str | int | float | bool) else None
+    if isinstance(value, Decimal) and value.is_finite():
+        value = int(value) if value == value.to_integral_value() else float(value)
+    return value if column in LABEL_COLUMNS or isinstance(value, str | int | float | bool) else None
 
 
 def audio_cell(cell: Any, rate: Any = None) -> bytes | str | Samples:

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from nemo_lfr.errors import AudioError, shorten
 from nemo_lfr.io.text import is_missing
 
 # For each label, the columns that may contain it. The first column with a value is used.
@@ -12,8 +13,9 @@ LABELS: dict[str, tuple[str, ...]] = {
     "speaker": ("speaker", "speaker_id", "client_id"),
     "lang": ("lang", "language", "locale"),
 }
+LABEL_COLUMNS = frozenset(column for columns in LABELS.values() for column in columns)
 # Columns whose values, if they are bytes, are decoded as text.
-TEXT_COLUMNS = frozenset({"id", *(column for columns in LABELS.values() for column in columns)})
+TEXT_COLUMNS = LABEL_COLUMNS | {"id"}
 # Columns that may contain audio or the path of an audio file. The first one that a table has is used.
 AUDIO = (
     "audio",
@@ -48,31 +50,60 @@ OTHER_TOKENS = frozenset(
 )
 
 
-def standard_labels(labels: Mapping[str, Any]) -> dict[str, Any]:
+def standard_labels(labels: Mapping[str, Any], *, strict: bool = True) -> dict[str, Any]:
     """Add the standard labels "text", "speaker" and "lang" to the labels of a row.
 
-    The values come from the columns that `LABELS` lists. Labels whose value is None, NaN or infinite are dropped, and
-    so are columns with tokens of another codec. A number is accepted as the text or speaker, and converted to a
-    string. A number is not accepted as the language, since it is most likely an index into an unknown list of names.
+    Each comes from the first of the columns that `LABELS` lists whose value is not missing. Labels whose value is
+    None, NaN or infinite are dropped, and so are columns with tokens of another codec. See `label_text` for the
+    values that are accepted.
 
     Args:
         labels: values of the row by column.
+        strict: whether to raise an error for a value that is not accepted; otherwise, the next column is used.
 
     Returns:
         The remaining labels and the standard labels.
+
+    Raises:
+        AudioError: if `strict` and the value of a label is not accepted.
     """
     kept = {key: value for key, value in labels.items() if not is_missing(value) and key not in OTHER_TOKENS}
     for label, columns in LABELS.items():
         for column in columns:
-            value = kept.get(column)
-            if isinstance(value, float) and value.is_integer():
-                value = int(value)  # pandas converts integer columns with missing values to float
-            if isinstance(value, str) or (label != "lang" and isinstance(value, int | float)):
-                kept[label] = str(value)
+            if column not in kept:
+                continue
+            try:
+                kept[label] = label_text(kept[column], column, label)
                 break
-            if value is not None and column == label:  # keep a label that already has the standard name
-                break
+            except AudioError:
+                if strict:
+                    raise
     return kept
+
+
+def label_text(value: Any, column: str, label: str) -> str:
+    """Return the value of a label as text.
+
+    A number is accepted as the text or speaker. A number is not accepted as the language, since it is most likely an
+    index into an unknown list of names.
+
+    Args:
+        value: the value.
+        column: column that contains it, for messages.
+        label: the label: "text", "speaker" or "lang".
+
+    Raises:
+        AudioError: if the value is neither text nor a number, or a number as the language.
+    """
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # pandas converts integer columns with missing values to float
+    if isinstance(value, str) or (label != "lang" and isinstance(value, int | float) and not isinstance(value, bool)):
+        return str(value)
+    expected = "the name of a language, such as 'en'" if label == "lang" else "text or a number"
+    raise AudioError(
+        f"the label {column!r} is {shorten(repr(value))}, of the type {type(value).__name__}; expected {expected}. "
+        "Convert the values, or rename this column"
+    )
 
 
 def repeated_column(columns: Iterable[str]) -> str | None:

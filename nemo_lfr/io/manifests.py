@@ -11,7 +11,7 @@ from typing import Any
 
 from nemo_lfr.errors import ConfigError, shorten
 from nemo_lfr.io.audio import AudioReader
-from nemo_lfr.io.columns import standard_labels
+from nemo_lfr.io.columns import LABELS, standard_labels
 from nemo_lfr.io.folders import MAX_NAME
 from nemo_lfr.io.locate import expand_home
 from nemo_lfr.io.tables import is_table, read_table
@@ -195,7 +195,9 @@ def _recording(entry: dict[str, Any], folder: Path, dataset: str) -> Recording:
     if duration is None:
         with AudioReader(full, None) as reader:
             duration = reader.duration
-    labels = {key: None if is_missing(value) else value for key, value in entry.items()} | standard_labels(entry)
+    labels = {key: None if is_missing(value) else value for key, value in entry.items()}
+    labels |= standard_labels(entry, strict=False)
+    labels |= {key: None for key in LABELS if key in labels and not isinstance(labels[key], str)}
     return Recording(dataset, full, Path(entry["audio_filepath"]), seconds(entry, "offset") or 0.0, duration, labels)
 
 

@@ -91,7 +91,7 @@ def _entry(row: TableRow) -> TableRow:
         return TableRow(row.line, {}, f"the column {column!r} is {value}; expected the path of an audio file")
     if column != "audio_filepath":  # in tables that are not NeMo's, these columns may have another meaning
         values = {key: value for key, value in values.items() if key not in ("offset", "duration")}
-    return TableRow(row.line, {"audio_filepath": name, **standard_labels(values)})
+    return TableRow(row.line, {"audio_filepath": name, **standard_labels(values, strict=False)})
 
 
 def _json_lines(lines: Sequence[bytes]) -> Iterator[TableRow]:

@@ -50,7 +50,6 @@ def write(path: Path, columns: dict) -> Path:
         ({"text": None, "normalized_text": "b"}, {"text": "b"}),
         ({"text": math.nan, "transcript": "c", "speaker_id": 3.0}, {"text": "c", "speaker": "3"}),
         ({"text": math.nan, "speaker": None, "lang": math.nan}, {}),
-        ({"language": 3, "lang": None}, {}),
         ({"text": "nan"}, {"text": "nan"}),  # a word, not a number
         ({"text": "", "sentence": "b"}, {"text": ""}),
         ({"speaker": 5}, {"speaker": "5"}),

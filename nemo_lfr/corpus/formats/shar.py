@@ -119,7 +119,7 @@ class SharWriter(FormatWriter):
         labels = clip.labels
         first = cut["supervisions"][0] if cut["supervisions"] else {"start": 0.0, "channel": 0}
         supervision: dict[str, Any] = {"id": clip.id, "recording_id": clip.id, "duration": duration, **first}
-        language = str(labels.get("lang") or labels.get("language") or "en")
+        language = str(labels.get("lang") or "en")
         speaker = str(supervision.get("speaker") or labels.get("speaker") or "unknown")
         if not SPEAKER.fullmatch(speaker):
             names = (re.sub(r"\s+", "_", name) or "unknown" for name in (self.dataset, speaker))

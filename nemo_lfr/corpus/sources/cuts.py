@@ -10,7 +10,7 @@ from nemo_lfr.corpus.ids import UniqueIds, clean_id, numbered_id
 from nemo_lfr.corpus.inventory import digest, list_digest
 from nemo_lfr.corpus.sources.base import Clip, CorpusReader, OpenOptions, ShardSpec, repeat_number, unreadable
 from nemo_lfr.errors import ConfigError, shorten
-from nemo_lfr.io.columns import OTHER_TOKENS, standard_labels
+from nemo_lfr.io.columns import LABEL_COLUMNS, OTHER_TOKENS, label_text, standard_labels
 from nemo_lfr.io.cut_audio import read_cut
 from nemo_lfr.io.cut_files import CutItem, explain, kind_of, read_cuts, supervisions_beside
 from nemo_lfr.io.shortage import require
@@ -102,11 +102,11 @@ def cut_to_clip(cut: Any, origin: str, number: int = 1, allow_url: bool = False)
     supervisions = sorted(cut.supervisions, key=lambda supervision: supervision.start)
     labels: dict[str, Any] = {}
     if supervisions:
-        texts = [str(item.text) for item in supervisions if not is_missing(item.text)]
+        texts = [label_text(item.text, "text", "text") for item in supervisions if not is_missing(item.text)]
         first = supervisions[0]
         labels = {"text": " ".join(texts) if texts else None, "speaker": first.speaker, "lang": first.language}
     custom = getattr(cut, "custom", None) or {}
-    labels |= {key: value for key, value in custom.items() if isinstance(value, str | int | float | bool)}
+    labels |= {key: value for key, value in custom.items() if key in LABEL_COLUMNS or _is_plain(value)}
     labels = standard_labels(labels)
     target = cut.target_audio if cut.has_custom("target_audio") else cut
     context = None
@@ -183,6 +183,10 @@ def number_cuts(paths: Sequence[Path]) -> list[tuple[int, dict[int, int]]]:
         text = "%s: %d cuts have several supervisions; their texts are joined, and the first one names the speaker."
         logger.warning(text, paths[0], num_joined)
     return counts
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, str | int | float | bool)
 
 
 def _is_data(value: Any) -> bool:

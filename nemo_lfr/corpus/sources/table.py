@@ -113,6 +113,9 @@ class Table(CorpusReader):
             if (row_id := values.get("id")) is not None and not is_missing(row_id):
                 name = clean_id(f"{row_id}-{number:08d}")
             labels = standard_labels(values)
+        except (AudioError, *NOT_A_LINE) as error:
+            return Clip(name, origin, unreadable(f"{origin}: {describe(error)}."))
+        try:
             rate = next((values[key] for key in RATES if key in values), None)
             rate = int(rate) if isinstance(rate, str) and rate.isdecimal() else rate  # from the name of a folder
             # As in text tables, offset and duration have this meaning only together with NeMo's key `audio_filepath`.
