@@ -70,7 +70,8 @@ def parquet_features(metadata: Mapping[bytes, bytes] | None) -> dict[str, Any]:
 def label_value(cell: Any, names: Sequence[str] | None, column: str) -> Any:
     """Convert the Arrow cell of a label to a Python value; return None unless it is text, a number or a boolean.
 
-    In the columns of the standard labels, other values are returned as they are, so that `standard_labels` refuses them.
+    In the columns of the standard labels, other values are returned as they are; `standard_labels` then refuses them.
+
     Some databases and TensorFlow export text as bytes. Bytes are decoded only in columns that usually contain text
     (`TEXT_COLUMNS`).
 

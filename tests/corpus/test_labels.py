@@ -92,7 +92,7 @@ def test_types_of_columns(kind, wav):
     pq.write_table(pa.table({"audio": [wav.read_bytes()], "text": column}), wav.parent / "a.parquet")
     (clip,) = clips_of(wav.parent / "a.parquet")
     if expected is None:
-        with pytest.raises(AudioError, match="a.parquet, row 0: the label 'text' is"):
+        with pytest.raises(AudioError, match=r"a\.parquet, row 0: the label 'text' is"):
             clip.audio(RATE, 10)
     else:
         assert clip.labels == expected and len(clip.audio(RATE, 10))
