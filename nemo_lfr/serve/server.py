@@ -15,24 +15,68 @@ from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIO
 
 from nemo_lfr.errors import NemoLfrError
 from nemo_lfr.serve.app import Settings
+from nemo_lfr.serve.protocol import CloseCode
 
 _POLL_S = 0.1
+_SLICE = 1 << 14  # bytes of received data that are parsed before the number of frames is checked
+_MAX_SMALL = 1000  # pings, pongs and small fragments per second that one client may send
+_SMALL = 64  # bytes in a small fragment
 _CLOSE_S = 3  # seconds at the end of the drain time that are reserved for closing connections
 
 
 class _WebSockets(WebSocketsSansIOProtocol):
-    """uvicorn's WebSocket protocol, which also disconnects clients that stop reading.
+    """uvicorn's WebSocket protocol, which also disconnects clients that stop reading or send too many small frames.
 
-    uvicorn itself waits indefinitely for such a client, even after the application has closed the stream. The close
-    frame is queued behind data that the client has not read.
+    uvicorn itself waits indefinitely for a client that stops reading, even after the application has closed the
+    stream. The close frame is queued behind data that the client has not read.
+
+    Pings and fragments never reach the application, so its limits do not apply to them. Without a limit, one client
+    that sends them in a loop would occupy the event loop of all clients, and empty fragments would also fill memory.
     """
 
     send_s = 20.0
     _cutoff: asyncio.TimerHandle | None = None
+    _second = _num_small = 0  # the current second, and the number of small frames in it
+    _is_flood = False
+
+    def data_received(self, data: bytes) -> None:
+        """Parse received data in slices, until the client has sent too many small frames."""
+        for start in range(0, len(data), _SLICE):
+            if self._is_flood:
+                return
+            super().data_received(data[start : start + _SLICE])
+
+    def handle_ping(self) -> None:
+        """Count a ping."""
+        self._count_small()
+        super().handle_ping()
+
+    def handle_pong(self, event: Any) -> None:
+        """Count a pong."""
+        self._count_small()
+        super().handle_pong(event)
+
+    def handle_cont(self, event: Any) -> None:
+        """Count a fragment of a message if it is small."""
+        if len(event.data) < _SMALL:
+            self._count_small()
+        super().handle_cont(event)
+
+    def _count_small(self) -> None:
+        second = int(self.loop.time())
+        self._num_small = self._num_small + 1 if second == self._second else 1
+        self._second = second
+        if self._num_small > _MAX_SMALL and not self._is_flood:
+            self._is_flood = True
+            self.conn.fail(CloseCode.POLICY, "too many pings, pongs or small fragments")
+            self.handle_parser_exception()
+            if self._cutoff is None:  # the client may not read the close frame
+                self._cutoff = self.loop.call_later(self.send_s, self.transport.abort)
 
     def pause_writing(self) -> None:
         """Start a timer when the write buffer is full. After `send_s` seconds, the connection is cut."""
         super().pause_writing()
+        self._end_cutoff()
         self._cutoff = asyncio.get_running_loop().call_later(self.send_s, self.transport.abort)
 
     def resume_writing(self) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import socket
 import time
 import urllib.request
 
@@ -63,6 +64,37 @@ def test_a_good_stream_is_not_disturbed_and_nothing_is_left(server, target, expe
     wait_for(lambda: all(value <= before[name] for name, value in resources(server).items()))
     with urllib.request.urlopen(server.url("/health")) as response:
         assert json.load(response) == {"status": "ok", "streams": 0}
+
+
+def empty_frames(opcode: int, count: int, is_last: bool = True) -> bytes:
+    """Return empty WebSocket frames of a client."""
+    return (bytes([opcode | 128 * is_last, 128]) + bytes(4)) * count
+
+
+# More than 1,000 per second, even if they are received in two seconds. They fit into one packet.
+FLOODS = {
+    "pings": empty_frames(9, 2001),
+    "pongs": empty_frames(10, 2001),
+    "fragments": empty_frames(2, 1, is_last=False) + empty_frames(0, 2001, is_last=False),
+}
+
+
+@pytest.mark.parametrize("name", FLOODS)
+def test_a_flood_of_small_frames_ends_its_stream(server, name):
+    head = (
+        "GET /v1/decode/stream?token=secret HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\n"
+        "Connection: Upgrade\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\nSec-WebSocket-Version: 13\r\n\r\n"
+    )
+    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
+        connection.sendall(head.encode())
+        received = b""
+        while b'"ready"' not in received:
+            received += connection.recv(1000)
+        connection.sendall(FLOODS[name])
+        while piece := connection.recv(1 << 16):
+            received += piece
+    assert b"\x03\xf0too many pings" in received  # close code 1008
+    wait_for(lambda: len(server.app.state.engine) == 0)
 
 
 def wait_for(condition):
