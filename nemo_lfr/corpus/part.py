@@ -82,8 +82,8 @@ def parse_part(text: str, environment: Mapping[str, str] = os.environ) -> Part:
 def part_of_environment(environment: Mapping[str, str] = os.environ) -> Part:
     """Return the part of a process that torchrun or Slurm started.
 
-    RANK and WORLD_SIZE of torchrun take precedence. Slurm sets variables for a job array, for a job step, or for both:
-    an array of J jobs with M tasks each has J * M parts.
+    RANK and WORLD_SIZE of torchrun take precedence. Slurm sets variables for a job array, for a job step, or for both.
+    If an array has J jobs with M tasks each, there are J * M parts.
 
     Args:
         environment: environment variables.
