@@ -30,8 +30,8 @@ class Parquet(Table):
     Folders with names such as `lang=de` become columns, see `partition_of`.
 
     Raises:
-        ConfigError: if no file can be read, no column contains audio, or a folder contains several splits of a
-            dataset or lacks a file that the names of the others announce.
+        ConfigError: if no file can be read, if no column contains audio, if a folder contains several splits of a
+            dataset, or if a file of a numbered set is missing (see `check_numbered`).
     """
 
     def __init__(self, path: Path, audio_dir: Path | None = None) -> None:
