@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from nemo_lfr.corpus.config import TokenizeConfig
 from nemo_lfr.errors import NemoLfrError, shorten
 
-# Maximum number of workers that may die while they tokenize the same shard, or in a row without completing a shard.
+# Maximum number of workers that may die while they tokenize the same shard, or without any shard being completed.
 MAX_DEATHS = 20
 
 
