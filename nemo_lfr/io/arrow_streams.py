@@ -17,15 +17,15 @@ LENGTH, BUFFERS, COMPRESSION = 0, 2, 3
 DATA = 1
 # Values of the field HEADER_TYPE.
 DICTIONARY_BATCH, RECORD_BATCH = 2, 3
-# What follows the last batch: the mark of the current format, or that of the format before Arrow 0.15.
+# Markers for the end of a stream: in the current format, and in the format before Arrow 0.15.
 END_MARKS = (b"\xff\xff\xff\xff\x00\x00\x00\x00", b"\x00\x00\x00\x00")
 
 
 def check_stream(path: Path) -> None:
     """Check that an Arrow stream is complete, and that it does not expand to an implausible size.
 
-    Without its end mark, a stream was cut short. `datasets` and pyarrow read such a stream up to the cut if that is
-    between two batches, without an error.
+    A stream without a marker at its end was truncated. If it was truncated between two batches, `datasets` and pyarrow
+    would read the remaining batches without an error.
 
     Only the headers of the record batches in the stream are read. No buffer is decompressed.
 
