@@ -95,9 +95,9 @@ def is_implausible(
     free_values: int = FREE_INPUT_VALUES,
     free_bytes: int = FREE_INPUT_BYTES,
 ) -> bool:
-    """Return whether compressed data declares an implausible number of values or decompressed size.
+    """Return whether compressed data declares implausibly many values or decompressed bytes.
 
-    The limits are proportional to the compressed size, plus a constant.
+    Each limit is a multiple of the compressed size, plus a constant.
 
     Args:
         values: declared number of values or rows.
