@@ -105,7 +105,7 @@ def find_streams(file: BinaryIO) -> list[Stream]:
         file: seekable file, open for reading.
 
     Returns:
-        At least one stream. A file in an unknown format becomes one stream that is not checked (`is_checked`).
+        At least one stream. A file in an unknown format becomes one stream whose `is_checked` is False.
     """
     size = file.seek(0, io.SEEK_END)
     window = Window(file, size)
@@ -117,7 +117,7 @@ def find_streams(file: BinaryIO) -> list[Stream]:
 
 
 def _tag_before(window: Window) -> int:
-    """Return the size of an ID3 tag that precedes audio other than MPEG; 0 for any other file."""
+    """Return the size in bytes of an ID3 tag that precedes audio other than MPEG; 0 for any other file."""
     skip = after_id3(window, 0)
     head = window.at(skip, 12)
     if not skip or len(head) < 12 or head[:3] == b"ID3":
