@@ -77,7 +77,7 @@ def _parts(window: Window) -> Iterator[int]:
                 return
             yield part
             position += part
-        if position < end:  # padding, or the beginning of a chunk that the end of the RIFF chunk cuts
+        if position < end:  # padding, or an incomplete chunk at the end of the RIFF chunk
             yield end - position
         position = end + size % 2
         if size % 2 and position <= window.size:
