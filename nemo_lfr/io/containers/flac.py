@@ -7,7 +7,7 @@ from nemo_lfr.io.containers.joined import next_file
 from nemo_lfr.io.containers.magic import after_tags
 from nemo_lfr.io.containers.stream import HEADER_CUT, JOINED, Stream, Window, without_tags
 
-# The magic number, and the type and length of the first block. Compressed audio hardly contains all eight bytes.
+# The magic number, and the type and length of the first block. Compressed audio is unlikely to contain these bytes.
 HEADS = (b"fLaC\x00\x00\x00\x22", b"fLaC\x80\x00\x00\x22")
 FRAME, MAX_FRAME = 1 << 16, 1 << 20  # bytes: typical and maximum
 LAST_FRAME = "the audio was truncated: its last frame is incomplete"
@@ -54,9 +54,9 @@ def _stream(window: Window, start: int, stop: int) -> Stream:
 
 
 def _before_others(window: Window, stream: Stream, total: int, block_size: int) -> Stream:
-    """Complete the description of a FLAC stream whose last bytes are not a complete frame.
+    """Add a `problem` or a `note` to a FLAC stream whose last bytes are not a complete frame.
 
-    Either the stream is truncated, or other data follows its last frame.
+    Either the stream is truncated (`problem`), or other data follows its last frame (`note`).
 
     Args:
         window: the file.
@@ -91,7 +91,7 @@ def _before_others(window: Window, stream: Stream, total: int, block_size: int) 
 def _frame_ends(data: bytes) -> Iterator[int]:
     """Yield positions where the frame at the start of `data` may end.
 
-    At the end of a frame, the CRC of all bytes including the CRC field is 0. It may be 0 elsewhere by chance.
+    At the end of a frame, the CRC of all its bytes, including the CRC field, is 0. It may be 0 elsewhere by chance.
     """
     table, value = _crc_table(16, 0x8005), 0
     for index, byte in enumerate(data):
