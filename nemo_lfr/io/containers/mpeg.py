@@ -1,7 +1,7 @@
 """Find the recordings in MPEG audio (MP1, MP2 and MP3) by their frames.
 
-Encoders may write a silent first frame, the Xing header, that declares the number of frames. `mpeg_streams` adds or
-corrects this frame so that libsndfile decodes the whole recording.
+Encoders may write a silent first frame, called the Xing header, which declares the number of frames. `mpeg_streams`
+adds or corrects this frame so that libsndfile decodes the whole recording.
 """
 
 import struct
@@ -76,7 +76,7 @@ class Piece:
     first_length: int = 0  # bytes of the first frame
     problem: str | None = None  # error message
     is_certain: bool = False  # whether the problem also exists if the number of frames is as declared
-    note: str | None = None  # warning about an irregularity by which almost no audio is lost
+    note: str | None = None  # warning about an irregularity that costs little or no audio
 
     def add(self, start: int, stop: int) -> None:
         """Add a frame."""
@@ -276,7 +276,7 @@ def _is_plain(window: Window, piece: Piece) -> bool:
 
 
 def _xing_bytes(window: Window, piece: Piece) -> int | None:
-    """Return the size of the recording in bytes that its Xing header declares; None if no size is declared."""
+    """Return the recording's size in bytes, as declared in its Xing header; None if no size is declared."""
     tag = _xing_tag(window, piece)
     return struct.unpack_from(">I", tag, 12)[0] if len(tag) >= 16 and tag[7] & 3 == 3 else None
 
