@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from nemo_lfr.io.containers.stream import Window
 
-# Function that returns the size of a frame in bytes from the first bytes of its header; None if they are no header.
+# Function that returns the size of a frame in bytes from the first bytes of its header; None if they are not a header.
 FrameSize = Callable[[bytes], int | None]
 FRAME_HEAD = 10  # number of bytes that a `FrameSize` needs
 _ADTS_HEAD, _LOAS_HEAD = 7, 3
@@ -15,7 +15,7 @@ _DTS_CORE, _DTS_EXTENSION = b"\x7f\xfe\x80\x01", b"\x64\x58\x20\x25"
 
 
 def adts_size(head: bytes) -> int | None:
-    """Return the size in bytes of an ADTS (AAC) frame, from its first seven bytes; None if they are no header."""
+    """Return the size in bytes of an ADTS (AAC) frame, from its first seven bytes; None if they are not a header."""
     if len(head) < _ADTS_HEAD or head[0] != 0xFF or head[1] & 0xF6 != 0xF0:
         return None
     size = (head[3] & 3) << 11 | head[4] << 3 | head[5] >> 5
@@ -23,14 +23,14 @@ def adts_size(head: bytes) -> int | None:
 
 
 def loas_size(head: bytes) -> int | None:
-    """Return the size in bytes of a LOAS (AAC) frame, from its first three bytes; None if they are no header."""
+    """Return the size in bytes of a LOAS (AAC) frame, from its first three bytes; None if they are not a header."""
     if len(head) < _LOAS_HEAD or head[0] != 0x56 or head[1] & 0xE0 != 0xE0:
         return None
     return _LOAS_HEAD + ((head[1] & 0x1F) << 8 | head[2])
 
 
 def ac3_size(head: bytes) -> int | None:
-    """Return the size in bytes of an AC-3 or E-AC-3 frame, from its first six bytes; None if they are no header."""
+    """Return the size in bytes of an AC-3 or E-AC-3 frame, from its first six bytes; None if they are not a header."""
     if len(head) < 6 or head[:2] != b"\x0b\x77" or head[5] >> 3 > _EAC3_LAST:
         return None
     if head[5] >> 3 > _AC3_LAST:
