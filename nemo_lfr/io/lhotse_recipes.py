@@ -24,10 +24,10 @@ PREFIX = "lhotse:"
 def lhotse_recipe(name: str) -> Callable[[Path], Iterator[CorpusUtterance]]:
     """Return a function that lists the utterances of a corpus with a Lhotse recipe.
 
-    The function has the same form as those in `nemo_lfr.io.layouts.LAYOUTS`. Each recording becomes one utterance. Its
-    text joins the texts of all supervisions of the recording, and its speaker and language are those of the first
-    supervision. If the corpus has no validation set, the utterances for training get no split, so that `hold_out` can
-    assign one. Unlike the functions in `LAYOUTS`, recipes stop at the first file that they cannot read.
+    The function has the same signature as those in `nemo_lfr.io.layouts.LAYOUTS`. Each recording becomes one
+    utterance. Its text joins the texts of all supervisions of the recording, and its speaker and language are those of
+    the first supervision. If the corpus has no validation set, the utterances for training get no split, so that
+    `hold_out` can assign one. Unlike the functions in `LAYOUTS`, recipes stop at the first file that they cannot read.
 
     Args:
         name: name of the recipe, such as "ljspeech" for `lhotse.recipes.prepare_ljspeech`.
