@@ -15,9 +15,9 @@ WEIGHTS_MEMBER = "model_weights.ckpt"
 SAFETENSORS_CONFIG = "config.json"
 SAFETENSORS = "model.safetensors"
 PREPROCESSOR = "preprocessor_config.json"  # only transformers reads this file
-# A folder is a checkpoint if it contains both files of a pair. The first pair has precedence.
+# A folder is a checkpoint if it contains both files of a pair. The first pair takes precedence.
 FOLDERS = ((CONFIG_MEMBER, WEIGHTS_MEMBER), (SAFETENSORS_CONFIG, SAFETENSORS))
-# Suffixes of files that are only a part of a checkpoint, namely of a checkpoint folder.
+# Suffixes of files that are not a checkpoint by themselves, but part of a checkpoint folder.
 FOLDER_SUFFIXES = frozenset([".onnx", ".safetensors", ".yaml", ".json"])
 # Suffixes of model files. A name with such a suffix is taken for a path, not for a repository on the Hub.
 MODEL_SUFFIXES = frozenset(
