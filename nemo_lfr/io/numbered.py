@@ -1,4 +1,4 @@
-"""Find the files that are missing in a numbered set, such as `train-00001-of-00003.parquet`."""
+"""Find the files that are missing from a numbered set, such as `train-00001-of-00003.parquet`."""
 
 import re
 from collections.abc import Iterable
@@ -13,11 +13,11 @@ MAX_TOTAL = 1_000_000  # a larger number of files is not plausible, so that the 
 
 
 def missing_files(paths: Iterable[Path]) -> list[str]:
-    """Return the names of files that are missing in numbered sets, in order, without folders.
+    """Return the names of the files that are missing from numbered sets, in order and without their folders.
 
     Args:
-        paths: files. Those of one set are in the same folder, and have the same name except for their number and what
-            follows the total.
+        paths: files. The files of a set are in the same folder. Their names differ only in the number of the file and
+            in the text after the total.
     """
     sets: dict[tuple[Path, str, str, int, str], dict[int, re.Match[str]]] = {}
     for path in paths:
@@ -35,7 +35,7 @@ def missing_files(paths: Iterable[Path]) -> list[str]:
 
 
 def check_numbered(folder: Path, paths: Iterable[Path]) -> None:
-    """Refuse a folder in which files of a numbered set are missing.
+    """Raise an error if files of a numbered set are missing from a folder.
 
     Raises:
         ConfigError: if files are missing.
