@@ -1,7 +1,7 @@
 """Pack the tokens of each frame into one little-endian number with a fixed number of bytes.
 
-The tokens are the digits of the number in base `codebook_size`, and the first codebook is the lowest digit. Eight
-codebooks of 2016 entries have 2016^8 < 2^88 values, so a frame needs 11 bytes.
+The tokens are the digits of the number in base `codebook_size`, and the token of the first codebook is the lowest
+digit. Eight codebooks of 2016 entries have 2016^8 < 2^88 values, so a frame needs 11 bytes.
 """
 
 import numpy as np
