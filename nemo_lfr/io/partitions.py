@@ -1,6 +1,6 @@
-"""Columns that the names of folders stand for, such as `lang=de/part-0.parquet`.
+"""Read columns from the names of folders, such as the column `lang` from `lang=de/part-0.parquet`.
 
-Spark, Hive, pandas and polars store the columns by which a table is partitioned only in such names.
+If a table is partitioned by columns, Spark, Hive, pandas and polars store these columns only in the names of folders.
 """
 
 from pathlib import Path
@@ -10,10 +10,10 @@ MISSING = "__HIVE_DEFAULT_PARTITION__"  # value of rows without a value
 
 
 def partition_of(file: Path, root: Path) -> dict[str, str]:
-    """Return the columns that the folders of a file stand for, as text.
+    """Return the columns that are stored in the names of a file's folders, with their values as text.
 
-    They are the folders between a table's folder and the file, and the folders directly above them, so that a
-    partition that is read by itself keeps its columns.
+    Folders inside the table's folder are searched first. The table's folder and its parents are searched too, up to
+    the first one whose name is not `COLUMN=VALUE`. If only one partition is read, it therefore keeps its columns.
 
     Args:
         file: the file.
