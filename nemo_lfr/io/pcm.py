@@ -18,7 +18,7 @@ def samples_to_float(samples: np.ndarray, name: str) -> np.ndarray:
     | --- | --- |
     | floating point | 1; unchanged |
     | int8 | 128 |
-    | uint8 | 128 above and below the middle, 128, as in WAV files |
+    | uint8 | 128; silence is 128, as in WAV files |
     | int16 | 32,768 |
     | int32 | 2,147,483,648, as libsndfile and torchaudio read it |
     | int64 | 32,768, since lists of Python integers become int64 |
@@ -28,8 +28,8 @@ def samples_to_float(samples: np.ndarray, name: str) -> np.ndarray:
         name: name of the samples for messages.
 
     Raises:
-        AudioError: if the type is another one, if int64 samples exceed 16 bits, or if int32 samples are not silence
-            but fit into 24 bits, since their full scale may then be that of 16 or 24 bits.
+        AudioError: if the samples have another type, or if int64 samples exceed 16 bits. Also if int32 samples are
+            not silent but fit into 24 bits, since they may then be 16-bit or 24-bit audio with a smaller full scale.
     """
     kind = samples.dtype.name
     if np.issubdtype(samples.dtype, np.floating):
