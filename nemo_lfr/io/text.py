@@ -31,7 +31,7 @@ def read_lines(path: Path, error: type[NemoLfrError] = NemoLfrError) -> list[byt
     """Return the lines of a file as bytes, without line ends.
 
     The caller decodes each line separately, so that one invalid line does not affect the others. As in JSON lines,
-    only a line feed ends a line: a text may contain other line separators of Unicode.
+    only a line feed ends a line, since a text may contain other Unicode line separators.
 
     Args:
         path: the file.
