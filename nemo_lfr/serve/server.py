@@ -19,6 +19,7 @@ from nemo_lfr.serve.protocol import CloseCode
 
 _POLL_S = 0.1
 _SLICE = 1 << 14  # bytes of received data that are parsed before the number of frames is checked
+_MAX_HEADERS = 1 << 16  # bytes of request headers, without the first piece that is received
 _MAX_SMALL = 1000  # pings, pongs and small fragments per second that one client may send
 _SMALL = 64  # bytes in a small fragment
 _CLOSE_S = 3  # seconds at the end of the drain time that are reserved for closing connections
@@ -96,15 +97,28 @@ class _WebSockets(WebSocketsSansIOProtocol):
 
 
 class _HeaderLimit(asyncio.Protocol):
-    """Mixin for uvicorn's HTTP protocols that closes a connection if no complete request headers arrive in time.
+    """Mixin for uvicorn's HTTP protocols that limits the time and the size of request headers.
 
-    uvicorn itself limits only the time between two requests.
+    uvicorn itself limits only the time between two requests, and the size only if it parses requests with h11.
     """
 
     idle_s = 60.0
     transport: asyncio.Transport
+    send_400_response: Callable[[str], None]
     cycle: Any  # the latest request; None before the first request
     _limit: asyncio.TimerHandle | None = None
+    _in_headers = False  # whether the headers of a request have begun and are not complete; never with h11
+    _num_bytes = 0  # size of these headers, without their first piece
+
+    def on_message_begin(self) -> None:
+        """Note the beginning of a request; see `httptools.HttpRequestParser`."""
+        self._in_headers, self._num_bytes = True, 0
+        super().on_message_begin()  # type: ignore[misc]
+
+    def on_headers_complete(self) -> None:
+        """Note the end of the headers; see `httptools.HttpRequestParser`."""
+        self._in_headers = False
+        super().on_headers_complete()  # type: ignore[misc]
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Start the timer for the headers of the first request."""
@@ -113,6 +127,10 @@ class _HeaderLimit(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Cancel the timer when the headers of a request are complete; start it again after the response."""
+        self._num_bytes += len(data) if self._in_headers else 0
+        if self._num_bytes > _MAX_HEADERS:
+            self.send_400_response("The headers of the request are too large.")
+            return
         super().data_received(data)
         is_served = self.cycle is not None and not self.cycle.response_complete
         if is_served or self.transport.get_protocol() is not self:  # a WebSocket has a separate protocol object

@@ -6,7 +6,7 @@ import json
 import socket
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import numpy as np
 import pytest
@@ -87,6 +87,21 @@ def test_a_connection_without_a_complete_request_is_closed():
             time.sleep(0.5)
             connection.sendall(request)
             assert is_healthy(connection)
+
+
+def test_endless_headers_are_refused():
+    with running() as server, socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert is_healthy(connection)
+        received = b""
+        connection.sendall(b"GET /health HTTP/1.1\r\nX: ")
+        with suppress(ConnectionError):
+            while not received:
+                connection.sendall(b"a" * 10_000)
+                connection.settimeout(0.01)
+                with suppress(TimeoutError):
+                    received = connection.recv(1000)
+        assert received.startswith(b"HTTP/1.1 400")
 
 
 def test_more_files_than_the_limit_are_refused():
