@@ -10,7 +10,7 @@ R = TypeVar("R")
 
 
 def outside_of_graphs(function: Callable[P, R]) -> Callable[P, R]:
-    """Decorate a function so that `torch.compile` neither traces nor compiles it, but calls it as it is."""
+    """Decorate a function so that `torch.compile` calls it as ordinary Python, without tracing or compiling it."""
     disabled: Callable[P, R] | None = None
 
     @functools.wraps(function)
