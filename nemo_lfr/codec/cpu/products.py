@@ -92,7 +92,10 @@ _WEIGHTS: DerivedForms[ProductWeights] = DerivedForms()
 
 
 def stream_weights(network: nn.Module) -> StreamWeights:
-    """Return weights for matrix products for a network in fp32 on a CPU, else weights that call its modules."""
+    """Return the weights of a network for streams.
+
+    In fp32 on a CPU, these are weights for matrix products. Otherwise, they call the modules of the network.
+    """
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
     if dtype == torch.float32:
         weights = weights_of(network, dtype)
