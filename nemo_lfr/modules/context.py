@@ -80,6 +80,6 @@ class ContextOps:
 
 
 def residual_context(layer: ResidualLayer) -> tuple[int, int]:
-    """Return how many earlier and how many later time steps an output of a residual layer depends on."""
+    """Return the numbers of earlier and later time steps that an output of a residual layer depends on."""
     field = ContextOps().residual(layer, Field())
     return field.past, field.future
