@@ -135,7 +135,7 @@ class HiFiGANDecoder(NeuralModule):
 
     @property
     def context(self) -> Context:
-        """How many earlier and later frames the audio of a frame depends on: 13 and 13 for the released config."""
+        """Numbers of earlier and later frames that the audio of a frame depends on; both 13 for the released config."""
         return Context(
             num_frames(self._field.past, self.samples_per_frame),
             num_frames(self._field.future, self.samples_per_frame),
@@ -143,7 +143,10 @@ class HiFiGANDecoder(NeuralModule):
 
     @property
     def min_frames(self) -> int:
-        """Shortest input of `decode_frames`, in frames: 4 for the released config; `forward` zero-pads if needed."""
+        """Shortest input of `decode_frames`, in frames; `forward` zero-pads shorter input.
+
+        The value is 4 for the released config.
+        """
         return self._field.shortest
 
     def decode_frames(self, inputs: torch.Tensor) -> torch.Tensor:
