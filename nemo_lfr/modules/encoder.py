@@ -124,14 +124,17 @@ class HiFiGANEncoder(NeuralModule):
 
     @property
     def context(self) -> Context:
-        """How many earlier and later frames the encoding of a frame depends on: 6 and 6 for the released config."""
+        """Numbers of earlier and later frames that an encoded frame depends on; both are 6 for the released config."""
         # A frame depends on the samples from `field.past` before its first sample to `field.future` after it.
         rate, field = self.samples_per_frame, self._field
         return Context(num_frames(field.past, rate), num_frames(max(0, field.future - (rate - 1)), rate))
 
     @property
     def min_frames(self) -> int:
-        """Shortest input of `encode_frames`, in frames: 4 for the released config; `forward` zero-pads if needed."""
+        """Shortest input of `encode_frames`, in frames; `forward` zero-pads shorter input.
+
+        The value is 4 for the released config.
+        """
         return num_frames(self._field.shortest, self.samples_per_frame)
 
     def encode_frames(self, audio: torch.Tensor) -> torch.Tensor:
