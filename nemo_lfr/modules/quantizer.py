@@ -3,8 +3,8 @@
 Each dimension of an encoded frame is squashed into the range of its levels and rounded to one of them; the rounded
 value, scaled to [-1, 1], is a code. A codebook belongs to a group of dimensions. The token of a codebook is a
 mixed-radix number: its digits are the chosen levels, and the first dimension is the lowest digit. The arithmetic and
-the state-dict keys are those of NeMo's classes with the same names. Quantization runs in fp32 even under autocast,
-because tokens depend on its rounding.
+the state-dict keys are the same as in NeMo's classes with the same names. Quantization runs in fp32 even under
+autocast, because tokens depend on its rounding.
 """
 
 import math
