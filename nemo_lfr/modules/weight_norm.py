@@ -126,7 +126,7 @@ def fold_weight_norm(direction: torch.Tensor, gain: torch.Tensor, order: SumOrde
 
 
 def folded_weight(conv: nn.Module, order: SumOrder = CANONICAL) -> torch.Tensor:
-    """Return the weight of a convolution, without gradient; if there is weight norm, it is folded."""
+    """Return the weight of a convolution, without gradient, and with weight norm folded if it is in use."""
     if parametrize.is_parametrized(conv, "weight"):
         weight: Any = conv.parametrizations["weight"]  # type: ignore[index]
         if len(weight) == 1 and type(weight[0]).__name__ == "_WeightNorm" and weight[0].dim == 0:
