@@ -219,9 +219,9 @@ def _checksum(data: np.ndarray) -> int:
 
 
 def _device_checksum(flat: torch.Tensor) -> torch.Tensor:
-    """Return a similar checksum of elements [n], as a tensor on the device, without synchronizing a GPU.
+    """Return a checksum of elements [n] as a tensor on their device, without synchronizing a GPU; see `_checksum`.
 
-    The elements are read as rows of `COLUMNS` integers of their own size.
+    The elements are read as rows of `COLUMNS` integers, which have the same size as the elements.
     """
     values = flat.view(_INTEGERS[flat.element_size()])
     factors = torch.from_numpy(_FACTORS.view(np.int64)).to(flat.device)
