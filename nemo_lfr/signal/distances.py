@@ -1,6 +1,6 @@
 """Distances between signals, which are used as reconstruction losses and as evaluation metrics.
 
-The results match those of NeMo's `MultiResolutionMelLoss`, `MultiResolutionSTFTLoss`, `TimeDomainLoss` and `SISDRLoss`
+The results agree with NeMo's `MultiResolutionMelLoss`, `MultiResolutionSTFTLoss`, `TimeDomainLoss` and `SISDRLoss` to
 within 1e-5. For each signal and resolution, only one STFT is computed. Means exclude the padding of shorter examples.
 """
 
@@ -61,7 +61,7 @@ class ReconstructionLoss(nn.Module):
             terms: names of the losses to compute, from `TERMS`.
 
         Returns:
-            Dictionary from the name of each loss to a scalar. Lower is better, so "si_sdr" is the negated ratio in dB.
+            Dictionary from loss names to scalars. Lower is better, so "si_sdr" is the negated ratio in dB.
         """
         totals: dict[str, torch.Tensor] = {}
         for index, resolution in enumerate(self.resolutions):
