@@ -135,7 +135,7 @@ class HiFiGANDecoder(NeuralModule):
 
     @property
     def context(self) -> Context:
-        """Numbers of earlier and later frames that a frame of audio depends on; both are 13 for the released config."""
+        """Numbers of earlier and later frames that decoded audio depends on; both are 13 for the released config."""
         return Context(
             num_frames(self._field.past, self.samples_per_frame),
             num_frames(self._field.future, self.samples_per_frame),
