@@ -68,9 +68,10 @@ def parquet_features(metadata: Mapping[bytes, bytes] | None) -> dict[str, Any]:
 
 
 def label_value(cell: Any, names: Sequence[str] | None, column: str) -> Any:
-    """Convert the Arrow cell of a label to a Python value; return None unless it is text, a number or a boolean.
+    """Convert the Arrow cell of a label to a Python value.
 
-    In the columns of the standard labels, other values are returned as they are; `standard_labels` then refuses them.
+    The result is None unless the value is text, a number or a boolean. In the columns of the standard labels, however,
+    any value is returned, so that `standard_labels` can raise an error for it.
 
     Some databases and TensorFlow export text as bytes. Bytes are decoded only in columns that usually contain text
     (`TEXT_COLUMNS`).
