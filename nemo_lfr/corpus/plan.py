@@ -214,8 +214,8 @@ def _load_codec(
 ) -> tuple[dict[str, Any], EntropyModel | None, "Codec[Any] | None", Callable[[str], bool]]:
     """Load the codec, and return the description of the tokens, the entropy model, the codec and its method `made`.
 
-    The entropy model is None without compression. The returned codec is None unless `on_cpu` is set. The workers then
-    load the codec themselves, and check that their devices support the precision.
+    The entropy model is None without compression. If `on_cpu` is not set, the returned codec is None. Each worker then
+    loads the codec itself, and checks that its device supports the precision.
     """
     from nemo_lfr.io.token_file import Metadata
     from nemo_lfr.pretrained import load
