@@ -27,7 +27,7 @@ def check_stream(path: Path) -> None:
     A stream without a marker at its end was truncated. If it was truncated between two batches, `datasets` and pyarrow
     would read the remaining batches without an error.
 
-    Only the headers of the record batches in the stream are read. No buffer is decompressed.
+    Only the headers of the record batches, and the declared size of each buffer, are read. No buffer is decompressed.
 
     Args:
         path: file in Arrow's streaming format.
@@ -64,7 +64,7 @@ def check_stream(path: Path) -> None:
 def _claims(message: Any) -> tuple[int, int]:
     """Return the number of rows and the decompressed size in bytes of the record batch in an Arrow message.
 
-    Both values are read from the message's header. They are 0 if the message contains no batch. The size is also 0 if
+    Both values are those that the message declares. They are 0 if the message contains no batch. The size is also 0 if
     the batch is not compressed.
     """
     data = bytes(message.metadata)
