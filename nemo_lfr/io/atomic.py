@@ -31,11 +31,11 @@ NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EM
 def check_overwrite(path: Path, overwrite: bool) -> None:
     """Check that an output path does not exist yet or may be overwritten.
 
+    A broken link counts as an existing file, since the new file would replace the link.
+
     Args:
         path: output file.
         overwrite: whether an existing file may be replaced.
-
-    A link exists even if its target does not: renaming the new file to its name would replace the link.
 
     Raises:
         NemoLfrError: if `path` is a folder, pipe, device or socket, or exists and `overwrite` is not set.
