@@ -152,14 +152,14 @@ class AudioReader:
     def _only_named_mp3(self, stream: Stream) -> bool:
         """Return whether a file has the suffix .mp3 but no MPEG audio.
 
-        If libsndfile knows the name, libmpg123 searches for frames and prints messages to stderr.
+        For such a file name, libsndfile uses libmpg123, which searches for frames and prints messages to stderr.
         """
         return not stream.is_checked and self.path.suffix.lower() == ".mp3"
 
     def _open_mpeg(self, first: SndfileDecoder) -> Decoder:
         """Open MPEG audio that follows other bytes.
 
-        Its frames are counted, because libsndfile only estimates the number of samples.
+        The frames are counted, because libsndfile only estimates the number of samples.
         """
         if self._source is None or not (streams := find_mpeg(self._source)):
             return first
