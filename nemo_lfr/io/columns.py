@@ -53,9 +53,9 @@ OTHER_TOKENS = frozenset(
 def standard_labels(labels: Mapping[str, Any], *, strict: bool = True) -> dict[str, Any]:
     """Add the standard labels "text", "speaker" and "lang" to the labels of a row.
 
-    Each comes from the first of the columns that `LABELS` lists whose value is not missing. Labels whose value is
-    None, NaN or infinite are dropped, and so are columns with tokens of another codec. See `label_text` for the
-    values that are accepted.
+    `LABELS` lists the columns for each standard label. The first of these columns that has a value is used; see
+    `label_text` for the accepted values. Values that are None, NaN or infinite are dropped, and so are columns with
+    tokens of another codec.
 
     Args:
         labels: values of the row by column.
@@ -65,7 +65,7 @@ def standard_labels(labels: Mapping[str, Any], *, strict: bool = True) -> dict[s
         The remaining labels and the standard labels.
 
     Raises:
-        AudioError: if `strict` and the value of a label is not accepted.
+        AudioError: if `strict` is set, and the value of a label is not accepted.
     """
     kept = {key: value for key, value in labels.items() if not is_missing(value) and key not in OTHER_TOKENS}
     for label, columns in LABELS.items():
@@ -89,11 +89,11 @@ def label_text(value: Any, column: str, label: str) -> str:
 
     Args:
         value: the value.
-        column: column that contains it, for messages.
+        column: column that contains the value, for messages.
         label: the label: "text", "speaker" or "lang".
 
     Raises:
-        AudioError: if the value is neither text nor a number, or a number as the language.
+        AudioError: if the value is neither text nor a number, or if it is a number and the label is "lang".
     """
     if isinstance(value, float) and value.is_integer():
         value = int(value)  # pandas converts integer columns with missing values to float
