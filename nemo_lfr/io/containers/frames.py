@@ -51,10 +51,10 @@ def _walk(window: Window, size_of: FrameSize) -> list[Stream]:
 
 
 def _file_follows(window: Window, position: int, size_of: FrameSize) -> bool:
-    """Return whether another file begins at a position, or after tags.
+    """Return whether another file begins at a position, or after tags at this position.
 
-    Frames of the same codec after a gap without tags are not another file: the frames of two files that were joined
-    follow each other without a gap. The gap is damage, such as a block of zeros that replaced frames.
+    Frames of the same codec after a gap without tags do not count as another file. The gap is damage, such as zeros in
+    place of frames, since two files without tags would be joined without a gap.
     """
     start = next_file(window, position)
     is_tagged = window.at(position, 11).startswith(TAGS)
