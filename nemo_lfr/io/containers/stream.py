@@ -35,7 +35,7 @@ class Stream:
         header: bytes that a decoder must read before these ranges.
         is_file: whether the stream is the unchanged file, which a decoder can open by itself.
         problem: error message if the recording cannot be read; None if it is complete.
-        note: warning about an irregularity in the file that costs little or no audio; None if there is none.
+        note: warning about an irregularity that does not prevent reading the recording; None if there is none.
         is_checked: whether the recording was checked for truncation. Some formats cannot be checked.
         by_name: whether libsndfile needs a file name, rather than a file object, to decode the format (MPEG audio).
     """
