@@ -127,7 +127,7 @@ class MediaDecoder:
                 raise AudioError(f"the audio was truncated after {reached:.1f} of {seconds:.1f} s")
 
     def _samples(self, frame: Any) -> Iterator[np.ndarray]:
-        """Yield the samples [n, channels] of a frame, or those that the resampler still has if it is None."""
+        """Yield the samples [n, channels] of a frame. If the frame is None, flush the resampler."""
         for part in self._resampler.resample(frame):
             block = part.to_ndarray().reshape(-1, self.channels)
             skipped = min(self._surplus, len(block))
@@ -158,9 +158,10 @@ class MediaDecoder:
                 raise AudioError("the audio is damaged: a packet is incomplete")
 
     def _pre_skip(self, track: Any, packet: Any) -> int:
-        """Return how many samples before the beginning of Opus audio in Matroska FFmpeg would not skip.
+        """Return the number of samples at the beginning of Opus audio in Matroska that FFmpeg fails to skip.
 
-        FFmpeg 8 counts them at the sample rate of the header, which may be lower than that of the decoder, 48 kHz.
+        The decoder's output at 48 kHz begins with samples that must be skipped. FFmpeg 8 skips too few if the sample
+        rate in the header is lower.
         """
         codec = track.codec_context
         if codec.name not in ("opus", "libopus") or not self._container.format.name.startswith("matroska"):
@@ -216,9 +217,10 @@ class MediaDecoder:
 
 
 def _reason(error: Exception) -> str:
-    """Return the reason of an error without the file name.
+    """Return the reason for an error without the file name.
 
-    FFmpeg's decoders return some of the system's error codes, whose messages would be about files and permissions.
+    FFmpeg's decoders return some error codes of the operating system. Their usual messages, which are about files and
+    permissions, would be misleading.
     """
     if type(error).__module__.startswith("av.") and (reason := _REASONS.get(type(error).__name__)):
         return reason
