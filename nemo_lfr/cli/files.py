@@ -170,7 +170,7 @@ def pending_tasks(tasks: Sequence[FileTask], overwrite: bool, skip_existing: boo
     Args:
         tasks: planned tasks.
         overwrite: value of --overwrite.
-        skip_existing: value of --skip-existing; tasks whose output exists are dropped.
+        skip_existing: value of --skip-existing; if True, tasks whose output exists are dropped.
 
     Raises:
         NemoLfrError: if both options are set, if an output exists and neither option is set, or if an output folder is
@@ -200,7 +200,7 @@ def tasks_to_run(
 ) -> list[FileTask]:
     """Plan the tasks, and drop the tasks whose output exists and is kept.
 
-    Files in folders that are skipped are reported.
+    Skipped files in input folders are reported.
 
     See `plan_tasks` and `pending_tasks` for the arguments.
 

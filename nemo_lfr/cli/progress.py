@@ -18,7 +18,7 @@ def progress(total: int, unit: str = "files", *, prints_lines: bool = False) -> 
         prints_lines: whether the command prints a line on stdout for each item. If so, there is no bar on a terminal.
 
     Yields:
-        A function to call after each finished item, with a line to print or "".
+        A function to call after each finished item. Its argument is a line to print, or "".
     """
     begin_work()
     done = 0

@@ -187,7 +187,7 @@ class DemoResult(Result):
     """Output of `demo`.
 
     Attributes:
-        original_bytes: size of the recording as 16-bit samples.
+        original_bytes: size that the recording has as 16-bit samples.
         token_file_bytes: size of the token file.
         bit_rate_bps: bits per second of audio, counting the whole token file.
         codec_bit_rate_bps: bits per second of audio, counting only the tokens.

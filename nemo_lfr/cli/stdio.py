@@ -21,8 +21,8 @@ def check_pipe(inputs: Sequence[str], out: Path | None) -> None:
         out: value of --out, if it was passed.
 
     Raises:
-        NemoLfrError: if the inputs are not `-`, `- -` or `FILE -`, if --out or --json was passed, or if a stream is
-            closed or a terminal.
+        NemoLfrError: if the inputs are not `-`, `- -` or `FILE -`, if --out or --json was passed, or if stdin or
+            stdout is closed or is a terminal.
     """
     if current().as_json:
         raise NemoLfrError("-: --json cannot be used with pipes, because stdout receives the output; remove --json.")

@@ -141,7 +141,7 @@ def count_of(name: str, value: Any) -> int | None:
         value: value of the argument.
 
     Raises:
-        NemoLfrError: if the value is neither None nor an integer of at least 0.
+        NemoLfrError: if the value is neither None nor a non-negative integer.
     """
     try:
         count = None if value is None else operator.index(value)

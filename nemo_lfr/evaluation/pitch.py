@@ -29,7 +29,7 @@ def estimate_pitch(audio: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         audio: float32 [T] at 16 kHz.
 
     Returns:
-        F0 in Hz, which is NaN in unvoiced frames, and the voicing decisions (bool). Both have shape [frames], with a
+        F0 in Hz (NaN in unvoiced frames), and the voicing decisions (bool). Both have shape [frames], with a
         hop of 20 ms.
 
     Raises:

@@ -254,7 +254,7 @@ def cost(evaluation: Evaluation) -> Table:
 def compression(evaluation: Evaluation) -> Table | None:
     """Tabulate the bit rate of each codec, with and without entropy coding.
 
-    The bits per frame are comparable with the loss of a language model on the same tokens, in bits per frame.
+    The bits per frame can be compared with the loss (in bits per frame) of a language model on the same tokens.
 
     Returns:
         The table, or None if no codec has an entropy model.

@@ -15,7 +15,7 @@ RESOLUTION = (1024, 256, 1024)
 class SpectrogramGenerator(ArtifactGenerator):
     """Generator of spectrogram images, in dB, for the clips that `log_config` in the config selects.
 
-    The original clips are logged once, and their reconstructions at every logging step.
+    The original clips are logged once. Their reconstructions are logged at every logging step.
     """
 
     def generate_artifacts(

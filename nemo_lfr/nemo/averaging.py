@@ -26,7 +26,7 @@ class RestoreTrainedWeights(Callback):
 
 
 class WeightAveraging(BaseModel):
-    """Mixin with Lightning hooks that use averaged weights for validation, and store them in checkpoints."""
+    """Mixin with Lightning hooks that validate with averaged weights, and store these weights in checkpoints."""
 
     @property
     def _generator(self) -> torch.nn.ModuleList:

@@ -2,7 +2,7 @@
 
 If a line of a manifest is malformed, only its clip is skipped, and training continues. NeMo still interprets the data
 config, because such configs have many forms (lists, weights, groups, buckets). `make_careful` then searches the object
-that NeMo returns, and replaces the iterators that read lines with the classes below. Tar files are still read by
+that NeMo returns, and gives the iterators over lines one of the classes below. Tar files are still read by
 NeMo's own iterator. Where that iterator cannot skip a malformed line, an error names the line.
 """
 
@@ -69,7 +69,7 @@ def _is_json_lines(path: Any) -> bool:
 def make_careful(root: Any) -> None:
     """Search a Lhotse or NeMo object for iterators over manifest lines, and make them skip malformed lines.
 
-    If an iterator cannot skip lines, it raises an error that names the malformed line instead.
+    An iterator that cannot skip lines instead raises an error that names the malformed line.
 
     Args:
         root: object to search. The class of the iterators in it is changed in place.

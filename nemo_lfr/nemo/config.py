@@ -61,7 +61,8 @@ def override_config(source: Any) -> DictConfig:
     """Load and resolve a config that replaces the config of a checkpoint.
 
     Args:
-        source: path of a YAML file, or a config. If it has a `model` section, only that section is used.
+        source: path of a YAML file, or a config. If the config has a `model` section, only that section
+            is used.
 
     Raises:
         ConfigError: if the config is not a mapping, or names a component that cannot be imported.

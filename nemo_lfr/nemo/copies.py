@@ -44,7 +44,7 @@ class Copies(BaseModel):
         return other
 
     def __reduce__(self) -> Any:
-        """Return the config and the weights, from which `pickle` rebuilds the model.
+        """Return the config and the weights, so that `pickle` can rebuild the model from them.
 
         PyTorch cannot pickle a module with weight norm directly.
 

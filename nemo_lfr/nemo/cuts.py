@@ -29,7 +29,7 @@ MAX_UNREADABLE = 1000
 
 
 class CutDataset(Dataset[dict[str, Any] | None]):
-    """Dataset that reads batches of Lhotse cuts, and returns them as dictionaries with NeMo's keys.
+    """Dataset that reads the audio of Lhotse cuts, and returns batches as dictionaries with NeMo's keys.
 
     Like NeMo's `AudioCodecLhotseDataset`, it uses the audio in a cut's `target_audio` field if there is one, and the
     cut's own audio otherwise. Unreadable cuts are skipped and logged once.

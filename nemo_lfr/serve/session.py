@@ -162,7 +162,7 @@ class Session:
     def _urgency(self) -> tuple[bool, float]:
         """Return a sort key. Live streams come first, in the order in which their clients run out of audio.
 
-        Background sessions come last, the one that has waited longest first.
+        Background sessions come last, in the order in which they started to wait.
         """
         return (False, self._played_until or self._started or 0.0) if self._live else (True, self._taken_at)
 

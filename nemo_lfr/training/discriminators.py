@@ -1,7 +1,7 @@
-"""Discriminators of periods, complex STFTs and hidden states of WavLM ("SLM").
+"""Discriminators for periods, complex STFTs and hidden states of WavLM ("SLM").
 
-A discriminator first computes a representation of the audio without trainable weights (`preprocess`), and then scores
-it (`score`). The representation consists of folded audio, spectra or hidden states of WavLM. In a training step, the
+First, `preprocess` computes a representation of the audio: folded audio, spectra or hidden states of WavLM. This step
+has no trainable weights. Then `score` computes scores and feature maps from the representation. In a training step, the
 representation of each signal is computed only once: without gradients for real audio, and with gradients for generated
 audio. The update of the discriminators uses a detached copy of the representation.
 

@@ -18,8 +18,8 @@ ADVICE = "free some space or choose another folder, and run the same command aga
 def ending_in_one_line(folder: str | os.PathLike[str] | None = None) -> Iterator[None]:
     """Exit with one line on stderr if a run fails for a reason that the user can fix.
 
-    Such reasons are invalid input, a full disk and a missing permission. Inside this context, no
-    traceback is printed either if a log record cannot be written, for example because the disk is full.
+    Such reasons are invalid input, a full disk and a missing permission. Inside this context, a
+    log record that cannot be written, for example because the disk is full, causes no traceback either.
 
     Args:
         folder: folder of the run. The message contains this path if the error does not name a file.

@@ -33,7 +33,7 @@ def initialize_from_data(
         quantizer: quantizer between encoder and decoder; it is not changed.
         decoder: decoder to change in place.
         audio: batch of speech, shape [B, T_audio]. T_audio is a multiple of the number of samples per frame.
-        encoded_spread: standard deviation of each dimension of the encoder output. The mean of each becomes 0.
+        encoded_spread: standard deviation of each dimension of the encoder output. The mean becomes 0.
         output_spread: standard deviation of the waveform before the output activation.
     """
 
