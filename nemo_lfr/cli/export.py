@@ -29,7 +29,7 @@ def export() -> None:
 def export_to_safetensors(out: Path, model: str | None, overwrite: bool) -> dict[str, Any]:
     """Write config.json, model.safetensors and preprocessor_config.json.
 
-    The tensors have NeMo's names. Pass the folder as --model to other commands, or to from_pretrained of transformers.
+    The tensors have NeMo's names. Pass the folder as --model to other commands, or to from_pretrained in transformers.
     """
     from nemo_lfr.checkpoint.folder import export_safetensors
     from nemo_lfr.io.hub import find_checkpoint

@@ -319,7 +319,7 @@ class EntropyFitResult(Result):
 
 
 class ServeResult(Result):
-    """Output of `serve`, which is printed when the server stops.
+    """Output of `serve`, printed when the server stops.
 
     Attributes:
         url: address of the server.

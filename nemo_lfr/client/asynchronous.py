@@ -47,7 +47,7 @@ class AsyncClient:
         ramp: Sequence[int] = (),
         sample_type: SampleType = "float32",
     ) -> "AsyncDecodeStream":
-        """Return a stream that decodes one recording, to open with `async with`.
+        """Return a stream that decodes one recording. Open the stream with `async with`.
 
         Args:
             lookahead: number of later frames that a result may depend on; None for the codec's full lookahead, which
@@ -63,7 +63,7 @@ class AsyncClient:
         return AsyncDecodeStream(self._server, Conversation(self._server, "decode", sample_type, **parameters))
 
     def encode_stream(self, *, sample_rate: int | None = None, lookahead: int | None = None) -> "AsyncEncodeStream":
-        """Return a stream that encodes one recording, to open with `async with`.
+        """Return a stream that encodes one recording. Open the stream with `async with`.
 
         Args:
             sample_rate: sample rate of the samples that you send, Hz; None for the sample rate of the codec.
@@ -75,7 +75,7 @@ class AsyncClient:
 
 
 class _AsyncStream:
-    """Base class of streams. Open a stream with `async with`, which raises the errors of `Client.decode_stream`.
+    """Base class of streams. `async with` opens a stream, and raises the same errors as `Client.decode_stream`.
 
     Send the input in one task and receive the results in another one, or use `through`, which does both. If the client
     does not receive results, the server stops reading the input. After 20 s (by default), the server disconnects

@@ -1,9 +1,9 @@
 """Discriminators for periods, complex STFTs and hidden states of WavLM ("SLM").
 
 First, `preprocess` computes a representation of the audio: folded audio, spectra or hidden states of WavLM. This step
-has no trainable weights. Then `score` computes scores and feature maps from the representation. In a training step, the
-representation of each signal is computed only once: without gradients for real audio, and with gradients for generated
-audio. The update of the discriminators uses a detached copy of the representation.
+has no trainable weights. Then `score` computes scores and feature maps from the representation. In a training step,
+the representation of each signal is computed only once: without gradients for real audio, and with gradients for
+generated audio. The update of the discriminators uses a detached copy of the representation.
 
 State-dict keys are the same as in the NeMo classes with the same names. A custom discriminator is a subclass of
 `AudioDiscriminator`; see `nemo_lfr.training.components`.

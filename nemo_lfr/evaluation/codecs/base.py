@@ -41,13 +41,13 @@ class ComparedCodec(ABC):
 
     Attributes:
         kind: prefix of the codec in `--codec`.
-        usage: form of the codec's `--codec` value for the help text, such as "opus:KBIT".
+        usage: form of the `--codec` value, such as "opus:KBIT", for the help text.
         name: name of the codec in tables.
         identity: text that identifies the weights, or the version of the program. Stored results are only reused for
             the same text.
         delay: delay of the codec's output in seconds. `round_trip` compensates for it.
-        levels: number of FSQ levels of each dimension of a codebook; (size,) for a codebook that is not FSQ; () for a
-            codec without tokens.
+        levels: number of FSQ levels of each dimension of a codebook. (size,) if the codebooks are not FSQ; () if the codec
+            has no tokens.
 
     Args:
         options: text after the colon in `--codec`. It must be empty unless a subclass reads it.
