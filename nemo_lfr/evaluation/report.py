@@ -75,9 +75,9 @@ def write_report(
         title: title of the report.
         command: command line that produced the evaluation, shown in the report.
         by: manifest keys, such as "lang". For each value of such a key, the report contains a quality table.
-        examples: number of recordings for which the page has players and spectrograms. They are spaced evenly over the
-            evaluation.
-        card: values from NVIDIA's model card for the same test set, by metric; None for none.
+        examples: number of recordings for which the page has players and spectrograms. These recordings are
+            spaced evenly over the evaluation.
+        card: values from NVIDIA's model card for the same test set, by metric; None if there are none.
 
     Returns:
         Paths of the files.
@@ -110,7 +110,7 @@ def write_report(
 
 
 def page(**content: Any) -> str:
-    """Return the HTML page. The page does not load other files, and runs only the script in it.
+    """Return the HTML page. The page loads no other files, and runs no script except its own.
 
     Args:
         content: variables of the page template: `plots`, `examples` and all arguments of `markdown`.

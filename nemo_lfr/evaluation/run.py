@@ -55,8 +55,8 @@ def evaluate(
             folder until it has written the report; see `nemo_lfr.io.exclusive`.
         rate: sample rate of the comparison in Hz. The output of a codec with another sample rate is resampled.
         device: PyTorch device for models that compute metrics; chosen automatically if None.
-        jobs: number of processes that compute metrics. It does not apply to the codecs: each codec processes one
-            recording at a time with all threads, so that their times are comparable.
+        jobs: number of processes that compute metrics. The codecs themselves process one recording at a time
+            with all threads, so that their times are comparable.
         models: Hub id or path of the model for each kind of metric that needs a model, such as
             {"asr": "openai/whisper-base"}; an empty string for the default model. See `open_model_metrics`.
         source: text that identifies the source of the recordings; see `claim`.

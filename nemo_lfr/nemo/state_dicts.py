@@ -67,7 +67,7 @@ class StateDicts(BaseModel):
 
         Raises:
             CheckpointError: if `state_dict` does not map names to tensors, or if its shapes or FSQ levels differ from
-                the model's. With `strict`, also if weights are missing or unknown.
+                those of the model. With `strict`, also if weights are missing or unknown.
         """
         _check_state_dict(state_dict)
         own = super(NeMoAudioCodecModel, self).state_dict()

@@ -290,7 +290,7 @@ class AudioTerms(nn.Module):
 
     Args:
         sections: config section of each term, by name. A section has `_target_` and the arguments of the constructor.
-            None for no terms.
+            None if there are no terms.
         where: key of the sections in the config, "losses" or "metrics".
         reserved: names of built-in terms, which custom terms must not use.
 
