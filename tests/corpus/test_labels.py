@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import soundfile
 
+from nemo_lfr.corpus.formats.manifest import own_labels
 from nemo_lfr.corpus.sources import open_corpus
 from nemo_lfr.errors import AudioError
 from nemo_lfr.io.manifests import read_manifest
@@ -103,3 +104,19 @@ def test_other_columns_may_hold_anything(wav):
     for kind in ("m.json", "a.parquet", "saved", "cuts.jsonl"):
         (clip,) = clips_of(corpus_of(kind, wav, {"text": "a"} if kind == "cuts.jsonl" else labels))
         assert clip.labels["text"] == "a" and len(clip.audio(RATE, 10))
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        ({"id": "mine", "text": "a"}, {"source_id": "mine", "text": "a"}),
+        ({"id": 7}, {"source_id": 7}),
+        ({"id": "mine", "source_id": "theirs"}, {"source_id": "theirs"}),
+        ({"text": "a"}, {"text": "a"}),
+    ],
+)
+def test_the_id_of_the_corpus_is_kept(labels, expected, wav):
+    (clip,) = clips_of(corpus_of("m.json", wav, labels))
+    kept = own_labels(clip)
+    del kept["audio_filepath"]
+    assert kept == expected and clip.id == "a"

@@ -7,7 +7,7 @@ import numpy as np
 
 from nemo_lfr.corpus.formats import register_format
 from nemo_lfr.corpus.formats.base import REPAIR, ShardFiles, parse_json
-from nemo_lfr.corpus.formats.manifest import ManifestFormat, ManifestReader, ManifestWriter
+from nemo_lfr.corpus.formats.manifest import ManifestFormat, ManifestReader, ManifestWriter, own_labels
 from nemo_lfr.corpus.records import METADATA
 from nemo_lfr.corpus.sources.base import Clip
 from nemo_lfr.errors import TokenFileError, shorten
@@ -25,7 +25,7 @@ class LfrWriter(ManifestWriter):
             writer.write(tokens)
             writer.finish(num_samples)
         duration = self._duration(num_samples)
-        self._lines.append({**clip.labels, "id": clip.id, "tokens_filepath": path, "duration": duration})
+        self._lines.append({**own_labels(clip), "id": clip.id, "tokens_filepath": path, "duration": duration})
 
 
 class LfrReader(ManifestReader):

@@ -35,6 +35,17 @@ from nemo_lfr.io.atomic import write_bytes
 LINES = f"{STATE}/lines"  # folder with the manifest lines of each shard, which `finish` concatenates
 
 
+def own_labels(clip: Clip) -> dict[str, Any]:
+    """Return the labels of a clip for a line, in which the key "id" contains the clip's id.
+
+    The corpus's own id, if there is one, is moved to the key "source_id".
+    """
+    labels = dict(clip.labels)
+    if "id" in labels:
+        labels.setdefault("source_id", labels.pop("id"))
+    return labels
+
+
 class ManifestWriter(FormatWriter):
     """Writer for the `.pt` files of each clip, and for the manifest lines of the shard."""
 
@@ -44,7 +55,7 @@ class ManifestWriter(FormatWriter):
 
     def write(self, clip: Clip, tokens: np.ndarray, num_samples: int, context: np.ndarray | None) -> None:
         """Write the `.pt` files of a clip, and append its manifest line."""
-        line = {**clip.labels, "id": clip.id, "duration": self._duration(num_samples), "num_samples": num_samples}
+        line = {**own_labels(clip), "id": clip.id, "duration": self._duration(num_samples), "num_samples": num_samples}
         for name, value in (("target", tokens), ("context", context)):
             if value is not None:
                 path = f"{name}_codes/{clip.id}.pt"

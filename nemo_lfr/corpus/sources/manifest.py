@@ -34,6 +34,10 @@ class Manifest(CorpusReader):
     def __init__(self, path: Path, audio_dir: Path | None = None) -> None:
         self.path = path
         self.audio_dir = audio_dir or path.parent
+        if path.name.lower().endswith((".tar", ".tar.gz", ".tgz", ".zip")):
+            raise ConfigError(
+                f"{path}: archives, such as those of WebDataset, are not read; unpack it, and pass the folder."
+            )
         try:
             with open(path, "rb") as file:
                 lines = list(islice((line for line in file if line.strip()), FIRST_LINES))

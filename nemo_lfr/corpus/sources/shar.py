@@ -1,16 +1,22 @@
 """Reader for Lhotse Shar folders."""
 
+import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from nemo_lfr.corpus.inventory import list_digest, sampled_digest
 from nemo_lfr.corpus.sources.base import Clip, CorpusReader, OpenOptions, ShardSpec, repeat_number
 from nemo_lfr.corpus.sources.cuts import item_to_clip, number_cuts
-from nemo_lfr.errors import ConfigError
+from nemo_lfr.errors import ConfigError, shorten
 from nemo_lfr.io.cut_files import check_fields, read_shar
 from nemo_lfr.io.regular import open_regular
 from nemo_lfr.io.shortage import require
+
+logger = logging.getLogger(__name__)
+
+NAMED = 5  # maximum number of missing shards that a message names
+MAX_SHARDS = 1_000_000  # a larger number is not that of a shard
 
 
 class Shar(CorpusReader):
@@ -24,7 +30,7 @@ class Shar(CorpusReader):
         allow_url: whether to download audio that is at an http(s) URL.
 
     Raises:
-        ConfigError: if the fields have different numbers of shards, a field has a name that is not allowed, or a file
+        ConfigError: if the fields have different shards, a field has a name that is not allowed, or a file
             is not a regular file.
     """
 
@@ -46,6 +52,14 @@ class Shar(CorpusReader):
             raise ConfigError(
                 f"{path}: not a complete Lhotse Shar: its fields have {counts} shards; copy the missing files."
             )
+        numbers = {name: _numbers(files) for name, files in self.fields.items()}
+        name = next((name for name in numbers if numbers[name] != numbers["cuts"]), None)
+        if name is not None:
+            own, cuts = (sorted(set(numbers[a]) - set(numbers[b])) for a, b in ((name, "cuts"), ("cuts", name)))
+            raise ConfigError(
+                f"{path}: not a complete Lhotse Shar: the field {shorten(name)} has the shards {shorten(own)} where "
+                f"the cuts have {shorten(cuts)}; copy the missing files."
+            )
 
     @classmethod
     def accepts(cls, path: Path) -> bool:
@@ -55,7 +69,19 @@ class Shar(CorpusReader):
     @classmethod
     def open(cls, path: Path, options: OpenOptions) -> "Shar":
         """Open the folder."""
-        return cls(path, options.allow_url)
+        shar = cls(path, options.allow_url)
+        if options.relist:  # log in the process that plans the run, not in each worker
+            shar.log_gaps()
+        return shar
+
+    def log_gaps(self) -> None:
+        """Log which shards are missing between the first and the last one, since Lhotse numbers them continuously."""
+        numbers = _numbers(self.fields["cuts"])
+        missing = sorted(set(range(numbers[0], numbers[-1])) - set(numbers)) if numbers[-1] < MAX_SHARDS else []
+        if missing:
+            names = ", ".join(f"{number:06d}" for number in missing[:NAMED])
+            more = f" and {len(missing) - NAMED} more" if len(missing) > NAMED else ""
+            logger.warning("%s: the shards %s%s are missing in this Lhotse Shar.", self.path, names, more)
 
     @property
     def identity(self) -> str:
@@ -84,3 +110,9 @@ class Shar(CorpusReader):
         cuts = fields.pop("cuts")
         for number, item in enumerate(read_shar(cuts, fields, self.allow_url)):
             yield item_to_clip(item, str(cuts), repeat_number(shard, number), self.allow_url)
+
+
+def _numbers(files: Sequence[Path]) -> list[int]:
+    """Return the numbers of the shards in the names of files, sorted."""
+    found = (re.search(r"\.(\d+)\.(?:jsonl|tar)(?:\.gz)?$", file.name) for file in files)
+    return sorted(int(match[1]) for match in found if match)

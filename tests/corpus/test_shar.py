@@ -1,0 +1,56 @@
+"""Tests of Lhotse Shar folders in which shards are missing, and of archives."""
+
+from pathlib import Path
+
+import pytest
+import soundfile
+
+from nemo_lfr.corpus.sources import open_corpus
+from nemo_lfr.errors import ConfigError
+from tests.models import RATE, synthesize
+
+lhotse = pytest.importorskip("lhotse", reason="pip install '.[corpus]'")
+
+
+@pytest.fixture
+def shar(tmp_path) -> Path:
+    soundfile.write(tmp_path / "a.wav", synthesize(0.1), RATE)
+    cuts = [lhotse.Recording.from_file(tmp_path / "a.wav", recording_id=f"r{index}").to_cut() for index in range(8)]
+    (tmp_path / "shar").mkdir()
+    lhotse.CutSet.from_cuts(cuts).to_shar(tmp_path / "shar", fields={"recording": "wav"}, shard_size=2)
+    return tmp_path / "shar"
+
+
+# Shards that are deleted, and the message about the others.
+GAPS = {
+    "none": ((), None),
+    "the middle": ((1, 2), "the shards 000001, 000002 are missing in this Lhotse Shar"),
+    "the first": ((0,), None),
+    "the last": ((3,), None),
+}
+
+
+@pytest.mark.parametrize("kind", GAPS)
+def test_a_gap_between_shards_is_reported(kind, shar, caplog):
+    gone, message = GAPS[kind]
+    for number in gone:
+        for file in shar.glob(f"*.{number:06d}.*"):
+            file.unlink()
+    corpus = open_corpus(shar, None, shar / "unused.json")
+    clips = [clip for part in corpus.shards(100) for clip in corpus.read(part)]
+    assert len(clips) == 2 * (4 - len(gone)) and all(len(clip.audio(RATE, 10)) for clip in clips)
+    assert (message in caplog.text) if message else ("missing" not in caplog.text)
+
+
+def test_fields_of_other_shards_are_refused(shar):
+    (shar / "cuts.000001.jsonl.gz").unlink()
+    (shar / "recording.000002.tar").unlink()
+    with pytest.raises(ConfigError, match=r"the field recording has the shards \[1\] where the cuts have \[2\]"):
+        open_corpus(shar, None, shar / "unused.json")
+
+
+@pytest.mark.parametrize("name", ["wds-000000.tar", "a.tar.gz", "a.TGZ", "a.zip"])
+def test_archives_are_named_as_what_they_are(name, tmp_path):
+    (tmp_path / name).write_bytes(b"\0" * 1024)
+    with pytest.raises(ConfigError, match="archives, such as those of WebDataset, are not read; unpack it"):
+        open_corpus(tmp_path / name, None, tmp_path / "unused.json")
