@@ -53,8 +53,8 @@ class Shar(CorpusReader):
                 f"{path}: not a complete Lhotse Shar: its fields have {counts} shards; copy the missing files."
             )
         numbers = {name: _numbers(files) for name, files in self.fields.items()}
-        name = next((name for name in numbers if numbers[name] != numbers["cuts"]), None)
-        if name is not None:
+        if others := [name for name in numbers if numbers[name] != numbers["cuts"]]:
+            name = others[0]
             own, cuts = (sorted(set(numbers[a]) - set(numbers[b])) for a, b in ((name, "cuts"), ("cuts", name)))
             raise ConfigError(
                 f"{path}: not a complete Lhotse Shar: the field {shorten(name)} has the shards {shorten(own)} where "
