@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from nemo_lfr.errors import NemoLfrError
+from nemo_lfr.modules.conv import Conv1d, ConvTranspose1d
 
 _CUDNN: Any = torch.backends.cudnn
 _MKLDNN: Any = torch.backends.mkldnn
@@ -189,19 +190,34 @@ def check_weights(module: nn.Module, name: str) -> None:
         name: name of the network, for messages.
 
     Raises:
-        NemoLfrError: if a weight has another dtype. The message names the dtype and a remedy.
+        NemoLfrError: if a weight has another dtype or is sparse, or the settings of a convolution were changed so that
+            they do not match its layer. The message has a remedy.
     """
     # `Module.parameters` takes three times as long.
-    for parameter in (value for child in module.modules() for value in child._parameters.values()):
-        if parameter is None or parameter.dtype is torch.float32:
-            continue
-        dtype = str(parameter.dtype).removeprefix("torch.")
-        if parameter.dtype is torch.float64:
-            advice = "call .float() on the model, which restores the fp32 weights exactly"
-        else:
-            advice = (
-                "the rounded weights give different tokens and .float() does not restore them; load the checkpoint "
-                "again, and do not call .half(), .bfloat16() or .to(dtype) on a model that contains the codec; for "
-                'speed, pass precision="bf16" or "fp16" to nemo_lfr.load'
+    for child in module.modules():
+        if isinstance(child, Conv1d | ConvTranspose1d) and not child.is_consistent:
+            raise NemoLfrError(
+                f"{name}: the settings of a {type(child).__name__} were changed to {child.conv} with padding "
+                f"{getattr(child, 'pad_mode', 'constant')!r}, which its layer does not support; restore them, or "
+                "build the codec from a config that describes them."
             )
-        raise NemoLfrError(f"{name}: the weights were converted to {dtype}; {advice}.")
+        for parameter in child._parameters.values():
+            if parameter is not None and (
+                parameter.dtype is not torch.float32 or parameter.layout is not torch.strided
+            ):
+                raise NemoLfrError(f"{name}: {_weight_problem(parameter)}.")
+
+
+def _weight_problem(parameter: torch.Tensor) -> str:
+    if parameter.layout is not torch.strided:
+        return "a weight is a sparse tensor; convert it with to_dense()"
+    dtype = str(parameter.dtype).removeprefix("torch.")
+    if parameter.dtype is torch.float64:
+        advice = "call .float() on the model, which restores the fp32 weights exactly"
+    else:
+        advice = (
+            "the rounded weights give different tokens and .float() does not restore them; load the checkpoint "
+            "again, and do not call .half(), .bfloat16() or .to(dtype) on a model that contains the codec; for "
+            'speed, pass precision="bf16" or "fp16" to nemo_lfr.load'
+        )
+    return f"the weights were converted to {dtype}; {advice}"

@@ -8,12 +8,14 @@ accepts both.
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from nemo_lfr.checkpoint.config import build_parts
+from nemo_lfr.errors import NemoLfrError, shorten
 from nemo_lfr.modules.conv import Conv1d, ConvTranspose1d
 from nemo_lfr.modules.quantizer import FiniteScalarQuantizer, GroupFiniteScalarQuantizer
 from nemo_lfr.modules.weights import contiguous_values
@@ -45,8 +47,20 @@ def settings_of(
     decoder: nn.Module,
     sample_rate: int,
 ) -> dict[str, Any]:
-    """Return the settings that tokens and audio depend on, as values that JSON can store."""
-    first = quantizer.fsqs[0] if isinstance(quantizer, GroupFiniteScalarQuantizer) else quantizer
+    """Return the settings that tokens and audio depend on, as values that JSON can store.
+
+    Raises:
+        NemoLfrError: if the levels in a buffer of the quantizer were changed.
+    """
+    groups = list(quantizer.fsqs) if isinstance(quantizer, GroupFiniteScalarQuantizer) else [quantizer]
+    for group in groups:
+        assert isinstance(group, FiniteScalarQuantizer)
+        if not group.num_levels.is_meta and (levels := group.num_levels.flatten().tolist()) != list(group.levels):
+            raise NemoLfrError(
+                f"the quantizer's num_levels are {shorten(levels)}, but it was built with {list(group.levels)}; "
+                "load the codec again, or build another quantizer."
+            )
+    first = groups[0]
     assert isinstance(first, FiniteScalarQuantizer)
     return {
         "sample_rate": int(sample_rate),
@@ -54,6 +68,33 @@ def settings_of(
         "quantizer": [quantizer.num_codebooks, list(quantizer.levels), float(first.eps)],
         "decoder": _layers(decoder),
     }
+
+
+def check_described(config: Mapping[str, Any], settings: Mapping[str, Any], name: str) -> None:
+    """Check that a config describes modules with the settings that are in use, before it is saved with their weights.
+
+    Args:
+        config: model config, resolved.
+        settings: settings in use, from `settings_of`.
+        name: name of the codec, for messages.
+
+    Raises:
+        NemoLfrError: if a setting differs, so that the saved codec would give other tokens or audio.
+    """
+    with torch.device("meta"):
+        parts = build_parts(config, weight_norm=False)
+    described = settings_of(parts.encoder, parts.quantizer, parts.decoder, parts.sample_rate)
+    for key, expected in described.items():
+        if settings[key] == expected:
+            continue
+        used, wanted = settings[key], expected
+        if isinstance(expected, list) and len(used) == len(expected):
+            used, wanted = next(pair for pair in zip(used, wanted, strict=True) if pair[0] != pair[1])
+        raise NemoLfrError(
+            f"{name}: {key} has the settings {shorten(used)}, but its config describes {shorten(wanted)}, so that "
+            "the saved codec would give other results; restore the setting, or build the codec from a config that "
+            "describes it."
+        )
 
 
 def _layers(network: nn.Module) -> list[list[Any]]:

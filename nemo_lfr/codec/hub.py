@@ -6,7 +6,7 @@ because the mixin takes a second to import and changes the arguments of the cons
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from nemo_lfr.codec.arrays import Array
 from nemo_lfr.codec.backends import open_backend
@@ -91,9 +91,11 @@ class HubMethods(CodecBase[Array]):
             URL of the commit if `push_to_hub` is set, else None.
 
         Raises:
-            NemoLfrError: if the codec has no config, because it was built from modules or its backend is not PyTorch.
+            NemoLfrError: if the codec has no config, because it was built from modules or its backend is not PyTorch;
+                or if it has hooks, replaced layers or changed settings, which would not be saved.
         """
         from nemo_lfr.checkpoint.folder import module_tensors, write_folder
+        from nemo_lfr.modules.altered import SAVE
 
         config = getattr(self.backend, "config", None)
         if config is None:
@@ -102,8 +104,12 @@ class HubMethods(CodecBase[Array]):
             )
         self.backend.load("encode")
         self.backend.load("decode")
+        backend = cast(Any, self.backend)
+        backend.check_unaltered(SAVE)
         modules = {"audio_encoder": self.encoder, "vector_quantizer": self.quantizer, "audio_decoder": self.decoder}
-        write_folder(save_directory, config, module_tensors(config, modules, self.name), overwrite=True)
+        tensors = module_tensors(config, modules, self.name)
+        backend.check_described(SAVE)
+        write_folder(save_directory, config, tensors, overwrite=True)
         if not push_to_hub:
             return None
         return self.push_to_hub(repo_id or resolve(save_directory).name, **push_to_hub_kwargs)

@@ -6,6 +6,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from nemo_lfr.checkpoint import Checkpoint
 from nemo_lfr.codec.ambient import building_state
@@ -113,4 +114,7 @@ def _plain_state(module: nn.Module, order: SumOrder = CANONICAL) -> list[tuple[s
     for name, child in module.named_modules():
         if isinstance(child, nn.Conv1d | nn.ConvTranspose1d):
             state[f"{name}.weight"] = folded_weight(child, order)
+        if parametrize.is_parametrized(child):  # also a bias or an alpha that a caller has parametrized
+            others = [key for key in child.parametrizations if key != "weight"]
+            state |= {f"{name}.{key}": getattr(child, key).detach() for key in others}
     return sorted(state.items())

@@ -10,6 +10,7 @@ from nemo_lfr.codec.ambient import building_state
 from nemo_lfr.codec.base import CodecBase
 from nemo_lfr.codec.torch_backend import TorchBackend
 from nemo_lfr.errors import NemoLfrError
+from nemo_lfr.modules.altered import EXPORT
 from nemo_lfr.modules.finite import quantize, to_audio
 
 
@@ -98,7 +99,7 @@ def fp32_backend(codec: CodecBase[Any], target: str) -> TorchBackend:
         target: what will be exported, in the plural, for messages; for example "ONNX files".
 
     Raises:
-        NemoLfrError: if the codec has another backend or precision.
+        NemoLfrError: if the codec has another backend or precision, or hooks or replaced layers.
     """
     backend = codec.backend
     if not isinstance(backend, TorchBackend):
@@ -110,6 +111,7 @@ def fp32_backend(codec: CodecBase[Any], target: str) -> TorchBackend:
             f'precision is "{codec.precision}", but {target} are exported in fp32; load the codec with '
             'precision="fp32".'
         )
+    backend.check_unaltered(EXPORT)
     return backend
 
 
@@ -128,7 +130,7 @@ def export_programs(codec: CodecBase[Any]) -> Programs:
         The two programs; `torch.export.save` writes them to files.
 
     Raises:
-        NemoLfrError: for another backend or precision.
+        NemoLfrError: for another backend or precision, or a codec with hooks or replaced layers.
     """
     backend = fp32_backend(codec, "programs")
     with building_state(torch.device("cpu")), backend.computing():

@@ -22,7 +22,7 @@ from nemo_lfr.codec.cpu.products import stream_weights
 from nemo_lfr.codec.stream_modules import StreamModules, check_lookahead
 from nemo_lfr.codec.stream_ops import LayerState, State, Step, StreamOps, run_batched
 from nemo_lfr.errors import AudioError, NemoLfrError, TokensError, shorten
-from nemo_lfr.modules.altered import check_unaltered
+from nemo_lfr.modules.altered import STREAM, check_unaltered
 from nemo_lfr.modules.finite import quantize, to_audio
 from nemo_lfr.modules.weights import must_check
 
@@ -358,7 +358,7 @@ def _advance_decoders(streams: Sequence[Any], inputs: list[torch.Tensor], last: 
 def _check_network(network: nn.Module, name: str) -> None:
     if must_check(network, "streams"):
         check_weights(network, name)
-        check_unaltered(network, name)
+        check_unaltered(network, name, STREAM)
 
 
 def _advance(

@@ -14,13 +14,13 @@ from nemo_lfr.codec.backend import Batching, Operation
 from nemo_lfr.codec.base import CodecBase
 from nemo_lfr.codec.cpu import network as inference
 from nemo_lfr.codec.cpu.packed import has_bf16
-from nemo_lfr.codec.fingerprint import LENGTH, fingerprint, settings_of, weights_digest
+from nemo_lfr.codec.fingerprint import LENGTH, check_described, fingerprint, settings_of, weights_digest
 from nemo_lfr.codec.lazy_module import LazyModule
 from nemo_lfr.codec.streaming import StreamDecoder, StreamEncoder
 from nemo_lfr.codec.torch_arrays import TorchArrays, guard_after_fork
 from nemo_lfr.codec.tracing import check_not_tracing
 from nemo_lfr.errors import NemoLfrError
-from nemo_lfr.modules.altered import is_altered, run_decoder, run_encoder
+from nemo_lfr.modules.altered import FINGERPRINT, check_unaltered, is_altered, run_decoder, run_encoder
 from nemo_lfr.modules.decoder import HiFiGANDecoder
 from nemo_lfr.modules.encoder import HiFiGANEncoder
 from nemo_lfr.modules.finite import quantize
@@ -161,7 +161,11 @@ class TorchBackend:
         The current fingerprint is a hash of weights and settings. The oldest versions hashed the weights alone. Other
         versions folded weight norm with PyTorch's kernel, whose rounding depends on the CPU, so their fingerprints for
         each known kind of CPU are also yielded.
+
+        Raises:
+            NemoLfrError: if a module has hooks, replaced layers or changed levels, which a fingerprint does not cover.
         """
+        self.check_unaltered(FINGERPRINT)
         settings = settings_of(self._encoder.module, self.quantizer, self._decoder.module, self.spec.sample_rate)
         digests = set()
         for order in (CANONICAL, *OTHERS):
@@ -170,6 +174,23 @@ class TorchBackend:
                 digests.add(digest)
                 yield fingerprint(digest, settings)
                 yield digest[:LENGTH]
+
+    def check_unaltered(self, consequence: str) -> None:
+        """Raise NemoLfrError if a module has hooks or replaced layers; see `nemo_lfr.modules.altered`."""
+        named = {"encoder": self._encoder.module, "quantizer": self.quantizer, "decoder": self._decoder.module}
+        for name, module in named.items():
+            check_unaltered(module, f"the {name} of {self.name}", consequence)
+
+    def check_described(self, consequence: str) -> None:
+        """Check that the modules are those that the codec's config describes, before the config is saved.
+
+        Raises:
+            NemoLfrError: if a module has hooks, replaced layers or changed settings.
+        """
+        assert self.config is not None
+        self.check_unaltered(consequence)
+        modules = self._encoder.module, self.quantizer, self._decoder.module
+        check_described(self.config, settings_of(*modules, self.spec.sample_rate), self.name)
 
     def _weights_digest(self, order: SumOrder) -> str:
         """Return the SHA-256 of all weights. It is cached until a weight changes.

@@ -6,11 +6,35 @@ Forward hooks would not run. Weights that a hook recomputes before each call wou
 run by calling their modules.
 """
 
+import functools
+from typing import Any
+
 import torch
 from torch import nn
 
 from nemo_lfr.errors import NemoLfrError
 from nemo_lfr.modules.activation import CodecActivation
+
+# Ends of the message of `check_unaltered`, for each door that does not call the modules.
+STREAM = "which a stream does not call; remove them, or use encode and decode instead of streams"
+FINGERPRINT = (
+    "which its fingerprint does not cover; remove or merge them, or store the tokens of encode without a fingerprint"
+)
+SAVE = "which are not saved, so that the saved codec would give other results; remove or merge them"
+EXPORT = "which are not exported, so that the exported codec would give other results; remove or merge them"
+
+
+@functools.cache
+def _methods(kind: Any) -> frozenset[str]:
+    """Return the names of the methods of a module's class, without those that `nn.Module` defines."""
+    classes = kind.__mro__[: kind.__mro__.index(nn.Module)]
+    names = {name for parent in classes for name, value in vars(parent).items() if callable(value)}
+    return frozenset(names | {"forward"})
+
+
+def _is_patched(module: nn.Module) -> bool:
+    kind: Any = type(module)
+    return not _methods(kind).isdisjoint(module.__dict__)
 
 
 def must_be_called(layer: nn.Module, kind: type[nn.Module]) -> bool:
@@ -20,13 +44,13 @@ def must_be_called(layer: nn.Module, kind: type[nn.Module]) -> bool:
     """
     if layer._forward_hooks or layer._forward_pre_hooks or not isinstance(layer, kind):
         return True
-    return "forward" in layer.__dict__ or type(layer).forward is not kind.forward
+    return _is_patched(layer) or type(layer).forward is not kind.forward
 
 
 def is_altered(network: nn.Module) -> bool:
     """Return whether a network has hooks, patched methods or replaced layers."""
     for module in network.modules():
-        if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
+        if module._forward_hooks or module._forward_pre_hooks or _is_patched(module):
             return True
         for name, child in module._modules.items():
             if name == "conv" and must_be_called(child, _conv_kind(child)):  # type: ignore[arg-type]
@@ -41,21 +65,19 @@ def _conv_kind(layer: nn.Module | None) -> type[nn.Module]:
     return nn.ConvTranspose1d if isinstance(layer, nn.ConvTranspose1d) else nn.Conv1d
 
 
-def check_unaltered(network: nn.Module, name: str) -> None:
-    """Raise an error if a network is altered. Streams need this check, because they do not call its modules.
+def check_unaltered(network: nn.Module, name: str, consequence: str) -> None:
+    """Raise an error if a network is altered, for whatever does not call its modules or claims to describe it.
 
     Args:
-        network: encoder or decoder.
+        network: encoder, quantizer or decoder.
         name: name of the network, for messages.
+        consequence: end of the message, such as `STREAM`.
 
     Raises:
         NemoLfrError: if the network is altered.
     """
     if is_altered(network):
-        raise NemoLfrError(
-            f"{name} has forward hooks or replaced layers, which a stream does not call; remove them, or use encode "
-            "and decode instead of streams."
-        )
+        raise NemoLfrError(f"{name} has forward hooks or replaced layers, {consequence}.")
 
 
 def run_encoder(encoder: nn.Module, audio: torch.Tensor, num_frames: list[int], width: int) -> torch.Tensor:

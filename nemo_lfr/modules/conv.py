@@ -140,6 +140,16 @@ class Conv1d(nn.Module):
         self.conv = add_weight_norm(conv) if weight_norm else conv
 
     @property
+    def is_consistent(self) -> bool:
+        """Whether the settings of the convolution, which a caller may change, still fit those of the layer."""
+        conv = self.conv
+        if not isinstance(conv, nn.Conv1d):
+            return True  # replaced by a module that is called
+        span = (conv.kernel_size[0] - 1) * conv.dilation[0] + 1
+        kept = (conv.stride[0], span, conv.padding, conv.groups) == (self.stride, self.span, (0,), 1)
+        return kept and self.pad_mode in PAD_MODES.values()
+
+    @property
     def min_length(self) -> int:
         """Length of the shortest valid input. Reflection needs an input that is longer than the padding."""
         return max(self.pad) + 1 if self.pad_mode == "reflect" else 1
@@ -190,6 +200,15 @@ class ConvTranspose1d(nn.Module):
         self.first_sample = 0 if causal else (stride + 1) // 2
         conv = nn.ConvTranspose1d(in_channels, out_channels, 2 * stride, stride, groups=groups, dtype=torch.float32)
         self.conv = add_weight_norm(conv) if weight_norm else conv
+
+    @property
+    def is_consistent(self) -> bool:
+        """Whether the settings of the convolution, which a caller may change, still fit those of the layer."""
+        conv = self.conv
+        if not isinstance(conv, nn.ConvTranspose1d):
+            return True
+        settings = conv.kernel_size[0], conv.stride[0], conv.dilation[0], conv.padding, conv.output_padding
+        return settings == (2 * self.stride, self.stride, 1, (0,), (0,))
 
     def overlap(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return only the outputs that depend on two inputs: [B, H_in, T] -> [B, H_out, (T - 1) * stride].

@@ -30,6 +30,19 @@ _FACTORS = np.random.default_rng(509).integers(0, 2**63, COLUMNS, dtype=np.uint6
 # thousands of weights on a CPU, and a kernel launch on a GPU.
 SMALL = {"cpu": 1 << 16}
 SMALL_ELSEWHERE = 1 << 24
+# Attributes of layers that derived forms depend on.
+SETTINGS = (
+    "stride",
+    "dilation",
+    "groups",
+    "pad",
+    "pad_mode",
+    "span",
+    "first_sample",
+    "negative_slope",
+    "alpha",
+    "eps",
+)
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 _SEEN: ContextVar[dict[Any, tuple[int, ...]] | None] = ContextVar("weight_checksums", default=None)
@@ -84,19 +97,25 @@ def contiguous_values(parameter: torch.Tensor) -> torch.Tensor:
     A parameter may be a view, for example a column of a table or an expanded scalar. Kernels that read memory by
     pointer, such as oneDNN's convolutions and Triton's, ignore its strides.
     """
-    return parameter.detach().resolve_neg().contiguous()
+    values = parameter.detach() if parameter.layout is torch.strided else parameter.detach().to_dense()
+    return values.resolve_neg().contiguous()
 
 
 def weights_version(*modules: nn.Module) -> Callable[[], Any]:
     """Return a function whose result changes if a submodule, weight or buffer is replaced, moved or written to.
 
-    The function references the dictionaries with the children, parameters and buffers of `modules`, but not the
-    modules themselves.
+    It also changes with the settings of layers, such as the slope of an activation. The function references the
+    dictionaries of the submodules with their attributes, children, parameters and buffers, but not `modules`.
     """
     found = [child for module in modules for child in module.modules()]
     children = [child._modules for child in found]
     tables = [
         cast(dict[str, torch.Tensor | None], table) for child in found for table in (child._parameters, child._buffers)
+    ]
+    settings = [
+        (operator.itemgetter(*names), child.__dict__)
+        for child in found
+        if (names := [name for name in SETTINGS if name in child.__dict__])
     ]
     del found
 
@@ -105,6 +124,7 @@ def weights_version(*modules: nn.Module) -> Callable[[], Any]:
         places = (
             tuple(id(child) for table in children for child in table.values()),
             tuple((tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors),
+            tuple(read(attributes) for read, attributes in settings),
         )
         seen = _SEEN.get()
         if seen is None:

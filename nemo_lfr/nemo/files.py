@@ -9,14 +9,17 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from nemo_lfr.checkpoint import CodecModules, load_parts, read_config
+from nemo_lfr.checkpoint import PARTS, CodecModules, load_parts, read_config
+from nemo_lfr.checkpoint.names import unwrapped
 from nemo_lfr.codec.ambient import building_state
 from nemo_lfr.codec.devices import choose_device
-from nemo_lfr.errors import CheckpointError, ConfigError, shorten
+from nemo_lfr.codec.torch_backend import TorchBackend
+from nemo_lfr.errors import CheckpointError, ConfigError, NemoLfrError, shorten
 from nemo_lfr.io.atomic import writing_folder
 from nemo_lfr.io.hub import ALIASES, find_checkpoint
 from nemo_lfr.io.locate import expand_home, locate_checkpoint, looks_local
 from nemo_lfr.io.regular import check_replaceable
+from nemo_lfr.modules.altered import SAVE
 from nemo_lfr.nemo.base import (
     DISCRIMINATOR,
     WAVLM,
@@ -26,7 +29,7 @@ from nemo_lfr.nemo.base import (
     Trainer,
     logging,
 )
-from nemo_lfr.nemo.config import override_config
+from nemo_lfr.nemo.config import checked_values, override_config
 
 # Modules that `restore_from` has loaded. The constructor uses these modules instead of building random ones.
 READ_PARTS: ContextVar[CodecModules | None] = ContextVar("parts", default=None)
@@ -207,6 +210,8 @@ class NemoFiles(BaseModel):
 
         Raises:
             CheckpointError: if the file cannot be written.
+            NemoLfrError: if a module has hooks, replaced layers or changed settings, which would not be saved. With a
+                trainer, this is a warning.
         """
         if not isinstance(save_path, str | os.PathLike) or not os.fspath(save_path):
             raise CheckpointError(f"save_path is {shorten(repr(save_path))}; pass the path of a .nemo file to write.")
@@ -214,10 +219,26 @@ class NemoFiles(BaseModel):
         if path.is_dir():
             raise CheckpointError(f"{path}: this path is a folder; pass the path of a .nemo file to write.")
         check_replaceable(path, CheckpointError)
+        self._check_described()
         try:
             self._save_aside(path, *args, **kwargs)
         except OSError as error:
             raise CheckpointError(f"{path}: the file cannot be written ({error.strerror or error}).") from error
+
+    def _check_described(self) -> None:
+        """Check that the modules are those that the config describes; see `TorchBackend.check_described`.
+
+        With a trainer, a difference is only a warning, because an error would lose the trained weights.
+        """
+        encoder, quantizer, decoder = (unwrapped(getattr(self, name)) for name in PARTS)
+        values, name = checked_values(self.cfg), type(self).__name__
+        backend = TorchBackend(encoder, quantizer, decoder, self.sample_rate, name=name, config=values)  # type: ignore[arg-type]
+        try:
+            backend.check_described(SAVE)
+        except NemoLfrError as error:
+            if self._trainer is None:
+                raise
+            logging.warning("%s", error)
 
     def _save_aside(self, path: Path, *args: Any, **kwargs: Any) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -61,7 +61,7 @@ class Inference(BaseModel):
         if not missing:
             return tokens, tokens_len
         is_valid = torch.arange(tokens.shape[2], device=tokens.device) < tokens_len[:, None]
-        zeros = (is_valid * codec.spec.zero_token).to(tokens.dtype)[:, None].expand(-1, missing, -1)
+        zeros = (is_valid * codec.backend.spec.zero_token).to(tokens.dtype)[:, None].expand(-1, missing, -1)
         return torch.cat([tokens, zeros], 1), tokens_len
 
     def decode(

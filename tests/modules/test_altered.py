@@ -1,15 +1,22 @@
 """Tests that hooks on the encoder and decoder run, and that modules replaced by the caller are used."""
 
 import copy
+import functools
 
 import pytest
+import soundfile
 import torch
 from torch import nn
 from torch.nn.utils import parametrize, prune, spectral_norm
 
+import nemo_lfr
+from nemo_lfr.codec.golden import export_golden
+from nemo_lfr.codec.onnx.export import export_onnx
+from nemo_lfr.codec.programs import export_programs
 from nemo_lfr.errors import NemoLfrError
 from nemo_lfr.modules.altered import is_altered
-from tests.models import build_codec, same_parts, speech_like
+from nemo_lfr.modules.weights import weights_version
+from tests.models import build_codec, same_parts, speech_like, write_nemo
 
 AUDIO = torch.stack([speech_like(40 * 15), speech_like(40 * 15, 1)])
 LENGTHS = [40 * 15, 21 * 15 + 4]
@@ -148,3 +155,185 @@ def test_unchanged_networks_use_derived_forms(kind):
     parametrize.register_parametrization(codec.encoder.pre_conv.conv, "weight", nn.Identity())
     for part in (codec.encoder, codec.decoder, same_parts(codec).encoder):
         assert not is_altered(part)
+
+
+def hook_on_quantizer(codec):
+    codec.quantizer.register_forward_hook(lambda module, inputs, outputs: outputs)
+
+
+def patched_method(codec):
+    codec.quantizer.fsqs[0].compress = lambda inputs: inputs
+
+
+def slopes(codec):
+    codec.decoder.activations[0].activation.negative_slope = 0.9
+
+
+def tanh_in_an_activation(codec):
+    codec.encoder.activations[0].activation = nn.Tanh()
+
+
+def eps(codec):
+    codec.quantizer.fsqs[0].eps = 0.2
+
+
+def pad_mode(codec):
+    codec.encoder.pre_conv.pad_mode = "replicate"
+
+
+def levels(codec):
+    codec.quantizer.fsqs[1].num_levels[0, 0, 0] = 4
+
+
+def on_encoder(change):
+    @functools.wraps(change)
+    def changed(codec):
+        change(codec.encoder)
+
+    return changed
+
+
+HOOKED = [*map(on_encoder, CHANGES), hook_on_quantizer, patched_method]
+# Settings that a fingerprint covers, but a saved config does not.
+SETTINGS = [slopes, tanh_in_an_activation, eps, pad_mode]
+
+
+def fingerprint(codec, folder):
+    return codec.fingerprint
+
+
+def encode_file(codec, folder):
+    codec.encode_file(folder / "a.wav", folder / "out" / "a.lfr")
+
+
+def save(codec, folder):
+    codec.save_pretrained(folder / "out")
+
+
+def programs(codec, folder):
+    export_programs(codec)
+
+
+def onnx(codec, folder):
+    pytest.importorskip("onnxscript")
+    export_onnx(codec, folder / "out")
+
+
+def golden(codec, folder):
+    export_golden(codec, folder / "out" / "a.safetensors")
+
+
+@pytest.fixture
+def loaded(tmp_path):
+    soundfile.write(tmp_path / "a.wav", AUDIO[0].numpy(), 22050)
+    return nemo_lfr.load(write_nemo(tmp_path / "tiny.nemo"), device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("change", "door"),
+    [(change, door) for change in HOOKED for door in (fingerprint, save)]
+    + [(hook, door) for hook in (HOOKED[2], hook_on_quantizer) for door in (encode_file, programs, onnx, golden)],
+)
+def test_doors_that_describe_or_save_a_codec_reject_hooks(loaded, change, door, tmp_path):
+    change(loaded)
+    with pytest.raises(
+        NemoLfrError, match=r"the (encoder|quantizer) of .* has forward hooks or replaced layers, which"
+    ):
+        door(loaded, tmp_path)
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("change", SETTINGS)
+def test_changed_settings_change_the_fingerprint_and_are_not_saved(loaded, change, tmp_path):
+    before = loaded.fingerprint
+    change(loaded)
+    assert loaded.fingerprint != before
+    with pytest.raises(NemoLfrError, match=r"has the settings .* but its config describes"):
+        loaded.save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("door", [fingerprint, encode_file, save])
+def test_changed_levels_are_refused(loaded, door, tmp_path):
+    levels(loaded)
+    with pytest.raises(NemoLfrError, match="num_levels are"):
+        door(loaded, tmp_path)
+
+
+def dilation(part):
+    part.post_conv.conv.dilation = (2,)
+
+
+def stride(part):
+    part.post_conv.conv.stride = (2,)
+
+
+def circular(part):
+    part.pre_conv.pad_mode = "circular"
+
+
+def sparse(part):
+    conv(part).weight = nn.Parameter(conv(part).weight.detach().to_sparse())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [(dilation, "settings"), (stride, "settings"), (circular, "settings"), (sparse, "sparse")],
+)
+def test_settings_that_do_not_fit_a_layer_are_refused_after_use(change, message):
+    codec = build_codec("two_stages")
+    tokens, _ = codec.encode(AUDIO, LENGTHS)
+    codec.decode(tokens)
+    change(codec.encoder)
+    change(codec.decoder)
+    doors = [
+        lambda: codec.encode(AUDIO),
+        lambda: codec.decode(tokens),
+        lambda: codec.stream_encoder().push(AUDIO[0].numpy()),
+        lambda: codec.stream_decoder().push(tokens[0].numpy()),
+    ]
+    for door in doors:
+        with pytest.raises(NemoLfrError, match=message):
+            door()
+
+
+def slope_of_one_branch(part):
+    part.res_layers[0].res_blocks[1].res_blocks[0].input_activation.activation.negative_slope = 0.9
+
+
+def second_slope_of_one_branch(part):
+    part.res_layers[0].res_blocks[1].res_blocks[0].skip_activation.activation.negative_slope = 0.9
+
+
+def padding_of_one_branch(part):
+    part.res_layers[0].res_blocks[1].res_blocks[0].input_conv.pad_mode = "constant"
+
+
+def tanh_in_one_branch(part):
+    part.res_layers[0].res_blocks[1].res_blocks[0].skip_activation.activation = nn.Tanh()
+
+
+@pytest.mark.parametrize(
+    "change", [slope_of_one_branch, second_slope_of_one_branch, padding_of_one_branch, tanh_in_one_branch]
+)
+@torch.no_grad()
+def test_settings_of_one_branch_are_used(change):
+    """The branches of a residual layer share an input only if they have the same settings."""
+    codec = build_codec("symmetric")
+    clip = speech_like(12 * codec.samples_per_frame)
+    before = codec.encode(clip)[0]
+    change(codec.encoder)
+    expected = codec.quantizer.encode(codec.encoder.encode_frames(clip[None])).transpose(0, 1)
+    tokens, _ = codec.encode(clip)
+    assert torch.equal(tokens, expected) and not torch.equal(tokens, before)
+
+
+def test_settings_are_part_of_a_network_version():
+    """Forms that copy settings, such as plans on CUDA, are built again."""
+    codec = build_codec("two_stages")
+    version = weights_version(codec.encoder)
+    seen = [version()]
+    for change in (slope_of_one_branch, padding_of_one_branch, dilation, stride):
+        change(codec.encoder)
+        assert version() not in seen
+        seen.append(version())

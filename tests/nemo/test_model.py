@@ -451,3 +451,26 @@ def test_unused_codebooks_hold_the_token_of_zero_as_in_nemo(nemo_file):
     decoded, _ = model.decode(tokens=tokens, tokens_len=tokens_len)
     for passed in (tokens, tokens[:, :3]):
         assert torch.equal(model.decode(passed, tokens_len, num_codebooks=3)[0], decoded)
+
+
+def _scaling_hook(model):
+    model.audio_encoder.pre_conv.register_forward_hook(lambda module, inputs, output: output * 0.5)
+
+
+def _other_slope(model):
+    model.audio_decoder.activations[0].activation.negative_slope = 0.9
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [(_scaling_hook, "forward hooks or replaced layers"), (_other_slope, "its config describes")],
+)
+def test_a_model_with_hooks_or_other_settings_is_not_saved(tmp_path, change, message):
+    model = AudioCodecModel.restore_from(write_nemo(tmp_path / "tiny.nemo"), map_location="cpu")
+    change(model)
+    with pytest.raises(NemoLfrError, match=message):
+        model.save_to(tmp_path / "out.nemo")
+    assert not (tmp_path / "out.nemo").exists()
+    model.set_trainer(pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False))
+    model.save_to(tmp_path / "out.nemo")  # a warning: a run must not lose its weights
+    assert (tmp_path / "out.nemo").exists()

@@ -166,7 +166,7 @@ class PackedOps:
 
     def _first_convs(self, blocks: list[ResidualBlock], signal: Batch) -> Iterator[torch.Tensor]:
         """For each branch, run the first convolution and the activation that follows it, and yield the result."""
-        if any(True for _ in blocks[0].input_activation.parameters()):
+        if not _can_share(blocks):
             for block in blocks:
                 yield self._conv(block.input_conv, signal, block.input_activation, block.skip_activation)
             return
@@ -244,6 +244,22 @@ class PackedOps:
             return self._weights.winograd(layers, padded, starts, slope)
         assert after is not None
         return [after(result) for result in self._weights.winograd(layers, padded, starts)]
+
+
+def _can_share(blocks: list[ResidualBlock]) -> bool:
+    """Return whether blocks have the same padding mode and the same activations, without weights."""
+
+    def settings(block: ResidualBlock) -> tuple[object, ...]:
+        kinds = [block.input_activation.activation, block.skip_activation.activation]
+        values = [getattr(kind, "negative_slope", getattr(kind, "alpha", None)) for kind in kinds]
+        return (block.input_conv.pad_mode, *map(type, kinds), *values)
+
+    known = all(
+        type(kind.activation) in (nn.LeakyReLU, nn.ELU)
+        for block in blocks
+        for kind in (block.input_activation, block.skip_activation)
+    )
+    return known and len({settings(block) for block in blocks}) == 1
 
 
 def _scaled(ends: list[int] | None, factor: int) -> list[int] | None:

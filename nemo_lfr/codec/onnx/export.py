@@ -46,7 +46,8 @@ def export_onnx(codec: CodecBase[Any], folder: str | os.PathLike[str], *, overwr
 
     Raises:
         MissingExtraError: if onnx or onnxscript is not installed.
-        NemoLfrError: if a file exists and `overwrite` is not set, or if the codec has another backend or precision.
+        NemoLfrError: if a file exists and `overwrite` is not set, or if the codec has another backend or precision,
+            or hooks or replaced layers.
     """
     try:
         import onnx  # noqa: F401
