@@ -54,8 +54,8 @@ def standard_labels(labels: Mapping[str, Any], *, strict: bool = True) -> dict[s
     """Add the standard labels "text", "speaker" and "lang" to the labels of a row.
 
     `LABELS` lists the columns for each standard label. The first of these columns that has a value is used; see
-    `label_text` for the accepted values. Values that are None, NaN or infinite are dropped, and so are columns with
-    tokens of another codec.
+    `label_text` for the accepted values. Missing values (None, NaN and infinity) are dropped, and so are columns
+    with tokens of another codec.
 
     Args:
         labels: values of the row by column.
