@@ -47,7 +47,7 @@ def least_bytes(num_frames: int) -> int:
 
 
 def intervals(model: EntropyModel, digits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the interval of [0, 2^15) by which the range coder represents each digit of a block.
+    """Return the interval in [0, 2^15) with which the range coder represents each digit of a block.
 
     Args:
         model: entropy model.
