@@ -253,8 +253,8 @@ def hold_out(utterances: list[CorpusUtterance], share: float) -> list[CorpusUtte
 
     All utterances of a speaker get the same split. If there is only one speaker, single files are held out. If no
     speakers are known, whole folders are held out, or single files if `share` amounts to less than one folder. The
-    choice depends on a hash of the name, so that a growing corpus keeps its validation set. Each split
-    gets at least one speaker, folder or file, unless there is only one or `share` is 0 or 1.
+    choice depends on a hash of the name, so that a growing corpus keeps its validation set. Each split gets at least
+    one speaker, folder or file, unless there is only one or `share` is 0 or 1.
 
     Args:
         utterances: utterances, some of which may have a split already.
