@@ -100,7 +100,8 @@ def _prepare_streams() -> None:
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115  stays open until the process ends
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="surrogateescape")
+        # The bytes of file names do not depend on the locale. In the C locale, click would print some of them as "?".
+        sys.stdout.reconfigure(encoding="utf-8" if os.name == "posix" else None, errors="surrogateescape")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

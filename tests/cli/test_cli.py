@@ -308,16 +308,24 @@ def test_finished_files_of_a_failed_batch_are_not_failures(capsys, tmp_path, mon
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems' file names are text")
-def test_non_utf8_file_name_round_trips_and_is_printed_unchanged(folder, tmp_path):
-    odd = os.fsencode(folder) + b"/a\xff.wav"
+@pytest.mark.parametrize(
+    ("environment", "name"),
+    [
+        ({"PYTHONUTF8": "1"}, b"a\xff"),
+        ({"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, b"\xc3\xa4\xff"),
+        ({"PYTHONIOENCODING": "latin-1", "PYTHONUTF8": "0"}, b"\xc5\x82"),
+    ],
+)
+def test_any_file_name_round_trips_and_is_printed_unchanged(folder, tmp_path, environment, name):
+    odd = os.fsencode(folder) + b"/" + name + b".wav"
     os.rename(folder / "a.wav", odd)
     done = subprocess.run(
         [sys.executable, "-m", "nemo_lfr", "encode", odd, "--out", tmp_path],
         capture_output=True,
-        env=os.environ | {"PYTHONUTF8": "1"},
+        env=os.environ | environment,
     )
     assert done.returncode == 0
-    assert done.stdout == os.fsencode(tmp_path) + b"/a\xff.lfr\n"
+    assert done.stdout == os.fsencode(tmp_path) + b"/" + name + b".lfr\n"
 
 
 @pytest.mark.slow
