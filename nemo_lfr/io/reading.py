@@ -99,14 +99,30 @@ def read_samples(
 def _read(reader: AudioReader, offset: float | None, duration: float | None, longest: float, name: str) -> np.ndarray:
     slack = max(DURATION_SLACK, 0.02 * (duration or 0.0))
     rounded, offset = slack if offset is None else ROUNDED, offset or 0.0
-    if duration is not None and offset + duration > reader.duration + slack:
-        raise AudioError(
-            f"{name}: the audio lasts {reader.duration:.2f} s, but its manifest requires {offset + duration:.2f} s."
-        )
+    if duration is not None:
+        check_end(reader, offset, duration, name)
     _check_length(reader.duration - offset if duration is None else duration, longest, name)
     if offset or (duration is not None and duration < reader.duration - rounded):
         return reader.segment(offset, reader.duration - offset if duration is None else duration)
     return np.concatenate([np.zeros(0, np.float32), *reader.blocks()])
+
+
+def check_end(reader: AudioReader, offset: float, duration: float, name: str) -> None:
+    """Check that an open file is as long as a manifest says.
+
+    Args:
+        reader: reader of the file.
+        offset: start of the clip in seconds.
+        duration: length of the clip in seconds.
+        name: name of the clip for messages.
+
+    Raises:
+        AudioError: if the clip ends after the end of the file, by more than durations are rounded.
+    """
+    if offset + duration > reader.duration + max(DURATION_SLACK, 0.02 * duration):
+        raise AudioError(
+            f"{name}: the audio lasts {reader.duration:.2f} s, but its manifest requires {offset + duration:.2f} s."
+        )
 
 
 def _check_length(duration: float, longest: float, name: str) -> None:

@@ -275,6 +275,15 @@ def test_user_errors_are_one_line_errors(capsys, corpus, tmp_path, arguments, wo
     assert not out and words in err.splitlines()[-1] and "Traceback" not in err
 
 
+def test_a_clip_that_ends_after_its_file_fails_alone(capsys, corpus, tmp_path):
+    clips = [(0, 1.55), (0.5, 1.0), (0, 30), (1.0, 1.0), (9, 1)]  # the files last 1.5 s; durations are rounded
+    lines = [{"audio_filepath": str(corpus / "0.wav"), "offset": at, "duration": length} for at, length in clips]
+    (tmp_path / "manifest.json").write_text("\n".join(map(json.dumps, lines)))
+    code, _, err = evaluate(capsys, tmp_path, tmp_path / "out", "--codec", "original")
+    assert code == 1 and err.count("the audio lasts 1.50 s, but its manifest requires") == 3
+    assert len(rows(tmp_path / "out" / "recordings.csv")) == 2
+
+
 def test_a_folder_of_other_recordings_is_refused(capsys, corpus, tmp_path):
     assert evaluate(capsys, corpus, tmp_path, "--codec", "original", "--limit", 1)[0] == 0
     shutil.copytree(corpus, tmp_path / "other")
