@@ -117,7 +117,7 @@ class _AsyncStream:
         except Exception as error:
             raise handshake_error(self._server, error) from error
         try:
-            self.conversation.open(await self._receive(self._server.timeout))
+            self.conversation.open(await self._receive(is_limited=True))
         except BaseException:
             await self.close()
             raise
@@ -202,15 +202,20 @@ class _AsyncStream:
         except self._closed as error:
             raise closed_by(self.conversation, error) from error
 
-    async def _receive(self, timeout: float | None = None) -> bytes | str:
-        limit = self._server.timeout if self._is_waiting_for_end else timeout
-        try:
-            message: bytes | str = await asyncio.wait_for(self._socket.recv(), limit)
-        except asyncio.TimeoutError:
-            raise self.conversation.closed(None, f"no answer for {limit:g} s") from None
-        except self._closed as error:
-            raise closed_by(self.conversation, error) from error
-        return message
+    async def _receive(self, is_limited: bool = False) -> bytes | str:
+        limit = self._server.timeout
+        while True:
+            # Until the end of the input, the server may have nothing to send. Another task may send the end meanwhile.
+            must_answer = self._is_waiting_for_end or is_limited
+            try:
+                message: bytes | str = await asyncio.wait_for(self._socket.recv(), limit)
+            except asyncio.TimeoutError:
+                if must_answer:
+                    raise self.conversation.closed(None, f"no answer for {limit:g} s") from None
+            except self._closed as error:
+                raise closed_by(self.conversation, error) from error
+            else:
+                return message
 
 
 def _error_of(task: "asyncio.Task[None]") -> BaseException | None:

@@ -562,11 +562,16 @@ def test_an_unresponsive_server_raises_server_lost_error(server, tokens, monkeyp
             await stream.end()
             return [part async for part in stream]
 
+    async def through():
+        async with AsyncClient(server.url(""), timeout=0.3).decode_stream() as stream:
+            return [part async for part in stream.through(pieces(tokens, 3))]
+
     try:
         with client_of(server, timeout=0.3).decode_stream() as stream, pytest.raises(ServerLostError, match=r"0\.3 s"):
             stream.flush()
-        with pytest.raises(ServerLostError, match=r"0\.3 s"):
-            asyncio.run(work())
+        for attempt in (work, through):
+            with pytest.raises(ServerLostError, match=r"0\.3 s"):
+                asyncio.run(asyncio.wait_for(attempt(), 15))
     finally:
         release.set()
 
