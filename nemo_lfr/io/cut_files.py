@@ -189,7 +189,13 @@ def read_shar(cuts: Path, fields: Mapping[str, Path], allow_url: bool = False) -
             item = _attach(item, values, allow_url)
         yield item
     for name, reader in readers.items():
-        if name not in broken and (more := next(reader, None)) is not None:
+        if name in broken:
+            continue
+        try:
+            more = next(reader, None)
+        except Exception:  # the end of the file is damaged, but all cuts have been read
+            continue
+        if more is not None:
             yield CutItem(more[0], problem=f"{fields[name].name} has more items than {cuts.name} has cuts.")
             return
 

@@ -1,5 +1,6 @@
 """Tests of Lhotse Shar folders in which shards are missing, and of archives."""
 
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,16 @@ def test_fields_of_other_shards_are_refused(shar):
     (shar / "recording.000002.tar").unlink()
     with pytest.raises(ConfigError, match=r"the field recording has the shards \[1\] where the cuts have \[2\]"):
         open_corpus(shar, None, shar / "unused.json")
+
+
+def test_damage_after_the_last_cut_does_not_matter(shar):
+    path = shar / "recording.000003.tar"
+    with tarfile.open(path) as tar:
+        last = tar.getmembers()[-1]
+    path.write_bytes(path.read_bytes()[: last.offset_data + last.size + 10])  # without the padding of a tar file
+    corpus = open_corpus(shar, None, shar / "unused.json")
+    clips = [clip for part in corpus.shards(100) for clip in corpus.read(part)]
+    assert len(clips) == 8 and all(len(clip.audio(RATE, 10)) for clip in clips)
 
 
 @pytest.mark.parametrize("name", ["wds-000000.tar", "a.tar.gz", "a.TGZ", "a.zip"])
