@@ -362,18 +362,18 @@ def build_parts(config: Mapping[str, Any], *, weight_norm: bool = True) -> Codec
     sample_rate, samples_per_frame = config["sample_rate"], config["samples_per_frame"]
     if not isinstance(sample_rate, int) or not 1000 <= sample_rate <= 192_000:
         raise ConfigError(
-            f"sample_rate is {shorten(sample_rate)}; whole numbers from 1000 to 192000 (Hz) are allowed."
+            f"sample_rate is {shorten(repr(sample_rate))}; whole numbers from 1000 to 192000 (Hz) are allowed."
         )
-    if config.get("output_sample_rate", sample_rate) != sample_rate:
+    if (output_rate := config.get("output_sample_rate", sample_rate)) != sample_rate:
         raise ConfigError(
-            f"output_sample_rate is {shorten(config['output_sample_rate'])}, but sample_rate is {sample_rate}; codecs "
-            "with two sample rates are not supported."
+            f"output_sample_rate is {shorten(repr(output_rate))}, but sample_rate is {sample_rate}; codecs with two "
+            "sample rates are not supported."
         )
     for part in (encoder, decoder):
         if part.samples_per_frame != samples_per_frame:
             raise ConfigError(
                 f"the rates of {type(part).__name__} multiply to {part.samples_per_frame}, but samples_per_frame is "
-                f"{shorten(samples_per_frame)}; make the two agree."
+                f"{shorten(repr(samples_per_frame))}; make the two agree."
             )
     if encoder.encoded_dim != quantizer.codebook_dim:
         raise ConfigError(

@@ -96,6 +96,32 @@ def resample_clips(
     return arrays.cast(arrays.convert(padded, "audio", AudioError), np.float32), [len(clip) for clip in clips]
 
 
+def check_whole_number(
+    value: object, name: str, least: int, most: int | None = None, error: type[NemoLfrError] = NemoLfrError
+) -> int:
+    """Return an argument that must be an integer, of Python or numpy.
+
+    Args:
+        value: the argument.
+        name: its name, for messages.
+        least: smallest valid value.
+        most: largest valid value; None if there is no limit.
+        error: type of the error to raise.
+
+    Raises:
+        NemoLfrError: of the type `error`, for another type, a fraction, or a value out of range.
+    """
+    is_whole = isinstance(value, SupportsIndex) and not isinstance(value, bool | np.bool_)
+    try:
+        number = operator.index(value) if is_whole else None  # type: ignore[arg-type]
+    except TypeError:  # an array of several values
+        number = None
+    if number is None or number < least or (most is not None and number > most):
+        limits = f"of {least} or more" if most is None else f"from {least} to {most}"
+        raise error(f"{name} is {shorten(repr(value))}; pass an integer {limits}.")
+    return number
+
+
 def check_num_codebooks(spec: CodecSpec, num_codebooks: object) -> int:
     """Return the number of codebooks to use: `num_codebooks`, or all of the codec's codebooks if it is None.
 
@@ -141,6 +167,7 @@ def check_tokens(
     if ids.ndim != 3 or ids.shape[1] not in (spec.num_codebooks, kept) or not ids.shape[0]:
         raise TokensError(f"tokens have shape {list(ids.shape)}; expected [B, {kept}, T] or [{kept}, T].")
     totals = check_lengths(arrays, tokens_len, ids.shape[0], ids.shape[2], "tokens_len", TokensError)
+    is_unsigned = str(ids.dtype).endswith("uint64")
     ids = arrays.cast(ids, np.int64)
     if kept < spec.num_codebooks:
         first = ids[:, :kept]
@@ -153,6 +180,7 @@ def check_tokens(
         low, high = (int(valid.min()), int(valid.max())) if total else (0, 0)
         if low < 0 or high >= spec.codebook_size:
             bad = low if low < 0 else high
+            bad += 2**64 if bad < 0 and is_unsigned else 0
             raise TokensError(
                 f"token {bad} of utterance {row} is outside [0, {spec.codebook_size}); pass tokens of this codec."
             )
@@ -201,12 +229,20 @@ def check_lengths(
     if lengths is None:
         assert limit is not None
         return [limit] * batch
+    if isinstance(lengths, list | tuple) and len(lengths) == batch and all(type(value) is int for value in lengths):
+        return _checked_lengths(lengths, limit, name, error, first)  # also integers that an array cannot store
     values = arrays.convert(lengths, name, error)
     if not arrays.kind(values).is_integer or tuple(values.shape) != (batch,):
         raise error(
             f"{name} has dtype {values.dtype} and shape {list(values.shape)}; expected integers of shape [{batch}]."
         )
-    checked = [int(value) for value in values.tolist()]
+    return _checked_lengths([int(value) for value in values.tolist()], limit, name, error, first)
+
+
+def _checked_lengths(
+    values: Sequence[int], limit: int | None, name: str, error: type[NemoLfrError], first: int
+) -> list[int]:
+    checked = list(values)
     for row, value in enumerate(checked, first):
         if value < 0 or (limit is not None and value > limit):
             wanted = "a value of at least 0" if limit is None else f"a value between 0 and {limit}"

@@ -4,11 +4,15 @@ from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
+from torch import nn
 
+from nemo_lfr.codec.ambient import check_weights
 from nemo_lfr.errors import NemoLfrError
+from nemo_lfr.modules.altered import STREAM, check_unaltered
 from nemo_lfr.modules.decoder import HiFiGANDecoder
 from nemo_lfr.modules.encoder import HiFiGANEncoder
 from nemo_lfr.modules.quantizer import FiniteScalarQuantizer, GroupFiniteScalarQuantizer
+from nemo_lfr.modules.weights import must_check
 
 
 class StreamModules(Protocol):
@@ -50,3 +54,14 @@ def check_lookahead(**values: int | None) -> None:
     for name, value in values.items():
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
             raise NemoLfrError(f"{name} {value!r} is not a number of frames; use 0 or more frames, or None.")
+
+
+def check_network(network: nn.Module, name: str) -> None:
+    """Check that a stream can run a network without calling its modules.
+
+    Raises:
+        NemoLfrError: if the network is altered, or its weights are not fp32.
+    """
+    if must_check(network, "streams"):
+        check_weights(network, name)
+        check_unaltered(network, name, STREAM)

@@ -14,17 +14,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
-from nemo_lfr.codec.ambient import check_weights
+from nemo_lfr.codec.arguments import check_whole_number
 from nemo_lfr.codec.base import CodecBase
 from nemo_lfr.codec.cpu.products import stream_weights
-from nemo_lfr.codec.stream_modules import StreamModules, check_lookahead
+from nemo_lfr.codec.stream_modules import StreamModules, check_lookahead, check_network
 from nemo_lfr.codec.stream_ops import LayerState, State, Step, StreamOps, run_batched
 from nemo_lfr.errors import AudioError, NemoLfrError, TokensError, shorten
-from nemo_lfr.modules.altered import STREAM, check_unaltered
 from nemo_lfr.modules.finite import quantize, to_audio
-from nemo_lfr.modules.weights import must_check
 
 
 class _Stream:
@@ -138,11 +135,12 @@ class StreamEncoder(_Stream):
     def _check(self, samples: np.ndarray) -> np.ndarray:
         """Validate samples [n] and convert them to float32."""
         self._check_open()
-        if np.ndim(samples) != 1:
-            raise AudioError(f"samples have shape {list(np.shape(samples))}; pass one recording of shape [n].")
-        if not len(samples):
+        clip = self.codec.backend.arrays.convert(samples, "audio", AudioError)
+        if clip.ndim != 1:
+            raise AudioError(f"samples have shape {list(clip.shape)}; pass one recording of shape [n].")
+        if not len(clip):
             return np.zeros(0, np.float32)
-        return self.codec.check_audio(samples)[0][0].cpu().numpy()
+        return self.codec.check_audio(clip)[0][0].cpu().numpy()
 
     def _has_frame(self, num_samples: int) -> bool:
         """Return whether `num_samples` more samples complete a frame."""
@@ -209,6 +207,8 @@ class StreamDecoder(_Stream):
     def _flush(self, num_samples: int | None) -> np.ndarray:
         self._check_open()
         frame = self.codec.samples_per_frame
+        if num_samples is not None:
+            num_samples = check_whole_number(num_samples, "num_samples", 0, error=TokensError)
         if num_samples is not None and -(-num_samples // frame) != self._num_in:
             raise TokensError(
                 f"num_samples is {num_samples}, but {self._num_in} frames were pushed; pass the original length."
@@ -224,9 +224,10 @@ class StreamDecoder(_Stream):
     def _check(self, tokens: np.ndarray) -> torch.Tensor:
         """Validate tokens [C, k] and convert them to int64."""
         self._check_open()
-        if np.ndim(tokens) != 2:
-            raise TokensError(f"tokens have shape {list(np.shape(tokens))}; pass one recording of shape [C, k].")
-        return self.codec.check_tokens(tokens)[0][0]
+        ids = self.codec.backend.arrays.convert(tokens, "tokens", TokensError)
+        if ids.ndim != 2:
+            raise TokensError(f"tokens have shape {list(ids.shape)}; pass one recording of shape [C, k].")
+        return self.codec.check_tokens(ids)[0][0]
 
     def _has_frame(self, num_frames: int) -> bool:
         return num_frames > 0
@@ -330,7 +331,7 @@ def _push_checked(
 
 def _advance_encoders(streams: Sequence[Any], inputs: list[torch.Tensor], last: bool = False) -> list[np.ndarray]:
     codec, modules = streams[0].codec, streams[0].modules
-    _check_network(modules.encoder, f"the encoder of {modules.name}")
+    check_network(modules.encoder, f"the encoder of {modules.name}")
 
     def step(state: dict[Hashable, LayerState], audio: torch.Tensor, last: bool) -> torch.Tensor:
         with modules.autocast():
@@ -343,7 +344,7 @@ def _advance_encoders(streams: Sequence[Any], inputs: list[torch.Tensor], last: 
 
 def _advance_decoders(streams: Sequence[Any], inputs: list[torch.Tensor], last: bool = False) -> list[np.ndarray]:
     codec, modules = streams[0].codec, streams[0].modules
-    _check_network(modules.decoder, f"the decoder of {modules.name}")
+    check_network(modules.decoder, f"the decoder of {modules.name}")
 
     def step(state: dict[Hashable, LayerState], dequantized: torch.Tensor, last: bool) -> torch.Tensor:
         decoder = modules.decoder
@@ -353,12 +354,6 @@ def _advance_decoders(streams: Sequence[Any], inputs: list[torch.Tensor], last: 
             return to_audio(decoder.out_activation, hidden.transpose(1, 2)).squeeze(1).float()  # [B, n]
 
     return _advance(streams, inputs, last, step, codec.check_decoded)
-
-
-def _check_network(network: nn.Module, name: str) -> None:
-    if must_check(network, "streams"):
-        check_weights(network, name)
-        check_unaltered(network, name, STREAM)
 
 
 def _advance(

@@ -1,5 +1,6 @@
 """Implementation of the codec's array operations (`nemo_lfr.codec.arrays.Arrays`) with PyTorch tensors."""
 
+import contextlib
 import logging
 import os
 from collections.abc import Sequence
@@ -66,7 +67,12 @@ class TorchArrays:
 def _tensor(value: object, name: str, error: type[NemoLfrError]) -> torch.Tensor:
     if isinstance(value, np.ma.MaskedArray) and np.ma.is_masked(value):
         raise error(f"{name} is a masked array with {int(np.sum(value.mask))} masked values; fill them first.")
+    if hasattr(value, "__array__") and not isinstance(value, torch.Tensor | np.ndarray | np.generic):
+        with contextlib.suppress(Exception):  # the `__array__` method of any class may raise any exception
+            value = np.asarray(value)  # PyTorch reads a pandas Series by its index
     if isinstance(value, np.ndarray):
+        if value.dtype.kind == "f" and value.dtype.itemsize > 8:
+            value = value.astype(np.float64)  # PyTorch has no longdouble
         if not np.issubdtype(value.dtype, np.number) and value.dtype != bool:
             raise error(f"{name} is an array of dtype {value.dtype}; pass an array of numbers.")
         native = value.dtype.newbyteorder("=")

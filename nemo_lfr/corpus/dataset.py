@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
+from nemo_lfr.codec.arguments import check_whole_number
 from nemo_lfr.corpus.order import EpochOrder
 from nemo_lfr.corpus.token_folder import TokenFolder, TokenizedUtterance
 from nemo_lfr.errors import NemoLfrError, TokensError, shorten
@@ -66,16 +67,14 @@ class TokenDataset(IterableDataset[TokenizedUtterance]):
         drop_last: bool = False,
         verify: bool = False,
     ) -> None:
+        buffer_size = check_whole_number(buffer_size, "buffer_size", 1)
+        if bucket_size is not None:
+            bucket_size = check_whole_number(bucket_size, "bucket_size", 1, buffer_size)
         if (rank is None) != (world_size is None):
             raise NemoLfrError(f"rank is {rank} and world_size is {world_size}; pass both or neither.")
-        if rank is not None and world_size is not None and not 0 <= rank < world_size:
-            raise NemoLfrError(f"rank is {rank}; pass a value from 0 to world_size - 1, which is {world_size - 1}.")
-        if buffer_size < 1:
-            raise NemoLfrError(f"buffer_size is {buffer_size}; pass 1 or more.")
-        if bucket_size is not None and not 1 <= bucket_size <= buffer_size:
-            raise NemoLfrError(
-                f"bucket_size is {bucket_size}; pass a value from 1 to buffer_size, which is {buffer_size}."
-            )
+        if rank is not None and world_size is not None:
+            world_size = check_whole_number(world_size, "world_size", 1)
+            rank = check_whole_number(rank, "rank", 0, world_size - 1)
         self.tokens = TokenFolder(folder, verify=verify)
         self.folder, self.metadata = self.tokens.path, self.tokens.metadata
         self.shuffle, self.seed, self.drop_last = shuffle, seed, drop_last
@@ -163,10 +162,9 @@ class TokenDataset(IterableDataset[TokenizedUtterance]):
             epoch: number of the epoch.
 
         Raises:
-            NemoLfrError: if `epoch` is negative or 2^63 or more.
+            NemoLfrError: if `epoch` is not an integer, is negative, or is 2^63 or more.
         """
-        if not 0 <= epoch < 2**63:
-            raise NemoLfrError(f"epoch is {shorten(repr(epoch))}; pass an integer of at least 0 and below 2^63.")
+        epoch = check_whole_number(epoch, "epoch", 0, 2**63 - 1)
         self._epoch.fill_(epoch)
         self._progress, self._resumed = (
             state if state is not None and state["epoch"] == epoch else None

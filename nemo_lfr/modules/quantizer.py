@@ -25,6 +25,37 @@ def _mask(values: torch.Tensor, length: torch.Tensor | None) -> torch.Tensor:
     return values * valid.reshape(valid.shape[0], *[1] * (values.dim() - 2), -1)
 
 
+def _check_tokens(
+    tokens: torch.Tensor, values: torch.Tensor, codebook_size: int, length: torch.Tensor | None, name: str
+) -> None:
+    """Raise an error for tokens that stand for no entry of the codebook; one reduction, which synchronizes a GPU.
+
+    Nothing is checked while a graph is traced or captured. The conversion of NaN to an integer is undefined, so NaN
+    may also give a valid token.
+
+    Args:
+        tokens: result, in any shape.
+        values: what the tokens were made from, [B, D, T].
+        codebook_size: number of entries.
+        length: frames in each example, [B]; None for all frames.
+        name: what `values` are, for messages.
+    """
+    is_plain = type(tokens) is torch.Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(tokens)
+    is_captured = tokens.is_cuda and torch.cuda.is_current_stream_capturing()
+    is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    if not is_plain or is_captured or is_traced or tokens.is_meta or not tokens.numel():
+        return
+    is_outside = (tokens < 0) | (tokens >= codebook_size)
+    is_bad = ~values.isfinite().all(dim=1)
+    if length is not None:
+        is_bad = is_bad & (torch.arange(values.shape[-1], device=values.device) < length.to(values.device)[:, None])
+    if bool(is_outside.any() | is_bad.any()):
+        raise TokensError(
+            f"{name} are NaN, infinite or out of range, so they have no tokens in a codebook of {codebook_size} "
+            "entries; check that the audio and the weights are finite."
+        )
+
+
 class FiniteScalarQuantizer(NeuralModule):
     """Quantizer with one codebook, which has D dimensions.
 
@@ -122,8 +153,13 @@ class FiniteScalarQuantizer(NeuralModule):
         return _mask(codes, input_len), _mask(tokens, input_len).unsqueeze(0)
 
     def encode(self, inputs: torch.Tensor, input_len: torch.Tensor | None = None) -> torch.Tensor:
-        """Quantize encoded frames to tokens: [B, D, T] -> [1, B, T]."""
+        """Quantize encoded frames to tokens: [B, D, T] -> [1, B, T].
+
+        Raises:
+            TokensError: if a frame is NaN or infinite.
+        """
         tokens: torch.Tensor = self(inputs, input_len)[1]
+        _check_tokens(tokens, inputs, self.codebook_size, input_len, "encoded frames")
         return tokens
 
     def decode(self, indices: torch.Tensor, input_len: torch.Tensor | None = None) -> torch.Tensor:
@@ -154,9 +190,14 @@ class FiniteScalarQuantizer(NeuralModule):
         """Convert codes in [-1, 1] to tokens: [B, D, T] -> [B, T] as int32.
 
         Raises:
-            TokensError: if `codes` does not have D dimensions.
+            TokensError: if `codes` does not have D dimensions, or a code is NaN, infinite or out of range.
         """
         _check_dimensions(codes, self.dim)
+        tokens = self._to_indices(codes)
+        _check_tokens(tokens, codes, self.codebook_size, None, "codes")
+        return tokens
+
+    def _to_indices(self, codes: torch.Tensor) -> torch.Tensor:
         digits = self.codes_to_nonnegative(codes.float()).round().to(torch.int32)
         return (digits * self.dim_base_index).sum(dim=1, dtype=torch.int32)
 
@@ -218,8 +259,13 @@ class GroupFiniteScalarQuantizer(NeuralModule):
         return _mask(codes, input_len), _mask(tokens, input_len).transpose(0, 1)
 
     def encode(self, inputs: torch.Tensor, input_len: torch.Tensor | None = None) -> torch.Tensor:
-        """Quantize encoded frames to tokens: [B, D, T] -> [C, B, T]."""
+        """Quantize encoded frames to tokens: [B, D, T] -> [C, B, T].
+
+        Raises:
+            TokensError: if a frame is NaN or infinite.
+        """
         tokens: torch.Tensor = self(inputs, input_len)[1]
+        _check_tokens(tokens, inputs, self.codebook_size, input_len, "encoded frames")
         return tokens
 
     def decode(self, indices: torch.Tensor, input_len: torch.Tensor | None = None) -> torch.Tensor:
@@ -269,10 +315,12 @@ class GroupFiniteScalarQuantizer(NeuralModule):
             input_len: frames in each example, [B]; tokens after the end of an example are zero. None for all frames.
 
         Raises:
-            TokensError: if `codes` does not have D dimensions.
+            TokensError: if `codes` does not have D dimensions, or a code is NaN, infinite or out of range.
         """
         _check_dimensions(codes, self.codebook_dim)
         quantizer = self.fsqs[0]
         assert isinstance(quantizer, FiniteScalarQuantizer)
-        tokens = quantizer.codes_to_indices(self._fold(codes))
-        return _mask(torch.unflatten(tokens, 0, (codes.shape[0], self.num_groups)), input_len)
+        tokens = quantizer._to_indices(self._fold(codes))
+        tokens = _mask(torch.unflatten(tokens, 0, (codes.shape[0], self.num_groups)), input_len)
+        _check_tokens(tokens, codes, self.codebook_size, input_len, "codes")
+        return tokens

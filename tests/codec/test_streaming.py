@@ -398,3 +398,22 @@ def test_stream_raises_if_its_network_overflows():
         codec.stream_encoder().push(synthesize(1.0))
     with pytest.raises(NemoLfrError, match="decoder gives NaN or infinite"):
         codec.stream_decoder().push(np.ones((8, 30), int))
+
+
+@pytest.mark.parametrize("num_samples", [1999.5, 2000.0, "2000", True, -1, [2000], np.ones(2, int)])
+def test_flush_refuses_lengths_that_are_not_whole(num_samples):
+    codec = cached_codec("two_stages")
+    stream = codec.stream_decoder()
+    first = stream.push(np.zeros((codec.num_codebooks, 9), np.int32))
+    with pytest.raises(TokensError, match=r"num_samples is .*; pass an integer of 0 or more"):
+        stream.flush(num_samples)
+    length = 9 * codec.samples_per_frame - 3
+    assert len(first) + len(stream.flush(np.int64(length))) == length  # the stream is unchanged
+
+
+def test_streams_refuse_nested_tensors():
+    codec = cached_codec("two_stages")
+    with pytest.raises(AudioError, match="nested tensor"):
+        codec.stream_encoder().push(torch.nested.nested_tensor([torch.zeros(9)]))
+    with pytest.raises(TokensError, match="nested tensor"):
+        codec.stream_decoder().push(torch.nested.nested_tensor([torch.zeros(8, 3, dtype=torch.int64)]))

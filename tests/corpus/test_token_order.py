@@ -168,7 +168,7 @@ def test_a_state_that_is_no_mapping_is_refused(state, folders):
         TokenDataset(folders["lfr"]).load_state_dict(state)
 
 
-@pytest.mark.parametrize("epoch", [-1, 2**63])
+@pytest.mark.parametrize("epoch", [-1, 2**63, "x", None, 1.5, True])
 def test_an_epoch_without_a_number_is_refused(epoch, folders):
     with pytest.raises(NemoLfrError, match=r"epoch is .*; pass an integer"):
         TokenDataset(folders["lfr"]).set_epoch(epoch)
@@ -211,10 +211,26 @@ def test_groups_of_all_ranks_have_similar_lengths_in_each_step(tmp_path):
     assert lengths[0].diff().sign().unique().numel() > 1  # the groups are shuffled
 
 
-@pytest.mark.parametrize("size", [0, -1, 1001])
+@pytest.mark.parametrize("size", [0, -1, 1001, 2.5, "3", True])
 def test_an_impossible_group_size_is_refused(size, folders):
     with pytest.raises(NemoLfrError, match="bucket_size is"):
         TokenDataset(folders["lfr"], bucket_size=size)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("buffer_size", {"buffer_size": 2.5}),
+        ("buffer_size", {"buffer_size": "3"}),
+        ("buffer_size", {"buffer_size": 0}),
+        ("rank", {"rank": "0", "world_size": 1}),
+        ("rank", {"rank": 1, "world_size": 1}),
+        ("world_size", {"rank": 0, "world_size": 1.0}),
+    ],
+)
+def test_arguments_that_are_not_whole_numbers_are_refused(name, arguments, folders):
+    with pytest.raises(NemoLfrError, match=rf"^{name} is .*; pass an integer"):
+        TokenDataset(folders["lfr"], **arguments)
 
 
 # Accelerate and the Hugging Face Trainer.

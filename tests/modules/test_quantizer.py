@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from nemo_lfr.errors import TokensError
 from nemo_lfr.modules.quantizer import FiniteScalarQuantizer, GroupFiniteScalarQuantizer
 from tests.reference import TIE
 
@@ -123,3 +124,47 @@ def test_dropout_keeps_each_smaller_number_of_codebooks_equally_often(rate):
     # The standard deviation of a share of 20,000 examples is at most 0.0036.
     expected = torch.tensor([0, rate / 3, rate / 3, rate / 3, 1 - rate])
     torch.testing.assert_close(counts, expected, rtol=0, atol=0.015)
+
+
+DOORS = {
+    "encode": lambda quantizer, values, length: quantizer.encode(values, length),
+    "codes_to_indices": lambda quantizer, values, length: quantizer.codes_to_indices(values, length),
+}
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dimension", [0, 3, 5])
+@pytest.mark.parametrize("door", DOORS)
+def test_values_that_are_not_finite_have_no_tokens(door, dimension, bad):
+    """NaN in a dimension with an even base would otherwise give a token inside the codebook."""
+    quantizer = GroupFiniteScalarQuantizer(2, [8, 7, 6, 6])
+    values = torch.linspace(-0.9, 0.7, 2 * 8 * 5).reshape(2, 8, 5)
+    expected = DOORS[door](quantizer, values, None)
+    values[1, dimension, 4] = bad
+    with pytest.raises(TokensError, match="are NaN, infinite or out of range"):
+        DOORS[door](quantizer, values, None)
+    tokens = DOORS[door](quantizer, values, torch.tensor([5, 4]))  # the padding of a clip may be anything
+    valid = torch.arange(5) < torch.tensor([5, 4])[:, None]
+    rows = (tokens, expected) if door == "codes_to_indices" else (tokens.transpose(0, 1), expected.transpose(0, 1))
+    assert torch.equal(rows[0], rows[1] * valid[:, None])
+
+
+@pytest.mark.parametrize("code", [math.nan, math.inf, 30.0])
+def test_one_codebook_refuses_codes_outside_it(code):
+    quantizer = FiniteScalarQuantizer([8, 7, 6, 6])
+    with pytest.raises(TokensError, match="codebook of 2016"):
+        quantizer.codes_to_indices(torch.full((1, 4, 3), code))
+
+
+def test_token_checks_do_not_break_a_graph():
+    class Tokens(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.quantizer = GroupFiniteScalarQuantizer(2, [8, 7, 6, 6])
+
+        def forward(self, values: torch.Tensor) -> torch.Tensor:
+            return self.quantizer.encode(values) + self.quantizer.codes_to_indices(values).transpose(0, 1)
+
+    module, values = Tokens(), torch.rand(2, 8, 5) / 2
+    program = torch.export.export(module, (values,))
+    assert torch.equal(program.module()(values), module(values))
