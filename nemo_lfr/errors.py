@@ -124,6 +124,11 @@ def shorten(text: object, length: int = 80) -> str:
     return printable(text[:length]) + ("..." if len(text) > length else "")
 
 
+def quoted(value: object) -> str:
+    """Return a value for an error message, shortened, and in quotes if it is a string."""
+    return shorten(repr(value) if isinstance(value, str) else value)
+
+
 def printable(text: str) -> str:
     """Replace control characters, line ends and bidirectional overrides by "?".
 

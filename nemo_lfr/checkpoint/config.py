@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
 from nemo_lfr.checkpoint.resolvers import NEMO_RESOLVERS, with_own_resolvers
-from nemo_lfr.errors import ConfigError, shorten
+from nemo_lfr.errors import ConfigError, quoted, shorten
 from nemo_lfr.modules.decoder import HiFiGANDecoder
 from nemo_lfr.modules.encoder import HiFiGANEncoder
 from nemo_lfr.modules.quantizer import FiniteScalarQuantizer, GroupFiniteScalarQuantizer
@@ -361,19 +361,17 @@ def build_parts(config: Mapping[str, Any], *, weight_norm: bool = True) -> Codec
         )
     sample_rate, samples_per_frame = config["sample_rate"], config["samples_per_frame"]
     if not isinstance(sample_rate, int) or not 1000 <= sample_rate <= 192_000:
-        raise ConfigError(
-            f"sample_rate is {shorten(repr(sample_rate))}; whole numbers from 1000 to 192000 (Hz) are allowed."
-        )
+        raise ConfigError(f"sample_rate is {quoted(sample_rate)}; whole numbers from 1000 to 192000 (Hz) are allowed.")
     if (output_rate := config.get("output_sample_rate", sample_rate)) != sample_rate:
         raise ConfigError(
-            f"output_sample_rate is {shorten(repr(output_rate))}, but sample_rate is {sample_rate}; codecs with two "
+            f"output_sample_rate is {quoted(output_rate)}, but sample_rate is {sample_rate}; codecs with two "
             "sample rates are not supported."
         )
     for part in (encoder, decoder):
         if part.samples_per_frame != samples_per_frame:
             raise ConfigError(
                 f"the rates of {type(part).__name__} multiply to {part.samples_per_frame}, but samples_per_frame is "
-                f"{shorten(repr(samples_per_frame))}; make the two agree."
+                f"{quoted(samples_per_frame)}; make the two agree."
             )
     if encoder.encoded_dim != quantizer.codebook_dim:
         raise ConfigError(

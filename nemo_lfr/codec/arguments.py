@@ -8,7 +8,7 @@ from typing import Any, SupportsIndex
 import numpy as np
 
 from nemo_lfr.codec.arrays import Arrays, Kind, to_numpy
-from nemo_lfr.errors import AudioError, NemoLfrError, TokensError, shorten
+from nemo_lfr.errors import AudioError, NemoLfrError, TokensError, quoted, shorten
 from nemo_lfr.frames import num_frames
 from nemo_lfr.io.audio import check_peak, check_rate, resample
 from nemo_lfr.spec import CodecSpec
@@ -118,7 +118,7 @@ def check_whole_number(
         number = None
     if number is None or number < least or (most is not None and number > most):
         limits = f"of {least} or more" if most is None else f"from {least} to {most}"
-        raise error(f"{name} is {shorten(repr(value))}; pass an integer {limits}.")
+        raise error(f"{name} is {quoted(value)}; pass an integer {limits}.")
     return number
 
 
