@@ -14,7 +14,7 @@ from nemo_lfr.errors import ConfigError, shorten
 from nemo_lfr.io.columns import standard_labels
 from nemo_lfr.io.manifests import NOT_A_LINE, describe, line_id, resolve_audio_path, seconds
 from nemo_lfr.io.reading import read_file
-from nemo_lfr.io.text import UTF16_MARKS
+from nemo_lfr.io.text import UTF16_MARKS, bounded_lines
 
 # At least one of this many first lines of a manifest must be a valid entry.
 FIRST_LINES = 100
@@ -40,9 +40,11 @@ class Manifest(CorpusReader):
             )
         try:
             with open(path, "rb") as file:
-                lines = list(islice((line for line in file if line.strip()), FIRST_LINES))
+                lines = list(islice((line for line in bounded_lines(file) if line.strip()), FIRST_LINES))
         except OSError as error:
             raise ConfigError(f"{path}: the manifest cannot be read: {error.strerror}.") from error
+        except ValueError as error:
+            raise ConfigError(f"{path}: not a NeMo manifest: {error}.") from error
         is_utf16 = bool(lines) and lines[0].startswith(UTF16_MARKS)  # which json.loads would accept
         if is_utf16 or not any(_is_entry(line) for line in lines):
             raise ConfigError(f"{path}: not a NeMo manifest: {_describe_content(lines)}.")
