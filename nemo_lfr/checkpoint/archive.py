@@ -125,8 +125,8 @@ def _read_members(path: Path, file: IO[bytes]) -> Members:
         return Members(None, FileSource(path, file, 0, size, state))
     if head.startswith(LEGACY_MAGIC):
         raise CheckpointError(
-            f"{path}: this is a bare pickle from before PyTorch 1.6, which could run code when read; load it with "
-            "PyTorch if you trust it, and save it again."
+            f"{path}: this is a bare pickle, the format before PyTorch 1.6, and reading it could run code; if you "
+            "trust it, load it with PyTorch and save it again."
         )
     unpack = next((unpack for magic, unpack in _DECOMPRESSORS.items() if head.startswith(magic)), None)
     stream = _Bounded(file, None) if unpack is None else _Bounded(unpack(file), (64 << 20) + MAX_EXPANSION * size)

@@ -119,7 +119,7 @@ def is_from_checkpoint(config: Any) -> bool:
 
 
 def sections_from_checkpoint(config: Any) -> list[str]:
-    """Return the keys of a model config whose sections came from a checkpoint rather than from the user."""
+    """Return the keys of those sections of a model config that came from a checkpoint rather than from the user."""
     if not isinstance(config, DictConfig):
         return []
     found = []

@@ -77,7 +77,7 @@ def run(out: Path, codec: "Codec[Any]") -> dict[str, Any]:
         The measurements as a dict with the keys of `DemoResult`.
 
     Raises:
-        NemoLfrError: if the codec has another sample rate than the clip.
+        NemoLfrError: if the sample rate of the codec differs from that of the clip.
     """
     import soundfile
 

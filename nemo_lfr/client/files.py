@@ -125,7 +125,9 @@ def encode_file(server: Server, audio: bytes | str | os.PathLike[str]) -> Encode
         )
     rates = (info.sample_rate, info.samples_per_frame)
     if (values.get("sample_rate"), values.get("samples_per_frame")) != rates:
-        raise _stranger(server, "reports another sample rate or frame size for the tokens than in /v1/info")
+        raise _stranger(
+            server, "reports a sample rate or frame size for the tokens that differs from the one in /v1/info"
+        )
     num_samples = values.get("num_samples")
     is_count = num_samples == 0 or has_type(num_samples, int)
     if not is_count or num_frames(num_samples, info.samples_per_frame) != tokens.shape[1]:  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Graph breaks for `torch.compile`, for code that must not import torch itself."""
+"""Keep functions out of the graphs of `torch.compile`, in modules that must not import torch."""
 
 import functools
 import sys

@@ -147,7 +147,7 @@ class TokenDataset(IterableDataset[TokenizedUtterance]):
         if self._given is None and place[1] > 1 and is_accelerated:
             raise NemoLfrError(
                 f"Accelerate is in use with {place[1]} processes, so pass rank and world_size to TokenDataset. If "
-                "Accelerator.prepare or the Trainer splits the data loader, pass rank=0 and world_size=1, and set "
+                "Accelerator.prepare or the Trainer distributes the utterances, pass rank=0 and world_size=1, and set "
                 "dispatch_batches=False in Accelerate. Otherwise, pass rank=accelerator.process_index and "
                 "world_size=accelerator.num_processes."
             )

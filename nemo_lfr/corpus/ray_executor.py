@@ -156,7 +156,8 @@ class _Actors:
     def replace(self, number: int) -> bool:
         """Replace a lost actor. Return False if it was replaced before.
 
-        The other shards of the lost actor stay in `running`. Their results have arrived, or will raise an error.
+        Shards that are still assigned to the lost actor stay in `running`. For each of them, `ray.get` returns a
+        result that arrived before the loss, or raises an error.
         """
         actor = self._actors.pop(number, None)
         if actor is None:

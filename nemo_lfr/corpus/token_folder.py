@@ -166,7 +166,7 @@ class TokenFolder:
             stop: index after the last utterance; None for the end of the shard.
 
         Yields:
-            Each utterance, or an error in place of utterances that cannot be read.
+            Each utterance. An error takes the place of one or more consecutive utterances that cannot be read.
         """
         stop = self.counts[shard] if stop is None else min(stop, self.counts[shard])
         files = ShardFiles(self.path, shard, self.verify, self._firsts[shard])

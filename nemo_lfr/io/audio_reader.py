@@ -267,7 +267,7 @@ class AudioReader:
             Samples [T_audio] at `sample_rate`.
 
         Raises:
-            AudioError: if the audio is damaged or not finite.
+            AudioError: if the audio is damaged, or contains NaN or infinity.
         """
         pieces = [np.zeros(0, np.float32)]
         for rate, block in self._read_seconds(start, duration):
@@ -286,8 +286,8 @@ class AudioReader:
             Samples [channels, T_audio] at `native_rate`.
 
         Raises:
-            AudioError: if the audio is damaged or not finite, or has recordings with different sample rates or numbers
-                of channels.
+            AudioError: if the audio is damaged, or contains NaN or infinity. Also if the file contains recordings with
+                different sample rates or numbers of channels.
         """
         blocks = [np.zeros((0, self.channels), np.float32)]
         for rate, block in self._read_seconds(start, duration):

@@ -358,11 +358,13 @@ def _transcripts(path: Path, corpus: Path, separator: bytes) -> Iterator[tuple[s
 
 
 def _row(line: bytes, columns: list[str]) -> dict[str, str]:
-    """Return the fields of a table's line by column. Quotes have no special meaning.
+    """Split one line of a table into its fields, and return them by the names of their columns.
+
+    Quotes have no special meaning.
 
     Raises:
-        ValueError: if the line is not UTF-8, has another number of fields than the header, or has a field of more than
-            `MAX_FIELD` characters.
+        ValueError: if the line is not UTF-8, has a different number of fields than the header, or has a field of more
+            than `MAX_FIELD` characters.
     """
     fields = decode(line).split("\t")
     if len(fields) != len(columns):

@@ -160,7 +160,7 @@ def _fields(lines: Sequence[bytes], delimiter: str, expected: int) -> tuple[list
     """Return the fields of the row that begins in the first line, and the number of lines that the row spans.
 
     Raises:
-        ValueError: if the row is not UTF-8, or has another number of fields than the header.
+        ValueError: if the row is not UTF-8, or has a different number of fields than the header.
         csv.Error: if a quote is not closed, or a field is too long.
     """
     texts: list[str] = []

@@ -23,8 +23,8 @@ class Field:
     Attributes:
         stride: number of inputs per time step of the signal; more than 1 after down-sampling.
         split: number of time steps of the signal per input; more than 1 after up-sampling.
-        past: `split` times the number of inputs before the current one.
-        future: `split` times the number of inputs after the current one.
+        past: number of earlier inputs that a time step depends on, multiplied by `split`.
+        future: number of later inputs that a time step depends on, multiplied by `split`.
         shortest: length of the shortest input that is long enough for the padding of every layer.
     """
 

@@ -308,4 +308,4 @@ class _Losses:
             ConfigError: if lines were skipped and none was usable. The message names the first skipped line.
         """
         if self._count and not self.used:
-            raise ConfigError(f"none of {self._count} lines can be used; the first error: {self._first}")
+            raise ConfigError(f"none of the {self._count} lines can be used; the first error is: {self._first}")

@@ -213,7 +213,7 @@ def _check_raises(error: type[Exception], call: Callable[[], object], case: str)
 
 
 def check_copies(codec: Codec[Any]) -> None:
-    """Check that copied and unpickled codecs have the same spec and tokens."""
+    """Check that copied and unpickled codecs have the spec of the original, and give the same tokens."""
     clip = _speech(codec, 6)
     for other in (copy.copy(codec), copy.deepcopy(codec), pickle.loads(pickle.dumps(codec))):
         _require(other.spec == codec.spec, f"a copy has the spec {other.spec}, not {codec.spec}")

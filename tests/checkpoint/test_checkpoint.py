@@ -802,7 +802,7 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
     "pickle of strange storage": (lambda: with_weights(pickled_in_zip(b"\x80\x02(K\x01K\x02K\x03tQ.")), "storage"),
     "pickle of no storage": (lambda: with_weights(pickled_in_zip(b"\x80\x02NQ.")), "damaged or unsafe"),
     # Training checkpoints.
-    "legacy ckpt": (lambda: zip_of(STATE, _use_new_zipfile_serialization=False), "bare pickle from before PyTorch 1.6"),
+    "legacy ckpt": (lambda: zip_of(STATE, _use_new_zipfile_serialization=False), "bare pickle, the format before PyTorch 1.6"),
     "ckpt without a config": (lambda: lightning(None), "no hyper_parameters"),
     "ckpt whose config is an object": (lambda: lightning(Payload()), "no hyper_parameters"),
     "ckpt of a class": (lambda: pickled_in_zip(b"\x80\x02cos\nsystem\n."), "no state dict"),

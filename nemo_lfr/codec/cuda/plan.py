@@ -128,8 +128,8 @@ class Recording(NamedTuple):
     """Placeholder for a signal while a plan is made.
 
     Attributes:
-        steps: the steps that will return the signal.
-        rate: time steps per frame in the signal.
+        steps: steps of the plan that together compute the signal.
+        rate: number of samples of the signal per frame.
     """
 
     steps: tuple[Step, ...]

@@ -106,7 +106,10 @@ def _only_split(path: Path) -> Path:
     if len(names) != 1 or len(splits) != 1:
         return path
     if path_inside(path, names[0]) is None or Path(names[0]).name != names[0]:
-        raise ConfigError(f"{listing}: {shorten(names[0])!r} is not a folder in this folder; save the dataset again.")
+        raise ConfigError(
+            f"{listing}: the split {shorten(names[0])!r} is not the name of a folder beside this file; save the "
+            "dataset again."
+        )
     return path / names[0]
 
 

@@ -109,11 +109,11 @@ def damage_after(window: Window, end: int, section: re.Pattern[bytes]) -> str | 
 
     Args:
         window: the file.
-        end: end of the last section before the other bytes.
+        end: end of the last section before the bytes that are not audio.
         section: pattern that matches the beginning of a section, and is unlikely to match other bytes.
 
     Returns:
-        The message. None if another file or only tags and padding follow, or if no section follows.
+        The message. None if another file follows, if only tags and padding follow, or if no section follows.
     """
     if next_file(window, end) is not None or note_after(window, end) is None:
         return None
