@@ -154,7 +154,7 @@ def _unpickle(raw: bytes, training: bool) -> Any:
             raise pickle.UnpicklingError(f"its pickle has more than {MAX_PICKLE_OPCODES} opcodes")
         # The unpickler allocates memory for all memo indexes up to the largest one.
         if opcode.name == "LONG_BINPUT" and int(argument or 0) > count:
-            raise pickle.UnpicklingError(f"its pickle uses the memo index {argument} after {count} opcodes")
+            raise pickle.UnpicklingError(f"its pickle uses the memo index {argument} after only {count} opcodes")
     return _Unpickler(raw, training).load()
 
 

@@ -190,8 +190,8 @@ def check_weights(module: nn.Module, name: str) -> None:
         name: name of the network, for messages.
 
     Raises:
-        NemoLfrError: if a weight has another dtype or is sparse, or the settings of a convolution were changed so that
-            they do not match its layer. The message has a remedy.
+        NemoLfrError: if a weight has another dtype or is sparse, or if the settings of a `Conv1d` or `ConvTranspose1d`
+            were changed to values that the module does not support. The message says how to fix it.
     """
     # `Module.parameters` takes three times as long.
     for child in module.modules():

@@ -57,7 +57,7 @@ def check_lookahead(**values: int | None) -> None:
 
 
 def check_network(network: nn.Module, name: str) -> None:
-    """Check that a stream can run a network without calling its modules.
+    """Check that a stream can run a network without calling the network's modules.
 
     Raises:
         NemoLfrError: if the network is altered, or its weights are not fp32.

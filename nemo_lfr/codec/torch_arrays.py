@@ -53,7 +53,7 @@ class TorchArrays:
         return torch.zeros(*shape, dtype=DTYPES[dtype], device=self.device)
 
     def cast(self, array: torch.Tensor, dtype: type[np.generic]) -> torch.Tensor:
-        """Convert a tensor to `dtype` and to the device, and detach it from the autograd graph."""
+        """Convert a tensor to `dtype`, move it to the device, and detach it from the autograd graph."""
         return array.detach().to(self.device, DTYPES[dtype])
 
     def peaks(self, audio: torch.Tensor, lengths: Sequence[int]) -> list[float]:

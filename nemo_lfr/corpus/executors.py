@@ -42,7 +42,7 @@ def choose_executor(
     Args:
         config: options of the run.
         num_tasks: number of shards to tokenize, which is also the maximum number of workers.
-        workers: number of processes or Ray actors; by default one for each GPU, or one for each `config.threads` CPU
+        workers: number of processes or Ray actors; by default one for each GPU, or one for every `config.threads` CPU
             cores. If several processes tokenize parts of the corpus on this machine (see `config.part`), each of them
             uses an equal share of the cores or GPUs.
         device: "cpu" or "cuda"; by default a GPU if there is one.

@@ -60,7 +60,7 @@ def tokenize(
 
     Args:
         config: corpus, output and options.
-        workers: number of processes or Ray actors; by default one for each GPU, or for each `config.threads` CPU
+        workers: number of processes or Ray actors; by default one for each GPU, or for every `config.threads` CPU
             cores.
         device: "cpu" or "cuda"; by default a GPU if there is one.
         ray: address of Ray: "local", "auto" or "HOST:PORT"; by default local processes are used.

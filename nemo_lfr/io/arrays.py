@@ -1,4 +1,4 @@
-"""Convert arguments of callers to numpy arrays."""
+"""Convert arguments that callers pass to numpy arrays."""
 
 import numpy as np
 

@@ -66,7 +66,7 @@ def check_cut(manifest: Mapping[str, Any], allow_url: bool = False) -> None:
 
 
 def check_source(kind: object, source: object, allow_url: bool = False) -> None:
-    """Raise AudioError unless a Lhotse audio source is allowed.
+    """Raise AudioError if a Lhotse audio source is not allowed.
 
     Files and bytes in memory are allowed. http(s) URLs are allowed if `allow_url` is set.
     """
@@ -94,12 +94,14 @@ def _check_array(item: Mapping[str, Any]) -> None:
     kind = item["storage_type"]
     if kind not in ARRAY_STORAGE:
         raise AudioError(
-            f"the cut contains an array of storage type {shorten(kind)!r}, which is not allowed; remove that field."
+            f"the cut has a field with an array of storage type {shorten(kind)!r}, which is not an allowed type; "
+            "remove the field."
         )
     for key in ("storage_path", "storage_key"):
         if isinstance(item.get(key), str) and URL.match(item[key]):
             raise AudioError(
-                f"the cut contains an array at {shorten(item[key])}, which is not allowed; remove that field."
+                f"the cut has a field with an array at {shorten(item[key])}, and URLs are not allowed for arrays; "
+                "remove the field."
             )
 
 

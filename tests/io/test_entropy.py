@@ -222,7 +222,7 @@ HOSTILE = {
     "average of nothing": (altered(averages=[0]), "averages"),
     "wide shift": (altered(shifts=[0, 0, 21]), "shifts"),
     "control characters": (altered(fingerprint="\x1b[2J"), "fingerprint"),
-    "weights missing": (packed(asdict(random_model().spec)), "do not match its metadata"),
+    "weights missing": (packed(asdict(random_model().spec)), "does not match its metadata"),
 }
 
 

@@ -283,7 +283,7 @@ def _exact(layer: Conv1d | ConvTranspose1d, padded: torch.Tensor) -> torch.Tenso
 
 
 def _error(layer: Conv1d | ConvTranspose1d, padded: torch.Tensor, result: torch.Tensor) -> float:
-    """Return the rms error of a result relative to fp32, measured at 16 time steps of the output."""
+    """Return the rms error of a result, compared with the fp32 result, measured at 16 time steps of the output."""
     weight, _ = fold(layer)
     stride = layer.conv.stride[0] if isinstance(layer, Conv1d) else 1
     span = (weight.shape[2] - 1) * layer.conv.dilation[0] + 1

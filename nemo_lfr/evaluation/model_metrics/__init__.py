@@ -39,8 +39,8 @@ def register_model_metric(metric: type[ModelMetric]) -> type[ModelMetric]:
         The same class.
 
     Raises:
-        NemoLfrError: if another model metric has the same `kind`, or another metric has the same name as one of its
-            metrics.
+        NemoLfrError: if the `kind` of `metric` is already registered by another class, or another metric already has
+            one of the names in `metric.metrics`.
     """
     others = set(METRICS).union(*(other.metrics for kind, other in _registered.items() if kind != metric.kind))
     if taken := others & set(metric.metrics):

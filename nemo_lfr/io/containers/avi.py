@@ -85,14 +85,14 @@ def _parts(window: Window) -> Iterator[int]:
 
 
 def _chunk(window: Window, position: int, end: int, avi: _Avi, is_first: bool) -> int | None:
-    """Return the size of the section at a position in a RIFF chunk; None if there is no valid one.
+    """Return the size of the section at a position in a RIFF chunk, or None if no valid section starts there.
 
     Args:
         window: the file.
         position: position of the section.
         end: end of the RIFF chunk.
         avi: information from earlier chunks, which is updated.
-        is_first: whether this is the first RIFF chunk. The index lists only the chunks in the first RIFF chunk.
+        is_first: whether this is the first RIFF chunk, the only one whose contents the index lists.
     """
     head = window.at(position, _LIST_HEAD)
     name, size = head[:4], int.from_bytes(head[4:_HEAD], "little")

@@ -1,4 +1,4 @@
-"""Check that Matroska and MP4 files are complete, by their outermost elements.
+"""Use the outermost elements of Matroska and MP4 files to check that the files are complete.
 
 FFmpeg, which decodes these files, reads the available part of a truncated file, or only the first of several
 concatenated files, without an error.

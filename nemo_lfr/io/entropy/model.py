@@ -244,7 +244,7 @@ class EntropyModel:
             raise EntropyModelError(f"{name}: its metadata is invalid ({shorten(error, 200)}).") from error
         sizes = {tensor: np.dtype(dtype).itemsize * math.prod(shape) for tensor, dtype, shape in spec.tensors()}
         if len(data) != 8 + length + sum(sizes.values()) + 4:
-            raise fail(f"its {len(data)} bytes do not match its metadata")
+            raise fail(f"its size ({len(data)} bytes) does not match its metadata")
         weights: dict[str, np.ndarray] = {}
         position = 8 + length
         for tensor, dtype, shape in spec.tensors():
