@@ -160,7 +160,7 @@ def test_arrays_that_open_urls_or_run_programs_refuse_their_cut(kind, wav):
         cut_of(good, custom={"codes": {"array": array, "temporal_dim": 0, "frame_shift": 1, "start": 0}}),
         cut_of(good, features={"type": "fbank", "num_features": 80, **array}),
     ):
-        with pytest.raises(AudioError, match="is not allowed; remove that field"):
+        with pytest.raises(AudioError, match=r"allowed.*; remove the field"):
             check_cut(cut)
     check_cut(
         cut_of(
