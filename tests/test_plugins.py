@@ -150,12 +150,18 @@ def test_a_command_of_an_installed_package_runs(tmp_path):
 
 
 BROKEN = {
-    "nemo_lfr.commands:broken": (["broken", "--option", "x"], "'broken' of the package broken_of_a_test cannot be lo"),
+    "nemo_lfr.commands:broken": (
+        ["broken", "--option", "x"],
+        "nemo_lfr.commands) of the package broken_of_a_test cannot be lo",
+    ),
     "nemo_lfr.formats:broken": (
         ["tokenize", "LIST", "--out", "o", "--format", "broken"],
-        "nemo_lfr.formats: 'broken' of",
+        "entry point 'broken' (group nemo_lfr.formats) of",
     ),
-    "nemo_lfr.sources:broken": (["tokenize", "LIST", "--out", "o"], "nemo_lfr.sources: 'broken' of the package"),
+    "nemo_lfr.sources:broken": (
+        ["tokenize", "LIST", "--out", "o"],
+        "entry point 'broken' (group nemo_lfr.sources) of",
+    ),
 }
 
 
@@ -182,6 +188,7 @@ def test_entry_points_are_found_by_group_and_name(tmp_path, monkeypatch):
     assert load_plugin("nemo_lfr.things", "three") == 3
     assert load_plugin("nemo_lfr.things", "five") is None
     with pytest.raises(
-        NemoLfrError, match=r"nemo_lfr.things: 'four' of the package things_of_a_test cannot be loaded"
+        NemoLfrError,
+        match=r"entry point 'four' \(group nemo_lfr.things\) of the package things_of_a_test cannot be loaded",
     ):
         load_plugin("nemo_lfr.things", "four")

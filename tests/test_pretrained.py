@@ -490,7 +490,7 @@ def test_control_characters_of_a_path_are_not_in_messages(tmp_path, text, suffix
 def test_a_cached_repository_of_several_codecs_names_them_offline(tmp_path, offline, reference):
     path = save(cached_codec("symmetric"), tmp_path / "tiny.nemo")
     snapshot = fill_cache(tmp_path / "cache", path, ["a.nemo", "b.nemo"], reference, True)
-    with pytest.raises(CheckpointError, match=r"2 \.nemo files \(a\.nemo, b\.nemo\)") as raised:
+    with pytest.raises(CheckpointError, match=r"2 \.nemo files in .* \(a\.nemo, b\.nemo\)") as raised:
         nemo_lfr.load("me/one")
     assert str(snapshot) in str(raised.value)
     assert nemo_lfr.load(snapshot / "a.nemo").fingerprint

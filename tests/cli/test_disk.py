@@ -112,12 +112,16 @@ def complaints(err: str) -> list[str]:
 @pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
 @every_command
 def test_full_disk_names_the_file_in_one_line_and_leaves_no_partial_file(name, command, tmp_path, capsys):
-    """Run with three limits (0, a quarter of the largest file, and its size minus one byte), then without a limit."""
+    """Run with three limits (0, a quarter of the largest file, and slightly less than its size), then without one."""
     whole, out = tmp_path / "whole", tmp_path / "other"
     assert run(capsys, *command(name, whole))[0] == 0
     expected = results_of(whole)
     largest = max(len(data) for data in files_of(whole).values())
-    for free in (0, largest // 4, largest - 1):
+    for free in (
+        0,
+        largest // 4,
+        largest - 99,
+    ):  # the size of a report varies by a few bytes, with its figures of speed
         shutil.rmtree(out, ignore_errors=True)
         with full_disk(free):
             code, _, err = run(capsys, *command(name, out))

@@ -469,7 +469,7 @@ def bad_files(root: Path) -> dict[str, str]:
     reasons |= {
         "folder.wav": "not a file but a folder",
         "loop.wav": "",
-        "dangling.wav": "no such file",
+        "dangling.wav": "a link to a missing file",
         "missing.wav": "no such file",
     }
     return reasons

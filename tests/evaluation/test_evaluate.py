@@ -174,7 +174,7 @@ def test_recordings_that_fail_are_named_and_the_others_measured(capsys, corpus, 
     folder = tmp_path / "corpus"
     shutil.copytree(corpus, folder)
     (folder / "1.wav").write_text("no audio")
-    soundfile.write(folder / "2.wav", np.zeros(RATE), RATE)
+    soundfile.write(folder / "2.wav", np.zeros(soundfile.info(folder / "2.wav").frames), RATE)
     code, _, err = evaluate(capsys, folder, tmp_path / "out", "--codec", "lfr")
     assert code == 1 and "1.wav: not an audio file" in err
     text = (tmp_path / "out" / "report.md").read_text()
