@@ -13,6 +13,7 @@ from typing import Any
 from nemo_lfr.errors import NemoLfrError, shorten
 
 MAX_LINE = 1 << 26  # bytes in a line of JSON
+MAX_TEXT_LINE = 1 << 28  # bytes in a line of a manifest or table; a JSON array of a whole corpus may be one line
 MAX_MEMBER = 1 << 31  # bytes in a file of an archive
 # Limits on the number of values, and on the decompressed size. Each compressed byte allows for VALUES_PER_BYTE values.
 # FREE_VALUES more are always allowed. A token takes about 11 bits, so real columns do not come near these limits.
@@ -28,6 +29,20 @@ def lines(file: Any) -> Iterator[bytes]:
         yield line
         while len(line) == MAX_LINE and not line.endswith(b"\n"):
             line = file.readline(MAX_LINE)
+
+
+def whole_lines(file: Any) -> Iterator[bytes]:
+    """Yield the lines of a binary file.
+
+    Raises:
+        ValueError: if a line has more than `MAX_TEXT_LINE` bytes, which only a file without lines has.
+    """
+    number = 0
+    while line := file.readline(MAX_TEXT_LINE + 1):
+        number += 1
+        if len(line) > MAX_TEXT_LINE:
+            raise ValueError(f"not lines of text: line {number} has more than {MAX_TEXT_LINE >> 20} MiB")
+        yield line
 
 
 class _Requests:

@@ -2,14 +2,13 @@
 
 import codecs
 import math
-from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from nemo_lfr.errors import NemoLfrError
+from nemo_lfr.io.bounded import whole_lines
 from nemo_lfr.io.regular import open_regular
 
-MAX_LINE = 1 << 28  # bytes of a line; a JSON array of a whole corpus may be one line
 UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
@@ -40,12 +39,12 @@ def read_lines(path: Path, error: type[NemoLfrError] = NemoLfrError) -> list[byt
         error: exception class for a path that is not a regular file.
 
     Raises:
-        ValueError: if the file is UTF-16, or a line has more than `MAX_LINE` bytes.
+        ValueError: if the file is UTF-16, or a line is too long for `whole_lines`.
         NemoLfrError: of class `error`, if `path` is not a regular file.
         OSError: if the file cannot be read.
     """
     with open_regular(path, error) as file:
-        lines = list(bounded_lines(file))
+        lines = list(whole_lines(file))
     if lines and lines[0].startswith(UTF16_MARKS):
         raise ValueError("UTF-16 text; save it as UTF-8")
     if lines:
@@ -53,20 +52,6 @@ def read_lines(path: Path, error: type[NemoLfrError] = NemoLfrError) -> list[byt
     if not lines or lines[-1].endswith(b"\n"):
         lines.append(b"")  # the empty line after the last line feed
     return [line.removesuffix(b"\n").removesuffix(b"\r") for line in lines]
-
-
-def bounded_lines(file: IO[bytes]) -> Iterator[bytes]:
-    """Yield the lines of a file with their line ends.
-
-    Raises:
-        ValueError: if a line has more than `MAX_LINE` bytes, which only a file without lines has.
-    """
-    number = 0
-    while line := file.readline(MAX_LINE + 1):
-        number += 1
-        if len(line) > MAX_LINE:
-            raise ValueError(f"not lines of text: line {number} has more than {MAX_LINE >> 20} MiB")
-        yield line
 
 
 def without_nonfinite(value: Any) -> Any:

@@ -11,10 +11,11 @@ from nemo_lfr.corpus.ids import UniqueIds, clean_id, numbered_id
 from nemo_lfr.corpus.inventory import digest
 from nemo_lfr.corpus.sources.base import Clip, CorpusReader, OpenOptions, ShardSpec, repeat_number, unreadable
 from nemo_lfr.errors import ConfigError, shorten
+from nemo_lfr.io.bounded import whole_lines
 from nemo_lfr.io.columns import standard_labels
 from nemo_lfr.io.manifests import NOT_A_LINE, describe, line_id, resolve_audio_path, seconds
 from nemo_lfr.io.reading import read_file
-from nemo_lfr.io.text import UTF16_MARKS, bounded_lines
+from nemo_lfr.io.text import UTF16_MARKS
 
 # At least one of this many first lines of a manifest must be a valid entry.
 FIRST_LINES = 100
@@ -40,7 +41,7 @@ class Manifest(CorpusReader):
             )
         try:
             with open(path, "rb") as file:
-                lines = list(islice((line for line in bounded_lines(file) if line.strip()), FIRST_LINES))
+                lines = list(islice((line for line in whole_lines(file) if line.strip()), FIRST_LINES))
         except OSError as error:
             raise ConfigError(f"{path}: the manifest cannot be read: {error.strerror}.") from error
         except ValueError as error:
