@@ -126,6 +126,8 @@ def _decode(streams: int, num_frames: int, seed: int, ready: object, go: object,
     for at, number, frame in due:
         time.sleep(max(0.0, base + at - time.monotonic()))
         audio = decoders[number].push(tokens[:, frame : frame + 1])
+        if frame == num_frames - 1:
+            audio = np.concatenate([audio, decoders[number].flush()])
         if len(audio):
             players[number].arrivals.append((time.monotonic() - base - starts[number], len(audio) / 22050))
     queue.put(players)  # type: ignore[attr-defined]

@@ -1,8 +1,8 @@
 """Continuous batching of live streams.
 
 One thread runs the codec. At each step, the thread selects the most urgent stream that has input, and other streams of
-the same kind (encode or decode). It processes one chunk of each selected stream, in one batch. `push_encoders` and
-`push_decoders` guarantee that each stream gets the same results as if it were processed alone.
+the same kind (encode or decode). It processes one chunk of each selected stream, in one batch. The functions for
+batches in `codec.streaming` guarantee that each stream gets the same results as if it were processed alone.
 
 The queues of a stream have limits, so that memory is bounded. `Session.feed` waits while a stream has too much
 unprocessed input. The engine pauses a stream while its client has not collected earlier results.
@@ -20,7 +20,14 @@ import numpy as np
 
 from nemo_lfr.codec.codec import Codec
 from nemo_lfr.codec.cpu.malloc import trim_malloc
-from nemo_lfr.codec.streaming import StreamDecoder, StreamEncoder, push_decoders, push_encoders
+from nemo_lfr.codec.streaming import (
+    StreamDecoder,
+    StreamEncoder,
+    flush_decoders,
+    flush_encoders,
+    push_decoders,
+    push_encoders,
+)
 from nemo_lfr.errors import NemoLfrError, shorten
 from nemo_lfr.modules.weights import unchanged_networks
 from nemo_lfr.serve.session import EngineLimits, Session
@@ -254,11 +261,17 @@ class Engine:
 
     def _advance(self, batch: list[Session], chunks: list[np.ndarray]) -> Step:
         started = time.monotonic()
-        results = self._push(batch, chunks)
-        for number, session in enumerate(batch):
-            last = session._ended and not session._num_pending
-            if last and not isinstance(results[number], BaseException):
-                results[number] = self._flush(session, results[number])
+        decode = batch[0].kind == "decode"
+        results = _for_each(push_decoders if decode else push_encoders, [session._stream for session in batch], chunks)
+        ends = [
+            number
+            for number, session in enumerate(batch)
+            if session._is_last_step and not isinstance(results[number], BaseException)
+        ]
+        if ends:
+            for number, rest in zip(ends, self._flush([batch[number] for number in ends]), strict=True):
+                failed = isinstance(rest, BaseException)
+                results[number] = rest if failed else np.concatenate([results[number], rest], axis=-1)
         self._note_fault(results)
         with self._changed:
             for session, result in zip(batch, results, strict=True):
@@ -279,34 +292,31 @@ class Engine:
             self.fault = _description(faults[0])
 
     @staticmethod
-    def _push(batch: list[Session], chunks: list[np.ndarray]) -> list[Any]:
-        """Push chunks to all streams, and return a result or an exception for each.
+    def _flush(sessions: list[Session]) -> list[Any]:
+        """End streams of one kind, and return the rest of the results or an exception for each."""
+        streams = [session._stream for session in sessions]
+        if sessions[0].kind == "decode":
+            return _for_each(flush_decoders, streams, [session._num_samples for session in sessions])
+        return _for_each(flush_encoders, streams)
 
-        If the batch fails, each stream is processed alone, so that only the streams with an error end.
-        """
-        push: Callable[..., list[np.ndarray]] = push_encoders if batch[0].kind == "encode" else push_decoders
-        streams = [session._stream for session in batch]
-        try:
-            return list(push(streams, chunks))
-        except Exception as error:
-            if len(batch) == 1:
-                return [error]
-        results: list[Any] = []
-        for stream, chunk in zip(streams, chunks, strict=True):
-            try:
-                results += push([stream], [chunk])
-            except Exception as error:  # reported to the client of this stream
-                results.append(error)
-        return results
 
-    @staticmethod
-    def _flush(session: Session, result: np.ndarray) -> Any:
-        stream = session._stream
+def _for_each(function: Callable[..., list[np.ndarray]], streams: list[Any], *arguments: list[Any]) -> list[Any]:
+    """Call a function of batches of streams, and return a result or an exception for each stream.
+
+    If the batch fails, each stream is processed alone, so that only the streams with an error end.
+    """
+    try:
+        return list(function(streams, *arguments))
+    except Exception as error:
+        if len(streams) == 1:
+            return [error]
+    results: list[Any] = []
+    for values in zip(streams, *arguments, strict=True):
         try:
-            rest = stream.flush(session._num_samples) if isinstance(stream, StreamDecoder) else stream.flush()
+            results += function(*([value] for value in values))
         except Exception as error:  # reported to the client of this stream
-            return error
-        return np.concatenate([result, rest], axis=-1)
+            results.append(error)
+    return results
 
 
 def _warm_up(stream: StreamEncoder | StreamDecoder) -> None:

@@ -92,6 +92,11 @@ class Session:
         """Length of one frame of output: 1 when encoding, in samples when decoding."""
         return 1 if self.kind == "encode" else self._codec.samples_per_frame
 
+    @property
+    def _is_last_step(self) -> bool:
+        """Whether the input has ended and all of it was taken."""
+        return self._ended and not self._num_pending
+
     async def feed(self, items: np.ndarray) -> None:
         """Queue input, and wait while too much of it is unprocessed.
 
@@ -172,7 +177,10 @@ class Session:
 
     def _next_frames(self) -> int:
         """Return the maximum number of frames that the next step takes from this stream."""
-        return self._ramp[0] if self._ramp else max(1, self._available())
+        frames = self._ramp[0] if self._ramp else max(1, self._available())
+        # The last step also processes the frames that were waiting for their lookahead.
+        ends = self._ended and self._num_pending <= frames * self._frame
+        return frames + self._stream.delay_frames if ends else frames
 
     def _take(self, frames: int) -> np.ndarray:
         """Remove the next chunk from the queue and return it.

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from nemo_lfr.codec import streaming
+from nemo_lfr.codec import stream_batches
 from nemo_lfr.codec.codec import Codec
-from nemo_lfr.codec.streaming import push_decoders, push_encoders
+from nemo_lfr.codec.streaming import flush_decoders, flush_encoders, push_decoders, push_encoders
 from nemo_lfr.errors import AudioError, NemoLfrError, TokensError
 from nemo_lfr.pretrained import load
 from tests.models import KINDS, build_codec, cached_codec, synthesize
@@ -201,6 +201,45 @@ def test_streams_pushed_together_equal_each_alone():
             assert np.abs(heard - decode(codec, before, [before.shape[1]])[: len(heard)]).max() < 1e-5
 
 
+def test_streams_flushed_together_equal_each_alone():
+    codec = cached_codec("symmetric")
+    waves = [synthesize(0.5, seed=number)[:size] for number, size in enumerate((9000, 0, 5000, 700, 9000))]
+    encoders, decoders = [codec.stream_encoder() for _ in waves], [codec.stream_decoder() for _ in waves]
+    tokens = push_encoders(encoders, waves)
+    tokens = [np.concatenate(both, axis=1) for both in zip(tokens, flush_encoders(encoders), strict=True)]
+    for wave, found in zip(waves, tokens, strict=True):
+        alone = codec.stream_encoder()
+        expected = np.concatenate([alone.push(wave), alone.flush()], axis=1)
+        assert found.shape == expected.shape
+        assert (found == expected).all()
+    audio = push_decoders(decoders, tokens)
+    lengths = [len(waves[0]), None, None, len(waves[3]), None]
+    rests = flush_decoders(decoders, lengths)
+    for found, rest, part, length in zip(tokens, rests, audio, lengths, strict=True):
+        expected = decode(codec, found, [found.shape[1]], length)
+        assert np.concatenate([part, rest]).shape == expected.shape
+        assert np.allclose(np.concatenate([part, rest]), expected, atol=1e-5)
+    assert flush_encoders([]) == flush_decoders([]) == []
+
+
+def test_invalid_length_of_one_stream_leaves_all_streams_open():
+    codec = cached_codec("symmetric")
+    decoders = [codec.stream_decoder() for _ in range(2)]
+    first = push_decoders(decoders, [np.zeros((8, 3), int)] * 2)[0]
+    with pytest.raises(TokensError, match="3 frames were pushed"):
+        flush_decoders(decoders, [None, 5000])
+    with pytest.raises(NemoLfrError, match="got 1 lengths for 2 streams"):
+        flush_decoders(decoders, [3000])
+    with pytest.raises(NemoLfrError, match="passed twice"):
+        flush_decoders([decoders[0], decoders[0]])
+    for wrong in (3, [codec.stream_encoder()]):
+        with pytest.raises(NemoLfrError, match="pass"):
+            flush_decoders(wrong)
+    assert [len(first) + len(rest) for rest in flush_decoders(decoders, [3000, None])] == [3000, 3072]
+    with pytest.raises(NemoLfrError, match="flushed"):
+        flush_decoders(decoders)
+
+
 def test_foreign_input_raises():
     codec = cached_codec("symmetric")
     encoder, decoder = codec.stream_encoder(), codec.stream_decoder()
@@ -254,13 +293,13 @@ def test_invalid_input_of_one_stream_does_not_affect_the_others():
 def test_long_chunk_is_processed_in_short_ones(monkeypatch):
     codec, wave = cached_codec("symmetric"), synthesize(6)
     sizes = []
-    together = streaming.run_batched
+    together = stream_batches.run_batched
 
     def watched(states, inputs, *rest):
         sizes.append(inputs[0].shape)
         return together(states, inputs, *rest)
 
-    monkeypatch.setattr(streaming, "run_batched", watched)
+    monkeypatch.setattr(stream_batches, "run_batched", watched)
     encoder, decoder = codec.stream_encoder(), codec.stream_decoder()
     tokens = np.concatenate([encoder.push(wave), encoder.flush()], axis=1)
     assert_same_tokens(codec, wave, torch.from_numpy(tokens))
@@ -329,7 +368,7 @@ def test_stream_in_use_by_another_thread_raises_and_stays_unchanged(use, monkeyp
     codec, wave = cached_codec("symmetric"), synthesize(0.7)
     stream, other = codec.stream_encoder(), codec.stream_encoder()
     computing, done = threading.Event(), threading.Event()
-    together = streaming.run_batched
+    together = stream_batches.run_batched
 
     def slow(*arguments):
         computing.set()
@@ -339,7 +378,7 @@ def test_stream_in_use_by_another_thread_raises_and_stays_unchanged(use, monkeyp
     found: list[np.ndarray] = []
     thread = threading.Thread(target=lambda: found.append(stream.push(wave[:9000])))
     with monkeypatch.context() as patch:
-        patch.setattr(streaming, "run_batched", slow)
+        patch.setattr(stream_batches, "run_batched", slow)
         thread.start()
         assert computing.wait(60)
         uses = {
@@ -362,7 +401,7 @@ def test_stream_in_use_by_another_thread_raises_and_stays_unchanged(use, monkeyp
 def test_a_push_that_fails_halfway_is_undone(monkeypatch):
     codec, wave = cached_codec("symmetric"), synthesize(4)
     stream = codec.stream_encoder()
-    together, calls = streaming.run_batched, []
+    together, calls = stream_batches.run_batched, []
 
     def interrupted(*arguments):
         calls.append(1)
@@ -372,7 +411,7 @@ def test_a_push_that_fails_halfway_is_undone(monkeypatch):
 
     found = [stream.push(wave[:5000])]
     with monkeypatch.context() as patch:
-        patch.setattr(streaming, "run_batched", interrupted)
+        patch.setattr(stream_batches, "run_batched", interrupted)
         with pytest.raises(KeyboardInterrupt):
             stream.push(wave[5000:])
     found += [stream.push(wave[5000:]), stream.flush()]
