@@ -49,9 +49,10 @@ def test_a_codec_whose_streams_cannot_be_batched_is_refused():
         Engine(codec)
 
 
-def test_a_step_that_fails_ends_its_streams_only(monkeypatch):
+@pytest.mark.parametrize("function", ["push_decoders", "flush_decoders", "Engine._advance"])
+def test_a_step_that_fails_ends_its_streams_only(monkeypatch, function):
     async def work(engine):
-        monkeypatch.setattr(Engine, "_push", staticmethod(lambda *_: 1 / 0))
+        monkeypatch.setattr(f"nemo_lfr.serve.engine.{function}", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             await decode(engine)
         monkeypatch.undo()

@@ -44,12 +44,12 @@ def fail(*_):
     raise RuntimeError("CUDA error: an illegal memory access was encountered\nCompile with more")
 
 
-@pytest.mark.parametrize("function", ["_push", "_advance"])
+@pytest.mark.parametrize("function", ["push_decoders", "flush_decoders", "Engine._advance"])
 @pytest.mark.parametrize("is_full", [False, True])
 def test_a_network_that_fails_is_reported_until_it_works(monkeypatch, function, is_full):
     with running(Settings(EngineLimits(max_streams=1))) as server:
         decode(server)
-        monkeypatch.setattr(Engine, function, staticmethod(fail))
+        monkeypatch.setattr(f"nemo_lfr.serve.engine.{function}", fail)
         with pytest.raises(ServerError):
             decode(server)
         others = [Client(server.url(""), retry_s=5).decode_stream()] if is_full else []
