@@ -140,8 +140,8 @@ def printable(text: str) -> str:
 def install_command(*packages: str) -> str:
     """Return the pip command that installs optional packages.
 
-    The command names the packages instead of an extra such as `nemo_lfr[eval]`, so it works however nemo_lfr itself
-    was installed. Each package has the version limits that nemo_lfr requires.
+    The command names the packages rather than an extra such as `nemo_lfr[eval]`. It therefore also works if nemo_lfr
+    was installed from a clone or a local file. Each package has the version limits that nemo_lfr requires.
 
     Args:
         packages: names on the package index, with their extras, such as "nemo_toolkit[tts]".

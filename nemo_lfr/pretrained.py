@@ -63,9 +63,9 @@ def load(
     at level WARNING is logged with its measured quality.
 
     Args:
-        source: path of a `.nemo` file, a Lightning `.ckpt` file, a folder with `config.json` and `model.safetensors`,
-            or a folder that `nemo-lfr export onnx` wrote; or the name of a repository on the Hugging Face Hub; or None
-            for the bundled codec.
+        source: local path, or name of a repository on the Hugging Face Hub; None for the bundled codec. A path may
+            refer to a `.nemo` file, a Lightning `.ckpt` file, a folder with `config.json` and `model.safetensors`, or
+            a folder that `nemo-lfr export onnx` wrote.
         device: device to run on, such as "cpu" or "cuda"; default: a GPU if there is one, else the CPU.
         precision: "fp32", "tf32", "bf16" or "fp16"; see `nemo_lfr.codec.torch_backend.TorchBackend`.
         backend: "torch", "onnx", or the name of another registered backend (`nemo_lfr.codec.backends`). Default: the

@@ -25,7 +25,7 @@ class CodecSpec:
         levels: number of FSQ levels in each dimension of one codebook.
         num_codebooks: number of codebooks C, which is also the number of tokens in one frame.
         fingerprint: hash of the codec's weights and settings, 16 hex digits; empty if unknown.
-        precision: precision of the encoder; "fp32" gives the reference tokens.
+        precision: precision in which the encoder ran, such as "fp32".
     """
 
     sample_rate: int
@@ -97,7 +97,11 @@ class KnownCodec(Protocol):
 
 
 def same_fingerprint(first: str, second: str) -> bool:
-    """Return whether two fingerprints are equal, or both belong to the bundled codec (see `BUNDLED_OLDER`)."""
+    """Return whether two fingerprints are equal, or both belong to the bundled codec.
+
+    The bundled codec has several fingerprints, since older versions of this package computed different values; see
+    `BUNDLED_OLDER`.
+    """
     return first == second or {first, second} <= {BUNDLED, *BUNDLED_OLDER}
 
 

@@ -1,4 +1,4 @@
-"""Find the audio column in a table from another source, and convert Arrow cells to audio and labels."""
+"""Find the audio column of a table, and convert Arrow cells to audio and labels."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -107,8 +107,8 @@ def audio_cell(cell: Any, rate: Any = None) -> bytes | str | Samples:
     """Return the audio in an Arrow cell: file bytes, a path, or decoded samples.
 
     Args:
-        cell: Arrow scalar: bytes, a path as text, a list of samples [T] or [C, T], or a struct as `datasets` writes
-            it, with the fields `bytes`, `path`, or `array` and `sampling_rate`.
+        cell: Arrow scalar: bytes, a path as text, a list of samples [T] or [C, T], or a struct. As in `datasets`, a
+            struct has the fields `bytes` and `path`, or the fields `array` and `sampling_rate`.
         rate: sample rate in Hz for samples without a sample rate in the cell.
 
     Raises:

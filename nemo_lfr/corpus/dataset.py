@@ -265,7 +265,7 @@ class TokenDataset(IterableDataset[TokenizedUtterance]):
 
     @staticmethod
     def collate(utterances: Sequence[TokenizedUtterance], pad: int = 0) -> dict[str, Any]:
-        """Collate utterances into a batch; see `collate`."""
+        """Collate utterances into a batch; see the function `collate` of this module."""
         return collate(utterances, pad)
 
 

@@ -53,7 +53,7 @@ class Part:
 
     @property
     def name(self) -> str:
-        """Return the base name of the part's files, for example "0-of-4"."""
+        """Return the base name of the part's lock file, for example "0-of-4"."""
         return f"{self.index}-of-{self.count}"
 
     def owns(self, shard: int) -> bool:

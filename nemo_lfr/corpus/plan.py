@@ -121,7 +121,7 @@ def load_or_create_plan(
         corpus: reader of the corpus.
         spec: description of the codec.
         entropy_model: hash of the entropy model; None without compression.
-        made: the codec's method `made`, which returns whether this codec made the tokens with a fingerprint.
+        made: the codec's method `made`, which returns whether tokens with a certain fingerprint are from this codec.
 
     Raises:
         NemoLfrError: if the corpus is empty, or the stored plan is damaged, or was made for another corpus, codec or
@@ -149,9 +149,9 @@ def load_or_create_plan(
         stored["codec"] = spec
     if differ := sorted(key for key in expected if stored.get(key) != expected[key]):
         reasons = "; ".join(
-            "another corpus, or a changed one"
+            "the corpus is another one or was changed"
             if key == "corpus"
-            else f"{key} {stored.get(key)!r}, now {expected[key]!r}"
+            else f"{key} was {stored.get(key)!r}, but is now {expected[key]!r}"
             for key in differ
         )
         raise NemoLfrError(

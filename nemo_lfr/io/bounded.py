@@ -35,7 +35,7 @@ def whole_lines(file: Any) -> Iterator[bytes]:
     """Yield the lines of a binary file.
 
     Raises:
-        ValueError: if a line has more than `MAX_TEXT_LINE` bytes, which only a file without lines has.
+        ValueError: if a line has more than `MAX_TEXT_LINE` bytes. The file is then most likely not text.
     """
     number = 0
     while line := file.readline(MAX_TEXT_LINE + 1):

@@ -1,4 +1,4 @@
-"""Names that tables from other sources use for their columns of audio, text, speakers and languages."""
+"""Usual names of the table columns that contain audio, text, speakers and languages."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping

@@ -108,9 +108,9 @@ def _check_array(item: Mapping[str, Any]) -> None:
 def read_cut(cut: Any, sample_rate: int, longest: float = math.inf, allow_url: bool = False) -> np.ndarray:
     """Read a Lhotse cut or recording as mono samples.
 
-    If the cut is an excerpt of one file, with all channels of the file and no augmentation, the samples are the same
-    as for an entry of a NeMo manifest. For any other cut, this module reads the sources, and Lhotse assembles the cut
-    from their samples.
+    If the cut is an excerpt of one file, with all channels of the file and no augmentation, a NeMo manifest entry for
+    this excerpt would give the same samples. For any other cut, this module reads the sources, and Lhotse assembles
+    the cut from their samples.
 
     Args:
         cut: cut of any type, or recording.

@@ -147,8 +147,8 @@ def check_fields(folder: Path, fields: Iterable[str]) -> None:
         own = name in MonoCut.__dataclass_fields__ or hasattr(MonoCut, name) or hasattr(MultiCut, name)
         if name != "cuts" and (not name.isidentifier() or (own and name not in CUT_FIELDS)):
             raise ConfigError(
-                f"{folder}: the field {shorten(name)!r} of this Shar is not a valid name for custom data of a cut; "
-                "rename its files, or move them elsewhere."
+                f"{folder}: {shorten(name)!r} is the name of a field of this Shar, but is not a valid name for custom "
+                "data of a cut; rename the field's files, or move them to another folder."
             )
 
 
@@ -208,8 +208,8 @@ def _attach(item: CutItem, values: Mapping[str, tuple[str, Any]], allow_url: boo
         for name, (of, value) in values.items():
             if of != item.id:
                 raise AudioError(
-                    f"the field {name} has data of the cut {shorten(of)!r} in place of this cut's; an item is missing "
-                    "or out of order, so create the Shar again."
+                    f"the field {name} has the data of the cut {shorten(of)!r} where the data of this cut should be; "
+                    "an item is missing or out of order, so create the Shar again."
                 )
             if value is None:
                 continue

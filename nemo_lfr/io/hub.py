@@ -29,7 +29,8 @@ def find_checkpoint(source: str | os.PathLike[str] | None, refresh: bool = False
     """Return the local path of a checkpoint, and download the checkpoint if necessary.
 
     Args:
-        source: path (see `locate_checkpoint`), Hub id such as "OWNER/NAME", or model name; None for the bundled codec.
+        source: path (see `locate_checkpoint`), Hub id such as "OWNER/NAME", or NeMo's name of a model (see `ALIASES`);
+            None for the bundled codec.
         refresh: download the checkpoint again, even if it is in the Hub's cache.
 
     Returns:

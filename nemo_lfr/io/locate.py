@@ -169,8 +169,8 @@ def _snapshot(folder: Path) -> Path:
         raise CheckpointError(f"{path}: the folder cannot be read ({error.strerror}).") from error
     if len(snapshots) != 1:
         raise CheckpointError(
-            f"{folder}: the folder in the Hub's cache has {len(snapshots)} snapshots and no reference to one of them; "
-            "pass the path of a snapshot, or download the repository again."
+            f"{folder}: the folder in the Hub's cache has {len(snapshots)} snapshots, and does not say which one is "
+            "current; pass the path of a snapshot, or download the repository again."
         )
     return snapshots[0]
 

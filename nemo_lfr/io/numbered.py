@@ -44,6 +44,6 @@ def check_numbered(folder: Path, paths: Iterable[Path]) -> None:
         names = ", ".join(shorten(name) for name in missing[:NAMED])
         more = f" and {len(missing) - NAMED} more" if len(missing) > NAMED else ""
         raise ConfigError(
-            f"{folder}: incomplete: {names}{more} missing, according to the names of the other files; copy the "
-            "missing files. To use the others alone, rename them without '-of-' and the total."
+            f"{folder}: files are missing: {names}{more}; copy them into the folder. To use only the existing files, "
+            "remove '-of-' and the total from their names."
         )

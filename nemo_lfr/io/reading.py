@@ -85,7 +85,8 @@ def read_samples(
     assert isinstance(rate, int | float | np.number)
     if samples.ndim not in (1, 2) or not np.issubdtype(samples.dtype, np.number) or np.iscomplexobj(samples):
         raise AudioError(
-            f"{name}: the audio is an array of shape {samples.shape}, {samples.dtype}; expected numbers [T]."
+            f"{name}: the audio is an array of {samples.dtype} with shape {samples.shape}; expected numbers with "
+            "shape [T] or [C, T]."
         )
     wave: np.ndarray = samples_to_float(samples, name)
     if wave.ndim == 2:
@@ -117,7 +118,8 @@ def check_end(reader: AudioReader, offset: float, duration: float, name: str) ->
         name: name of the clip for messages.
 
     Raises:
-        AudioError: if the clip ends after the end of the file, by more than durations are rounded.
+        AudioError: if the file is shorter than the manifest says, unless the difference is so small that it may be due
+            to a rounded duration.
     """
     if offset + duration > reader.duration + max(DURATION_SLACK, 0.02 * duration):
         raise AudioError(

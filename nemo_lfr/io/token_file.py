@@ -10,7 +10,8 @@ All integers are little-endian. Every CRC is a CRC-32 as in zlib. Version 2 of t
              H bytes   metadata, a JSON object in UTF-8 (see below)
              4 bytes   CRC of the header before this field
     block    4 bytes   number of frames N, 1 to 65536
-             N * F     payload: N frames, each of which is one number of F bytes, see `packing.py` (11 for 8 x 2016)
+             N * F     payload: N frames. Each frame is one number of F bytes, see `packing.py`; for 8 codebooks of
+                       2016 entries, F is 11
              4 bytes   CRC of the previous section's CRC field, followed by this block up to this field
     ...      further blocks
     end      4 bytes   0
@@ -22,7 +23,7 @@ The metadata contains `sample_rate`, `samples_per_frame`, `levels` (of one codeb
 (of the codec's weights and settings), `precision` and `written_by`.
 
 In coding 1 (`nemo_lfr/io/entropy/`), N is at most 1024, and 4 additional bytes after N contain the length of the
-payload. The metadata is a list of the same values in the same order, followed by the name of the entropy model.
+payload. The metadata is a list of the same values in the same order, followed by the hash of the entropy model.
 
 In version 1, H has 4 bytes, no coding byte follows, each CRC covers only its own section, and there is no outline.
 
@@ -110,7 +111,7 @@ class Metadata(CodecSpec):
 
     @classmethod
     def from_list(cls, raw: bytes) -> tuple["Metadata", str]:
-        """Parse the metadata of a compressed file, and the name of its entropy model.
+        """Parse the metadata of a compressed file, and the hash of its entropy model.
 
         The metadata is a list of values. Their names are omitted, since they would take 5% of a short file.
 
@@ -121,9 +122,9 @@ class Metadata(CodecSpec):
         if not isinstance(values, list):
             raise TypeError(f"expected a list, found {shorten(repr(values))}")
         named = dict(zip((*cls.__dataclass_fields__, "entropy"), values, strict=False))
-        # The name of the model becomes part of a file name, so it must not contain other characters.
+        # The hash of the model becomes part of a file name, so it must not contain other characters.
         if not isinstance(named["entropy"], str) or not HASH.fullmatch(named["entropy"]):
-            raise ValueError(f"entropy is {shorten(repr(named['entropy']))}, not the name of a model")
+            raise ValueError(f"entropy is {shorten(repr(named['entropy']))}, not the hash of a model")
         return cls._from_values(named), named["entropy"]
 
     @classmethod

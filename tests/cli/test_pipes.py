@@ -306,7 +306,7 @@ def test_ambiguous_data_after_the_samples_of_a_pipe_is_reported(monkeypatch):
     header, head = read_wav_header(source.read)
     filtered = WavSamples(header, len(head))
     assert filtered.push(source.read()) + filtered.finish() == b""
-    assert "may be samples or a chunk; pass it as a file" in filtered.problem
+    assert "may be samples or other data; write it to a file" in filtered.problem
 
 
 @pytest.mark.parametrize("name", ["data size 0", "data size of a quarter", "list after", "cut WAV"])

@@ -103,7 +103,7 @@ def test_an_input_edited_to_the_same_size_is_not_resumed(kind, folder, model):
     assert tokenize(job, workers=1, device="cpu")["clips"] == 3
     assert INPUTS[kind](folder, "pqr") == source
     assert sizes == [p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file() and "out" not in p.parts]
-    with pytest.raises(NemoLfrError, match="another corpus, or a changed one"):
+    with pytest.raises(NemoLfrError, match="the corpus is another one or was changed"):
         tokenize(job, workers=1, device="cpu")
     INPUTS[kind](folder, "xyz")
     assert tokenize(job, workers=1, device="cpu")["clips"] == 3  # the original input again

@@ -44,7 +44,7 @@ def test_all_suffixes_of_parquet_are_read(name, sound, tmp_path):
 def test_a_missing_file_that_the_others_announce_is_named(sound, tmp_path):
     for index in (0, 2):
         path = write(tmp_path / "rows" / f"train-{index:05d}-of-00003.parquet", {"audio": [sound]})
-    with pytest.raises(ConfigError, match=r"rows: incomplete: train-00001-of-00003\.parquet missing"):
+    with pytest.raises(ConfigError, match=r"rows: files are missing: train-00001-of-00003\.parquet;"):
         clips_of(tmp_path / "rows")
     assert len(clips_of(path)) == 1  # a file that is passed by itself
     write(tmp_path / "rows" / "train-00001-of-00003.parquet", {"audio": [sound]})
@@ -111,4 +111,4 @@ def test_files_with_other_labels_are_reported(sound, tmp_path, caplog):
     write(tmp_path / "rows" / "a.parquet", {"audio": [sound], "text": ["a"], "speaker": ["s"]})
     write(tmp_path / "rows" / "b.parquet", {"audio": [sound], "sentence": ["b"], "speaker": ["s"]})
     assert [clip.labels["text"] for clip in clips_of(tmp_path / "rows")] == ["a", "b"]
-    assert "b.parquet: other columns than in the files before: without 'text', with 'sentence'." in caplog.text
+    assert "b.parquet: the columns differ from the first file: missing 'text', additional 'sentence'." in caplog.text

@@ -161,13 +161,16 @@ REFUSED = {
     "another number of parts": (lambda config: run(config, Part(0, 3)), "started with 2 parts, not 3"),
     "other options": (
         lambda config: run(replace(config, pad="magpie"), Part(1, 2)),
-        "contains the tokens of another run .pad 'encode', now 'magpie'",
+        "contains the tokens of another run .pad was 'encode', but is now 'magpie'",
     ),
     "another corpus": (
         lambda config: run(replace(config, source=str(Path(config.source).parent)), Part(1, 2)),
-        "another corpus, or a changed one",
+        "the corpus is another one or was changed",
     ),
-    "another format": (lambda config: run(replace(config, kind="parquet"), Part(1, 2)), "kind 'lfr', now 'parquet'"),
+    "another format": (
+        lambda config: run(replace(config, kind="parquet"), Part(1, 2)),
+        "kind was 'lfr', but is now 'parquet'",
+    ),
     "Ray": (
         lambda config: tokenize(replace(config, part=Part(1, 2)), ray="local"),
         "--ray and --shard-of cannot be used",
@@ -201,7 +204,7 @@ def test_a_folder_that_grew_is_refused_and_does_not_disturb_the_running_parts(au
             messages.append(str(error.value))
 
     assert run(config, Part(0, 2), watch=grow)["shards"] == 2
-    assert "another corpus, or a changed one" in messages[0]
+    assert "the corpus is another one or was changed" in messages[0]
 
 
 @pytest.mark.parametrize(

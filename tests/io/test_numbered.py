@@ -33,7 +33,7 @@ def test_missing_files_of_a_numbered_set_are_named(kind, tmp_path):
     assert missing_files(paths) == missing
     if not missing:
         return check_numbered(tmp_path, paths)
-    with pytest.raises(ConfigError, match=f"incomplete: {missing[0]}"):
+    with pytest.raises(ConfigError, match=f"files are missing: {missing[0]}"):
         check_numbered(tmp_path, paths)
 
 

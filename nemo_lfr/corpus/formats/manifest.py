@@ -36,9 +36,9 @@ LINES = f"{STATE}/lines"  # folder with the manifest lines of each shard, which 
 
 
 def own_labels(clip: Clip) -> dict[str, Any]:
-    """Return the labels of a clip for a line, in which the key "id" contains the clip's id.
+    """Return the labels of a clip for its line in the manifest.
 
-    The corpus's own id, if there is one, is moved to the key "source_id".
+    In this line, the key "id" contains the clip's id. If the corpus has a label "id", it is renamed to "source_id".
     """
     labels = dict(clip.labels)
     if "id" in labels:

@@ -69,7 +69,7 @@ class Parquet(Table):
 
     @property
     def identity(self) -> str:
-        """Return a hash of the files and of the columns that their folders stand for."""
+        """Return a hash of the files, and of the columns in the names of their folders."""
         if not any(self.partitions):
             return super().identity
         pairs = zip(self.files, self.partitions, strict=True)
@@ -102,11 +102,11 @@ class Parquet(Table):
                 columns = table.schema_arrow.names
                 if self.column not in columns:
                     raise ConfigError(
-                        f"{self.files[file]}: no column {self.column!r}, from which the other files take the audio; "
+                        f"{self.files[file]}: no column {self.column!r}, which contains the audio in the other files; "
                         f"found {shorten(columns, 300)}. Rename the column, or tokenize this file by itself."
                     )
                 if difference := _difference(columns, first_columns or columns):
-                    logger.warning("%s: other columns than in the files before: %s.", self.files[file], difference)
+                    logger.warning("%s: the columns differ from the first file: %s.", self.files[file], difference)
                 first_columns = first_columns or columns
                 first = number
             except ConfigError as error:
@@ -154,8 +154,8 @@ def _difference(columns: Sequence[str], expected: Sequence[str]) -> str:
     parts = [
         f"{word} {', '.join(shorten(repr(name)) for name in names[:NAMED])}"
         for word, names in (
-            ("without", [name for name in expected if name not in columns]),
-            ("with", [name for name in columns if name not in expected]),
+            ("missing", [name for name in expected if name not in columns]),
+            ("additional", [name for name in columns if name not in expected]),
         )
         if names
     ]

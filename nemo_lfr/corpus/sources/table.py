@@ -67,7 +67,10 @@ class Table(CorpusReader):
         return self._files
 
     def log_choices(self) -> None:
-        """Log which columns become labels, and warn about audio files in the folder, which may not be in a table."""
+        """Log which columns become labels, and warn if the folder contains audio files.
+
+        Audio files that no table lists are not used.
+        """
         if chosen := chosen_columns(self.columns):
             text = ", ".join(f"{label} from column {column!r}" for label, column in chosen.items())
             logger.warning("%s: labels are read from columns with other names: %s.", self.path, text)

@@ -39,7 +39,7 @@ class Frame:
     def kind(self) -> Kind:
         """Return the properties that are the same in all frames of a recording.
 
-        The size `side` differs between mono and stereo.
+        In layer 3, `side` also distinguishes mono from stereo.
         """
         return self.layer, self.rate, self.side
 
@@ -181,7 +181,11 @@ def _left_out(window: Window, start: int | None, stop: int) -> str | None:
     begin = min(after_tags(window, start), stop)
     if stop - begin >= FEW_BYTES:
         return f"{stop - begin} bytes at {begin} are not MPEG audio and are ignored"
-    return f"the audio ends with {stop - start} bytes of padding" if stop - start > MAX_PADDING else None
+    return (
+        f"the audio ends with {stop - start} bytes of padding, which are ignored"
+        if stop - start > MAX_PADDING
+        else None
+    )
 
 
 def _confirmed(window: Window, position: int, frame: Frame) -> bool:

@@ -27,7 +27,7 @@ from nemo_lfr.io.containers.stream import (
 )
 from nemo_lfr.io.containers.wav_header import WavHeader, is_wav
 
-SEVERAL = "the audio contains several recordings; pass it as a file, or convert each of them to WAV"
+SEVERAL = "the audio contains several recordings; write it to a file, and pass the file"
 # Maximum size in bytes of a chunk before the samples; a damaged header may declare gigabytes.
 MAX_HEADER_CHUNK = 1 << 16
 # Maximum number of bytes buffered from a pipe to distinguish chunks from samples.
@@ -78,8 +78,8 @@ class WavSamples:
             self.problem = cut_short(self._declared, self._declared - self._left)
         elif self._skip and self._unknown is not None:
             self.problem = (
-                "the audio is longer than its header says, and the remaining bytes may be samples or a chunk; "
-                "pass it as a file"
+                "the audio is longer than its header says, and the remaining bytes may be samples or other data; "
+                "write it to a file, and pass the file"
             )
         return samples
 

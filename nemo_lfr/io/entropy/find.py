@@ -127,5 +127,5 @@ def find_model(
     raise EntropyModelError(
         f"{beside}: the file was compressed with the entropy model {wanted}, which was not found. Get "
         f"{wanted}{SUFFIX} from the author of the file and pass it as --entropy-model, or put it beside the file. If "
-        f"a bundled codec wrote it, the model is weights/{BUNDLED} in the package of that version ({written_by})."
+        f"the file was written with the bundled codec of {written_by}, the model is weights/{BUNDLED} in that version."
     )

@@ -112,9 +112,10 @@ def block_features(spec: ModelSpec, digits: np.ndarray) -> np.ndarray:
 
 
 def hidden_sums(model: EntropyModel, features: np.ndarray) -> np.ndarray:
-    """Compute the sums of the second hidden layer from the past frames.
+    """Compute the part of the second hidden layer's sums that depends on past frames.
 
-    The digits of the current frame are added later, one by one, as they become known.
+    A sum is the value of a hidden unit before the activation function. The digits of the current frame change the sums
+    later, one by one, as they become known.
 
     Args:
         model: entropy model.
