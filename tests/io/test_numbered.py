@@ -38,6 +38,6 @@ def test_missing_files_of_a_numbered_set_are_named(kind, tmp_path):
 
 
 def test_many_missing_files_are_counted():
-    with pytest.raises(ConfigError, match=r"t-005-of-100 and 94 more missing") as error:
+    with pytest.raises(ConfigError, match=r"t-005-of-100 and 94 more;") as error:
         check_numbered(Path("corpus"), [Path("t-000-of-100")])
     assert "\n" not in str(error.value)
