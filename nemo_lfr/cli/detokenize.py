@@ -30,7 +30,7 @@ from nemo_lfr.errors import NemoLfrError
 )
 @overwrite_option
 @count_option("--limit", "Maximum number of utterances to decode (default: all).")
-@click.option("--verify", is_flag=True, help="Compare hashes of the token files, not only their sizes.")
+@click.option("--verify", is_flag=True, help="Check the token files by their hashes, not only by their sizes.")
 @model_option("checkpoint (.nemo or .ckpt) or Hub id of the codec that made the tokens")
 @device_option()
 @precision_option

@@ -87,13 +87,13 @@ class RegistryOption(click.Option):
     multiple=True,
     cls=RegistryOption,
     metavar="KIND[:MODEL]",
-    help="Metric that is computed by a model, repeatable; kinds: {} (default: none).",
+    help="Metric that a model computes, repeatable; kinds: {} (default: none).",
 )
 @click.option(
     "--by",
     multiple=True,
     metavar="KEY",
-    help="Manifest key to group tables by, such as lang, repeatable (default: none).",
+    help="Manifest key, such as lang; adds a table for each of its values; repeatable (default: none).",
 )
 @count_option("--examples", "Number of recordings with audio players in the report.", 4, low=0)
 @count_option(

@@ -73,7 +73,7 @@ def export_to_onnx(out: Path, model: str | None, overwrite: bool) -> dict[str, A
     default=DEFAULT,
     show_default=True,
     metavar="PATH",
-    help=f"npm package onnxruntime-web {VERSION}: its folder, or the .tgz file of npm pack.",
+    help=f"Folder of the npm package onnxruntime-web {VERSION}, or the .tgz file from npm pack.",
 )
 @model_option("checkpoint (.nemo or .ckpt) or Hub id")
 @overwrite_option

@@ -161,5 +161,8 @@ skip_existing_option = click.option(
     "--skip-existing", is_flag=True, help="Keep existing outputs and process the other inputs."
 )
 lookahead_option = count_option(
-    "--lookahead", "Frames of lookahead for pipes; fewer reduce latency and quality (default: the codec's).", low=0
+    "--lookahead",
+    "For pipes: number of later frames that a result waits for. Fewer frames reduce latency and quality "
+    "(default: the codec's lookahead).",
+    low=0,
 )

@@ -81,10 +81,10 @@ def prepare(
     if done.failures_file is not None:
         print_line(f"failures   {done.failures_file}  ({len(done.failures)})")
     for path in done.kept:
-        print_line(f"from another run  {path}")
+        print_line(f"kept       {path}  (from an earlier run)")
     print_line(f"audio_dir  {done.audio_dir}")
     if kind == "folder" and not any(figures.speakers for figures in done.splits.values()):
-        print_line("speakers   unknown: folder names are not used (--speaker-level 1 uses those below CORPUS)")
+        print_line("speakers   unknown: folder names are not used (--speaker-level 1 uses folders directly in CORPUS)")
     session = current()
     session.failures += done.failures
     session.report_failures(shown=0)

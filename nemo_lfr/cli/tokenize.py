@@ -72,7 +72,7 @@ class FormatName(click.Choice):  # type: ignore[type-arg]  # generic in recent r
 @seconds_option("--max-duration", "Maximum duration of a clip, in seconds; longer clips fail.", 3600.0)
 @count_option("--workers", "Number of processes or Ray actors (default: one per GPU, or per core without a GPU).")
 @count_option("--threads", "Number of threads of each worker on a CPU.", 1)
-@count_option("--readers", "Number of threads of each worker that read audio.", 1)
+@count_option("--readers", "Number of threads in each worker for reading audio.", 1)
 @click.option(
     "--ray", metavar="ADDRESS", help="Run on Ray: local, auto, or the address of a cluster (default: without Ray)."
 )
@@ -84,7 +84,7 @@ class FormatName(click.Choice):  # type: ignore[type-arg]  # generic in recent r
 )
 @click.option("--allow-url", is_flag=True, help="Read audio from the http(s) URLs of Lhotse cuts.")
 @click.option("--strict", is_flag=True, help="Stop at the first clip that fails.")
-@click.option("--verify", is_flag=True, help="Compare hashes of existing shards, not only their sizes.")
+@click.option("--verify", is_flag=True, help="Check existing shards by their hashes, not only by their sizes.")
 @click.option(
     "--retry-failed",
     is_flag=True,
@@ -165,7 +165,9 @@ def _report(out: Path, done: dict[str, Any], failures: list[dict[str, str]]) -> 
     print_line(out)
     text = f"nemo-lfr: {done['clips']} clips, {done['hours']:.2f} hours"
     if missing:
-        text += f" in part {done['part']}; {out} is not complete yet: {missing} shards of other parts are missing"
+        text += (
+            f" by process {done['part']}; {out} is not complete yet: {missing} shards of other processes are missing"
+        )
     if failures and missing:
         echo_stderr(f"{text}; {len(failures)} clips failed; failures.jsonl will list them")
     elif failures:

@@ -54,7 +54,7 @@ def parse_tokens(frames: object, num_codebooks: int, codebook_size: int) -> np.n
 
 
 def audio_problem(content: bytes, audio_format: str, sample_rate: int, num_samples: int) -> str | None:
-    """Return why a response is not the requested audio file; None if it is.
+    """Return why a response is not the requested audio file; None if the response is this file.
 
     Args:
         content: content of the file.
@@ -92,7 +92,7 @@ def _flac_figures(content: bytes) -> tuple[int, int] | None:
 
 
 def _ogg_problem(content: bytes) -> str | None:
-    """Return why a file is not a complete Ogg Opus file; None if it is one.
+    """Return why a file is not a complete Ogg Opus file; None if the file is complete.
 
     The last page of a complete file has the end-of-stream flag.
     """

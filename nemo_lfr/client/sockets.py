@@ -52,6 +52,6 @@ def ramp_of(ramp: Sequence[int]) -> str | None:
 
 
 def closed_by(conversation: Conversation, error: Any) -> ServerError:
-    """Convert a `ConnectionClosed` of the package `websockets`, raised before the last result, to our error."""
+    """Return the error for a connection that was closed before the last result arrived."""
     frame = error.rcvd
     return conversation.closed(frame and frame.code, frame.reason if frame else "")

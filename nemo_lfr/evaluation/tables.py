@@ -243,7 +243,7 @@ def cost(evaluation: Evaluation) -> Table:
     head = [
         "codec",
         "kbit/s",
-        "kbit/s of its files",
+        "kbit/s of whole files",
         "compensated delay (ms)",
         "encoding, x real time",
         "decoding, x real time",
@@ -277,11 +277,11 @@ def compression(evaluation: Evaluation) -> Table | None:
     head = [
         "codec",
         "kbit/s",
-        "kbit/s of its files",
-        "kbit/s compressed",
-        "kbit/s of compressed files",
-        "bits a frame",
-        "bits a frame compressed",
+        "kbit/s of whole files",
+        "kbit/s, compressed",
+        "kbit/s of whole files, compressed",
+        "bits per frame",
+        "bits per frame, compressed",
     ]
     better: list[str | None] = [None, *("lower" for _ in head[1:])]
     return Table("Lossless compression of the tokens", head, rows, better) if rows else None
@@ -319,7 +319,7 @@ def codebooks(evaluation: Evaluation) -> Table | None:
                 " ".join(f"{value:.2f}" for value in entropy.tolist()),
             ]
         )
-    head = ["codec", "codebooks", "entries used (%)", "bits of an entry", "entropy of each codebook (bits)"]
+    head = ["codec", "codebooks", "entries used (%)", "bits per entry", "entropy of each codebook (bits)"]
     return Table("Codebooks", head, rows) if rows else None
 
 

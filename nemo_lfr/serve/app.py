@@ -161,7 +161,7 @@ def _info(engine: Engine, settings: Settings) -> dict[str, Any]:
 
 
 async def _report(_: Request, error: Exception) -> Response:
-    """Return an error of this package as JSON."""
+    """Return a JSON response for an error of this package."""
     status = 400
     if isinstance(error, OverloadedError):
         status = 503
@@ -174,7 +174,7 @@ async def _report(_: Request, error: Exception) -> Response:
 
 
 async def _report_path(request: Request, error: Exception) -> Response:
-    """Return an error that Starlette raised, such as an unknown path or a wrong method, as JSON."""
+    """Return a JSON response for an error that Starlette raised, such as an unknown path or a wrong method."""
     assert isinstance(error, HTTPException)
     message = error.detail
     if error.status_code == 404:
@@ -217,7 +217,13 @@ class _Admission:
                 "web pages of this origin are not allowed; start the server with --allow-origin ORIGIN.",
             )
         elif not self._has_token(headers, QueryParams(scope["query_string"])):
-            await _refuse(scope, receive, send, 401, "the access token is missing or wrong.")
+            await _refuse(
+                scope,
+                receive,
+                send,
+                401,
+                "the access token is missing or wrong; send it as Authorization: Bearer TOKEN.",
+            )
         else:
             await self._app(scope, receive, send)
 

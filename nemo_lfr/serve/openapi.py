@@ -19,7 +19,7 @@ def _format(*names: str) -> list[dict[str, Any]]:
 
 _TOKENS = {
     "type": "array",
-    "description": "Frames, each a list of one token per codebook.",
+    "description": "List of frames. Each frame is a list with one token per codebook.",
     "items": {"type": "array", "items": {"type": "integer"}},
 }
 _INTEGER = {"type": "integer"}
@@ -30,7 +30,7 @@ _ERRORS = {
         "401": "The access token is missing or wrong.",
         "408": "The client stopped sending the body.",
         "413": "The body is too large, or the recording is too long.",
-        "415": "The body is a form or compressed, or its content type is not that of its content.",
+        "415": "The body is a form or compressed, or its content type does not match its content.",
         "503": "The server has too many streams or files, or is shutting down.",
     }.items()
 }

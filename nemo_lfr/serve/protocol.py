@@ -137,7 +137,7 @@ def parse_text(text: str, name: str = "a text message") -> dict[str, Any]:
 
     Args:
         text: the JSON text.
-        name: what the text is, for error messages.
+        name: description of the text, for error messages.
 
     Raises:
         ProtocolError: if the text is not a JSON object, or repeats a key.

@@ -32,7 +32,8 @@ class _WebSockets(WebSocketsSansIOProtocol):
     stream. The close frame is queued behind data that the client has not read.
 
     Pings and fragments never reach the application, so its limits do not apply to them. Without a limit, one client
-    that sends them in a loop would occupy the event loop of all clients, and empty fragments would also fill memory.
+    that sends them in a loop would keep the event loop busy, so that other clients wait. Empty fragments would also
+    fill the memory.
     """
 
     send_s = 20.0

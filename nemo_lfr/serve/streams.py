@@ -55,7 +55,8 @@ class StreamLimits:
         """
         if num_items > self.max_seconds * rate:
             raise ProtocolError(
-                f"the recording is longer than {self.max_seconds:g} s, the server's limit.", CloseCode.TOO_BIG
+                f"the recording is longer than {self.max_seconds:g} s, the server's limit; send a shorter recording.",
+                CloseCode.TOO_BIG,
             )
 
 

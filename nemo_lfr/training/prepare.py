@@ -296,7 +296,7 @@ def _unusable(corpus: Path, name: str, error: Exception) -> Failure:
 
 
 def _fitted(utterance: CorpusUtterance, found: dict[str, float | Failure]) -> CorpusUtterance:
-    """Return an utterance with its duration, which the length of the file limits.
+    """Return an utterance with a duration that does not exceed the length of the file.
 
     If the file ends before the section that the corpus lists, the result has a problem instead.
     """

@@ -101,8 +101,8 @@ class NemoLfrModel(PreTrainedAudioTokenizerBase):
         model = result[0] if isinstance(result, tuple) else result
         if not model._is_validated and kwargs.get("state_dict") is None:
             raise CheckpointError(
-                f"{pretrained_model_name_or_path}: this way of loading does not validate the weights; use a folder "
-                "with model.safetensors, or call nemo_lfr.load."
+                f"{pretrained_model_name_or_path}: transformers loaded these weights without validation; pass a "
+                "folder with model.safetensors, or use nemo_lfr.load."
             )
         return result
 

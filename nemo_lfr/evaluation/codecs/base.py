@@ -46,8 +46,8 @@ class ComparedCodec(ABC):
         identity: text that identifies the weights, or the version of the program. Stored results are only reused for
             the same text.
         delay: delay of the codec's output in seconds. `round_trip` compensates for it.
-        levels: number of FSQ levels of each dimension of a codebook. (size,) if the codebooks are not FSQ; () if the
-            codec has no tokens.
+        levels: number of FSQ levels in each dimension of a codebook. If the codec does not use FSQ, the value is (size
+            of a codebook,). If the codec has no tokens, the value is ().
 
     Args:
         options: text after the colon in `--codec`. It must be empty unless a subclass reads it.
