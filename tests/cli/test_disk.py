@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import soundfile
@@ -99,6 +100,22 @@ def full_disk(free: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+@pytest.fixture
+def one_conversion(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Convert each network to ONNX once, because a conversion takes 5 s and its result does not depend on the disk."""
+    import torch
+
+    convert, converted = torch.onnx.export, {}
+
+    def export(*arguments: Any, **options: Any) -> Any:
+        key = tuple(options["input_names"])
+        if key not in converted:
+            converted[key] = convert(*arguments, **options)
+        return converted[key]
+
+    monkeypatch.setattr(torch.onnx, "export", export)
+
+
 def complaints(err: str) -> list[str]:
     """Return the errors on stderr; other lines may only name the codec, skipped files or a summary."""
     lines = [line for line in err.splitlines() if re.match(r"nemo-lfr: (error|failed): ", line)]
@@ -110,6 +127,7 @@ def complaints(err: str) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.usefixtures("one_conversion")
 @every_command
 def test_full_disk_names_the_file_in_one_line_and_leaves_no_partial_file(name, command, tmp_path, capsys):
     """Run with three limits (0, a quarter of the largest file, and slightly less than its size), then without one."""
