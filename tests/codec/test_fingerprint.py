@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from nemo_lfr.checkpoint import build_parts, write_checkpoint
 from nemo_lfr.checkpoint.names import GAIN
 from nemo_lfr.io.token_file import Metadata, TokenReader, TokenWriter
 from nemo_lfr.spec import BUNDLED, BUNDLED_OLDER
+from nemo_lfr.testing import TWO_STAGES
 from tests.models import KINDS, codec_config
 
 # Values of PyTorch's ATEN_CPU_CAPABILITY, which chooses among the kernels that the CPU can run.
@@ -70,10 +72,10 @@ def run(capability: str, known: dict[str, list[str]], paths: list[Path]) -> dict
     return results if results.pop("capability") == capability else None
 
 
-def write_normed(path: Path, kind: str) -> Path:
+def write_normed(path: Path, kind: str, **changes: Any) -> Path:
     """Write a `.nemo` whose weight-norm gains differ from the norms of the directions, as after training."""
     torch.manual_seed(3)
-    config = codec_config(kind)
+    config = codec_config(kind, **changes)
     parts = build_parts(config, weight_norm=True)
     state = {
         f"{name}.{key}": value for name, part in parts.named().items() for key, value in part.state_dict().items()
@@ -89,7 +91,9 @@ def write_normed(path: Path, kind: str) -> Path:
 def everywhere(tmp_path_factory) -> dict[str, dict]:
     """Run the script with each kind of kernels, and return the results and the files."""
     folder = tmp_path_factory.mktemp("codecs")
-    paths = [write_normed(folder / f"{kind}.nemo", kind) for kind in KINDS]
+    # Fingerprints are computed layer by layer, so two kinds have the released number of layers, and the others fewer.
+    small = {kind: {} if kind in ("symmetric", "causal") else TWO_STAGES for kind in KINDS}
+    paths = [write_normed(folder / f"{kind}.nemo", kind, **changes) for kind, changes in small.items()]
     paths.append(Path(nemo_lfr.__file__).parent / "weights" / "default.nemo")
     first = {name: found for name in CAPABILITIES if (found := run(name, {}, paths)) is not None}
     known: dict[str, list[str]] = {}
