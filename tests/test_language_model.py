@@ -21,6 +21,7 @@ from nemo_lfr.lm import DelayLayout
 from tests.corpora import write_tokens
 from tests.crash import ROOT
 from tests.models import RATE, synthesize
+from tests.tiers import slow_after
 
 SMALL = "model.width=32 model.layers=1 model.heads=2 max_frames=16 batch_size=4 warmup_steps=5 learning_rate=1e-2"
 
@@ -55,6 +56,7 @@ def assert_same_run(out: Path, expected: Path) -> None:
     assert all(torch.equal(value, weights[name]) for name, value in weights_of(out).items())
 
 
+@pytest.mark.slow
 def test_the_model_learns_and_makes_sound(example, tokens, tmp_path, capsys):
     pytest.importorskip("matplotlib", reason="pip install matplotlib")
     keys = f"tokens={tokens} valid={tokens} out={tmp_path} {SMALL} steps=60 valid_every=20 sample_frames=8"
@@ -163,7 +165,16 @@ def undisturbed(example, tokens, tmp_path_factory) -> tuple[str, Path]:
 
 @pytest.mark.parametrize(
     ("disturb", "step", "code", "saved"),
-    [(interrupt, 3, 130, 3), (interrupt, 4, 130, 4), (terminate, 5, 143, 5), (die, 6, None, 4), (die, 2, None, None)],
+    slow_after(
+        1,
+        [
+            (interrupt, 3, 130, 3),
+            (interrupt, 4, 130, 4),
+            (terminate, 5, 143, 5),
+            (die, 6, None, 4),
+            (die, 2, None, None),
+        ],
+    ),
 )
 def test_a_resumed_run_equals_an_undisturbed_one(
     disturb, step, code, saved, example, undisturbed, tmp_path, monkeypatch, capsys

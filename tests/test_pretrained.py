@@ -29,6 +29,7 @@ from nemo_lfr.io.locate import looks_local
 from nemo_lfr.io.manifests import read_manifest
 from tests.hub_server import HubServer
 from tests.models import cached_codec, codec_config, synthesize
+from tests.tiers import slow_after
 
 ROOT = Path(nemo_lfr.__file__).parents[1]
 
@@ -297,8 +298,8 @@ PLACES = {
 }
 
 
-@pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("home", [False, True])
+@pytest.mark.parametrize("place", slow_after(3, PLACES))
+@pytest.mark.parametrize("home", slow_after(3, [False, True]))
 def test_a_folder_that_holds_a_checkpoint_loads(tmp_path, monkeypatch, place, home):
     codec = cached_codec("symmetric")
     folder = PLACES[place](save(codec, tmp_path / "my.nemo"), tmp_path / "folder")
@@ -384,14 +385,14 @@ def fill_cache(cache: Path, path: Path, names: list[str], reference: str | None,
     return snapshot
 
 
-@pytest.mark.parametrize("layout", CACHES)
+@pytest.mark.parametrize("layout", slow_after(2, CACHES))
 def test_cached_repository_loads_offline_for_any_cache_layout(tmp_path, offline, layout):
     path = save(cached_codec("symmetric"), tmp_path / "tiny.nemo")
     fill_cache(tmp_path / "cache", path, *CACHES[layout])
     assert nemo_lfr.load("me/one").fingerprint == nemo_lfr.load(path).fingerprint
 
 
-@pytest.mark.parametrize("layout", [name for name in CACHES if name != "in a folder"])
+@pytest.mark.parametrize("layout", slow_after(3, [name for name in CACHES if name != "in a folder"]))
 def test_a_repositorys_folder_in_the_cache_is_a_path(tmp_path, layout):
     path = save(cached_codec("symmetric"), tmp_path / "tiny.nemo")
     fill_cache(tmp_path / "cache", path, *CACHES[layout])
@@ -403,8 +404,8 @@ def test_a_repositorys_folder_in_the_cache_is_a_path(tmp_path, layout):
         assert nemo_lfr.load(repository, "cpu").fingerprint == nemo_lfr.load(path, "cpu").fingerprint
 
 
-@pytest.mark.parametrize("linked", [True, False])
-@pytest.mark.parametrize("source", ["id", "repository", "snapshot"])
+@pytest.mark.parametrize("linked", slow_after(1, [True, False]))
+@pytest.mark.parametrize("source", slow_after(1, ["id", "repository", "snapshot"]))
 def test_a_cached_unpacked_checkpoint_is_read(tmp_path, offline, source, linked):
     path = save(cached_codec("symmetric"), tmp_path / "tiny.nemo")
     with tarfile.open(path) as archive:

@@ -18,5 +18,22 @@ def slow_if(values: Iterable[Any], slow: Collection[Any]) -> list[Any]:
     return [pytest.param(value, marks=pytest.mark.slow) if value in slow else value for value in values]
 
 
-# All kinds of codecs. The slow ones combine what the fast ones have, or differ from "symmetric" in one layer.
-ALL_KINDS = slow_except(KINDS, "symmetric", "causal", "two_stages")
+def slow_after(count: int, rows: Iterable[Any]) -> list[Any]:
+    """Return the rows of a table of parameters, of which all after the first `count` are marked slow.
+
+    A tuple holds the values of several arguments.
+    """
+    marked = []
+    for number, row in enumerate(rows):
+        if isinstance(row, tuple):
+            parameters = row if hasattr(row, "marks") else pytest.param(*row)
+        else:
+            parameters = pytest.param(row)
+        slow = [pytest.mark.slow] if number >= count else []
+        marked.append(pytest.param(*parameters.values, marks=[*parameters.marks, *slow], id=parameters.id))
+    return marked
+
+
+# All kinds of codecs. The slow ones combine what the fast ones have, or differ from them in the number of stages or in
+# one layer.
+ALL_KINDS = slow_except(KINDS, "causal", "two_stages")

@@ -294,6 +294,7 @@ def test_written_checkpoint_reads_back_unchanged(tmp_path):
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["a.nemo", "b.nemo"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", slow_except(KINDS, "symmetric", "two_stages"))
 def test_plain_weights_are_the_same_when_written_and_read_again(tmp_path, kind):
     codec = build_codec(kind)

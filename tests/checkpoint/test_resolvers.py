@@ -77,6 +77,7 @@ def test_other_values_are_refused_whatever_is_imported(registered, value):
         codec_values(parsed(value, {}))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_with_a_product_is_loaded(tmp_path):
     values = codec_config("nano")
     rates = values["audio_encoder"]["down_sample_rates"]

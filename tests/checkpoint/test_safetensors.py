@@ -20,7 +20,7 @@ from nemo_lfr.errors import CheckpointError, NemoLfrError
 from nemo_lfr.io.hub import find_checkpoint
 from tests.hub_server import HubServer
 from tests.models import KINDS, codec_config, speech_like, write_nemo
-from tests.tiers import slow_except
+from tests.tiers import slow_after, slow_except
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -68,6 +68,7 @@ def test_the_safetensors_package_and_our_reader_read_each_others_files(folder):
     assert torch.equal(after.encode(audio)[0], expected) and after.fingerprint == before.fingerprint
 
 
+@pytest.mark.slow
 def test_an_exported_folder_can_be_exported_again(folder, tmp_path):
     export_safetensors(folder, tmp_path / "again")
     for name in os.listdir(folder):
@@ -139,7 +140,7 @@ DAMAGE = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGE.values(), ids=list(DAMAGE))
+@pytest.mark.parametrize("damage", slow_after(4, DAMAGE.values()), ids=list(DAMAGE))
 def test_a_damaged_file_is_refused_by_name(damage, folder):
     path = folder / "model.safetensors"
     path.write_bytes(damage(path.read_bytes()))
@@ -156,6 +157,7 @@ def test_a_damaged_config_is_refused_by_name(text, folder):
     assert str(folder) in str(error.value) and "config.json" in str(error.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
 def test_no_flipped_bit_changes_a_codec_unnoticed(name, small_folder):
     def contents():

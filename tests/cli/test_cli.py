@@ -263,6 +263,7 @@ def test_help_imports_nothing_heavy():
     assert done.stdout.splitlines()[-1] == "[]"
 
 
+@pytest.mark.slow
 def test_decoded_span_equals_slice_of_the_full_decoding(capsys, tmp_path):
     soundfile.write(tmp_path / "a.wav", speech_like(80_000).numpy(), 22050)
     run(capsys, "encode", tmp_path / "a.wav")

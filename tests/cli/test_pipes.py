@@ -208,6 +208,7 @@ def test_stdout_file_gets_its_length_and_appending_keeps_existing_data(piped, tm
     assert data.startswith(b"before") and len(samples_of(data[6:])) == 10_000
 
 
+@pytest.mark.slow
 def test_causal_decoder_trims_the_last_frame(piped, tmp_path):
     model = write_nemo(tmp_path / "nano.nemo", codec_config("nano"))
     tokens = piped("encode", "-", "--model", model, stdin=wav(speech_like(9 * FRAME - 1000)))
@@ -216,6 +217,7 @@ def test_causal_decoder_trims_the_last_frame(piped, tmp_path):
     assert len(samples_of(done.stdout)) == 9 * FRAME - 1000
 
 
+@pytest.mark.slow
 def test_shorter_lookahead_is_recorded_in_the_file(piped):
     data = wav(speech_like(30_000))
     done = piped("encode", "-", "--lookahead", 2, stdin=data)
@@ -225,6 +227,7 @@ def test_shorter_lookahead_is_recorded_in_the_file(piped):
     assert "--lookahead only works with pipes" in said(piped("encode", "a.wav", "--lookahead", 2))
 
 
+@pytest.mark.slow
 def test_a_broken_pipe_is_a_one_line_error(piped):
     assert said(piped("encode", "-", stdin=b"not audio")).startswith("nemo-lfr: error: stdin: not an audio file")
     assert said(piped("encode", "-", stdin=b"RIFF, but not audio")).startswith("nemo-lfr: error: stdin: not an audio")
@@ -251,6 +254,7 @@ def test_empty_recording_passes_through_pipes(piped):
     assert len(samples_of(piped("decode", "-", stdin=tokens.stdout).stdout)) == 0
 
 
+@pytest.mark.slow
 def test_tokens_of_another_codec_are_refused_in_pipes(piped, tmp_path):
     model = write_nemo(tmp_path / "tiny.nemo", codec_config())
     tokens = piped("encode", "-", stdin=wav(speech_like(9000))).stdout

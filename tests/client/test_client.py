@@ -18,6 +18,8 @@ import numpy as np
 import pytest
 import soundfile
 
+from tests.tiers import slow_after
+
 pytest.importorskip("starlette", reason='the server: pip install starlette "uvicorn[standard]" prometheus_client')
 pytest.importorskip("uvicorn")
 pytest.importorskip("websockets")
@@ -84,8 +86,10 @@ def decode_async(server, tokens, size, **options):
     return asyncio.run(work())
 
 
-@pytest.mark.parametrize("size", [1, 1000])
-@pytest.mark.parametrize("options", [{}, {"ramp": (1, 2, 4)}, {"lookahead": 50}, {"sample_type": "int16"}], ids=str)
+@pytest.mark.parametrize("size", slow_after(2, [1, 1000]))
+@pytest.mark.parametrize(
+    "options", slow_after(2, [{}, {"ramp": (1, 2, 4)}, {"lookahead": 50}, {"sample_type": "int16"}]), ids=str
+)
 def test_both_clients_decode_like_the_codec(server, tokens, size, options):
     expected = np.asarray(server.codec.decode(tokens[None])[0][0])
     for audio in (decode(client_of(server), tokens, size, **options), decode_async(server, tokens, size, **options)):
@@ -113,6 +117,7 @@ def test_both_clients_encode_like_the_codec(server, audio, rate, dtype):
         assert np.array_equal(np.concatenate(received, axis=1), np.asarray(expected[0]))
 
 
+@pytest.mark.slow
 def test_files_are_encoded_and_decoded(server, audio, tokens, tmp_path):
     path = tmp_path / "speech.wav"
     soundfile.write(path, audio, 22050, subtype="FLOAT")

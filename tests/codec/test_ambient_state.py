@@ -16,6 +16,7 @@ from nemo_lfr.codec.cpu.packed import has_bf16
 from nemo_lfr.errors import NemoLfrError
 from nemo_lfr.pretrained import load
 from tests.models import build_codec, cached_codec, codec_config, same_parts, synthesize, write_nemo
+from tests.tiers import slow_after
 
 WAVE = synthesize(0.7)[: 14 * 1024 + 5]
 
@@ -246,8 +247,8 @@ USES = {
 }
 
 
-@pytest.mark.parametrize("conversion", [*CONVERSIONS])
-@pytest.mark.parametrize("precision", ["fp32", "tf32", "fp16"])
+@pytest.mark.parametrize("conversion", slow_after(3, [*CONVERSIONS]))
+@pytest.mark.parametrize("precision", slow_after(3, ["fp32", "tf32", "fp16"]))
 def test_converted_weights_raise_with_advice(conversion, precision):
     codec = same_parts(build_codec("symmetric"), precision=precision)
     around = torch.nn.ModuleList([codec.encoder, codec.quantizer, codec.decoder])

@@ -19,7 +19,7 @@ from nemo_lfr.errors import AudioError, NemoLfrError, TokensError
 from nemo_lfr.frames import Context
 from tests.models import KINDS, MODULES, build_codec, cached_codec, codec_config, same_parts, synthesize
 from tests.reference import assert_same_tokens, changed_frames, reference_decode, reference_encode
-from tests.tiers import ALL_KINDS, slow_except, slow_if
+from tests.tiers import ALL_KINDS, slow_after, slow_except, slow_if
 
 # Lengths and tokens of the longest comparisons with single clips; the nightly run has more.
 LENGTHS = int(os.environ.get("NEMO_LFR_LENGTHS", "500"))
@@ -246,6 +246,7 @@ def cut(items: np.ndarray, edges: list[int]) -> list[np.ndarray]:
     return np.split(items, sorted(edge % (items.shape[-1] + 1) for edge in edges), axis=-1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["symmetric", "causal"])
 @settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(length=st.integers(0, 40 * 1024), edges=st.lists(st.integers(0, 10**6), max_size=12), chunk=st.integers(1, 25))
@@ -266,6 +267,7 @@ def test_blocks_of_any_size_equal_the_whole_recording(kind, length, edges, chunk
     torch.testing.assert_close(torch.from_numpy(audio), reference_decode(codec, torch.from_numpy(tokens)), **AUDIO)
 
 
+@pytest.mark.slow
 def test_stream_yields_early_with_bounded_state(small):
     seen = -1
     block = synthesize(0.25)
@@ -437,6 +439,7 @@ def test_an_unknown_precision_is_refused(small):
         same_parts(small, precision="int8")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", slow_except(KINDS, "symmetric"))
 def test_a_codec_has_one_fingerprint_with_weight_norm_or_without(kind):
     torch.manual_seed(0)
@@ -501,7 +504,7 @@ SETTINGS: dict[str, tuple[str, dict]] = {
 }
 
 
-@pytest.mark.parametrize("setting", [*SETTINGS])
+@pytest.mark.parametrize("setting", slow_after(3, [*SETTINGS]))
 def test_a_setting_that_changes_tokens_or_audio_changes_the_fingerprint(setting):
     kind, changes = SETTINGS[setting]
     config = codec_config(kind)
@@ -595,6 +598,7 @@ def test_no_token_file_is_written_if_the_network_overflows(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a.wav"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ALL_KINDS)
 def test_the_random_codecs_of_these_tests_fill_the_range_of_fsq(kind):
     """If all tokens were the same, the tests for equal tokens would prove nothing."""
@@ -654,7 +658,7 @@ def test_forked_process_does_not_hang(way):
 # --- fewer codebooks
 
 
-@pytest.mark.parametrize("number", [1, 5, 8, np.int64(2)])
+@pytest.mark.parametrize("number", slow_after(1, [1, 5, 8, np.int64(2)]))
 def test_the_first_codebooks_are_encoded_and_decoded(number):
     codec = cached_codec()
     clips, lengths = padded([synthesize(0.4), synthesize(0.23)])

@@ -18,6 +18,7 @@ from nemo_lfr.io.token_file import Metadata, TokenReader, TokenWriter
 from nemo_lfr.spec import BUNDLED, BUNDLED_OLDER
 from nemo_lfr.testing import TWO_STAGES
 from tests.models import KINDS, codec_config
+from tests.tiers import slow_after
 
 # Values of PyTorch's ATEN_CPU_CAPABILITY, which chooses among the kernels that the CPU can run.
 CAPABILITIES = ("default", "avx2", "avx512")
@@ -137,7 +138,7 @@ def test_weights_that_were_written_after_loading_no_longer_have_the_older_finger
     assert not any(codec.made(value) for value in older)
 
 
-@pytest.mark.parametrize("change", ["removed", "replaced", "damaged"])
+@pytest.mark.parametrize("change", slow_after(1, ["removed", "replaced", "damaged"]))
 def test_a_file_changed_after_loading_loses_only_its_older_fingerprints(tmp_path, change):
     path = write_normed(tmp_path / "a.nemo", "two_stages")
     codec = nemo_lfr.load(path, "cpu")

@@ -183,6 +183,7 @@ def test_cuda_module_is_kept_until_the_weights_change():
     assert not torch.equal(third(audio, [40], 40), second(audio, [40], 40))
 
 
+@pytest.mark.slow
 def test_cuda_modules_are_freed_with_their_networks():
     codec = fresh_codec()
     gc.collect()

@@ -13,6 +13,7 @@ import nemo_lfr
 from nemo_lfr.errors import CheckpointError, NemoLfrError
 from tests.hub_server import COMMIT, HubServer
 from tests.models import KINDS, build_codec, codec_config, speech_like, write_nemo
+from tests.tiers import slow_after
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = ["config.json", "model.safetensors", "preprocessor_config.json"]
@@ -23,7 +24,7 @@ def nemo_file(tmp_path):
     return write_nemo(tmp_path / "tiny.nemo", codec_config("two_stages"))
 
 
-@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize("kind", slow_after(1, list(KINDS)))
 def test_a_saved_codec_is_loaded_with_its_tokens_audio_and_fingerprint(kind, tmp_path):
     codec = nemo_lfr.load(write_nemo(tmp_path / "tiny.nemo", codec_config(kind)), "cpu")
     assert codec.save_pretrained(tmp_path / "out") is None and sorted(os.listdir(tmp_path / "out")) == FILES
@@ -56,6 +57,7 @@ def test_a_checkpoint_of_nemo_is_a_pretrained_codec_too(nemo_file):
     assert codec.fingerprint == nemo_lfr.load(nemo_file, "cpu").fingerprint
 
 
+@pytest.mark.slow
 def test_codecs_without_a_config_and_changed_modules_are_not_saved(nemo_file, tmp_path):
     with pytest.raises(NemoLfrError, match="has no config to save; load it from a checkpoint"):
         build_codec("two_stages").save_pretrained(tmp_path / "out")

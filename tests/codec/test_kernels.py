@@ -271,6 +271,7 @@ def test_kernels_compile_for_hopper_where_there_is_no_gpu(tmp_path, kind, pairs,
     assert done.stdout.split() == ["True", str(pairs == "pairs"), "2"]
 
 
+@pytest.mark.slow
 def test_some_layers_of_every_codec_kind_are_fused_and_some_are_not():
     """Unsupported layers use PyTorch: grouped transposed convolutions, and those before an ELU."""
     found = set()

@@ -21,7 +21,7 @@ from nemo_lfr.errors import NemoLfrError
 from nemo_lfr.modules.activation import CodecActivation
 from nemo_lfr.modules.conv import Conv1d, ConvTranspose1d
 from tests.models import build_codec, cached_codec, speech_like
-from tests.tiers import slow_except
+from tests.tiers import slow_after, slow_except
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
 needs_bf16 = pytest.mark.skipif(not plan.has_bf16(), reason="this CPU has no bf16 instructions")
@@ -119,7 +119,7 @@ def round_to_half(part):
     part.half().float()
 
 
-@pytest.mark.parametrize("change", [step, load, assign, copy, through_data, round_to_half])
+@pytest.mark.parametrize("change", slow_after(2, [step, load, assign, copy, through_data, round_to_half]))
 def test_outdated_packed_weights_are_never_used(change):
     codec = build_codec()
     audio = speech_like(20 * 1024)[None]
@@ -151,8 +151,8 @@ LAYOUTS = {
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("kind", ["symmetric", "causal", "nano"])
+@pytest.mark.parametrize("layout", slow_after(1, LAYOUTS))
+@pytest.mark.parametrize("kind", slow_after(1, ["symmetric", "causal", "nano"]))
 def test_parameters_may_be_views_of_other_tensors(kind, layout):
     """Kernels that read weights by pointer must use a parameter's values, whatever its strides and offset are."""
     codec = build_codec(kind)
@@ -195,6 +195,7 @@ def test_folded_layers_for_cuda_are_contiguous(layout):
         assert alpha.is_contiguous() and torch.equal(alpha, snake.alpha.flatten())
 
 
+@pytest.mark.slow
 def test_training_and_deletion_free_packed_weights():
     codec = build_codec()
     assert isinstance(weights_of(codec.encoder, torch.float32), PackedWeights)

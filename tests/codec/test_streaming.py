@@ -16,7 +16,7 @@ from nemo_lfr.errors import AudioError, NemoLfrError, TokensError
 from nemo_lfr.pretrained import load
 from tests.models import KINDS, build_codec, cached_codec, synthesize
 from tests.reference import assert_same_tokens
-from tests.tiers import ALL_KINDS, slow_except
+from tests.tiers import ALL_KINDS, slow_after, slow_except
 
 CHUNKINGS = int(os.environ.get("NEMO_LFR_CHUNKINGS", "3"))
 
@@ -110,8 +110,8 @@ def test_frame_is_returned_when_its_lookahead_is_complete(kind):
         assert samples <= frame * number
 
 
-@pytest.mark.parametrize("kind", ["symmetric", "causal"])
-@pytest.mark.parametrize("first", [0, 2, 100])
+@pytest.mark.parametrize("kind", slow_after(1, ["symmetric", "causal"]))
+@pytest.mark.parametrize("first", slow_after(1, [0, 2, 100]))
 def test_first_lookahead_gives_the_first_audio_sooner_and_the_rest_exactly(kind, first):
     codec = cached_codec(kind)
     tokens = codec.encode(synthesize(1.5))[0][0].numpy()
@@ -137,6 +137,7 @@ def test_invalid_first_lookahead_raises(value):
         cached_codec("symmetric").stream_decoder(first_lookahead=value)
 
 
+@pytest.mark.slow
 def test_stream_state_does_not_grow(bundled):
     encoder, decoder = bundled.stream_encoder(), bundled.stream_decoder()
     sizes = []
@@ -338,7 +339,7 @@ MISUSES = {
 }
 
 
-@pytest.mark.parametrize("misuse", [*MISUSES])
+@pytest.mark.parametrize("misuse", slow_after(2, [*MISUSES]))
 def test_misused_stream_raises_and_stays_unchanged(misuse):
     codec, wave = cached_codec("symmetric"), synthesize(0.7)
     tokens = codec.encode(wave)[0][0].numpy()

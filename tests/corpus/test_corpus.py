@@ -37,7 +37,7 @@ from nemo_lfr.io.token_file import TokenReader, TokenWriter
 from nemo_lfr.pretrained import load
 from nemo_lfr.spec import BUNDLED_OLDER
 from tests.models import RATE, codec_config, synthesize, write_nemo
-from tests.tiers import slow_except
+from tests.tiers import slow_after, slow_except
 
 pytest.importorskip("lhotse", reason="pip install '.[corpus]'")
 pytest.importorskip("pyarrow", reason="pip install '.[corpus]'")
@@ -142,6 +142,7 @@ def test_contexts_are_stored_with_their_clips(kind, audio, model, expected, tmp_
         assert torch.equal(utterance.context, expected[f"s{number}/clip{number}"])
 
 
+@pytest.mark.slow
 def test_magpie_padding_adds_a_frame_to_clips_that_end_at_a_frame_boundary(audio, model, expected, clips, tmp_path):
     tokenize(job(audio / "manifest.json", tmp_path / "out", model, "lfr", pad="magpie"), device="cpu", workers=1)
     codec = load(model, "cpu")
@@ -179,6 +180,7 @@ def test_every_kind_of_corpus_gives_the_same_tokens(audio, model, expected, clip
         assert_equal(got, expected)
 
 
+@pytest.mark.slow
 def test_segments_and_repeated_files_of_a_manifest_are_separate_clips(audio, model, tmp_path):
     name = "s2/clip5.wav"
     lines = [
@@ -265,7 +267,7 @@ def test_resumed_run_keeps_complete_shards(kind, audio, model, tmp_path):
     assert changed == [marks[1]]
 
 
-@pytest.mark.parametrize("content", ["pipe", "[1]", "{", "{}", '{"parts": 3}', "null"])
+@pytest.mark.parametrize("content", slow_after(2, ["pipe", "[1]", "{", "{}", '{"parts": 3}', "null"]))
 def test_a_damaged_record_of_the_job_is_named(audio, model, tmp_path, content):
     job_ = job(audio / "manifest.json", tmp_path / "out", model)
     job_.state.mkdir(parents=True)
@@ -275,6 +277,7 @@ def test_a_damaged_record_of_the_job_is_named(audio, model, tmp_path, content):
         tokenize(job_, device="cpu", workers=1)
 
 
+@pytest.mark.slow
 def test_run_with_other_options_refuses_an_existing_output(audio, model, tmp_path):
     job_ = job(audio / "manifest.json", tmp_path / "out", model)
     tokenize(job_, device="cpu", workers=1)
@@ -291,12 +294,15 @@ def test_run_with_other_options_refuses_an_existing_output(audio, model, tmp_pat
 
 @pytest.mark.parametrize(
     ("kind", "is_bundled", "error"),
-    [
-        ("shar", False, None),
-        ("parquet", False, None),
-        ("lfr", False, "older version of nemo_lfr"),  # the reader refuses files with two fingerprints
-        ("lfr", True, None),  # the reader knows all fingerprints of the bundled codec
-    ],
+    slow_after(
+        1,
+        [
+            ("shar", False, None),
+            ("parquet", False, None),
+            ("lfr", False, "older version of nemo_lfr"),  # the reader refuses files with two fingerprints
+            ("lfr", True, None),  # the reader knows all fingerprints of the bundled codec
+        ],
+    ),
 )
 def test_a_run_that_an_older_version_began_is_resumed_or_refused(audio, model, tmp_path, kind, is_bundled, error):
     (tmp_path / "two.json").write_text("".join((audio / "manifest.json").read_text().splitlines(True)[1:3]))
@@ -389,6 +395,7 @@ def test_failing_shard_stops_the_run_without_waiting(audio, model, tmp_path):
     assert len(list((tmp_path / "out" / ".tokenize").glob("done/*"))) < 10
 
 
+@pytest.mark.slow
 def test_two_runs_at_once_do_not_share_an_output(audio, model, tmp_path):
     (tmp_path / "out" / ".tokenize").mkdir(parents=True)
     with exclusive(tmp_path / "out"), pytest.raises(NemoLfrError, match="another run is writing"):
@@ -613,6 +620,7 @@ def test_mixed_cuts_become_shar_and_cuts_without_audio_are_failures(audio, model
     assert utterance.num_samples == RATE and utterance.labels["text"] == "a"
 
 
+@pytest.mark.slow
 def test_labels_keep_their_meaning_in_every_format(audio, model, tmp_path):
     line = {"audio_filepath": "s0/clip0.wav", "text": None, "lang": "zh-CN", "speaker": "a\u2028b"}
     line |= {"context_audio_codes_path": "old.pt", "target_audio_codes_path": "old.pt"}

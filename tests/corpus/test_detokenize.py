@@ -18,7 +18,7 @@ from nemo_lfr.cli.main import main
 from nemo_lfr.corpus.formats import BUILT_IN
 from tests.corpora import write_codec, write_tokens
 from tests.crash import on_a_full_disk
-from tests.tiers import slow_except, slow_if
+from tests.tiers import slow_after, slow_except, slow_if
 
 pytest.importorskip("lhotse", reason="pip install '.[corpus]'")
 pytest.importorskip("pyarrow", reason="pip install '.[corpus]'")
@@ -126,8 +126,8 @@ IDS = ["../../up", "/abs/x", "a/../../b", "", ".", "nul\0byte", "con", "aux.txt"
 IDS += ["s0/CLIP1", "s0/clip1", "s0/clip1.wav/inner", "\x1b[2Jred", "new\nline", "C:\\x", "trailing. ", "half \ud800"]
 
 
-@pytest.mark.parametrize("kind", by_kind)
-@pytest.mark.parametrize("clip_id", IDS, ids=[ascii(name[:20]) for name in IDS])
+@pytest.mark.parametrize("kind", slow_after(6, by_kind))
+@pytest.mark.parametrize("clip_id", slow_after(6, IDS), ids=[ascii(name[:20]) for name in IDS])
 def test_ids_stay_inside_the_folder_and_unique(kind, clip_id, whole, model, tmp_path, capsys):
     if kind == "parquet" and "\ud800" in clip_id:
         pytest.skip("Parquet has no text that is not UTF-8")
@@ -333,7 +333,7 @@ CASES: dict[str, tuple[str, Damage, int, str]] = {
 
 @pytest.mark.skipif(os.name == "nt", reason="pipes and links")
 @pytest.mark.parametrize("has_records", slow_except([True, False], False))
-@pytest.mark.parametrize(("kind", "damage", "left", "reason"), CASES.values(), ids=list(CASES))
+@pytest.mark.parametrize(("kind", "damage", "left", "reason"), slow_after(8, CASES.values()), ids=list(CASES))
 def test_invalid_utterance_fails_alone_with_one_line(
     kind, damage, left, reason, has_records, whole, model, tmp_path, capsys
 ):

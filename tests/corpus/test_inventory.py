@@ -17,7 +17,7 @@ from nemo_lfr.corpus.run import tokenize
 from nemo_lfr.errors import NemoLfrError
 from nemo_lfr.io.cut_files import read_cuts
 from tests.corpora import write_codec
-from tests.tiers import slow_except
+from tests.tiers import slow_after, slow_except
 
 pa = pytest.importorskip("pyarrow", reason="pip install '.[corpus]'")
 pq = pytest.importorskip("pyarrow.parquet", reason="pip install '.[corpus]'")
@@ -145,6 +145,7 @@ def test_every_byte_of_small_files_and_the_ends_of_large_ones_are_hashed(tmp_pat
         assert sampled_digest(path) != whole
 
 
+@pytest.mark.slow
 def test_failed_clips_are_tried_again_when_asked_for(folder, model, capsys):
     (folder / "b.wav").rename(folder / "away.wav")
     source = write_manifest(folder, "xyz")
@@ -181,7 +182,10 @@ def test_a_folder_that_was_moved_names_its_files_where_they_are(folder, model):
 
 
 @pytest.mark.parametrize(
-    "parts", [[], [1], [None], [{"start": -1, "count": 1}], [{"start": 10**9, "count": 3}], [{"start": 0, "count": 1}]]
+    "parts",
+    slow_after(
+        2, [[], [1], [None], [{"start": -1, "count": 1}], [{"start": 10**9, "count": 3}], [{"start": 0, "count": 1}]]
+    ),
 )
 def test_an_edited_plan_of_a_run_is_refused(parts, folder, model):
     job = TokenizeConfig(str(write_manifest(folder, "xyz")), str(folder / "out"), "manifest", model=str(model))
@@ -197,8 +201,8 @@ ARRAY = {"array": {"storage_type": "numpy_files", "storage_path": "/stale", "sto
 ARRAY |= {"temporal_dim": -1, "frame_shift": 0.04, "start": 0}
 
 
-@pytest.mark.parametrize("source", ["manifest", "cuts", "parquet"])
-@pytest.mark.parametrize("kind", ["manifest", "shar", "parquet"])
+@pytest.mark.parametrize("source", slow_after(3, ["manifest", "cuts", "parquet"]))
+@pytest.mark.parametrize("kind", slow_after(3, ["manifest", "shar", "parquet"]))
 def test_run_with_another_codec_is_not_resumed(source, kind, folder, model):
     wav = folder / "a.wav"
     if source == "manifest":

@@ -207,6 +207,7 @@ def test_child_processes_end_only_if_their_parent_was_killed(is_killed):
         os.kill(child, signal.SIGKILL)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="links")
 @pytest.mark.parametrize("kind", ["lfr", "shar"])
 def test_leftovers_of_killed_runs_are_removed_and_never_written_through(kind, model, audio, tmp_path):

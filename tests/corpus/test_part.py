@@ -22,6 +22,7 @@ from nemo_lfr.corpus.run import Totals, tokenize
 from nemo_lfr.errors import NemoLfrError
 from tests.corpora import write_codec
 from tests.models import RATE, synthesize
+from tests.tiers import slow_after
 
 pytest.importorskip("lhotse", reason="pip install '.[corpus]'")
 pytest.importorskip("pyarrow", reason="pip install '.[corpus]'")
@@ -60,7 +61,7 @@ def files_of(out: Path) -> dict[str, bytes]:
     return {str(path.relative_to(out)): path.read_bytes().replace(str(out).encode(), b"OUT") for path in paths}
 
 
-@pytest.mark.parametrize("kind", BUILT_IN)
+@pytest.mark.parametrize("kind", slow_after(1, BUILT_IN))
 def test_parts_in_any_order_write_the_bytes_of_one_run(kind, audio, model, tmp_path):
     whole, out = tmp_path / "whole", tmp_path / "out"
     expected = run(job(audio / "manifest.json", whole, model, kind))
@@ -76,6 +77,7 @@ def test_parts_in_any_order_write_the_bytes_of_one_run(kind, audio, model, tmp_p
     assert files_of(out) == files_of(whole) and METADATA in files_of(out)
 
 
+@pytest.mark.slow
 def test_each_part_computes_its_own_shards_once(audio, model, tmp_path):
     config = job(audio / "manifest.json", tmp_path / "out", model)
     for part, shards in ((Part(0, 3), [0, 3]), (Part(1, 3), [1]), (Part(2, 3), [2]), (None, [])):
@@ -92,6 +94,7 @@ def run_part(config: TokenizeConfig, index: int, count: int) -> None:
     run(config, Part(index, count))
 
 
+@pytest.mark.slow
 def test_parts_that_run_at_the_same_time_write_the_bytes_of_one_run(audio, model, tmp_path):
     run(job(audio, tmp_path / "whole", model, "manifest"))
     config = job(audio, tmp_path / "out", model, "manifest")
@@ -109,7 +112,7 @@ class Killed(Exception):
     """Exception that ends a run after its first shard."""
 
 
-@pytest.mark.parametrize("finisher", [Part(0, 2), None])
+@pytest.mark.parametrize("finisher", slow_after(1, [Part(0, 2), None]))
 def test_a_part_that_was_killed_resumes(finisher, audio, model, tmp_path):
     """The run can be completed by the same part, and by the command without a part."""
     run(job(audio, tmp_path / "whole", model))
@@ -134,6 +137,7 @@ def test_a_part_that_was_killed_resumes(finisher, audio, model, tmp_path):
     assert [path.name for path in (state / "staging").glob("*")] == ([] if finisher is None else ["000001.0123abcd"])
 
 
+@pytest.mark.slow
 def test_finishing_again_changes_nothing(audio, model, tmp_path):
     config = job(audio / "manifest.json", tmp_path / "out", model, "parquet")
     run(config, Part(0, 2))
@@ -145,6 +149,7 @@ def test_finishing_again_changes_nothing(audio, model, tmp_path):
         assert files_of(tmp_path / "out") == before
 
 
+@pytest.mark.slow
 def test_failures_are_tried_again_by_the_part_that_has_them(audio, model, tmp_path):
     source = tmp_path / "audio"
     shutil.copytree(audio, source)
@@ -178,7 +183,7 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("name", slow_after(1, REFUSED))
 def test_a_part_that_does_not_belong_to_the_run_is_refused(name, audio, model, tmp_path):
     config = job(audio / "manifest.json", tmp_path / "out", model)
     run(config, Part(0, 2))
@@ -209,11 +214,14 @@ def test_a_folder_that_grew_is_refused_and_does_not_disturb_the_running_parts(au
 
 @pytest.mark.parametrize(
     ("running", "other", "message"),
-    [
-        (Part(0, 2), Part(0, 2), "part 0/2 is being tokenized by another process"),
-        (Part(0, 2), None, "another run is writing to this folder"),
-        (None, Part(0, 2), "another run is writing to this folder"),
-    ],
+    slow_after(
+        1,
+        [
+            (Part(0, 2), Part(0, 2), "part 0/2 is being tokenized by another process"),
+            (Part(0, 2), None, "another run is writing to this folder"),
+            (None, Part(0, 2), "another run is writing to this folder"),
+        ],
+    ),
 )
 def test_no_shard_is_computed_twice_at_the_same_time(running, other, message, audio, model, tmp_path):
     config = job(audio / "manifest.json", tmp_path / "out", model)
@@ -229,6 +237,7 @@ def test_no_shard_is_computed_twice_at_the_same_time(running, other, message, au
     assert message in messages[0]
 
 
+@pytest.mark.slow
 def test_a_part_on_another_machine_is_detected_without_shared_folder_locks(audio, model, tmp_path):
     config = job(audio / "manifest.json", tmp_path / "out", model)
     run(config, Part(0, 2))

@@ -17,7 +17,7 @@ from nemo_lfr.corpus.dataset import TokenDataset
 from nemo_lfr.corpus.formats import BUILT_IN
 from nemo_lfr.errors import NemoLfrError
 from tests.corpora import write_tokens
-from tests.tiers import slow_except
+from tests.tiers import slow_after, slow_except
 
 pytest.importorskip("lhotse", reason="pip install '.[corpus]'")
 pytest.importorskip("pyarrow", reason="pip install '.[corpus]'")
@@ -51,7 +51,7 @@ def ids_of(utterances) -> list[str]:
 
 
 @pytest.mark.parametrize("kind", slow_except(BUILT_IN, "lfr"))
-@pytest.mark.parametrize("order", ORDERS.values(), ids=list(ORDERS))
+@pytest.mark.parametrize("order", slow_after(2, ORDERS.values()), ids=list(ORDERS))
 def test_a_resumed_dataset_yields_what_an_undisturbed_one_yields(order, kind, folders):
     for place in ({}, {"rank": 1, "world_size": 5}):
         dataset = TokenDataset(folders[kind], **order, **place)

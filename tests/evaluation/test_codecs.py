@@ -31,6 +31,7 @@ def check(trip: RoundTrip, length: int) -> None:
     assert trip.num_bytes > 0 and trip.encode_seconds > 0 and trip.decode_seconds > 0
 
 
+@pytest.mark.slow
 def test_lfr_returns_the_output_of_the_codec(speech):
     codec = load(device="cpu")
     trip = open_codec("lfr", "cpu").round_trip(speech, RATE)

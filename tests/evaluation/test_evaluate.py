@@ -27,6 +27,7 @@ from nemo_lfr.io.exclusive import exclusive
 from nemo_lfr.io.manifests import read_manifest
 from tests.cli.test_cli import run as command
 from tests.models import RATE, synthesize
+from tests.tiers import slow_after
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -170,6 +171,7 @@ def test_a_limit_selects_recordings_by_the_seed(corpus):
     assert draws[0] == sorted(draws[0]) and set(draws[0]) <= set(recordings.choose(found, None, 0))
 
 
+@pytest.mark.slow
 def test_recordings_that_fail_are_named_and_the_others_measured(capsys, corpus, tmp_path):
     folder = tmp_path / "corpus"
     shutil.copytree(corpus, folder)
@@ -205,6 +207,7 @@ def test_spectrograms_work_at_every_rate(capsys, corpus, tmp_path):
     assert (tmp_path / "report.html").read_text().count("<audio") == 4
 
 
+@pytest.mark.slow
 def test_a_wrong_audio_dir_does_not_claim_the_output_folder(capsys, corpus, tmp_path):
     shutil.copy(corpus / "manifest.json", tmp_path / "manifest.json")
     arguments = ["--out", tmp_path / "out", "--workers", 1, "--codec", "original"]
@@ -244,7 +247,7 @@ def test_a_model_metric_is_computed_again_if_it_failed_or_the_text_has_changed(c
     assert len(LetterCount.texts) == 5
 
 
-@pytest.mark.parametrize("option", ["--asr", "--speaker-model", "--model-metric"])
+@pytest.mark.parametrize("option", slow_after(1, ["--asr", "--speaker-model", "--model-metric"]))
 def test_a_requested_model_that_cannot_be_loaded_gives_exit_code_1(capsys, corpus, tmp_path, option):
     model = tmp_path / "folder without a model"
     model.mkdir()

@@ -193,6 +193,7 @@ document.querySelector("title").textContent = JSON.stringify(results);
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not CHROMIUM, reason="needs Debian's chromium")
 def test_a_browser_sorts_the_tables_and_shows_the_plots_on_a_phone(evaluation, tmp_path):
     page = page_of(evaluation)

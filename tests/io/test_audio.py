@@ -12,6 +12,7 @@ from nemo_lfr.io.audio import BLOCK_SECONDS, AudioReader, AudioWriter, resample
 from nemo_lfr.io.reading import read_samples
 from tests.crash import on_a_full_disk
 from tests.models import synthesize
+from tests.tiers import slow_after
 
 
 def read(path, rate=22050):
@@ -140,6 +141,7 @@ def test_a_file_without_samples_has_no_blocks(tmp_path):
         assert len(read(tmp_path / "a.wav")) == 0
 
 
+@pytest.mark.slow
 def test_a_damaged_flac_is_refused_or_read_but_never_raises_another_error(tmp_path):
     soundfile.write(tmp_path / "a.flac", synthesize(1), 22050)
     raw = (tmp_path / "a.flac").read_bytes()
@@ -284,8 +286,8 @@ def test_samples_are_those_of_librosa_load(tmp_path, rate, num_samples):
     np.testing.assert_allclose(resample(wave.mean(axis=1), rate, 22050), expected, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["a.wav", "a.flac", "a.ogg"])
-@pytest.mark.parametrize("free", [10, 4000])
+@pytest.mark.parametrize("name", slow_after(1, ["a.wav", "a.flac", "a.ogg"]))
+@pytest.mark.parametrize("free", slow_after(1, [10, 4000]))
 def test_a_full_disk_leaves_the_old_audio_and_nothing_else(tmp_path, name, free):
     path = tmp_path / name
     path.write_bytes(b"old")

@@ -160,6 +160,7 @@ def test_tokens_of_two_codecs_are_not_mixed(capsys, tmp_path):
     assert code == 2 and ".lfrm" in err
 
 
+@pytest.mark.slow
 def test_a_corpus_of_compressed_files_carries_its_model(capsys, speech, tmp_path):
     out = tmp_path / "tokens"
     code, _, err = run(capsys, "tokenize", speech, "--out", out, "--format", "lfr", "--compress", "--workers", 1)

@@ -124,6 +124,7 @@ def test_equal_tokens_give_equal_bytes_and_raw_files_stay_as_they_were(tmp_path)
     assert b',"%s"]' % model.hash.encode() in one
 
 
+@pytest.mark.slow
 def test_every_flipped_bit_and_every_cut_is_found(tmp_path):
     model = small_model()
     tokens = [likely_tokens(model, 5), random_tokens(model, 4)]

@@ -19,6 +19,7 @@ from nemo_lfr.io.packing import pack
 from nemo_lfr.io.token_file import MAX_BLOCK_FRAMES, Metadata, TokenReader, TokenStreamReader, TokenWriter
 from tests.crash import ROOT, killed_at_random_moments, on_a_full_disk
 from tests.models import build_codec, cached_codec
+from tests.tiers import slow_after
 
 RELEASED = Metadata(22050, 1024, (8, 7, 6, 6), 8, "0123456789abcdef")
 
@@ -121,7 +122,7 @@ def outcome(path):
         return None
 
 
-@pytest.mark.parametrize("version", WRITERS)
+@pytest.mark.parametrize("version", slow_after(1, WRITERS))
 def test_any_flipped_bit_is_detected(tmp_path, version):
     blocks = [random_tokens(RELEASED, 2), random_tokens(RELEASED, 1, 1)]
     raw = WRITERS[version](tmp_path / "a.lfr", RELEASED, blocks, 3000).read_bytes()
@@ -300,6 +301,7 @@ def test_missing_folders_of_the_target_are_made(tmp_path):
     assert read(tmp_path / "a" / "b" / "c.lfr")[2] == RELEASED
 
 
+@pytest.mark.slow
 def test_tokens_of_another_codec_are_refused(tmp_path):
     codec = cached_codec("symmetric")
     other = build_codec("symmetric", audio_encoder={"base_channels": 6})
@@ -594,7 +596,7 @@ def test_threads_may_read_from_one_reader(tmp_path, version):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
-@pytest.mark.parametrize("version", WRITERS)
+@pytest.mark.parametrize("version", slow_after(1, WRITERS))
 def test_forked_processes_may_read_from_one_reader(tmp_path, version):
     tokens = random_tokens(RELEASED, 2000)
     path = WRITERS[version](tmp_path / "a.lfr", RELEASED, np.split(tokens, 500, axis=1), 2000 * 1024)

@@ -97,6 +97,7 @@ def test_home_folders_are_expanded(tmp_path, monkeypatch):
         read_manifest("~nobody-has-this-name/m.json")
 
 
+@pytest.mark.slow
 def test_evaluate_reports_skipped_lines_with_exit_code_1(tmp_path, capsys):
     pytest.importorskip("jinja2", reason="pip install '.[eval]'")
     soundfile.write(tmp_path / "a.wav", synthesize(0.5), RATE)

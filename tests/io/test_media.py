@@ -11,6 +11,7 @@ import soundfile
 from nemo_lfr.errors import AudioError, MissingExtraError
 from nemo_lfr.io.audio import AudioReader
 from tests.models import synthesize
+from tests.tiers import slow_after
 
 RATE = 22050
 MADE = {
@@ -94,8 +95,8 @@ DAMAGE = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGE)
-@pytest.mark.parametrize("suffix", ["aac", "ac3", "eac3", "dts"])
+@pytest.mark.parametrize("damage", slow_after(3, DAMAGE))
+@pytest.mark.parametrize("suffix", slow_after(3, ["aac", "ac3", "eac3", "dts"]))
 def test_frames_with_a_gap_are_damage_and_not_several_recordings(tmp_path, suffix, damage):
     pytest.importorskip("av")
     path = made(tmp_path, suffix)
@@ -126,7 +127,7 @@ def test_reasons_of_ffmpeg_are_about_the_audio(tmp_path, kind):
     assert messages and not any("permitted" in text or "patches" in text for text in messages), messages
 
 
-@pytest.mark.parametrize("suffix", ["m4a", "mp4", "webm", "wma", "wv", "tta", "avi", "flv", "mkv"])
+@pytest.mark.parametrize("suffix", slow_after(3, ["m4a", "mp4", "webm", "wma", "wv", "tta", "avi", "flv", "mkv"]))
 def test_a_media_file_that_is_cut_is_refused(tmp_path, suffix):
     pytest.importorskip("av")
     path = made(tmp_path, suffix)
@@ -303,7 +304,7 @@ def test_a_format_whose_truncation_would_not_show_is_refused(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kinds", [("mpeg", "vob"), ("mpegts", "mpegts of another codec"), ("matroska", "webm")])
-@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("order", slow_after(1, [1, -1]))
 def test_joined_files_of_one_container_and_two_codecs_lose_nothing_silently(tmp_path, kinds, order):
     pytest.importorskip("av")
     options = {**ENDS, "mpegts of another codec": ["-c:a", "aac"]}
@@ -319,8 +320,8 @@ def test_joined_files_of_one_container_and_two_codecs_lose_nothing_silently(tmp_
         assert "contains several recordings" in str(error) or "damaged" in str(error)
 
 
-@pytest.mark.parametrize("rate", [16000, 22050, 48000])
-@pytest.mark.parametrize("suffix", ["webm", "mka"])
+@pytest.mark.parametrize("rate", slow_after(1, [16000, 22050, 48000]))
+@pytest.mark.parametrize("suffix", slow_after(1, ["webm", "mka"]))
 def test_the_delay_and_padding_of_opus_in_matroska_are_dropped(tmp_path, suffix, rate):
     pytest.importorskip("av")
     soundfile.write(tmp_path / "source.wav", synthesize(1), rate)
@@ -455,8 +456,8 @@ OPEN_ENDED = {
 }
 
 
-@pytest.mark.parametrize("damage", ["overwritten", "moved"])
-@pytest.mark.parametrize("kind", OPEN_ENDED)
+@pytest.mark.parametrize("damage", slow_after(4, ["overwritten", "moved"]))
+@pytest.mark.parametrize("kind", slow_after(4, OPEN_ENDED))
 def test_audio_behind_a_damaged_header_is_never_dropped_silently(tmp_path, kind, damage):
     pytest.importorskip("av")
     made, middle = OPEN_ENDED[kind]

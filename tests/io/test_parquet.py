@@ -162,6 +162,7 @@ def read_variants(folder: str) -> None:
     print(count, refused)
 
 
+@pytest.mark.slow
 def test_no_damage_to_a_footer_ends_the_process(tmp_path):
     """pyarrow calls abort() at some of them, for example at a type that does not fit the size statistics."""
     code = f"from tests.io.test_parquet import read_variants; read_variants({str(tmp_path)!r})"

@@ -17,6 +17,7 @@ from nemo_lfr.errors import NemoLfrError
 from nemo_lfr.modules.altered import is_altered
 from nemo_lfr.modules.weights import weights_version
 from tests.models import build_codec, same_parts, speech_like, write_nemo
+from tests.tiers import slow_after
 
 AUDIO = torch.stack([speech_like(40 * 15), speech_like(40 * 15, 1)])
 LENGTHS = [40 * 15, 21 * 15 + 4]
@@ -94,8 +95,8 @@ def encoded_by_calls(encoder: nn.Module, audio: torch.Tensor) -> torch.Tensor:
     return encoder.post_conv(encoder.post_activation(hidden))
 
 
-@pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("used_before", [False, True])
+@pytest.mark.parametrize("change", slow_after(4, CHANGES))
+@pytest.mark.parametrize("used_before", slow_after(4, [False, True]))
 @torch.no_grad()
 def test_a_changed_encoder_gives_what_its_modules_give(change, used_before):
     codec = build_codec("two_stages")
@@ -112,7 +113,7 @@ def test_a_changed_encoder_gives_what_its_modules_give(change, used_before):
     assert not torch.equal(tokens, before)
 
 
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("change", slow_after(3, CHANGES))
 @torch.no_grad()
 def test_a_changed_decoder_gives_what_its_modules_give(change):
     codec = build_codec("two_stages")
@@ -231,8 +232,11 @@ def loaded(tmp_path):
 
 @pytest.mark.parametrize(
     ("change", "door"),
-    [(change, door) for change in HOOKED for door in (fingerprint, save)]
-    + [(hook, door) for hook in (HOOKED[2], hook_on_quantizer) for door in (encode_file, programs, onnx, golden)],
+    slow_after(
+        4,
+        [(change, door) for change in HOOKED for door in (fingerprint, save)]
+        + [(hook, door) for hook in (HOOKED[2], hook_on_quantizer) for door in (encode_file, programs, onnx, golden)],
+    ),
 )
 def test_doors_that_describe_or_save_a_codec_reject_hooks(loaded, change, door, tmp_path):
     change(loaded)

@@ -12,6 +12,7 @@ from nemo_lfr.modules import weights
 from nemo_lfr.modules.weights import DerivedForms, checksum_once, weights_version
 from tests.models import cached_codec, synthesize
 from tests.reference import assert_same_tokens
+from tests.tiers import slow_after
 
 CPU = torch.device("cpu")
 
@@ -45,8 +46,8 @@ WRITES: dict[str, Callable[[torch.nn.Module], object]] = {
 }
 
 
-@pytest.mark.parametrize("write", [*WRITES])
-@pytest.mark.parametrize("kind", ["two_stages", "nano"])
+@pytest.mark.parametrize("write", slow_after(4, [*WRITES]))
+@pytest.mark.parametrize("kind", slow_after(4, ["two_stages", "nano"]))
 def test_every_write_changes_the_version(kind, write):
     encoder = copy.deepcopy(cached_codec(kind)).encoder
     encoder.pre_conv.conv.bias.data.zero_()
@@ -74,7 +75,7 @@ def test_both_checksums_change_with_any_byte_of_any_type(dtype, size):
     assert weights._checksums([values]) == sums
 
 
-@pytest.mark.parametrize("write", ["data, one", "numpy view", "permuted outputs"])
+@pytest.mark.parametrize("write", slow_after(1, ["data, one", "numpy view", "permuted outputs"]))
 def test_cuda_module_and_packed_weights_notice_uncounted_writes(write):
     codec = copy.deepcopy(cached_codec("symmetric"))
     wave = synthesize(0.5)
@@ -89,8 +90,8 @@ def test_cuda_module_and_packed_weights_notice_uncounted_writes(write):
     assert write == "data, one" or not torch.equal(codec.encode(wave)[0], tokens)
 
 
-@pytest.mark.parametrize("has_weight_norm", [False, True])
-@pytest.mark.parametrize("write", ["data, one", "numpy view", "permuted outputs"])
+@pytest.mark.parametrize("has_weight_norm", slow_after(1, [False, True]))
+@pytest.mark.parametrize("write", slow_after(1, ["data, one", "numpy view", "permuted outputs"]))
 def test_streams_notice_uncounted_writes(write, has_weight_norm):
     codec = copy.deepcopy(cached_codec("two_stages"))
     wave = synthesize(0.05)

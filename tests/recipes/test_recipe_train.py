@@ -16,7 +16,7 @@ from recipes.bundled_codec.data import read_speech
 from recipes.bundled_codec.settings import Settings, read_settings
 from recipes.bundled_codec.states import import_trial, load_state, read_generator
 from tests.models import RATE, synthesize
-from tests.tiers import slow_except
+from tests.tiers import slow_after, slow_except
 
 TINY = [
     "network.audio_encoder={encoded_dim: 8, down_sample_rates: [4, 8], base_channels: 4, "
@@ -80,7 +80,7 @@ def assert_equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]
 WITH_DISCRIMINATORS = ["discriminators={from_update: 1, learn_alone: 1, ramp: 2, batch_size: 1, period_channels: 2}"]
 
 
-@pytest.mark.parametrize("overrides", [[], WITH_DISCRIMINATORS], ids=["spectra", "discriminators"])
+@pytest.mark.parametrize("overrides", slow_after(1, [[], WITH_DISCRIMINATORS]), ids=["spectra", "discriminators"])
 @pytest.mark.parametrize("stop", slow_except([1, 2, 3], 2))
 def test_resumed_run_makes_the_same_updates(manifest, tmp_path, overrides, stop):
     settings = settings_of(manifest, tmp_path / "run", *overrides)
@@ -99,6 +99,7 @@ def test_resumed_run_makes_the_same_updates(manifest, tmp_path, overrides, stop)
     assert_equal(weights(whole), weights(resumed))
 
 
+@pytest.mark.slow
 def test_discriminators_learn_alone_then_their_score_counts_more_and_more(manifest, tmp_path):
     run = run_of(settings_of(manifest, tmp_path / "run", *WITH_DISCRIMINATORS), manifest)
     terms = [run.update() for _ in range(4)]

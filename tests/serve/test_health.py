@@ -8,6 +8,8 @@ import urllib.request
 import numpy as np
 import pytest
 
+from tests.tiers import slow_after
+
 pytest.importorskip("starlette", reason='the server: pip install starlette "uvicorn[standard]" prometheus_client')
 pytest.importorskip("uvicorn")
 pytest.importorskip("websockets")
@@ -44,8 +46,8 @@ def fail(*_):
     raise RuntimeError("CUDA error: an illegal memory access was encountered\nCompile with more")
 
 
-@pytest.mark.parametrize("function", ["push_decoders", "flush_decoders", "Engine._advance"])
-@pytest.mark.parametrize("is_full", [False, True])
+@pytest.mark.parametrize("function", slow_after(1, ["push_decoders", "flush_decoders", "Engine._advance"]))
+@pytest.mark.parametrize("is_full", slow_after(1, [False, True]))
 def test_a_network_that_fails_is_reported_until_it_works(monkeypatch, function, is_full):
     with running(Settings(EngineLimits(max_streams=1))) as server:
         decode(server)

@@ -19,6 +19,8 @@ import numpy as np
 import pytest
 import soundfile
 
+from tests.tiers import slow_after
+
 pytest.importorskip("starlette", reason='the server: pip install starlette "uvicorn[standard]" prometheus_client')
 pytest.importorskip("uvicorn")
 pytest.importorskip("websockets")
@@ -99,8 +101,10 @@ def test_a_token_that_no_client_can_send_is_refused(capsys, monkeypatch, token):
     assert code == 2 and "NEMO_LFR_TOKEN" in err
 
 
-@pytest.mark.parametrize("query", ["?audio=pcm_f32le", "?audio=pcm_f32le&ramp=1,2,4", "?audio=pcm_f32le&lookahead=50"])
-@pytest.mark.parametrize("chunk", [1, 7, 1000])
+@pytest.mark.parametrize(
+    "query", slow_after(3, ["?audio=pcm_f32le", "?audio=pcm_f32le&ramp=1,2,4", "?audio=pcm_f32le&lookahead=50"])
+)
+@pytest.mark.parametrize("chunk", slow_after(3, [1, 7, 1000]))
 def test_a_decoded_stream_equals_the_decoded_recording(server, tokens, chunk, query):
     expected = np.asarray(server.codec.decode(tokens[None])[0][0])
     np.testing.assert_allclose(decoded(server, tokens, chunk, query), expected, atol=1e-5)
@@ -174,7 +178,9 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize(("kind", "message"), [(kind, message) for kind in BAD for message in BAD[kind]])
+@pytest.mark.parametrize(
+    ("kind", "message"), slow_after(8, [(kind, message) for kind in BAD for message in BAD[kind]])
+)
 def test_a_bad_message_ends_its_own_stream_with_the_reason(server, tokens, kind, message):
     with server.connect("/v1/decode/stream?audio=pcm_f32le") as other:
         other.send(tokens_message(tokens[:, :9]))

@@ -16,6 +16,7 @@ from nemo_lfr.training.initialize import initialize_from_data
 from nemo_lfr.training.losses import CodecLosses
 from tests.models import build_codec, codec_config, synthesize
 from tests.packages import require
+from tests.tiers import slow_after
 
 require("librosa", reason="spectral losses need the [train] extra")
 
@@ -140,7 +141,7 @@ def test_unknown_losses_are_refused_by_name(key, value):
         CodecLosses(codec_config() | {key: value})
 
 
-@pytest.mark.parametrize("weight_norm", [False, True])
+@pytest.mark.parametrize("weight_norm", slow_after(1, [False, True]))
 def test_initialization_from_data_centers_and_spreads_the_encoder_and_fills_the_codebooks(weight_norm):
     parts = build_parts(codec_config(), weight_norm=weight_norm)
     audio = torch.stack([torch.from_numpy(synthesize(1.86, seed)[: 40 * 1024]) for seed in range(6)])

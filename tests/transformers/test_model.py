@@ -17,6 +17,7 @@ import nemo_lfr
 from nemo_lfr.checkpoint.folder import export_safetensors
 from nemo_lfr.errors import NemoLfrError
 from tests.models import KINDS, codec_config, speech_like, write_nemo
+from tests.tiers import slow_after
 
 transformers = pytest.importorskip("transformers", minversion="5.20", reason='pip install "transformers>=5.20"')
 ours = pytest.importorskip("nemo_lfr.transformers")
@@ -47,7 +48,7 @@ def batch(folder):
     return extractor([FIRST.numpy(), SECOND.numpy()], sampling_rate=RATE, return_tensors="pt")
 
 
-@pytest.mark.parametrize("kind", ["nano", "causal"])
+@pytest.mark.parametrize("kind", slow_after(1, ["nano", "causal"]))
 def test_tokens_audio_and_fingerprint_equal_those_of_load(kind, tmp_path):
     folder = export(tmp_path, kind)
     codec = nemo_lfr.load(folder, "cpu")
@@ -94,6 +95,7 @@ def test_values_after_a_clip_have_no_effect(model, batch):
     assert torch.equal(model.encode(loud, batch["padding_mask"]).audio_codes, model.encode(**batch).audio_codes)
 
 
+@pytest.mark.slow
 def test_tuples_equal_outputs(model, batch):
     for method, arguments in ((model.encode, dict(batch)), (model, dict(batch))):
         values = method(**arguments, return_dict=False)

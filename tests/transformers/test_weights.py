@@ -11,6 +11,7 @@ import nemo_lfr
 from nemo_lfr.checkpoint.folder import export_safetensors
 from nemo_lfr.errors import CheckpointError
 from tests.models import codec_config, speech_like, write_nemo
+from tests.tiers import slow_after
 
 transformers = pytest.importorskip("transformers", minversion="5.20", reason='pip install "transformers>=5.20"')
 pytest.importorskip("nemo_lfr.transformers")
@@ -106,7 +107,7 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("name", slow_after(4, REFUSED))
 def test_a_damaged_folder_is_refused_as_by_load(name, folder):
     damage, message = REFUSED[name]
     damage(folder)
@@ -120,8 +121,8 @@ def test_a_damaged_folder_is_refused_as_by_load(name, folder):
         assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("asked", [None, "auto", torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", slow_after(2, [torch.float32, torch.float16, torch.bfloat16]))
+@pytest.mark.parametrize("asked", slow_after(2, [None, "auto", torch.float32, torch.float16, torch.bfloat16]))
 def test_buffers_stay_int32_whatever_the_dtype_of_the_file_and_of_the_call(folder, tmp_path, dtype, asked):
     rewrite(
         folder, lambda t: t.update({key: value.to(dtype) for key, value in t.items() if value.is_floating_point()})
