@@ -275,12 +275,12 @@ def _match(tensors: Tensors, prefix: str, part: nn.Module, strict: bool) -> dict
     unexpected = sorted(sources.keys() - expected.keys())
     if missing and strict:
         raise CheckpointError(
-            f"{path}: {prefix} lacks {len(missing)} of {len(expected)} weights, first {missing[:5]}; the weights "
-            "belong to another config, or the file is incomplete and must be downloaded again."
+            f"{path}: {prefix} lacks {len(missing)} of {len(expected)} weights, for example {missing[:5]}; the "
+            "weights belong to another config, or the file is incomplete and must be downloaded again."
         )
     if unexpected and strict:
         raise CheckpointError(
-            f"{path}: {prefix} has {len(unexpected)} weights that are not in its config, first "
+            f"{path}: {prefix} has {len(unexpected)} weights that are not in its config, for example "
             f"{[shorten(key) for key in unexpected[:5]]}; the weights belong to another config."
         )
     matched = {key: sources[key] for key in expected if key in sources}

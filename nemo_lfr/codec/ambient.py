@@ -197,8 +197,8 @@ def check_weights(module: nn.Module, name: str) -> None:
     for child in module.modules():
         if isinstance(child, Conv1d | ConvTranspose1d) and not child.is_consistent:
             raise NemoLfrError(
-                f"{name}: the settings of a {type(child).__name__} were changed to {child.conv} with padding "
-                f"{getattr(child, 'pad_mode', 'constant')!r}, which its layer does not support; restore them, or "
+                f"{name}: the settings of a {type(child).__name__} layer were changed to values that it does not "
+                f"support: {child.conv} with padding {getattr(child, 'pad_mode', 'constant')!r}. Restore them, or "
                 "build the codec from a config that describes them."
             )
         for parameter in child._parameters.values():

@@ -99,7 +99,7 @@ def resample_clips(
 def check_whole_number(
     value: object, name: str, least: int, most: int | None = None, error: type[NemoLfrError] = NemoLfrError
 ) -> int:
-    """Return an argument that must be an integer, of Python or numpy.
+    """Check that an argument is an integer (from Python or numpy), and return it as an `int`.
 
     Args:
         value: the argument.
@@ -109,7 +109,7 @@ def check_whole_number(
         error: type of the error to raise.
 
     Raises:
-        NemoLfrError: of the type `error`, for another type, a fraction, or a value out of range.
+        NemoLfrError: of the type `error`, if the value is not an integer, or is out of range.
     """
     is_whole = isinstance(value, SupportsIndex) and not isinstance(value, bool | np.bool_)
     try:
@@ -295,7 +295,10 @@ def _is_finite(values: Any) -> bool:
 
 
 def check_decoded(audio: Any, spec: CodecSpec, name: str) -> None:
-    """Raise NemoLfrError if decoded audio [B, T_audio] contains NaN, which marks NaN or infinite decoder output."""
+    """Raise NemoLfrError if decoded audio [B, T_audio] contains NaN.
+
+    Such samples mark places where the decoder returned NaN or infinite values.
+    """
     if not math.prod(audio.shape) or not math.isnan(float(audio.max())):
         return
     row = next(row for row, clip in enumerate(audio) if math.isnan(float(clip.max())))

@@ -206,7 +206,7 @@ class LatentBackend(Protocol[Array]):
         """Encode whole frames to vectors before FSQ, [B, D, T] as float32; arguments as in `Backend.encode_frames`."""
 
     def quantize_latents(self, encoded: Array, num_frames: list[int]) -> Array:
-        """Apply FSQ to vectors [B, D, T]; in each example, the frames after the first `num_frames` are zero."""
+        """Apply FSQ to vectors [B, D, T]. In the result, the frames after the end of an example are zero."""
 
 
 @runtime_checkable

@@ -19,7 +19,7 @@ class CodecBase(Generic[Array]):
 
     Args:
         backend: backend that runs the encoder and the decoder.
-        chunk_frames: frames in one window of long audio, without the frames that are only context. Default: the
+        chunk_frames: frames in one window of long audio, not counting the context around them. Default: the
             backend's choice.
 
     Attributes:
@@ -133,5 +133,8 @@ class CodecBase(Generic[Array]):
         arguments.check_encoded(tokens, self.backend.spec, self.name)
 
     def check_decoded(self, audio: Array | np.ndarray) -> None:
-        """Raise NemoLfrError if audio [B, T_audio] contains NaN, which marks NaN or infinite decoder output."""
+        """Raise NemoLfrError if decoded audio [B, T_audio] contains NaN.
+
+        Such samples mark places where the decoder returned NaN or infinite values.
+        """
         arguments.check_decoded(audio, self.backend.spec, self.name)

@@ -153,7 +153,9 @@ def _recording(
         if path is not None or isinstance(data, bytes):
             return _read(path or name, data, audio_len, sample_rate, target_rate, name)
         keys = shorten([str(key) for key in audio])
-        raise AudioError(f"{name} is {type(audio).__name__} with keys {keys}; pass 'array' and 'sampling_rate'.")
+        raise AudioError(
+            f"{name} is {type(audio).__name__} with keys {keys}; pass the keys 'array' and 'sampling_rate'."
+        )
     if callable(getattr(audio, "get_all_samples", None)):
         try:
             audio = audio.get_all_samples()
@@ -200,7 +202,7 @@ def _read(
 def _mono(arrays: Arrays[Any], audio: object, name: str) -> Any:
     """Mix samples [T_audio], [channels, T_audio] or [T_audio, channels] to [1, T_audio].
 
-    Integers are scaled as in the tables of a corpus, see `samples_to_float`.
+    Integer samples are scaled to [-1, 1]; see `samples_to_float`.
     """
     samples = arrays.convert(audio, name, AudioError)
     if arrays.kind(samples) is Kind.INTEGER:

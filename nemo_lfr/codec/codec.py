@@ -50,7 +50,7 @@ class Codec(HubMethods[Array]):
 
     Args:
         backend: backend that runs the encoder and the decoder.
-        chunk_frames: frames in one window of long audio, without the frames that are only context. Default: the
+        chunk_frames: frames in one window of long audio, not counting the context around them. Default: the
             backend's choice.
 
     Attributes:
@@ -123,8 +123,8 @@ class Codec(HubMethods[Array]):
         backend, spec = self.backend, self.backend.spec
         if not isinstance(backend, LatentBackend):
             raise NemoLfrError(
-                f"{self.name}: {type(backend).__name__} cannot return latents, but only tokens; load the checkpoint "
-                "with PyTorch."
+                f"{self.name}: {type(backend).__name__} only returns tokens, not latents; load the checkpoint with "
+                "PyTorch."
             )
         with backend.computing():
             waves, lengths = self._at_own_rate(audio, audio_len, sample_rate)
@@ -183,7 +183,7 @@ class Codec(HubMethods[Array]):
         audio_len: Array | np.ndarray | list[int] | None = None,
         sample_rate: int | None = None,
     ) -> tuple[Array, Array]:
-        """Resample clips to the codec's rate as `encode` does, with the arguments and errors of `encode`.
+        """Resample clips to the codec's rate as `encode` does. Arguments and errors are as in `encode`.
 
         Returns:
             Audio [B, T_audio] as float32, and the number of samples in each clip, [B] as int64.
@@ -243,7 +243,7 @@ class Codec(HubMethods[Array]):
                 tokens. Default: `encoder.context.future`, which gives the same tokens as `encode`.
 
         Raises:
-            NemoLfrError: if `lookahead` is not a number of frames, or the backend does not support streaming.
+            NemoLfrError: if `lookahead` is not an integer of at least 0, or the backend does not support streaming.
         """
         return self._streaming().stream_encoder(self, lookahead)
 
@@ -259,7 +259,7 @@ class Codec(HubMethods[Array]):
                 playback rate or faster. Default: `lookahead`.
 
         Raises:
-            NemoLfrError: if a lookahead is not a number of frames, or the backend does not support streaming.
+            NemoLfrError: if a lookahead is not an integer of at least 0, or the backend does not support streaming.
         """
         backend = self._streaming()
         if first_lookahead is None:

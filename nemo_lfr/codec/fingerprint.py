@@ -36,7 +36,7 @@ def weights_digest(weights: Iterable[tuple[str, torch.Tensor]]) -> str:
 
 
 def fingerprint(digest: str, settings: Any) -> str:
-    """Return the fingerprint for the digest of the weights and the settings from `settings_of`."""
+    """Return a codec's fingerprint: a hash of its weights' digest and of its settings from `settings_of`."""
     text = json.dumps([digest, settings], sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:LENGTH]
 
@@ -91,8 +91,8 @@ def check_described(config: Mapping[str, Any], settings: Mapping[str, Any], name
         if isinstance(expected, list) and len(used) == len(expected):
             used, wanted = next(pair for pair in zip(used, wanted, strict=True) if pair[0] != pair[1])
         raise NemoLfrError(
-            f"{name}: {key} has the settings {shorten(used)}, but its config describes {shorten(wanted)}, so that "
-            "the saved codec would give other results; restore the setting, or build the codec from a config that "
+            f"{name}: {key} has the settings {shorten(used)}, but its config describes {shorten(wanted)}. The "
+            "saved codec would give other results; restore the setting, or build the codec from a config that "
             "describes it."
         )
 

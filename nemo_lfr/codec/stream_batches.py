@@ -145,7 +145,7 @@ def push(streams: Sequence[Any], inputs: Sequence[Any], kind: type[BaseStream], 
         NemoLfrError: if the streams belong to different codecs, a stream is passed twice or is in use by another
             thread, the numbers of streams and inputs differ, or an input is invalid.
     """
-    streams, inputs = _pairs(streams, inputs, kind, "chunks", "pass one for each; it may be empty")
+    streams, inputs = _pairs(streams, inputs, kind, "chunks", "pass one chunk, possibly empty, for each stream")
     if not streams:
         return []
     with _exclusive(streams):
@@ -168,7 +168,7 @@ def flush(
     """
     streams = _listed(streams, "streams")
     lengths = [None] * len(streams) if lengths is None else lengths
-    streams, lengths = _pairs(streams, lengths, kind, "lengths", "pass one for each")
+    streams, lengths = _pairs(streams, lengths, kind, "lengths", "pass one length for each stream")
     if not streams:
         return []
     with _exclusive(streams):

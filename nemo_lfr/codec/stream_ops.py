@@ -64,7 +64,7 @@ class StreamOps:
     Args:
         state: state of each layer; changed in place.
         last: whether the recordings end with this chunk.
-        weights: weights of the layers, with methods that convolve with them.
+        weights: weights of the layers; its methods run the convolutions.
     """
 
     def __init__(self, state: dict[Hashable, LayerState], last: bool, weights: StreamWeights) -> None:
@@ -116,7 +116,7 @@ class StreamOps:
         return total / len(results)
 
     def _block(self, block: ResidualBlock, signal: torch.Tensor) -> torch.Tensor:
-        """Run a residual block. Each input step is kept until the convolutions produce the step to add to it."""
+        """Run a residual block. An input step is kept until the convolutions have produced the output to add it to."""
         slope = slope_of(block.skip_activation)  # a leaky ReLU is fused into the convolution before it
         hidden = self.conv(block.input_conv, signal, block.input_activation, 1.0 if slope is None else slope)
         added = self.conv(block.skip_conv, hidden, block.skip_activation if slope is None else None)

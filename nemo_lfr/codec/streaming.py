@@ -108,7 +108,7 @@ class StreamDecoder(BaseStream):
 
     @property
     def _dim(self) -> int:
-        """D, the dimensions of a dequantized frame."""
+        """Number of dimensions D of a dequantized frame."""
         return self.codec.num_codebooks * len(self.codec.levels)
 
     def push(self, tokens: np.ndarray) -> np.ndarray:
@@ -146,7 +146,8 @@ class StreamDecoder(BaseStream):
             length = check_whole_number(length, "num_samples", 0, error=TokensError)
             if -(-length // frame) != self._num_in:
                 raise TokensError(
-                    f"num_samples is {length}, but {self._num_in} frames were pushed; pass the original length."
+                    f"num_samples is {length}, but {self._num_in} frames were pushed; pass the length of the "
+                    "original recording."
                 )
         self._finished = True
         silence = torch.zeros(1, self._dim, max(0, self._min_frames - self._num_in), dtype=torch.float32)

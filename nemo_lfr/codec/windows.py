@@ -51,7 +51,7 @@ class Cutter(NamedTuple):
         arrays: array library of the recordings.
         limits: context and shortest input of the encoder or decoder that will run the windows.
         batching: window and batch sizes.
-        chunk_frames: frames in one window of a long recording, without the frames that are only context.
+        chunk_frames: frames in one window of a long recording, not counting the context around them.
         items_per_frame: length of one frame on the last axis: `samples_per_frame` for audio, 1 for tokens.
         dtype: dtype of the recordings.
     """
@@ -132,7 +132,7 @@ def place_windows(
         places: recording and window of each example.
         results: results for the windows, [b, ..., t * items_per_frame].
         items_per_frame: length of one frame on the last axis: `samples_per_frame` for audio, 1 for tokens.
-        lengths: number of samples or frames in each row of `out` that are valid; others are not copied. None for all.
+        lengths: number of valid samples or frames in each row of `out`; others are not copied. None if all are valid.
     """
     for (row, window), result in zip(places, results, strict=True):
         start, stop = (edge * items_per_frame for edge in (window.keep_start, window.keep_stop))
@@ -150,7 +150,7 @@ def rolling_windows(
     Args:
         blocks: consecutive samples or tokens, [..., n] with any n.
         items_per_frame: length of one frame on the last axis: `samples_per_frame` for audio, 1 for tokens.
-        chunk: frames in one window, without the frames that are only context.
+        chunk: frames in one window, not counting the context around them.
         context: context of the encoder or decoder.
 
     Yields:

@@ -2,8 +2,8 @@
 
 A token is a mixed-radix number. Each digit is the code of one FSQ dimension, and the first dimension is the least
 significant digit, as in NeMo's `FiniteScalarQuantizer`. A frame of eight codebooks with levels [8, 7, 6, 6] therefore
-has 32 digits. Without a codec, the digits can be regrouped losslessly into 4 codebooks with 8 dimensions each, or into
-16 codebooks with 2 dimensions each.
+has 32 digits. The digits can be regrouped losslessly, without a codec, into 4 codebooks with 8 dimensions each, or
+into 16 codebooks with 2 dimensions each.
 """
 
 import math

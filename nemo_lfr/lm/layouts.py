@@ -192,7 +192,7 @@ class Layout(ABC):
         return constant(values, tokens)
 
     def _offset(self, codebook: Any) -> Any:
-        """Return the number that is added to the ids of a codebook."""
+        """Return the number that is added to the tokens of a codebook, in addition to `first_id`."""
         return 0
 
     def _is_start(self, at: Any, frame: Any) -> Any:

@@ -17,11 +17,9 @@ from nemo_lfr.modules.activation import CodecActivation
 
 # Ends of the message of `check_unaltered`, for each door that does not call the modules.
 STREAM = "which a stream does not call; remove them, or use encode and decode instead of streams"
-FINGERPRINT = (
-    "which its fingerprint does not cover; remove or merge them, or store the tokens of encode without a fingerprint"
-)
-SAVE = "which are not saved, so that the saved codec would give other results; remove or merge them"
-EXPORT = "which are not exported, so that the exported codec would give other results; remove or merge them"
+FINGERPRINT = "which its fingerprint does not cover; remove or merge them, or store the tokens without a fingerprint"
+SAVE = "which are not saved, so the saved codec would give other results; remove or merge them"
+EXPORT = "which are not exported, so the exported codec would give other results; remove or merge them"
 
 
 @functools.cache
@@ -66,7 +64,9 @@ def _conv_kind(layer: nn.Module | None) -> type[nn.Module]:
 
 
 def check_unaltered(network: nn.Module, name: str, consequence: str) -> None:
-    """Raise an error if a network is altered, for whatever does not call its modules or claims to describe it.
+    """Raise an error if a network has hooks, patched methods or replaced layers (see `is_altered`).
+
+    Streaming, saving, exporting and fingerprints call this function first, because they ignore such changes.
 
     Args:
         network: encoder, quantizer or decoder.

@@ -45,7 +45,7 @@ def convolve(
     - If the weights are much larger: a matrix product. In this case, oneDNN's convolutions are up to 8 times slower,
       for example with H_in = 768, H_out = 1536, K = 16 and T = 24.
 
-    An exported graph contains `conv1d`, so that its runtime can choose.
+    An exported graph contains `conv1d`, so that its runtime can choose an implementation.
 
     Args:
         hidden: [B, H_in, T].
@@ -141,7 +141,7 @@ class Conv1d(nn.Module):
 
     @property
     def is_consistent(self) -> bool:
-        """Whether the settings of the convolution, which a caller may change, still fit those of the layer."""
+        """Whether the settings of `conv` still match the settings of this layer; a caller may have changed `conv`."""
         conv = self.conv
         if not isinstance(conv, nn.Conv1d):
             return True  # replaced by a module that is called
@@ -203,7 +203,7 @@ class ConvTranspose1d(nn.Module):
 
     @property
     def is_consistent(self) -> bool:
-        """Whether the settings of the convolution, which a caller may change, still fit those of the layer."""
+        """Whether the settings of `conv` still match the settings of this layer; a caller may have changed `conv`."""
         conv = self.conv
         if not isinstance(conv, nn.ConvTranspose1d):
             return True

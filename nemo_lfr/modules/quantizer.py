@@ -28,10 +28,10 @@ def _mask(values: torch.Tensor, length: torch.Tensor | None) -> torch.Tensor:
 def _check_tokens(
     tokens: torch.Tensor, values: torch.Tensor, codebook_size: int, length: torch.Tensor | None, name: str
 ) -> None:
-    """Raise an error for tokens that stand for no entry of the codebook; one reduction, which synchronizes a GPU.
+    """Raise an error if a token is outside the codebook, or was made from NaN or infinite values.
 
-    Nothing is checked while a graph is traced or captured. The conversion of NaN to an integer is undefined, so NaN
-    may also give a valid token.
+    The values are checked too, because the conversion of NaN to an integer is undefined and may give a valid token.
+    The check synchronizes a GPU. Nothing is checked while a graph is traced or captured.
 
     Args:
         tokens: result, in any shape.

@@ -1,8 +1,8 @@
 """Base class of the mixins that make up `LFRCodecModel`.
 
-This module imports NeMo, and also the modules in this folder that import NeMo or Lightning themselves. If NeMo is
-missing or broken, the import therefore fails here, with MissingExtraError and a one-line message. The mixins in this
-folder import NeMo's classes from this module.
+The mixins import NeMo's classes from this module. If NeMo is missing or broken, importing this module raises
+MissingExtraError with a one-line message. To detect a broken NeMo early, this module also imports other modules in
+this folder that import NeMo or Lightning themselves, such as `cuts`.
 """
 
 from pathlib import Path

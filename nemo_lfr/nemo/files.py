@@ -186,7 +186,7 @@ class NemoFiles(BaseModel):
 
     @classmethod
     def list_available_models(cls) -> list[PretrainedModelInfo]:
-        """Return the models in NeMo's list, and this codec under the names that its model cards use."""
+        """Return the models in NeMo's list, and this codec under the name that NVIDIA's model card uses."""
         ours = [
             PretrainedModelInfo(
                 pretrained_model_name=alias,

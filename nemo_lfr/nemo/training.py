@@ -1,4 +1,4 @@
-"""Training and validation steps of `LFRCodecModel`. The weight updates equal those of NeMo, but take less time."""
+"""Training and validation steps of `LFRCodecModel`. The weight updates equal NeMo's, but take less time."""
 
 import functools
 import logging
@@ -286,7 +286,7 @@ class TrainingSteps(WeightAveraging):
     def training_step(self, batch: Mapping[str, torch.Tensor], batch_idx: int) -> None:
         """Update the discriminators and then the generator, which consists of the encoder and the decoder.
 
-        As in NeMo, the discriminators are skipped in some steps. The updates equal those of NeMo. The inputs of the
+        As in NeMo, the discriminators are skipped in some steps. The updates equal NeMo's. The inputs of the
         discriminators are computed once per signal, under `no_grad` for real audio. The discriminators are frozen
         during the update of the generator. If the model config sets `accumulate_grad_batches`, each update uses the
         gradients of that many batches. The last update of an epoch may use fewer.

@@ -59,7 +59,7 @@ class TokensOnly(NumpyBackend):
 
 
 def test_bad_input_and_backends_without_latents_are_errors():
-    with pytest.raises(NemoLfrError, match="cannot return latents, but only tokens; load the checkpoint"):
+    with pytest.raises(NemoLfrError, match="only returns tokens, not latents; load the checkpoint"):
         Codec(TokensOnly()).encode_latents(torch.zeros(9000))
     codec = build_codec("nano")
     with pytest.raises(AudioError, match=r"not finite|NaN"):

@@ -247,7 +247,7 @@ class PackedOps:
 
 
 def _can_share(blocks: list[ResidualBlock]) -> bool:
-    """Return whether blocks have the same padding mode and the same activations, without weights."""
+    """Return whether blocks have the same padding mode and the same activations, and no activation has weights."""
 
     def settings(block: ResidualBlock) -> tuple[object, ...]:
         kinds = [block.input_activation.activation, block.skip_activation.activation]

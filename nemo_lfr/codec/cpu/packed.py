@@ -49,7 +49,7 @@ class Packed(NamedTuple):
 
 
 class Weights(Protocol):
-    """Weights of an encoder or decoder, with methods that convolve with them."""
+    """Weights of an encoder or decoder, and methods that run convolutions with these weights."""
 
     def cast(self, hidden: torch.Tensor, layer: Conv1d | None = None) -> torch.Tensor:
         """Convert the input of `layer` to the dtype of its weights.
@@ -283,7 +283,10 @@ def _exact(layer: Conv1d | ConvTranspose1d, padded: torch.Tensor) -> torch.Tenso
 
 
 def _error(layer: Conv1d | ConvTranspose1d, padded: torch.Tensor, result: torch.Tensor) -> float:
-    """Return the rms error of a result, compared with the fp32 result, measured at 16 time steps of the output."""
+    """Return the rms error of a result, relative to the rms of the fp32 result.
+
+    Both are measured at 16 time steps of the first example.
+    """
     weight, _ = fold(layer)
     stride = layer.conv.stride[0] if isinstance(layer, Conv1d) else 1
     span = (weight.shape[2] - 1) * layer.conv.dilation[0] + 1

@@ -21,7 +21,7 @@ MAX_ROWS = 1024
 
 
 class StreamWeights(Protocol):
-    """Weights of an encoder or decoder, with methods that convolve signals [B, T, H] with them."""
+    """Weights of an encoder or decoder, and methods that run convolutions of signals [B, T, H]."""
 
     def convolve(self, layer: Conv1d, hidden: torch.Tensor, slope: float = 1.0) -> torch.Tensor:
         """Run `Conv1d.convolve`, then a leaky ReLU: [B, T, H_in] -> [B, (T - span) // stride + 1, H_out]."""
@@ -94,7 +94,8 @@ _WEIGHTS: DerivedForms[ProductWeights] = DerivedForms()
 def stream_weights(network: nn.Module) -> StreamWeights:
     """Return the weights of a network for streams.
 
-    In fp32 on a CPU, these are weights for matrix products. Otherwise, they call the modules of the network.
+    In fp32 on a CPU, convolutions run as matrix products if the weights can be packed. Otherwise, they call the
+    network's modules.
     """
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
     if dtype == torch.float32:

@@ -165,7 +165,7 @@ def _evaluate(rows: torch.Tensor) -> torch.Tensor:
 
 
 def _interpolate(products: list[torch.Tensor], out: torch.Tensor) -> None:
-    """Transform the products [n, W] at all points back, and write tiles of four outputs [n, 4, W] to `out`.
+    """Convert the products [n, W] at all points to tiles of four outputs, and write these to `out`, [n, 4, W].
 
     The products are overwritten.
     """

@@ -88,7 +88,10 @@ def _is_capturing() -> bool:
 
 
 def gpu_seconds(candidate: Candidate, repeats: int = 5, rounds: int = 3) -> float:
-    """Return the seconds that a candidate takes on the GPU, without launch overhead if this time is short."""
+    """Return the seconds that a candidate takes on the GPU.
+
+    A fast candidate is timed in a CUDA graph if possible, so that launch overhead is not included.
+    """
 
     def fastest(run: Callable[[], object]) -> float:
         best = float("inf")

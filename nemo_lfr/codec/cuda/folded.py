@@ -40,7 +40,7 @@ class Activation:
         kind: "lrelu" (leaky ReLU); "snake" (snake for the first `len(alpha)` channels, leaky ReLU for the others); or
             "other", which only PyTorch can run.
         slope: slope of the leaky ReLU.
-        alpha: alpha of the channels with snake, at most [H]; None for the other kinds.
+        alpha: alpha of each channel with snake, [n] with n <= H; None for the other kinds.
     """
 
     module: nn.Module

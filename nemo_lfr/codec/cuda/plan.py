@@ -267,7 +267,7 @@ class LayerRunner:
     def _may_fuse(self, layer: Layer) -> bool:
         """Return whether fused kernels are candidates for a layer.
 
-        In fp32 they are not: reference tokens must not depend on which candidate happens to be the fastest.
+        In fp32 they are not candidates: reference tokens must not depend on which candidate happens to be the fastest.
         """
         return (self.precision.dtype, self.precision.tf32) != (torch.float32, False) and (
             max(layer.inputs, layer.outputs // layer.upsample_stride) <= FUSED_CHANNELS
@@ -345,7 +345,7 @@ def _kind(activation: Activation | None) -> str:
 
 
 def _size(signal: torch.Tensor) -> tuple[int, Any]:
-    """Return two parts of the autotuner's key: log2 of all time steps in the batch, rounded up, and the device."""
+    """Return two parts of the autotuner's key: log2 of the batch's total time steps (rounded up), and the device."""
     return (signal.shape[0] * signal.shape[1] - 1).bit_length(), signal.device
 
 

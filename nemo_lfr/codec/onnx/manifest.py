@@ -6,8 +6,8 @@
      "encoder": {"past": 6, "future": 6, "min_frames": 4}, "decoder": {...},
      "files": {"encoder.onnx": "<64 hex digits>", "decoder.onnx": "..."}}
 
-Both ONNX files contain the same values, except "files", in their metadata. A file is read into memory and its hash is
-checked before ONNX Runtime opens it. A file that was changed after the export is therefore rejected.
+The metadata of both ONNX files contains the same values, except "files". An ONNX file is read into memory and its hash
+is checked before ONNX Runtime opens it. A file that was changed after the export is therefore rejected.
 """
 
 import hashlib
