@@ -101,7 +101,7 @@ REFUSED: dict[str, tuple[Any, Any, Any, str]] = {
     "an item at no rate": (item(FIRST, 0), None, None, "sample_rate 0 is not a number of Hz"),
     "samples beyond float32": (item(FIRST.astype(np.float64) * 1e300), None, None, "NaN or infinite.*exceeds float32"),
     "an item of integers": (item((FIRST * 99).astype(np.int32)), None, None, "audio: int32 samples .* reach only"),
-    "a row of a table": ({"audio": item(FIRST), "text": ""}, None, None, r"keys \['audio', 'text'\]; pass 'array'"),
+    "a row of a table": ({"audio": item(FIRST), "text": ""}, None, None, r"'text'\]; pass the keys 'array'"),
     "an item without audio": ({"path": None, "bytes": None}, None, None, "audio is dict"),
     "a decoder that fails": (BrokenDecoder(), None, None, "audio cannot be decoded .no audio stream"),
     "a decoder at another rate": (Decoder(FIRST), None, 16000, "declares a sample rate of 22050 Hz"),
