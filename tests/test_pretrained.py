@@ -299,7 +299,7 @@ PLACES = {
 
 
 @pytest.mark.parametrize("place", slow_after(3, PLACES))
-@pytest.mark.parametrize("home", slow_after(3, [False, True]))
+@pytest.mark.parametrize("home", [False, True])
 def test_a_folder_that_holds_a_checkpoint_loads(tmp_path, monkeypatch, place, home):
     codec = cached_codec("symmetric")
     folder = PLACES[place](save(codec, tmp_path / "my.nemo"), tmp_path / "folder")

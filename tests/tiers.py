@@ -21,9 +21,11 @@ def slow_if(values: Iterable[Any], slow: Collection[Any]) -> list[Any]:
 def slow_after(count: int, rows: Iterable[Any]) -> list[Any]:
     """Return the rows of a table of parameters, of which all after the first `count` are marked slow.
 
-    A tuple holds the values of several arguments.
+    A tuple holds the values of several arguments. A table with at most `count` rows is an error, since the call would
+    mark none of them.
     """
-    marked = []
+    rows, marked = list(rows), []
+    assert count < len(rows), f"none of {len(rows)} rows would be slow"
     for number, row in enumerate(rows):
         if isinstance(row, tuple):
             parameters = row if hasattr(row, "marks") else pytest.param(*row)

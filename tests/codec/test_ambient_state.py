@@ -248,7 +248,7 @@ USES = {
 
 
 @pytest.mark.parametrize("conversion", slow_after(3, [*CONVERSIONS]))
-@pytest.mark.parametrize("precision", slow_after(3, ["fp32", "tf32", "fp16"]))
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "fp16"])
 def test_converted_weights_raise_with_advice(conversion, precision):
     codec = same_parts(build_codec("symmetric"), precision=precision)
     around = torch.nn.ModuleList([codec.encoder, codec.quantizer, codec.decoder])
