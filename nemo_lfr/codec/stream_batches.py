@@ -145,7 +145,8 @@ def push(streams: Sequence[Any], inputs: Sequence[Any], kind: type[BaseStream], 
         NemoLfrError: if the streams belong to different codecs, a stream is passed twice or is in use by another
             thread, the numbers of streams and inputs differ, or an input is invalid.
     """
-    streams, inputs = _pairs(streams, inputs, kind, "chunks", "pass one chunk, possibly empty, for each stream")
+    streams = _batch(streams, kind)
+    inputs = _one_each(inputs, streams, "chunks", "pass one chunk, possibly empty, for each stream")
     if not streams:
         return []
     with _exclusive(streams):
@@ -166,9 +167,10 @@ def flush(
     Raises:
         NemoLfrError: as in `push`.
     """
-    streams = _listed(streams, "streams")
-    lengths = [None] * len(streams) if lengths is None else lengths
-    streams, lengths = _pairs(streams, lengths, kind, "lengths", "pass one length for each stream")
+    streams = _batch(streams, kind)
+    if lengths is None:
+        lengths = [None] * len(streams)
+    lengths = _one_each(lengths, streams, "lengths", "pass one length for each stream")
     if not streams:
         return []
     with _exclusive(streams):
@@ -182,21 +184,25 @@ def flush(
         return results
 
 
-def _pairs(
-    streams: Sequence[Any], values: Sequence[Any], kind: type[BaseStream], what: str, remedy: str
-) -> tuple[list[Any], list[Any]]:
-    """Check that the streams can form a batch, and that there is one value for each stream."""
-    streams, values = _listed(streams, "streams"), _listed(values, what)
+def _batch(streams: Sequence[Any], kind: type[BaseStream]) -> list[Any]:
+    """Return the streams as a list, if they can form a batch."""
+    streams = _listed(streams, "streams")
     for stream in streams:
         if not isinstance(stream, kind):
             raise NemoLfrError(f"a stream is {shorten(type(stream).__name__)}; pass only {kind.__name__} objects.")
         if stream.codec is not streams[0].codec:
             raise NemoLfrError("the streams belong to several codecs; pass the streams of one codec.")
-    if len(streams) != len(values):
-        raise NemoLfrError(f"got {len(values)} {what} for {len(streams)} streams; {remedy}.")
     if len({id(stream) for stream in streams}) < len(streams):
         raise NemoLfrError("the same stream was passed twice; join its chunks, or push them one after the other.")
-    return streams, values
+    return streams
+
+
+def _one_each(values: Sequence[Any], streams: list[Any], what: str, remedy: str) -> list[Any]:
+    """Return the values as a list, if there is one for each stream."""
+    values = _listed(values, what)
+    if len(streams) != len(values):
+        raise NemoLfrError(f"got {len(values)} {what} for {len(streams)} streams; {remedy}.")
+    return values
 
 
 def _listed(values: Any, what: str) -> list[Any]:
@@ -221,7 +227,7 @@ def _push_checked(streams: Sequence[Any], inputs: Sequence[Any], advance: Advanc
     return [np.concatenate(pieces, axis=-1) for pieces in zip(*results, strict=True)]
 
 
-def advance(
+def run_step(
     streams: Sequence[BaseStream],
     inputs: list[torch.Tensor],
     last: bool,

@@ -16,7 +16,7 @@ import torch
 from nemo_lfr.codec.arguments import check_whole_number
 from nemo_lfr.codec.base import CodecBase
 from nemo_lfr.codec.cpu.products import stream_weights
-from nemo_lfr.codec.stream_batches import BaseStream, advance, flush, push
+from nemo_lfr.codec.stream_batches import BaseStream, flush, push, run_step
 from nemo_lfr.codec.stream_modules import StreamModules, check_network
 from nemo_lfr.codec.stream_ops import LayerState, StreamOps
 from nemo_lfr.errors import AudioError, TokensError
@@ -235,7 +235,7 @@ def _advance_encoders(streams: Sequence[Any], inputs: list[torch.Tensor], last: 
             encoded = modules.encoder.run(ops, audio.unsqueeze(2).to(modules.device))
         return quantize(modules.quantizer, encoded.transpose(1, 2).float())  # [B, C, k]
 
-    return advance(streams, inputs, last, step, codec.check_encoded)
+    return run_step(streams, inputs, last, step, codec.check_encoded)
 
 
 def _advance_decoders(streams: Sequence[Any], inputs: list[torch.Tensor], last: bool) -> list[np.ndarray]:
@@ -249,4 +249,4 @@ def _advance_decoders(streams: Sequence[Any], inputs: list[torch.Tensor], last: 
             hidden = decoder.run(ops, dequantized.transpose(1, 2).to(modules.device))
             return to_audio(decoder.out_activation, hidden.transpose(1, 2)).squeeze(1).float()  # [B, n]
 
-    return advance(streams, inputs, last, step, codec.check_decoded)
+    return run_step(streams, inputs, last, step, codec.check_decoded)

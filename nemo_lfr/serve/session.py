@@ -144,9 +144,7 @@ class Session:
 
     def empty_result(self) -> np.ndarray:
         """Return a result without frames: tokens [C, 0] or samples [0]."""
-        if self.kind == "decode":
-            return np.zeros(0, np.float32)
-        return np.zeros((self._codec.num_codebooks, 0), np.int32)
+        return self._stream._empty()
 
     def _limit(self, seconds: float) -> int:
         return max(1, int(seconds * self._codec.frame_rate))
