@@ -64,13 +64,16 @@ class Adversary:
     Args:
         config: settings of the discriminators.
         device: device of the discriminators.
+        dtype: dtype in which their convolutions compute.
 
     Raises:
         ConfigError: if a discriminator in `config.custom` cannot be built.
     """
 
-    def __init__(self, config: DiscriminatorConfig, device: torch.device) -> None:
-        self.config, self.device = config, device
+    def __init__(
+        self, config: DiscriminatorConfig, device: torch.device, dtype: torch.dtype = torch.bfloat16
+    ) -> None:
+        self.config, self.device, self.dtype = config, device, dtype
         networks: list[AudioDiscriminator] = [
             MultiResolutionDiscriminatorSTFT([resolution(window) for window in STFT_WINDOWS], pad_mode="zeros")
         ]
@@ -110,7 +113,8 @@ class Adversary:
             A dictionary from the name of each loss term to a scalar, and the gradient of the weighted sum of the
             generator's two terms with respect to `gen.audio`. The gradient is None if `heard` is False.
         """
-        with torch.autocast(self.device.type, dtype=torch.bfloat16), parametrize.cached():
+        lower = self.dtype != torch.float32
+        with torch.autocast(self.device.type, dtype=self.dtype, enabled=lower), parametrize.cached():
             with torch.no_grad():
                 views_real = preprocess_audio(self.module, real)
             views_gen = preprocess_audio(self.module, gen)

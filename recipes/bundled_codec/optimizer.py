@@ -32,6 +32,7 @@ class Muon:
         matrices: matrices [H_out, H_in], which are updated in place.
         momentum: factor of the old momentum in each update.
         weight_decay: weight decay per update, relative to the learning rate.
+        dtype: dtype in which the momentum is orthogonalized.
     """
 
     # Coefficients of the Newton-Schulz iteration. The singular values do not converge to 1, but are close to 1 after
@@ -39,7 +40,13 @@ class Muon:
     COEFFICIENTS = (3.4445, -4.775, 2.0315)
     ITERATIONS = 5
 
-    def __init__(self, matrices: list[torch.Tensor], momentum: float = 0.95, weight_decay: float = 0.01) -> None:
+    def __init__(
+        self,
+        matrices: list[torch.Tensor],
+        momentum: float = 0.95,
+        weight_decay: float = 0.01,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
         self.groups: dict[tuple[int, ...], list[int]] = {}
         for index, matrix in enumerate(matrices):
             self.groups.setdefault(tuple(matrix.shape), []).append(index)
@@ -47,7 +54,7 @@ class Muon:
         self.moments = [
             torch.zeros(len(group), *shape, device=matrices[0].device) for shape, group in self.groups.items()
         ]
-        self.momentum, self.weight_decay = momentum, weight_decay
+        self.momentum, self.weight_decay, self.dtype = momentum, weight_decay, dtype
 
     @torch.no_grad()
     def step(self, grads: Sequence[torch.Tensor], lr: torch.Tensor) -> None:
@@ -67,7 +74,7 @@ class Muon:
 
     def _orthogonal(self, matrices: torch.Tensor) -> torch.Tensor:
         tall = matrices.shape[1] > matrices.shape[2]
-        matrices = (matrices / matrices.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)).bfloat16()
+        matrices = (matrices / matrices.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)).to(self.dtype)
         matrices = matrices.mT if tall else matrices
         a, b, c = self.COEFFICIENTS
         for _ in range(self.ITERATIONS):
@@ -117,11 +124,14 @@ class GeneratorOptimizer:
         parameters: parameters of the generator on their final device. The weights of convolutions are changed to
             channels-last layout in place.
         max_norm: maximum norm of the concatenated gradients.
+        dtype: dtype in which Muon orthogonalizes.
     """
 
     ADAM_DIVISOR = 3
 
-    def __init__(self, parameters: Sequence[nn.Parameter], max_norm: float = 10.0) -> None:
+    def __init__(
+        self, parameters: Sequence[nn.Parameter], max_norm: float = 10.0, dtype: torch.dtype = torch.bfloat16
+    ) -> None:
         self.parameters = list(parameters)
         for parameter in self.parameters:
             if parameter.dim() == 3:
@@ -131,7 +141,8 @@ class GeneratorOptimizer:
         self.lr, self.adam_lr = torch.zeros((), device=device), torch.zeros((), device=device)
         self._sizes = [parameter.numel() for parameter in self.parameters]
         self._is_matrix = [weight.dim() == 3 and min(weight.shape[:2]) > 1 for weight in self.parameters]
-        self.muon = Muon([as_matrix(weight.detach()) for weight in self._select(self.parameters, matrices=True)])
+        matrices = [as_matrix(weight.detach()) for weight in self._select(self.parameters, matrices=True)]
+        self.muon = Muon(matrices, dtype=dtype)
         self.adam = adamw(self._select(self.parameters, matrices=False), self.adam_lr)
 
     def _select(self, values: Sequence[Any], matrices: bool) -> list[Any]:

@@ -31,6 +31,7 @@ class Settings:
     init: str | None = None
     minutes: float | None = None
     threads: int | None = None
+    precision: str = "auto"
     seed: int = 0
     batch_size: int = 6
     segment_frames: int = 24

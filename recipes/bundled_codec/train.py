@@ -32,6 +32,7 @@ from recipes.bundled_codec.discriminators import Adversary
 from recipes.bundled_codec.evaluate import Evaluator, means, spread_evenly
 from recipes.bundled_codec.losses import ReconstructionTerms
 from recipes.bundled_codec.model import SAMPLE_RATE, Generator, num_parameters
+from recipes.bundled_codec.precision import compute_dtype
 from recipes.bundled_codec.settings import DEFAULT_CONFIG, Settings, read_settings
 from recipes.bundled_codec.start import transform_start_
 from recipes.bundled_codec.states import import_trial, load_state, read_generator, save_state
@@ -53,7 +54,7 @@ class Run:
 
     Raises:
         ConfigError: if a custom loss, metric or discriminator cannot be built.
-        ValueError: if the initial weights belong to another network.
+        ValueError: if the initial weights belong to another network, or the precision is unknown.
     """
 
     def __init__(
@@ -77,19 +78,23 @@ class Run:
             generator.load_state_dict(state["generator"])
         self.generator = generator.to(self.device)
         terms = ReconstructionTerms(settings.losses).to(self.device)
-        self.trainer = Trainer(self.generator, segments, terms, settings.batch_size)
+        self.dtype = compute_dtype(settings.precision, self.device)
+        self.trainer = Trainer(self.generator, segments, terms, settings.batch_size, self.dtype)
         self.average = copy.deepcopy(self.generator).requires_grad_(False)
         length = round(settings.evaluate_seconds * SAMPLE_RATE)
         self.evaluator = Evaluator([clip[:length] for clip in clips], settings.metrics)
         self.step, self.seconds = 0, 0.0  # number of completed updates, and their total duration
         if state is not None:
             if state["trainer"]["adversary"] is not None:
-                self.trainer.add_adversary(Adversary(settings.discriminators, self.device))
+                self.trainer.add_adversary(Adversary(settings.discriminators, self.device, self.dtype))
             self.average.load_state_dict(state["average"])
             self.trainer.load_state_dict(state["trainer"])
             self.step, self.seconds = state["step"], state["seconds"]
         self._trim_curve()
-        log.info("%.2f M parameters, %.2f hours of speech", num_parameters([generator]) / 1e6, segments.hours)
+        log.info(
+            "%.2f M parameters, %.2f hours of speech, computing in %s",
+            num_parameters([generator]) / 1e6, segments.hours, str(self.dtype).removeprefix("torch."),
+        )  # fmt: skip
 
     def _initialize(self, generator: Generator, segments: SpeechSegments) -> None:
         if self.settings.init is not None:
@@ -131,7 +136,7 @@ class Run:
         first = self.settings.discriminators.from_update
         if first is not None and self.step >= first and self.trainer.adversary is None:
             torch.manual_seed(self.settings.seed)  # so that a resumed run starts with the same discriminators
-            self.trainer.add_adversary(Adversary(self.settings.discriminators, self.device))
+            self.trainer.add_adversary(Adversary(self.settings.discriminators, self.device, self.dtype))
         terms = self.trainer.step(self.learning_rate(), [self.settings.seed, self.step])
         self.step += 1
         decay = min(self.settings.average_decay, self.step / (self.step + AVERAGE_START))

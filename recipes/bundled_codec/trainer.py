@@ -47,7 +47,7 @@ class Stopwatch:
 class Trainer:
     """Trainer of a generator and, if they are added, of discriminators.
 
-    The optimizer updates fp32 weights. The network runs in bf16, with a copy of the weights that is cast once per
+    The optimizer updates fp32 weights. The network runs in `dtype`, with a copy of the weights that is cast once per
     update instead of layer by layer. Values that change between updates (segments, gains and learning rates) are in
     tensors with fixed addresses, as CUDA graphs require.
 
@@ -56,17 +56,23 @@ class Trainer:
         segments: training speech, on the same device.
         terms: losses, on the same device.
         batch_size: number of segments per update.
+        dtype: dtype in which the network and Muon compute.
     """
 
     def __init__(
-        self, generator: Generator, segments: SpeechSegments, terms: ReconstructionTerms, batch_size: int
+        self,
+        generator: Generator,
+        segments: SpeechSegments,
+        terms: ReconstructionTerms,
+        batch_size: int,
+        dtype: torch.dtype = torch.bfloat16,
     ) -> None:
-        self.generator, self.segments, self.terms = generator, segments, terms
-        self.optimizer = GeneratorOptimizer(list(generator.parameters()))
+        self.generator, self.segments, self.terms, self.dtype = generator, segments, terms, dtype
+        self.optimizer = GeneratorOptimizer(list(generator.parameters()), dtype=dtype)
         self.device = self.optimizer.lr.device
         self.adversary: Adversary | None = None
         self.stopwatch = Stopwatch(enabled=self.device.type == "cpu")
-        self._fast = copy.deepcopy(generator).bfloat16()
+        self._fast = copy.deepcopy(generator).to(dtype)
         self._parameters: list[torch.Tensor] = list(generator.parameters())
         self._fast_parameters: list[torch.Tensor] = list(self._fast.parameters())
         self._starts = torch.zeros(batch_size, dtype=torch.int64, device=self.device)
@@ -128,7 +134,7 @@ class Trainer:
             with torch.no_grad():
                 torch._foreach_copy_(self._fast_parameters, self._parameters)
             batch = self.segments.cut(self._starts, self._gains)
-            output, encoded, tokens = self._fast(batch.bfloat16())
+            output, encoded, tokens = self._fast(batch.to(self.dtype))
         heard = output.detach().requires_grad_()
         real, gen = Spectra(batch), Spectra(heard)
         with self.stopwatch("losses"):
