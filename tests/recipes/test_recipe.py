@@ -19,6 +19,7 @@ from recipes.bundled_codec.losses import (
 )
 from recipes.bundled_codec.model import DecoderConfig, EncoderConfig, Generator, NetworkConfig, QuantizerConfig
 from recipes.bundled_codec.optimizer import GeneratorOptimizer, Muon
+from recipes.bundled_codec.precision import compute_dtype
 from recipes.bundled_codec.start import (
     inverse_filters,
     looks_linear_,
@@ -231,13 +232,38 @@ def test_a_batch_depends_on_its_seed_alone_and_never_clips():
     assert shares == pytest.approx([3000 / 12500, 9000 / 12500, 500 / 12500], abs=0.04)
 
 
+@pytest.mark.parametrize(
+    ("precision", "device", "capabilities", "expected"),
+    [
+        ("auto", "cpu", {"avx512_f": True, "avx512_bf16": False}, torch.float32),
+        ("auto", "cpu", {}, torch.float32),
+        ("auto", "cpu", {"avx512_bf16": True}, torch.bfloat16),
+        ("auto", "cpu", {"amx_bf16": True}, torch.bfloat16),
+        ("auto", "cuda", {}, torch.bfloat16),
+        ("fp32", "cuda", {}, torch.float32),
+        ("bf16", "cpu", {}, torch.bfloat16),
+    ],
+)
+def test_auto_computes_in_bf16_only_where_the_device_has_instructions_for_it(
+    monkeypatch, precision, device, capabilities, expected
+):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    assert compute_dtype(precision, torch.device(device)) == expected
+
+
+def test_an_unknown_precision_is_refused():
+    with pytest.raises(ValueError, match="precision is 'fp16'; pass auto, bf16 or fp32"):
+        compute_dtype("fp16", torch.device("cpu"))
+
+
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch older than 2.9 has no Muon to compare with")
-def test_muon_updates_as_torchs_does():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_muon_updates_as_torchs_does(dtype):
     torch.manual_seed(0)
     ours = [torch.randn(shape) for shape in ((8, 24), (8, 24), (24, 6), (5, 5))]
     theirs = [nn.Parameter(matrix.clone()) for matrix in ours]
     reference = torch.optim.Muon(theirs, lr=0.1, momentum=0.95, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
-    muon = Muon(ours)
+    muon = Muon(ours, dtype=dtype)
     for _ in range(3):
         before = [matrix.clone() for matrix in ours]
         grads = [torch.randn_like(matrix) for matrix in ours]
@@ -247,7 +273,7 @@ def test_muon_updates_as_torchs_does():
         muon.step(grads, torch.tensor(0.1))
         for matrix, old, expected in zip(ours, before, theirs, strict=True):
             moved = (matrix - old).norm()
-            assert (matrix - expected.detach()).norm() < 0.05 * moved  # both are computed in bf16
+            assert (matrix - expected.detach()).norm() < 0.05 * moved  # torch computes in bf16
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
