@@ -133,7 +133,7 @@ def open_backend(
         check_path(source, CheckpointError)
     path = Path(os.path.expanduser(source)) if source else None
     owner = None if path is None else backend_of(path)
-    chosen = backend or owner or DEFAULT
+    chosen = backend if backend is not None else owner or DEFAULT
     opener = find_opener(chosen)
     if opener.accepts is None and owner is not None:
         raise NemoLfrError(

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     import torch
 
 
-def choose_device(device: "str | torch.device | None") -> "torch.device":
+def choose_device(device: "str | int | torch.device | None") -> "torch.device":
     """Return the requested device; for None or "auto", a GPU if there is one, else the CPU.
 
     Raises:
@@ -18,10 +18,12 @@ def choose_device(device: "str | torch.device | None") -> "torch.device":
 
     if device is None or device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if isinstance(device, bool) or not isinstance(device, str | int | torch.device):
+        raise NemoLfrError(f"device is {shorten(repr(device))}; use a name such as 'cpu' or 'cuda:0', or omit it.")
     try:
         chosen = torch.device(device)
         torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError, TypeError, ValueError) as error:
+    except (RuntimeError, AssertionError, ValueError) as error:
         reason = str(error).splitlines()[0].partition(". ")[0]  # the rest of torch's message lists its backends
         raise NemoLfrError(
             f"device {shorten(device)!r} cannot be used here ({reason}); use 'cpu', or omit the device."

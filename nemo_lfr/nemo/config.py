@@ -1,13 +1,17 @@
 """Check the configs of the NeMo model."""
 
+import os
 from collections.abc import Mapping
+from dataclasses import is_dataclass
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from nemo_lfr.checkpoint import codec_values
-from nemo_lfr.errors import ConfigError
-from nemo_lfr.nemo.base import common
+from nemo_lfr.errors import ConfigError, shorten
+from nemo_lfr.io.locate import expand_home
+from nemo_lfr.nemo.base import Trainer, common, model_utils
 from nemo_lfr.training import discriminators, losses
 from nemo_lfr.training.components import import_components
 
@@ -57,20 +61,75 @@ def target_of(section: Any) -> str | None:
     return section.get("_target_") if isinstance(section, Mapping | DictConfig) else None
 
 
+def model_config(cfg: Any) -> DictConfig:
+    """Resolve a config as NeMo's models do, and convert old forms of keys.
+
+    Args:
+        cfg: config, or structured config (a dataclass).
+
+    Raises:
+        ConfigError: if `cfg` is not a config, or a value cannot be resolved.
+    """
+    if not isinstance(cfg, DictConfig) and not is_dataclass(cfg):
+        raise ConfigError(f"cfg is {shorten(repr(cfg))}; pass a DictConfig, such as OmegaConf.create({{...}}).")
+    try:
+        return model_utils.maybe_update_config_version(model_utils.convert_model_config_to_dict_config(cfg))
+    except (OmegaConfBaseException, RecursionError) as error:
+        raise ConfigError(f"the config cannot be resolved: {_reason(error)}.") from error
+
+
+def check_trainer(trainer: Any) -> None:
+    """Raise ConfigError if `trainer` is neither None nor a Trainer of the package `lightning`, which NeMo uses."""
+    if trainer is not None and not isinstance(trainer, Trainer):
+        raise ConfigError(f"trainer is {shorten(repr(trainer))}; pass a lightning.pytorch.Trainer, or None.")
+
+
 def override_config(source: Any) -> DictConfig:
     """Load and resolve a config that replaces the config of a checkpoint.
 
     Args:
-        source: path of a YAML file, or a config. If the config has a `model` section, only that section
+        source: path of a YAML file, open YAML file, or config. If the config has a `model` section, only that section
             is used.
 
     Raises:
-        ConfigError: if the config is not a mapping, or names a component that cannot be imported.
+        ConfigError: if the file cannot be read or parsed, if the config or its `model` section is not a mapping, if a
+            value cannot be resolved, or if the config names a component that cannot be imported.
     """
-    config = source if OmegaConf.is_config(source) else OmegaConf.load(source)
-    if isinstance(config, DictConfig):
-        import_components(config.get("model") or config, built_in=BUILT_IN)
-    config = OmegaConf.create(OmegaConf.to_container(config, resolve=True))
-    if not isinstance(config, DictConfig):
-        raise ConfigError("the config is a list; pass a mapping from names to values.")
-    return config.model if "model" in config else config
+    is_path = isinstance(source, str | os.PathLike) and os.fspath(source)
+    if not (is_path or OmegaConf.is_config(source) or hasattr(source, "read")):
+        raise ConfigError(
+            f"override_config_path is {shorten(repr(source))}; pass the path of a YAML file, or a config such as "
+            "OmegaConf.create({...})."
+        )
+    name = "override_config_path"
+    if is_path:
+        source = expand_home(source, ConfigError)
+        name = f"{name} {source}"
+    config = source if OmegaConf.is_config(source) else _loaded(source, name)
+    try:
+        import_components(_model_section(config, name), built_in=BUILT_IN)
+        return _model_section(OmegaConf.create(OmegaConf.to_container(config, resolve=True)), name)
+    except (OmegaConfBaseException, RecursionError) as error:
+        raise ConfigError(f"{name}: the config cannot be resolved: {_reason(error)}.") from error
+
+
+def _model_section(config: Any, name: str) -> DictConfig:
+    has_section = isinstance(config, DictConfig) and "model" in config
+    section = config.model if has_section else config
+    if not isinstance(section, DictConfig):
+        where = "the section 'model'" if has_section else "the config"
+        raise ConfigError(f"{name}: {where} is {shorten(section)}; pass a mapping from names to values.")
+    return section
+
+
+def _loaded(file: Any, name: str) -> DictConfig | ListConfig:
+    try:
+        return OmegaConf.load(file)
+    except Exception as error:  # OmegaConf and PyYAML raise many exception classes
+        if isinstance(error, OSError) and error.strerror:
+            raise ConfigError(f"{name}: the file cannot be read ({error.strerror}); pass a YAML file.") from error
+        raise ConfigError(f"{name}: the file is not a YAML config: {_reason(error)}.") from error
+
+
+def _reason(error: Exception) -> str:
+    return shorten(" ".join(str(error).split()), 200) or type(error).__name__

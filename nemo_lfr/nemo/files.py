@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from nemo_lfr.bundled import LFR
 from nemo_lfr.checkpoint import PARTS, CodecModules, load_parts, read_config
 from nemo_lfr.checkpoint.names import unwrapped
 from nemo_lfr.codec.ambient import building_state
@@ -17,7 +18,7 @@ from nemo_lfr.codec.torch_backend import TorchBackend
 from nemo_lfr.errors import CheckpointError, ConfigError, NemoLfrError, shorten
 from nemo_lfr.io.atomic import writing_folder
 from nemo_lfr.io.hub import ALIASES, find_checkpoint
-from nemo_lfr.io.locate import expand_home, locate_checkpoint, looks_local
+from nemo_lfr.io.locate import check_path, expand_home, locate_checkpoint, looks_local
 from nemo_lfr.io.regular import check_replaceable
 from nemo_lfr.modules.altered import SAVE
 from nemo_lfr.nemo.base import (
@@ -29,7 +30,7 @@ from nemo_lfr.nemo.base import (
     Trainer,
     logging,
 )
-from nemo_lfr.nemo.config import checked_values, override_config
+from nemo_lfr.nemo.config import check_trainer, checked_values, override_config
 
 # Modules that `restore_from` has loaded. The constructor uses these modules instead of building random ones.
 READ_PARTS: ContextVar[CodecModules | None] = ContextVar("parts", default=None)
@@ -56,7 +57,7 @@ class NemoFiles(BaseModel):
 
         Args:
             restore_path: `.nemo` or `.ckpt` file, folder of an unpacked `.nemo`, or folder that contains one `.nemo`.
-            override_config_path: YAML file or config to use instead of the file's config.
+            override_config_path: path of a YAML file, or config, to use instead of the file's config.
             map_location: device of the model; default: a GPU if available, else the CPU.
             strict: whether every weight of the encoder, quantizer and decoder must be present.
             return_config: whether to return only the file's config.
@@ -71,9 +72,12 @@ class NemoFiles(BaseModel):
         Raises:
             CheckpointError: if the file cannot be read or does not match the config. The message names the file, the
                 problem and a remedy.
-            ConfigError: if `override_config_path` is not a valid config.
+            ConfigError: if `override_config_path` is not a valid config, or `trainer` or `save_restore_connector` has
+                the wrong type.
+            NemoLfrError: if the device in `map_location` is unknown or not available.
         """
-        if getattr(save_restore_connector, "model_extracted_dir", None) is not None:
+        check_trainer(trainer)
+        if _extracted_folder(save_restore_connector) is not None:
             return _stock(cls, "restore_from")(
                 str(restore_path),
                 override_config_path=override_config_path,
@@ -124,7 +128,7 @@ class NemoFiles(BaseModel):
     @classmethod
     def from_pretrained(
         cls,
-        model_name: str,
+        model_name: str | os.PathLike[str],
         refresh_cache: bool = False,
         override_config_path: Any = None,
         map_location: torch.device | str | None = None,
@@ -142,7 +146,7 @@ class NemoFiles(BaseModel):
         Args:
             model_name: name on the Hub (USER/MODEL), name in NeMo's list, or path of a local checkpoint.
             refresh_cache: whether to download the file again.
-            override_config_path: YAML file or config to use instead of the file's config.
+            override_config_path: path of a YAML file, or config, to use instead of the file's config.
             map_location: device of the model; default: a GPU if available, else the CPU.
             strict: whether every weight of the encoder, quantizer and decoder must be present.
             return_config: whether to return only the file's config.
@@ -156,8 +160,13 @@ class NemoFiles(BaseModel):
 
         Raises:
             CheckpointError: if the file cannot be downloaded or read.
-            ConfigError: if `override_config_path` is not a valid config.
+            ConfigError: as in `restore_from`.
+            NemoLfrError: as in `restore_from`.
         """
+        check_path(model_name, CheckpointError)
+        model_name = os.fspath(model_name)
+        if not model_name:
+            raise CheckpointError(f"model_name is ''; pass a name such as {LFR}, or the path of a checkpoint.")
         name = ALIASES.get(model_name, model_name)
         if "/" not in name and not looks_local(name):  # a model from NVIDIA's NGC catalog
             return _stock(cls, "from_pretrained")(
@@ -255,6 +264,25 @@ class NemoFiles(BaseModel):
                 with open(aside, "rb+") as file:
                     os.fsync(file.fileno())
                 os.replace(aside, path)
+
+
+def _extracted_folder(connector: Any) -> Any:
+    """Return the `model_extracted_dir` of a connector; None if it has none or there is no connector.
+
+    Raises:
+        ConfigError: if `connector` is not an object like NeMo's `SaveRestoreConnector`.
+        CheckpointError: if the folder does not exist.
+    """
+    if connector is None:
+        return None
+    if isinstance(connector, type) or not hasattr(connector, "model_extracted_dir"):
+        raise ConfigError(
+            f"save_restore_connector is {shorten(repr(connector))}; pass an instance of NeMo's SaveRestoreConnector."
+        )
+    folder = connector.model_extracted_dir
+    if folder is not None and not os.path.exists(expand_home(folder, CheckpointError)):
+        raise CheckpointError(f"{folder}: no such folder; set model_extracted_dir to the folder of an unpacked .nemo.")
+    return folder
 
 
 def _stock(cls: type[BaseModel], name: str) -> Any:

@@ -21,8 +21,17 @@ from nemo_lfr.checkpoint import (
     sections_from_checkpoint,
 )
 from nemo_lfr.codec.ambient import building_state
-from nemo_lfr.nemo.base import Trainer, model_utils
-from nemo_lfr.nemo.config import ANY_LOSS, BUILT_IN, IDENTITY, SMALLEST_QUANTIZER, checked_values, target_of
+from nemo_lfr.nemo.base import Trainer
+from nemo_lfr.nemo.config import (
+    ANY_LOSS,
+    BUILT_IN,
+    IDENTITY,
+    SMALLEST_QUANTIZER,
+    check_trainer,
+    checked_values,
+    model_config,
+    target_of,
+)
 from nemo_lfr.nemo.copies import Copies
 from nemo_lfr.nemo.files import READ_PARTS, NemoFiles
 from nemo_lfr.nemo.inference import Inference
@@ -47,13 +56,14 @@ class LFRCodecModel(Inference, StateDicts, NemoFiles, Copies, TrainingSteps):
 
     Raises:
         ConfigError: if the config does not describe a codec of this family, or names a custom component that cannot be
-            imported. The message names the key.
+            imported, or if an argument has the wrong type. The message names the key or argument.
     """
 
     def __init__(self, cfg: DictConfig, trainer: Trainer | None = None) -> None:
         # Read this first, because NeMo's conversion drops the marks on config sections that come from a checkpoint.
         from_checkpoint = sections_from_checkpoint(cfg)
-        cfg = model_utils.maybe_update_config_version(model_utils.convert_model_config_to_dict_config(cfg))
+        cfg = model_config(cfg)
+        check_trainer(trainer)
         values = checked_values(cfg)
         parts = READ_PARTS.get() or build_parts(values)
         cfg = copy.deepcopy(cfg)

@@ -102,8 +102,9 @@ def test_models_of_another_kind_are_refused(tmp_path):
 
 
 def test_unknown_and_taken_names_are_refused():
-    with pytest.raises(NemoLfrError, match="backend 'tensorrt' is unknown; use 'torch', 'onnx' or 'levels'"):
-        nemo_lfr.load(backend="tensorrt")
+    for name in ("tensorrt", ""):
+        with pytest.raises(NemoLfrError, match=f"backend '{name}' is unknown; use 'torch', 'onnx' or 'levels'"):
+            nemo_lfr.load(backend=name)
     with pytest.raises(NemoLfrError, match="backend 'torch' is already registered"):
         backends.register("torch", level_backend.open_levels)
 

@@ -2,9 +2,11 @@
 
 import copy
 import importlib
+import io
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +20,7 @@ pytest.importorskip("nemo", reason="needs NeMo: pip install '.[nemo]'")
 
 import lightning.pytorch as pl
 from nemo.collections.tts.models.audio_codec import AudioCodecModel as StockModel
+from nemo.core.connectors.save_restore_connector import SaveRestoreConnector
 from nemo.utils.app_state import AppState
 from omegaconf import OmegaConf
 
@@ -160,12 +163,96 @@ def test_return_config_gives_the_files_own_config(nemo_file):
     assert values.audio_encoder._target_ == MODULES + "HiFiGANEncoder"
 
 
-def test_override_config_path_replaces_the_config(nemo_file, tmp_path):
-    values = AudioCodecModel.restore_from(nemo_file, return_config=True)
-    values.mel_loss_l1_scale = 7.0
-    OmegaConf.save(values, tmp_path / "other.yaml")
-    model = AudioCodecModel.restore_from(nemo_file, override_config_path=str(tmp_path / "other.yaml"))
-    assert model.mel_loss_l1_scale == 7.0
+# Each form in which the override may be passed, as a function of the config and the path of its file.
+OVERRIDES = {
+    "path": lambda config, path: path,
+    "name of the file": lambda config, path: str(path),
+    "open file": lambda config, path: io.StringIO(path.read_text()),
+    "config": lambda config, path: config,
+    "config with a model section": lambda config, path: OmegaConf.create({"model": config, "trainer": {"devices": 1}}),
+}
+
+
+@pytest.mark.parametrize("form", OVERRIDES)
+@pytest.mark.parametrize("model_class", [AudioCodecModel, StockModel])
+def test_override_config_path_replaces_the_config(form, model_class, nemo_file, tmp_path):
+    """Stock NeMo is the reference for the forms that are accepted."""
+    config = AudioCodecModel.restore_from(nemo_file, return_config=True)
+    config.mel_loss_l1_scale = 7.0
+    OmegaConf.save(config, tmp_path / "other.yaml")
+    override = OVERRIDES[form](config, tmp_path / "other.yaml")
+    assert model_class.restore_from(str(nemo_file), override_config_path=override).mel_loss_l1_scale == 7.0
+
+
+def connector(folder):
+    """Return a connector that restores a model from a folder."""
+    connector = SaveRestoreConnector()
+    connector.model_extracted_dir = folder
+    return connector
+
+
+# Name of an argument, a bad value, and a part of the message. Text in braces is the content of a YAML file.
+BAD_ARGUMENTS = [
+    *(
+        ("override_config_path", value, f"override_config_path is {re.escape(repr(value))}; pass the path")
+        for value in ("", 5, True, False, [], {"sample_rate": 1}, b"a.yaml", OmegaConf)
+    ),
+    ("override_config_path", "a\0b", "contains a NUL character"),
+    ("override_config_path", "nope.yaml", r"nope\.yaml: the file cannot be read \(No such file"),
+    ("override_config_path", "folder", r"folder: the file cannot be read \(Is a directory"),
+    ("override_config_path", "tiny.nemo", r"tiny\.nemo: the file is not a YAML config: 'utf-8'"),
+    ("override_config_path", "{a: [1,\nb: }}", "is not a YAML config: while parsing"),
+    ("override_config_path", "{a: 1\na: 2}", "is not a YAML config: .* duplicate key a"),
+    ("override_config_path", "{5}", "is not a YAML config: .*int"),
+    ("override_config_path", "{- 1}", r"the config is \[1\]; pass a mapping"),
+    ("override_config_path", "{model:}", "the section 'model' is None; pass a mapping"),
+    ("override_config_path", "{model: [1]}", r"the section 'model' is \[1\]; pass a mapping"),
+    ("override_config_path", "{a: ${nope}}", "cannot be resolved: .*nope"),
+    ("override_config_path", OmegaConf.create([1]), r"the config is \[1\]; pass a mapping"),
+    ("override_config_path", OmegaConf.create({"model": None}), "the section 'model' is None"),
+    ("override_config_path", OmegaConf.create({"model": {"a": "${nope}"}}), "cannot be resolved: .*nope"),
+    *(("map_location", value, "device (is )?'?5.5|device (is )?True|device 'nope'") for value in (5.5, True, "nope")),
+    ("map_location", {"cuda:0": "cpu"}, "device is {'cuda:0': 'cpu'}; use a name"),
+    ("map_location", "meta", "device 'meta' stores no values"),
+    *(("trainer", value, "trainer is .*; pass a lightning.pytorch.Trainer") for value in (5, "x", False, pl.Trainer)),
+    ("save_restore_connector", 5, "save_restore_connector is 5; pass an instance"),
+    ("save_restore_connector", SaveRestoreConnector, "save_restore_connector is <class .*; pass an instance"),
+    ("save_restore_connector", connector("nope"), "nope: no such folder; set model_extracted_dir"),
+    ("save_restore_connector", connector(""), "the path '' is empty"),
+    ("save_restore_connector", connector(5), "5 is not a path"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "message"), BAD_ARGUMENTS)
+def test_a_bad_argument_is_named_by_restore_from_and_from_pretrained(
+    name, value, message, nemo_file, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    if value == "tiny.nemo":
+        value = nemo_file
+    elif isinstance(value, str) and value.startswith("{"):
+        (tmp_path / "a.yaml").write_text(value[1:-1])
+        value, message = "a.yaml", rf"override_config_path a\.yaml: .*{message}"
+    for restore in (AudioCodecModel.restore_from, AudioCodecModel.from_pretrained):
+        with pytest.raises(NemoLfrError, match=message) as caught:
+            restore(str(nemo_file), **{name: value})
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [5, "", None, b"x", [], True, "\0", "nope.nemo"])
+def test_a_name_or_path_that_is_none_is_an_error_of_this_package(value):
+    for restore in (AudioCodecModel.restore_from, AudioCodecModel.from_pretrained):
+        with pytest.raises(CheckpointError):
+            restore(value)
+
+
+@pytest.mark.parametrize(
+    "value", [5, "", None, [], {}, "x.yaml", OmegaConf.create([1]), OmegaConf.create({"a": "${b}"})]
+)
+def test_a_config_that_is_none_is_named_by_the_constructor(value):
+    with pytest.raises(ConfigError, match=r"^cfg is .*; pass a DictConfig|the config cannot be resolved"):
+        AudioCodecModel(value)
 
 
 def test_strict_names_the_missing_weight_and_not_strict_loads_the_rest(nemo_file):
