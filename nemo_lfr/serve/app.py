@@ -31,7 +31,7 @@ from nemo_lfr.serve.health import find_fault
 from nemo_lfr.serve.metrics import Metrics
 from nemo_lfr.serve.openapi import OPENAPI
 from nemo_lfr.serve.page import is_page, page_routes
-from nemo_lfr.serve.protocol import CloseCode, DecodeProtocol, EncodeProtocol, ProtocolError
+from nemo_lfr.serve.protocol import CloseCode, DecodeProtocol, EncodeProtocol, ProtocolError, check_names
 from nemo_lfr.serve.session import EngineLimits
 from nemo_lfr.serve.streams import StreamLimits, serve_stream
 
@@ -94,7 +94,7 @@ def create_app(codec: Codec[Any], settings: Settings | None = None) -> Starlette
 
         return endpoint
 
-    async def health(_: Request) -> Response:
+    async def health() -> Response:
         fault = None if engine.draining else await find_fault(engine)
         status = "draining" if engine.draining else "broken" if fault else "ok"
         reason = {"error": fault} if fault else {}
@@ -113,10 +113,13 @@ def create_app(codec: Codec[Any], settings: Settings | None = None) -> Starlette
             Route("/v1/decode", file(decode_file), methods=["POST"]),
             WebSocketRoute("/v1/encode/stream", stream(EncodeProtocol)),
             WebSocketRoute("/v1/decode/stream", stream(DecodeProtocol)),
-            Route("/v1/info", lambda _: JSONResponse(_info(engine, settings))),
-            Route("/health", health),
-            Route("/metrics", lambda _: Response(metrics.text(), media_type="text/plain; version=0.0.4")),
-            Route("/openapi.json", lambda _: JSONResponse(OPENAPI)),
+            Route("/v1/info", _without_parameters(lambda: JSONResponse(_info(engine, settings)))),
+            Route("/health", _without_parameters(health)),
+            Route(
+                "/metrics",
+                _without_parameters(lambda: Response(metrics.text(), media_type="text/plain; version=0.0.4")),
+            ),
+            Route("/openapi.json", _without_parameters(lambda: JSONResponse(OPENAPI))),
             *page_routes(),
         ],
         exception_handlers={NemoLfrError: _report, HTTPException: _report_path, ClientDisconnect: _drop},
@@ -126,6 +129,19 @@ def create_app(codec: Codec[Any], settings: Settings | None = None) -> Starlette
     _control_access(app, settings)
     app.state.engine = engine
     return app
+
+
+def _without_parameters(
+    respond: Callable[[], Response | Awaitable[Response]],
+) -> Callable[[Request], Awaitable[Response]]:
+    """Return the endpoint of a route that has no parameters except the access token."""
+
+    async def endpoint(request: Request) -> Response:
+        check_names(request.query_params, {"token"})
+        response = respond()
+        return response if isinstance(response, Response) else await response
+
+    return endpoint
 
 
 def _control_access(app: Starlette, settings: Settings) -> None:

@@ -23,7 +23,15 @@ from nemo_lfr.errors import NemoLfrError, shorten
 from nemo_lfr.io.audio import AudioReader, Resampler
 from nemo_lfr.io.token_file import Metadata, TokenStreamReader, TokenStreamWriter
 from nemo_lfr.serve.engine import Engine
-from nemo_lfr.serve.protocol import CloseCode, DecodeProtocol, ProtocolError, check_names, choice, parse_text
+from nemo_lfr.serve.protocol import (
+    CloseCode,
+    DecodeProtocol,
+    ProtocolError,
+    check_keys,
+    check_names,
+    choice,
+    parse_text,
+)
 from nemo_lfr.serve.session import Session
 from nemo_lfr.serve.streams import StreamLimits
 from nemo_lfr.serve.tasks import stop_tasks, within
@@ -155,7 +163,14 @@ def _read_json(path: Path, engine: Engine, limits: StreamLimits) -> tuple[np.nda
             f"the body is not valid UTF-8; send JSON in UTF-8, or a token file without the content type {_JSON}."
         ) from None
     protocol = DecodeProtocol(engine.codec, {})
-    fields = parse_text(text, "the body")
+    fields, rates = parse_text(text, "the body"), _rates(engine)
+    check_keys(fields, ("tokens", "num_samples", *rates), "the body")
+    for key, rate in rates.items():
+        if fields.get(key, rate) != rate:
+            raise ProtocolError(
+                f"{key} is {shorten(repr(fields[key]), 40)}, but the codec of this server has {rate}; send tokens of "
+                "this codec."
+            )
     (tokens,) = _limited([protocol.tokens_of(fields)], limits, engine.codec.frame_rate)
     return tokens, protocol.end_of(fields).num_samples
 

@@ -23,6 +23,7 @@ _TOKENS = {
     "items": {"type": "array", "items": {"type": "integer"}},
 }
 _INTEGER = {"type": "integer"}
+_TOKENS_JSON = _json(tokens=_TOKENS, num_samples=_INTEGER, sample_rate=_INTEGER, samples_per_frame=_INTEGER)
 _ERRORS = {
     status: {"description": text, "content": _json(error={"type": "string"}, type={"type": "string"})}
     for status, text in {
@@ -48,10 +49,7 @@ OPENAPI: dict[str, Any] = {
                 "responses": {
                     "200": {
                         "description": "The tokens.",
-                        "content": _binary("application/octet-stream")
-                        | _json(
-                            tokens=_TOKENS, num_samples=_INTEGER, sample_rate=_INTEGER, samples_per_frame=_INTEGER
-                        ),
+                        "content": _binary("application/octet-stream") | _TOKENS_JSON,
                     }
                 }
                 | _ERRORS,
@@ -63,7 +61,7 @@ OPENAPI: dict[str, Any] = {
                 "parameters": _format("wav", "flac", "opus"),
                 "requestBody": {
                     "required": True,
-                    "content": _binary("application/octet-stream") | _json(tokens=_TOKENS, num_samples=_INTEGER),
+                    "content": _binary("application/octet-stream") | _TOKENS_JSON,
                 },
                 "responses": {
                     "200": {"description": "The audio.", "content": _binary("audio/wav", "audio/flac", "audio/ogg")}

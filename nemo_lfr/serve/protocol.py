@@ -161,16 +161,21 @@ def parse_text(text: str, name: str = "a text message") -> dict[str, Any]:
     return message
 
 
-def check_keys(message: Mapping[str, Any], names: tuple[str, ...]) -> None:
-    """Reject a text message that has a key outside `names`.
+def check_keys(fields: Mapping[str, Any], names: tuple[str, ...], name: str) -> None:
+    """Reject a JSON object that has a key outside `names`.
+
+    Args:
+        fields: the JSON object.
+        names: keys that are allowed.
+        name: description of the object, for error messages.
 
     Raises:
         ProtocolError: if a key is unknown.
     """
-    unknown = [key for key in message if key not in names]
+    unknown = [key for key in fields if key not in names]
     if unknown:
-        kind = "an end message" if message.get("type") == "end" else "a message with tokens"
-        raise ProtocolError(f"{kind} has the key {shorten(repr(unknown[0]), 40)}; send only {' and '.join(names)}.")
+        listing = ", ".join(names[:-1]) + (" and " if len(names) > 1 else "") + names[-1]
+        raise ProtocolError(f"{name} has the key {shorten(repr(unknown[0]), 40)}; send only {listing}.")
 
 
 class DecodeProtocol:
@@ -221,10 +226,10 @@ class DecodeProtocol:
     def _from_text(self, message: str) -> np.ndarray | End:
         fields = parse_text(message)
         if fields.get("type") == "end":
-            check_keys(fields, ("type", "num_samples"))
+            check_keys(fields, ("type", "num_samples"), "an end message")
             return self.end_of(fields)
         tokens = self.tokens_of(fields, ', or {"type": "end"}')
-        check_keys(fields, ("tokens",))
+        check_keys(fields, ("tokens",), "a message with tokens")
         return tokens
 
     def tokens_of(self, fields: Mapping[str, Any], alternative: str = "") -> np.ndarray:
@@ -321,7 +326,7 @@ class EncodeProtocol:
             fields = parse_text(message)
             if fields.get("type") != "end":
                 raise ProtocolError('expected samples in a binary message, or {"type": "end"}.')
-            check_keys(fields, ("type",))
+            check_keys(fields, ("type",), "an end message")
             return End()
         kind = np.dtype("<i2" if self.audio == "pcm_s16le" else "<f4")
         if len(message) % kind.itemsize:

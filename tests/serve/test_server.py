@@ -280,6 +280,21 @@ def test_a_bad_request_is_an_error_of_the_client(server, path, body, status):
         ("/v1/decode", {}, b'{"tokens": []}', 415, "Content-Type: application/json"),
         ("/v1/decode", {"Content-Type": "text/plain"}, b'\xef\xbb\xbf\n {"tokens": []}', 415, "Content-Type: appl"),
         ("/v1/decode", {"Content-Type": "application/json"}, b"\x89lfr", 400, "a token file without"),
+        *(
+            ("/v1/decode", {"Content-Type": "application/json"}, b'{"tokens": [], ' + keys + b"}", 400, match)
+            for keys, match in (
+                (b'"num_sample": 0', "the body has the key 'num_sample'; send only tokens, num_samples, sample"),
+                (b'"format": "flac"', "the body has the key 'format'"),
+                (b'"type": "end"', "the body has the key 'type'"),
+                (b'"sample_rate": 16000', "sample_rate is 16000, but the codec of this server has 22050; send tokens"),
+                (b'"samples_per_frame": null', "samples_per_frame is None, but the codec of this server has 1024"),
+            )
+        ),
+        *(
+            (f"{path}?volume=1", {}, None, 400, "unknown parameter volume; use token.")
+            for path in ("/v1/info", "/health", "/metrics", "/openapi.json")
+        ),
+        ("/v1/info?token=a&token=b", {}, None, 400, "the parameter token is repeated"),
         ("/v1/encode/", {}, b"x", 404, "remove the slash"),
         ("/v1/decode/stream/", {}, b"x", 404, "remove the slash"),
     ],
