@@ -246,8 +246,8 @@ class _Expansion:
                 value = value[int(name)]
             elif isinstance(value, str) and "${" in value:
                 raise ConfigError(
-                    f"{path[0]} cannot be resolved: {'.'.join(path)} refers to a key inside the "
-                    f"string {shorten(value)!r}."
+                    f"${{{'.'.join(path)}}} cannot be resolved: it refers to a key inside the interpolation "
+                    f"{shorten(value)!r}; write the value instead."
                 )
             else:
                 return None  # OmegaConf reports the missing key

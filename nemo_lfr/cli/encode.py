@@ -85,8 +85,8 @@ def encode(
         return None
     if lookahead is not None:
         raise NemoLfrError(
-            "--lookahead only works with pipes (encode - -), because files are always encoded with the full "
-            "lookahead; remove it."
+            "--lookahead only works if the token file is written to stdout (encode - - or encode FILE -); other files "
+            "are always encoded with the full lookahead. Remove it."
         )
     from nemo_lfr.io.entropy.find import model_to_write
 

@@ -162,7 +162,7 @@ skip_existing_option = click.option(
 )
 lookahead_option = count_option(
     "--lookahead",
-    "For pipes: number of later frames that a result waits for. Fewer frames reduce latency and quality "
+    "For pipes: number of later frames to wait for before a frame is output. Fewer frames reduce latency and quality "
     "(default: the codec's lookahead).",
     low=0,
 )

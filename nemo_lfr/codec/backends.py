@@ -91,7 +91,13 @@ def register(name: str, opener: Opener | Open) -> None:
 
 
 def unregister(name: str) -> None:
-    """Remove a backend from the registry."""
+    """Remove a backend from the registry. An unknown name is ignored.
+
+    A backend from an entry point is registered again when it is next used.
+
+    Args:
+        name: name of the backend.
+    """
     _OPENERS.pop(name, None)
 
 

@@ -118,7 +118,7 @@ def _exclusive(streams: Sequence[BaseStream]) -> Iterator[None]:
         for stream in streams:
             if not stream._in_use.acquire(blocking=False):
                 raise NemoLfrError(
-                    "another thread is pushing to this stream; push the chunks of a recording one after the other, "
+                    "another thread is using this stream; let only one thread at a time push to a stream or flush it, "
                     "and open a stream for each recording."
                 )
             stack.callback(stream._in_use.release)
@@ -193,7 +193,7 @@ def _batch(streams: Sequence[Any], kind: type[BaseStream]) -> list[Any]:
         if stream.codec is not streams[0].codec:
             raise NemoLfrError("the streams belong to several codecs; pass the streams of one codec.")
     if len({id(stream) for stream in streams}) < len(streams):
-        raise NemoLfrError("the same stream was passed twice; join its chunks, or push them one after the other.")
+        raise NemoLfrError("the same stream was passed twice; pass each stream only once per call.")
     return streams
 
 

@@ -12,7 +12,7 @@ from nemo_lfr.modules.altered import STREAM, check_unaltered
 from nemo_lfr.modules.decoder import HiFiGANDecoder
 from nemo_lfr.modules.encoder import HiFiGANEncoder
 from nemo_lfr.modules.quantizer import FiniteScalarQuantizer, GroupFiniteScalarQuantizer
-from nemo_lfr.modules.weights import must_check
+from nemo_lfr.modules.weights import check_once
 
 
 class StreamModules(Protocol):
@@ -62,6 +62,10 @@ def check_network(network: nn.Module, name: str) -> None:
     Raises:
         NemoLfrError: if the network has hooks or replaced layers, or its weights are not fp32.
     """
-    if must_check(network, "streams"):
+
+    def check() -> bool:
         check_weights(network, name)
         check_unaltered(network, name, STREAM)
+        return True
+
+    check_once(network, "streams", check)

@@ -49,8 +49,14 @@ class CutItem:
 def json_lines(path: Path) -> Iterator[bytes]:
     """Yield the lines of a JSON-lines file, except blank ones. The file may be compressed with gzip.
 
+    Args:
+        path: the file.
+
+    Yields:
+        Each line as bytes with its line ending, truncated to `MAX_LINE` bytes. A byte order mark is removed.
+
     Raises:
-        ConfigError: if the file cannot be read, is truncated, or is UTF-16.
+        ConfigError: if the file cannot be read or is UTF-16, or its gzip data is damaged or truncated.
     """
     try:
         with open(path, "rb") as raw:

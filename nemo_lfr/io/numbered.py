@@ -9,7 +9,7 @@ from nemo_lfr.errors import ConfigError, shorten
 # Names such as "train-00000-of-00003.parquet". Older versions of `datasets` added a hash after the numbers.
 _NUMBERED = re.compile(r"(?P<head>.*?)(?P<index>\d+)(?P<of>[-_. ]?of[-_. ]?)(?P<total>\d+)(?P<tail>.*)", re.IGNORECASE)
 NAMED = 5  # maximum number of missing files that a message names
-MAX_TOTAL = 1_000_000  # a larger number of files is not plausible, so that the name has another meaning
+MAX_TOTAL = 1_000_000  # a larger number of files is not plausible, so the name has another meaning
 
 
 def missing_files(paths: Iterable[Path]) -> list[str]:
@@ -35,10 +35,14 @@ def missing_files(paths: Iterable[Path]) -> list[str]:
 
 
 def check_numbered(folder: Path, paths: Iterable[Path]) -> None:
-    """Raise an error if files of a numbered set are missing from a folder.
+    """Check that each numbered set, such as `train-00001-of-00003.parquet`, is complete.
+
+    Args:
+        folder: folder of the files, for the message.
+        paths: the files that exist.
 
     Raises:
-        ConfigError: if files are missing.
+        ConfigError: if files of a set are missing.
     """
     if missing := missing_files(paths):
         names = ", ".join(shorten(name) for name in missing[:NAMED])

@@ -42,7 +42,11 @@ class TableRow:
 
 
 def is_table(path: Path) -> bool:
-    """Return whether a file is a table, by its suffix or, for JSON lines, by the keys in the first line."""
+    """Return whether a path is a table.
+
+    A table is a CSV or TSV file, according to its suffix, or a JSON-lines file whose first line has the key `file_name`
+    and no `audio_filepath`. NeMo manifests, folders and missing files are no tables.
+    """
     suffix = path.suffix.lower()
     if suffix in TABLE_SUFFIXES:
         return path.is_file()

@@ -380,9 +380,9 @@ class _Sections:
         self._max_block_frames = MAX_BLOCK_FRAMES if self.coding == CODING else compressed.MAX_BLOCK_FRAMES
         self._header_is_valid = True
 
-    def _fail(self, reason: str) -> TokenFileError:
+    def _fail(self, reason: str, conclusion: str = "; the file is damaged or truncated") -> TokenFileError:
         hint = " Read the intact part with --recover (recover=True)." if self._header_is_valid else ""
-        return TokenFileError(f"{self.path}: {reason}; the file is damaged or truncated.{hint}")
+        return TokenFileError(f"{self.path}: {reason}{conclusion}.{hint}")
 
     def _take(self, size: int) -> bytes:
         data = self._file.read(size)
@@ -520,7 +520,7 @@ class _Sections:
         if self._file.read(1):
             raise self._fail("other bytes follow its end section")
         if self.version > 1 and fields[8:] != struct.pack("<I", self._outline):
-            raise self._fail("its blocks were replaced or reordered")
+            raise self._fail("its blocks were replaced or reordered", conclusion="")
         num_samples: int = struct.unpack("<Q", fields[:8])[0]
         if frames.num_frames(num_samples, self.metadata.samples_per_frame) != num_frames:
             raise self._fail(f"{num_samples} samples do not correspond to its {num_frames} frames")

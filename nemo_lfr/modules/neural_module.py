@@ -9,7 +9,7 @@ from torch.nn.utils import parametrize
 
 from nemo_lfr.modules.weight_norm import folded_weight
 
-# Function that returns NeMo's types for a module's inputs or outputs. `nemo_lfr.nemo.neural_types` sets it, so that
+# Function that returns the neural types of a module's inputs or outputs. `nemo_lfr.nemo.neural_types` sets it, so that
 # this file does not import NeMo.
 type_lookup: Callable[[nn.Module, str], dict[str, Any]] | None = None
 
@@ -29,12 +29,12 @@ class NeuralModule(nn.Module):
 
     @property
     def input_types(self) -> dict[str, Any]:
-        """NeMo's type for each argument of `forward`, by name; the types are None if NeMo is not in use."""
+        """NeMo neural type of each argument of `forward`, by name; None unless `nemo_lfr.nemo` was imported."""
         return type_lookup(self, "input_types") if type_lookup else dict.fromkeys(self.input_names)
 
     @property
     def output_types(self) -> dict[str, Any]:
-        """NeMo's type for each result of `forward`, by name; the types are None if NeMo is not in use."""
+        """NeMo neural type of each result of `forward`, by name; None unless `nemo_lfr.nemo` was imported."""
         return type_lookup(self, "output_types") if type_lookup else dict.fromkeys(self.output_names)
 
     @property

@@ -16,6 +16,7 @@ import operator
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import Any, Generic, TypeVar, cast
 from weakref import WeakKeyDictionary
 
@@ -62,7 +63,7 @@ def checksum_once() -> Iterator[None]:
 
 @contextmanager
 def unchanged_networks() -> Iterator[None]:
-    """Check each network only once; no network may be changed within the context.
+    """Return a context in which `check_once` repeats no successful check; do not change networks in it.
 
     Checks take a few milliseconds per call. This context saves that time in a server that runs its streams every few
     milliseconds.
@@ -74,20 +75,24 @@ def unchanged_networks() -> Iterator[None]:
         _CHECKED.reset(token)
 
 
-def must_check(network: nn.Module, check: Hashable) -> bool:
-    """Return whether to check a network: True, except after the first check within `unchanged_networks`.
+def check_once(network: nn.Module, key: Hashable, check: Callable[[], bool]) -> bool:
+    """Run a check of a network, unless the same check has succeeded before in the same `unchanged_networks` context.
 
     Args:
         network: encoder or decoder.
-        check: key of the check; a network may have several checks.
+        key: key of the check; a network may have several checks.
+        check: function that returns whether the network passes the check, or raises an error.
+
+    Returns:
+        Whether the network passes the check.
     """
     checked = _CHECKED.get()
     if checked is None:
-        return True
-    key = id(network), check
-    if key in checked:
-        return False
-    checked[key] = network  # the reference keeps the id from being used again
+        return check()
+    if (id(network), key) not in checked:
+        if not check():
+            return False
+        checked[id(network), key] = network  # the reference keeps the id from being used again
     return True
 
 
@@ -164,7 +169,7 @@ class DerivedForms(Generic[Form]):
         """
         forms = self._forms.setdefault(module, {})
         entry = forms.get(key)
-        if entry is not None and (not must_check(module, (id(self), key)) or entry.is_current(others)):
+        if entry is not None and check_once(module, (id(self), key), partial(entry.is_current, others)):
             return entry.form
         del entry
         forms.pop(key, None)  # free the old form before the new one needs memory

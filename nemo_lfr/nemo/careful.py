@@ -274,15 +274,15 @@ CAREFUL: dict[type, Any] = {
 
 
 class _Losses:
-    """Record of the lines or cuts that are skipped in one pass over a file.
+    """Record of the entries (lines of a manifest, or cuts) that are skipped in one pass over a file.
 
-    Each skipped line or cut is logged only once per process.
+    Each skipped entry is logged only once per process.
 
     Args:
         path: the file, for messages.
 
     Attributes:
-        used: number of usable lines so far; the caller counts them.
+        used: number of usable entries so far; the caller counts them.
     """
 
     def __init__(self, path: Any) -> None:
@@ -300,12 +300,12 @@ class _Losses:
             logger.warning("%s", text)
 
     def check(self) -> None:
-        """Raise an error if no line was usable.
+        """Raise an error if no entry was usable.
 
         Without this check, training would wait forever for a batch.
 
         Raises:
-            ConfigError: if lines were skipped and none was usable. The message names the first skipped line.
+            ConfigError: if entries were skipped and none was usable. The message names the first skipped entry.
         """
         if self._count and not self.used:
-            raise ConfigError(f"none of the {self._count} lines can be used; the first error is: {self._first}")
+            raise ConfigError(f"none of the {self._count} entries can be used; the first error is: {self._first}")

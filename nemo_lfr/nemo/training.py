@@ -179,8 +179,8 @@ class TrainingSteps(WeightAveraging):
     def configure_callbacks(self) -> list[Callback]:
         """Return `RestoreTrainedWeights` and, for training, NeMo's logging callback.
 
-        The logging callback also logs spectrograms if `log_config.log_spectrograms` is set in the config. Without
-        training, the logging callback is left out, because a saved config lacks the folders of the clips to log.
+        The logging callback also logs spectrograms if `log_config.log_spectrograms` is set in the config. Validation
+        and testing run without it: it would need the clips to log, whose absolute paths a saved config lacks.
         """
         if self._trainer is not None and self._trainer.state.fn != TrainerFn.FITTING:
             return [RestoreTrainedWeights()]

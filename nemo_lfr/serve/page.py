@@ -36,9 +36,10 @@ def page_routes() -> list[BaseRoute]:
 
 
 def is_page(path: str) -> bool:
-    """Return whether a URL path belongs to the page.
+    """Return whether a URL path is that of the web page at `/` or of one of its files.
 
-    The page needs no access token: it contains no secret, and asks the user for the token.
+    The server sends these files without an access token, because they contain no secrets. The page asks the user for
+    the token that its requests need.
     """
     return path == "/" or path.startswith(f"/{FOLDER}/")
 

@@ -165,10 +165,10 @@ class Run:
         write_text(self.out / "settings.yaml", text)
 
     def evaluate(self, extra: dict[str, Any]) -> None:
-        """Evaluate the averaged weights, and append a line to the curve.
+        """Evaluate the averaged weights, and append the metrics as one line to `curve.jsonl`.
 
         Args:
-            extra: additional values for the line.
+            extra: other values to write into the line.
         """
         scores = means(self.evaluator.measure(self.average))
         line = {"step": self.step, "minutes": round(self.seconds / 60, 2)} | extra

@@ -231,7 +231,7 @@ def test_invalid_length_of_one_stream_leaves_all_streams_open():
         flush_decoders(decoders, [None, 5000])
     with pytest.raises(NemoLfrError, match="got 1 lengths for 2 streams"):
         flush_decoders(decoders, [3000])
-    with pytest.raises(NemoLfrError, match="passed twice"):
+    with pytest.raises(NemoLfrError, match="passed twice; pass each stream only once"):
         flush_decoders([decoders[0], decoders[0]])
     for wrong in (3, [codec.stream_encoder()]):
         with pytest.raises(NemoLfrError, match="pass"):

@@ -175,7 +175,7 @@ def test_training_continues_after_invalid_lines(tmp_path, caplog):
 
 def test_file_of_only_invalid_lines_raises(tmp_path):
     (tmp_path / "m.json").write_text("a\nb\n")
-    with pytest.raises(ConfigError, match=r"none of the 2 lines can be used; the first error is: .*m\.json, line 1"):
+    with pytest.raises(ConfigError, match=r"none of the 2 entries can be used; the first error is: .*m\.json, line 1"):
         lengths(manifest_filepath=str(tmp_path / "m.json"))
 
 

@@ -92,10 +92,11 @@ class OnnxBackend(NumpyBackend):
                 f"{self._folder / file}: ONNX Runtime cannot run this file ({shorten(error, 200)}); {AGAIN}."
             ) from error
         if not isinstance(result, np.ndarray) or result.shape != shape:
-            what = list(result.shape) if isinstance(result, np.ndarray) else type(result).__name__
+            array = isinstance(result, np.ndarray)
+            what = f"has the shape {list(result.shape)}" if array else f"is of type {type(result).__name__}"
             raise CheckpointError(
-                f"{self._folder / file}: the output is {shorten(what)}, but {MANIFEST} describes a file that returns "
-                f"{list(shape)}; {AGAIN}."
+                f"{self._folder / file}: the output {shorten(what)}, but according to {MANIFEST} it should have the "
+                f"shape {list(shape)}; {AGAIN}."
             )
         return result
 

@@ -2,6 +2,7 @@
 
 import logging
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -55,10 +56,12 @@ class Shar(CorpusReader):
         numbers = {name: _numbers(files) for name, files in self.fields.items()}
         if others := [name for name in numbers if numbers[name] != numbers["cuts"]]:
             name = others[0]
-            own, cuts = (sorted(set(numbers[a]) - set(numbers[b])) for a, b in ((name, "cuts"), ("cuts", name)))
+            field, cuts = Counter(numbers[name]), Counter(numbers["cuts"])
+            without_cuts, without_field = (sorted((a - b).elements()) for a, b in ((field, cuts), (cuts, field)))
             raise ConfigError(
-                f"{path}: not a complete Lhotse Shar: the field {shorten(name)} has the shards {shorten(own)} where "
-                f"the cuts have {shorten(cuts)}; copy the missing files."
+                f"{path}: not a complete Lhotse Shar: shards {shorten(without_cuts)} of the field {shorten(name)} have "
+                f"no cuts, and shards {shorten(without_field)} of the cuts have no {shorten(name)}; copy the missing "
+                "files."
             )
 
     @classmethod

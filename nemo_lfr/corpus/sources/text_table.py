@@ -15,7 +15,7 @@ class TextTable(Folder):
 
     @classmethod
     def accepts(cls, path: Path) -> bool:
-        """Return whether the path is a CSV, TSV or JSON-lines table."""
+        """Return whether the path is a table; see `is_table`."""
         return is_table(path)
 
     @classmethod

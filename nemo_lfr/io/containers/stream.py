@@ -212,13 +212,16 @@ def goes_on(rest: bytes, left: int | None = None, order: str = "<") -> bool:
 
 
 def moved(stream: Stream, spans: Sequence[Span]) -> Stream:
-    """Convert the byte ranges of a stream from positions in an excerpt to positions in the file.
+    """Return a copy of a stream that was found in an excerpt of a file, with byte ranges as positions in the file.
 
     An excerpt is, for example, the content of the `data` chunk of a WAV file.
 
     Args:
-        stream: stream that was found in the excerpt.
+        stream: stream whose byte ranges are positions in the excerpt.
         spans: byte ranges of the file whose concatenation is the excerpt.
+
+    Returns:
+        The copy. Its `is_file` is False.
     """
     found: list[Span] = []
     for start, stop in stream.spans:

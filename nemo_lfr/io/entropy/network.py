@@ -19,8 +19,9 @@ INPUT_BITS = 7  # fractional bits of a feature: the maximum 127 is slightly less
 class _Chain(torch.autograd.Function):
     """Compute the second hidden layer and the logits, digit by digit.
 
-    With PyTorch's own operations, autograd would store tensors [B, D, H2]. These tensors exceed the CPU cache, so that
-    the computation would take three times as long.
+    D is the number of digits, L the number of levels, and H2 the number of units in the second hidden layer. Each
+    operation processes one digit, so its tensors [B, H2] fit in the CPU cache. The same computation with PyTorch's
+    own operations on tensors [B, D, H2], which do not fit, takes three times as long.
     """
 
     @staticmethod
@@ -162,7 +163,7 @@ class Network(nn.Module):
         """Choose the exponents of the integer weights, and round weights and hidden units from now on."""
 
         def exponent(*values: torch.Tensor) -> int:
-            """Return the largest exponent for which most weights fit in 8 bits."""
+            """Return the largest e for which 99.95 % of the weights in each tensor, times 2^e, are in [-127, 127]."""
             # A few outliers are clipped, which allows a finer resolution for all other weights.
             largest = max(float(value.detach().abs().flatten().kthvalue(_rank(value)).values) for value in values)
             return math.floor(math.log2(127 / max(largest, 1e-3)))
