@@ -90,12 +90,13 @@ def microphone(rate: int, device: str | None, block: int) -> Iterator[np.ndarray
 def talk(codec: Codec, blocks: Iterator[np.ndarray], output: "Speaker | AudioWriter", lookahead: int | None) -> None:
     """Encode and decode block by block until the input ends or the user presses Ctrl-C.
 
+    At the end, the number of frames and the delay are printed.
+
     Args:
         codec: codec to use.
-        blocks: blocks of float32 samples.
+        blocks: blocks of mono float32 samples at the codec's sample rate, each of shape [n].
         output: speaker or file that receives the decoded audio.
-        lookahead: number of later frames that the encoder and the decoder wait for; None for all that the codec can
-            use.
+        lookahead: lookahead of the encoder, and also of the decoder, in frames; None for the full lookahead of each.
     """
     encoder, decoder = codec.stream_encoder(lookahead), codec.stream_decoder(lookahead)
     computing, frames = 0.0, 0

@@ -124,9 +124,16 @@ def shorten(text: object, length: int = 80) -> str:
     return printable(text[:length]) + ("..." if len(text) > length else "")
 
 
-def quoted(value: object) -> str:
-    """Return a value for an error message, shortened, and in quotes if it is a string."""
-    return shorten(repr(value) if isinstance(value, str) else value)
+def quoted(value: object, length: int = 80) -> str:
+    """Return a value for an error message, shortened, and in quotes if it is a string.
+
+    Without the quotes, a message about the string "1.0" would say that the value is 1.0, which looks like a number.
+
+    Args:
+        value: any object.
+        length: maximum number of characters before "...".
+    """
+    return shorten(repr(value) if isinstance(value, str) else value, length)
 
 
 def printable(text: str) -> str:

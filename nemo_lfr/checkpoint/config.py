@@ -262,14 +262,14 @@ def our_target(target: str) -> tuple[type[nn.Module], dict[str, Any], dict[str, 
         from ours.
 
     Raises:
-        ConfigError: if `target` is not the name of a class of this codec family.
+        ConfigError: if `target` is not the name of a class of the LFR codec family.
     """
     if target in NEMO_CLASSES:
         return NEMO_CLASSES[target]
     if target in _OUR_CLASSES:
         return _OUR_CLASSES[target], {}, {}
     known = ", ".join(sorted(name.rpartition(".")[2] for name in NEMO_CLASSES))
-    raise ConfigError(f"_target_ {target!r} is not a class of this codec family; use one of {known}.")
+    raise ConfigError(f"_target_ {target!r} is not a class of the LFR codec family; use one of {known}.")
 
 
 def nemo_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -298,7 +298,7 @@ def build_part(config: Mapping[str, Any], *, weight_norm: bool = True) -> nn.Mod
         ConfigError: if a class or argument is unknown, or a value is invalid.
     """
     if not isinstance(config, Mapping):
-        raise ConfigError(f"the section is {shorten(config)}, not a mapping with a _target_.")
+        raise ConfigError(f"the section is {quoted(config)}, not a mapping with a _target_.")
     arguments = {key: value for key, value in config.items() if not str(key).startswith("_")}
     ours, implied, defaults = our_target(str(config.get("_target_", "")))
     if ours in (HiFiGANEncoder, HiFiGANDecoder):
@@ -331,7 +331,7 @@ def _check_sizes(arguments: Mapping[str, Any]) -> None:
                 continue
             if not isinstance(item, int | float) or not least <= item <= most or (key != "eps" and item != int(item)):
                 kind = "numbers" if key == "eps" else "whole numbers"
-                raise ConfigError(f"{key} is {shorten(value)}; {kind} from {least} to {most} are allowed.")
+                raise ConfigError(f"{key} is {quoted(value)}; {kind} from {least} to {most} are allowed.")
 
 
 def build_parts(config: Mapping[str, Any], *, weight_norm: bool = True) -> CodecModules:
@@ -342,7 +342,7 @@ def build_parts(config: Mapping[str, Any], *, weight_norm: bool = True) -> Codec
     """
     for key in ("sample_rate", "samples_per_frame", *PARTS):
         if config.get(key) is None:
-            raise ConfigError(f"the config has no {key!r}, so it does not describe a codec of this family.")
+            raise ConfigError(f"the config has no {key!r}; pass a checkpoint of the LFR codec family.")
     sections = {}
     for name in PARTS:
         try:

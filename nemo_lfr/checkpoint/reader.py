@@ -18,7 +18,7 @@ from nemo_lfr.checkpoint.lightning import config_text
 from nemo_lfr.checkpoint.names import DIRECTION, GAIN, gain_of
 from nemo_lfr.checkpoint.safetensors import SafeTensors, open_files
 from nemo_lfr.checkpoint.tensors import Tensors
-from nemo_lfr.errors import CheckpointError, ConfigError, shorten
+from nemo_lfr.errors import CheckpointError, ConfigError, quoted, shorten
 from nemo_lfr.io.locate import SAFETENSORS, SAFETENSORS_CONFIG
 from nemo_lfr.modules.weight_norm import CANONICAL, SumOrder, fold_weight_norm
 
@@ -226,7 +226,7 @@ def _check_pair(tensors: Tensors, config: DictConfig) -> None:
         if json.dumps(values.get(key), sort_keys=True) != json.dumps(expected, sort_keys=True):
             raise CheckpointError(
                 f"{tensors.path}: {SAFETENSORS_CONFIG} and {SAFETENSORS} do not belong together: {key} is "
-                f"{shorten(values.get(key), 150)}, but the weights were written for {shorten(expected, 150)}; export "
+                f"{quoted(values.get(key), 150)}, but the weights were written for {quoted(expected, 150)}; export "
                 "or copy the folder again."
             )
 

@@ -33,7 +33,11 @@ def entropy() -> None:
     show_default=True,
     help="Number of passes over the tokens.",
 )
-@count_option("--max-frames", "Maximum number of frames to fit; utterances are sampled if there are more.", 250_000)
+@count_option(
+    "--max-frames",
+    "Number of frames to fit the model to. If there are more, random utterances are used until it is reached.",
+    250_000,
+)
 @count_option("--seed", "Random seed.", 0, low=0)
 @overwrite_option
 def fit(

@@ -20,6 +20,7 @@ from nemo_lfr.errors import (
     ServerRefusedError,
     ServerShutdownError,
     TokensError,
+    quoted,
     shorten,
 )
 from nemo_lfr.io.arrays import numeric_array
@@ -75,7 +76,7 @@ class Conversation:
         **parameters: object,
     ) -> None:
         if sample_type not in _WIRE:
-            raise NemoLfrError(f"sample_type {shorten(sample_type)} is unknown; use one of {', '.join(_WIRE)}.")
+            raise NemoLfrError(f"sample_type {quoted(sample_type)} is unknown; use one of {', '.join(_WIRE)}.")
         self.kind, self._server = kind, server
         audio, self._dtype = _WIRE[sample_type]
         form = {"tokens": "json"} if kind == "encode" else {}
@@ -167,10 +168,11 @@ class Conversation:
         """Return the result in a message from the server.
 
         Returns:
-            Samples [n] or tokens [C, k]; None if the message says that there are no more results.
+            Samples [n] of type `sample_type`, or tokens [C, k]; None if the message says that there are no more
+            results.
 
         Raises:
-            ServerError: if the message reports an error.
+            ServerError: if the message reports an error or does not follow the protocol.
         """
         if isinstance(message, bytes):
             if self.kind == "encode" or len(message) % np.dtype(self._dtype).itemsize:

@@ -17,6 +17,7 @@ from nemo_lfr.errors import (
     ServerRefusedError,
     TokensError,
     printable,
+    quoted,
     shorten,
 )
 from nemo_lfr.frames import num_frames
@@ -179,7 +180,7 @@ def decode_tokens(server: Server, tokens: Any, num_samples: int | None, audio_fo
         ServerError: if the server refuses the tokens, fails, cannot be reached or does not return the requested audio.
     """
     if audio_format not in get_args(AudioFormat):
-        raise NemoLfrError(f"audio_format {shorten(audio_format)} is not one of {', '.join(get_args(AudioFormat))}.")
+        raise NemoLfrError(f"audio_format {quoted(audio_format)} is not one of {', '.join(get_args(AudioFormat))}.")
     num_samples = count_of("num_samples", num_samples)
     array = numeric_array(tokens, "tokens", TokensError)
     if array.ndim != 2 or (array.size and not np.issubdtype(array.dtype, np.integer)):
@@ -191,7 +192,7 @@ def decode_tokens(server: Server, tokens: Any, num_samples: int | None, audio_fo
     path, limit = f"/v1/decode?format={audio_format}", _MAX_INFO + _MAX_PER_FRAME * array.shape[1]
     content, kind = server.retry(lambda: request(server, path, body, headers, max_bytes=limit))
     if kind is not None and not kind.startswith(("audio/", "application/o")):  # application/ogg, octet-stream
-        raise _stranger(server, f"answers with {shorten(kind)}, not audio")
+        raise _stranger(server, f"answers with {quoted(kind)}, not audio")
     info = get_info(server)
     longest = array.shape[1] * info.samples_per_frame
     expected = longest if num_samples is None else min(num_samples, longest)

@@ -104,12 +104,18 @@ class CodecBase(Generic[Array]):
 
     @property
     def encoder(self) -> Any:
-        """Encoder module if the backend uses PyTorch; with other backends, the `Limits` of the encoder."""
+        """Encoder: a `torch.nn.Module` if the backend uses PyTorch.
+
+        Other backends return an object with only two attributes, `context` and `min_frames`.
+        """
         return self.backend.encoder
 
     @property
     def decoder(self) -> Any:
-        """Decoder module if the backend uses PyTorch; with other backends, the `Limits` of the decoder."""
+        """Decoder: a `torch.nn.Module` if the backend uses PyTorch.
+
+        Other backends return an object with only two attributes, `context` and `min_frames`.
+        """
         return self.backend.decoder
 
     @property

@@ -154,7 +154,8 @@ def _recording(
             return _read(path or name, data, audio_len, sample_rate, target_rate, name)
         keys = shorten([str(key) for key in audio])
         raise AudioError(
-            f"{name} is {type(audio).__name__} with keys {keys}; pass the keys 'array' and 'sampling_rate'."
+            f"{name} is a {type(audio).__name__} with the keys {keys}; it needs 'array' and 'sampling_rate', or a "
+            "'path' or 'bytes' that is not None."
         )
     if callable(getattr(audio, "get_all_samples", None)):
         try:

@@ -330,9 +330,11 @@ class Codec(HubMethods[Array]):
 
         Args:
             source: the `.lfr` token file.
-            target: the audio file to write.
+            target: the audio file to write. Its suffix selects the format, such as .wav or .flac. Missing folders are
+                created.
             start: start of the segment in seconds. Only the frames that the segment needs are read.
-            duration: length of the segment in seconds; default: up to the end of the original recording.
+            duration: length of the segment in seconds. A segment that extends beyond the end of the recording is
+                shortened. Default: up to the end of the recording.
             overwrite: replace an existing `target`.
             recover: decode the intact part of a damaged `source`.
             entropy_model: entropy model that `source` was compressed with, or its path. Only needed if this model is
@@ -342,8 +344,11 @@ class Codec(HubMethods[Array]):
             Number of samples that were written.
 
         Raises:
-            TokenFileError: if `source` is damaged or from another codec, or `start` is outside the recording.
-            NemoLfrError: if `target` is the same file as `source`, or exists while `overwrite` is not set.
+            TokenFileError: if `source` is damaged or from another codec, `start` is outside the recording, or
+                `duration` is negative or not finite.
+            NemoLfrError: if `target` is the same file as `source`, has an unknown suffix, or exists while `overwrite`
+                is not set.
+            AudioError: if the format of `target` does not support the codec's sample rate.
         """
         source, target = expand_home(source), expand_home(target)
         check_distinct(source, target)

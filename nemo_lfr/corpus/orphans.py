@@ -148,7 +148,13 @@ def _state(pid: int) -> tuple[int, str] | None:
 
 
 def _watch(token: str) -> None:
-    """Wait until the run ends, and kill its processes unless it ended normally."""
+    """Wait until the run ends, and kill its processes unless it ended normally.
+
+    The run has ended when standard input is closed. It ended normally if it wrote a byte before.
+
+    Args:
+        token: random id of the run, which its processes have in the environment variable `NEMO_LFR_RUN`.
+    """
     kin = _Kin(token, os.getppid())
     while not select.select([0], [], [], POLL_SECONDS)[0]:
         kin.look()

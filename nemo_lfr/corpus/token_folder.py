@@ -21,7 +21,7 @@ from nemo_lfr import frames
 from nemo_lfr.corpus.formats import format_names, get_format
 from nemo_lfr.corpus.formats.base import REPAIR, Damage, Row, ShardFiles, num_entries, parse_json, regular_file
 from nemo_lfr.corpus.records import METADATA, RESUME, ShardRecord, describe_unfinished
-from nemo_lfr.errors import NemoLfrError, TokenFileError, shorten
+from nemo_lfr.errors import NemoLfrError, TokenFileError, quoted, shorten
 from nemo_lfr.io.locate import expand_home
 from nemo_lfr.io.token_file import Metadata
 
@@ -92,14 +92,14 @@ class TokenFolder:
     def _check_metadata(self) -> Metadata:
         values = self.metadata
         if not isinstance(values, dict):
-            raise ValueError(f"expected a JSON object, found {shorten(values)}")
+            raise ValueError(f"expected a JSON object, found {quoted(values)}")
         for key, highest in (("shards", MAX_SHARDS), ("clips", MAX_CLIPS)):
             if type(values[key]) is not int or not 0 <= values[key] <= highest:
-                raise ValueError(f"{key} is {shorten(values[key])}; expected an integer from 0 to {highest}")
+                raise ValueError(f"{key} is {quoted(values[key])}; expected an integer from 0 to {highest}")
         if not isinstance(values["format"], str) or values["format"] not in format_names():
-            raise ValueError(f"format is {shorten(values['format'])}; expected one of {', '.join(format_names())}")
+            raise ValueError(f"format is {quoted(values['format'])}; expected one of {', '.join(format_names())}")
         if not isinstance(values.get("context", False), bool):
-            raise ValueError(f"context is {shorten(values['context'])}; expected true or false")
+            raise ValueError(f"context is {quoted(values['context'])}; expected true or false")
         if not isinstance(values["codec"], dict) or not isinstance(values["codec"]["fingerprint"], str):
             raise ValueError(f"codec is {shorten(values['codec'])}; expected an object whose fingerprint is a string")
         return Metadata.from_json(json.dumps(values["codec"]).encode())
@@ -268,7 +268,11 @@ class TokenFolder:
 
 
 def reason_of(error: BaseException) -> str:
-    """Summarize an exception of another library on one line."""
+    """Return the first line of an exception that a third-party library raised, for an error message.
+
+    For a KeyError, the result says which key is missing. If there is no message, it is the name of the exception's
+    class.
+    """
     if isinstance(error, KeyError):
         return f"{shorten(repr(error.args[0] if error.args else ''))} is missing"
     lines = str(error).strip().splitlines()

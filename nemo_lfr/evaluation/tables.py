@@ -163,11 +163,16 @@ def heading(name: str, metric: Metric) -> str:
 
 
 def differences(evaluation: Evaluation, keys: Sequence[str]) -> Table | None:
-    """Tabulate the paired differences between codecs, with one row for each pair of codecs.
+    """Tabulate the paired differences in each metric, with one row for each pair of codecs.
+
+    Args:
+        evaluation: results of the codecs.
+        keys: keys of the recordings to compare.
 
     Returns:
         A table, or None if there are fewer than two codecs besides "original". Each cell contains a mean
-        difference (first codec minus second codec) with its confidence interval. The mean is over the recordings for
+        difference (first codec minus second codec) with its confidence interval, which a single recording does not
+        have. The mean is over the recordings for
         which both codecs have a value. If the interval excludes zero, a mark (FIRST or SECOND) shows which codec is
         better.
     """

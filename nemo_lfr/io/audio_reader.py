@@ -34,8 +34,9 @@ class AudioReader:
     """Read an audio file as mono float32 blocks at `sample_rate`.
 
     All samples that can be decoded are read, even if the header declares fewer. If several files were joined with
-    `cat`, the recordings of all of them are read. A truncated file raises an error. If only the last frame is
-    incomplete, as is common in MPEG or AAC audio that was recorded from a stream, a warning is logged instead.
+    `cat`, the recordings of all of them are read. A truncated file raises an error. A warning is logged instead if
+    only the last frame is incomplete, as is common in MPEG or AAC audio that was recorded from a stream. Headers of
+    IRCAM, PAF and PVF files contain no length, so for them a warning says that the file may be incomplete.
 
     Args:
         path: the file.
@@ -286,15 +287,15 @@ class AudioReader:
             Samples [channels, T_audio] at `native_rate`.
 
         Raises:
-            AudioError: if the audio is damaged, or contains NaN or infinity. Also if the file contains recordings with
-                different sample rates or numbers of channels.
+            AudioError: if the audio is damaged, or contains NaN or infinity. Also if the file consists of several
+                recordings with different sample rates or numbers of channels.
         """
         blocks = [np.zeros((0, self.channels), np.float32)]
         for rate, block in self._read_seconds(start, duration):
             if (rate, block.shape[1]) != (self.native_rate, self.channels):
                 raise AudioError(
-                    f"{self.name}: the audio contains recordings with different sample rates or numbers of channels; "
-                    f"{TO_WAV}."
+                    f"{self.name}: the file consists of several recordings that differ in sample rate or number of "
+                    f"channels; {TO_WAV}."
                 )
             check_peak(float(np.abs(block).max(initial=0.0)), f"{self.name}: the audio")
             blocks.append(block)
@@ -308,6 +309,8 @@ class AudioReader:
             wanted = min(count_samples(duration, rate), count - first) if duration > 0 else 0
             if wanted > 0:
                 yield rate, self._read_stream(index, first, wanted)
+                if first + wanted == count and (note := self._streams[index].note):
+                    logger.warning("%s: %s.", self.name, note)
                 duration -= (count - first) / rate
             start -= count / rate
             if duration <= 0:

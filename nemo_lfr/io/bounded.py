@@ -24,7 +24,7 @@ FREE_INPUT_VALUES, FREE_INPUT_BYTES = 1 << 26, 1 << 28
 
 
 def lines(file: Any) -> Iterator[bytes]:
-    """Yield the lines of a binary file, each truncated to `MAX_LINE` bytes."""
+    """Yield the lines of a text file that is open in binary mode, each truncated to `MAX_LINE` bytes."""
     while line := file.readline(MAX_LINE):
         yield line
         while len(line) == MAX_LINE and not line.endswith(b"\n"):
@@ -32,10 +32,10 @@ def lines(file: Any) -> Iterator[bytes]:
 
 
 def whole_lines(file: Any) -> Iterator[bytes]:
-    """Yield the lines of a binary file.
+    """Yield the complete lines of a text file that is open in binary mode.
 
     Raises:
-        ValueError: if a line has more than `MAX_TEXT_LINE` bytes. The file is then most likely not text.
+        ValueError: if a line has more than `MAX_TEXT_LINE` bytes, in which case the file is most likely not text.
     """
     number = 0
     while line := file.readline(MAX_TEXT_LINE + 1):

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from nemo_lfr.errors import AudioError, shorten
+from nemo_lfr.errors import AudioError, quoted, shorten
 from nemo_lfr.io.audio import AudioReader, check_peak, check_rate, resample
 from nemo_lfr.io.manifests import MAX_SECONDS, resolve_audio_path
 from nemo_lfr.io.reading import read_part
@@ -250,7 +250,9 @@ def _check_numbers(item: Any) -> None:
     if type(item).__name__ in ("Speed", "Tempo"):
         factor = item.factor
         if not isinstance(factor, int | float) or not 1 / MAX_FACTOR <= factor <= MAX_FACTOR:
-            raise AudioError(f"the speed factor is {shorten(factor)}; expected {1 / MAX_FACTOR:g} to {MAX_FACTOR}.")
+            raise AudioError(
+                f"the speed factor is {quoted(factor)}; expected a number from {1 / MAX_FACTOR:g} to {MAX_FACTOR}."
+            )
 
 
 def _open(source: Any, allow_url: bool) -> Path | bytes:

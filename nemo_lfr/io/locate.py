@@ -213,7 +213,8 @@ def _in_folder(folder: Path) -> Path:
         raise CheckpointError(
             f"{folder}: the folder has only ONNX files; pass the checkpoint from which they were exported."
         )
-    pairs = ", ".join(f"no {config} with {weights}" for config, weights in FOLDERS)
+    pairs = ", nor ".join(f"{config} and {weights}" for config, weights in FOLDERS)
     raise CheckpointError(
-        f"{folder}: the folder contains no checkpoint: no .nemo file, {pairs}; pass a .nemo or .ckpt file."
+        f"{folder}: the folder contains no checkpoint, since it has neither a .nemo file, nor {pairs}; pass a .nemo "
+        "or .ckpt file, or a folder with one of these."
     )

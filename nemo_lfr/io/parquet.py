@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from nemo_lfr.errors import NemoLfrError, shorten
+from nemo_lfr.errors import NemoLfrError, quoted, shorten
 from nemo_lfr.io.bounded import (
     FREE_BYTES,
     FREE_INPUT_BYTES,
@@ -261,7 +261,7 @@ def _bytes(value: Any) -> bytes:
 
 def _count(value: Any) -> int:
     if type(value) is not int or value < 0:
-        raise ValueError(f"a size or count is {shorten(value)}")
+        raise ValueError(f"a size or count is {quoted(value)}")
     return value
 
 

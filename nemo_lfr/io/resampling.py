@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from nemo_lfr.errors import AudioError
+from nemo_lfr.errors import AudioError, quoted
 
 MIN_RATE, MAX_RATE = 100, 1_000_000  # Hz
 # Floating-point recordings may exceed 1 slightly. 16-bit integers that were not divided by 32768 exceed it by far.
@@ -84,7 +84,7 @@ def check_rate(rate: object) -> None:
         AudioError: if the sample rate is not such a number.
     """
     if isinstance(rate, bool) or not isinstance(rate, int | float | np.number) or not MIN_RATE <= rate <= MAX_RATE:
-        raise AudioError(f"sample_rate {rate!r} is not a number of Hz between {MIN_RATE} and {MAX_RATE}.")
+        raise AudioError(f"sample_rate is {quoted(rate)}; expected a number from {MIN_RATE} to {MAX_RATE} (Hz).")
 
 
 def check_peak(peak: float, what: str) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_lfr.errors import ConfigError, NemoLfrError, shorten
+from nemo_lfr.errors import ConfigError, NemoLfrError, quoted, shorten
 from nemo_lfr.io.columns import AUDIO, repeated_column, standard_labels
 from nemo_lfr.io.text import decode, is_missing, read_lines
 
@@ -32,7 +32,8 @@ class TableRow:
 
     Attributes:
         line: number of the row's first line in the file, counted from 1.
-        values: values by column; empty if there is a problem.
+        values: values by column; empty if there is a problem. In the rows of `read_table`, the audio column is named
+            `audio_filepath`, the standard labels are added, and empty cells are left out.
         problem: reason why the row cannot be used; None if it can.
     """
 
@@ -42,10 +43,10 @@ class TableRow:
 
 
 def is_table(path: Path) -> bool:
-    """Return whether a path is a table.
+    """Return whether a path is a table of recordings.
 
-    A table is a CSV or TSV file, according to its suffix, or a JSON-lines file whose first line has the key `file_name`
-    and no `audio_filepath`. NeMo manifests, folders and missing files are no tables.
+    A table is a CSV or TSV file (by its suffix), or a JSON lines file whose first entry has the key `file_name` but
+    not `audio_filepath`. NeMo manifests, folders and missing files are not tables.
     """
     suffix = path.suffix.lower()
     if suffix in TABLE_SUFFIXES:
@@ -110,7 +111,7 @@ def _json_lines(lines: Sequence[bytes]) -> Iterator[TableRow]:
         if isinstance(values, dict):
             yield TableRow(number, values)
         else:
-            yield TableRow(number, {}, f"{shorten(values)} is not a JSON object")
+            yield TableRow(number, {}, f"{quoted(values)} is not a JSON object")
 
 
 def _delimited(path: Path, lines: Sequence[bytes]) -> Iterator[TableRow]:

@@ -28,7 +28,7 @@ def accelerate(model: NeMoAudioCodecModel) -> NeMoAudioCodecModel:
         The same model object.
 
     Raises:
-        ConfigError: if the model is not an `AudioCodecModel` of this codec family, or its modules do not match its
+        ConfigError: if the model is not an `AudioCodecModel` of the LFR codec family, or its modules do not match its
             config. The model is then unchanged.
     """
     inner = unwrapped(model) if isinstance(model, torch.nn.Module) else model

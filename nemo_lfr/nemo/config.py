@@ -34,7 +34,7 @@ def checked_values(cfg: DictConfig) -> dict[str, Any]:
 
     Raises:
         ConfigError: if the config enables a loss that would open a file or access the network, if a value cannot be
-            resolved, or if a key belongs to another codec family.
+            resolved, or if a key belongs to a codec of another family.
     """
     for key in ("use_scl_loss", "use_slm_loss"):
         if cfg.get(key):

@@ -55,8 +55,8 @@ class LFRCodecModel(Inference, StateDicts, NemoFiles, Copies, TrainingSteps):
         trainer: Lightning trainer, as in NeMo.
 
     Raises:
-        ConfigError: if the config does not describe a codec of this family, or names a custom component that cannot be
-            imported, or if an argument has the wrong type. The message names the key or argument.
+        ConfigError: if the config does not describe a codec of the LFR family, or names a custom component that cannot
+            be imported, or if an argument has the wrong type. The message names the key or argument.
     """
 
     def __init__(self, cfg: DictConfig, trainer: Trainer | None = None) -> None:

@@ -39,7 +39,10 @@ SHUTTING_DOWN = "the server is shutting down; connect to another one."
 
 
 class OverloadedError(NemoLfrError):
-    """Raised for a new stream if the engine is full or shutting down."""
+    """Raised for a new stream or file if the server is at its limit of streams or files.
+
+    The subclass `ShutdownError` is also raised for open streams.
+    """
 
 
 class ShutdownError(OverloadedError):

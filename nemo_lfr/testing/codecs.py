@@ -46,7 +46,9 @@ def synthesize(seconds: float, seed: int = 0) -> np.ndarray:
 
 
 def codec_config(**changes: Any) -> dict[str, Any]:
-    """Return a config like that of the released codec, but with few channels.
+    """Return a config like that of NVIDIA's codec, but much smaller and without a discriminator.
+
+    NVIDIA's codec is the Low Frame-rate Speech Codec.
 
     `codec_config(**TWO_STAGES)` is the config of the fastest test codec.
 
@@ -55,7 +57,7 @@ def codec_config(**changes: Any) -> dict[str, Any]:
             `_target_` replaces the whole section.
 
     Returns:
-        The model config, with the keys of the config in a `.nemo` file.
+        The model config, with the same keys as in a `.nemo` file.
     """
     config: dict[str, Any] = {
         "sample_rate": SAMPLE_RATE,

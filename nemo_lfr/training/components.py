@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
 from nemo_lfr.checkpoint import is_from_checkpoint
-from nemo_lfr.errors import ConfigError, shorten
+from nemo_lfr.errors import ConfigError, quoted, shorten
 from nemo_lfr.signal.spectra import Spectra
 
 _REGISTERED: dict[str, type[nn.Module]] = {}
@@ -166,7 +166,7 @@ def build_component(
     """
     target = section.get("_target_") if isinstance(section, Mapping) else None
     if not isinstance(target, str):
-        raise ConfigError(f"{where} is {shorten(section)}; pass a mapping with the key _target_.")
+        raise ConfigError(f"{where} is {quoted(section)}; pass a mapping with the key _target_.")
     component = _REGISTERED.get(target)
     if component is None:
         known = ", ".join(sorted(name.rpartition(".")[2] for name in built_in))
@@ -302,7 +302,7 @@ class AudioTerms(nn.Module):
         super().__init__()
         sections = {} if sections is None else sections
         if not isinstance(sections, Mapping):
-            raise ConfigError(f"{where} is {shorten(sections)}; pass a mapping from names to sections.")
+            raise ConfigError(f"{where} is {quoted(sections)}; pass a mapping from names to sections.")
         self.terms = nn.ModuleDict()
         self._what: dict[str, str] = {}
         for name, section in sections.items():
@@ -370,6 +370,6 @@ def split_scales(sections: Any) -> tuple[Any, dict[str, float]]:
             rest[name] = {key: value for key, value in section.items() if key != "scale"}
             scale = section.get("scale", 1.0)
             if isinstance(scale, bool) or not isinstance(scale, int | float):
-                raise ConfigError(f"losses.{name}: scale is {shorten(scale)}; pass a number.")
+                raise ConfigError(f"losses.{name}: scale is {quoted(scale)}; pass a number.")
             scales[name] = float(scale)
     return rest, scales

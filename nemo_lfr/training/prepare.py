@@ -266,7 +266,10 @@ def _is_duration(entry: Any) -> bool:
 
 
 def _duration(corpus: Path, name: str) -> float | Failure:
-    """Return the duration in a file's header in seconds, or the record of a failure."""
+    """Return the duration of a file in seconds without decoding it.
+
+    The result is a failure record if the file cannot be opened or has no samples.
+    """
     try:
         with AudioReader(corpus / name, None) as reader:
             if reader.duration <= 0:
@@ -277,7 +280,7 @@ def _duration(corpus: Path, name: str) -> float | Failure:
 
 
 def _decoded_duration(corpus: Path, name: str) -> float | Failure:
-    """Decode a file and return its duration in seconds, or the record of a failure."""
+    """Decode a file and return its duration in seconds, or a failure record if it cannot be decoded."""
     try:
         with AudioReader(corpus / name, None) as reader:
             num_samples = sum(len(block) for block in reader.blocks())

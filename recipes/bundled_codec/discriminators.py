@@ -70,9 +70,7 @@ class Adversary:
         ConfigError: if a discriminator in `config.custom` cannot be built.
     """
 
-    def __init__(
-        self, config: DiscriminatorConfig, device: torch.device, dtype: torch.dtype = torch.bfloat16
-    ) -> None:
+    def __init__(self, config: DiscriminatorConfig, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> None:
         self.config, self.device, self.dtype = config, device, dtype
         networks: list[AudioDiscriminator] = [
             MultiResolutionDiscriminatorSTFT([resolution(window) for window in STFT_WINDOWS], pad_mode="zeros")

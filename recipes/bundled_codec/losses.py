@@ -210,9 +210,22 @@ OTHER_TERMS = ("score", "feature", "discriminator", "adversarial_share", "varian
 
 @dataclass
 class LossConfig:
-    """Weights and window lengths of the loss terms."""
+    """Settings of the loss terms.
 
-    windows: list[int] = field(default_factory=lambda: [128, 256, 512, 1024, 2048])  # for the log-mel distance
+    Attributes:
+        windows: window lengths of `LogMelDistance` in samples.
+        num_mels: number of mel bands for each of these windows.
+        compressed_windows: window lengths of `compressed_distance` in samples.
+        log_mel: weight of `LogMelDistance`.
+        compressed: weight of `compressed_distance`.
+        symmetric: weight of the symmetric disturbance of `PerceptualDistance`.
+        asymmetric: weight of the asymmetric disturbance of `PerceptualDistance`.
+        waveform: weight of `waveform_distance`.
+        custom: config sections of custom losses by name; see `nemo_lfr.training.components`.
+        variance: weight of `nemo_lfr.training.losses.spread`.
+    """
+
+    windows: list[int] = field(default_factory=lambda: [128, 256, 512, 1024, 2048])
     num_mels: list[int] = field(default_factory=lambda: [20, 40, 80, 80, 160])
     compressed_windows: list[int] = field(default_factory=lambda: [1024, 2048, 4096])
     log_mel: float = 1.0
@@ -220,15 +233,15 @@ class LossConfig:
     symmetric: float = 1.0
     asymmetric: float = 0.3
     waveform: float = 0.3
-    custom: dict[str, dict[str, Any]] = field(default_factory=dict)  # see `nemo_lfr.training.components`
-    variance: float = 2.0  # weight of `nemo_lfr.training.losses.spread`
+    custom: dict[str, dict[str, Any]] = field(default_factory=dict)
+    variance: float = 2.0
 
 
 class ReconstructionTerms(nn.Module):
     """Module that computes all reconstruction distances and their weighted sum.
 
     Args:
-        config: weights and window lengths.
+        config: settings of the loss terms.
 
     Raises:
         ConfigError: if a loss in `config.custom` cannot be built.

@@ -65,7 +65,10 @@ def load_state(path: Path) -> dict[str, Any]:
     """
     state = _load(path)
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise ValueError(f"{path}: not a state of this recipe; train in another folder, or use --import-state.")
+        raise ValueError(
+            f"{path}: not a state of this recipe; set out to another folder. To continue from a state of the trial "
+            f"script, also pass --import-state {path}."
+        )
     return state
 
 

@@ -111,4 +111,7 @@ def test_files_with_other_labels_are_reported(sound, tmp_path, caplog):
     write(tmp_path / "rows" / "a.parquet", {"audio": [sound], "text": ["a"], "speaker": ["s"]})
     write(tmp_path / "rows" / "b.parquet", {"audio": [sound], "sentence": ["b"], "speaker": ["s"]})
     assert [clip.labels["text"] for clip in clips_of(tmp_path / "rows")] == ["a", "b"]
-    assert "b.parquet: the columns differ from the first file: missing 'text', additional 'sentence'." in caplog.text
+    assert (
+        "b.parquet: the columns differ from those of the first file: missing 'text', additional 'sentence'."
+        in caplog.text
+    )

@@ -306,6 +306,20 @@ def test_every_format_is_complete_or_reported_as_truncated(kind):
             read(rare(kind)[:size], RARE[kind])
 
 
+@pytest.mark.parametrize("kind", sorted(NO_LENGTH))
+@pytest.mark.parametrize("size", [len(WAVE), len(WAVE) // 2])
+def test_a_format_without_a_length_is_read_with_a_warning(kind, size, caplog):
+    data = rare(kind)[: 2 * (size - len(WAVE)) or None]
+    warning = "the format has no length in its header, so it is unknown whether the file is complete"
+    assert len(read(data, RARE[kind])) == size
+    assert caplog.text.count(warning) == 1
+    with AudioReader("a", RARE[kind], data) as reader:
+        assert len(reader.segment(0.0, 0.01)) < size
+        assert caplog.text.count(warning) == 1
+        assert len(reader.segment(0.0, reader.duration)) == size
+    assert caplog.text.count(warning) == 2
+
+
 @pytest.mark.parametrize("kind", ["AVR", "IRCAM", "MAT4", "MAT5", "PAF", "PVF", "W64", "CAF"])
 def test_stereo_of_rare_formats_is_complete(kind):
     assert len(read(rare(kind, 2), RARE[kind])) == len(WAVE)

@@ -252,6 +252,17 @@ def test_state_of_the_trial_script_resumes_with_the_same_updates(manifest, tmp_p
     assert_equal(weights(run), weights(other))
 
 
+def test_a_state_of_another_format_is_refused_with_both_remedies(manifest, tmp_path):
+    settings = settings_of(manifest, tmp_path / "run", *bundled_sizes([]))
+    path = tmp_path / "run" / "state.pt"
+    path.parent.mkdir()
+    torch.save({"format": "trial"}, path)
+    with pytest.raises(ValueError, match=r"set out to another folder\. .* also pass --import-state .*state\.pt\."):
+        train._read_state(settings, None)
+    with pytest.raises(ValueError, match=r"already exists; remove --import-state to resume, or set out to another"):
+        train._read_state(settings, path)
+
+
 def test_importing_names_the_settings_that_differ(manifest, tmp_path):
     settings = settings_of(manifest, tmp_path / "run", *bundled_sizes([]))
     torch.save(trial_state(run_of(settings, manifest)), tmp_path / "trial.pt")

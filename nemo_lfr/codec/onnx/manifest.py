@@ -21,7 +21,7 @@ from typing import Any
 
 from nemo_lfr.codec.backend import ModuleLimits
 from nemo_lfr.codec.onnx import DECODER, ENCODER, MANIFEST, VERSION
-from nemo_lfr.errors import CheckpointError, shorten
+from nemo_lfr.errors import CheckpointError, quoted, shorten
 from nemo_lfr.frames import Context
 from nemo_lfr.io.regular import open_regular
 from nemo_lfr.spec import CodecSpec
@@ -94,19 +94,19 @@ def parse_manifest(values: Any) -> Manifest:
         raise CheckpointError("the file is not a JSON object.")
     version = values.get("version")
     if type(version) is not int or version != VERSION:
-        raise CheckpointError(f"version is {shorten(version)}, but this nemo_lfr only reads version {VERSION}.")
+        raise CheckpointError(f"version is {quoted(version)}, but this nemo_lfr only reads version {VERSION}.")
     levels = values.get("levels")
     if not isinstance(levels, list) or not 1 <= len(levels) <= 16:
-        raise CheckpointError(f"levels are {shorten(levels)}; expected a list of 1 to 16 numbers.")
+        raise CheckpointError(f"levels are {quoted(levels)}; expected a list of 1 to 16 numbers.")
     levels = tuple(_whole({"levels": level}, "levels", 2, 4096) for level in levels)
     if math.prod(levels) >= 2**31:
-        raise CheckpointError(f"levels are {shorten(levels)}, so a codebook would have 2^31 entries or more.")
+        raise CheckpointError(f"levels are {quoted(levels)}, so a codebook would have 2^31 entries or more.")
     older = values.get("older_fingerprints", [])
     if not isinstance(older, list) or len(older) > 16:
-        raise CheckpointError(f"older_fingerprints are {shorten(older)}; expected a list of at most 16 hashes.")
+        raise CheckpointError(f"older_fingerprints are {quoted(older)}; expected a list of at most 16 hashes.")
     files = values.get("files")
     if not isinstance(files, dict) or set(files) != {ENCODER, DECODER}:
-        raise CheckpointError(f"files are {shorten(files)}; expected {ENCODER} and {DECODER}.")
+        raise CheckpointError(f"files are {quoted(files)}; expected {ENCODER} and {DECODER}.")
     return Manifest(
         spec=CodecSpec(
             sample_rate=_whole(values, "sample_rate", 1000, 192_000),
@@ -129,21 +129,21 @@ def parse_manifest(values: Any) -> Manifest:
 def _whole(values: dict[str, Any], name: str, low: int, high: int) -> int:
     value = values.get(name)
     if type(value) is not int or not low <= value <= high:
-        raise CheckpointError(f"{name} is {shorten(value)}; expected a whole number from {low} to {high}.")
+        raise CheckpointError(f"{name} is {quoted(value)}; expected a whole number from {low} to {high}.")
     return value
 
 
 def _text(values: dict[str, Any], name: str, pattern: re.Pattern[str]) -> str:
     value = values.get(name)
     if not isinstance(value, str) or not pattern.fullmatch(value):
-        raise CheckpointError(f"{name} is {shorten(value)}; expected a hash in hexadecimal.")
+        raise CheckpointError(f"{name} is {quoted(value)}; expected a hash in hexadecimal.")
     return value
 
 
 def _limits(values: dict[str, Any], name: str) -> ModuleLimits:
     part = values.get(name)
     if not isinstance(part, dict):
-        raise CheckpointError(f"{name} is {shorten(part)}; expected past, future and min_frames.")
+        raise CheckpointError(f"{name} is {quoted(part)}; expected past, future and min_frames.")
     past, future = (_whole(part, key, 0, 4096) for key in ("past", "future"))
     return ModuleLimits(Context(past, future), _whole(part, "min_frames", 1, 4096))
 

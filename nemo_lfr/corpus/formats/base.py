@@ -96,7 +96,11 @@ class Row:
         """Load the utterance as a dictionary.
 
         Returns:
-            Keys "id", "tokens" [C, T], "num_samples", "labels" and, if the utterance has a context, "context" [C, T].
+            Dictionary with "id", "tokens" [C, T], "num_samples" and "labels" (a dictionary). If the utterance has
+            context audio, the tokens of this audio are in "context" [C, T].
+
+        Raises:
+            Exception: of a type that depends on the format, if the utterance cannot be read.
         """
         return self._load(*self._arguments)
 

@@ -106,7 +106,9 @@ class Parquet(Table):
                         f"found {shorten(columns, 300)}. Rename the column, or tokenize this file by itself."
                     )
                 if difference := _difference(columns, first_columns or columns):
-                    logger.warning("%s: the columns differ from the first file: %s.", self.files[file], difference)
+                    logger.warning(
+                        "%s: the columns differ from those of the first file: %s.", self.files[file], difference
+                    )
                 first_columns = first_columns or columns
                 first = number
             except ConfigError as error:

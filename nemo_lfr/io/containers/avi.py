@@ -21,7 +21,7 @@ _SECTION = re.compile(rb"\d\d(?:wb|dc|db|pc)...\0|idx1|RIFF....AVIX", re.DOTALL)
 
 
 def is_avi(head: bytes, _: Window) -> bool:
-    """Return whether a file is AVI."""
+    """Return whether a file is an AVI file."""
     return head[:4] == b"RIFF" and head[8:12] == b"AVI "
 
 
@@ -120,7 +120,16 @@ def _chunk(window: Window, position: int, end: int, avi: _Avi, is_first: bool) -
 
 
 def _index_fits(window: Window, start: int, size: int, data: dict[bytes, list[int]]) -> bool:
-    """Return whether an index lists all audio chunks. FFmpeg may skip a chunk that is missing from the index."""
+    """Return whether an index lists exactly the audio chunks of the file, in the same order and with the same sizes.
+
+    FFmpeg may skip a chunk that is missing from the index.
+
+    Args:
+        window: the file.
+        start: position of the first entry of the index.
+        size: size of the index in bytes.
+        data: sizes in bytes of the audio chunks in the file, in order, by the name of their stream.
+    """
     listed: dict[bytes, list[int]] = {name: [] for name in data}
     for position in range(start, start + size, _INDEX_ENTRY):
         entry = window.at(position, _INDEX_ENTRY)

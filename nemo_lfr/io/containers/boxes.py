@@ -26,7 +26,7 @@ _ELEMENTS = _IN_SEGMENT | _IN_CLUSTER | _ANYWHERE | {_EBML, _SEGMENT}
 
 
 def is_matroska(head: bytes, _: Window) -> bool:
-    """Return whether a file is Matroska or WebM."""
+    """Return whether a file is a Matroska or WebM file."""
     return head[:4] == b"\x1a\x45\xdf\xa3"
 
 
@@ -87,7 +87,7 @@ def _number(data: bytes, position: int, keep: bool = False) -> tuple[int | None,
 
 
 def is_mp4(head: bytes, _: Window) -> bool:
-    """Return whether a file is MP4 or QuickTime."""
+    """Return whether a file is an MP4 or QuickTime file."""
     return head[4:8] in (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip")
 
 

@@ -86,7 +86,7 @@ class Piece:
 
 
 def is_mpeg(head: bytes, window: Window) -> bool:
-    """Return whether a file is MPEG audio."""
+    """Return whether a file is an MPEG audio file."""
     start = after_id3(window, 0) if head.startswith(b"ID3") else 0
     if head.startswith(b"ID3") and window.at(start, 4) == b"fLaC":
         return False

@@ -23,7 +23,7 @@ _VOC_CODECS = {0: 1, 4: 1, 6: 6, 7: 7}  # linear, A-law and mu-law, with their W
 
 
 def is_sphere(head: bytes, _: Window) -> bool:
-    """Return whether a file is NIST SPHERE."""
+    """Return whether a file is a NIST SPHERE file."""
     return head.startswith(SPHERE)
 
 
@@ -44,7 +44,7 @@ def sphere_streams(window: Window) -> list[Stream]:
 
 
 def is_voc(head: bytes, _: Window) -> bool:
-    """Return whether a file is Creative VOC."""
+    """Return whether a file is a Creative VOC file."""
     return head == VOC[:12]
 
 
@@ -117,7 +117,7 @@ def svx_streams(window: Window) -> list[Stream]:
 
 
 def is_avr(head: bytes, _: Window) -> bool:
-    """Return whether a file is AVR."""
+    """Return whether a file is an AVR file."""
     return head.startswith(AVR)
 
 

@@ -41,7 +41,7 @@ _REAL_CHUNKS, _REAL_DATA_HEAD = (b".RMF", b"PROP", b"CONT", b"MDPR", b"DATA", b"
 
 
 def is_asf(head: bytes, _: Window) -> bool:
-    """Return whether a file is ASF (WMA, WMV)."""
+    """Return whether a file is an ASF file (WMA, WMV)."""
     return head == _ASF[:12]
 
 
@@ -93,7 +93,7 @@ def _asf_properties(window: Window, size: int) -> tuple[int, int]:
 
 
 def is_flv(head: bytes, _: Window) -> bool:
-    """Return whether a file is Flash video."""
+    """Return whether a file is a Flash video."""
     return head[:4] == b"FLV\x01"
 
 
@@ -112,7 +112,7 @@ def _flv_parts(window: Window) -> Iterator[int]:
 
 
 def is_amr(head: bytes, _: Window) -> bool:
-    """Return whether a file is AMR."""
+    """Return whether a file is an AMR file."""
     return head.startswith(_AMR)
 
 
@@ -132,7 +132,7 @@ def _amr_parts(window: Window) -> Iterator[int]:
 
 
 def is_wavpack(head: bytes, _: Window) -> bool:
-    """Return whether a file is WavPack."""
+    """Return whether a file is a WavPack file."""
     return head[:4] == b"wvpk"
 
 
@@ -157,7 +157,7 @@ def _is_further(window: Window, position: int) -> bool:
 
 
 def is_tta(head: bytes, _: Window) -> bool:
-    """Return whether a file is True Audio."""
+    """Return whether a file is a True Audio file."""
     return head[:4] == b"TTA1"
 
 
@@ -177,7 +177,7 @@ def _tta_parts(window: Window) -> Iterator[int]:
 
 
 def is_real(head: bytes, _: Window) -> bool:
-    """Return whether a file is RealMedia."""
+    """Return whether a file is a RealMedia file."""
     return head[:4] == b".RMF"
 
 

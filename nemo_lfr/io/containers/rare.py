@@ -18,7 +18,7 @@ from nemo_lfr.io.containers.stream import (
     whole_file,
 )
 
-_NO_LENGTH = "the format has no length in its header, so a truncated file would not be detected"
+_NO_LENGTH = "the format has no length in its header, so it is unknown whether the file is complete"
 _IRCAM = re.compile(rb"\x64\xa3[\x01-\x04]\0|\0[\x01-\x04]\xa3\x64", re.DOTALL)
 _IRCAM_HEADER, _PAF_HEADER = 1024, 2048  # sizes in bytes
 _PAF_BLOCKS = {0: 2, 1: 32, 2: 1}  # bytes per channel by format; 24-bit samples are stored in blocks of ten
@@ -35,7 +35,7 @@ _HTK_HEADER, _SOX_HEADER = 12, 32
 
 
 def is_ircam(head: bytes, _: Window) -> bool:
-    """Return whether a file is IRCAM."""
+    """Return whether a file is an IRCAM file."""
     return _IRCAM.match(head) is not None
 
 
@@ -49,7 +49,7 @@ def ircam_streams(window: Window) -> list[Stream]:
 
 
 def is_paf(head: bytes, _: Window) -> bool:
-    """Return whether a file is Ensoniq PARIS."""
+    """Return whether a file is an Ensoniq PARIS (PAF) file."""
     return head[:4] in (b" paf", b"fap ")
 
 
@@ -63,7 +63,7 @@ def paf_streams(window: Window) -> list[Stream]:
 
 
 def is_pvf(head: bytes, _: Window) -> bool:
-    """Return whether a file is Portable Voice Format."""
+    """Return whether a file is a Portable Voice Format (PVF) file."""
     return head.startswith(b"PVF1\n")
 
 
@@ -76,7 +76,7 @@ def pvf_streams(window: Window) -> list[Stream]:
 
 
 def is_wve(head: bytes, _: Window) -> bool:
-    """Return whether a file is Psion WVE."""
+    """Return whether a file is a Psion WVE file."""
     return head == _WVE[:12]
 
 
@@ -102,7 +102,7 @@ def xi_streams(window: Window) -> list[Stream]:
 
 
 def is_mpc(head: bytes, window: Window) -> bool:
-    """Return whether a file is Akai MPC 2000.
+    """Return whether a file is an Akai MPC 2000 file.
 
     The magic number has only two bytes, so the name, volume, tuning and channels must also be valid.
     """
@@ -125,7 +125,7 @@ def mpc_streams(window: Window) -> list[Stream]:
 
 
 def is_mat4(_: bytes, window: Window) -> bool:
-    """Return whether a file is MATLAB 4."""
+    """Return whether a file is a MATLAB 4 audio file, whose first matrix is named `samplerate`."""
     return window.at(20, 10) == _MAT4_NAME
 
 
@@ -215,7 +215,7 @@ def sds_streams(window: Window) -> list[Stream]:
 
 
 def is_sox(head: bytes, _: Window) -> bool:
-    """Return whether a file is SoX's native format."""
+    """Return whether a file is in SoX's native format."""
     return head[:4] in (b".SoX", b"XoS.")
 
 

@@ -11,7 +11,7 @@ MPEG_TAGS = (b"\x50\0", b"\x55\0")
 
 
 def is_wav(head: bytes, _: Window) -> bool:
-    """Return whether a file is WAV."""
+    """Return whether a file is a WAV file."""
     return head[:4] in (b"RIFF", b"RIFX", b"RF64", b"BW64") and head[8:12] == b"WAVE"
 
 
