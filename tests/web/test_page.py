@@ -273,10 +273,11 @@ def test_a_page_asks_for_the_access_token(tab):
     with running(Settings(token="a secret")) as server:
         tab.open(server.url("/"))
         tab.wait("!document.getElementById('access').hidden")
-        for token, is_right in (("wrong", False), ("a secret", True)):
+        for token, is_right in (("s\u00e9cret", False), ("wrong", False), ("a secret", True)):
             tab.run(f"document.getElementById('token').value = {json.dumps(token)}")
             tab.click("#access button")
-            tab.wait(READY if is_right else f"{STATUS} === 'The access token is wrong.'")
+            wrong = f"{STATUS} === 'The access token is wrong.' && !document.getElementById('access').hidden"
+            tab.wait(READY if is_right else wrong)
         tab.click("#live-start")
         tab.wait("document.getElementById('live-delay').textContent.endsWith(' ms')")
         tab.open(server.url("/?1#token=a%20secret"))

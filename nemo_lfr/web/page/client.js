@@ -16,18 +16,81 @@
  * @typedef {{sample_rate: number, samples_per_frame: number, num_codebooks: number, codebook_size: number,
  *   lookahead_frames: number}} StreamInfo
  * @typedef {{tokens: number[][], num_samples: number, sample_rate: number, samples_per_frame: number}} EncodedFile
+ * @typedef {number[] | Int8Array | Uint8Array | Int16Array | Uint16Array | Int32Array | Uint32Array} Integers
+ * @typedef {number[] | Float32Array | Float64Array | Int16Array} Samples
+ * @typedef {Blob | ArrayBuffer | ArrayBufferView<ArrayBuffer>} FileContent
+ * @typedef {"wav" | "flac" | "opus"} AudioFormat
  */
 
 /** @type {Record<number, ErrorKind>} kind of error for each close code of the server */
-const KINDS = { 1002: "fault", 1007: "refused", 1008: "refused", 1009: "refused", 1011: "fault", 1012: "shutdown", 1013: "full" };
+const KINDS = {
+  1002: "fault",
+  1007: "refused",
+  1008: "refused",
+  1009: "refused",
+  1011: "fault",
+  1012: "shutdown",
+  1013: "full",
+};
 const MAX_MESSAGE = 1 << 15; // samples or tokens in one message
+const MAX_CODEBOOK = 1 << 15; // size of the largest codebook whose tokens fit into int16
+const MAX_PEAK = 64; // as on the server; recordings in floating point may exceed 1 slightly
+const INTEGERS = ["Array", "Int8Array", "Uint8Array", "Int16Array", "Uint16Array", "Int32Array", "Uint32Array"];
+const SAMPLES = ["Array", "Float32Array", "Float64Array", "Int16Array"];
+const FORMATS = ["wav", "flac", "opus"];
+
+const isCount = (/** @type {any} */ value) => Number.isSafeInteger(value) && value >= 0;
+
+/** @type {Record<string, [string, (value: any) => boolean]>} description and check of each type of a JSON value */
+const TYPES = {
+  text: ["text", (value) => typeof value === "string"],
+  name: ["printable text", (value) => typeof value === "string" && !/\p{C}/u.test(value)],
+  count: ["a non-negative integer", isCount],
+  limit: ["a positive integer", (value) => isCount(value) && value > 0],
+  size: ["an integer from 1 to 2**31 - 1", (value) => isCount(value) && value > 0 && value < 2 ** 31],
+  positive: ["a positive number", (value) => Number.isFinite(value) && value > 0],
+  list: ["a list", Array.isArray],
+};
+const CODEC = { sample_rate: "size", samples_per_frame: "size", num_codebooks: "size", codebook_size: "size" };
+const INFO = {
+  ...CODEC,
+  version: "name",
+  model: "name",
+  fingerprint: "name",
+  frame_rate: "positive",
+  bit_rate: "positive",
+  encoder_lookahead: "count",
+  decoder_lookahead: "count",
+  max_streams: "limit",
+  max_message_bytes: "limit",
+  max_body_bytes: "limit",
+};
+const ENCODED = { tokens: "list", num_samples: "count", sample_rate: "size", samples_per_frame: "size" };
+/** @type {Record<"decode" | "encode", Record<string, Record<string, string>>>} text messages of each kind of stream */
+const MESSAGES = {
+  decode: { done: { num_samples: "count" } },
+  encode: { done: { num_frames: "count" } },
+};
+for (const messages of Object.values(MESSAGES)) {
+  messages.ready = { ...CODEC, lookahead_frames: "count" };
+  messages.error = { code: "count", error: "text" };
+}
+
+/** Error for an argument that is not valid. Nothing was sent to the server. */
+export class InputError extends Error {
+  /** @param {string} message */
+  constructor(message) {
+    super(message);
+    this.name = "InputError";
+  }
+}
 
 /** Error for a request or a stream that failed. */
 export class ServerError extends Error {
   /**
    * @param {string} message
    * @param {ErrorKind} kind
-   * @param {number} code HTTP status or close code; 0 if there is none
+   * @param {number} code HTTP status or close code of the server; 0 if there is none
    */
   constructor(message, kind, code = 0) {
     super(message);
@@ -37,53 +100,81 @@ export class ServerError extends Error {
   }
 }
 
-/** Client of one server. All methods throw `ServerError`. */
+/** Client of one server. All methods throw `ServerError`, or `InputError` for an invalid argument. */
 export class Client {
   /**
    * @param {string} url of the server
    * @param {{token?: string | null, WebSocket?: typeof globalThis.WebSocket, fetch?: typeof globalThis.fetch}} options
    *   access token, and replacements for the functions of the browser
    */
-  constructor(url, { token = null, WebSocket = globalThis.WebSocket, fetch = globalThis.fetch.bind(globalThis) } = {}) {
-    this.url = url.replace(/\/$/, "");
+  constructor(url, { token = null, WebSocket = globalThis.WebSocket, fetch = globalThis.fetch } = {}) {
+    this.url = addressOf(url);
+    if (token !== null && !(typeof token === "string" && /^[ -~]*$/.test(token))) {
+      throw new InputError("the access token is not printable ASCII; pass the value that the server requires.");
+    }
     this.token = token;
     this.WebSocket = WebSocket;
-    this.fetch = fetch;
+    this.fetch = fetch.bind(globalThis); // browsers refuse another `this`
   }
 
   /** @returns {Promise<ServerInfo>} codec and limits of the server */
   async info() {
-    return this.#json(await this.#request("/v1/info"));
+    return this.#json("/v1/info", {}, INFO);
   }
 
   /**
-   * @param {BodyInit} file audio file, such as a Blob, an ArrayBuffer or a Uint8Array
+   * @param {FileContent} file audio file
    * @returns {Promise<EncodedFile>} tokens of the file, as a list of frames
    */
   async encode(file) {
-    return this.#json(await this.#request("/v1/encode?format=json", { method: "POST", body: file }));
+    checkFile("audio file", file);
+    const encoded = await this.#json("/v1/encode?format=json", { method: "POST", body: file }, ENCODED);
+    const problem = tokensProblem(encoded, await this.info());
+    if (problem) throw this.#stranger(problem);
+    return encoded;
   }
 
   /**
-   * @param {BodyInit} file audio file, such as a Blob, an ArrayBuffer or a Uint8Array
+   * @param {FileContent} file audio file
    * @returns {Promise<Blob>} token file (`.lfr`)
    */
   async encodeToTokenFile(file) {
-    return (await this.#request("/v1/encode", { method: "POST", body: file })).blob();
+    checkFile("audio file", file);
+    const { content, type } = await this.#request("/v1/encode", { method: "POST", body: file });
+    const start = await content.slice(0, 4).text();
+    if (type === "application/octet-stream" && start === "LFRT") return content;
+    throw this.#stranger("does not answer with a token file");
   }
 
   /**
-   * @param {(ArrayLike<number>)[] | Exclude<BodyInit, string>} tokens list of frames, or a token file (`.lfr`)
-   * @param {{numSamples?: number | null, format?: "wav" | "flac" | "opus"}} options length to which
-   *   the audio is trimmed, in samples (only for a list of frames), and format of the audio file
+   * @param {Integers[] | FileContent} tokens list of frames, or a token file (`.lfr`)
+   * @param {{numSamples?: number | null, format?: AudioFormat}} options length to which the audio is trimmed, in
+   *   samples (only for a list of frames), and format of the audio file
    * @returns {Promise<Blob>} audio file
    */
   async decode(tokens, { numSamples = null, format = "wav" } = {}) {
-    const path = `/v1/decode?format=${format}`;
-    if (!Array.isArray(tokens)) return (await this.#request(path, { method: "POST", body: tokens })).blob();
-    const body = JSON.stringify({ tokens: tokens.map((frame) => Array.from(frame)), num_samples: numSamples });
-    const headers = { "Content-Type": "application/json" };
-    return (await this.#request(path, { method: "POST", body, headers })).blob();
+    checkCounts({ numSamples });
+    if (!FORMATS.includes(format)) {
+      throw new InputError(`format is ${show(format)}; pass one of ${FORMATS.join(", ")}.`);
+    }
+    /** @type {{body: FileContent | string, headers?: Record<string, string>}} */
+    let message;
+    if (Array.isArray(tokens)) {
+      const body = JSON.stringify({ tokens: framesOf(tokens), num_samples: numSamples });
+      message = { body, headers: { "Content-Type": "application/json" } };
+    } else {
+      checkFile("token file", tokens);
+      if (numSamples !== null) throw new InputError("numSamples is only for a list of frames; leave it out.");
+      message = { body: tokens };
+    }
+    const { content, type } = await this.#request(`/v1/decode?format=${format}`, { method: "POST", ...message });
+    if (!/^(audio\/|application\/o)/.test(type)) {
+      throw this.#stranger(`answers with ${type ? show(type) : "no content type"}, not audio`);
+    }
+    const numFrames = Array.isArray(tokens) ? tokens.length : null;
+    const problem = audioProblem(await content.arrayBuffer(), format, await this.info(), numFrames, numSamples);
+    if (problem) throw this.#stranger(`answers with ${problem}`);
+    return content;
   }
 
   /**
@@ -93,9 +184,14 @@ export class Client {
    *   frames in the first chunks, lookahead in frames, and a smaller lookahead for the first frames
    * @returns {Promise<Stream<Float32Array>>}
    */
-  decodeStream({ ramp = [], lookahead = null, firstLookahead = null } = {}) {
+  async decodeStream({ ramp = [], lookahead = null, firstLookahead = null } = {}) {
+    checkCounts({ lookahead, firstLookahead });
+    if (!Array.isArray(ramp)) {
+      throw new InputError(`ramp is ${show(ramp)}; pass numbers of frames, such as [1, 2, 4].`);
+    }
+    for (const [index, size] of ramp.entries()) checkCounts({ [`ramp[${index}]`]: size }, 0, false);
     const parameters = { ramp: ramp.join(","), lookahead, first_lookahead: firstLookahead };
-    return Stream.open(this.#connect("decode", parameters), Int16Array, Float32Array);
+    return Stream.open(this.#connect("decode", parameters), "decode");
   }
 
   /**
@@ -105,8 +201,10 @@ export class Client {
    *   frames
    * @returns {Promise<Stream<Int16Array>>}
    */
-  encodeStream({ sampleRate = null, lookahead = null } = {}) {
-    return Stream.open(this.#connect("encode", { sample_rate: sampleRate, lookahead }), Float32Array, Int16Array);
+  async encodeStream({ sampleRate = null, lookahead = null } = {}) {
+    checkCounts({ sampleRate }, 1);
+    checkCounts({ lookahead });
+    return Stream.open(this.#connect("encode", { sample_rate: sampleRate, lookahead }), "encode", sampleRate);
   }
 
   /**
@@ -114,6 +212,9 @@ export class Client {
    * @param {Record<string, string | number | null>} parameters
    */
   #connect(kind, parameters) {
+    if (!this.WebSocket) {
+      throw new InputError("there is no WebSocket class; use Node.js 22 or later, or pass the option WebSocket.");
+    }
     const url = new URL(`${this.url.replace(/^http/, "ws")}/v1/${kind}/stream?audio=pcm_f32le`);
     for (const [name, value] of Object.entries({ ...parameters, token: this.token })) {
       if (value !== null && value !== "") url.searchParams.set(name, String(value));
@@ -123,30 +224,50 @@ export class Client {
 
   /**
    * @param {string} path
-   * @param {{method?: string, body?: BodyInit, headers?: Record<string, string>}} options
+   * @param {{method?: string, body?: FileContent | string, headers?: Record<string, string>}} options
+   * @returns {Promise<{content: Blob, type: string}>} body of the response, and its media type in lower case
    */
-  async #request(path, options = {}) {
+  async #request(path, options) {
     const headers = { ...options.headers, ...(this.token && { Authorization: `Bearer ${this.token}` }) };
     let response;
     try {
       response = await this.fetch(this.url + path, { ...options, headers });
+      const type = response.headers.get("Content-Type") ?? "";
+      const mediaType = type.split(";")[0].trim().toLowerCase();
+      if (response.status === 200) return { content: await response.blob(), type: mediaType };
     } catch (error) {
-      throw new ServerError(`${this.url} cannot be reached (${error instanceof Error ? error.message : error}).`, "lost");
+      const reason = shorten(error instanceof Error ? error.message : String(error));
+      throw new ServerError(
+        `${this.url} cannot be reached or does not answer (${reason}); check its address, or try again later.`,
+        "lost",
+      );
     }
-    const { ok, status, statusText } = response;
-    if (ok) return response;
-    const { error = `status ${status} ${statusText}`, type = "" } = await response.json().catch(() => ({}));
-    const full = type === "ShutdownError" ? "shutdown" : "full";
-    throw new ServerError(error, status === 503 ? full : status < 500 ? "refused" : "fault", status);
+    const { status, statusText } = response;
+    const answer = await response.json().catch(() => null);
+    const isOurs = !problemOf(answer, { error: "text" });
+    const message = isOurs ? shorten(answer.error, 500) : `status ${status} ${shorten(statusText)}`;
+    const full = isOurs && answer.type === "ShutdownError" ? "shutdown" : "full";
+    const other = status >= 400 && status < 500 ? "refused" : "fault";
+    throw new ServerError(message, status === 503 ? full : other, status);
   }
 
-  /** @param {Response} response */
-  async #json(response) {
-    try {
-      return await response.json();
-    } catch {
-      throw new ServerError(`${this.url} did not answer with JSON; is it nemo-lfr serve?`, "fault", response.status);
-    }
+  /**
+   * @param {string} path
+   * @param {{method?: string, body?: FileContent}} options
+   * @param {Record<string, string>} shape types of the keys in the response
+   */
+  async #json(path, options, shape) {
+    const { content, type } = await this.#request(path, options);
+    const values = type.includes("json") ? parse(await content.text()) : undefined;
+    if (values === undefined) throw this.#stranger("does not answer with JSON");
+    const problem = problemOf(values, shape);
+    if (problem) throw this.#stranger(`answers with JSON in which ${problem}`);
+    return values;
+  }
+
+  /** @param {string} problem of a response that `nemo-lfr serve` would not send */
+  #stranger(problem) {
+    return new ServerError(`${this.url} ${problem}; is it the address of nemo-lfr serve?`, "fault");
   }
 }
 
@@ -160,51 +281,61 @@ export class Stream {
   #results = [];
   /** @type {ServerError | null} */
   #error = null;
-  #done = false;
+  #isReady = false;
+  #hasEnded = false; // whether the end of the input was sent
+  #isDone = false; // whether all results have arrived, or the stream was closed
+  /** @type {number | null} length to which the audio is trimmed */
+  #numSamples = null;
+  #numSent = 0; // frames of a stream that decodes, samples of a stream that encodes
+  #numReceived = 0;
   #wake = () => {};
   #socket;
-  #Input;
+  #kind;
+  #sampleRate;
 
   /** @type {StreamInfo} the server's first message */
   info = { sample_rate: 0, samples_per_frame: 0, num_codebooks: 1, codebook_size: 0, lookahead_frames: 0 };
 
   /**
    * @param {WebSocket} socket
-   * @param {new (items: ArrayLike<number>) => Float32Array<ArrayBuffer> | Int16Array<ArrayBuffer>} Input
+   * @param {"decode" | "encode"} kind
+   * @param {number | null} sampleRate of the samples that are pushed, Hz; null for the sample rate of the codec
    */
-  constructor(socket, Input) {
+  constructor(socket, kind, sampleRate = null) {
     this.#socket = socket;
-    this.#Input = Input;
+    this.#kind = kind;
+    this.#sampleRate = sampleRate;
   }
 
   /**
    * Wait until the server accepts the stream.
    *
-   * @template {Float32Array | Int16Array} Result
    * @param {WebSocket} socket
-   * @param {new (items: ArrayLike<number>) => Float32Array<ArrayBuffer> | Int16Array<ArrayBuffer>} Input
-   * @param {new (data: ArrayBuffer) => Result} Output
-   * @returns {Promise<Stream<Result>>}
+   * @param {"decode" | "encode"} kind
+   * @param {number | null} sampleRate of the samples that are pushed, Hz; null for the sample rate of the codec
+   * @returns {Promise<Stream<any>>}
    */
-  static open(socket, Input, Output) {
-    const stream = /** @type {Stream<Result>} */ (new Stream(socket, Input));
+  static open(socket, kind, sampleRate = null) {
+    const stream = new Stream(socket, kind, sampleRate);
     socket.binaryType = "arraybuffer";
     return new Promise((resolve, reject) => {
-      socket.onmessage = ({ data }) => {
-        try {
-          if (stream.#receive(data, Output)) resolve(stream);
-        } catch {
-          lose("the server sent a message that does not follow version 1 of the protocol.", 1002);
-          socket.close();
-        }
+      const settle = () => {
+        if (stream.#error) reject(stream.#error);
+        else if (stream.#isReady) resolve(stream);
         stream.#wake();
       };
       const lose = (/** @type {string} */ text, code = 0) => {
-        if (!stream.#done) stream.#fail(text, code);
-        reject(stream.#error);
-        stream.#wake();
+        if (!stream.#isDone) stream.#fail(text, KINDS[code] ?? "lost", code);
+        settle();
       };
-      socket.onclose = ({ code, reason }) => lose(reason || `the connection was lost (code ${code}).`, code);
+      socket.onmessage = ({ data }) => {
+        stream.#receive(data);
+        if (stream.#error || stream.#isDone) socket.close();
+        settle();
+      };
+      socket.onclose = ({ code, reason }) => {
+        lose(shorten(reason, 500) || `the connection was lost (code ${code}).`, code);
+      };
       socket.onerror = () => lose("the server cannot be reached, or the connection was lost.");
     });
   }
@@ -214,27 +345,41 @@ export class Stream {
     return this.#socket.bufferedAmount;
   }
 
-  /** @param {ArrayLike<number>} items input of any length: tokens, frame by frame, or samples in [-1, 1] */
+  /**
+   * Send input of any length.
+   *
+   * @param {Samples | Integers} items to decode: tokens, frame by frame, as integers. To encode: samples in [-1, 1].
+   *   An Int16Array is divided by 32768, and a Float64Array or an array is converted to float32.
+   */
   push(items) {
-    if (this.#error) throw this.#error;
-    const array = new this.#Input(items);
-    const size = MAX_MESSAGE - (MAX_MESSAGE % this.info.num_codebooks);
+    this.#checkOpen();
+    const array = this.#kind === "encode" ? samplesOf(items) : this.#tokensOf(items);
+    const width = this.#kind === "encode" ? 1 : this.info.num_codebooks;
+    const size = Math.max(width, MAX_MESSAGE - (MAX_MESSAGE % width));
+    this.#numSent += array.length / width;
     for (let start = 0; start < array.length; start += size) this.#socket.send(array.slice(start, start + size));
   }
 
   /**
    * End the input.
    *
-   * @param {number | null} numSamples length of the recording in samples; a decoder trims the audio to this length
+   * @param {number | null} numSamples length of the recording in samples, only for a stream that decodes; the audio is
+   *   trimmed to this length
    */
   end(numSamples = null) {
-    if (this.#error) throw this.#error;
+    this.#checkOpen();
+    checkCounts({ numSamples });
+    if (numSamples !== null && this.#kind === "encode") {
+      throw new InputError("numSamples is only for streams that decode; leave it out.");
+    }
+    this.#hasEnded = true;
+    this.#numSamples = numSamples;
     this.#socket.send(JSON.stringify({ type: "end", ...(numSamples !== null && { num_samples: numSamples }) }));
   }
 
   /** Close the connection; results that have not arrived are lost. */
   close() {
-    this.#done = true;
+    this.#hasEnded = this.#isDone = true;
     this.#socket.close();
     this.#wake();
   }
@@ -245,33 +390,386 @@ export class Stream {
       const result = this.#results.shift();
       if (result) yield result;
       else if (this.#error) throw this.#error;
-      else if (this.#done) return;
+      else if (this.#isDone) return;
       else await new Promise((resolve) => (this.#wake = () => resolve(null)));
     }
   }
 
+  /** Name of the items that are received. */
+  get #unit() {
+    return this.#kind === "decode" ? "samples" : "frames";
+  }
+
+  /** Total number of results for the input that was sent so far, without trimming. */
+  get #numExpected() {
+    const { sample_rate: rate, samples_per_frame: size } = this.info;
+    if (this.#kind === "decode") return this.#numSent * size;
+    const factor = rate / (this.#sampleRate ?? rate);
+    return Math.ceil(Math.ceil(this.#numSent * factor) / size); // the server rounds both lengths up
+  }
+
+  #checkOpen() {
+    if (this.#error) throw this.#error;
+    if (this.#hasEnded) throw new InputError("the input of this stream has ended; open another stream.");
+  }
+
+  /** @param {unknown} items */
+  #tokensOf(items) {
+    const { num_codebooks: count, codebook_size: size } = this.info;
+    const isToken = (/** @type {any} */ token) => isCount(token) && token < size;
+    const remedy = `push frames of ${count} integers from 0 to ${size - 1} in one array`;
+    const tokens = listOf(items, "token", INTEGERS, isToken, remedy);
+    if (tokens.length % count) throw new InputError(`there are ${tokens.length} tokens; ${remedy}.`);
+    return new Int16Array(tokens);
+  }
+
   /**
+   * Validate a message, and store its content.
+   *
    * @param {string | ArrayBuffer} data message of the server
-   * @param {new (data: ArrayBuffer) => Result} Output
-   * @returns {boolean} whether the server has accepted the stream
    */
-  #receive(data, Output) {
-    if (typeof data !== "string") {
-      this.#results.push(new Output(data));
-      return false;
+  #receive(data) {
+    if (this.#isDone || this.#error) return;
+    const problem = typeof data === "string" ? this.#receiveText(data) : this.#receiveResult(data);
+    if (!problem) return;
+    const text = "the server does not follow version 1 of the protocol";
+    this.#fail(`${text} (${problem}); update this client or the server.`, "fault");
+  }
+
+  /**
+   * @param {ArrayBuffer} data
+   * @returns {string} what is wrong with the message; empty if nothing is
+   */
+  #receiveResult(data) {
+    if (!this.#isReady) return "a result before the message ready";
+    const { num_codebooks: count, codebook_size: size } = this.info;
+    const isDecoder = this.#kind === "decode";
+    const width = isDecoder ? 4 : 2 * count; // bytes of a sample or a frame
+    if (!isCount(data.byteLength)) return `a binary message of the type ${typeOf(data)}`;
+    if (data.byteLength % width) return `a binary message of ${data.byteLength} bytes, not a multiple of ${width}`;
+    const result = isDecoder ? new Float32Array(data) : new Int16Array(data);
+    const isValid = isDecoder ? Number.isFinite : (/** @type {number} */ token) => token >= 0 && token < size;
+    const wrong = result.find((item) => !isValid(item));
+    if (wrong !== undefined) return `a ${isDecoder ? "sample" : "token"} is ${wrong}`;
+    const received = this.#numReceived + data.byteLength / width;
+    if (received > this.#numExpected) return `${received} ${this.#unit} arrived, more than ${this.#numExpected}`;
+    this.#numReceived = received;
+    this.#results.push(/** @type {Result} */ (result));
+    return "";
+  }
+
+  /**
+   * @param {string} text
+   * @returns {string} what is wrong with the message; empty if nothing is
+   */
+  #receiveText(text) {
+    const message = parse(text);
+    const shapes = MESSAGES[this.#kind];
+    if (message === undefined) return "a text message is not JSON";
+    const problem = problemOf(message, { type: "text" });
+    if (problem) return problem;
+    if (!Object.hasOwn(shapes, message.type)) return `the type ${show(message.type)} is unknown`;
+    const fault = problemOf(message, shapes[message.type]);
+    if (fault) return `in the message ${message.type}, ${fault}`;
+    if (message.type === "error") {
+      this.#fail(shorten(message.error, 500), KINDS[message.code] ?? "fault", message.code);
+      return "";
     }
-    const message = JSON.parse(data);
-    if (message.type === "ready") this.info = message;
-    else if (message.type === "error") this.#fail(message.error, message.code);
-    else if (message.type === "done") this.#done = true;
-    return message.type === "ready";
+    return message.type === "ready" ? this.#receiveReady(message) : this.#receiveDone(message);
+  }
+
+  /**
+   * @param {StreamInfo} message
+   * @returns {string} what is wrong with the message; empty if nothing is
+   */
+  #receiveReady(message) {
+    if (this.#isReady) return "a second message ready";
+    this.info = message;
+    this.#isReady = true;
+    if (message.codebook_size > MAX_CODEBOOK) {
+      const text = `codebooks of ${message.codebook_size} entries, and this client supports up to ${MAX_CODEBOOK}`;
+      this.#fail(`the codec of the server has ${text}; use another client.`, "refused");
+    }
+    return "";
+  }
+
+  /**
+   * @param {{num_samples: number, num_frames: number}} message
+   * @returns {string} what is wrong with the message; empty if nothing is
+   */
+  #receiveDone(message) {
+    if (!this.#isReady || !this.#hasEnded) return "the message done before the end of the input";
+    const reported = this.#kind === "decode" ? message.num_samples : message.num_frames;
+    const received = `${this.#numReceived} ${this.#unit} arrived`;
+    if (reported !== this.#numReceived) return `the last message reports ${reported} ${this.#unit}, but ${received}`;
+    // With a lookahead of 0, the server has sent the last frame before it knows the length, and does not trim it.
+    const trimmed = this.#numSamples ?? this.#numExpected;
+    if (reported !== trimmed && reported !== this.#numExpected) return `${received}, not ${trimmed}`;
+    this.#isDone = true;
+    return "";
   }
 
   /**
    * @param {string} message
+   * @param {ErrorKind} kind
    * @param {number} code
    */
-  #fail(message, code) {
-    this.#error ??= new ServerError(message, KINDS[code] ?? "lost", code);
+  #fail(message, kind, code = 0) {
+    this.#error ??= new ServerError(message, kind, code);
   }
+}
+
+/**
+ * Check the address of a server.
+ *
+ * @param {string} url
+ * @returns {string} without "/" at the end
+ */
+function addressOf(url) {
+  const shown = show(url).replace(/\/\/.*@/, "//...@");
+  let parts;
+  try {
+    parts = new URL(typeof url === "string" ? url : "");
+  } catch {
+    parts = null;
+  }
+  if (!parts || !/^https?:$/.test(parts.protocol) || parts.search || parts.hash) {
+    throw new InputError(`${shown} is not the URL of a server; pass a URL such as http://127.0.0.1:8000.`);
+  }
+  if (parts.username || parts.password) {
+    throw new InputError(`${shown} contains a user name or password; remove it, and pass the option token instead.`);
+  }
+  return parts.href.replace(/\/+$/, "");
+}
+
+/**
+ * Check numeric options.
+ *
+ * @param {Record<string, unknown>} options values by name
+ * @param {number} low smallest valid value
+ * @param {boolean} isOptional whether null is valid
+ * @throws {InputError} if a value is not an integer of at least `low`
+ */
+function checkCounts(options, low = 0, isOptional = true) {
+  for (const [name, value] of Object.entries(options)) {
+    if ((isCount(value) && Number(value) >= low) || (isOptional && value === null)) continue;
+    const remedy = `pass an integer of at least ${low}${isOptional ? ", or null" : ""}`;
+    throw new InputError(`${name} is ${show(value)}; ${remedy}.`);
+  }
+}
+
+/**
+ * @param {string} name
+ * @param {unknown} file
+ * @throws {InputError} if the value is not the content of a file
+ */
+function checkFile(name, file) {
+  const type = typeOf(file);
+  if (["Blob", "File", "ArrayBuffer"].includes(type) || ArrayBuffer.isView(file)) return;
+  throw new InputError(`the ${name} is of the type ${type}; pass a Blob, an ArrayBuffer or a Uint8Array.`);
+}
+
+/**
+ * Check a list of numbers.
+ *
+ * @param {any} items
+ * @param {string} name of one item
+ * @param {string[]} types valid types of the list
+ * @param {(item: any) => boolean} isValid
+ * @param {string} remedy
+ * @returns {ArrayLike<number>} the list
+ * @throws {InputError} if the type of the list, or an item, is not valid
+ */
+function listOf(items, name, types, isValid, remedy) {
+  const type = typeOf(items);
+  if (!types.includes(type)) throw new InputError(`the ${name}s are of the type ${type}; ${remedy}.`);
+  for (let index = 0; index < items.length; index++) {
+    if (!isValid(items[index])) throw new InputError(`${name} ${index} is ${show(items[index])}; ${remedy}.`);
+  }
+  return items;
+}
+
+/**
+ * Convert samples to float32.
+ *
+ * @param {unknown} items
+ * @returns {Float32Array<ArrayBuffer>} in [-1, 1]
+ */
+function samplesOf(items) {
+  const remedy = "push a Float32Array, a Float64Array or an array of numbers in [-1, 1], or an Int16Array";
+  const is16Bit = typeOf(items) === "Int16Array";
+  const peak = is16Bit ? 32768 : MAX_PEAK;
+  const isSample = (/** @type {any} */ item) => typeof item === "number" && Math.abs(item) <= peak;
+  const samples = new Float32Array(listOf(items, "sample", SAMPLES, isSample, remedy));
+  return is16Bit ? samples.map((sample) => sample / 32768) : samples;
+}
+
+/**
+ * Convert frames of tokens to lists.
+ *
+ * @param {unknown[]} frames
+ * @returns {number[][]}
+ */
+function framesOf(frames) {
+  const remedy = "pass frames with one non-negative integer per codebook";
+  const lists = Array.from(frames, (frame) => Array.from(listOf(frame, "token", INTEGERS, isCount, remedy)));
+  const other = lists.findIndex((list) => list.length !== lists[0].length);
+  if (other < 0) return lists;
+  const lengths = `frame 0 has ${lists[0].length} tokens, and frame ${other} has ${lists[other].length}`;
+  throw new InputError(`${lengths}; ${remedy}.`);
+}
+
+/**
+ * Find a wrong or missing value in a JSON value of the server.
+ *
+ * @param {any} values
+ * @param {Record<string, string>} shape names of `TYPES` by key; other keys are ignored
+ * @returns {string} what is wrong; empty if nothing is
+ */
+function problemOf(values, shape) {
+  if (typeOf(values) !== "Object") return `${show(values)} is not an object`;
+  for (const [key, type] of Object.entries(shape)) {
+    const [description, isValid] = TYPES[type];
+    if (!Object.hasOwn(values, key)) return `${key} is missing`;
+    if (!isValid(values[key])) return `${key} is ${show(values[key])}, not ${description}`;
+  }
+  return "";
+}
+
+/**
+ * @param {EncodedFile} encoded
+ * @param {ServerInfo} info
+ * @returns {string} why the tokens cannot be those of a file; empty if they can
+ */
+function tokensProblem({ tokens, num_samples, sample_rate, samples_per_frame }, info) {
+  const { num_codebooks: count, codebook_size: size } = info;
+  const isToken = (/** @type {unknown} */ token) => isCount(token) && Number(token) < size;
+  if (!tokens.every((frame) => Array.isArray(frame) && frame.length === count && frame.every(isToken))) {
+    return `does not report frames of ${count} tokens from 0 to ${size - 1}`;
+  }
+  if (sample_rate !== info.sample_rate || samples_per_frame !== info.samples_per_frame) {
+    return "reports a sample rate or frame size for the tokens that differs from the one in /v1/info";
+  }
+  const isComplete = Math.ceil(num_samples / samples_per_frame) === tokens.length;
+  return isComplete ? "" : `reports ${tokens.length} frames for ${num_samples} samples`;
+}
+
+/**
+ * @param {ArrayBuffer} content
+ * @param {AudioFormat} format
+ * @param {ServerInfo} info
+ * @param {number | null} numFrames number of decoded frames; null if unknown
+ * @param {number | null} numSamples length to which the audio was trimmed
+ * @returns {string} why the content is not the requested audio file; empty if it is
+ */
+function audioProblem(content, format, { sample_rate, samples_per_frame }, numFrames, numSamples) {
+  const view = new DataView(content);
+  if (format === "opus") return isCompleteOpus(view) ? "" : "data that is not a complete Ogg Opus file";
+  const figures = format === "wav" ? wavFigures(view) : flacFigures(view);
+  if (!figures) return `data that is not a complete ${format.toUpperCase()} file`;
+  const longest = numFrames === null ? figures.length : numFrames * samples_per_frame;
+  const expected = Math.min(numSamples ?? longest, longest);
+  if (figures.rate === sample_rate && figures.length === expected) return "";
+  return `${figures.length} samples at ${figures.rate} Hz, not ${expected} at ${sample_rate} Hz`;
+}
+
+/**
+ * @param {DataView} view of a WAV file
+ * @returns {{rate: number, length: number} | null} sample rate and number of samples; null for an incomplete file
+ */
+function wavFigures(view) {
+  if (textAt(view, 0) !== "RIFF" || textAt(view, 8) !== "WAVE") return null;
+  let rate = 0;
+  let width = 0; // bytes of one sample of all channels
+  for (let at = 12; at + 8 <= view.byteLength; ) {
+    const size = view.getUint32(at + 4, true);
+    const isComplete = at + 8 + size <= view.byteLength;
+    if (textAt(view, at) === "data") return width && isComplete ? { rate, length: size / width } : null;
+    if (textAt(view, at) === "fmt " && size >= 16 && at + 24 <= view.byteLength) {
+      rate = view.getUint32(at + 12, true);
+      width = view.getUint16(at + 20, true);
+    }
+    at += 8 + size + (size % 2);
+  }
+  return null;
+}
+
+/**
+ * @param {DataView} view of a FLAC file
+ * @returns {{rate: number, length: number} | null} sample rate and number of samples; null for other data
+ */
+function flacFigures(view) {
+  if (textAt(view, 0) !== "fLaC" || view.byteLength < 42) return null;
+  // 20 bits of the sample rate, 3 of the channels, 5 of the sample size, 36 of the length
+  return { rate: view.getUint32(18) >>> 12, length: (view.getUint8(21) % 16) * 2 ** 32 + view.getUint32(22) };
+}
+
+/**
+ * @param {DataView} view
+ * @returns {boolean} whether the data is an Ogg Opus file that ends with a page that has the end-of-stream flag
+ */
+function isCompleteOpus(view) {
+  let at = 0;
+  let isLast = false;
+  while (textAt(view, at) === "OggS" && at + 27 <= view.byteLength) {
+    isLast = Boolean(view.getUint8(at + 5) & 4);
+    const count = view.getUint8(at + 26);
+    const start = at + 27;
+    at = start + count;
+    for (let index = 0; index < count && start + index < view.byteLength; index++) at += view.getUint8(start + index);
+  }
+  return isLast && at === view.byteLength && textAt(view, 28) + textAt(view, 32) === "OpusHead";
+}
+
+/**
+ * @param {DataView} view
+ * @param {number} at
+ * @returns {string} four characters; empty beyond the end
+ */
+function textAt(view, at) {
+  if (at + 4 > view.byteLength) return "";
+  return String.fromCharCode(...[0, 1, 2, 3].map((index) => view.getUint8(at + index)));
+}
+
+/**
+ * @param {string} text
+ * @returns {any} the JSON value; undefined if the text is not JSON
+ */
+function parse(text) {
+  try {
+    return JSON.parse(text);
+  } catch {
+    return undefined;
+  }
+}
+
+/**
+ * @param {unknown} value
+ * @returns {string} such as "Array", "Int16Array", "Object" or "Undefined"
+ */
+function typeOf(value) {
+  return Object.prototype.toString.call(value).slice(8, -1);
+}
+
+/**
+ * @param {unknown} value
+ * @returns {string} short text for an error message
+ */
+function show(value) {
+  try {
+    const isPlain = typeof value === "string" || (typeof value === "object" && value !== null);
+    return shorten(isPlain ? JSON.stringify(value) : String(value));
+  } catch {
+    return typeOf(value);
+  }
+}
+
+/**
+ * @param {string} text that may come from a stranger
+ * @param {number} length
+ * @returns {string} one line
+ */
+function shorten(text, length = 80) {
+  const line = String(text).replace(/[\p{C}\s]+/gu, " ").trim();
+  return line.length > length ? `${line.slice(0, length)}...` : line;
 }

@@ -82,6 +82,7 @@ export class Loopback {
     if (!client) throw new UserError("Live streams need a server.");
     const [encoder, decoder] = await Promise.all([
       this.keep(client.encodeStream({ sampleRate, lookahead: this.lookahead.encoder })),
+      // `firstLookahead` would not help: tokens arrive in real time, so playback would pause after the first frames.
       this.keep(client.decodeStream({ lookahead: this.lookahead.decoder, ramp: [1, 1, 1, 1] })),
     ]);
     const packed = Math.ceil((info.numCodebooks * Math.log2(info.codebookSize)) / 8);
@@ -115,12 +116,20 @@ export class Loopback {
    */
   async pass(stream, use) {
     try {
-      for await (const result of stream) use(result);
-      this.end("The server ended the stream.");
+      for await (const result of stream) use(result); // ends without an error only after `close`
     } catch (error) {
-      const shown = explain(error);
-      this.end(shown instanceof UserError ? shown.message : `Something went wrong: ${shown}`);
+      this.fail(error);
     }
+  }
+
+  /**
+   * End because of an error.
+   *
+   * @param {unknown} error
+   */
+  fail(error) {
+    const shown = explain(error);
+    this.end(shown instanceof UserError ? shown.message : `Something went wrong: ${shown}`);
   }
 
   /**
@@ -130,7 +139,11 @@ export class Loopback {
     this.onSamples(samples);
     if (!this.encoder || this.isClosed) return;
     if (this.encoder.bufferedAmount > MAX_BUFFERED) return this.end("The connection to the server is too slow.");
-    this.encoder.push(samples);
+    try {
+      this.encoder.push(samples);
+    } catch (error) {
+      return this.fail(error);
+    }
     this.captured += samples.length / (this.microphone?.sampleRate ?? 1);
   }
 

@@ -1,5 +1,9 @@
 /** Resample with a windowed sinc filter, which is computed once for each phase. */
 
+import { UserError } from "./types.js";
+
+const MIN_RATE = 100; // Hz; both limits are those of the server
+const MAX_RATE = 1_000_000;
 const ZERO_CROSSINGS = 32; // on each side; the transition band is about 6 % of the band
 const ROLLOFF = 0.95; // cutoff as a fraction of the lower Nyquist frequency
 const BETA = 10; // parameter of the Kaiser window, which gives 100 dB of attenuation
@@ -11,8 +15,13 @@ const BETA = 10; // parameter of the Kaiser window, which gives 100 dB of attenu
  * @param {number} from Hz
  * @param {number} to Hz
  * @returns {Float32Array} round(length * to / from) samples
+ * @throws {UserError} if a rate is not a whole number from 100 to 1,000,000
  */
 export function resample(samples, from, to) {
+  for (const rate of [from, to]) {
+    if (Number.isInteger(rate) && rate >= MIN_RATE && rate <= MAX_RATE) continue;
+    throw new UserError(`Audio with a sample rate of ${rate} Hz is not supported; use ${MIN_RATE} to ${MAX_RATE} Hz.`);
+  }
   if (from === to) return samples;
   const divisor = gcd(from, to);
   const up = to / divisor;

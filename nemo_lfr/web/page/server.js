@@ -1,6 +1,6 @@
 /** Backend that sends files and streams to `nemo-lfr serve`. */
 
-import { Client, ServerError } from "./client.js";
+import { Client, InputError, ServerError } from "./client.js";
 import { UserError } from "./types.js";
 import { readWav, writeWav } from "./wav.js";
 
@@ -19,7 +19,7 @@ export class TokenError extends UserError {}
  * @throws {TokenError} if the server requires another token
  */
 export async function open(base, token) {
-  const client = new Client(base.href, { token });
+  const client = connect(base, token);
   return {
     info: infoOf(await client.info().catch(fail)),
     place: "On this server",
@@ -32,6 +32,20 @@ export async function open(base, token) {
     },
     client,
   };
+}
+
+/**
+ * @param {URL} base
+ * @param {string} token
+ * @returns {Client}
+ * @throws {TokenError} if no server can have this token
+ */
+function connect(base, token) {
+  try {
+    return new Client(base.href, { token });
+  } catch (error) {
+    throw error instanceof InputError ? new TokenError(error.message) : error;
+  }
 }
 
 /**
@@ -59,7 +73,7 @@ export function explain(error) {
   if (!(error instanceof ServerError)) return error;
   if (error.code === 401) return new TokenError("This server requires its access token.");
   if (error.kind === "lost") return new UserError("The server does not answer, or the connection was lost.");
-  return new UserError(`The server says: ${error.message}`);
+  return new UserError(error.code ? `The server says: ${error.message}` : error.message);
 }
 
 /**
