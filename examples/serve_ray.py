@@ -1,4 +1,4 @@
-"""Serve the codec on several replicas with Ray Serve.
+"""Serve the codec with several replicas of the server in Ray Serve.
 
     pip install "ray[serve]" starlette "uvicorn[standard]" prometheus_client
     python examples/serve_ray.py --replicas 4 --cpus 2                           # a new cluster on this machine

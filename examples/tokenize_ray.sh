@@ -3,7 +3,7 @@
 #
 #     NODES="node1 node2" examples/tokenize_ray.sh CORPUS OUT [option of nemo-lfr tokenize ...]
 #
-# Run the script on the first machine. It starts Ray there and, by ssh, on the NODES. Then it tokenizes the corpus and
+# Run the script on the first machine. It starts Ray there and, over SSH, on the NODES. Then it tokenizes the corpus and
 # stops Ray. All machines need access to CORPUS and OUT under the same paths, and the same Python environment with the
 # `ray` extra.
 #
