@@ -9,7 +9,7 @@ per frame, and `sample.wav`. Ctrl-C and SIGTERM save a checkpoint. The same comm
 results as without the interruption. `torchrun --nproc-per-node N` trains on N devices.
 
 The model is a causal transformer with the delay pattern of MusicGen. Each codebook is delayed by one frame relative to
-the previous one, so that a token can depend on the tokens of the previous codebooks in the same frame. The program is
+the previous one, so a token can depend on the tokens of the previous codebooks in the same frame. The program is
 small enough to read, and meant as a starting point.
 """
 

@@ -96,7 +96,7 @@ def write_folder(
     make_folder(folder)
     sweep(folder, [path.name for path in paths])
     values = codec_values(parse_config(json.dumps(config)))
-    # The weights file contains the config too, so that the files of an interrupted export are detected.
+    # The weights file contains the config too, so the files of an interrupted export are detected.
     write_tensors(paths[1], tensors, {CONFIG: json.dumps({key: values[key] for key in CONFIG_KEYS if key in values})})
     write_bytes(paths[2], _json(_preprocessor(values)))
     write_bytes(paths[0], _json({"model_type": MODEL_TYPE, "architectures": ["NemoLfrModel"]} | dict(config)))

@@ -79,7 +79,7 @@ def check_described(config: Mapping[str, Any], settings: Mapping[str, Any], name
         name: name of the codec, for messages.
 
     Raises:
-        NemoLfrError: if a setting differs, so that the saved codec would give other tokens or audio.
+        NemoLfrError: if a setting differs, so the saved codec would give other tokens or audio.
     """
     with torch.device("meta"):
         parts = build_parts(config, weight_norm=False)

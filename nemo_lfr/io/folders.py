@@ -210,7 +210,7 @@ class _Walk:
     def _take(self, entry: "os.DirEntry[str]") -> None:
         suffix = os.path.splitext(entry.name)[1].lower()
         hidden = entry.name.startswith(".")
-        # Most entries are regular files. The folder listing contains their type, so that most need no `stat` call.
+        # Most entries are regular files. The folder listing contains their type, so most need no `stat` call.
         is_file, status = entry.is_file(follow_symlinks=False), None
         if not is_file:
             try:

@@ -31,7 +31,7 @@ def decode(data: bytes) -> str:
 def read_lines(path: Path, error: type[NemoLfrError] = NemoLfrError) -> list[bytes]:
     """Return the lines of a file as bytes, without line ends.
 
-    The caller decodes each line separately, so that one invalid line does not affect the others. As in JSON lines,
+    The caller decodes each line separately, so one invalid line does not affect the others. As in JSON lines,
     only a line feed ends a line, since a text may contain other Unicode line separators.
 
     Args:

@@ -29,7 +29,7 @@ In version 1, H has 4 bytes, no coding byte follows, each CRC covers only its ow
 
 A reader rejects an unknown magic number or version, a wrong CRC, a length out of range, a frame whose number is not
 below codebook_size ^ num_codebooks, a missing end section, and bytes after the end section. The position of the next
-block follows from the block's length, so that a reader can seek without reading all blocks.
+block follows from the block's length, so a reader can seek without reading all blocks.
 
 A block's CRC also covers the previous CRC field, in the four bytes in front of the block. If a block was moved,
 repeated, omitted or taken from another file, a check therefore fails when blocks are read in order, as from a pipe or

@@ -3,7 +3,7 @@
 PyTorch counts most writes to a tensor, but not writes through `.data`, a numpy view or another process. Therefore the
 values are also compared, by a checksum that reads every byte once. On one CPU core this takes 0.15 to 0.25 ms for a
 million fp32 weights. Encoding one second of audio takes 25 to 100 times as long as the checksum of the encoder.
-`Codec` uses `checksum_once`, so that the checksum is computed once per call instead of once per batch.
+`Codec` uses `checksum_once`, so the checksum is computed once per call instead of once per batch.
 
 The checksum misses some changes that PyTorch does not count. It reads the weights as integers in rows of 509. It sums
 each of the 509 columns, multiplies each column sum by a factor of its own, and adds the products. A change that leaves

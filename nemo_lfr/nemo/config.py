@@ -73,7 +73,9 @@ def model_config(cfg: Any) -> DictConfig:
     if not isinstance(cfg, DictConfig) and not is_dataclass(cfg):
         raise ConfigError(f"cfg is {shorten(repr(cfg))}; pass a DictConfig, such as OmegaConf.create({{...}}).")
     try:
-        return model_utils.maybe_update_config_version(model_utils.convert_model_config_to_dict_config(cfg))
+        resolved: DictConfig = model_utils.convert_model_config_to_dict_config(cfg)
+        updated: DictConfig = model_utils.maybe_update_config_version(resolved)
+        return updated
     except (OmegaConfBaseException, RecursionError) as error:
         raise ConfigError(f"the config cannot be resolved: {_reason(error)}.") from error
 

@@ -9,7 +9,7 @@ _SECONDS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
 
 
 class Metrics:
-    """Metrics of one engine. Each instance has its own registry, so that a process may have several engines."""
+    """Metrics of one engine. Each instance has its own registry, so a process may have several engines."""
 
     def __init__(self) -> None:
         registry = self._registry = CollectorRegistry()

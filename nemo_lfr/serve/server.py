@@ -32,7 +32,7 @@ class _WebSockets(WebSocketsSansIOProtocol):
     stream. The close frame is queued behind data that the client has not read.
 
     Pings and fragments never reach the application, so its limits do not apply to them. Without a limit, one client
-    that sends them in a loop would keep the event loop busy, so that other clients wait. Empty fragments would also
+    that sends them in a loop would keep the event loop busy, so other clients would wait. Empty fragments would also
     fill the memory.
     """
 

@@ -74,7 +74,7 @@ class Conv2d(nn.Module):
         if hidden.device.type != "cpu" or conv.kernel_size[1] > 1:
             convolved: torch.Tensor = conv(hidden.contiguous(memory_format=torch.channels_last) if zeros else hidden)
             return convolved
-        # A kernel of width 1 processes each column independently, so that the columns can be the rows of a matrix
+        # A kernel of width 1 processes each column independently, so the columns can be the rows of a matrix
         # product. In deep layers, which have few rows and weights that are larger than the signal, this is faster on a
         # CPU than a convolution: it runs near peak speed, and does not copy the weights.
         columns = hidden.transpose(2, 3).transpose(1, 2).flatten(0, 1)  # [B * W, C, H], C innermost in memory

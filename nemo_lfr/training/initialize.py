@@ -1,6 +1,6 @@
 """Initialize the weights of a codec from data.
 
-With the default initialization, the output of the encoder is almost constant, so that FSQ uses a single code for the
+With the default initialization, the output of the encoder is almost constant, so FSQ uses a single code for the
 first 1,000 steps of training.
 """
 

@@ -92,7 +92,7 @@ def waveform_distance(real: torch.Tensor, gen: torch.Tensor) -> torch.Tensor:
 
     The error in each band and 20 ms frame is log(1 + error energy / signal energy). If the phase of a band is lost,
     the logarithm limits the error and its gradient. A thousandth of the mean energy in the segment is added to the
-    signal energy of each frame, so that pauses have little influence.
+    signal energy of each frame, so pauses have little influence.
 
     Args:
         real: recordings, shape [B, T_audio].

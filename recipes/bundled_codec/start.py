@@ -9,7 +9,7 @@ and the losses only have to preserve it.
 **Linear network.** The channels form mirrored pairs [u, -u] (Balduzzi et al., arXiv 1702.08591). For a leaky ReLU f
 with slope s, f(u) - f(-u) = (1 + s) u. A convolution with the weights [w, -w] / (1 + s) for a pair of input channels
 therefore computes the linear map w of u. Weights [w; -w] for a pair of output channels make the output a mirrored pair
-again. The last weights in residual branches are zero, so that the branches have no effect. During training, this
+again. The last weights in residual branches are zero, so the branches have no effect. During training, this
 linear network becomes nonlinear.
 
 **Filter bank.** With D encoded dimensions at frame rate F, the network can transmit D real coefficients per frame.

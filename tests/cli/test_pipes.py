@@ -224,7 +224,8 @@ def test_shorter_lookahead_is_recorded_in_the_file(piped):
     meta: Metadata = TokenStreamReader(io.BytesIO(done.stdout), "stdout").metadata
     assert meta.precision == "fp32, lookahead 2"
     assert piped("decode", "-", "--lookahead", 0, stdin=done.stdout).returncode == 0
-    assert "--lookahead only works if the token file is written to stdout" in said(piped("encode", "a.wav", "--lookahead", 2))
+    message = "--lookahead only works if the token file is written to stdout"
+    assert message in said(piped("encode", "a.wav", "--lookahead", 2))
 
 
 @pytest.mark.slow

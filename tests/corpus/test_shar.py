@@ -46,7 +46,8 @@ def test_a_gap_between_shards_is_reported(kind, shar, caplog):
 def test_fields_of_other_shards_are_refused(shar):
     (shar / "cuts.000001.jsonl.gz").unlink()
     (shar / "recording.000002.tar").unlink()
-    with pytest.raises(ConfigError, match=r"shards \[1\] of the field recording have no cuts, and shards \[2\] of the cuts have no recording"):
+    message = r"shards \[1\] of the field recording have no cuts, and shards \[2\] of the cuts have no recording"
+    with pytest.raises(ConfigError, match=message):
         open_corpus(shar, None, shar / "unused.json")
 
 

@@ -71,7 +71,7 @@ class _Ordinal(nn.Module):
     """Weights [D, L, H] for each level of each digit, parametrized as a parabola over the levels plus a residual.
 
     Neighboring levels have similar weights. With the parabola, training on one level also changes the weights of the
-    neighboring levels, so that fewer training tokens are needed.
+    neighboring levels, so fewer training tokens are needed.
 
     Args:
         levels: number of levels of each digit.
