@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 
+from nemo_lfr.codec import torch_backend
 from nemo_lfr.codec.backend import Batching
 from nemo_lfr.codec.codec import Codec
 from nemo_lfr.codec.cuda import graphs
@@ -254,7 +255,8 @@ def test_batches_share_a_graph_whatever_their_lengths():
     assert fast.backend.capture.captures <= 4
 
 
-def test_low_precision_keeps_the_quantizer_and_the_first_and_last_layers_in_fp32():
+def test_low_precision_keeps_the_quantizer_and_the_first_and_last_layers_in_fp32(monkeypatch):
+    monkeypatch.setattr(torch_backend, "has_bf16", lambda: True)  # a CPU without bf16 instructions emulates them
     codec = cached_codec("symmetric")
     clip = speech_like(30 * 1024)
     for precision, share in (("tf32", 1.0), ("bf16", 0.6), ("fp16", 0.9)):
