@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-KILLS = int(os.environ.get("NEMO_LFR_KILLS", "20"))
+KILLS = int(os.environ.get("NEMO_LFR_KILLS", "8"))
 
 
 # Importing PyTorch takes longer than writing a file, so one process imports it and forks a child for each run.

@@ -1,6 +1,7 @@
 """Marks for parameters of tests."""
 
-from collections.abc import Collection, Iterable
+from collections import Counter
+from collections.abc import Callable, Collection, Hashable, Iterable
 from typing import Any
 
 import pytest
@@ -18,21 +19,26 @@ def slow_if(values: Iterable[Any], slow: Collection[Any]) -> list[Any]:
     return [pytest.param(value, marks=pytest.mark.slow) if value in slow else value for value in values]
 
 
-def slow_after(count: int, rows: Iterable[Any]) -> list[Any]:
-    """Return the rows of a table of parameters, of which all after the first `count` are marked slow.
+def slow_after(count: int, rows: Iterable[Any], kind: Callable[[Any], Hashable] = lambda row: None) -> list[Any]:
+    """Return the rows of a table of parameters, of which all after the first `count` of each kind are marked slow.
 
-    A tuple holds the values of several arguments. A table with at most `count` rows is an error, since the call would
-    mark none of them.
+    Args:
+        count: number of fast rows of each kind.
+        rows: values of the parameters. A tuple holds the values of several arguments. Rows of which none would be slow
+            are an error.
+        kind: function that returns the kind of a row; by default, all rows are of one kind.
     """
-    rows, marked = list(rows), []
-    assert count < len(rows), f"none of {len(rows)} rows would be slow"
-    for number, row in enumerate(rows):
+    marked: list[Any] = []
+    seen: Counter[Hashable] = Counter()
+    for row in rows:
+        seen[kind(row)] += 1
         if isinstance(row, tuple):
             parameters = row if hasattr(row, "marks") else pytest.param(*row)
         else:
             parameters = pytest.param(row)
-        slow = [pytest.mark.slow] if number >= count else []
+        slow = [pytest.mark.slow] if seen[kind(row)] > count else []
         marked.append(pytest.param(*parameters.values, marks=[*parameters.marks, *slow], id=parameters.id))
+    assert any(number > count for number in seen.values()), f"none of {len(marked)} rows would be slow"
     return marked
 
 

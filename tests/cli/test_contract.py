@@ -78,9 +78,8 @@ CASES = {
         "{in}/tokens --out {out}/m.lfrm --epochs 0.1", "{in}/tokens {in}/cut --out {out}/m.lfrm --epochs 0.1"
     ),
 }
-SLOW = ("export onnx", "demo")
+SLOW = ("export onnx", "demo", "evaluate")
 run_of_every_command = pytest.mark.parametrize("name", slow_if(sorted(CASES), SLOW))
-cheap_run_of_every_command = pytest.mark.parametrize("name", slow_if(sorted(CASES), (*SLOW, "evaluate")))
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +170,7 @@ def test_json_output_is_the_only_stdout_and_has_the_documented_type(name, folder
     assert all(re.fullmatch(r"[a-z][a-z0-9_]*", key) for key in keys_of(values))
 
 
-@cheap_run_of_every_command
+@run_of_every_command
 def test_failed_input_gives_exit_code_1_and_a_failure_record(name, folder, tmp_path, capsys):
     case = CASES[name]
     need(case)
@@ -189,7 +188,7 @@ def test_failed_input_gives_exit_code_1_and_a_failure_record(name, folder, tmp_p
     assert "Traceback" not in err and err.strip()
 
 
-@cheap_run_of_every_command
+@run_of_every_command
 def test_quiet_prints_only_errors_and_the_result(name, folder, tmp_path, capsys):
     if name in SLOW:
         pytest.skip("is slow, and has no messages of its own")

@@ -13,11 +13,12 @@ from nemo_lfr.corpus.sources import open_corpus
 from nemo_lfr.errors import AudioError
 from nemo_lfr.io.manifests import read_manifest
 from tests.models import RATE, synthesize
+from tests.packages import require
 
 lhotse = pytest.importorskip("lhotse", reason="pip install '.[corpus]'")
 pa = pytest.importorskip("pyarrow", reason="pip install '.[corpus]'")
 pq = pytest.importorskip("pyarrow.parquet")
-datasets = pytest.importorskip("datasets")
+require("datasets", reason="pip install datasets")
 
 WRONG = {
     "a list as text": {"text": ["a", "b"]},
@@ -47,7 +48,9 @@ def corpus_of(kind: str, wav: Path, labels: dict) -> Path:
     if kind == "a.parquet":
         pq.write_table(pa.Table.from_pylist([{"audio": wav.read_bytes(), **labels}]), path)
     elif kind == "saved":
-        datasets.Dataset.from_list([{"audio": wav.read_bytes(), **labels}]).save_to_disk(path)
+        from datasets import Dataset  # takes 1 s
+
+        Dataset.from_list([{"audio": wav.read_bytes(), **labels}]).save_to_disk(path)
     elif kind == "cuts.jsonl":
         cut = lhotse.Recording.from_file(wav, recording_id="a").to_cut().to_dict()
         names = {"lang": "language"}

@@ -9,8 +9,9 @@ import soundfile
 from nemo_lfr.corpus.sources import open_corpus
 from nemo_lfr.errors import ConfigError
 from tests.models import RATE, synthesize
+from tests.packages import require
 
-datasets = pytest.importorskip("datasets")
+require("datasets", reason="pip install datasets")
 
 
 def clips_of(path: Path) -> list:
@@ -22,7 +23,9 @@ def clips_of(path: Path) -> list:
 def rows(tmp_path):
     soundfile.write(tmp_path / "a.wav", synthesize(0.2), RATE)
     data = (tmp_path / "a.wav").read_bytes()
-    return datasets.Dataset.from_dict({"audio": [data] * 6, "text": list("abcdef")})
+    from datasets import Dataset  # takes 1 s
+
+    return Dataset.from_dict({"audio": [data] * 6, "text": list("abcdef")})
 
 
 def without_end_mark(folder: Path) -> None:
@@ -63,7 +66,9 @@ def test_filtered_and_selected_rows_are_complete(rows, tmp_path):
 
 
 def test_the_only_split_is_read(rows, tmp_path):
-    datasets.DatasetDict({"train": rows}).save_to_disk(tmp_path / "saved")
+    from datasets import DatasetDict
+
+    DatasetDict({"train": rows}).save_to_disk(tmp_path / "saved")
     assert [clip.labels["text"] for clip in clips_of(tmp_path / "saved")] == list("abcdef")
     for content in ('{"splits": ["../x"]}', '{"splits": 5}', "{", "[]"):
         (tmp_path / "saved" / "dataset_dict.json").write_text(content)

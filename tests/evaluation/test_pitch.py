@@ -39,8 +39,8 @@ def test_processes_that_compile_at_the_same_time_leave_a_cache_that_works(tmp_pa
     pytest.importorskip("librosa")
     environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
     command = [sys.executable, "-c", SCRIPT]
-    together = [subprocess.Popen([*command, str(count)], env=environment) for count in (0, 3, 5)]
-    assert [process.wait() for process in together] == [0, 0, 0]
+    together = [subprocess.Popen([*command, str(count)], env=environment) for count in (0, 3)]
+    assert [process.wait() for process in together] == [0, 0]
     assert subprocess.run([*command, "0"], env=environment).returncode == 0
 
 

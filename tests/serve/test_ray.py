@@ -13,7 +13,6 @@ from contextlib import contextmanager, suppress
 import numpy as np
 import pytest
 
-pytest.importorskip("ray.serve", reason='needs Ray Serve: pip install "ray[serve]"', exc_type=ImportError)
 pytest.importorskip("websockets")
 pytest.importorskip("psutil")
 
@@ -26,6 +25,13 @@ from tests.crash import ROOT
 from tests.models import write_nemo
 
 pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _ray_serve():
+    """Import Ray Serve for the first test: the import takes 1 s, which collecting other tests should not."""
+    pytest.importorskip("ray.serve", reason='needs Ray Serve: pip install "ray[serve]"', exc_type=ImportError)
+
 
 SCRIPT = ROOT / "examples/serve_ray.py"
 TOKENS = np.random.default_rng(0).integers(0, 2016, (8, 24))

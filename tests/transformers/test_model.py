@@ -19,12 +19,17 @@ from nemo_lfr.errors import NemoLfrError
 from tests.models import KINDS, codec_config, speech_like, write_nemo
 from tests.tiers import slow_after
 
-transformers = pytest.importorskip("transformers", minversion="5.20", reason='pip install "transformers>=5.20"')
-ours = pytest.importorskip("nemo_lfr.transformers")
-
 RATE = 22050
 FIRST, SECOND = speech_like(9000), speech_like(5000, seed=1)
 ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _packages():
+    """Import transformers for the first test: the import takes 3 s, which collecting other tests should not."""
+    global transformers, ours
+    transformers = pytest.importorskip("transformers", minversion="5.20", reason='pip install "transformers>=5.20"')
+    ours = pytest.importorskip("nemo_lfr.transformers")
 
 
 def export(path: Path, kind: str = "two_stages") -> Path:

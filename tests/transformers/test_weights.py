@@ -13,15 +13,20 @@ from nemo_lfr.errors import CheckpointError
 from tests.models import codec_config, speech_like, write_nemo
 from tests.tiers import slow_after
 
-transformers = pytest.importorskip("transformers", minversion="5.20", reason='pip install "transformers>=5.20"')
-pytest.importorskip("nemo_lfr.transformers")
-
 CLIP = speech_like(9000)
 BIAS, LEVELS, BASE = (
     "audio_encoder.pre_conv.conv.bias",
     "vector_quantizer.fsqs.0.num_levels",
     "vector_quantizer.fsqs.1.dim_base_index",
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _packages():
+    """Import transformers for the first test: the import takes 3 s, which collecting other tests should not."""
+    global transformers
+    transformers = pytest.importorskip("transformers", minversion="5.20", reason='pip install "transformers>=5.20"')
+    pytest.importorskip("nemo_lfr.transformers")
 
 
 @pytest.fixture(scope="module")
