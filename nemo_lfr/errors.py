@@ -59,7 +59,11 @@ class MissingExtraError(NemoLfrError, ImportError):
 
 
 class ServerError(NemoLfrError):
-    """Raised by `nemo_lfr.client` if a request or stream fails, for example because of an error in the server."""
+    """Raised by `nemo_lfr.client` if a request or stream fails.
+
+    Subclasses describe the most common reasons. This class itself is raised after an error in the server, or if an
+    answer does not follow the protocol.
+    """
 
 
 class ServerRefusedError(ServerError):
@@ -75,7 +79,7 @@ class ServerShutdownError(ServerError):
 
 
 class ServerLostError(ServerError):
-    """Raised if the server cannot be reached, does not answer, or closes the connection without a reason."""
+    """Raised if the server cannot be reached, does not answer in time, or closes the connection without a reason."""
 
 
 class Failure(TypedDict):

@@ -8,6 +8,9 @@
 The methods of `Client` block, and `AsyncClient` is for asyncio. Both clients run without PyTorch. Streams need the
 package `websockets`.
 
+The clients validate every answer of the server and count the results, so a faulty server causes a `ServerError` and
+never wrong data. A server that makes no progress for `timeout` seconds causes a `ServerLostError`.
+
 A stream cannot be resumed after its connection is lost, because the server holds the state of the stream. The
 methods of the stream then raise `ServerLostError`. Open another stream, and send the recording again. If `retry_s` is
 set, a client tries again for that many seconds to open a stream or to send a file.

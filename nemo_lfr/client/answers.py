@@ -1,38 +1,127 @@
-"""Validate the responses of a server, because the address may belong to a program other than `nemo-lfr serve`."""
+"""Validate the answers and messages of a server, because the address may belong to a program other than our server.
+
+The tables of this module list every key that the clients read, and the valid values. Other keys are ignored.
+"""
 
 import io
 import json
+import reprlib
 import struct
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 
+from nemo_lfr.errors import shorten
 from nemo_lfr.io.containers.wav_header import read_wav_header
+
+StreamKind = Literal["encode", "decode"]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Kind of JSON value.
+
+    Attributes:
+        text: description for error messages.
+        accepts: function that returns whether a value is of this kind.
+    """
+
+    text: str
+    accepts: Callable[[Any], bool]
+
+
+def _integer(low: int, bits: int) -> Callable[[Any], bool]:
+    # `type` rather than `isinstance`, because a bool is also an instance of int
+    return lambda value: type(value) is int and low <= value < 1 << bits
+
+
+POSITIVE = Kind("an integer from 1 to 2**31 - 1", _integer(1, 31))
+COUNT = Kind("a non-negative integer", _integer(0, 63))
+LIMIT = Kind("a positive integer", _integer(1, 63))
+NUMBER = Kind("a positive number", lambda value: type(value) in (int, float) and 0 < value < 1 << 63)
+TEXT = Kind("text", lambda value: isinstance(value, str))
+NAME = Kind("printable text", lambda value: isinstance(value, str) and value.isprintable())
+LIST = Kind("a list", lambda value: isinstance(value, list))
+
+# JSON objects in answers to HTTP requests
+INFO = {
+    "version": NAME,
+    "model": NAME,
+    "fingerprint": NAME,
+    "sample_rate": POSITIVE,
+    "samples_per_frame": POSITIVE,
+    "frame_rate": NUMBER,
+    "num_codebooks": POSITIVE,
+    "codebook_size": POSITIVE,
+    "bit_rate": NUMBER,
+    "max_streams": LIMIT,
+    "max_message_bytes": LIMIT,
+    "max_body_bytes": LIMIT,
+}
+ENCODED = {"tokens": LIST, "num_samples": COUNT, "sample_rate": POSITIVE, "samples_per_frame": POSITIVE}
+
+# Text messages of a stream, by their type. A message without a type contains tokens.
+READY = {
+    "sample_rate": POSITIVE,
+    "samples_per_frame": POSITIVE,
+    "num_codebooks": POSITIVE,
+    "codebook_size": POSITIVE,
+    "lookahead_frames": COUNT,
+}
+_ERROR = {"code": COUNT, "error": TEXT}
+MESSAGES: dict[StreamKind, dict[str, dict[str, Kind]]] = {
+    "encode": {"ready": READY, "error": _ERROR, "tokens": {"tokens": LIST}, "done": {"num_frames": COUNT}},
+    "decode": {"ready": READY, "error": _ERROR, "done": {"num_samples": COUNT}},
+}
 
 
 def parse_object(text: bytes | str) -> dict[str, Any] | None:
-    """Parse a JSON object; return None if the text is anything else."""
+    """Parse a JSON object; return None if the text is anything else, or if the object has a key twice."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(pairs)
+        if len(values) < len(pairs):
+            raise ValueError("a key is repeated")
+        return values
+
     try:
-        values = json.loads(text)
+        values = json.loads(text, object_pairs_hook=unique)
     except (ValueError, RecursionError):
         return None
     return values if isinstance(values, dict) else None
 
 
-def has_type(value: object, kind: type) -> bool:
-    """Return whether a JSON value has the expected type. A number must also be positive and below 2**63.
+def problem_of(values: Mapping[str, Any], schema: Mapping[str, Kind]) -> str | None:
+    """Return which value of a JSON object is missing or invalid; None if the object has all keys of the schema.
 
     Args:
-        value: the JSON value.
-        kind: expected type: str, int or float.
+        values: the JSON object.
+        schema: kind of value for each key. Other keys of the object are ignored.
     """
-    if kind is str:
-        return isinstance(value, str)
-    is_number = isinstance(value, int | float if kind is float else int) and not isinstance(value, bool)
-    return is_number and 0 < value < 2**63  # type: ignore[operator]
+    for name, kind in schema.items():
+        if name not in values:
+            return f"{name} is missing"
+        if not kind.accepts(values[name]):
+            return f"{name} is {show(values[name])}, not {kind.text}"
+    return None
 
 
-def parse_tokens(frames: object, num_codebooks: int, codebook_size: int) -> np.ndarray | None:
+def message_type(values: Mapping[str, Any]) -> str:
+    """Return the type of a stream's text message, as in `MESSAGES`; "" if `type` is not a valid name."""
+    if "type" not in values:
+        return "tokens"
+    name = values["type"]
+    return name if isinstance(name, str) and name != "tokens" else ""
+
+
+def show(value: object) -> str:
+    """Return a short form of a JSON value for an error message. The value may be large or deeply nested."""
+    return shorten(reprlib.repr(value))
+
+
+def parse_tokens(frames: list[Any], num_codebooks: int, codebook_size: int) -> np.ndarray | None:
     """Convert a list of frames to tokens [C, T_encoded]; return None if the list is invalid.
 
     Args:
@@ -49,6 +138,8 @@ def parse_tokens(frames: object, num_codebooks: int, codebook_size: int) -> np.n
     if tokens.ndim != 2 or tokens.shape[1] != num_codebooks or tokens.dtype.kind not in "iu":
         return None
     if not 0 <= tokens.min() <= tokens.max() < codebook_size:
+        return None
+    if any(type(token) is not int for frame in frames for token in frame):  # numpy converts a bool among integers
         return None
     return tokens.T.astype(np.int32)
 

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from nemo_lfr.client.connection import Connection
 from nemo_lfr.client.conversation import Conversation, SampleType
 from nemo_lfr.client.files import AudioFormat, EncodedFile, ServerInfo, decode_tokens, encode_file, get_info
-from nemo_lfr.client.server import RETRIED, Server, require_websockets
-from nemo_lfr.client.sockets import closed_by, connect_options, handshake_error, ramp_of
+from nemo_lfr.client.properties import CodecProperties
+from nemo_lfr.client.server import Server
 from nemo_lfr.errors import ServerError
 
 if TYPE_CHECKING:
@@ -47,117 +48,70 @@ class AsyncClient:
         ramp: Sequence[int] = (),
         sample_type: SampleType = "float32",
     ) -> "AsyncDecodeStream":
-        """Return a stream that decodes one recording. Open the stream with `async with`.
+        """Return a stream that decodes one recording; see `Client.decode_stream` for the arguments and the errors.
 
-        Args:
-            lookahead: number of later frames that a result may depend on; None for the codec's full lookahead, which
-                gives the same audio as decoding the whole recording.
-            first_lookahead: a smaller lookahead for the first frames, so that the audio starts sooner; see
-                `Codec.stream_decoder`.
-            ramp: numbers of frames in the first chunks that the server decodes, such as (1, 2, 4). Small first chunks
-                give the first audio sooner. By default, the first chunk has all frames that the first audio depends
-                on.
-            sample_type: type of the samples that the client receives, "float32" or "int16".
+        Open the stream with `async with`. Only then does it connect to the server.
         """
-        parameters = {"lookahead": lookahead, "first_lookahead": first_lookahead, "ramp": ramp_of(ramp)}
-        return AsyncDecodeStream(self._server, Conversation(self._server, "decode", sample_type, **parameters))
+        return AsyncDecodeStream(
+            self._server, Conversation.decoding(self._server, lookahead, first_lookahead, ramp, sample_type)
+        )
 
     def encode_stream(self, *, sample_rate: int | None = None, lookahead: int | None = None) -> "AsyncEncodeStream":
-        """Return a stream that encodes one recording. Open the stream with `async with`.
+        """Return a stream that encodes one recording; see `Client.encode_stream` for the arguments and the errors.
 
-        Args:
-            sample_rate: sample rate of the samples that you send, Hz; None for the sample rate of the codec.
-            lookahead: number of later frames that a token may depend on; None for the codec's full lookahead, which
-                gives the same tokens as encoding the whole recording.
+        Open the stream with `async with`. Only then does it connect to the server.
         """
-        parameters = {"sample_rate": sample_rate, "lookahead": lookahead}
-        return AsyncEncodeStream(self._server, Conversation(self._server, "encode", "float32", **parameters))
+        return AsyncEncodeStream(self._server, Conversation.encoding(self._server, sample_rate, lookahead))
 
 
-class _AsyncStream:
+class _AsyncStream(CodecProperties):
     """Base class of streams. `async with` opens a stream, and raises the same errors as `Client.decode_stream`.
 
     Send the input in one task and receive the results in another one, or use `through`, which does both. If the client
     does not receive results, the server stops reading the input. After 20 s (by default), the server disconnects
     the client.
 
-    Attributes:
-        conversation: parser and formatter for the messages of the stream. When the stream is open, it also has the
-            properties of the codec, such as `num_codebooks`.
+    A stream can be used once. After an error, all methods except `close` raise this error again.
     """
 
-    _socket: Any = None
-
     def __init__(self, server: Server, conversation: Conversation) -> None:
-        websockets = require_websockets()
-        self._server, self.conversation = server, conversation
-        self._connect, self._closed = websockets.asyncio.client.connect, websockets.exceptions.ConnectionClosed
-        self._is_waiting_for_end = False
+        self._conversation = conversation
+        self._connection = Connection(server, conversation)
 
     async def __aenter__(self) -> "Self":
-        waits = self._server.waits()
-        while True:
-            try:
-                await self._open()
-                return self
-            except RETRIED:
-                wait = next(waits, None)
-                if wait is None:
-                    raise
-            await asyncio.sleep(wait)
+        await self._connection.open()
+        return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.close()
 
-    async def _open(self) -> None:
-        try:
-            self._socket = await self._connect(self.conversation.address, **connect_options(self._server))
-        except Exception as error:
-            raise handshake_error(self._server, error) from error
-        try:
-            self.conversation.open(await self._receive(is_limited=True))
-        except BaseException:
-            await self.close()
-            raise
-
-    @property
-    def sample_rate(self) -> int:
-        """Sample rate of the codec, Hz."""
-        return self.conversation.sample_rate
-
-    @property
-    def delay_frames(self) -> int:
-        """Number of later frames that must arrive before the result for a frame is returned."""
-        return self.conversation.delay_frames
+    def _property(self, name: str) -> int:
+        return self._conversation._property(name)
 
     async def close(self) -> None:
-        """Close the connection; results that have not arrived are lost."""
-        if self._socket is not None:
-            await self._socket.close()
+        """Close the connection; results that have not arrived are lost. A second call has no effect.
 
-    async def _send_items(self, items: Any) -> None:
-        for message in self.conversation.messages(items):
-            await self._send(message)
+        The stream then accepts no input and returns no results.
+        """
+        await self._connection.close()
 
-    async def _end(self, num_samples: int | None = None) -> None:
-        await self._send(self.conversation.end(num_samples))
-        self._is_waiting_for_end = True
+    def __aiter__(self) -> AsyncIterator[np.ndarray]:
+        """Return an iterator over the results, which yields them as they arrive, until the last one.
 
-    async def __aiter__(self) -> AsyncIterator[np.ndarray]:
-        """Yield results as they arrive, until the last one.
+        Before the end of the input, the time to wait for a result is not limited, because a result may depend on later
+        input.
 
-        Yields:
-            Samples [n] when decoding, tokens [C, k] when encoding.
+        Returns:
+            Iterator over samples [n] when decoding, or tokens [C, k] when encoding. No result is empty.
 
         Raises:
-            ServerError: if the server ends the stream or the connection is lost.
+            NemoLfrError: if the stream is not open, or if another task receives its results.
+            ServerError: if the server ends the stream, sends a message that is not valid or does not answer, or if the
+                connection is lost.
         """
-        while not self.conversation.done:
-            result = self.conversation.result(await self._receive())
-            if result is not None:
-                yield result
+        return self._connection.results()
 
     async def through(self, source: AsyncIterator[Any], num_samples: int | None = None) -> AsyncIterator[np.ndarray]:
         """Send a whole recording in a background task, and yield the results.
@@ -171,18 +125,21 @@ class _AsyncStream:
             Samples [n] when decoding, tokens [C, k] when encoding.
 
         Raises:
-            ServerError: if the server ends the stream or the connection is lost.
+            NemoLfrError: if the stream is not open, its input has ended, or another task receives its results.
+            ServerError: if the server ends the stream, sends a message that is not valid or does not answer, or if the
+                connection is lost.
             Exception: any error that `source` raises.
         """
+        self._conversation.check_input()
 
         async def send() -> None:
             async for items in source:
-                await self._send_items(items)
-            await self._end(num_samples)
+                await self._connection.send(items)
+            await self._connection.end(num_samples)
 
         sending = asyncio.create_task(send())
         # If sending fails, the connection is cut, so that the loop below ends.
-        sending.add_done_callback(lambda task: _abort(self._socket) if _error_of(task) else None)
+        sending.add_done_callback(lambda task: self._connection.abort() if _error_of(task) else None)
         try:
             async for result in self:
                 yield result
@@ -196,27 +153,6 @@ class _AsyncStream:
             with suppress(asyncio.CancelledError, Exception):
                 await sending
 
-    async def _send(self, message: bytes | str) -> None:
-        try:
-            await self._socket.send(message)
-        except self._closed as error:
-            raise closed_by(self.conversation, error) from error
-
-    async def _receive(self, is_limited: bool = False) -> bytes | str:
-        limit = self._server.timeout
-        while True:
-            # Until the end of the input, the server may have nothing to send. Another task may send the end meanwhile.
-            must_answer = self._is_waiting_for_end or is_limited
-            try:
-                message: bytes | str = await asyncio.wait_for(self._socket.recv(), limit)
-            except asyncio.TimeoutError:
-                if must_answer:
-                    raise self.conversation.closed(None, f"no answer for {limit:g} s") from None
-            except self._closed as error:
-                raise closed_by(self.conversation, error) from error
-            else:
-                return message
-
 
 def _error_of(task: "asyncio.Task[None]") -> BaseException | None:
     """Return the exception that ended a task; None if the task succeeded, was canceled or is running."""
@@ -224,11 +160,6 @@ def _error_of(task: "asyncio.Task[None]") -> BaseException | None:
         return task.exception()
     except (asyncio.CancelledError, asyncio.InvalidStateError):  # canceled, or still running
         return None
-
-
-def _abort(socket: Any) -> None:
-    """Close a connection without waiting for the server."""
-    socket.transport.abort()
 
 
 class AsyncDecodeStream(_AsyncStream):
@@ -242,20 +173,23 @@ class AsyncDecodeStream(_AsyncStream):
 
         Raises:
             TokensError: if the tokens are not valid.
-            ServerError: if the server ends the stream or the connection is lost.
+            NemoLfrError: if the stream is not open, or its input has ended.
+            ServerError: if the server ends the stream or does not answer, or if the connection is lost.
         """
-        await self._send_items(tokens)
+        await self._connection.send(tokens)
 
     async def end(self, num_samples: int | None = None) -> None:
         """End the recording; the server then sends the remaining audio.
 
         Args:
             num_samples: length of the recording in samples. The audio is trimmed to this length; None for no trimming.
+                With a lookahead of 0, the server has already sent the last frame, so you must trim it.
 
         Raises:
-            ServerError: if the server ends the stream or the connection is lost.
+            NemoLfrError: if the stream is not open, or its input has ended.
+            ServerError: if the server ends the stream or does not answer, or if the connection is lost.
         """
-        await self._end(num_samples)
+        await self._connection.end(num_samples)
 
 
 class AsyncEncodeStream(_AsyncStream):
@@ -269,14 +203,16 @@ class AsyncEncodeStream(_AsyncStream):
 
         Raises:
             AudioError: if the samples are not valid.
-            ServerError: if the server ends the stream or the connection is lost.
+            NemoLfrError: if the stream is not open, or its input has ended.
+            ServerError: if the server ends the stream or does not answer, or if the connection is lost.
         """
-        await self._send_items(samples)
+        await self._connection.send(samples)
 
     async def end(self) -> None:
         """End the recording; the server then sends the remaining tokens.
 
         Raises:
-            ServerError: if the server ends the stream or the connection is lost.
+            NemoLfrError: if the stream is not open, or its input has ended.
+            ServerError: if the server ends the stream or does not answer, or if the connection is lost.
         """
-        await self._end()
+        await self._connection.end()

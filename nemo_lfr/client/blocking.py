@@ -1,20 +1,28 @@
 """Blocking client (`Client`), and its streams."""
 
-import contextlib
+import asyncio
 import os
-from collections.abc import Sequence
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import suppress
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from nemo_lfr.client.connection import Connection
 from nemo_lfr.client.conversation import Conversation, SampleType
 from nemo_lfr.client.files import AudioFormat, EncodedFile, ServerInfo, decode_tokens, encode_file, get_info
-from nemo_lfr.client.server import Server, require_websockets
-from nemo_lfr.client.sockets import closed_by, connect_options, handshake_error, ramp_of
+from nemo_lfr.client.properties import CodecProperties
+from nemo_lfr.client.server import Server
+from nemo_lfr.errors import NemoLfrError, ServerError
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+T = TypeVar("T")
 
 
 class Client:
@@ -25,8 +33,8 @@ class Client:
     Args:
         url: address of the server.
         token: access token, if the server requires one.
-        timeout: maximum time in seconds to wait for a connection or a response. A large file may take longer if at
-            least 64 kB arrive per second.
+        timeout: maximum time in seconds to wait for a connection, for a response, or for progress in a stream (the
+            server reads input or sends a result). A large file may take longer if at least 64 kB arrive per second.
         retry_s: time in seconds for which the client keeps trying to open a stream or to send a file while the server
             is full, is shutting down or cannot be reached.
 
@@ -98,9 +106,8 @@ class Client:
             MissingExtraError: if websockets is not installed.
             ServerError: if the server refuses the stream, fails or cannot be reached.
         """
-        parameters = {"lookahead": lookahead, "first_lookahead": first_lookahead, "ramp": ramp_of(ramp)}
-        return self._server.retry(
-            lambda: DecodeStream(self._server, Conversation(self._server, "decode", sample_type, **parameters))
+        return DecodeStream(
+            self._server, Conversation.decoding(self._server, lookahead, first_lookahead, ramp, sample_type)
         )
 
     def encode_stream(self, *, sample_rate: int | None = None, lookahead: int | None = None) -> "EncodeStream":
@@ -115,33 +122,29 @@ class Client:
             MissingExtraError: if websockets is not installed.
             ServerError: if the server refuses the stream, fails or cannot be reached.
         """
-        parameters = {"sample_rate": sample_rate, "lookahead": lookahead}
-        return self._server.retry(
-            lambda: EncodeStream(self._server, Conversation(self._server, "encode", "float32", **parameters))
-        )
+        return EncodeStream(self._server, Conversation.encoding(self._server, sample_rate, lookahead))
 
 
-class _Stream:
-    """Base class of streams. The constructor connects to the server."""
+class _Stream(CodecProperties):
+    """Base class of streams. The constructor connects to the server.
+
+    The connection runs in an event loop in a thread of its own. Results are therefore received, and time limits hold,
+    while a call waits for the server.
+
+    A stream can be used once. After an error, all methods except `close` raise this error again.
+    """
 
     def __init__(self, server: Server, conversation: Conversation) -> None:
-        websockets = require_websockets()
-        self._stack = contextlib.ExitStack()  # closes the connection, which is a context manager
-        self._server, self._conversation = server, conversation
-        self._closed: Any = websockets.exceptions.ConnectionClosed
+        self._conversation = conversation
+        self._connection = Connection(server, conversation)
+        self._results: deque[np.ndarray] = deque()
+        self._loop = _LoopThread()
+        weakref.finalize(self, self._loop.stop)  # for a stream that was not closed
         try:
-            # The queue of received messages is unlimited. Otherwise a large `push` could deadlock: the server stops
-            # reading input while its results are not received, and the client does not receive during the push.
-            connection = websockets.sync.client.connect(
-                conversation.address, max_queue=None, **connect_options(server)
-            )
-            self._socket: Any = self._stack.enter_context(connection)
-        except Exception as error:
-            raise handshake_error(server, error) from error
-        try:
-            conversation.open(self._receive(server.timeout))
+            self._loop.run(self._connection.open())
+            self._receiver = self._loop.run(_start(_receive_all(self._connection, self._results)))
         except BaseException:
-            self.close()
+            self._loop.stop()
             raise
 
     def __enter__(self) -> "Self":
@@ -152,78 +155,46 @@ class _Stream:
     ) -> None:
         self.close()
 
-    @property
-    def sample_rate(self) -> int:
-        """Sample rate of the codec, Hz."""
-        return self._conversation.sample_rate
-
-    @property
-    def samples_per_frame(self) -> int:
-        """Number of samples per frame."""
-        return self._conversation.samples_per_frame
-
-    @property
-    def num_codebooks(self) -> int:
-        """Number of tokens per frame."""
-        return self._conversation.num_codebooks
-
-    @property
-    def delay_frames(self) -> int:
-        """Number of later frames that must arrive before the result for a frame is returned."""
-        return self._conversation.delay_frames
+    def _property(self, name: str) -> int:
+        return self._conversation._property(name)
 
     def close(self) -> None:
-        """Close the connection; results that have not arrived are lost."""
-        self._stack.close()
+        """Close the connection; results that have not arrived are lost. A second call has no effect.
+
+        The other methods then raise NemoLfrError.
+        """
+        if not self._conversation.closed:
+            self._loop.run(self._connection.close())
+            self._loop.stop()
 
     def _push(self, items: Any) -> np.ndarray:
-        results = []
-        for message in self._conversation.messages(items):
-            self._send(message)
-            results += self._arrived()
-        return self._conversation.joined(results + self._arrived())
+        self._call(self._connection.send, items)
+        return self._arrived()
 
     def _flush(self, num_samples: int | None = None) -> np.ndarray:
-        self._send(self._conversation.end(num_samples))
-        results = []
-        while (result := self._conversation.result(self._receive(self._server.timeout))) is not None:
-            results.append(result)
+        self._call(self._connection.end, num_samples)
+        self._loop.run(asyncio.wait([self._receiver]))
+        result = self._arrived()
         self.close()
-        return self._conversation.joined(results)
+        return result
 
-    def _arrived(self) -> list[np.ndarray]:
+    def _call(self, send: Callable[[Any], Coroutine[Any, Any, None]], argument: Any) -> None:
+        """Send a message. If this fails, raise the error that the server reports."""
+        self._conversation.check_input()
+        try:
+            self._loop.run(send(argument))
+        except ServerError:
+            # The connection is closed. The server may have sent the reason before.
+            self._loop.run(asyncio.wait([self._receiver]))
+            self._conversation.check_open()
+            raise
+
+    def _arrived(self) -> np.ndarray:
         """Return the results that have arrived, without waiting."""
-        results = []
-        with contextlib.suppress(TimeoutError):
-            while not self._conversation.done:
-                result = self._conversation.result(self._receive(0))
-                if result is not None:
-                    results.append(result)
-        return results
-
-    def _send(self, message: bytes | str) -> None:
-        try:
-            self._socket.send(message)
-        except self._closed:
-            while True:  # the server may have sent the reason; `result` then raises an error with it
-                self._conversation.result(self._receive(self._server.timeout))
-
-    def _receive(self, timeout: float) -> bytes | str:
-        """Return the next message.
-
-        Raises:
-            TimeoutError: if no message has arrived and `timeout` is 0.
-            ServerError: if the connection is closed, or no message arrives for `timeout` seconds.
-        """
-        try:
-            message: bytes | str = self._socket.recv(timeout)
-        except TimeoutError:
-            if timeout == 0:
-                raise
-            raise self._conversation.closed(None, f"no answer for {timeout:g} s") from None
-        except self._closed as error:
-            raise closed_by(self._conversation, error) from error
-        return message
+        if self._conversation.failure is not None:
+            raise self._conversation.failure
+        results = [self._results.popleft() for _ in range(len(self._results))]
+        return self._conversation.joined(results)
 
 
 class DecodeStream(_Stream):
@@ -242,18 +213,23 @@ class DecodeStream(_Stream):
 
         Raises:
             TokensError: if the tokens are not valid.
-            ServerError: if the server ends the stream or the connection is lost.
+            NemoLfrError: if the stream is closed.
+            ServerError: if the server ends the stream, sends a message that is not valid or does not read, or if the
+                connection is lost.
         """
         return self._push(tokens)
 
     def flush(self, num_samples: int | None = None) -> np.ndarray:
-        """End the recording, and wait for the remaining audio [n].
+        """End the recording, wait for the remaining audio [n], and close the stream.
 
         Args:
             num_samples: length of the recording in samples. The audio is trimmed to this length; None for no trimming.
+                With a lookahead of 0, the server has already sent the last frame, so you must trim it.
 
         Raises:
-            ServerError: if the server ends the stream or the connection is lost.
+            NemoLfrError: if the stream is closed.
+            ServerError: if the server ends the stream, sends a message that is not valid or does not answer, or if the
+                connection is lost.
         """
         return self._flush(num_samples)
 
@@ -274,14 +250,65 @@ class EncodeStream(_Stream):
 
         Raises:
             AudioError: if the samples are not valid.
-            ServerError: if the server ends the stream or the connection is lost.
+            NemoLfrError: if the stream is closed.
+            ServerError: if the server ends the stream, sends a message that is not valid or does not read, or if the
+                connection is lost.
         """
         return self._push(samples)
 
     def flush(self) -> np.ndarray:
-        """End the recording, and wait for the remaining tokens [C, k].
+        """End the recording, wait for the remaining tokens [C, k], and close the stream.
 
         Raises:
-            ServerError: if the server ends the stream or the connection is lost.
+            NemoLfrError: if the stream is closed.
+            ServerError: if the server ends the stream, sends a message that is not valid or does not answer, or if the
+                connection is lost.
         """
         return self._flush()
+
+
+async def _receive_all(connection: Connection, results: "deque[np.ndarray]") -> None:
+    """Move all results of a stream to a queue. An error is recorded by the conversation."""
+    with suppress(NemoLfrError):
+        async for result in connection.results():
+            results.append(result)
+
+
+async def _start(coroutine: Coroutine[Any, Any, T]) -> "asyncio.Task[T]":
+    """Run a coroutine in the background."""
+    return asyncio.create_task(coroutine)
+
+
+class _LoopThread:
+    """Event loop in a daemon thread."""
+
+    def __init__(self) -> None:
+        self._started = threading.Event()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._main()), name="nemo_lfr.client", daemon=True)
+        self._thread.start()
+        self._started.wait()
+
+    async def _main(self) -> None:
+        self._loop, self._stopped = asyncio.get_running_loop(), asyncio.Event()
+        self._started.set()
+        await self._stopped.wait()
+
+    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Run a coroutine, and return its result.
+
+        Raises:
+            NemoLfrError: if the thread does not run, for example because the process was forked.
+        """
+        if not self._thread.is_alive():
+            coroutine.close()
+            raise NemoLfrError("this stream is closed, or was opened by another process; open another stream.")
+        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        try:
+            return future.result()
+        finally:
+            future.cancel()  # has an effect only if the call was interrupted
+
+    def stop(self) -> None:
+        """Cancel all coroutines and end the thread. A second call has no effect."""
+        with suppress(RuntimeError):  # raised if the loop is closed
+            self._loop.call_soon_threadsafe(self._stopped.set)

@@ -4,13 +4,24 @@ docs/reference/protocol.md is the specification. Both clients use this module.
 """
 
 import json
-from collections.abc import Iterator
+import operator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
 
-from nemo_lfr.client.answers import has_type, parse_object, parse_tokens
-from nemo_lfr.client.server import Server, count_of
+from nemo_lfr.client.answers import (
+    MESSAGES,
+    READY,
+    StreamKind,
+    message_type,
+    parse_object,
+    parse_tokens,
+    problem_of,
+    show,
+)
+from nemo_lfr.client.properties import CodecProperties
+from nemo_lfr.client.server import Server, integer_of
 from nemo_lfr.errors import (
     AudioError,
     NemoLfrError,
@@ -23,7 +34,9 @@ from nemo_lfr.errors import (
     quoted,
     shorten,
 )
+from nemo_lfr.frames import num_frames
 from nemo_lfr.io.arrays import numeric_array
+from nemo_lfr.io.resampling import num_resampled
 
 SampleType = Literal["float32", "int16"]
 
@@ -38,14 +51,18 @@ _ERRORS: dict[int, type[ServerError]] = {
     1012: ServerShutdownError,
     1013: ServerFullError,
 }
+_NOT_OPEN = "this stream is not open; open it with `async with`."
 _REASONS = {
     1012: "the server is shutting down; connect to another one.",
     1013: "the server is full; try again later.",
 }
 
 
-class Conversation:
-    """Parser and formatter for the messages of one stream.
+class Conversation(CodecProperties):
+    """Parser and formatter for the messages of one stream. `decoding` and `encoding` create an instance.
+
+    Every message of the server is validated, and the results are counted. A faulty server therefore causes an error,
+    and never a result that is too short, too long or not valid.
 
     Args:
         server: server of the stream.
@@ -54,26 +71,16 @@ class Conversation:
         parameters: URL parameters. A parameter with the value None is left out.
 
     Attributes:
-        sample_rate: sample rate of the codec, Hz.
-        samples_per_frame: number of samples per frame.
-        num_codebooks: number of tokens per frame.
-        codebook_size: number of entries in a codebook; 0 <= token < codebook_size.
-        delay_frames: number of later frames that must arrive before the result for a frame is returned.
+        kind: "encode" or "decode".
+        address: URL of the stream.
+        failure: the first error in the messages of the server, or the loss of the connection; None without an error.
+        ended: whether the client has ended the input.
         done: whether all results have arrived.
+        closed: whether the client has closed the stream.
     """
 
-    sample_rate: int
-    samples_per_frame: int
-    num_codebooks: int
-    codebook_size: int
-    delay_frames: int
-
     def __init__(
-        self,
-        server: Server,
-        kind: Literal["encode", "decode"],
-        sample_type: SampleType = "float32",
-        **parameters: object,
+        self, server: Server, kind: StreamKind, sample_type: SampleType = "float32", **parameters: object
     ) -> None:
         if sample_type not in _WIRE:
             raise NemoLfrError(f"sample_type {quoted(sample_type)} is unknown; use one of {', '.join(_WIRE)}.")
@@ -81,27 +88,88 @@ class Conversation:
         audio, self._dtype = _WIRE[sample_type]
         form = {"tokens": "json"} if kind == "encode" else {}
         self.address = server.address(f"/v1/{kind}/stream", {"audio": audio, **form, **parameters}, "ws")
-        self.done = False
-        self._ended = False
+        self.failure: ServerError | None = None
+        self.ended = self.done = self.closed = False
+        self._codec: dict[str, int] = {}
+        self._input_rate: Any = parameters.get("sample_rate")
+        self._num_samples: int | None = None  # length to which the audio is trimmed
         self._num_sent = self._num_received = 0  # samples or frames
+
+    @classmethod
+    def decoding(
+        cls,
+        server: Server,
+        lookahead: int | None,
+        first_lookahead: int | None,
+        ramp: Sequence[int],
+        sample_type: SampleType,
+    ) -> "Conversation":
+        """Create a conversation that decodes; see `Client.decode_stream` for the arguments.
+
+        Raises:
+            NemoLfrError: if an argument is not valid.
+        """
+        try:
+            sizes = ",".join(str(operator.index(size)) for size in ramp) or None
+        except (TypeError, ValueError):
+            raise NemoLfrError(f"ramp is {quoted(ramp)}; pass numbers of frames, such as (1, 2, 4).") from None
+        lookaheads = {"lookahead": lookahead, "first_lookahead": first_lookahead}
+        valid = {name: integer_of(name, value) for name, value in lookaheads.items()}
+        return cls(server, "decode", sample_type, ramp=sizes, **valid)
+
+    @classmethod
+    def encoding(cls, server: Server, sample_rate: int | None, lookahead: int | None) -> "Conversation":
+        """Create a conversation that encodes; see `Client.encode_stream` for the arguments.
+
+        Raises:
+            NemoLfrError: if an argument is not valid.
+        """
+        rate = integer_of("sample_rate", sample_rate, 1)
+        return cls(server, "encode", sample_rate=rate, lookahead=integer_of("lookahead", lookahead))
+
+    @property
+    def opened(self) -> bool:
+        """Whether the server has accepted the stream."""
+        return bool(self._codec)
+
+    def _property(self, name: str) -> int:
+        if not self.opened:
+            raise NemoLfrError(_NOT_OPEN)
+        return self._codec[name]
 
     def open(self, message: bytes | str) -> None:
         """Read the server's first message, which describes the codec.
 
         Raises:
-            ServerError: if the server refuses the stream.
+            ServerError: if the server refuses the stream, or the message is not valid.
         """
-        values = self._control(message)
-        if values.get("type") != "ready":
-            raise self._unknown()
-        names = ("sample_rate", "samples_per_frame", "num_codebooks", "codebook_size")
-        delay = values.get("lookahead_frames")
-        if not all(has_type(values.get(name), int) for name in names) or not (delay == 0 or has_type(delay, int)):
-            raise self._unknown()
-        self.sample_rate, self.samples_per_frame, self.num_codebooks, self.codebook_size = (
-            int(values[name]) for name in names
-        )
-        self.delay_frames = int(delay or 0)
+        values = self._parse(message, "ready")
+        self._codec = {name: values[name] for name in READY}
+
+    def check_open(self) -> None:
+        """Check that the stream can be used.
+
+        Raises:
+            ServerError: if the stream has failed; this is the error that was raised when it failed.
+            NemoLfrError: if the stream is not open.
+        """
+        if self.failure is not None:
+            raise self.failure
+        if self.closed:
+            raise NemoLfrError("this stream is closed; open another stream.")
+        if not self.opened:
+            raise NemoLfrError(_NOT_OPEN)
+
+    def check_input(self) -> None:
+        """Check that the stream accepts input.
+
+        Raises:
+            ServerError: if the stream has failed; this is the error that was raised when it failed.
+            NemoLfrError: if the input has ended, or the stream is not open.
+        """
+        if self.ended and self.failure is None:
+            raise NemoLfrError("the input of this stream has ended; open another stream.")
+        self.check_open()
 
     def messages(self, items: Any) -> Iterator[bytes | str]:
         """Yield messages of at most 64 KiB that contain a piece of input.
@@ -112,10 +180,9 @@ class Conversation:
         Raises:
             AudioError: if the samples are not valid.
             TokensError: if the tokens are not valid.
-            NemoLfrError: if the input has already ended.
+            NemoLfrError: if the input has ended, the stream is not open, or it has failed.
         """
-        if self._ended:
-            raise NemoLfrError("the input of this stream has ended; open another stream.")
+        self.check_input()
         array = self._samples(items) if self.kind == "encode" else self._tokens(items)
         width = array.itemsize * (array.shape[1] if array.ndim == 2 else 1)
         step = max(1, _MAX_MESSAGE // width)
@@ -156,12 +223,11 @@ class Conversation:
                 None for no trimming.
 
         Raises:
-            NemoLfrError: if the input has already ended.
+            NemoLfrError: if `num_samples` is not valid, the input has ended, the stream is not open, or it has failed.
         """
-        if self._ended:
-            raise NemoLfrError("the input of this stream has ended; open another stream.")
-        num_samples = count_of("num_samples", num_samples)
-        self._ended = True
+        self.check_input()
+        self._num_samples = num_samples = integer_of("num_samples", num_samples)
+        self.ended = True
         return json.dumps({"type": "end"} | ({} if num_samples is None else {"num_samples": num_samples}))
 
     def result(self, message: bytes | str) -> np.ndarray | None:
@@ -172,25 +238,81 @@ class Conversation:
             results.
 
         Raises:
-            ServerError: if the message reports an error or does not follow the protocol.
+            ServerError: if the message reports an error or is not valid, or if it shows that the server has lost or
+                invented results.
         """
-        if isinstance(message, bytes):
-            if self.kind == "encode" or len(message) % np.dtype(self._dtype).itemsize:
-                raise self._unknown()
-            samples = np.frombuffer(message, self._dtype)
-            self._num_received += len(samples)
-            return samples
-        values = self._control(message)
-        if values.get("type") == "done":
+        if self.done:
+            raise self.invalid('sent a message after the message of type "done"')
+        result = self._audio(message) if isinstance(message, bytes) else self._tokens_or_end(message)
+        if result is None:
             self.done = True
             return None
-        if self.kind == "decode" or "tokens" not in values:
-            raise self._unknown()
+        self._num_received += result.shape[-1]
+        if self._num_received > self._num_expected:
+            raise self.invalid(
+                f"sent {self._num_received} {self._units[1]}, more than the {self._num_expected} for the "
+                f"{self._num_sent} {self._units[0]} that were sent to it"
+            )
+        return result
+
+    def _audio(self, message: bytes) -> np.ndarray:
+        size = np.dtype(self._dtype).itemsize
+        if self.kind == "encode":
+            raise self.invalid("sent a binary message instead of tokens as text")
+        if len(message) % size:
+            raise self.invalid(f"sent a binary message of {len(message)} bytes, not a multiple of {size}")
+        samples = np.frombuffer(message, self._dtype)
+        if samples.dtype.kind == "f" and not np.isfinite(samples).all():
+            raise self.invalid("sent samples that are NaN or infinite")
+        return samples
+
+    def _tokens_or_end(self, message: str) -> np.ndarray | None:
+        values = self._parse(message, *(("tokens", "done") if self.kind == "encode" else ("done",)))
+        if message_type(values) == "done":
+            self._check_total(values["num_frames" if self.kind == "encode" else "num_samples"])
+            return None
         tokens = parse_tokens(values["tokens"], self.num_codebooks, self.codebook_size)
         if tokens is None:
-            raise self._unknown()
-        self._num_received += tokens.shape[1]
+            raise self.invalid(
+                f"sent tokens that are not frames of {self.num_codebooks} integers from 0 to {self.codebook_size - 1}"
+            )
         return tokens
+
+    def _check_total(self, reported: int) -> None:
+        """Check the number of results that the last message reports.
+
+        Raises:
+            ServerError: if another number of results has arrived, or if this is not the number for the whole input.
+        """
+        units_in, units_out = self._units
+        if not self.ended:
+            raise self.invalid('sent the message of type "done" before the end of the input')
+        if reported != self._num_received:
+            raise self.invalid(
+                f"reports {reported} {units_out} in its last message, but {self._num_received} {units_out} arrived"
+            )
+        # With a lookahead of 0, the server has sent the last frame before it knows the length, and does not trim it.
+        expected = self._num_expected if self._num_samples is None else min(self._num_samples, self._num_expected)
+        if reported not in (expected, self._num_expected):
+            raise self.invalid(
+                f"sent {reported} {units_out} instead of {expected} for the {self._num_sent} {units_in} that were "
+                "sent to it"
+            )
+
+    @property
+    def _units(self) -> tuple[str, str]:
+        """Names of the items that are sent and received."""
+        return ("samples", "frames") if self.kind == "encode" else ("frames", "samples")
+
+    @property
+    def _num_expected(self) -> int:
+        """Total number of results for the input that was sent so far, before the audio is trimmed."""
+        if self.kind == "encode":
+            num_samples = self._num_sent
+            if self._input_rate not in (None, self.sample_rate):
+                num_samples = num_resampled(num_samples, self._input_rate, self.sample_rate)
+            return num_frames(num_samples, self.samples_per_frame)
+        return self._num_sent * self.samples_per_frame
 
     def joined(self, results: list[np.ndarray]) -> np.ndarray:
         """Concatenate results; without results, return an empty array."""
@@ -198,21 +320,31 @@ class Conversation:
         empty = np.zeros(shape, np.int32 if self.kind == "encode" else self._dtype)
         return np.concatenate([empty, *results], axis=-1)
 
-    def _control(self, message: bytes | str) -> dict[str, Any]:
+    def _parse(self, message: bytes | str, *types: str) -> dict[str, Any]:
         """Return the JSON object in a text message.
 
+        Args:
+            message: message of the server.
+            types: valid types of the message.
+
         Raises:
-            ServerError: if the message reports an error.
+            ServerError: if the message reports an error, has another type or is not valid.
         """
         values = parse_object(message) if isinstance(message, str) else None
         if values is None:
-            raise self._unknown()
-        if values.get("type") == "error":
-            code, reason = values.get("code"), shorten(values.get("error", ""), 500)
-            raise _ERRORS.get(code, ServerError)(f"{self._server.url}: {reason}")  # type: ignore[arg-type]
+            raise self.invalid("sent a binary message" if isinstance(message, bytes) else "sent text that is no JSON")
+        name = message_type(values)
+        schema = MESSAGES[self.kind].get(name)
+        if schema is None or name not in (*types, "error"):
+            raise self.invalid(f"sent a message of the unexpected type {show(values.get('type', name))}")
+        if problem := problem_of(values, schema):
+            raise self.invalid(f"sent a message of type {name} in which {problem}")
+        if name == "error":
+            text = f"{self._server.url}: {shorten(values['error'], 500)}"
+            raise self.fail(_ERRORS.get(values["code"], ServerError)(text))
         return values
 
-    def closed(self, code: int | None, reason: str) -> ServerError:
+    def lost(self, code: int | None, reason: str) -> ServerError:
         """Return the error for a connection that was closed before the last result.
 
         Args:
@@ -222,7 +354,7 @@ class Conversation:
         if code in _ERRORS and code != 1011:  # from a proxy; `nemo-lfr serve` first sends an error message
             text = shorten(reason or _REASONS.get(code, f"the connection was closed with code {code}."), 500)
             return _ERRORS[code](f"{self._server.url}: {text}")
-        unit_in, unit_out = ("samples", "frames") if self.kind == "encode" else ("frames", "samples")
+        unit_in, unit_out = self._units
         detail = f"code {code}" if code else "no close frame"
         return ServerLostError(
             f"the connection to {self._server.url} was lost ({shorten(reason, 200) or detail}) after "
@@ -230,8 +362,21 @@ class Conversation:
             f"stream and send the recording again."
         )
 
-    def _unknown(self) -> ServerError:
-        return ServerError(
-            f"{self._server.url} sent a message that does not follow version 1 of the protocol; update this package "
-            "or the server."
+    def fail(self, error: ServerError) -> ServerError:
+        """Record an error as `failure`, unless the stream has failed or was closed before, and return the error."""
+        if self.opened and not self.closed and self.failure is None:
+            self.failure = error
+        return error
+
+    def invalid(self, problem: str) -> ServerError:
+        """Record and return the error for a message that does not follow the protocol.
+
+        Args:
+            problem: what the server did, such as "sent text that is no JSON".
+        """
+        return self.fail(
+            ServerError(
+                f"{self._server.url} {problem}, which does not follow version 1 of the protocol; update this package "
+                "or the server."
+            )
         )

@@ -2,13 +2,14 @@
 
 import json
 import os
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import numpy as np
 
-from nemo_lfr.client.answers import audio_problem, has_type, parse_object, parse_tokens
-from nemo_lfr.client.server import Server, count_of
+from nemo_lfr.client.answers import ENCODED, INFO, Kind, audio_problem, parse_object, parse_tokens, problem_of
+from nemo_lfr.client.server import Server, integer_of
 from nemo_lfr.client.transport import request
 from nemo_lfr.errors import (
     AudioError,
@@ -87,14 +88,8 @@ def get_info(server: Server) -> ServerInfo:
     Raises:
         ServerError: if the server fails or cannot be reached.
     """
-    values = _json(server, "/v1/info", None, _MAX_INFO)
-    kinds = {field.name: field.type for field in fields(ServerInfo)}
-    if missing := [name for name in kinds if name not in values]:
-        raise _stranger(server, f"does not report {', '.join(missing)}")
-    for name, kind in kinds.items():
-        if not has_type(values[name], kind):  # type: ignore[arg-type]
-            raise _stranger(server, f"reports {name} {shorten(repr(values[name]))}")
-    return ServerInfo(**{name: values[name] for name in kinds})
+    values = _json(server, "/v1/info", None, _MAX_INFO, INFO)
+    return ServerInfo(**{name: values[name] for name in INFO})
 
 
 def encode_file(server: Server, audio: bytes | str | os.PathLike[str]) -> EncodedFile:
@@ -116,24 +111,21 @@ def encode_file(server: Server, audio: bytes | str | os.PathLike[str]) -> Encode
     else:
         body, info = _read(server, audio)
     # The limit is generous. Tokens as JSON are smaller than most audio files, but not than well compressed silence.
-    values = _json(server, "/v1/encode?format=json", body, (1 << 26) + 64 * len(body))
-    if not isinstance(values.get("tokens"), list):
-        raise _stranger(server, "does not report tokens")
+    values = _json(server, "/v1/encode?format=json", body, (1 << 26) + 64 * len(body), ENCODED)
     tokens = parse_tokens(values["tokens"], info.num_codebooks, info.codebook_size)
     if tokens is None:
         raise _stranger(
             server, f"does not report frames of {info.num_codebooks} tokens from 0 to {info.codebook_size - 1}"
         )
     rates = (info.sample_rate, info.samples_per_frame)
-    if (values.get("sample_rate"), values.get("samples_per_frame")) != rates:
+    if (values["sample_rate"], values["samples_per_frame"]) != rates:
         raise _stranger(
             server, "reports a sample rate or frame size for the tokens that differs from the one in /v1/info"
         )
-    num_samples = values.get("num_samples")
-    is_count = num_samples == 0 or has_type(num_samples, int)
-    if not is_count or num_frames(num_samples, info.samples_per_frame) != tokens.shape[1]:  # type: ignore[arg-type]
-        raise _stranger(server, f"reports {tokens.shape[1]} frames for {shorten(repr(num_samples))} samples")
-    return EncodedFile(tokens, num_samples, *rates)  # type: ignore[arg-type]
+    num_samples = values["num_samples"]
+    if num_frames(num_samples, info.samples_per_frame) != tokens.shape[1]:
+        raise _stranger(server, f"reports {tokens.shape[1]} frames for {num_samples} samples")
+    return EncodedFile(tokens, num_samples, *rates)
 
 
 def _read(server: Server, audio: object) -> tuple[bytes, ServerInfo]:
@@ -181,7 +173,7 @@ def decode_tokens(server: Server, tokens: Any, num_samples: int | None, audio_fo
     """
     if audio_format not in get_args(AudioFormat):
         raise NemoLfrError(f"audio_format {quoted(audio_format)} is not one of {', '.join(get_args(AudioFormat))}.")
-    num_samples = count_of("num_samples", num_samples)
+    num_samples = integer_of("num_samples", num_samples)
     array = numeric_array(tokens, "tokens", TokensError)
     if array.ndim != 2 or (array.size and not np.issubdtype(array.dtype, np.integer)):
         raise TokensError(
@@ -191,8 +183,8 @@ def decode_tokens(server: Server, tokens: Any, num_samples: int | None, audio_fo
     headers = {"Content-Type": "application/json"}
     path, limit = f"/v1/decode?format={audio_format}", _MAX_INFO + _MAX_PER_FRAME * array.shape[1]
     content, kind = server.retry(lambda: request(server, path, body, headers, max_bytes=limit))
-    if kind is not None and not kind.startswith(("audio/", "application/o")):  # application/ogg, octet-stream
-        raise _stranger(server, f"answers with {quoted(kind)}, not audio")
+    if not kind.startswith(("audio/", "application/o")):  # application/ogg, octet-stream
+        raise _stranger(server, f"answers with {quoted(kind) if kind else 'no content type'}, not audio")
     info = get_info(server)
     longest = array.shape[1] * info.samples_per_frame
     expected = longest if num_samples is None else min(num_samples, longest)
@@ -201,13 +193,15 @@ def decode_tokens(server: Server, tokens: Any, num_samples: int | None, audio_fo
     return content
 
 
-def _json(server: Server, path: str, body: bytes | None, max_bytes: int) -> dict[str, Any]:
-    """Send a request, and return the JSON object in the response."""
+def _json(server: Server, path: str, body: bytes | None, max_bytes: int, schema: Mapping[str, Kind]) -> dict[str, Any]:
+    """Send a request, and return the JSON object in the response, which must match a schema."""
     headers = None if body is None else {"Content-Type": "audio/*"}
     content, kind = server.retry(lambda: request(server, path, body, headers, max_bytes=max_bytes))
     values = parse_object(content)
-    if values is None or (kind is not None and "json" not in kind.lower()):
+    if values is None or kind != "application/json":
         raise _stranger(server, "does not answer with JSON")
+    if problem := problem_of(values, schema):
+        raise _stranger(server, f"answers with JSON in which {problem}")
     return values
 
 

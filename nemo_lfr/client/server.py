@@ -17,6 +17,7 @@ from nemo_lfr.errors import (
     ServerLostError,
     ServerShutdownError,
     install_command,
+    quoted,
     shorten,
 )
 from nemo_lfr.io.shortage import missing_extra
@@ -38,8 +39,8 @@ class Server:
         url: address of the server, such as "http://127.0.0.1:8000". If a reverse proxy puts the server below a path,
             include this path: "https://example.org/codec".
         token: access token; None if the server does not require one.
-        timeout: maximum time in seconds to wait for a connection or a response. A large file may take longer if at
-            least 64 kB arrive per second.
+        timeout: maximum time in seconds to wait for a connection, for a response, or for progress in a stream. A large
+            file may take longer if at least 64 kB arrive per second.
         retry_s: time in seconds for which the client keeps trying to open a stream or to send a file while the server
             is full, is shutting down or cannot be reached.
     """
@@ -133,22 +134,23 @@ class Server:
         return ServerLostError(f"{self.url} cannot be reached or does not answer ({text}); {remedy}")
 
 
-def count_of(name: str, value: Any) -> int | None:
-    """Check an optional number of samples, and return it as an int or None.
+def integer_of(name: str, value: Any, low: int = 0) -> int | None:
+    """Check an optional integer, and return it as an int or None.
 
     Args:
         name: name of the argument.
         value: value of the argument.
+        low: smallest valid value.
 
     Raises:
-        NemoLfrError: if the value is neither None nor a non-negative integer.
+        NemoLfrError: if the value is neither None nor an integer from `low` to 2**63 - 1.
     """
     try:
         count = None if value is None else operator.index(value)
     except TypeError:
-        count = -1
-    if count is not None and count < 0:
-        raise NemoLfrError(f"{name} is {shorten(repr(value))}; pass a number of samples, or None.")
+        count = low - 1
+    if count is not None and not low <= count < 1 << 63:
+        raise NemoLfrError(f"{name} is {quoted(value)}; pass an integer of at least {low}, or None.")
     return count
 
 

@@ -1,12 +1,22 @@
 """Helpers for WebSocket connections, which both clients use."""
 
-import operator
-from collections.abc import Sequence
+import asyncio
 from typing import Any
 
 from nemo_lfr.client.conversation import Conversation
 from nemo_lfr.client.server import Server, require_websockets
-from nemo_lfr.errors import NemoLfrError, ServerError, ServerFullError, ServerRefusedError, shorten
+from nemo_lfr.errors import ServerError, ServerFullError, ServerRefusedError, shorten
+
+CLOSE_S = 5.0  # maximum time in seconds to wait until the server closes a connection
+# Much larger than the messages of a server, which decodes a few frames at once. A message is buffered before it is
+# validated.
+_MAX_MESSAGE = 1 << 26  # bytes
+# Faults for which the package `websockets` closes the connection itself, by close code
+_FAULTS = {
+    1002: "sent data that is not a WebSocket message",
+    1007: "sent text that is not valid UTF-8",
+    1009: f"sent a message of more than {_MAX_MESSAGE} bytes",
+}
 
 
 def connect_options(server: Server) -> dict[str, Any]:
@@ -14,9 +24,9 @@ def connect_options(server: Server) -> dict[str, Any]:
     options: dict[str, Any] = {
         "additional_headers": server.headers,
         "compression": None,
-        "max_size": None,
+        "max_size": _MAX_MESSAGE,
         "open_timeout": server.timeout,
-        "close_timeout": 5,
+        "close_timeout": min(CLOSE_S, server.timeout),
         # No time limit for pings, because the server does not answer them while it has enough input.
         "ping_timeout": None,
     }
@@ -29,29 +39,27 @@ def handshake_error(server: Server, error: Exception) -> Exception:
     if isinstance(error, websockets.exceptions.InvalidStatus):
         status = error.response.status_code
         message = f"{server.url}: the stream was refused with HTTP status {status}"
+        targets = error.response.headers.get_all("Location")
+        if targets and 300 <= status < 400:
+            return ServerRefusedError(f"{server.url} redirects to {shorten(targets[0], 300)}; pass that address.")
         if status in (429, 503):
             return ServerFullError(f"{message}; try again later.")
         if 400 <= status < 500:
             return ServerRefusedError(f"{message}; check the address and the access token.")
         return ServerError(f"{message}.")
-    if isinstance(error, OSError | websockets.exceptions.WebSocketException):
+    if isinstance(error, OSError | asyncio.TimeoutError | websockets.exceptions.WebSocketException):
         return server.lost(error)
     return error
 
 
-def ramp_of(ramp: Sequence[int]) -> str | None:
-    """Return the URL parameter for a ramp, such as "1,2,4"; None for an empty ramp.
-
-    Raises:
-        NemoLfrError: if the ramp is not a sequence of integers.
-    """
-    try:
-        return ",".join(str(operator.index(size)) for size in ramp) or None
-    except TypeError:
-        raise NemoLfrError(f"ramp is {shorten(repr(ramp))}; pass numbers of frames, such as (1, 2, 4).") from None
-
-
 def closed_by(conversation: Conversation, error: Any) -> ServerError:
-    """Return the error for a connection that was closed before the last result arrived."""
-    frame = error.rcvd
-    return conversation.closed(frame and frame.code, frame.reason if frame else "")
+    """Return the error for a connection that was closed before the last result arrived.
+
+    Args:
+        conversation: the stream.
+        error: `ConnectionClosed` of the package `websockets`.
+    """
+    received, sent = error.rcvd, error.sent
+    if sent is not None and sent.code in _FAULTS and not error.rcvd_then_sent:
+        return conversation.invalid(_FAULTS[sent.code])
+    return conversation.lost(received and received.code, received.reason if received else "")

@@ -23,7 +23,7 @@ _MAX_ERROR = 100_000  # bytes
 
 def request(
     server: Server, path: str, body: bytes | None, headers: Mapping[str, str] | None = None, *, max_bytes: int
-) -> tuple[bytes, str | None]:
+) -> tuple[bytes, str]:
     """Send a request, and return the body and the content type of the response.
 
     Args:
@@ -33,9 +33,12 @@ def request(
         headers: headers in addition to those of `server`.
         max_bytes: maximum size of the response.
 
+    Returns:
+        The body, and the content type without its parameters, such as "application/json"; "" if the response has none.
+
     Raises:
-        ServerError: if the server refuses the request, fails or cannot be reached, or if the response is too large or
-            takes too long.
+        ServerError: if the server refuses the request, fails or cannot be reached, or if the response is too large,
+            is incomplete or takes too long.
     """
     message = urllib.request.Request(server.address(path), body, {**server.headers, **(headers or {})})
     with _Deadline(server.timeout + len(body or b"") / MIN_SPEED) as deadline:
@@ -44,14 +47,31 @@ def request(
         try:
             with urllib.request.build_opener(*handlers).open(message, timeout=server.timeout) as response:
                 deadline.check()
+                _check_complete(server, response)
                 content = _read(server, response, max_bytes)
-                return content, response.headers.get("Content-Type")
+                return content, response.headers.get("Content-Type", "").partition(";")[0].strip().lower()
         except urllib.error.HTTPError as error:
             with error:
                 raise _refusal(server, error) from None
         except (OSError, http.client.HTTPException) as error:
             reason = error.reason if isinstance(error, urllib.error.URLError) else error
             raise server.lost(f"no answer for {server.timeout:g} s" if deadline.is_over else reason) from error
+
+
+def _check_complete(server: Server, response: Any) -> None:
+    """Check that the response is a whole body, and that its end can be recognized.
+
+    Raises:
+        ServerError: if the status is not 200, for example for a part of a file, or if neither a length nor the
+            encoding of the response tells where it ends.
+    """
+    if response.status != 200:
+        raise ServerError(f"{server.url} answers with HTTP status {response.status}, not 200; is it `nemo-lfr serve`?")
+    if response.length is None and not response.chunked:
+        raise ServerError(
+            f"{server.url} answers without the header Content-Length, so a truncated answer cannot be recognized; is "
+            "it `nemo-lfr serve`?"
+        )
 
 
 def _read(server: Server, response: Any, max_bytes: int) -> bytes:

@@ -20,7 +20,7 @@ def resample(wave: np.ndarray, from_rate: float, to_rate: int) -> np.ndarray:
         to_rate: sample rate of the result in Hz.
 
     Returns:
-        ceil(T * to_rate / from_rate) samples.
+        Samples [n], where n is `num_resampled(T, from_rate, to_rate)`.
 
     Raises:
         AudioError: if `from_rate` is not a valid sample rate.
@@ -42,7 +42,7 @@ class Resampler:
         import soxr
 
         self._stream = soxr.ResampleStream(from_rate, to_rate, 1, dtype="float32", quality="HQ")
-        self._ratio = float(to_rate) / from_rate
+        self._rates = from_rate, to_rate
         self._num_input = self._num_output = 0
 
     def push(self, wave: np.ndarray, last: bool = False) -> np.ndarray:
@@ -58,11 +58,22 @@ class Resampler:
         self._num_input += len(wave)
         resampled: np.ndarray = self._stream.resample_chunk(wave.astype(np.float32, copy=False), last=last)
         if last:
-            # librosa rounds the length up, with these floating-point operations; soxr rounds it to the nearest.
-            missing = math.ceil(self._num_input * self._ratio) - self._num_output - len(resampled)
+            # librosa rounds the length up; soxr rounds it to the nearest.
+            missing = num_resampled(self._num_input, *self._rates) - self._num_output - len(resampled)
             resampled = np.pad(resampled, (0, missing)) if missing > 0 else resampled[: len(resampled) + missing]
         self._num_output += len(resampled)
         return resampled
+
+
+def num_resampled(num_samples: int, from_rate: float, to_rate: int) -> int:
+    """Return the length of a recording after resampling: num_samples * to_rate / from_rate, rounded up.
+
+    Args:
+        num_samples: length of the recording in samples at `from_rate`.
+        from_rate: sample rate of the recording in Hz.
+        to_rate: sample rate after resampling in Hz.
+    """
+    return math.ceil(num_samples * (float(to_rate) / from_rate))  # the floating-point operations of librosa
 
 
 def count_samples(seconds: float, rate: float) -> int:

@@ -296,6 +296,7 @@ class OtherServer(BaseHTTPRequestHandler):
     def do_GET(self):
         self.send_response(200 if self.path.startswith(("/mounted/v1/info", "/odd/")) else 404)
         content = b'{"tokens": [[1], [2, 3]]}' if self.path.startswith("/odd/") else b"hi"
+        self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         self.wfile.write(content)
@@ -336,7 +337,7 @@ def test_another_server_is_recognized(tokens):
             check_all(url, tokens, ServerRefusedError, "404")
             with pytest.raises(ServerError, match="is it the address of"):
                 Client(url + "/mounted/").info()
-            with pytest.raises(ServerError, match="does not report version"):
+            with pytest.raises(ServerError, match="version is missing"):
                 Client(url + "/odd").encode_file(b"")
         finally:
             other.shutdown()
@@ -373,9 +374,9 @@ def dripping(head):
 
 
 def endless():
-    yield b"HTTP/1.1 200 OK\r\n\r\n"
+    yield b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
     while True:
-        yield bytes(1 << 16)
+        yield b"10000\r\n" + bytes(1 << 16) + b"\r\n"
 
 
 @contextmanager
@@ -414,7 +415,8 @@ ANY = {  # wrong for every request
     "deep": lambda: response(b"[" * 100_000),
     "slow head": lambda: dripping(b"HTTP/1.1 200 O"),
     "slow header": lambda: dripping(b"HTTP/1.1 200 OK\r\nA: "),
-    "slow body": lambda: dripping(b"HTTP/1.1 200 OK\r\n\r\n"),
+    "slow body": lambda: dripping(b"HTTP/1.1 200 OK\r\nContent-Length: 99999\r\n\r\n"),
+    "cut chunks": lambda: [b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nRIFFx\r\n"],
     "slow error": lambda: dripping(b"HTTP/1.1 500 X\r\n\r\n"),
     "odd error": lambda: response({"error": {"a": 1}}, status="403 X"),
     "list of an error": lambda: response([1], status="401 X"),
@@ -449,7 +451,9 @@ def test_another_program_is_never_taken_for_the_server(name):
         {"tokens": [[1, 16], [3, 4]]},
         {"tokens": [[1, 2.5], [3, 4]]},
         {"tokens": [[1, 10**40], [3, 4]]},
-        {"tokens": [[1, True], [False, 4]], "num_samples": True},
+        {"tokens": [[1, True], [3, 4]]},
+        {"tokens": [[1, {}], [3, 4]]},
+        {"tokens": {"0": [1, 2]}},
         {"tokens": [[1, math.nan], [3, 4]]},
         {"tokens": [[1], [1, 2]]},
         {"tokens": [[1, 2, 3], [1, 2, 3]]},
@@ -459,6 +463,10 @@ def test_another_program_is_never_taken_for_the_server(name):
         {"num_samples": 99_999},
         {"num_samples": 1024},
         {"num_samples": None},
+        {"num_samples": True},
+        {"num_samples": 2000.0},
+        {"num_samples": math.nan},
+        {"num_samples": 1 << 80},
         {"sample_rate": 44_100},
         {"samples_per_frame": "1024"},
     ],
@@ -469,10 +477,60 @@ def test_tokens_that_cannot_be_of_the_codec_are_refused(change):
         Client(url).encode_file(b"x")
 
 
-@pytest.mark.parametrize("change", [{"sample_rate": "a"}, {"num_codebooks": 0}, {"model": None}, {"bit_rate": -1}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sample_rate": "a"},
+        {"num_codebooks": 0},
+        {"model": None},
+        {"model": "\x1b[2J"},
+        {"bit_rate": -1},
+        {"frame_rate": math.nan},
+        {"frame_rate": math.inf},
+        {"max_streams": True},
+        {"samples_per_frame": 1024.0},
+        {"codebook_size": 1 << 40},
+        {"max_body_bytes": [[[[[[[1]]]]]]]},
+        {"version": {}},
+    ],
+    ids=str,
+)
 def test_an_info_of_wrong_types_is_refused(change):
     with answering(list, INFO | change) as url, pytest.raises(ServerError, match="is it the address"):
         Client(url).info()
+
+
+def replaced(old, new):
+    return lambda pieces: [piece.replace(old, new) for piece in pieces]
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (replaced(b"Content-Type", b"X-Type"), "does not answer with JSON|no content type, not audio"),
+        (replaced(b"Content-Type: a", b"Content-Type: text/html; a"), "does not answer with JSON|not audio"),
+        (replaced(b"Content-Length", b"X-Length"), "without the header Content-Length"),
+        (replaced(b"200 OK", b"206 Partial Content"), "HTTP status 206"),
+        (replaced(b"200 OK", b"204 No Content"), "HTTP status 204"),
+        (lambda pieces: [piece[:-5] for piece in pieces], "cannot be reached or does not answer"),
+    ],
+)
+def test_a_valid_body_in_a_wrong_answer_is_refused(change, match):
+    calls = {
+        lambda client: client.encode_file(b"x"): response(ENCODED),
+        lambda client: client.decode(np.zeros((2, 2), int), audio_format="flac"): response(
+            audio_of("flac"), "audio/flac"
+        ),
+    }
+    for call, pieces in calls.items():
+        with answering(lambda pieces=pieces: change(pieces)) as url, pytest.raises(ServerError, match=match):
+            call(Client(url))
+
+
+def test_json_with_a_repeated_key_is_refused():
+    body = json.dumps(ENCODED).encode()[:-1] + b', "num_samples": 1500}'
+    with answering(lambda: response(body)) as url, pytest.raises(ServerError, match="does not answer with JSON"):
+        Client(url).encode_file(b"x")
 
 
 @pytest.mark.parametrize("audio_format", ["wav", "flac", "opus"])
@@ -494,7 +552,7 @@ def test_only_the_requested_audio_is_returned(audio_format):
     for content in wrong:
         with pytest.raises(ServerError, match="is it the address"):
             decode(content)
-    with pytest.raises(ServerError, match="text/html, not audio"):
+    with pytest.raises(ServerError, match="'text/html', not audio"):
         decode(right, kind="text/html")
 
 
