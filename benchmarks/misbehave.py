@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 
 from nemo_lfr.client import AsyncClient
-from nemo_lfr.serve.engine import TRIM_AFTER_S
+from nemo_lfr.serve.engine import TRIM_INTERVAL_S
 
 STREAM = "/v1/decode/stream"
 END = b'{"type": "end"}'
@@ -360,13 +360,13 @@ def main(arguments: list[str] | None = None) -> int:
         expected = asyncio.run(decode(target, tokens, 0.09))
         asyncio.run(misbehave(target, list(KINDS), 40 * len(KINDS)))  # fills the allocator's pools and starts threads
         idle = wait_until_idle(url)
-        time.sleep(TRIM_AFTER_S + 2)
+        time.sleep(TRIM_INTERVAL_S + 2)
         before = state_of(process.pid)
         started = time.monotonic()
         late, results = asyncio.run(beside(target, list(KINDS), count, tokens, 0.09))
         seconds = time.monotonic() - started
         idle &= wait_until_idle(url)
-        time.sleep(TRIM_AFTER_S + 2)
+        time.sleep(TRIM_INTERVAL_S + 2)
         after = state_of(process.pid)
         error = max(abs(audio - expected).max() if audio.shape == expected.shape else np.inf for audio in results)
         drain = asyncio.run(terminate(process, target))

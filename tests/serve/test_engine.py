@@ -69,6 +69,22 @@ def test_an_error_of_on_step_does_not_stop_the_engine():
     assert len(with_engine(work, on_step=lambda step: 1 / 0)) == 3 * 1024
 
 
+@pytest.mark.parametrize(("interval", "trims"), [(0.0, True), (1e9, False)])
+def test_the_heap_is_trimmed_while_streams_are_open(monkeypatch, interval, trims):
+    calls = []
+    monkeypatch.setattr("nemo_lfr.serve.engine.TRIM_INTERVAL_S", interval)
+    monkeypatch.setattr("nemo_lfr.serve.engine.trim_malloc", lambda: calls.append(None))
+
+    async def work(engine):
+        with engine.decoder():
+            await decode(engine)
+            await decode(engine)
+            return len(calls)
+
+    assert (with_engine(work) > 0) == trims
+    assert len(calls) < 20  # an idle engine does not trim again and again
+
+
 def test_closing_the_engine_ends_open_streams_and_refuses_new_ones():
     async def work(engine):
         with engine.decoder() as session:
