@@ -17,8 +17,14 @@ from nemo_lfr.testing import SAMPLE_RATE as RATE
 
 __all__ = ["LOSSES", "MODULES", "RATE", "random_parts", "synthesize", "write_nemo"]
 
+# The released decoder has 90 convolutions in residual blocks. Tests mostly need the kinds of layers, not their number.
+FEWER_LAYERS: dict[str, Any] = {"resblock_kernel_sizes": [3, 11], "resblock_dilation_sizes": [1, 3]}
+ALL_LAYERS: dict[str, Any] = {"resblock_kernel_sizes": [3, 7, 11], "resblock_dilation_sizes": [1, 3, 5]}
 # Arguments of `codec_config` for the released size, 112.7 M parameters.
-FULL_SIZE: dict[str, Any] = {"audio_encoder": {"base_channels": 48}, "audio_decoder": {"base_channels": 1024}}
+FULL_SIZE: dict[str, Any] = {
+    "audio_encoder": {"base_channels": 48},
+    "audio_decoder": {"base_channels": 1024, **ALL_LAYERS},
+}
 
 
 def speech_like(num_samples: int, seed: int = 0) -> torch.Tensor:
@@ -62,13 +68,14 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def codec_config(kind: str = "symmetric", **changes: Any) -> dict[str, Any]:
-    """Return `testing.codec_config` changed to one of `KINDS`.
+    """Return `testing.codec_config` changed to one of `KINDS`, with the decoder's layers of `FEWER_LAYERS`.
 
     Args:
         kind: key of `KINDS`.
         changes: further changes; a dict is merged into the section of its name.
     """
     merged = dict(KINDS[kind])
+    merged["audio_decoder"] = FEWER_LAYERS | merged.get("audio_decoder", {})
     for key, value in changes.items():
         replaces = key == "vector_quantizer" and "_target_" in value
         merges = isinstance(value, dict) and isinstance(merged.get(key), dict) and not replaces

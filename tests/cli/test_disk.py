@@ -45,7 +45,7 @@ COMMANDS = {
     "detokenize": "detokenize {corpus} --out {out} --model {model}",
     "prepare": "prepare folder {audio} --out {out} --valid-share 0.5",
     "evaluate": "evaluate {audio}/manifest.json --codec lfr:{model} --out {out} --workers 1 --examples 1",
-    "export": "export onnx --out {out} --model {model} --overwrite",
+    "export": "export onnx --out {out} --model {small} --overwrite",
 }
 SEVERAL = {"encode a batch", "decode wav"}  # commands that report an error for each file
 every_command = pytest.mark.parametrize(
@@ -56,8 +56,10 @@ every_command = pytest.mark.parametrize(
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("inputs")
-    found = {name: root / name for name in ("audio", "tokens", "corpus")} | {"model": root / "tiny.nemo"}
+    found = {name: root / name for name in ("audio", "tokens", "corpus")}
+    found |= {"model": root / "tiny.nemo", "small": root / "small.nemo"}
     write_codec(found["model"])
+    write_codec(found["small"], "two_stages")  # a conversion to ONNX takes time for each layer
     lines = []
     for number, folder in enumerate("ab"):
         (found["audio"] / folder).mkdir(parents=True)

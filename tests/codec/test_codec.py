@@ -17,7 +17,7 @@ from nemo_lfr.codec.codec import Codec
 from nemo_lfr.codec.torch_backend import TorchBackend
 from nemo_lfr.errors import AudioError, NemoLfrError, TokensError
 from nemo_lfr.frames import Context
-from tests.models import KINDS, MODULES, build_codec, cached_codec, codec_config, same_parts, synthesize
+from tests.models import ALL_LAYERS, KINDS, MODULES, build_codec, cached_codec, codec_config, same_parts, synthesize
 from tests.reference import assert_same_tokens, changed_frames, reference_decode, reference_encode
 from tests.tiers import ALL_KINDS, slow_after, slow_except, slow_if
 
@@ -46,7 +46,7 @@ def padded(clips: list[np.ndarray], fill: str = "noise", seed: int = 0) -> tuple
 def released(**changes):
     """Return the released layout (rates, kernels and dilations) with few channels, in float64."""
     encoder = {"resblock_kernel_sizes": [3, 7, 11]} | changes.get("encoder", {})
-    decoder = {"resblock_kernel_sizes": [3, 7, 11], "resblock_dilation_sizes": [1, 3, 5]} | changes.get("decoder", {})
+    decoder = ALL_LAYERS | changes.get("decoder", {})
     codec = build_codec(changes.get("kind", "symmetric"), audio_encoder=encoder, audio_decoder=decoder)
     return codec.encoder.double(), codec.decoder.double()
 

@@ -2,7 +2,6 @@
 
 import copy
 import pickle
-import subprocess
 import sys
 
 import pytest
@@ -14,12 +13,13 @@ import lightning.pytorch as pl
 from omegaconf import OmegaConf
 
 from nemo_lfr import AudioCodecModel, ConfigError, load
+from nemo_lfr.testing import TWO_STAGES
 from nemo_lfr.training import components
 from tests.crash import ROOT
 from tests.models import MODULES, codec_config, speech_like
 
 OWN = "parts_of_a_test."
-CONFIG = {
+CONFIG = TWO_STAGES | {
     "discriminator": {
         "_target_": MODULES + "Discriminator",
         "discriminators": [
@@ -117,48 +117,33 @@ def test_a_run_resumes_with_the_weights_of_one_that_was_not_stopped(tmp_path):
     assert weights["_losses.custom.terms.envelope.calls"] == expected["_losses.custom.terms.envelope.calls"] + 2
 
 
-OPEN = """
-import sys
-import torch
-from nemo_lfr import AudioCodecModel, ConfigError, load
-path, audio = sys.argv[1], torch.load(sys.argv[2])
-tokens = load(path, "cpu").encode(audio)[0]
-model = AudioCodecModel.restore_from(path, map_location="cpu")
-assert torch.equal(model.encode(audio=audio, audio_len=torch.tensor([audio.shape[1]]))[0], tokens)
-model.save_to(sys.argv[3])
-try:
-    model.build_discriminator()
-except ConfigError as error:
-    print(error)
-assert "parts_of_a_test" not in sys.modules
-torch.save(tokens, sys.argv[4])
-"""
-
-
-@pytest.mark.slow
-def test_a_file_opens_without_the_users_package_and_names_what_training_misses(tmp_path, package):
+def test_a_file_opens_without_the_users_package_and_names_what_training_misses(tmp_path, monkeypatch):
     model, _ = trained()
     path, audio = tmp_path / "trained.nemo", speech_like(20 * 1024)[None]
     model.save_to(path)
-    torch.save(audio, tmp_path / "audio.pt")
-    names = ("trained.nemo", "audio.pt", "again.nemo", "tokens.pt")
-    # The process could import the package, but opening a file must not do so.
-    command = [sys.executable, "-c", OPEN, *(str(tmp_path / name) for name in names)]
-    environment = {"PYTHONPATH": f"{ROOT}:{package}", "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert (
-        "discriminator: _target_ 'parts_of_a_test.WaveDiscriminator' is not registered. If this is your own class, "
-        "first pass it to nemo_lfr.training.components.register_component."
-    ) in done.stdout
-    tokens = model.encode(audio=audio, audio_len=torch.tensor([audio.shape[1]]))[0]
-    assert torch.equal(torch.load(tmp_path / "tokens.pt"), tokens)
+    expected = model.encode(audio=audio, audio_len=torch.tensor([audio.shape[1]]))[0]
+    # As in a new process that could import the package, but opening a file must not do so.
+    with monkeypatch.context() as patch:
+        patch.delitem(sys.modules, "parts_of_a_test")
+        patch.setattr(components, "_REGISTERED", {})
+        tokens = load(path, "cpu").encode(audio)[0]
+        opened = AudioCodecModel.restore_from(path, map_location="cpu")
+        assert torch.equal(opened.encode(audio=audio, audio_len=torch.tensor([audio.shape[1]]))[0], tokens)
+        opened.save_to(tmp_path / "again.nemo")
+        with pytest.raises(ConfigError) as raised:
+            opened.build_discriminator()
+        assert (
+            "discriminator: _target_ 'parts_of_a_test.WaveDiscriminator' is not registered. If this is your own "
+            "class, first pass it to nemo_lfr.training.components.register_component."
+        ) in str(raised.value)
+        assert "parts_of_a_test" not in sys.modules
+    assert torch.equal(tokens, expected)
     # With registered classes, training continues with the discriminators of the file, even after saving it again.
     for name in ("trained.nemo", "again.nemo"):
         restored = AudioCodecModel.restore_from(tmp_path / name, map_location="cpu")
         restored.build_discriminator()
-        expected = model.discriminator.state_dict()
-        assert all(torch.equal(value, expected[key]) for key, value in restored.discriminator.state_dict().items())
+        weights = model.discriminator.state_dict()
+        assert all(torch.equal(value, weights[key]) for key, value in restored.discriminator.state_dict().items())
         fit(restored.train())
 
 
