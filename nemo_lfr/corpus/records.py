@@ -83,7 +83,16 @@ class ShardRecord:
         return record if record and not any(record.damage(out, name, verify) for name in record.files) else None
 
     def damage(self, out: Path, name: str, verify: bool = False) -> str | None:
-        """Describe how a file differs from its record; return None if it does not."""
+        """Describe how a file of the shard differs from the record.
+
+        Args:
+            out: the output folder.
+            name: path of the file relative to the output folder.
+            verify: whether to compare the hash of the file, not only its size.
+
+        Returns:
+            The difference, for messages; None if there is none.
+        """
         path = out / name
         if not path.is_file():
             return f"{path}: no such file"

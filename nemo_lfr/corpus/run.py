@@ -89,7 +89,13 @@ def tokenize(
 
 
 def find_records(plan: Plan, verify: bool, retry_failed: bool) -> dict[int, ShardRecord]:
-    """Return the records of the shards that do not have to be tokenized, by index of the shard."""
+    """Return the records of the shards that do not have to be tokenized, by index of the shard.
+
+    Args:
+        plan: the plan of the run.
+        verify: whether to compare the hashes of existing files, not only their sizes.
+        retry_failed: whether to tokenize shards with failed clips again.
+    """
     records: dict[int, ShardRecord] = {}
     for index in plan.indices:
         record = ShardRecord.find(plan.out, index, verify)

@@ -56,6 +56,16 @@ def tokenize_shard(
 ) -> ShardRecord:
     """Tokenize a shard and move its files into the output folder.
 
+    Args:
+        config: settings of the run.
+        codec: codec that encodes the clips.
+        corpus: the opened corpus.
+        shard: description of the shard, from `corpus.shards`.
+        index: index of the shard in the run.
+
+    Returns:
+        The record of the shard, which was also written to the output folder.
+
     Raises:
         AudioError: with `config.strict`, for a clip that cannot be tokenized.
         NemoLfrError: if the output folder no longer belongs to this run.
@@ -113,7 +123,17 @@ def _tokenize(
 def skip_failures(
     config: TokenizeConfig, clips: Iterator[tuple[Clip, "Future[list[np.ndarray]]"]], record: ShardRecord
 ) -> Iterator[LoadedClip]:
-    """Yield the clips that can be read. The other clips are added to the failures of the record."""
+    """Yield the clips that can be read. The other clips are added to the failures of the record.
+
+    Args:
+        config: settings of the run.
+        clips: clips with the futures of their audio, from `prefetch`.
+        record: record of the shard.
+
+    Raises:
+        NemoLfrError: with `config.strict`, for the first clip that cannot be read.
+        OSError: as for NemoLfrError.
+    """
     for clip, waves in clips:
         try:
             yield clip, waves.result()
@@ -149,7 +169,17 @@ def _batches(clips: Iterator[LoadedClip], limit: float) -> Iterator[list[LoadedC
 def prefetch(
     readers: ThreadPoolExecutor, config: TokenizeConfig, sample_rate: int, clips: Iterator[Clip]
 ) -> Iterator[tuple[Clip, "Future[list[np.ndarray]]"]]:
-    """Yield clips with their audio. Other threads read the audio of the next clips in advance."""
+    """Yield clips with their audio, which threads read in advance.
+
+    Args:
+        readers: threads that read the audio.
+        config: settings of the run.
+        sample_rate: sample rate of the audio in Hz.
+        clips: clips to read, in the order of the result.
+
+    Yields:
+        Each clip, and the future of its samples [T] and, if contexts are tokenized, those of its context.
+    """
     waiting: list[tuple[Clip, Future[list[np.ndarray]]]] = []
     for clip in clips:
         waiting.append((clip, readers.submit(_read, clip, config, sample_rate)))

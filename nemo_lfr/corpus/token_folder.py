@@ -101,7 +101,7 @@ class TokenFolder:
         if not isinstance(values.get("context", False), bool):
             raise ValueError(f"context is {quoted(values['context'])}; expected true or false")
         if not isinstance(values["codec"], dict) or not isinstance(values["codec"]["fingerprint"], str):
-            raise ValueError(f"codec is {shorten(values['codec'])}; expected an object whose fingerprint is a string")
+            raise ValueError(f"codec is {quoted(values['codec'])}; expected an object whose fingerprint is a string")
         return Metadata.from_json(json.dumps(values["codec"]).encode())
 
     def _count(self) -> list[int]:

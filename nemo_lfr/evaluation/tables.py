@@ -115,7 +115,7 @@ def shorten_name(name: str, length: int) -> str:
 
 
 def means(result: Result, keys: Iterable[str]) -> dict[str, Mean]:
-    """Compute the mean of each metric, over the recordings that have a value of the metric."""
+    """Compute the mean of each metric, by name, over the recordings in `keys` that have a value of the metric."""
     columns: dict[str, list[float]] = {}
     for key in keys:
         for name, value in result.values.get(key, {}).items():
@@ -329,7 +329,7 @@ def codebooks(evaluation: Evaluation) -> Table | None:
 
 
 def groups(evaluation: Evaluation, label: str) -> list[Table]:
-    """Return a quality table for each value that the manifest key `label` has."""
+    """Return one quality table for each value of the manifest key `label`, and one for recordings without it."""
     by_value: dict[str, list[str]] = {}
     for key, recording in evaluation.recordings.items():
         by_value.setdefault(str(recording.labels.get(label, "(none)")), []).append(key)

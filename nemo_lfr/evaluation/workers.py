@@ -113,7 +113,19 @@ def values_from_json(values: dict[str, Any]) -> dict[str, Value]:
 
 
 def read_pair(recording: Recording, output: Path, rate: int) -> tuple[Signal, Signal]:
-    """Read a recording and the output of a codec, and trim or pad the output to the length of the recording."""
+    """Read a recording and the output of a codec.
+
+    Args:
+        recording: the recording.
+        output: WAV file with the output of the codec.
+        rate: sample rate at which the two are compared, in Hz.
+
+    Returns:
+        The recording and the output. The output is trimmed or padded to the length of the recording.
+
+    Raises:
+        AudioError: if the recording cannot be read, or one of the two is not valid audio (see `Signal`).
+    """
     original = Signal(read(recording.path, rate, recording.offset, recording.duration), rate)
     return original, read_output(output, original)
 

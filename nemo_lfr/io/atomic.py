@@ -255,6 +255,9 @@ def naming(path: Path, temporary: Path | None = None) -> Iterator[None]:
         path: the output file. An error without a file name, such as "No space left on device", gets this name.
         temporary: temporary file or folder that becomes `path`. An error that names this file, or a file in
             this folder, gets the name `path` instead.
+
+    Raises:
+        OSError: in place of an OSError in the block.
     """
     try:
         yield

@@ -66,9 +66,15 @@ def check_cut(manifest: Mapping[str, Any], allow_url: bool = False) -> None:
 
 
 def check_source(kind: object, source: object, allow_url: bool = False) -> None:
-    """Raise AudioError if a Lhotse audio source is not allowed.
+    """Check that a Lhotse audio source is a file, bytes in memory or, if allowed, an http(s) URL.
 
-    Files and bytes in memory are allowed. http(s) URLs are allowed if `allow_url` is set.
+    Args:
+        kind: `type` of the source, such as "file".
+        source: `source` of the source: a path, a URL, a command or bytes.
+        allow_url: whether http(s) URLs are allowed.
+
+    Raises:
+        AudioError: if the source is not allowed.
     """
     shown = "..." if isinstance(source, bytes) else shorten(source)
     if kind == "command":

@@ -83,5 +83,9 @@ class Journal:
 
 
 def write_text(path: Path, text: str) -> Path:
-    """Write a text file atomically and return its path."""
+    """Write a text file in UTF-8 atomically, and return its path. An existing file is replaced.
+
+    Raises:
+        OSError: if the file cannot be written. An existing file is kept.
+    """
     return write_bytes(path, text.encode("utf-8", ANY_NAME))

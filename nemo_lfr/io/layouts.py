@@ -290,7 +290,7 @@ def held_out_by(utterances: list[CorpusUtterance], share: float) -> str:
     """Return which units `hold_out` assigns to splits: "speaker", "folder" or "file".
 
     If several kinds of units are used, the result names all of them, as in "speaker or file". The result is empty if
-    all utterances have a split already.
+    all utterances have a split already. The arguments are those of `hold_out`.
     """
     unit = _units(utterances, share)
     units = {unit(utterance) for utterance in utterances if utterance.split is None and not utterance.problem}

@@ -41,7 +41,20 @@ def read_file(
 
 
 def read_bytes(data: bytes, name: str, sample_rate: int, longest: float = math.inf) -> np.ndarray:
-    """Read an audio file whose bytes are in memory, for instance from a cell of a table; see `read_file`."""
+    """Read an audio file whose bytes are in memory, for instance from a cell of a table.
+
+    Args:
+        data: content of the audio file.
+        name: name of the clip for messages.
+        sample_rate: sample rate of the result in Hz.
+        longest: maximum duration of the clip in seconds.
+
+    Returns:
+        Mono float32 samples [T].
+
+    Raises:
+        AudioError: if the bytes cannot be read as audio, or the clip lasts more than `longest` seconds.
+    """
     with AudioReader(name, sample_rate, data) as reader:
         return _read(reader, None, None, longest, name)
 
@@ -49,7 +62,23 @@ def read_bytes(data: bytes, name: str, sample_rate: int, longest: float = math.i
 def read_part(
     source: Path | bytes, name: str, offset: float, duration: float, sample_rate: int, longest: float = math.inf
 ) -> np.ndarray:
-    """Read a section of an audio file, such as a cut, from a path or from bytes in memory; see `read_file`."""
+    """Read a section of an audio file, such as a cut, from a path or from bytes in memory.
+
+    Args:
+        source: path of the audio file, or its content.
+        name: name of the clip for messages.
+        offset: start of the section in seconds.
+        duration: duration of the section in seconds.
+        sample_rate: sample rate of the result in Hz.
+        longest: maximum duration of the clip in seconds.
+
+    Returns:
+        Mono float32 samples [T].
+
+    Raises:
+        AudioError: if the audio cannot be read or ends before the section does, or if the section lasts more than
+            `longest` seconds.
+    """
     with AudioReader(
         source if isinstance(source, Path) else name, sample_rate, None if isinstance(source, Path) else source
     ) as reader:

@@ -11,6 +11,10 @@ from nemo_lfr.io.atomic import replacing
 def save_tensors(path: Path, value: Any) -> None:
     """Write a value with `torch.save`, atomically. An existing file is replaced.
 
+    Args:
+        path: the file.
+        value: tensor, or any other value that `torch.save` accepts.
+
     Raises:
         OSError: if the file cannot be written, for instance on a full disk. The error names `path`, and an existing
             file is kept.

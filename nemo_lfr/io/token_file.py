@@ -314,7 +314,18 @@ class TokenWriter(TokenStreamWriter):
         overwrite: bool = False,
         model: EntropyModel | None = None,
     ) -> "TokenWriter":
-        """Return a writer for tokens of `codec`."""
+        """Return a writer for the tokens of a codec.
+
+        Args:
+            path: the token file.
+            codec: codec whose metadata is written into the header.
+            overwrite: whether to replace an existing file.
+            model: entropy model that compresses the tokens; None to write them uncompressed.
+
+        Raises:
+            NemoLfrError: if the file exists and `overwrite` is not set.
+            EntropyModelError: if `model` has different levels or codebooks.
+        """
         return cls(path, Metadata.of(codec), overwrite, model)
 
     def __enter__(self) -> "TokenWriter":

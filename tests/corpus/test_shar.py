@@ -45,6 +45,8 @@ def test_a_gap_between_shards_is_reported(kind, shar, caplog):
 
 def test_fields_of_other_shards_are_refused(shar):
     (shar / "cuts.000001.jsonl.gz").unlink()
+    with pytest.raises(ConfigError, match=r"different numbers of shards \(cuts: 3, recording: 4\); copy the missing"):
+        open_corpus(shar, None, shar / "unused.json")
     (shar / "recording.000002.tar").unlink()
     message = r"shards \[1\] of the field recording have no cuts, and shards \[2\] of the cuts have no recording"
     with pytest.raises(ConfigError, match=message):

@@ -270,7 +270,12 @@ def regular_file(path: Path) -> Path:
 
 
 def read_lines(file: Any, path: Path, keep_empty: bool = False) -> Iterator[bytes]:
-    """Yield the lines of a JSON-lines file.
+    """Yield the lines of a JSON-lines file as bytes.
+
+    Args:
+        file: the file, open for reading in binary mode.
+        path: path of the file for messages.
+        keep_empty: whether to yield blank lines too.
 
     Raises:
         TokenFileError: if a line has `MAX_LINE` bytes or more.

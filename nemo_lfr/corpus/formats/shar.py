@@ -281,7 +281,11 @@ class SharFormat(OutputFormat):
 
 
 def read_npy(data: bytes) -> np.ndarray:
-    """Parse a `.npy` file without copying, so that a header with a wrong, huge shape allocates no memory."""
+    """Parse the content of a `.npy` file without copying. A header with a wrong, huge shape allocates no memory.
+
+    Raises:
+        ValueError: if the content is damaged, or the array contains Python objects.
+    """
     stream = io.BytesIO(data)
     version = np.lib.format.read_magic(stream)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0

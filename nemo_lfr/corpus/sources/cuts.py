@@ -146,7 +146,14 @@ def _joined(supervisions: Sequence[Any], text: str | None) -> dict[str, Any]:
 def item_to_clip(item: CutItem, origin: str, number: int, allow_url: bool) -> Clip:
     """Convert a cut in a file to a clip.
 
-    An invalid cut becomes a clip whose `audio` function raises AudioError with the reason.
+    Args:
+        item: the cut, or the reason why it is invalid.
+        origin: path of the file, for messages.
+        number: number of the clip among those with the same id, from 1; see `numbered_id`.
+        allow_url: whether to download audio that is at an http(s) URL.
+
+    Returns:
+        The clip. For an invalid cut, its `audio` function raises AudioError with the reason.
     """
     problem = item.problem
     if problem is None:

@@ -50,8 +50,10 @@ class Shar(CorpusReader):
         check_fields(path, self.fields)
         counts = {name: len(files) for name, files in self.fields.items()}
         if len(set(counts.values())) != 1:
+            listing = ", ".join(f"{name}: {count}" for name, count in counts.items())
             raise ConfigError(
-                f"{path}: not a complete Lhotse Shar: its fields have {counts} shards; copy the missing files."
+                f"{path}: not a complete Lhotse Shar: the fields have different numbers of shards "
+                f"({shorten(listing, 300)}); copy the missing files."
             )
         numbers = {name: _numbers(files) for name, files in self.fields.items()}
         if others := [name for name in numbers if numbers[name] != numbers["cuts"]]:

@@ -29,9 +29,14 @@ HEADER_BYTES = 32  # no match of `_HEADERS` is longer
 
 
 def next_file(window: Window, position: int) -> int | None:
-    """Return the start of another audio file that follows at `position`; None if no file follows.
+    """Find another audio file that follows the first one.
 
-    The file may be preceded by one padding byte, or by tags and zeros.
+    Args:
+        window: the file.
+        position: end of the first audio file. Before the next one, there may be a padding byte, or tags and zeros.
+
+    Returns:
+        The start of the next audio file; None if no audio file follows.
     """
     if position >= window.size:
         return None
@@ -83,18 +88,28 @@ def find_header(window: Window, position: int) -> int | None:
 
 
 def until_end(window: Window, position: int) -> int | None:
-    """Return the end of the samples in a file that contains only samples and tags after `position`.
+    """Return the end of the samples in a file that contains only samples and tags after a position.
 
-    The result is None if the header of another file follows.
+    Args:
+        window: the file.
+        position: start of the samples.
+
+    Returns:
+        The position after the last sample; None if the header of another audio file follows.
     """
     return None if find_header(window, position) is not None else without_tags(window, position, window.size)
 
 
 def compare_end(window: Window, end: int) -> list[Stream]:
-    """Return a file as one `Stream` that ends at the position `end`.
+    """Return a file as one `Stream` that ends at a position.
 
-    If another file follows, the stream has a `problem`. If other bytes follow, it has a `note`. Tags and padding are
-    ignored.
+    Args:
+        window: the file.
+        end: position after the last sample.
+
+    Returns:
+        A list with the stream. If another audio file follows, the stream has a `problem`. If other bytes follow, it
+        has a `note`. Tags and padding are ignored.
     """
     end = min(end, window.size)
     if next_file(window, end) is not None:

@@ -99,7 +99,7 @@ def _voc_format(block: bytes) -> bytes | None:
 
 
 def is_svx(head: bytes, _: Window) -> bool:
-    """Return whether a file is 8SVX or 16SV."""
+    """Return whether a file is an 8SVX or 16SV file."""
     return head[:4] == b"FORM" and head[8:12] in SVX_FORMS
 
 

@@ -154,7 +154,7 @@ def mat4_streams(window: Window) -> list[Stream]:
 
 
 def is_mat5(head: bytes, _: Window) -> bool:
-    """Return whether a file is MATLAB 5."""
+    """Return whether a file is a MATLAB 5 file."""
     return head == _MAT5[:12]
 
 

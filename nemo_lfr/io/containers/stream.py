@@ -152,17 +152,27 @@ def without_tags(window: Window, start: int, stop: int) -> int:
 
 
 def whole_file(size: int, problem: str | None = None) -> Stream:
-    """Return the stream of an unchanged file of `size` bytes."""
+    """Return the stream of an unchanged file.
+
+    Args:
+        size: size of the file in bytes.
+        problem: error message if the file cannot be read.
+    """
     return Stream([(0, size)], is_file=True, problem=problem)
 
 
 def cut_short(promised: int, available: int) -> str:
-    """Return the error message for a file that has fewer bytes than its header declares."""
+    """Return the error message for a file that has fewer bytes than its header declares.
+
+    Args:
+        promised: number of bytes of audio in the header.
+        available: number of bytes of audio in the file.
+    """
     return f"the audio was truncated: its header declares {promised} bytes, but there are {available}"
 
 
 def longer(promised: int, available: int) -> str:
-    """Return the warning about a file that has more bytes than its header declares."""
+    """Return the warning about a file that has more bytes than its header declares; see `cut_short`."""
     return f"its header declares {promised} bytes, but there are {available}; all of them are read"
 
 

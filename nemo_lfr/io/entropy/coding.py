@@ -17,7 +17,12 @@ SIZE = struct.Struct("<I")
 
 
 def payload_range(count: int, bytes_per_frame: int) -> range:
-    """Return the valid payload sizes in bytes of a block of `count` frames."""
+    """Return the valid payload sizes of a block in bytes.
+
+    Args:
+        count: number of frames in the block.
+        bytes_per_frame: size of a packed frame in bytes.
+    """
     return range(min(least_bytes(count), count * bytes_per_frame), count * bytes_per_frame + 1)
 
 

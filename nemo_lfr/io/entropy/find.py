@@ -80,7 +80,17 @@ def model_if_any(codec: KnownCodec) -> EntropyModel | None:
 
 
 def check_layout(model: EntropyModel, levels: tuple[int, ...], num_codebooks: int, name: object) -> None:
-    """Raise EntropyModelError unless a model has these levels and codebooks."""
+    """Check that an entropy model has the codebooks of some tokens.
+
+    Args:
+        model: the entropy model.
+        levels: number of FSQ levels in each dimension of a codebook of the tokens.
+        num_codebooks: number of codebooks of the tokens.
+        name: name of the tokens for the message, such as the path of their file.
+
+    Raises:
+        EntropyModelError: if the model has other levels or another number of codebooks.
+    """
     spec = model.spec
     if (spec.levels, spec.num_codebooks) != (tuple(levels), num_codebooks):
         raise EntropyModelError(
