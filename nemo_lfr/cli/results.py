@@ -145,7 +145,7 @@ class AudioFigures(TypedDict):
     Attributes:
         duration_s: duration of the audio.
         sample_rate_hz: sample rate of the file.
-        use: text that names the command for the file.
+        use: text that says which command accepts the file.
     """
 
     kind: Literal["audio"]
@@ -162,7 +162,7 @@ class OtherFigures(TypedDict):
 
     Attributes:
         description: text that says what the file or folder is.
-        use: text that names the command for the file or folder.
+        use: text that says which command accepts the file or folder.
     """
 
     kind: Literal["corpus", "corpus_tokens", "unfinished_tokens", "evaluation", "files"]

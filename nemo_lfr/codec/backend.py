@@ -52,7 +52,7 @@ class Batching:
 
     Attributes:
         chunk_frames: frames in one window of a long recording, without the context of the window. The default suits a
-            CPU, whose cache is too small for longer windows. With the context of the released config, a window of 132
+            CPU, whose cache is too small for longer windows. With the context of NVIDIA's codec, a window of 132
             frames becomes 144 frames to encode and 158 to decode.
         batch_frames: total frames in one batch of windows.
         pad_multiple: windows are padded to a multiple of this many frames, so that few different shapes occur.

@@ -199,7 +199,7 @@ class Codec(HubMethods[Array]):
             blocks: consecutive float samples at the codec's rate, each of shape [n] with any n.
 
         Yields:
-            Consecutive tokens [C, T] as int32. Joined, they equal the tokens of the whole recording.
+            Consecutive tokens [C, k] as int32. Joined, they equal the tokens of the whole recording.
         """
         frame, cutter = self.samples_per_frame, self._audio_cutter()
         for wave, window in trim_between_windows(
@@ -215,13 +215,13 @@ class Codec(HubMethods[Array]):
             yield tokens
 
     def decode_blocks(self, blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-        """Decode one utterance block by block, in constant memory.
+        """Decode one recording block by block, in constant memory.
 
         Args:
-            blocks: consecutive tokens, each of shape [C, n] with any n.
+            blocks: consecutive tokens, each of shape [C, k] with any k.
 
         Yields:
-            Consecutive float32 samples of whole frames. Joined, they equal the decoded audio of the whole utterance.
+            Consecutive float32 samples of whole frames. Joined, they equal the decoded audio of the whole recording.
         """
         frame, cutter = self.samples_per_frame, self._token_cutter()
         for piece, window in trim_between_windows(

@@ -1,7 +1,7 @@
 """Streaming encoder and decoder.
 
 Results are the same as for the whole recording, whatever the chunk size. The result for a frame depends on some later
-frames, the lookahead, and is returned as soon as they have arrived. With the released config, the encoder waits for 6
+frames, the lookahead, and is returned as soon as they have arrived. In NVIDIA's codec, the encoder waits for 6
 later frames and the decoder for 13. A smaller `lookahead` reduces latency at some cost in quality: each frame is then
 processed as if the recording ended after its lookahead. Only one thread at a time may push to a stream. A push that
 raises an error leaves all streams unchanged.

@@ -135,7 +135,7 @@ class HiFiGANDecoder(NeuralModule):
 
     @property
     def context(self) -> Context:
-        """Numbers of earlier and later frames that decoded audio depends on; both are 13 for the released config."""
+        """Numbers of earlier and later frames that decoded audio depends on; both are 13 in NVIDIA's codec."""
         return Context(
             num_frames(self._field.past, self.samples_per_frame),
             num_frames(self._field.future, self.samples_per_frame),
@@ -145,7 +145,7 @@ class HiFiGANDecoder(NeuralModule):
     def min_frames(self) -> int:
         """Shortest input of `decode_frames`, in frames; `forward` zero-pads shorter input.
 
-        The value is 4 for the released config.
+        The value is 4 in NVIDIA's codec.
         """
         return self._field.shortest
 

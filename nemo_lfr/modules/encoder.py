@@ -124,7 +124,7 @@ class HiFiGANEncoder(NeuralModule):
 
     @property
     def context(self) -> Context:
-        """Numbers of earlier and later frames that an encoded frame depends on; both are 6 for the released config."""
+        """Numbers of earlier and later frames that an encoded frame depends on; both are 6 in NVIDIA's codec."""
         # A frame depends on the samples from `field.past` before its first sample to `field.future` after it.
         rate, field = self.samples_per_frame, self._field
         return Context(num_frames(field.past, rate), num_frames(max(0, field.future - (rate - 1)), rate))
@@ -133,7 +133,7 @@ class HiFiGANEncoder(NeuralModule):
     def min_frames(self) -> int:
         """Shortest input of `encode_frames`, in frames; `forward` zero-pads shorter input.
 
-        The value is 4 for the released config.
+        The value is 4 in NVIDIA's codec.
         """
         return num_frames(self._field.shortest, self.samples_per_frame)
 

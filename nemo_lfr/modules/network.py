@@ -1,7 +1,7 @@
-"""The order of the layers in the encoder and the decoder, defined once for every way of running them.
+"""The order of the layers in the encoder and the decoder, defined once for all implementations.
 
 `encode` and `decode` call three operations: a convolution, a transposed convolution and a residual layer. Each class
-that implements `Ops` runs them in its own way: `ModuleOps` calls the modules, for training and export; the CPU uses
+that implements `Ops` runs them differently: `ModuleOps` calls the modules, for training and export; the CPU uses
 packed weights; CUDA records a plan; streams keep state between pushes; and `ContextOps` returns the receptive field.
 
 To add a new kind of stage, write its class in this folder and change `encode` or `decode`, or override `run` in a

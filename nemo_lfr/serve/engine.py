@@ -41,12 +41,12 @@ SHUTTING_DOWN = "the server is shutting down; connect to another one."
 class OverloadedError(NemoLfrError):
     """Raised for a new stream or file if the server is at its limit of streams or files.
 
-    The subclass `ShutdownError` is also raised for open streams.
+    The subclass `ShutdownError` is raised if the engine is shutting down, for open streams and files too.
     """
 
 
 class ShutdownError(OverloadedError):
-    """Raised for a new or an open stream if the engine is shutting down."""
+    """Raised for a new or open stream or file if the engine is shutting down."""
 
 
 @dataclass(frozen=True)

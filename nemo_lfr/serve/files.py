@@ -64,10 +64,10 @@ async def encode_file(request: Request, engine: Engine, max_bytes: int, limits: 
         limits: limits for the duration of the recording and the time without data.
 
     Raises:
-        ProtocolError: the body exceeds a limit, or a parameter is invalid.
-        ClientDisconnect: the client has closed the connection.
-        NemoLfrError: the audio cannot be read or encoded.
-        OverloadedError: the engine is full.
+        ProtocolError: if the body exceeds a limit, or a parameter is invalid.
+        ClientDisconnect: if the client has closed the connection.
+        NemoLfrError: if the audio cannot be read or encoded.
+        OverloadedError: if the engine is at its limit of sessions or is shutting down.
     """
     check_names(request.query_params, {"format", "token"})
     kind = choice(request.query_params, "format", ("lfr", "json"))
@@ -95,10 +95,10 @@ async def decode_file(request: Request, engine: Engine, max_bytes: int, limits: 
         limits: limits for the duration of the recording and the time without data.
 
     Raises:
-        ProtocolError: the body exceeds a limit, or a parameter is invalid.
-        ClientDisconnect: the client has closed the connection.
-        NemoLfrError: the tokens cannot be read or decoded.
-        OverloadedError: the engine is full.
+        ProtocolError: if the body exceeds a limit, or a parameter is invalid.
+        ClientDisconnect: if the client has closed the connection.
+        NemoLfrError: if the tokens cannot be read or decoded.
+        OverloadedError: if the engine is at its limit of sessions or is shutting down.
     """
     check_names(request.query_params, {"format", "token"})
     kind = choice(request.query_params, "format", tuple(_FORMATS))
@@ -134,7 +134,7 @@ def _limited(pieces: Iterable[np.ndarray], limits: StreamLimits, rate: float) ->
     The maximum size of a body does not limit the duration, because a small compressed file may contain hours of audio.
 
     Raises:
-        ProtocolError: the recording is longer than `max_seconds`.
+        ProtocolError: if the recording is longer than `max_seconds`.
     """
     num_items = 0
     for piece in pieces:
@@ -295,9 +295,9 @@ async def _spooled(request: Request, max_bytes: int, limits: StreamLimits) -> As
         The path of the file.
 
     Raises:
-        ProtocolError: the body has more than `max_bytes`, or no data arrives for `limits.idle_s`.
-        MediaTypeError: the body is a form, or compressed.
-        NemoLfrError: the body is empty.
+        ProtocolError: if the body has more than `max_bytes`, or no data arrives for `limits.idle_s`.
+        MediaTypeError: if the body is a form, or compressed.
+        NemoLfrError: if the body is empty.
     """
     _check_is_plain(request)
     parts = request.stream()

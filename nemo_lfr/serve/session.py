@@ -130,8 +130,8 @@ class Session:
         """Wait for the next result, and return it: tokens [C, k] or samples [n]; None after the last result.
 
         Raises:
-            NemoLfrError: the input cannot be encoded or decoded.
-            ShutdownError: the engine was closed.
+            NemoLfrError: if the input cannot be encoded or decoded.
+            ShutdownError: if the engine was closed.
         """
         result = await self._results.get()
         if isinstance(result, BaseException):

@@ -196,7 +196,7 @@ def check_accepts(method: Callable[..., Any], what: str, arguments: Sequence[str
 
     Args:
         method: bound method.
-        what: section and class, for the error message.
+        what: config section and class of the component, for the error message.
         arguments: names of the keyword arguments.
         *positional: names of the positional arguments, for the error message.
 
@@ -217,7 +217,7 @@ def check_scalar(value: Any, what: str) -> torch.Tensor:
 
     Args:
         value: result of the component.
-        what: section and class, for the error message.
+        what: config section and class of the component, for the error message.
 
     Raises:
         ConfigError: if the result is neither a number nor a scalar tensor.
