@@ -162,7 +162,8 @@ skip_existing_option = click.option(
 )
 lookahead_option = count_option(
     "--lookahead",
-    "For pipes: number of later frames to wait for before a frame is output. Fewer frames reduce latency and quality "
+    "For pipes: number of later frames to wait for before the result for a frame is output. Fewer frames reduce "
+    "latency and quality "
     "(default: the codec's lookahead).",
     low=0,
 )

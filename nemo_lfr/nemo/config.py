@@ -9,7 +9,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_lfr.checkpoint import codec_values
-from nemo_lfr.errors import ConfigError, shorten
+from nemo_lfr.errors import ConfigError, quoted, shorten
 from nemo_lfr.io.locate import expand_home
 from nemo_lfr.nemo.base import Trainer, common, model_utils
 from nemo_lfr.training import discriminators, losses
@@ -120,7 +120,7 @@ def _model_section(config: Any, name: str) -> DictConfig:
     section = config.model if has_section else config
     if not isinstance(section, DictConfig):
         where = "the section 'model'" if has_section else "the config"
-        raise ConfigError(f"{name}: {where} is {shorten(section)}; pass a mapping from names to values.")
+        raise ConfigError(f"{name}: {where} is {quoted(section)}; pass a mapping from names to values.")
     return section
 
 

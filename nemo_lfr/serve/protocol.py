@@ -272,7 +272,9 @@ class DecodeProtocol:
         try:
             return np.array(frames, np.int64).reshape(-1, count).T
         except OverflowError:
-            raise ProtocolError("a token is out of range; send tokens of the codebook.") from None
+            raise ProtocolError(
+                f"a token is out of range; send tokens from 0 to {self.codec.codebook_size - 1}."
+            ) from None
 
     def format(self, audio: np.ndarray) -> bytes:
         """Return the binary message for samples [n]. Samples that are sent as int16 are clipped."""

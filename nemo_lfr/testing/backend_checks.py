@@ -1,4 +1,4 @@
-"""Checks that every backend must pass."""
+"""Checks that every backend must pass. A check that fails raises AssertionError."""
 
 import copy
 import dataclasses
@@ -7,7 +7,7 @@ import pickle
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import soundfile
@@ -18,10 +18,6 @@ from nemo_lfr.codec.backend import StreamingBackend
 from nemo_lfr.codec.codec import Codec
 from nemo_lfr.errors import AudioError, NemoLfrError, TokenFileError, TokensError
 from nemo_lfr.io.token_file import Metadata, TokenReader, TokenWriter
-
-if TYPE_CHECKING:
-    pass
-
 from nemo_lfr.testing.codecs import SAMPLE_RATE, synthesize
 
 
