@@ -255,7 +255,6 @@ def test_state_of_the_trial_script_resumes_with_the_same_updates(manifest, tmp_p
 def test_a_state_of_another_format_is_refused_with_both_remedies(manifest, tmp_path):
     settings = settings_of(manifest, tmp_path / "run", *bundled_sizes([]))
     path = tmp_path / "run" / "state.pt"
-    path.parent.mkdir()
     torch.save({"format": "trial"}, path)
     with pytest.raises(ValueError, match=r"set out to another folder\. .* also pass --import-state .*state\.pt\."):
         train._read_state(settings, None)
