@@ -6,6 +6,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -138,7 +139,10 @@ class _Stream(CodecProperties):
         self._conversation = conversation
         self._connection = Connection(server, conversation)
         self._results: deque[np.ndarray] = deque()
-        self._loop = _LoopThread()
+        try:
+            self._loop = _LoopThread()
+        except OSError as error:
+            raise server.lost(error, "close other streams or files.") from error
         weakref.finalize(self, self._loop.stop)  # for a stream that was not closed
         try:
             self._loop.run(self._connection.open())
@@ -280,17 +284,32 @@ async def _start(coroutine: Coroutine[Any, Any, T]) -> "asyncio.Task[T]":
 
 
 class _LoopThread:
-    """Event loop in a daemon thread."""
+    """Event loop in a daemon thread.
+
+    Raises:
+        OSError: if the operating system does not allow another event loop.
+    """
 
     def __init__(self) -> None:
-        self._started = threading.Event()
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._main()), name="nemo_lfr.client", daemon=True)
+        self._started: Future[None] = Future()
+        self._thread = threading.Thread(target=self._run, name="nemo_lfr.client", daemon=True)
         self._thread.start()
-        self._started.wait()
+        self._started.result()
+
+    def _run(self) -> None:
+        main = self._main()
+        try:
+            asyncio.run(main)
+        except Exception as error:  # such as OSError: too many open files
+            if self._started.done():
+                raise
+            self._started.set_exception(error)
+        finally:
+            main.close()
 
     async def _main(self) -> None:
         self._loop, self._stopped = asyncio.get_running_loop(), asyncio.Event()
-        self._started.set()
+        self._started.set_result(None)
         await self._stopped.wait()
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
