@@ -1,4 +1,4 @@
-"""Show the progress of a command: a bar on a terminal, occasional lines elsewhere, and nothing with --quiet."""
+"""Show the progress of a command: a bar on a terminal, otherwise occasional lines, and nothing with --quiet."""
 
 import sys
 from collections.abc import Callable, Iterator

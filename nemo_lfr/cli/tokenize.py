@@ -197,7 +197,7 @@ def _failure(record: dict[str, str]) -> Failure:
 
 @contextmanager
 def watching() -> Iterator[Callable[[Any], None]]:
-    """Show a progress bar on a terminal, and occasional lines elsewhere.
+    """Show a progress bar on a terminal, and occasional lines if stderr is not a terminal.
 
     Yields:
         A function to call with the current totals of the run.

@@ -28,7 +28,7 @@ try:
     from nemo.utils import logging, model_utils
 
     from nemo_lfr.nemo import artifacts, cuts, resume  # noqa: F401  fails early if NeMo is broken
-    from nemo_lfr.nemo import neural_types as nemo_interface  # noqa: F401  assigns NeMo's types to our modules
+    from nemo_lfr.nemo import neural_types as nemo_interface  # noqa: F401  assigns neural types to our modules
 except Exception as error:  # importing NeMo can raise any exception
     raise MissingExtraError(
         f"the NeMo integration needs NeMo, which cannot be imported ({error}): {install_command(*NEMO_PACKAGES)}. "

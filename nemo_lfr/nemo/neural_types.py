@@ -12,7 +12,7 @@ from nemo_lfr.modules import neural_module
 
 
 def lookup_types(module: nn.Module, attribute: str) -> dict[str, Any]:
-    """Return NeMo's types for the inputs or the outputs of a module.
+    """Return the neural types of the inputs or the outputs of a module.
 
     Args:
         module: encoder, quantizer or decoder of this package, or an instance of a subclass.
