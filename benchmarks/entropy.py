@@ -115,7 +115,7 @@ def main() -> None:
     pieces = [tokens for _, tokens, samples in utterances if samples / codec.sample_rate >= arguments.min_seconds]
     frames = sum(piece.shape[1] for piece in pieces)
     print(
-        "\n| frames of a block | bits a frame, payload | with lengths and CRC | raw, the same |\n"
+        "\n| frames of a block | bits per frame, payload | with lengths and CRC | raw, the same |\n"
         "| --- | --- | --- | --- |"
     )
     for block in BLOCKS:

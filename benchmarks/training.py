@@ -151,14 +151,14 @@ def main() -> None:
                 taken = pipe.recv()
                 if number:
                     seconds[name].append(taken)
-                print(f"round {number}  {name:12} {taken:7.2f} s a step", file=sys.stderr, flush=True)
+                print(f"round {number}  {name:12} {taken:7.2f} s per step", file=sys.stderr, flush=True)
         results = {name: pipe.recv() for name, pipe in pipes.items()}
     (expected, _), (mine, _) = results.values()
     names = sorted(key for key in expected if "loss" in key)
     differences = {name: abs(mine[name] - expected[name]) / max(abs(expected[name]), 1e-12) for name in names}
     faster = ratios(*seconds.values())
     for name, values in seconds.items():
-        print(f"{name:12} {spread(values)} s a step, at most {results[name][1]:.2f} GiB")
+        print(f"{name:12} {spread(values)} s per step, at most {results[name][1]:.2f} GiB")
     print("largest relative difference of a loss in the first step:", f"{max(differences.values()):.1e}", differences)
     mean = statistics.geometric_mean(faster)
     size = f"batch of {args.batch_size} x {args.frames * 1024} samples"

@@ -197,5 +197,5 @@ def _train(
         total, count = total + float(loss.detach()), count + 1
         if time.monotonic() - last > 30 or step + 1 == steps:
             last = time.monotonic()
-            report(f"{name}: step {step + 1} of {steps}, {total / count:.2f} bits a frame, {last - started:.0f} s")
+            report(f"{name}: step {step + 1} of {steps}, {total / count:.2f} bits per frame, {last - started:.0f} s")
             total, count = 0.0, 0
