@@ -22,6 +22,7 @@ from nemo_lfr.errors import AudioError
 from nemo_lfr.io.audio import AudioReader, pcm16
 from nemo_lfr.io.containers import WavSamples, is_known, looks_like_media, read_wav_header
 from nemo_lfr.io.entropy.model import EntropyModel
+from nemo_lfr.io.seekable import SeekableFile
 from nemo_lfr.io.token_file import Metadata, TokenStreamReader, TokenStreamWriter
 
 if TYPE_CHECKING:
@@ -158,7 +159,7 @@ def _may_be_audio(head: bytes) -> bool:
     if is_known(head) or looks_like_media(head[:16]):
         return True
     try:
-        with soundfile.SoundFile(io.BytesIO(head)):
+        with soundfile.SoundFile(SeekableFile(io.BytesIO(head))):
             return True
     except soundfile.LibsndfileError:
         return False

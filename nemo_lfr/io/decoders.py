@@ -6,6 +6,7 @@ import numpy as np
 import soundfile
 
 from nemo_lfr.io.containers import UNKNOWN_BYTES
+from nemo_lfr.io.seekable import SeekableBytes, SeekableFile
 
 # libsndfile's error codes of a file whose format it does not recognize. The message of the second one, "File does not
 # exist or is not a regular file (possibly a pipe?)", is wrong for a file that was just opened.
@@ -64,7 +65,8 @@ class SndfileDecoder:
     note: str | None = None
 
     def __init__(self, source: Any) -> None:
-        self._file = soundfile.SoundFile(source)
+        is_file_object = hasattr(source, "readinto") and not isinstance(source, SeekableBytes)
+        self._file = soundfile.SoundFile(SeekableFile(source) if is_file_object else source)
         # In DWVW, a codec for AIFF files, libsndfile can seek only to the beginning.
         self._is_sequential = self._file.subtype.startswith("DWVW")
         if self._is_sequential:

@@ -1,6 +1,7 @@
 """Base class of file objects that read their bytes from another object, such as several ranges of a file."""
 
 import io
+from typing import Any
 
 
 class SeekableBytes(io.RawIOBase):
@@ -34,3 +35,25 @@ class SeekableBytes(io.RawIOBase):
         base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._length}[whence]
         self._position = max(0, base + offset)
         return self._position
+
+
+class SeekableFile(SeekableBytes):
+    """File object for libsndfile that reads from another one.
+
+    In a damaged file, libsndfile may seek to a position before the first byte. Other file objects then raise an
+    exception, which libsndfile's callback prints on stderr.
+
+    Args:
+        file: seekable file, open for reading. Closing this object does not close it.
+    """
+
+    def __init__(self, file: Any) -> None:
+        super().__init__(file.seek(0, io.SEEK_END))
+        self._file = file
+
+    def readinto(self, buffer: Any) -> int:
+        """Read into a writable buffer and return the number of bytes."""
+        self._file.seek(self._position)
+        count: int = self._file.readinto(buffer)
+        self._position += count
+        return count

@@ -556,6 +556,7 @@ def test_a_file_that_truly_holds_nothing_is_empty(name):
     assert len(read(EMPTY[name])) == 0
 
 
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")  # an error in a callback of libsndfile
 def test_random_bytes_after_any_magic_never_raise_anything_else():
     rng = np.random.default_rng(0)
     seeds = [*WHOLE.values(), *(written(rate=24000, **options) for options in JOINED.values())]
