@@ -12,8 +12,7 @@ from typing import Any
 
 from nemo_lfr.errors import NemoLfrError, shorten
 
-MAX_LINE = 1 << 26  # bytes in a line of JSON
-MAX_TEXT_LINE = 1 << 28  # bytes in a line of a manifest or table; a JSON array of a whole corpus may be one line
+MAX_LINE = 1 << 28  # bytes in a line of text; a JSON array of a whole corpus may be one line
 MAX_MEMBER = 1 << 31  # bytes in a file of an archive
 # Limits on the number of values, and on the decompressed size. Each compressed byte allows for VALUES_PER_BYTE values.
 # FREE_VALUES more are always allowed. A token takes about 11 bits, so real columns do not come near these limits.
@@ -23,25 +22,26 @@ BYTES_PER_BYTE, FREE_BYTES = 256, 1 << 26
 FREE_INPUT_VALUES, FREE_INPUT_BYTES = 1 << 26, 1 << 28
 
 
-def lines(file: Any) -> Iterator[bytes]:
-    """Yield the lines of a text file that is open in binary mode, each truncated to `MAX_LINE` bytes."""
-    while line := file.readline(MAX_LINE):
-        yield line
-        while len(line) == MAX_LINE and not line.endswith(b"\n"):
-            line = file.readline(MAX_LINE)
+def lines(file: Any, *, truncate: bool = False) -> Iterator[bytes]:
+    """Yield the lines of a text file that is open in binary mode.
 
-
-def whole_lines(file: Any) -> Iterator[bytes]:
-    """Yield the complete lines of a text file that is open in binary mode.
+    Args:
+        file: the file.
+        truncate: whether to truncate a line of more than `MAX_LINE` bytes, instead of raising an error.
 
     Raises:
-        ValueError: if a line has more than `MAX_TEXT_LINE` bytes, in which case the file is most likely not text.
+        ValueError: if a line has more than `MAX_LINE` bytes. The file is then most likely not text.
     """
     number = 0
-    while line := file.readline(MAX_TEXT_LINE + 1):
+    while line := file.readline(MAX_LINE + 1):
         number += 1
-        if len(line) > MAX_TEXT_LINE:
-            raise ValueError(f"not lines of text: line {number} has more than {MAX_TEXT_LINE >> 20} MiB")
+        if len(line) > MAX_LINE:
+            if not truncate:
+                raise ValueError(f"line {number} has more than {MAX_LINE >> 20} MiB, so this is most likely not text")
+            rest = line
+            while rest and not rest.endswith(b"\n"):
+                rest = file.readline(MAX_LINE)
+            line = line[:MAX_LINE]
         yield line
 
 

@@ -102,7 +102,7 @@ def label_text(value: Any, column: str, label: str) -> str:
     expected = "the name of a language, such as 'en'" if label == "lang" else "text or a number"
     raise AudioError(
         f"the label {column!r} is {shorten(repr(value))}, of the type {type(value).__name__}; expected {expected}. "
-        "Convert the values, or rename this column"
+        "Convert the values, or rename this column or key"
     )
 
 

@@ -62,7 +62,7 @@ def json_lines(path: Path) -> Iterator[bytes]:
         with open(path, "rb") as raw:
             packed = raw.peek(2)[:2] == b"\x1f\x8b"
         with gzip.open(path, "rb") if packed else open(path, "rb") as file:
-            for number, line in enumerate(lines(file)):
+            for number, line in enumerate(lines(file, truncate=True)):
                 if number == 0:
                     if line.startswith(UTF16_MARKS):
                         raise ConfigError(f"{path}: the file is UTF-16 text; save it as UTF-8.")

@@ -3,13 +3,14 @@
 import hashlib
 import json
 import logging
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nemo_lfr.errors import ConfigError, shorten
+from nemo_lfr.errors import ConfigError, quoted, shorten
 from nemo_lfr.io.audio import AudioReader
 from nemo_lfr.io.columns import LABELS, standard_labels
 from nemo_lfr.io.folders import MAX_NAME
@@ -21,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 MAX_SECONDS = 1e7  # maximum offset and duration; a larger value in a manifest is an error
 ID_DIGITS = 12  # number of hex digits in the hash that identifies a line
+UNUSABLE = "this line cannot be used"  # start of the message about a malformed manifest line
 # Exceptions raised by a malformed manifest line.
 NOT_A_LINE = (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError)
 
@@ -89,7 +91,7 @@ def read_manifest(
                 recordings.append(_recording(row.values, folder, dataset))
             except (OSError, *NOT_A_LINE) as error:
                 problems.append(f"{path}, line {row.line}: skipped: {describe(error)}")
-        return _usable(recordings, problems, "row of a table", on_bad_line)
+        return _usable(recordings, problems, "a table of recordings", on_bad_line)
     try:
         lines = read_lines(path, ConfigError)
     except ConfigError:
@@ -102,10 +104,10 @@ def read_manifest(
         if not line.strip():
             continue
         try:
-            recordings.append(_recording(_parsed(decode(line)), folder, dataset))
+            recordings.append(_recording(parse_entry(line), folder, dataset))
         except (OSError, *NOT_A_LINE) as error:
             problems.append(f"{path}, line {number}: skipped: {describe(error)}")
-    return _usable(recordings, problems, "line of a NeMo manifest", on_bad_line)
+    return _usable(recordings, problems, "a NeMo manifest", on_bad_line)
 
 
 def _usable(
@@ -117,8 +119,9 @@ def _usable(
         ConfigError: if there are problems but no recordings.
     """
     if problems and not recordings:
-        first = problems[0].replace("skipped: ", f"not a {kind}: ", 1)
-        raise ConfigError(first + (f" ({len(problems) - 1} more lines cannot be used)" if len(problems) > 1 else ""))
+        first = problems[0].replace("skipped: ", f"{UNUSABLE}: ", 1)
+        more = f" ({len(problems) - 1} more lines cannot be used)" if len(problems) > 1 else ""
+        raise ConfigError(f"{first}{more}; expected {kind}.")
     for problem in problems:
         on_bad_line(problem)
     return recordings
@@ -159,13 +162,15 @@ def seconds(labels: dict[str, Any], key: str) -> float | None:
 
     Raises:
         ValueError: if the value is not a number from 0 to MAX_SECONDS.
-        TypeError: if the value has a type that cannot be converted to a number.
     """
     if labels.get(key) is None:
         return None
-    value = float(labels[key])
+    try:
+        value = float(labels[key])
+    except (OverflowError, TypeError, ValueError):
+        value = math.nan
     if not 0 <= value <= MAX_SECONDS:
-        raise ValueError(f"{key} is {value:.10g} seconds; expected a value from 0 to {MAX_SECONDS:g}")
+        raise ValueError(f"{key} is {quoted(labels[key])}; expected a number of seconds from 0 to {MAX_SECONDS:g}")
     return value
 
 
@@ -182,10 +187,17 @@ def describe(error: BaseException) -> str:
     return shorten(error, 300)
 
 
-def _parsed(line: str) -> dict[str, Any]:
-    entry = json.loads(line)
+def parse_entry(line: bytes) -> dict[str, Any]:
+    """Return the values of one line of a manifest.
+
+    Raises:
+        ValueError: if the line is not a JSON object in UTF-8.
+        RecursionError: if the line is nested too deeply.
+    """
+    text = decode(line)
+    entry = json.loads(text)
     if not isinstance(entry, dict):
-        raise ValueError(f"{shorten(line)} is not a JSON object")
+        raise ValueError(f"{shorten(text.strip())} is not a JSON object")
     return entry
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_lfr.errors import NemoLfrError
-from nemo_lfr.io.bounded import whole_lines
+from nemo_lfr.io import bounded
 from nemo_lfr.io.regular import open_regular
 
 UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
@@ -39,12 +39,12 @@ def read_lines(path: Path, error: type[NemoLfrError] = NemoLfrError) -> list[byt
         error: exception class for a path that is not a regular file.
 
     Raises:
-        ValueError: if the file is UTF-16, or a line is too long for `whole_lines`.
+        ValueError: if the file is UTF-16, or a line is too long for `bounded.lines`.
         NemoLfrError: of class `error`, if `path` is not a regular file.
         OSError: if the file cannot be read.
     """
     with open_regular(path, error) as file:
-        lines = list(whole_lines(file))
+        lines = list(bounded.lines(file))
     if lines and lines[0].startswith(UTF16_MARKS):
         raise ValueError("UTF-16 text; save it as UTF-8")
     if lines:

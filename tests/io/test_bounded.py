@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from nemo_lfr.corpus.formats.base import read_lines
 from nemo_lfr.corpus.sources.saved_dataset import SavedDataset
 from nemo_lfr.corpus.token_folder import TokenFolder
 from nemo_lfr.errors import AudioError, ConfigError, NemoLfrError, TokenFileError
@@ -104,7 +105,16 @@ def test_endless_line_fails_only_its_clip(tmp_path, monkeypatch):
     first, second, third = read_cuts(path)
     assert first.id == third.id == "a" and first.cut is not None and second.problem is not None
     with gzip.open(path) as file:
-        assert max(map(len, bounded.lines(file))) == 1 << 16
+        assert max(map(len, bounded.lines(file, truncate=True))) == 1 << 16
+
+
+def test_an_endless_line_of_tokens_is_reported_as_damage(monkeypatch):
+    monkeypatch.setattr(bounded, "MAX_LINE", 1 << 20)
+    file = io.BytesIO(b"first\n\n" + bytes((1 << 20) + 1))
+    lines = read_lines(file, Path("cuts.jsonl"))
+    assert next(lines) == b"first\n"
+    with pytest.raises(TokenFileError, match=r"cuts\.jsonl: file is damaged: line 3 has more than 1 MiB"):
+        next(lines)
 
 
 @pytest.mark.parametrize("kind", ["shar", "manifest", "parquet", "lfr"])

@@ -8,7 +8,8 @@ import pytest
 import soundfile
 
 from nemo_lfr.cli.main import main
-from nemo_lfr.errors import ConfigError
+from nemo_lfr.corpus.sources.manifest import Manifest
+from nemo_lfr.errors import AudioError, ConfigError
 from nemo_lfr.io.manifests import MAX_SECONDS, read_manifest, resolve_audio_path
 from nemo_lfr.training.data import CodecDataset
 from tests.models import RATE, synthesize
@@ -72,6 +73,40 @@ def test_invalid_line_skips_only_its_recording(kind, tmp_path, caplog):
     assert "\n" not in str(error.value) and len(str(error.value)) < 800
 
 
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("hello", "not JSON (Expecting value: line 1 column 1 (char 0))"),
+        ("[" * 5000, "not JSON (nested too deeply)"),
+        ("[1]", "[1] is not a JSON object"),
+        ("5", "5 is not a JSON object"),
+        ('{"a": 1}', "the entry has no key 'audio_filepath'"),
+        ('{"audio_filepath": 5}', "the path of the audio file is 5, not text"),
+        ('{"audio_filepath": ""}', "'' is not a valid file name"),
+        ('{"audio_filepath": "a", "duration": "x"}', "duration is 'x'; expected a number of seconds from 0 to 1e+07"),
+        ('{"audio_filepath": "a", "duration": [1]}', "duration is [1]; expected a number of seconds"),
+        ('{"audio_filepath": "a", "duration": -1}', "duration is -1; expected a number of seconds"),
+        ('{"audio_filepath": "a", "duration": 1, "offset": 1e30}', "offset is 1e+30; expected a number of seconds"),
+    ],
+)
+def test_both_readers_of_manifests_give_the_same_reason(line, reason, tmp_path):
+    good = '{"audio_filepath": "a.wav", "duration": 1}'
+    (tmp_path / "m.json").write_text(f"{good}\n{line}\n")
+    problems: list[str] = []
+    read_manifest(tmp_path / "m.json", on_bad_line=problems.append)
+    assert len(problems) == 1 and f"line 2: skipped: {reason}" in problems[0]
+    manifest = Manifest(tmp_path / "m.json")
+    _, clip = manifest.read(manifest.shards(9)[0])
+    with pytest.raises(AudioError) as caught:
+        clip.audio(RATE, 100)
+    assert f": this line cannot be used: {reason}" in str(caught.value)
+    (tmp_path / "bad.json").write_text(f"{line}\n" * 2)
+    with pytest.raises(ConfigError) as refused:
+        read_manifest(tmp_path / "bad.json")
+    assert f"line 1: this line cannot be used: {reason}" in str(refused.value)
+    assert str(refused.value).endswith(" (1 more lines cannot be used); expected a NeMo manifest.")
+
+
 def test_byte_order_marks_and_other_line_ends_are_read(tmp_path):
     line = json.dumps({"audio_filepath": "a.wav", "duration": 1.0, "text": "a\u2028b"}, ensure_ascii=False).encode()
     for name, data in {"bom": b"\xef\xbb\xbf" + line, "crlf": line + b"\r\n\r\n" + line}.items():
@@ -108,5 +143,5 @@ def test_evaluate_reports_skipped_lines_with_exit_code_1(tmp_path, capsys):
             ["evaluate", str(tmp_path / "m.json"), "--out", str(tmp_path / "out"), "--workers", "1", "--device", "cpu"]
         )
     assert exit_.value.code == 1
-    assert "line 2: skipped: duration is inf seconds" in capsys.readouterr().err
+    assert "line 2: skipped: duration is inf; expected a number" in capsys.readouterr().err
     assert float(MAX_SECONDS) < float("inf")

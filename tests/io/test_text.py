@@ -25,7 +25,7 @@ def test_lines_have_no_line_ends(tmp_path, content, lines):
 
 @pytest.mark.parametrize("suffix", ["json", "csv"])
 def test_a_file_without_lines_is_not_read_into_memory(tmp_path, monkeypatch, suffix):
-    monkeypatch.setattr(bounded, "MAX_TEXT_LINE", 1 << 20)
+    monkeypatch.setattr(bounded, "MAX_LINE", 1 << 20)
     path = tmp_path / f"x.{suffix}"
     path.write_bytes(bytes((1 << 20) + 1))
     for read in (Manifest, read_manifest) if suffix == "json" else (read_manifest,):

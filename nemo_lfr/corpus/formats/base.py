@@ -19,7 +19,7 @@ from nemo_lfr.corpus.records import ShardRecord
 from nemo_lfr.corpus.sources.base import Clip
 from nemo_lfr.errors import MissingExtraError, TokenFileError, shorten
 from nemo_lfr.io.atomic import naming
-from nemo_lfr.io.bounded import MAX_LINE
+from nemo_lfr.io.bounded import lines
 from nemo_lfr.io.entropy.model import EntropyModel
 from nemo_lfr.io.locate import resolve
 from nemo_lfr.io.regular import open_regular
@@ -278,13 +278,14 @@ def read_lines(file: Any, path: Path, keep_empty: bool = False) -> Iterator[byte
         keep_empty: whether to yield blank lines too.
 
     Raises:
-        TokenFileError: if a line has `MAX_LINE` bytes or more.
+        TokenFileError: if a line is too long; see `nemo_lfr.io.bounded.lines`.
     """
-    while line := file.readline(MAX_LINE):
-        if len(line) == MAX_LINE:
-            raise TokenFileError(f"{path}: file is damaged: a line has {MAX_LINE} bytes or more; {REPAIR}.")
-        if keep_empty or line.strip():
-            yield line
+    try:
+        for line in lines(file):
+            if keep_empty or line.strip():
+                yield line
+    except ValueError as error:
+        raise TokenFileError(f"{path}: file is damaged: {error}; {REPAIR}.") from error
 
 
 def parse_json(data: bytes) -> Any:

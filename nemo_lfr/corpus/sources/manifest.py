@@ -11,9 +11,17 @@ from nemo_lfr.corpus.ids import UniqueIds, clean_id, numbered_id
 from nemo_lfr.corpus.inventory import digest
 from nemo_lfr.corpus.sources.base import Clip, CorpusReader, OpenOptions, ShardSpec, repeat_number, unreadable
 from nemo_lfr.errors import ConfigError, shorten
-from nemo_lfr.io.bounded import whole_lines
+from nemo_lfr.io import bounded
 from nemo_lfr.io.columns import standard_labels
-from nemo_lfr.io.manifests import NOT_A_LINE, describe, line_id, resolve_audio_path, seconds
+from nemo_lfr.io.manifests import (
+    NOT_A_LINE,
+    UNUSABLE,
+    describe,
+    line_id,
+    parse_entry,
+    resolve_audio_path,
+    seconds,
+)
 from nemo_lfr.io.reading import read_file
 from nemo_lfr.io.text import UTF16_MARKS
 
@@ -41,7 +49,7 @@ class Manifest(CorpusReader):
             )
         try:
             with open(path, "rb") as file:
-                lines = list(islice((line for line in whole_lines(file) if line.strip()), FIRST_LINES))
+                lines = list(islice((line for line in bounded.lines(file) if line.strip()), FIRST_LINES))
         except OSError as error:
             raise ConfigError(f"{path}: the manifest cannot be read: {error.strerror}.") from error
         except ValueError as error:
@@ -100,10 +108,10 @@ class Manifest(CorpusReader):
             for number, line in enumerate(lines):
                 name = numbered_id(_name(line), repeat_number(shard, number))
                 try:
-                    yield self._clip(name, json.loads(line))
+                    yield self._clip(name, parse_entry(line))
                 except NOT_A_LINE as error:
                     origin = f"{self.path}: {shorten(line.decode(errors='replace').strip())}"
-                    reason = f"{origin}: not a line of a manifest: {describe(error)}."
+                    reason = f"{origin}: {UNUSABLE}: {describe(error)}."
                     yield Clip(name, origin, unreadable(reason))
 
     def _clip(self, name: str, labels: dict[str, Any]) -> Clip:
