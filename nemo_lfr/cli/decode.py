@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from nemo_lfr.cli.command import Command
-from nemo_lfr.cli.files import FileTask, run_tasks, task_result, tasks_to_run
+from nemo_lfr.cli.files import FileTask, check_input, run_tasks, task_result, tasks_to_run
 from nemo_lfr.cli.identify import TOKEN_SUFFIX
 from nemo_lfr.cli.options import (
     PathText,
@@ -73,6 +73,8 @@ def decode(
     wanted = {"start": start, "duration": duration, "recover": recover, "entropy_model": entropy_model}
     if "-" in inputs:
         check_pipe(inputs, out)
+        if inputs[0] != "-":
+            check_input(Path(inputs[0]), {TOKEN_SUFFIX}, is_only=True)
         kind = kind or "wav"
         streams = inputs[0] == "-" and kind == "wav" and not (start or duration is not None or recover)
         if lookahead is not None and not streams:

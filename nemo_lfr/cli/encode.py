@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from nemo_lfr.cli.command import Command
-from nemo_lfr.cli.files import FileTask, run_tasks, task_result, tasks_to_run
+from nemo_lfr.cli.files import FileTask, check_input, run_tasks, task_result, tasks_to_run
 from nemo_lfr.cli.identify import TOKEN_SUFFIX
 from nemo_lfr.cli.options import (
     PathText,
@@ -73,6 +73,8 @@ def encode(
         from nemo_lfr.io.entropy.find import model_to_write
 
         check_pipe(inputs, out)
+        if inputs[0] != "-":
+            check_input(Path(inputs[0]), AUDIO_SUFFIXES, is_only=True)
         codec = open_codec(options["model"], options["device"], options["precision"])
         source = sys.stdin.buffer if inputs[0] == "-" else Path(inputs[0])
         model = model_to_write(codec, compress, entropy_model)

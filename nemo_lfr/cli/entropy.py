@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from nemo_lfr.cli.command import Command, Group
+from nemo_lfr.cli.files import check_input
 from nemo_lfr.cli.identify import TOKEN_SUFFIX
 from nemo_lfr.cli.options import Number, UserPath, count_option, overwrite_option
 from nemo_lfr.cli.results import EntropyFitResult
@@ -59,6 +60,9 @@ def fit(
     check_overwrite(out, overwrite)
     utterances: list[Any] = []
     first: Any = None
+    for path in tokens:
+        if not path.is_dir():
+            check_input(path, {TOKEN_SUFFIX}, is_only=len(tokens) == 1)
     for path, metadata, values in _read(tokens):
         first = first or (path, metadata)
         for key in KEYS:
@@ -136,6 +140,7 @@ def _read(paths: Sequence[Path]) -> Iterator[tuple[Path, Any, Any]]:
             except TokenFileError as error:
                 errors.append((file, error))
     if errors and not read:
+        begin_work()
         raise errors[-1][1]
     for source, problem in errors:
         fail(source, problem)

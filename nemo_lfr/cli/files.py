@@ -7,13 +7,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_lfr.cli.identify import AUDIO, CHECKPOINT, ENTROPY_MODEL, TOKEN_SUFFIX, TOKENS, identify
+from nemo_lfr.cli.identify import (
+    ANY_RATE,
+    AUDIO,
+    CHECKPOINT,
+    ENTROPY_MODEL,
+    TOKEN_SUFFIX,
+    TOKENS,
+    UNKNOWN,
+    Identity,
+    identify,
+)
 from nemo_lfr.cli.progress import progress
 from nemo_lfr.cli.results import FileFigures
 from nemo_lfr.cli.session import current, fail, note, print_line
 from nemo_lfr.errors import NemoLfrError
 from nemo_lfr.io.atomic import sweep
-from nemo_lfr.io.folders import AUDIO_SUFFIXES, find_files, find_matches
+from nemo_lfr.io.folders import AUDIO_SUFFIXES, describe_contents, find_files, find_matches
 from nemo_lfr.io.locate import expand_home
 from nemo_lfr.io.shortage import shortage_of
 
@@ -73,13 +83,13 @@ def plan_tasks(
             if path.is_dir():
                 files = find_files(path, suffixes, report=passed_over.append)
                 if not files and len(matches) == 1:
-                    reason = f" ({passed_over[-1].partition('found; ')[2]})" if passed_over else ""
-                    raise NemoLfrError(f"{path}: no {_kinds(suffixes)} file in this folder{reason}.")
+                    contents = describe_contents(path, suffixes)
+                    raise NemoLfrError(f"{path}: no {_kinds(suffixes)} file in this folder{contents}.")
                 tasks += [
                     FileTask(file, _renamed((out or path) / file.relative_to(path), new_suffix)) for file in files
                 ]
                 continue
-            check_input(path, suffixes)
+            check_input(path, suffixes, is_only=len(inputs) == len(matches) == 1)
             if single and out is not None:
                 tasks.append(FileTask(path, out))
             else:
@@ -136,24 +146,44 @@ def names_a_file(out: Path | None, suffix: str) -> bool:
     return False
 
 
-def check_input(path: Path, suffixes: Collection[str]) -> None:
-    """Raise an error if an input is a file for another command.
+def check_input(path: Path, suffixes: Collection[str], *, is_only: bool = False) -> None:
+    """Raise an error if an input is a file for another command, or if the only input is not a file for this command.
 
-    Without this check, such a file would be reported as damaged.
+    Such an input is a usage error. Without this check, it would be reported as damaged. If there are other inputs,
+    an input that no command reads is not checked here, so that the other inputs are processed.
 
     Args:
-        path: input from the command line. Only regular files are checked.
+        path: input from the command line.
         suffixes: suffixes of the files that the command selects in folders.
+        is_only: whether this is the only input.
 
     Raises:
-        NemoLfrError: if the file is for another command. The message names the right command or option.
+        NemoLfrError: if the command does not read the file. If another command or option reads it, the message names
+            this command or option.
     """
-    if not path.is_file():
-        return
     wanted = TOKENS if TOKEN_SUFFIX in suffixes else AUDIO
-    identity = identify(path)
-    if identity.kind in {AUDIO.kind, TOKENS.kind, CHECKPOINT.kind, ENTROPY_MODEL.kind} - {wanted.kind}:
+    identity = identify(path) if path.is_file() else UNKNOWN
+    if identity.kind == wanted.kind:
+        return
+    known = {AUDIO.kind, TOKENS.kind, CHECKPOINT.kind, ENTROPY_MODEL.kind}
+    if identity.kind in known or (is_only and identity.kind != UNKNOWN.kind):
         raise NemoLfrError(f"{path}: this is {identity.text}, not {wanted.text}; {identity.advice}.")
+    if is_only:
+        _try_to_open(path, wanted)
+
+
+def _try_to_open(path: Path, wanted: Identity) -> None:
+    """Open a file as audio or as tokens; the first bytes of some audio files do not identify them."""
+    if wanted.kind == TOKENS.kind:
+        from nemo_lfr.io.token_file import TokenReader
+
+        with TokenReader(path):
+            pass
+    else:
+        from nemo_lfr.io.audio import AudioReader
+
+        with AudioReader(path, ANY_RATE):
+            pass
 
 
 def _renamed(path: Path, suffix: str) -> Path:

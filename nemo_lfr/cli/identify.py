@@ -31,6 +31,8 @@ AUDIO = Identity("audio", "an audio file", "nemo-lfr encode reads it")
 TOKENS = Identity("tokens", "a token file", "nemo-lfr decode reads it")
 CHECKPOINT = Identity("checkpoint", "a checkpoint", "pass it as --model")
 ENTROPY_MODEL = Identity("entropy_model", "an entropy model", "pass it as --entropy-model")
+UNKNOWN = Identity("unknown", "not a token file, checkpoint, audio file or manifest", "nemo-lfr does not read it")
+ANY_RATE = 22050  # sample rate in Hz for an `AudioReader` that only reads headers; it has no effect
 # Offset and value of the bytes that identify a file, and the kind of file.
 MAGIC = (
     (0, b"LFRT", TOKENS),
@@ -89,9 +91,10 @@ def identify(path: Path) -> Identity:
         return CHECKPOINT
     if suffix in AUDIO_SUFFIXES:
         return AUDIO
-    if suffix in (".json", ".jsonl", ".gz") or head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b'{"'):
+    starts = {".json": (b"{", b"["), ".jsonl": (b"{", b"["), ".gz": (b"\x1f\x8b",)}.get(suffix, (b'{"',))
+    if head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(starts):
         return Identity("corpus", "a manifest or other JSON", "nemo-lfr tokenize reads manifests and cuts")
-    return Identity("unknown", "not a token file, checkpoint, audio file or manifest", "nemo-lfr does not read it")
+    return UNKNOWN
 
 
 def _describe_unfinished(path: Path) -> Identity | None:

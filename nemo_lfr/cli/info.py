@@ -8,7 +8,7 @@ import click
 
 from nemo_lfr.bundled import BUNDLED_QUALITY
 from nemo_lfr.cli.command import Command
-from nemo_lfr.cli.identify import AUDIO, CHECKPOINT, ENTROPY_MODEL, TOKEN_SUFFIX, TOKENS, identify
+from nemo_lfr.cli.identify import ANY_RATE, AUDIO, CHECKPOINT, ENTROPY_MODEL, TOKEN_SUFFIX, TOKENS, UNKNOWN, identify
 from nemo_lfr.cli.options import PathText
 from nemo_lfr.cli.results import (
     AudioFigures,
@@ -23,9 +23,6 @@ from nemo_lfr.cli.table import print_table
 from nemo_lfr.errors import NemoLfrError
 from nemo_lfr.io.folders import AUDIO_SUFFIXES
 from nemo_lfr.io.locate import expand_home, folder_files
-
-# Target sample rate in Hz for an `AudioReader` that only reads headers; it has no effect.
-INFO_RATE = 22050
 
 
 @click.command(cls=Command, result=InfoResult, short_help="Describe files, folders and codecs.")
@@ -69,7 +66,7 @@ def describe(text: str | None) -> InfoFigures:
             raise NemoLfrError(f"{path}: no such file.")
         return _describe_codec(text)
     identity = identify(path)
-    if identity.kind != "unknown":
+    if identity.kind != UNKNOWN.kind:
         begin_work()
     if identity.kind == TOKENS.kind:
         return _describe_tokens(path)
@@ -79,7 +76,7 @@ def describe(text: str | None) -> InfoFigures:
         return _describe_entropy_model(path)
     if identity.kind in (CHECKPOINT.kind, "onnx"):
         return _describe_codec(str(path))
-    if identity.kind == "unknown":
+    if identity.kind == UNKNOWN.kind:
         raise NemoLfrError(f"{path}: {identity.text}; {identity.advice}.")
     return {"kind": identity.kind, "path": str(path), "description": identity.text, "use": identity.advice}  # type: ignore[typeddict-item]
 
@@ -137,7 +134,7 @@ def _describe_entropy_model(path: Path) -> EntropyModelFigures:
 def _describe_audio(path: Path) -> AudioFigures:
     from nemo_lfr.io.audio import AudioReader
 
-    with AudioReader(path, INFO_RATE) as reader:
+    with AudioReader(path, ANY_RATE) as reader:
         return {
             "kind": "audio",
             "path": str(path),

@@ -68,6 +68,19 @@ MEDIA_SUFFIXES = frozenset(
     }
 )
 AUDIO_SUFFIXES = SOUND_SUFFIXES | MEDIA_SUFFIXES
+# How to read files with certain suffixes. This is for messages about a folder without files of the wanted kind.
+ADVICE = (
+    (
+        frozenset({".tar", ".gz", ".tgz", ".zip", ".bz2", ".xz", ".zst", ".7z", ".rar"}),
+        "unpack archives (such as the shards of WebDataset) into a folder, and pass the folder",
+    ),
+    (
+        frozenset({".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow"}),
+        "pass a manifest or table itself to nemo-lfr tokenize",
+    ),
+    (frozenset({".lfr"}), "nemo-lfr decode reads .lfr files"),
+    (AUDIO_SUFFIXES, "nemo-lfr encode and tokenize read audio files"),
+)
 # Names of folders that operating systems, network drives and notebooks create, in lower case.
 SYSTEM_FOLDERS = frozenset(
     {
@@ -123,6 +136,26 @@ def find_files(
     if text := walk.passed_over():
         report(text)
     return sorted(walk.found)
+
+
+def describe_contents(root: Path, wanted: Collection[str]) -> str:
+    """Describe a folder without files of the wanted kind, for the end of an error message.
+
+    Args:
+        root: the folder.
+        wanted: suffixes that were searched for.
+
+    Returns:
+        What was found instead, and how to read it, such as " (2 skipped: 2 .tar); unpack the archives, ..."; an empty
+        string if the folder has no files.
+    """
+    report: list[str] = []
+    find_files(root, wanted, report=report.append)
+    if not report:
+        return ""
+    kinds = {suffix for suffix in _Walk(root, frozenset(), frozenset()).passed if suffix.startswith(".")}
+    advice = [text for suffixes, text in ADVICE if kinds & suffixes]
+    return f" ({report[0].partition('found; ')[2]})" + "".join(f"; {text}" for text in advice)
 
 
 def find_matches(pattern: str) -> list[str]:

@@ -13,6 +13,7 @@ from nemo_lfr.errors import AudioError, Failure, NemoLfrError, failure, shorten
 from nemo_lfr.io.atomic import sweep
 from nemo_lfr.io.audio import AudioReader
 from nemo_lfr.io.exclusive import exclusive
+from nemo_lfr.io.folders import AUDIO_SUFFIXES, describe_contents
 from nemo_lfr.io.journal import Journal, Progress, write_text
 from nemo_lfr.io.layouts import LAYOUTS, CorpusUtterance, folder, held_out_by, hold_out
 from nemo_lfr.io.lhotse_recipes import PREFIX, lhotse_recipe
@@ -139,7 +140,8 @@ def prepare(
             f"{corpus}: not the published layout of {kind} ({first.path}: {first.problem}); {_expected(kind)}"
         )
     if not utterances:
-        raise NemoLfrError(f"{corpus}: no utterance of {kind} in this folder; {_expected(kind)}")
+        contents = describe_contents(corpus, AUDIO_SUFFIXES)
+        raise NemoLfrError(f"{corpus}: no utterance of {kind} in this folder{contents}; {_expected(kind)}")
     utterances = _once(utterances)
     if kind == "folder" and all(utterance.split != "valid" for utterance in utterances):
         utterances = [replace(item, split=None) if item.split == "train" else item for item in utterances]

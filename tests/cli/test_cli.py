@@ -133,7 +133,7 @@ def test_a_bad_file_does_not_stop_the_others(capsys, folder, tmp_path):
         (["encode", "{folder}/a.wav", "--model", "nowhere.nemo"], "nowhere.nemo: no such file"),
         (["encode", "{folder}/a.wav", "--model", "{folder}/notes.txt"], "not a .nemo archive"),
         (["encode", "{folder}/a.wav", "--device", "abacus"], "abacus"),
-        (["decode", "{folder}"], "no .lfr file in this folder (3 skipped: 1 .flac, 1 .txt, 1 .wav)"),
+        (["decode", "{folder}"], "no .lfr file in this folder (3 skipped: 1 .flac, 1 .txt, 1 .wav); nemo-lfr encode"),
         (["decode", "{folder}/a.wav", "--start", "soon"], "'soon' is not a valid float"),
         (["decode", "{folder}/a.wav", "--duration", "-1"], "-1"),
         (["encode", "-", "{folder}/a.wav"], "pass `-`, `- -` or `FILE -`"),
@@ -154,6 +154,24 @@ def test_usage_error_is_a_one_line_error_with_exit_code_2(capsys, folder, monkey
     (line,) = [line for line in err.splitlines() if not line.startswith("nemo-lfr: using the bundled codec")]
     assert line.startswith("nemo-lfr: error: ")
     assert text in line
+
+
+@pytest.mark.parametrize("command", ["encode", "decode", "tokenize", "prepare folder"])
+@pytest.mark.parametrize(
+    ("names", "text"),
+    [
+        (["a-0.tar", "a-1.tar"], "(2 skipped: 2 .tar); unpack archives (such as the shards of WebDataset)"),
+        (["m.json", "notes"], "(2 skipped: 1 .json, 1 without a suffix); pass a manifest or table itself to"),
+        (["x.txt"], "(1 skipped: 1 .txt)"),
+        ([], "in this folder"),
+    ],
+)
+def test_a_folder_without_files_for_the_command_is_described(command, names, text, capsys, tmp_path):
+    (tmp_path / "in").mkdir()
+    for name in names:
+        (tmp_path / "in" / name).write_text("x")
+    code, out, err = run(capsys, *command.split(), tmp_path / "in", "--out", tmp_path / "out", "--quiet")
+    assert (code, out) == (2, "") and text in err and "in this folder" in err
 
 
 def test_info_describes_token_files_and_the_bundled_codec(capsys, folder):

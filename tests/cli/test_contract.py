@@ -260,6 +260,75 @@ def test_exit_codes(arguments, code, folder, tmp_path, capsys, monkeypatch):
     assert run(capsys, *values)[0] == code
 
 
+# Each command with the place of one input or model, and the kinds of valid files that it accepts there.
+ONE_INPUT = {
+    "info {x}": ("audio", "tokens", "checkpoint", "manifest"),
+    "encode {x} --out {out}": ("audio",),
+    "encode {x} -": ("audio",),
+    "decode {x} --out {out}": ("tokens",),
+    "decode {x} -": ("tokens",),
+    "tokenize {x} --out {out}": ("manifest",),
+    "detokenize {x} --out {out}": (),
+    "prepare folder {x} --out {out}": (),
+    "evaluate {x} --out {out}": ("manifest",),
+    "entropy fit {x} --out {out}/m.lfrm": ("tokens",),
+    "encode {in}/audio/a.wav --out {out} --model {x}": ("checkpoint",),
+    "export safetensors --out {out} --model {x}": ("checkpoint",),
+    "encode {in}/audio/a.wav --out {out} --compress --entropy-model {x}": (),
+}
+VALID = {"audio": "audio/a.wav", "tokens": "tokens/a.lfr", "checkpoint": "tiny.nemo", "manifest": "manifest.json"}
+
+
+def write_junk(root: Path) -> list[Path]:
+    """Return inputs that no command reads, some of which are written to a folder."""
+    names = ["bytes", "bytes.bin", "text", "text.txt", "text.json", "empty", "empty.json", "empty.jsonl.gz"]
+    for name in names:
+        content = {"bytes": bytes(range(128, 256)) * 4, "text": b"hello\n", "empty": b""}[name.partition(".")[0]]
+        (root / name).write_bytes(content)
+    (root / "folder").mkdir()
+    (root / "link.wav").symlink_to("gone.wav")
+    os.mkfifo(root / "pipe")
+    missing = ("missing", "missing.wav", "missing.lfr", "missing.nemo", "missing.json", "text/missing.wav")
+    return [root / name for name in (*names, "folder", "link.wav", "pipe", *missing)]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links and pipes")
+@pytest.mark.parametrize("text", ONE_INPUT)
+def test_an_input_that_the_command_does_not_read_is_a_usage_error(text, folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    kinds = [folder / name for kind, name in VALID.items() if kind not in ONE_INPUT[text]]
+    for path in (*write_junk(tmp_path), *kinds):
+        words = text.replace("{x}", str(path)).replace("{in}", str(folder)).replace("{out}", str(tmp_path / "out"))
+        code, out, err = run(capsys, *words.split(), "--quiet")
+        assert (code, out) == (2, ""), (path, err)
+        assert err.startswith("nemo-lfr: error: ") and err.count("\n") == 1, (path, err)
+        assert not [path for path in (tmp_path / "out").glob("*") if not path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("content", [b"", b"hello\n", bytes(range(128, 256)) * 4, b"LFRT", b"RIFF nonsense"])
+@pytest.mark.parametrize(
+    ("text", "suffix"),
+    [
+        ("info {x}", ".wav"),
+        ("info {x}", ".lfr"),
+        ("info {x}", ".nemo"),
+        ("encode {x} --out {out}", ".wav"),
+        ("encode {x} -", ".mp3"),
+        ("decode {x} --out {out}", ".lfr"),
+        ("decode {x} -", ".lfr"),
+        ("entropy fit {x} --out {out}/m.lfrm", ".lfr"),
+    ],
+)
+def test_a_damaged_input_of_the_right_kind_is_a_failure_of_the_work(content, text, suffix, folder, tmp_path, capsys):
+    if not text.startswith("info") and content[:4] == {".lfr": b"RIFF"}.get(suffix, b"LFRT"):
+        pytest.skip("the first bytes are those of another kind of file")
+    (tmp_path / f"a{suffix}").write_bytes(content)
+    words = text.replace("{x}", str(tmp_path / f"a{suffix}")).replace("{out}", str(tmp_path / "out")).split()
+    model = ["--model", folder / "tiny.nemo"] if words[0] in ("encode", "decode") else []
+    code, _, err = run(capsys, *words, *model, "--quiet")
+    assert code == 1 and err.startswith("nemo-lfr: error: ") and err.count("\n") == 1, err
+
+
 def test_exit_codes_are_documented():
     page = (ROOT / "docs" / "guides" / "command-line.md").read_text()
     for code, text in cli.EXIT_CODES.items():

@@ -10,6 +10,7 @@ from nemo_lfr.corpus.inventory import digest
 from nemo_lfr.corpus.sources.base import Clip, OpenOptions, unreadable
 from nemo_lfr.corpus.sources.manifest import Manifest
 from nemo_lfr.errors import NemoLfrError
+from nemo_lfr.io.folders import AUDIO_SUFFIXES, describe_contents
 from nemo_lfr.io.journal import write_text
 from nemo_lfr.io.layouts import folder
 
@@ -71,8 +72,10 @@ def list_folder(root: Path, manifest: Path) -> Folder:
             entry |= unusable(str(utterance.path), str(root / utterance.path), utterance.problem)
         lines.append(json.dumps(entry, ensure_ascii=False))
     if not lines:
+        contents = describe_contents(root, AUDIO_SUFFIXES)
         raise NemoLfrError(
-            f"{root}: no audio file in this folder; pass a folder of audio files, or a manifest, cuts or a table."
+            f"{root}: no audio file in this folder{contents}; pass a folder of audio files, or a manifest, cuts or a "
+            "table."
         )
     write_text(manifest, "\n".join(lines) + "\n")
     return Folder(manifest, root)
