@@ -55,7 +55,7 @@ def write_checkpoint(
         _write_archive(path, config, state_dict)
     except (OSError, RuntimeError) as error:  # torch raises RuntimeError for a full disk
         reason = error.strerror if isinstance(error, OSError) else "the disk may be full"
-        raise CheckpointError(f"{path}: the file cannot be written ({reason}); write it elsewhere.") from error
+        raise CheckpointError(f"{path}: the file cannot be written ({reason}); write it to another folder.") from error
 
 
 def _write_archive(path: Path, config: dict[str, Any], state_dict: Mapping[str, torch.Tensor]) -> None:
