@@ -24,16 +24,20 @@ from tests.models import RATE, synthesize
 
 pytestmark = pytest.mark.slow
 
+MANIFESTS = {"train": "manifest.json", "val": "manifest.json", "log": "logged.json"}
+
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    """Return a folder with ten recordings and a manifest; tests search for its unique name."""
+    """Return a folder with ten recordings and the files of `MANIFESTS`; tests search for its unique name."""
     folder = tmp_path_factory.mktemp("corpus-of-this-machine")
     lines = []
     for number in range(10):
         soundfile.write(folder / f"{number}.wav", synthesize(1.2, number), RATE, subtype="FLOAT")
         lines.append(json.dumps({"audio_filepath": f"{number}.wav", "duration": 1.2}))
     (folder / "manifest.json").write_text("\n".join(lines))
+    # Pictures of a clip in each logged epoch take longer than the epoch, so only one clip is logged.
+    (folder / "logged.json").write_text(lines[0])
     return folder
 
 
@@ -56,8 +60,8 @@ def tutorial(corpus: Path, out: Path, *overrides: str) -> list[str]:
     """Return the arguments of NeMo's tutorial command with the debug config."""
     meta = [
         f"+{kind}_ds_meta.mine.{key}={value}"
-        for kind in ("train", "val", "log")
-        for key, value in (("manifest_path", corpus / "manifest.json"), ("audio_dir", corpus))
+        for kind in MANIFESTS
+        for key, value in (("manifest_path", corpus / MANIFESTS[kind]), ("audio_dir", corpus))
     ]
     config = "--config-name=audio_codec_low_frame_rate_22050_debug"
     return [config, "max_epochs=1", f"log_dir={out / 'logs'}", f"exp_manager.exp_dir={out}", *meta, *overrides]

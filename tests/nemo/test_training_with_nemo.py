@@ -36,6 +36,10 @@ BANDS = {
     "stft_bands": [[0.0, 0.25], [0.25, 1.0]],
 }
 PERIOD = {"_target_": MODULES + "MultiPeriodDiscriminator", "periods": [2, 5]}
+# Cheaper discriminators, for tests that need any: a network for one period has 8 M parameters in stock NeMo.
+ONE_PERIOD = PERIOD | {"periods": [5]}
+SMALL_PERIOD = ONE_PERIOD | {"channels": 2}  # a key of ours
+SMALL_STFT = STFT | {"resolutions": [[256, 64, 256]]}
 
 
 @pytest.fixture(scope="session")
@@ -137,9 +141,9 @@ CASES: dict[str, dict[str, Any]] = {
     "multi-resolution STFT": {"use": ["stft"]},
     "bands of STFTs, as NanoCodec": {"use": ["bands"]},
     "WavLM": {"use": ["slm"]},
-    "all three, discriminators every second step": {"use": ["stft", "period", "slm"], "disc_update_period": 2},
+    "all three, discriminators every second step": {"use": ["stft", "one period", "slm"], "disc_update_period": 2},
     "hinged, relative features": {
-        "use": ["stft", "period"],
+        "use": ["stft", "one period"],
         "feature_loss_type": "relative",
         "generator_loss": {"_target_": LOSSES + "GeneratorHingedLoss"},
         "discriminator_loss": {"_target_": LOSSES + "DiscriminatorHingedLoss"},
@@ -163,10 +167,13 @@ CASES: dict[str, dict[str, Any]] = {
         "disc_update_period": 2,
         # The gradients are large: a larger step would move values of the second batch across rounding edges.
         "optim": {"_target_": "torch.optim.SGD", "lr": 1e-6},
+        "batch size": 1,
         **FULL_SIZE,
     },
     FULL + ", smooth activation": {
         "use": [],
+        "batch size": 1,
+        "steps": 1,
         "audio_encoder": FULL_SIZE["audio_encoder"] | {"activation": "elu"},
         "audio_decoder": FULL_SIZE["audio_decoder"] | {"activation": "elu"},
     },
@@ -188,10 +195,12 @@ def models(tmp_path, config: dict[str, Any]) -> tuple[Any, Any]:
 def test_steps_are_stock_steps(tmp_path, wavlm, case):
     changes = dict(CASES[case])
     known = {"stft": STFT, "bands": BANDS, "period": PERIOD, "slm": wavlm, "all stft": ALL_STFT}
+    known["one period"] = ONE_PERIOD
     known["all periods"] = {"_target_": MODULES + "MultiPeriodDiscriminator"}
+    size, steps = changes.pop("batch size", 2), changes.pop("steps", 2)
     config = training_config([known[name] for name in changes.pop("use")], **changes)
     stock, ours = models(tmp_path, config)
-    batches = [batch_without_ties(stock, frames=8)] * 2
+    batches = [batch_without_ties(stock, frames=8, size=size)] * steps
     expected, mine = (train(model, batches) for model in (stock, ours))
     for step, (theirs, own) in enumerate(zip(expected.logged, mine.logged, strict=True)):
         names = {key for key in theirs if "loss" in key}
@@ -232,11 +241,11 @@ def test_validation_losses_are_stocks_for_clips_of_unequal_length(tmp_path):
 
 
 def test_fine_tuning_starts_where_a_stock_file_ends_discriminators_included(tmp_path):
-    config = training_config([STFT, PERIOD])
+    config = training_config([STFT, ONE_PERIOD])
     start, _ = models(tmp_path, config)
     start.save_to(str(tmp_path / "source.nemo"))
     torch.manual_seed(9)
-    other = training_config([STFT, PERIOD], loss_resolutions=[[256, 64, 256]], mel_loss_dims=[20])
+    other = training_config([STFT, ONE_PERIOD], loss_resolutions=[[256, 64, 256]], mel_loss_dims=[20])
     for values in (config, other):  # the losses are the new config's
         model = AudioCodecModel(OmegaConf.create(values))
         model.maybe_init_from_pretrained_checkpoint(
@@ -262,7 +271,7 @@ def test_a_cpu_updates_with_fused_adam_unless_the_config_says_otherwise(tmp_path
     for fused in (None, False):
         optim = {"_target_": "torch.optim.Adam", "lr": 1e-3} | ({} if fused is None else {"fused": fused})
         torch.manual_seed(0)
-        model = AudioCodecModel(OmegaConf.create(training_config([STFT], optim=optim)))
+        model = AudioCodecModel(OmegaConf.create(training_config([SMALL_STFT], optim=optim)))
         train(model, [batch(frames=8)] * 2)
         assert all(group["fused"] is (fused is None) for o in model.optimizers() for group in o.param_groups)
         ends.append(torch.cat([parameter.detach().flatten() for parameter in model.parameters()]))
@@ -513,47 +522,60 @@ def test_initialization_takes_no_batch_from_persistent_workers():
     assert not model._is_random
 
 
+# Importing NeMo takes longer than this training, so one process imports it and forks a child for each process of both
+# runs, with the environment variables that torchrun sets.
 DISTRIBUTED = """
-import os, sys
+import os, socket, sys
 import torch, lightning.pytorch as pl
 from omegaconf import OmegaConf
 from nemo_lfr import AudioCodecModel
 from tests.nemo.test_training_with_nemo import batch
 
-processes, config, out = int(sys.argv[1]), OmegaConf.load(sys.argv[2]), sys.argv[3]
-torch.manual_seed(0)
-model = AudioCodecModel(config)
-model._is_random = os.environ.get("LOCAL_RANK", "0") != "0"  # weights are read in the first process, for all
-rows = batch(4, 8)
-split = [{key: value[i : i + 4 // processes] for key, value in rows.items()} for i in range(0, 4, 4 // processes)]
-trainer = pl.Trainer(
-    accelerator="cpu", devices=processes, max_epochs=2, logger=False, enable_checkpointing=False,
-    strategy="ddp_find_unused_parameters_true" if processes > 1 else "auto", enable_progress_bar=False,
-    enable_model_summary=False,
-)
-loader = lambda: torch.utils.data.DataLoader(split, batch_size=None)
-trainer.fit(model, loader(), loader())
-if trainer.is_global_zero:
-    metrics = {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("val")}
-    torch.save({"state": model.state_dict(), "metrics": metrics}, out)
+def run(processes, rank):
+    torch.manual_seed(0)
+    model = AudioCodecModel(OmegaConf.load("config.yaml"))
+    model._is_random = rank != 0  # weights are read in the first process, for all
+    rows = batch(4, 8)
+    split = [{key: value[i : i + 4 // processes] for key, value in rows.items()} for i in range(0, 4, 4 // processes)]
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=processes, max_epochs=2, logger=False, enable_checkpointing=False,
+        strategy="ddp_find_unused_parameters_true" if processes > 1 else "auto", enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    loader = lambda: torch.utils.data.DataLoader(split, batch_size=None)
+    trainer.fit(model, loader(), loader())
+    assert trainer.world_size == processes and trainer.global_rank == rank
+    if trainer.is_global_zero:
+        metrics = {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("val")}
+        torch.save({"state": model.state_dict(), "metrics": metrics}, f"{processes}.pt")
+
+torch.set_num_threads(1)
+children = []
+for processes in (1, 2):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    for rank in range(processes):
+        children.append(os.fork())
+        if not children[-1]:
+            if processes > 1:
+                os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
+                os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "NODE_RANK": "0"}
+            run(processes, rank)
+            os._exit(0)
+sys.exit(any(os.waitpid(child, 0)[1] for child in children))
 """
 
 
 @pytest.mark.slow
 def test_two_processes_learn_the_same_as_one_with_a_doubled_batch(tmp_path):
     optim = {"_target_": "torch.optim.SGD", "lr": 1e-2}
-    config = training_config([STFT, PERIOD], optim=optim, initialize_from_data=True)
+    config = training_config([SMALL_STFT, SMALL_PERIOD], optim=optim, initialize_from_data=True)
     OmegaConf.save(OmegaConf.create(config), tmp_path / "config.yaml")
-    (tmp_path / "train.py").write_text(DISTRIBUTED)
-    results = []
-    for processes in (1, 2):
-        command = [sys.executable, "train.py", str(processes), "config.yaml", f"{processes}.pt"]
-        run = subprocess.run(
-            command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
-        )
-        assert run.returncode == 0, run.stderr[-3000:]
-        results.append(torch.load(tmp_path / f"{processes}.pt", weights_only=True))
-    one, two = results
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", DISTRIBUTED]
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    one, two = (torch.load(tmp_path / f"{processes}.pt", weights_only=True) for processes in (1, 2))
     assert two["metrics"] == pytest.approx(one["metrics"], rel=1e-5)
     torch.manual_seed(0)
     start = AudioCodecModel(OmegaConf.load(tmp_path / "config.yaml"))
@@ -571,9 +593,9 @@ def test_a_validation_before_the_first_step_leaves_nothing_that_training_cannot_
     fitted(tmp_path)  # Lightning's sanity check validates in inference mode
 
 
-def fitted(tmp_path, **trainer_options: Any) -> tuple[Any, pl.Trainer]:
+def fitted(tmp_path, lr: float = 1e-3, **trainer_options: Any) -> tuple[Any, pl.Trainer]:
     """Return our model after two steps and a validation."""
-    config = training_config([STFT], optim={"_target_": "torch.optim.SGD", "lr": 1e-3})
+    config = training_config([SMALL_STFT], optim={"_target_": "torch.optim.SGD", "lr": lr})
     _, model = models(tmp_path, config)
     trainer = pl.Trainer(
         accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
@@ -611,7 +633,7 @@ def test_bf16_mixed_learns_like_fp32_and_quantizes_in_fp32(tmp_path, monkeypatch
     monkeypatch.setattr(GroupFiniteScalarQuantizer, "forward", watched)
     losses = {}
     for precision in ("32-true", "bf16-mixed"):
-        _, trainer = fitted(tmp_path, precision=precision)
+        _, trainer = fitted(tmp_path, lr=1e-4, precision=precision)  # larger steps amplify rounding errors
         losses[precision] = float(trainer.callback_metrics["val_loss"])
     for values in codes:
         assert values.dtype == torch.float32 and torch.allclose((values * 12).round(), values * 12)
@@ -633,7 +655,7 @@ def test_speed_perplexity_and_levels_are_logged(tmp_path):
 
 
 def test_gradients_are_clipped_to_the_norm_that_the_config_names(tmp_path):
-    _, model = models(tmp_path, training_config([STFT], clip_grad_norm=0.01))
+    _, model = models(tmp_path, training_config([SMALL_STFT], clip_grad_norm=0.01))
     recorder = train(model, [batch(frames=8)])
     assert len(recorder.gradients) == 2  # of the discriminators and of the generator
     for gradients in recorder.gradients:
@@ -642,7 +664,7 @@ def test_gradients_are_clipped_to_the_norm_that_the_config_names(tmp_path):
 
 
 def test_non_finite_step_changes_nothing(tmp_path):
-    _, model = models(tmp_path, training_config([STFT], skip_nan_gradients=True))
+    _, model = models(tmp_path, training_config([SMALL_STFT], skip_nan_gradients=True))
     bad = batch(frames=8)
     bad["audio"][0, 100] = float("nan")
     before = generator_weights(model)
@@ -704,7 +726,7 @@ def test_codebook_dropout_reaches_the_decoder_in_training_only(tmp_path):
 
 
 def test_a_model_trains_with_codebook_dropout(tmp_path):
-    _, model = models(tmp_path, training_config([STFT], codebook_dropout_rate=0.5))
+    _, model = models(tmp_path, training_config([SMALL_STFT], codebook_dropout_rate=0.5))
     before = generator_weights(model)
     train(model, [batch(4)] * 2)
     assert generator_weights(model).isfinite().all() and not torch.equal(generator_weights(model), before)
