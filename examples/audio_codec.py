@@ -25,7 +25,7 @@ from nemo.utils.exp_manager import exp_manager
 from nemo.utils.get_rank import is_global_rank_zero
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_lfr import AudioCodecModel
+from nemo_lfr import AudioCodecModel, ConfigError
 from nemo_lfr.training.endings import ending_in_one_line
 from nemo_lfr.nemo.resume import tidy_experiment
 
@@ -46,7 +46,10 @@ def train(cfg: DictConfig) -> None:
     logging.info("Config:\n%s", OmegaConf.to_yaml(cfg, resolve=True))
     # The seed is fixed and random draws depend only on the epoch, so a killed and resumed run gives the same result.
     pl.seed_everything(cfg.get("seed", 0), workers=True)
-    trainer = pl.Trainer(**cfg.trainer)
+    try:
+        trainer = pl.Trainer(**cfg.trainer)
+    except (TypeError, ValueError) as error:  # an unknown key or an invalid value
+        raise ConfigError(f"trainer: {error}") from error
     if is_global_rank_zero():
         tidy_experiment(cfg.get("exp_manager"))  # removes a checkpoint that a killed run left unfinished
     exp_manager(trainer, cfg.get("exp_manager"))

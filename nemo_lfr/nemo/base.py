@@ -68,6 +68,7 @@ class BaseModel(NeMoAudioCodecModel):
     _step_began: float
     _is_random: bool  # True until weights are loaded
     _restored_from: Path | None
+    _resumed: dict[str, Any] | None = None  # checkpoint of the run to resume, until the optimizers are built
 
     def init_codec_state(self, *, is_random: bool, discriminator: dict[str, torch.Tensor] | None = None) -> None:
         """Initialize the attributes that this package adds.

@@ -3,23 +3,28 @@
 import os
 from collections.abc import Mapping
 from dataclasses import is_dataclass
-from typing import Any
+from typing import Any, cast
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_lfr.checkpoint import codec_values
 from nemo_lfr.errors import ConfigError, quoted, shorten
+from nemo_lfr.frames import num_frames
 from nemo_lfr.io.locate import expand_home
 from nemo_lfr.nemo.base import Trainer, common, model_utils
+from nemo_lfr.nemo.cuts import uses_lhotse
 from nemo_lfr.training import discriminators, losses
 from nemo_lfr.training.components import import_components
+from nemo_lfr.training.settings import check_model
 
 # NeMo only builds a class that `_target_` names if its import path starts with a prefix in this list. Add the prefix
 # of this package.
 if "nemo_lfr." not in common.ALLOWED_TARGET_PREFIXES:
     common.ALLOWED_TARGET_PREFIXES.append("nemo_lfr.")
 
+# Precisions of Lightning that keep the weights in fp32
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 IDENTITY = {"_target_": "torch.nn.Identity"}
 BUILT_IN = {*discriminators.BUILT_IN, *losses.BUILT_IN}
 ANY_LOSS = {"_target_": next(iter(losses.GENERATOR_LOSSES))}
@@ -42,18 +47,59 @@ def checked_values(cfg: DictConfig) -> dict[str, Any]:
     return codec_values(cfg)
 
 
-def check_codebook_dropout(rate: Any, num_codebooks: int) -> None:
-    """Validate the config's `codebook_dropout_rate`.
+def check_training(cfg: DictConfig, num_codebooks: int) -> None:
+    """Validate those values of a model config that only training uses.
+
+    Args:
+        cfg: model config.
+        num_codebooks: number of codebooks of the codec.
 
     Raises:
-        ConfigError: if the rate is not a probability, or the codec has only one codebook.
+        ConfigError: if a value cannot be resolved, a number is out of its range, or the config sets a codebook
+            dropout although the codec has one codebook.
     """
-    if not rate:
-        return
-    if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate <= 1:
-        raise ConfigError(f"codebook_dropout_rate is {rate!r}; use a probability from 0 to 1.")
-    if num_codebooks < 2:
+    try:
+        values = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"the config cannot be resolved: {_reason(error)}.") from error
+    check_model(values)
+    if (rate := values.get("codebook_dropout_rate")) and num_codebooks < 2:
         raise ConfigError(f"codebook_dropout_rate is {rate}, but the codec has one codebook; remove the key.")
+
+
+def check_precision(trainer: Trainer | None) -> None:
+    """Raise ConfigError if the precision of a trainer would change the weights of the codec, which must be fp32."""
+    if trainer is not None and (precision := str(trainer.precision)) not in PRECISIONS:
+        raise ConfigError(
+            f"trainer.precision is {precision}, but the weights of the codec must be fp32; use one of "
+            f"{', '.join(PRECISIONS)}."
+        )
+
+
+def check_segments(cfg: DictConfig, min_samples: int) -> None:
+    """Check the length of the training segments in a model config.
+
+    Args:
+        cfg: model config.
+        min_samples: length of the shortest audio in samples that the losses and discriminators can use.
+
+    Raises:
+        ConfigError: if the segments, padded to whole frames, are shorter.
+    """
+    section, frame = cfg.get("train_ds"), cfg.samples_per_frame
+    if not section:
+        return
+    shortest = (num_frames(min_samples, frame) - 1) * frame + 1
+    name, key, rate = "dataset", "n_samples", 1
+    if uses_lhotse(section):
+        name, key, rate = "dataset_args", "segment_duration", cfg.sample_rate
+    value = (section.get(name) or {}).get(key)
+    if value is not None and int(value * rate) < shortest:
+        least = shortest if rate == 1 else -(-shortest * 1000 // rate) / 1000
+        raise ConfigError(
+            f"train_ds.{name}.{key} is {value}, but the losses and discriminators of this config need segments of at "
+            f"least {shortest} samples; set it to {least} or more."
+        )
 
 
 def target_of(section: Any) -> str | None:

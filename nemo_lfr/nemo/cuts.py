@@ -6,7 +6,7 @@ NeMo itself supports Lhotse for training only.
 import logging
 import random
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from nemo_lfr.errors import AudioError, ConfigError, shorten
 from nemo_lfr.io.cut_audio import forbid_programs, read_cut
 from nemo_lfr.nemo.careful import careful_iterators
+from nemo_lfr.training.settings import CUTS, LOADER, check_settings
 
 logger = logging.getLogger(__name__)
 
@@ -153,10 +154,12 @@ def cut_loader(
         A data loader that yields the batches of `CutDataset`.
 
     Raises:
-        ConfigError: for an unknown, missing or conflicting key.
+        ConfigError: for an unknown, missing or conflicting key, or an invalid number.
     """
     arguments: Any = OmegaConf.to_container(config.get("dataset_args") or OmegaConf.create(), resolve=True)
     given = config.get("dataloader_params") or OmegaConf.create()
+    check_settings(cast(dict[str, Any], OmegaConf.to_container(given, resolve=True)), LOADER, "dataloader_params")
+    check_settings(arguments, CUTS, "dataset_args")
     unknown = set(given) - set(OmegaConf.structured(LhotseDataLoadingConfig)) - {"use_lhotse"}
     if unknown:
         raise ConfigError(

@@ -28,6 +28,7 @@ from nemo_lfr.nemo.config import (
     IDENTITY,
     SMALLEST_QUANTIZER,
     check_trainer,
+    check_training,
     checked_values,
     model_config,
     target_of,
@@ -66,6 +67,8 @@ class LFRCodecModel(Inference, StateDicts, NemoFiles, Copies, TrainingSteps):
         check_trainer(trainer)
         values = checked_values(cfg)
         parts = READ_PARTS.get() or build_parts(values)
+        if not self._is_model_being_restored():
+            check_training(cfg, parts.quantizer.num_codebooks)
         cfg = copy.deepcopy(cfg)
         for key in cfg if self._is_model_being_restored() else from_checkpoint:
             mark_from_checkpoint(cfg._get_node(key))

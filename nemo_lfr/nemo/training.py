@@ -16,12 +16,13 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from torch.utils.data import IterableDataset
 
 from nemo_lfr.checkpoint import load_parts
-from nemo_lfr.errors import ConfigError
+from nemo_lfr.errors import ConfigError, shorten
 from nemo_lfr.nemo.artifacts import SpectrogramGenerator
-from nemo_lfr.nemo.averaging import RestoreTrainedWeights, WeightAveraging
+from nemo_lfr.nemo.averaging import RestoreTrainedWeights
 from nemo_lfr.nemo.base import DISCRIMINATOR, WAVLM
-from nemo_lfr.nemo.config import check_codebook_dropout
+from nemo_lfr.nemo.config import check_precision, check_segments, check_training
 from nemo_lfr.nemo.cuts import cut_loader, uses_lhotse
+from nemo_lfr.nemo.optimizers import Optimizers
 from nemo_lfr.nemo.resume import WholeCheckpoints
 from nemo_lfr.signal.codebooks import CodebookUse
 from nemo_lfr.signal.spectra import Spectra
@@ -40,7 +41,7 @@ logger = logging.getLogger(__name__)
 _VALIDATED = ("loss", "perplexity", "levels_used")
 
 
-class TrainingSteps(WeightAveraging):
+class TrainingSteps(Optimizers):
     """Lightning hooks for training and validation.
 
     The discriminators are built when training starts (`setup("fit")`), so restoring a model requires neither WavLM nor
@@ -51,22 +52,31 @@ class TrainingSteps(WeightAveraging):
         """Build the discriminators, and let Lightning write checkpoints atomically.
 
         Raises:
-            ConfigError: if the config sets a loss that this package does not support, an invalid dropout rate, or
-                a component that cannot be built.
+            ConfigError: if the config sets a loss that this package does not support, an invalid number, a component
+                that cannot be built, or segments that are too short for the losses and discriminators. For every
+                stage, if the trainer's precision would round the weights.
         """
         super().setup(stage)
+        check_precision(self._trainer)
         if stage in (None, "fit"):
             for key in ("mmd_loss", "mmd_time_loss"):
                 if self.cfg.get(key):
                     raise ConfigError(
                         f"{key} is set; nemo_lfr does not train with it. Use NeMo's own AudioCodecModel."
                     )
-            check_codebook_dropout(self.cfg.get("codebook_dropout_rate"), self.num_codebooks)
+            check_training(self.cfg, self.num_codebooks)
             self.build_discriminator()
             # Build losses and metrics before loading a checkpoint, which may contain tensors of custom losses.
             _ = self.losses, self.metrics
+            check_segments(self.cfg, self._min_samples)
             if self._trainer is not None and type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
                 self.trainer.strategy.checkpoint_io = WholeCheckpoints()
+
+    @property
+    def _min_samples(self) -> int:
+        """Length of the shortest batch in samples that the losses and, for training, the discriminators can use."""
+        least = self.losses.reconstruction.min_samples
+        return least if self.discriminator is None else max(least, self.discriminator.min_samples)
 
     def build_discriminator(self) -> None:
         """Build the discriminators in the config, and load their weights from the checkpoint if it has any.
@@ -116,34 +126,20 @@ class TrainingSteps(WeightAveraging):
                 self._metrics = AudioTerms(cast(Any, config), "metrics", reserved=_VALIDATED).to(self.device)
         return self._metrics
 
-    @property
-    def max_steps(self) -> int:
-        """Number of steps in the learning-rate schedule.
-
-        With `steps_per_epoch: null`, an epoch is one pass over the data.
-
-        Raises:
-            ConfigError: if `steps_per_epoch` is not set and the training data is endless.
-        """
-        config = self._cfg
-        if config.get("max_steps") is not None or not config.get("max_epochs"):
-            steps: int = super().max_steps
-            return steps
-        batches = config.get("steps_per_epoch")
-        if batches is None:
-            try:
-                batches = len(self._train_dl)
-            except TypeError as error:
-                raise ConfigError(
-                    "steps_per_epoch must be set, because training data from Lhotse has no end and thus no epochs."
-                ) from error
-        return int(config.max_epochs) * -(-int(batches) // self._batches_per_update)
-
     def get_dataset(self, cfg: DictConfig) -> Any:
         """Build a data loader with `CodecDataset` instead of NeMo's `VocoderDataset`.
 
         If `CodecDataset` does not support the config section, NeMo builds the data loader.
+
+        Raises:
+            ConfigError: if the section is invalid, or has another sample rate than the codec.
         """
+        rate = (cfg.get("dataset") or {}).get("sample_rate")
+        if rate not in (None, self.sample_rate) and not cfg.dataset.get("resample_rate"):
+            raise ConfigError(
+                f"{cfg._get_full_key('dataset')}.sample_rate is {shorten(rate)}, but the codec has {self.sample_rate} "
+                "Hz; set it to the same value. Recordings of other rates are resampled."
+            )
         world_size, rank = (self.trainer.world_size, self.trainer.global_rank) if self._trainer else (1, 0)
         return manifest_loader(cfg, world_size, rank) or super().get_dataset(cfg)
 
@@ -159,22 +155,6 @@ class TrainingSteps(WeightAveraging):
             self._validation_dl = cut_loader(cfg, self.sample_rate, self.global_rank, self.world_size, validation=True)
         else:
             super().setup_validation_data(cfg)
-
-    def configure_optimizers(self) -> Any:
-        """Return NeMo's optimizers, with fused Adam on a CPU.
-
-        Fused Adam is faster on a CPU because it reads each weight only once per step. A `fused` or `foreach` setting
-        in the config takes precedence.
-        """
-        configured = super().configure_optimizers()
-        # NeMo returns one optimizer, several optimizers, or a list of optimizers and a list of schedules.
-        several = configured if isinstance(configured, list | tuple) else [configured]
-        for optimizer in several[0] if isinstance(several[0], list) else several:
-            if isinstance(optimizer, torch.optim.Adam) and self.device.type == "cpu":
-                for group in optimizer.param_groups:
-                    if group["fused"] is None and not group["foreach"]:
-                        group["fused"] = True
-        return configured
 
     def configure_callbacks(self) -> list[Callback]:
         """Return `RestoreTrainedWeights` and, for training, NeMo's logging callback.
@@ -274,10 +254,6 @@ class TrainingSteps(WeightAveraging):
         audio_gen, _ = self.audio_decoder(inputs=codes, input_len=encoded_len)
         return audio, audio_len, audio_gen, encoded, tokens.transpose(0, 1)
 
-    @property
-    def _batches_per_update(self) -> int:
-        return int(self.cfg.get("accumulate_grad_batches") or 1)
-
     def on_validation_model_zero_grad(self) -> None:
         """Clear gradients before validation, unless gradients are being accumulated."""
         if self._batches_per_update == 1:
@@ -300,7 +276,7 @@ class TrainingSteps(WeightAveraging):
         last = (batch_idx + 1) % every == 0 or self.trainer.is_last_batch
         optim_gen, *others = [self.optimizers()] if self.discriminator is None else self.optimizers()
         audio, audio_len, audio_gen, encoded, _ = self.reconstruct(batch)
-        real, gen = Spectra(audio), Spectra(audio_gen)
+        real, gen = (Spectra(_pad_to(signal, self._min_samples)) for signal in (audio, audio_gen))
         metrics = {
             "global_step": self.global_step,
             "lr": optim_gen.param_groups[0]["lr"],
@@ -374,7 +350,8 @@ class TrainingSteps(WeightAveraging):
             self._codebook_use = CodebookUse(self.vector_quantizer.num_codebooks, self.vector_quantizer.levels)
         self._codebook_use.update(tokens, audio_len // self.samples_per_frame)
         names = ("mel_l1", "mel_l2", "stft", "time_domain", "si_sdr")
-        real, gen = Spectra(audio), Spectra(audio_gen)
+        least = self.losses.reconstruction.min_samples
+        real, gen = (Spectra(_pad_to(signal, least)) for signal in (audio, audio_gen))
         terms = self.losses.reconstruction(real, gen, audio_len, names)
         terms |= self.losses.custom(real, gen, audio_len)
         metrics = {f"val_loss_{name}": value for name, value in terms.items()}
@@ -391,6 +368,12 @@ class TrainingSteps(WeightAveraging):
             use.counts = counts.sum(dim=0) if counts.dim() > use.counts.dim() else counts
             self.log_dict({"val_perplexity": use.perplexity().mean(), "val_levels_used": use.levels_used()})
         return result
+
+
+def _pad_to(audio: torch.Tensor, length: int) -> torch.Tensor:
+    """Pad signals [B, T_audio] with zeros to at least `length` samples."""
+    missing = length - audio.shape[-1]
+    return F.pad(audio, (0, missing)) if missing > 0 else audio
 
 
 def _wavlm_weights(path: Path) -> dict[str, torch.Tensor]:

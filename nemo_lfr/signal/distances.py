@@ -45,6 +45,11 @@ class ReconstructionLoss(nn.Module):
             filters = torch.from_numpy(mel_filters(sr=sample_rate, n_fft=n_fft, n_mels=num_mels, norm=None))
             self.register_buffer(f"mel_{index}", filters, persistent=False)
 
+    @property
+    def min_samples(self) -> int:
+        """Return the length of the shortest signals, in samples, that the padding of every STFT allows."""
+        return max(n_fft // 2 + 1 for n_fft, _, _ in self.resolutions)
+
     def forward(
         self,
         real: Spectra,

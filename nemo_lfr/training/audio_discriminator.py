@@ -18,12 +18,17 @@ class AudioDiscriminator(nn.Module):
     """Base class for discriminators, which consist of one or more networks.
 
     A subclass must define `score`. It must also define `preprocess` if the input of its networks is not the waveform,
-    and `num_networks` if it has several networks.
+    `num_networks` if it has several networks, and `min_samples` if it cannot score very short audio.
     """
 
     @property
     def num_networks(self) -> int:
         """Return the number of networks, 1 by default. Each network has one input, called its view, and one output."""
+        return 1
+
+    @property
+    def min_samples(self) -> int:
+        """Return the length of the shortest audio in samples, 1 by default. Training pads shorter batches."""
         return 1
 
     def preprocess(self, audio: Spectra) -> Views:

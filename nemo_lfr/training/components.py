@@ -20,6 +20,7 @@ from torch import nn
 from nemo_lfr.checkpoint import is_from_checkpoint
 from nemo_lfr.errors import ConfigError, quoted, shorten
 from nemo_lfr.signal.spectra import Spectra
+from nemo_lfr.training.settings import MAX, Range, check_settings
 
 _REGISTERED: dict[str, type[nn.Module]] = {}
 # Names of the keyword arguments of losses and metrics, as in NeMo's losses
@@ -369,7 +370,6 @@ def split_scales(sections: Any) -> tuple[Any, dict[str, float]]:
         if isinstance(section, Mapping):
             rest[name] = {key: value for key, value in section.items() if key != "scale"}
             scale = section.get("scale", 1.0)
-            if isinstance(scale, bool) or not isinstance(scale, int | float):
-                raise ConfigError(f"losses.{name}: scale is {quoted(scale)}; pass a number.")
+            check_settings({"scale": scale}, {"scale": Range(False, -MAX)}, f"losses.{name}")
             scales[name] = float(scale)
     return rest, scales

@@ -5,6 +5,7 @@ read float or stereo files correctly, and stops at the first file that it cannot
 """
 
 import logging
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -14,12 +15,15 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from nemo_lfr.errors import AudioError, ConfigError, NemoLfrError
+from nemo_lfr.errors import AudioError, ConfigError, NemoLfrError, quoted, shorten
 from nemo_lfr.io.audio import AudioReader, check_rate
 from nemo_lfr.io.manifests import Recording, read_manifest
+from nemo_lfr.training.settings import DATASET, LOADER, POSITIVE_OR_ZERO, check_settings
 
 logger = logging.getLogger(__name__)
 
+# Keys of an entry of `dataset_meta`. NeMo accepts the last one and ignores it for a dataset of separate files.
+DATASET_KEYS = {"manifest_path", "audio_dir", "sample_weight", "audio_tar_filepaths"}
 NEMO_DATASET = "nemo.collections.tts.data.vocoder_dataset.VocoderDataset"
 
 
@@ -42,7 +46,8 @@ class CodecDataset(Dataset[dict[str, Any]]):
         volume_norm: whether to scale the audio to a peak of 0.95, as NeMo does.
 
     Raises:
-        ConfigError: if a manifest cannot be read, or no recording has the required duration.
+        ConfigError: if a manifest cannot be read, no recording has the required duration, or an argument is invalid.
+        AudioError: if `sample_rate` is not a sample rate.
     """
 
     def __init__(
@@ -57,13 +62,27 @@ class CodecDataset(Dataset[dict[str, Any]]):
         volume_norm: bool = False,
     ) -> None:
         check_rate(sample_rate)
+        check_settings(
+            {
+                "n_samples": n_samples,
+                "weighted_sampling_steps_per_epoch": weighted_sampling_steps_per_epoch,
+                "min_duration": min_duration,
+                "max_duration": max_duration,
+                "trunc_duration": trunc_duration,
+            },
+            DATASET,
+        )
+        if min_duration is not None and max_duration is not None and min_duration > max_duration:
+            raise ConfigError(
+                f"min_duration is {min_duration}, but max_duration is {max_duration}; swap or change them."
+            )
         self.sample_rate, self.n_samples, self.trunc_duration = sample_rate, n_samples, trunc_duration
         self.volume_norm = volume_norm
         self.steps_per_epoch = weighted_sampling_steps_per_epoch
         self.recordings: list[Recording] = []
         self.weights: list[float] = []
         self._bad: set[Path] = set()
-        for name, meta in dataset_meta.items():
+        for name, meta in _checked_meta(dataset_meta):
             found = read_manifest(meta["manifest_path"], meta.get("audio_dir"), name)
             kept = [
                 recording
@@ -73,11 +92,16 @@ class CodecDataset(Dataset[dict[str, Any]]):
             hours = sum(recording.duration for recording in kept) / 3600
             logger.info("%s: using %d of %d recordings (%.2f hours of audio)", name, len(kept), len(found), hours)
             self.recordings += kept
-            self.weights += [float(meta.get("sample_weight", 1.0))] * len(kept)
+            weight = meta.get("sample_weight")
+            self.weights += [1.0 if weight is None else float(weight)] * len(kept)
         if not self.recordings:
             raise ConfigError(
                 f"the manifests of {sorted(dataset_meta)} contain no recording of the required duration; change "
                 "min_duration or max_duration, or add recordings."
+            )
+        if self.steps_per_epoch and not any(self.weights):
+            raise ConfigError(
+                f"sample_weight is 0 for all recordings of {sorted(dataset_meta)}; set one to more than 0."
             )
 
     def get_sampler(self, batch_size: int, world_size: int, rank: int = 0) -> "SegmentSampler | None":
@@ -237,9 +261,14 @@ def manifest_loader(config: DictConfig, world_size: int, rank: int) -> DataLoade
         `feature_processors` or `resample_rate`.
 
     Raises:
-        ConfigError: if an argument of the dataset is unknown, or the dataset cannot be created.
+        ConfigError: if an argument of the dataset or of the data loader is unknown or invalid, if the dataset cannot
+            be created, or if it has too few recordings for a batch.
     """
+    where = {key: config._get_full_key(key) for key in ("dataset", "dataloader_params")}
+    loader = dict(config.get("dataloader_params") or {})
+    check_settings(loader, LOADER, where["dataloader_params"])
     arguments = cast(dict[str, Any], OmegaConf.to_container(config.dataset, resolve=True))
+    check_settings(arguments, DATASET, where["dataset"])
     ours = f"{CodecDataset.__module__}.{CodecDataset.__name__}"
     if arguments.pop("_target_", None) not in (NEMO_DATASET, ours):
         return None
@@ -248,9 +277,43 @@ def manifest_loader(config: DictConfig, world_size: int, rank: int) -> DataLoade
     try:
         dataset = CodecDataset(**{key: value for key, value in arguments.items() if value is not None})
     except TypeError as error:
-        raise ConfigError(f"dataset: {error}; correct the arguments in the config.") from error
-    loader = dict(config.dataloader_params)
+        raise ConfigError(f"{where['dataset']}: {error}; correct the arguments in the config.") from error
+    except NemoLfrError as error:
+        raise type(error)(f"{where['dataset']}: {error}") from error
+    if loader.get("batch_size") is None:
+        raise ConfigError(f"{where['dataloader_params']}: batch_size must be set.")
     sampler = dataset.get_sampler(loader["batch_size"], world_size, rank)
     if sampler is not None:  # the sampler already shuffles
         loader.pop("shuffle", None)
-    return DataLoader(dataset, collate_fn=dataset.collate_fn, sampler=sampler, **loader)
+    try:
+        batches = DataLoader(dataset, collate_fn=dataset.collate_fn, sampler=sampler, **loader)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{where['dataloader_params']}: {error}; correct the values in the config.") from error
+    if not len(batches):
+        shares = f", divided among {world_size} processes," if world_size > 1 else ""
+        drawn = len(dataset) if sampler is None else len(sampler)
+        advice = f"set batch_size to {drawn} or less, set drop_last to false" if drawn else "use fewer processes"
+        raise ConfigError(
+            f"{where['dataloader_params']}: {len(dataset)} recordings{shares} do not fill a batch of "
+            f"{loader['batch_size']}; {advice}, or add recordings."
+        )
+    return batches
+
+
+def _checked_meta(dataset_meta: Any) -> list[tuple[str, Mapping[str, Any]]]:
+    """Return the name and the settings of each dataset.
+
+    Raises:
+        ConfigError: if the settings of a dataset are not a mapping, lack `manifest_path`, or contain an unknown key or
+            an invalid weight.
+    """
+    if not isinstance(dataset_meta, Mapping) or not dataset_meta:
+        raise ConfigError(f"dataset_meta is {quoted(dataset_meta)}; pass a mapping from names to datasets.")
+    for name, meta in dataset_meta.items():
+        what = f"dataset_meta.{shorten(name)}"
+        if not isinstance(meta, Mapping) or not isinstance(meta.get("manifest_path"), str | os.PathLike):
+            raise ConfigError(f"{what} is {quoted(meta)}; pass a mapping whose manifest_path is a path.")
+        if unknown := sorted(set(map(str, meta)) - DATASET_KEYS):
+            raise ConfigError(f"{what} has unknown keys: {shorten(unknown)}; use {', '.join(sorted(DATASET_KEYS))}.")
+        check_settings(meta, {"sample_weight": POSITIVE_OR_ZERO}, what)
+    return list(dataset_meta.items())

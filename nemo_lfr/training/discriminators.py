@@ -13,15 +13,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils.parametrizations import weight_norm
 
-from nemo_lfr.errors import ConfigError, shorten
-from nemo_lfr.modules.conv import convolve_by_product
+from nemo_lfr.errors import ConfigError, MissingExtraError, quoted, shorten
 from nemo_lfr.signal.spectra import Spectra
 from nemo_lfr.training.audio_discriminator import (
     AudioDiscriminator,
@@ -31,91 +29,12 @@ from nemo_lfr.training.audio_discriminator import (
     score_views,
 )
 from nemo_lfr.training.components import build_component, check_accepts
+from nemo_lfr.training.networks import Conv2d, Network, PadMode
+from nemo_lfr.training.settings import COUNT, Range, check_counts, check_resolutions, check_settings
 from nemo_lfr.training.slm_discriminator import SLMDiscriminator
 
-PadMode = Literal["reflect", "zeros"]
 
-
-class Conv2d(nn.Module):
-    """2-D convolution with weight norm. With a stride of 1, height and width do not change.
-
-    Args:
-        in_channels: number of input channels.
-        out_channels: number of output channels.
-        kernel_size: height and width of the kernel.
-        stride: stride in both dimensions.
-        dilation: dilation in both dimensions.
-        pad_mode: "reflect" or "zeros".
-
-    Raises:
-        ConfigError: if `pad_mode` is unknown.
-    """
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: tuple[int, int],
-        stride: tuple[int, int] = (1, 1),
-        dilation: tuple[int, int] = (1, 1),
-        pad_mode: PadMode = "reflect",
-    ) -> None:
-        super().__init__()
-        if pad_mode not in ("reflect", "zeros"):
-            raise ConfigError(f"pad_mode {shorten(str(pad_mode))!r} is unknown; use 'reflect' or 'zeros'.")
-        padding = ((kernel_size[0] - 1) * dilation[0] // 2, (kernel_size[1] - 1) * dilation[1] // 2)
-        conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, padding_mode=pad_mode)
-        self.conv = weight_norm(conv)
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Apply the convolution to hidden states [B, C, H, W]."""
-        conv = self.conv
-        zeros = conv.padding_mode == "zeros"
-        if hidden.device.type != "cpu" or conv.kernel_size[1] > 1:
-            convolved: torch.Tensor = conv(hidden.contiguous(memory_format=torch.channels_last) if zeros else hidden)
-            return convolved
-        # A kernel of width 1 processes each column independently, so the columns can be the rows of a matrix
-        # product. In deep layers, which have few rows and weights that are larger than the signal, this is faster on a
-        # CPU than a convolution: it runs near peak speed, and does not copy the weights.
-        columns = hidden.transpose(2, 3).transpose(1, 2).flatten(0, 1)  # [B * W, C, H], C innermost in memory
-        mode = "constant" if zeros else "reflect"
-        padded = F.pad(columns.unsqueeze(2), (conv.padding[0],) * 2 + (0, 0), mode=mode).squeeze(2)
-        result = convolve_by_product(padded, conv.weight.squeeze(3), conv.bias, conv.stride[0], conv.dilation[0])
-        return torch.unflatten(result, 0, (hidden.shape[0], -1)).permute(0, 2, 3, 1)
-
-
-class _Network(nn.Module):
-    """Stack of convolutions with leaky ReLUs, followed by a convolution that computes the scores.
-
-    The feature maps are the outputs of all layers.
-    """
-
-    def __init__(self, conv_layers: Sequence[Conv2d], conv_post: Conv2d, lrelu_slope: float) -> None:
-        super().__init__()
-        self.lrelu_slope = lrelu_slope
-        self.conv_layers = nn.ModuleList(conv_layers)
-        self.conv_post = conv_post
-
-    def forward(self, view: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Score a view.
-
-        Args:
-            view: representation of the audio, shape [B, C, H, W].
-
-        Returns:
-            Scores [B, W, H], and a list of feature maps, each [B, C, H, W].
-        """
-        feature_maps = []
-        hidden = view
-        for conv in self.conv_layers:
-            hidden = F.leaky_relu(conv(hidden), self.lrelu_slope)
-            feature_maps.append(hidden)
-        score = self.conv_post(hidden)
-        feature_maps.append(score)
-        return score.squeeze(1).transpose(1, 2), feature_maps
-
-
-class PeriodDiscriminator(_Network):
+class PeriodDiscriminator(Network):
     """Discriminator whose input is audio folded into rows of `period` samples (HiFi-GAN, arXiv 2010.05646).
 
     Args:
@@ -151,6 +70,14 @@ class _Networks(AudioDiscriminator):
         """Return the number of networks."""
         return len(self.discriminators)
 
+    @property
+    def min_samples(self) -> int:
+        """Return the length of the shortest audio in samples that the padding of every layer allows."""
+        return max(self._min_samples(network) for network in cast(Iterable[Network], self.discriminators))
+
+    def _min_samples(self, network: Network) -> int:
+        raise NotImplementedError
+
     def score(self, views: Views) -> DiscriminatorOutput:
         """Score each view with the network for this view."""
         outputs = [network(view) for network, view in zip(self.discriminators, views, strict=True)]
@@ -175,8 +102,14 @@ class MultiPeriodDiscriminator(_Networks):
         pad_mode: PadMode = "reflect",
     ) -> None:
         super().__init__()
+        check_counts(periods, "periods")
+        check_settings({"channels": channels}, {"channels": COUNT})
         networks = [PeriodDiscriminator(period, lrelu_slope, channels, pad_mode) for period in periods]
         self.discriminators = nn.ModuleList(networks)
+
+    def _min_samples(self, network: Network) -> int:
+        # Folding needs enough rows, and its padding by reflection needs a row.
+        return max(network.least_size(0) - 1, 1) * cast(PeriodDiscriminator, network).period + 1
 
     def preprocess(self, audio: Spectra) -> Views:
         """Fold the audio into rows, once for each period."""
@@ -199,7 +132,7 @@ def stft_view(audio: Spectra, resolution: Sequence[int]) -> torch.Tensor:
     return torch.view_as_real(stft).permute(0, 3, 1, 2)
 
 
-class DiscriminatorSTFT(_Network):
+class DiscriminatorSTFT(Network):
     """Discriminator whose input is a complex STFT (EnCodec, arXiv 2210.13438).
 
     Args:
@@ -215,6 +148,7 @@ class DiscriminatorSTFT(_Network):
         layers.append(conv(32, 32, kernel_size=(3, 3)))
         super().__init__(layers, conv(32, 1, kernel_size=(3, 3)), lrelu_slope)
         self.resolution = tuple(resolution)
+        self.check_bins(self.resolution[0] // 2 + 1, f"the resolution {list(resolution)}")
         # Not used, because `Spectra` computes the STFT, but NeMo's checkpoints contain this Hann window.
         self.register_buffer("window", torch.hann_window(self.resolution[2], periodic=False))
 
@@ -233,9 +167,13 @@ class MultiResolutionDiscriminatorSTFT(_Networks):
 
     def __init__(self, resolutions: Sequence[Sequence[int]], pad_mode: PadMode = "reflect") -> None:
         super().__init__()
+        check_resolutions(resolutions, "resolutions")
         self.discriminators = nn.ModuleList(
             DiscriminatorSTFT(resolution, pad_mode=pad_mode) for resolution in resolutions
         )
+
+    def _min_samples(self, network: Network) -> int:
+        return _stft_samples(network, cast(DiscriminatorSTFT, network).resolution)
 
     def preprocess(self, audio: Spectra) -> Views:
         """Return the real and imaginary parts of the STFT at each resolution, [B, 2, frames, bins]."""
@@ -254,6 +192,11 @@ class MultiBandDiscriminatorSTFT(_Networks):
 
     def __init__(self, resolution: Sequence[int], stft_bands: Sequence[Sequence[float]]) -> None:
         super().__init__()
+        check_resolutions([resolution], "resolutions")
+        if not (isinstance(stft_bands, Sequence) and stft_bands and all(map(_is_band, stft_bands))):
+            raise ConfigError(
+                f"stft_bands is {quoted(stft_bands)}; pass a list of [start, end] with numbers from 0 to 1."
+            )
         self.resolution = tuple(resolution)
         self.register_buffer(
             "window", torch.hann_window(self.resolution[2], periodic=False)
@@ -261,6 +204,11 @@ class MultiBandDiscriminatorSTFT(_Networks):
         bins = self.resolution[0] // 2 + 1
         self.bands = [slice(int(low * bins), int(high * bins)) for low, high in stft_bands]
         self.discriminators = nn.ModuleList(_band_network() for _ in self.bands)
+        for network, band in zip(cast(Iterable[Network], self.discriminators), self.bands, strict=True):
+            network.check_bins(len(range(bins)[band]), f"a band of stft_bands at the resolution {list(resolution)}")
+
+    def _min_samples(self, network: Network) -> int:
+        return _stft_samples(network, self.resolution)
 
     def preprocess(self, audio: Spectra) -> Views:
         """Return the frequency bands of the STFT, each [B, 2, frames, bins of the band]."""
@@ -268,11 +216,26 @@ class MultiBandDiscriminatorSTFT(_Networks):
         return [view[..., band] for band in self.bands]
 
 
-def _band_network() -> _Network:
+def _stft_samples(network: Network, resolution: Sequence[int]) -> int:
+    """Return the length of the shortest audio in samples whose STFT has enough frames for a network.
+
+    The STFT is centered, with padding by reflection.
+    """
+    n_fft, hop, _ = resolution
+    return max((network.least_size(0) - 1) * hop, n_fft // 2 + 1)
+
+
+def _is_band(band: Any) -> bool:
+    """Return whether a value is a pair of increasing fractions."""
+    is_pair = isinstance(band, Sequence) and len(band) == 2 and all(Range(False, 0, 1).contains(edge) for edge in band)
+    return is_pair and band[0] < band[1]
+
+
+def _band_network() -> Network:
     layers = [Conv2d(2, 32, kernel_size=(3, 9))]
     layers += [Conv2d(32, 32, kernel_size=(3, 9), stride=(1, 2)) for _ in range(3)]
     layers.append(Conv2d(32, 32, kernel_size=(3, 3)))
-    return _Network(layers, Conv2d(32, 1, kernel_size=(3, 3)), lrelu_slope=0.1)
+    return Network(layers, Conv2d(32, 1, kernel_size=(3, 3)), lrelu_slope=0.1)
 
 
 class Discriminator(AudioDiscriminator):
@@ -293,6 +256,11 @@ class Discriminator(AudioDiscriminator):
     def num_networks(self) -> int:
         """Return the total number of networks in all discriminators."""
         return sum(discriminator.num_networks for discriminator in self._each())
+
+    @property
+    def min_samples(self) -> int:
+        """Return the length of the shortest audio in samples that every discriminator can score."""
+        return max((discriminator.min_samples for discriminator in self._each()), default=1)
 
     def preprocess(self, audio: Spectra) -> Views:
         """Return the views of all discriminators, in order."""
@@ -321,6 +289,7 @@ class MultiBandMultiResolutionDiscriminatorSTFT(Discriminator):
     """
 
     def __init__(self, resolutions: Sequence[Sequence[int]], stft_bands: Sequence[Sequence[float]]) -> None:
+        check_resolutions(resolutions, "resolutions")
         super().__init__([MultiBandDiscriminatorSTFT(resolution, stft_bands) for resolution in resolutions])
 
 
@@ -375,12 +344,20 @@ def build_discriminator(config: Mapping[str, Any]) -> AudioDiscriminator:
         return _custom_discriminator(config)
     arguments = {key: value for key, value in config.items() if not str(key).startswith("_")}
     if ours is Discriminator and "discriminators" in arguments:
-        arguments["discriminators"] = [build_discriminator(section) for section in arguments["discriminators"]]
+        sections = arguments["discriminators"]
+        if not isinstance(sections, list) or not sections or not all(isinstance(item, Mapping) for item in sections):
+            raise ConfigError(f"discriminator: discriminators is {quoted(sections)}; pass a list of sections.")
+        arguments["discriminators"] = [build_discriminator(section) for section in sections]
     try:
         return ours(**arguments)
-    except TypeError as error:
+    except ConfigError as error:
+        raise ConfigError(f"discriminator: {ours.__name__}: {error}") from error
+    except MissingExtraError:
+        raise
+    except (TypeError, ValueError, RuntimeError) as error:  # values of any type reach the constructors
+        reason = shorten(" ".join(str(error).split()), 200)
         raise ConfigError(
-            f"discriminator: {ours.__name__} cannot be built: {error}; correct its arguments."
+            f"discriminator: {ours.__name__} cannot be built: {reason}; correct its arguments."
         ) from error
 
 

@@ -6,20 +6,36 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from nemo_lfr.errors import NemoLfrError
+from nemo_lfr.errors import NemoLfrError, printable
 
-# System errors whose cause is the disk that a run writes to. Other system errors may be bugs, so their traceback is
-# shown.
-PLACE = {errno.ENOSPC, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, getattr(errno, "EDQUOT", errno.ENOSPC)}
-ADVICE = "free some space or choose another folder, and run the same command again; no existing file was damaged"
+# System errors whose cause is the disk or the path that a run writes to, and what to do. Other system errors may be
+# bugs, so their traceback is shown.
+_SPACE = "free some space or choose another folder, and run the same command again; no existing file was damaged"
+_PATH = "choose another folder; no existing file was changed"
+ADVICE = dict.fromkeys((errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)), _SPACE)
+ADVICE |= dict.fromkeys(
+    (
+        errno.EROFS,
+        errno.EACCES,
+        errno.EPERM,
+        errno.ENOTDIR,
+        errno.EISDIR,
+        errno.EEXIST,
+        errno.ELOOP,
+        errno.ENAMETOOLONG,
+    ),
+    _PATH,
+)
+# Base classes, by name, of the exceptions with which Hydra, Lightning, NeMo and OmegaConf report an invalid config
+CONFIG_ERRORS = {"HydraException", "MisconfigurationException", "NeMoBaseException", "OmegaConfBaseException"}
 
 
 @contextmanager
 def ending_in_one_line(folder: str | os.PathLike[str] | None = None) -> Iterator[None]:
     """Exit with one line on stderr if a run fails for a reason that the user can fix.
 
-    Such reasons are invalid input, a full disk and a missing permission. Inside this context, a
-    log record that cannot be written, for example because the disk is full, causes no traceback either.
+    Such reasons are invalid input, an invalid config, a full disk, and a path that cannot be written to. Inside this
+    context, a log record that cannot be written, for example because the disk is full, causes no traceback either.
 
     Args:
         folder: folder of the run. The message contains this path if the error does not name a file.
@@ -42,10 +58,14 @@ def ending_in_one_line(folder: str | os.PathLike[str] | None = None) -> Iterator
 
 def _line(error: BaseException, folder: str | os.PathLike[str] | None) -> str | None:
     """Describe an error in one line, or return None if it may be a bug."""
+    if CONFIG_ERRORS & {base.__name__ for base in type(error).__mro__}:
+        lines = str(error).split("\n    full_key: ")[0].split()  # OmegaConf adds details on more lines
+        return printable(" ".join(lines)) or type(error).__name__
     cause: BaseException | None = error
     while cause is not None:
-        if isinstance(cause, OSError) and cause.errno in PLACE:
-            return f"{cause.filename or folder or 'a file'}: {cause.strerror}; {ADVICE}."
+        # Code often handles EEXIST and then fails for another reason, so this error counts only if nothing handled it.
+        if isinstance(cause, OSError) and cause.errno in ADVICE and (cause is error or cause.errno != errno.EEXIST):
+            return f"{cause.filename or folder or 'a file'}: {cause.strerror}; {ADVICE[cause.errno]}."
         if isinstance(cause, NemoLfrError):
             return str(cause).strip() or type(cause).__name__
         cause = cause.__cause__ or cause.__context__

@@ -154,15 +154,15 @@ class CodecLosses(nn.Module):
             config["sample_rate"],
             config["loss_resolutions"],
             config["mel_loss_dims"],
-            config.get("mel_loss_log_guard", 1.0),
-            config.get("stft_loss_log_guard", 1.0),
+            config.get("mel_loss_log_guard") or 1.0,
+            config.get("stft_loss_log_guard") or 1.0,
         )
-        self.weights = {term: float(config.get(key, default)) for term, (key, default) in WEIGHTS.items()}
-        self.weights["gen"] = float(config.get("gen_loss_scale", 1.0))
-        self.weights["feature"] = float(config.get("feature_loss_scale", 1.0))
-        sections, scales = split_scales(config.get("losses"))
+        scales = WEIGHTS | {"gen": ("gen_loss_scale", 1.0), "feature": ("feature_loss_scale", 1.0)}
+        # As in NeMo, a term whose weight is null is left out.
+        self.weights = {term: float(config.get(key, default) or 0) for term, (key, default) in scales.items()}
+        sections, own_scales = split_scales(config.get("losses"))
         self.custom = AudioTerms(sections, "losses", reserved=self.weights.keys())
-        self.weights |= scales
+        self.weights |= own_scales
         self.weights = {term: weight for term, weight in self.weights.items() if weight}
         self.generator: Callable[[Scores], torch.Tensor] = _score_loss(
             config, "generator_loss", GENERATOR_LOSSES, _GENERATOR_ARGUMENTS

@@ -4,9 +4,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
+from nemo_lfr.frames import num_frames
 from nemo_lfr.signal.spectra import Spectra
 from nemo_lfr.training.audio_discriminator import AudioDiscriminator, DiscriminatorOutput, Views
-from nemo_lfr.training.wavlm import WavLM
+from nemo_lfr.training.settings import COUNT, check_settings
+from nemo_lfr.training.wavlm import MIN_SAMPLES, WavLM
 
 
 class SLMDiscriminator(AudioDiscriminator):
@@ -22,6 +24,9 @@ class SLMDiscriminator(AudioDiscriminator):
         slm_layers: number of hidden states: the number of layers plus 1 (for the input of the first layer).
         initial_channel: number of output channels of the discriminator's first layer.
         use_spectral_norm: whether to use spectral norm instead of weight norm.
+
+    Raises:
+        ConfigError: if a number is not a whole number of at least 1.
     """
 
     def __init__(
@@ -37,6 +42,17 @@ class SLMDiscriminator(AudioDiscriminator):
         from nemo.collections.audio.parts.utils.transforms import Resample
 
         super().__init__()
+        check_settings(
+            {
+                "slm_sr": slm_sr,
+                "input_sr": input_sr,
+                "slm_hidden": slm_hidden,
+                "slm_layers": slm_layers,
+                "initial_channel": initial_channel,
+            },
+            dict.fromkeys(("slm_sr", "input_sr", "slm_hidden", "slm_layers", "initial_channel"), COUNT),
+        )
+        self._min_samples = num_frames(MIN_SAMPLES * input_sr, slm_sr)
         self.resample = Resample(orig_freq=input_sr, new_freq=slm_sr)
         norm = nn.utils.spectral_norm if use_spectral_norm else weight_norm
         self.slm = WavLM(slm_model_name, slm_hidden, slm_layers)
@@ -52,6 +68,11 @@ class SLMDiscriminator(AudioDiscriminator):
     def num_networks(self) -> int:
         """Return 1, since all hidden states form one view."""
         return 1
+
+    @property
+    def min_samples(self) -> int:
+        """Return the length of the shortest audio in samples, from which WavLM computes one frame."""
+        return self._min_samples
 
     def preprocess(self, audio: Spectra) -> Views:
         """Return the hidden states of WavLM, [B, slm_layers * slm_hidden, frames]."""

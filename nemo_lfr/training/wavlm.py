@@ -14,6 +14,9 @@ from nemo_lfr.io.shortage import missing_extra
 
 logger = logging.getLogger(__name__)
 
+# Receptive field of the convolutions of WavLM's feature extractor, in samples
+MIN_SAMPLES = 400
+
 
 class WavLM:
     """Feature extractor that returns all hidden states of a pretrained WavLM.

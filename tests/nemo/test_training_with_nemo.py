@@ -17,7 +17,7 @@ from omegaconf import OmegaConf, open_dict
 
 from nemo_lfr import AudioCodecModel, ConfigError
 from nemo_lfr.modules.quantizer import FiniteScalarQuantizer, GroupFiniteScalarQuantizer
-from nemo_lfr.nemo.config import check_codebook_dropout
+from nemo_lfr.nemo.config import check_training
 from nemo_lfr.pretrained import bundled_checkpoint
 from nemo_lfr.signal import spectra
 from nemo_lfr.training.average import Average
@@ -113,6 +113,13 @@ class Recorder(pl.Callback):
 
     def on_train_batch_end(self, trainer, *_):
         self.logged.append({key: float(value) for key, value in trainer.logged_metrics.items()})
+
+
+def quiet_trainer(**options: Any) -> pl.Trainer:
+    return pl.Trainer(
+        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, **options,
+    )  # fmt: skip
 
 
 def train(model, batches, validate=None, **options: Any) -> Recorder:
@@ -732,14 +739,123 @@ def test_a_model_trains_with_codebook_dropout(tmp_path):
     assert generator_weights(model).isfinite().all() and not torch.equal(generator_weights(model), before)
 
 
-@pytest.mark.parametrize("rate", [1.5, -0.1, True, "often"])
-def test_an_invalid_codebook_dropout_is_refused(rate):
-    model = AudioCodecModel(OmegaConf.create(training_config([], codebook_dropout_rate=rate)))
-    with pytest.raises(ConfigError, match="use a probability"):
+def test_codebook_dropout_needs_several_codebooks():
+    config = OmegaConf.create(training_config([], codebook_dropout_rate=0.1))
+    check_training(config, 2)
+    with pytest.raises(ConfigError, match="has one codebook"):
+        check_training(config, 1)
+
+
+# Invalid values of a training config
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        *(({"codebook_dropout_rate": rate}, "pass a number from 0 to 1") for rate in (1.5, -0.1, True, "often")),
+        ({"max_epochs": 1.5}, r"max_epochs is 1\.5"),
+        ({"steps_per_epoch": 0}, "steps_per_epoch is 0; pass a whole number from 1"),
+        ({"accumulate_grad_batches": 0}, "accumulate_grad_batches is 0"),
+        ({"disc_update_period": 0}, "disc_update_period is 0"),
+        ({"disc_updates_per_period": 3, "disc_update_period": 2}, "disc_updates_per_period is 3, but"),
+        ({"mel_loss_l1_scale": float("nan")}, "mel_loss_l1_scale is nan"),
+        ({"stft_loss_scale": -1}, "stft_loss_scale is -1"),
+        ({"gen_loss_scale": "much"}, "gen_loss_scale is 'much'"),
+        ({"mel_loss_log_guard": 0}, "mel_loss_log_guard is 0"),
+        ({"clip_grad_norm": 0}, "clip_grad_norm is 0"),
+        ({"ema_decay": 2}, "ema_decay is 2"),
+        ({"loss_resolutions": [[0, 1, 1]], "mel_loss_dims": [5]}, r"loss_resolutions contains \[0, 1, 1\]"),
+        ({"loss_resolutions": [[64, 16, 65]], "mel_loss_dims": [5]}, "not longer than the FFT size"),
+        ({"loss_resolutions": None}, "loss_resolutions is None"),
+        ({"mel_loss_dims": [0]}, r"mel_loss_dims is \[0\]"),
+        ({"mel_loss_dims": [5]}, "loss_resolutions has . items, but mel_loss_dims has 1"),
+        ({"optim": {"_target_": "torch.optim.SGD", "lr": -1}}, r"optim\.lr is -1"),
+        ({"optim": {"_target_": "torch.optim.SGD", "lr": 1, "sched": {"gamma": "x"}}}, r"optim\.sched\.gamma is 'x'"),
+    ],
+)
+def test_an_invalid_number_of_the_config_is_named(changes, match):
+    with pytest.raises(ConfigError, match=match):
+        AudioCodecModel(OmegaConf.create(training_config([]) | changes))
+
+
+@pytest.mark.parametrize(
+    ("discriminator", "optim", "match"),
+    [
+        (PERIOD | {"periods": [0]}, {}, r"periods is \[0\]"),
+        (PERIOD | {"channels": 0}, {}, "channels is 0"),
+        (STFT | {"resolutions": [[64, 16]]}, {}, r"resolutions contains \[64, 16\]"),
+        (STFT | {"resolutions": [[16, 4, 16]]}, {}, "has 9 frequency bins; the discriminator needs at least 17"),
+        (BANDS | {"stft_bands": [[0.5, 0.25]]}, {}, "stft_bands"),
+        (BANDS | {"stft_bands": [[0.0, 0.01]]}, {}, "frequency bins"),
+        (PERIOD, {"momentum": "x"}, "optim: the optimizer or its schedule cannot be built"),
+        (PERIOD, {"betas": [2, 3]}, "optim: the optimizer or its schedule cannot be built"),
+        (PERIOD, {"sched": {"name": "Nope"}}, "optim: the optimizer or its schedule cannot be built"),
+    ],
+)
+def test_an_invalid_discriminator_or_optimizer_is_named(discriminator, optim, match):
+    optim = {"_target_": "torch.optim.SGD", "lr": 1e-3} | optim
+    model = AudioCodecModel(OmegaConf.create(training_config([discriminator], optim=optim)))
+    with pytest.raises(ConfigError, match=match):
         train(model, [batch()])
 
 
-def test_codebook_dropout_needs_several_codebooks():
-    check_codebook_dropout(0.1, 2)
-    with pytest.raises(ConfigError, match="has one codebook"):
-        check_codebook_dropout(0.1, 1)
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true", "64-true"])
+def test_a_precision_that_changes_the_weights_is_refused(precision):
+    model = AudioCodecModel(OmegaConf.create(training_config([])))
+    with pytest.raises(ConfigError, match=f"precision is {precision}, .*use one of 32-true, bf16-mixed"):
+        train(model, [batch()], precision=precision)
+
+
+def test_short_clips_are_padded_for_losses_and_discriminators():
+    model = AudioCodecModel(OmegaConf.create(training_config([STFT | {"resolutions": [[4096, 1024, 4096]]}, PERIOD])))
+    short = {"audio": batch()["audio"][:, :700], "audio_lens": torch.tensor([700, 300])}
+    logged = train(model, [short], [short]).logged[0]
+    assert torch.isfinite(torch.tensor([logged[key] for key in logged if "loss" in key])).all()
+
+
+@pytest.mark.parametrize(
+    ("section", "match"),
+    [
+        ({"dataset": {"n_samples": 1024}}, r"train_ds\.dataset\.n_samples is 1024, .*set it to 3073 or more"),
+        (
+            {"dataset_args": {"segment_duration": 0.1}, "dataloader_params": {"use_lhotse": True}},
+            r"train_ds\.dataset_args\.segment_duration is 0\.1, .*at least 3073 samples; set it to 0\.14 or more",
+        ),
+    ],
+)
+def test_segments_too_short_for_a_discriminator_are_refused(section, match):
+    config = training_config([STFT | {"resolutions": [[4096, 1024, 4096]]}])
+    model = AudioCodecModel(OmegaConf.create(config))
+    with open_dict(model.cfg):
+        model.cfg.train_ds = section
+    with pytest.raises(ConfigError, match=match):
+        train(model, [batch()])
+
+
+ADAM = {"_target_": "torch.optim.Adam", "lr": 1e-3}
+
+
+@pytest.mark.parametrize(
+    ("discriminators", "optim", "match"),
+    [
+        ([PERIOD | {"periods": [3]}, STFT], None, None),  # as before
+        ([PERIOD, STFT], None, "another discriminator: discriminator"),
+        ([PERIOD | {"periods": [3]}], None, "another discriminator"),
+        ([], None, "another discriminator"),
+        ([PERIOD | {"periods": [3]}, STFT], ADAM, "another optim: its optimizer is not Adam"),
+    ],
+)
+def test_a_run_is_resumed_only_with_its_discriminators_and_optimizer(tmp_path, discriminators, optim, match):
+    model = AudioCodecModel(OmegaConf.create(training_config([PERIOD | {"periods": [3]}, STFT])))
+    trainer = quiet_trainer(max_epochs=1)
+    trainer.fit(model, torch.utils.data.DataLoader([batch(frames=8)], batch_size=None))
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    config = training_config(discriminators, **({"optim": optim} if optim else {}))
+    resumed = AudioCodecModel(OmegaConf.create(config))
+    loader = torch.utils.data.DataLoader([batch(frames=8)], batch_size=None)
+    if match is None:
+        quiet_trainer(max_epochs=2).fit(resumed, loader, ckpt_path=tmp_path / "last.ckpt")
+        assert resumed._resumed is None
+        return
+    with pytest.raises(ConfigError, match=rf"last\.ckpt: .*{match}.*init_from_ptl_ckpt"):
+        quiet_trainer(max_epochs=2).fit(resumed, loader, ckpt_path=tmp_path / "last.ckpt")

@@ -243,7 +243,11 @@ def test_a_wrong_component_is_named_in_one_line(case):
         ("losses", {"gen": {"_target_": "envelope"}}, "losses: the name 'gen' is reserved"),
         ("losses", {"a.b": {"_target_": "envelope"}}, "losses: the name 'a.b'"),
         ("losses", {"keys": {"_target_": "envelope"}}, "losses: the name 'keys'"),
-        ("losses", {"mine": {"_target_": "envelope", "scale": "1.0"}}, "losses.mine: scale is '1.0'; pass a number"),
+        (
+            "losses",
+            {"mine": {"_target_": "envelope", "scale": "1.0"}},
+            r"losses\.mine\.scale is '1\.0'; pass a number",
+        ),
         ("losses", {"mine": "envelope"}, "losses.mine is 'envelope'; pass a mapping with the key _target_"),
         ("losses", {"mine": {"window": 3}}, "losses.mine is .*window.*the key _target_"),
         ("losses", ["envelope"], "losses is .*; pass a mapping from names"),

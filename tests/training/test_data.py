@@ -179,6 +179,77 @@ def test_ranks_that_begin_after_the_sampler_was_made_draw_their_own_shares(tmp_p
     assert list(sampler) == second
 
 
+def loader(folder: Path, dataset: dict | None = None, world_size: int = 1, **params):
+    """Build the loader of a `train_ds` section for three recordings."""
+    meta = corpus(folder, {f"{i}.wav": synthesize(0.5) for i in range(3)})
+    target = {"_target_": "nemo_lfr.training.data.CodecDataset", "dataset_meta": meta, "sample_rate": RATE}
+    config = {"dataset": target | (dataset or {}), "dataloader_params": {"batch_size": 2} | params}
+    return manifest_loader(OmegaConf.create({"train_ds": config}).train_ds, world_size, 0)
+
+
+BAD = [
+    ({"n_samples": 0}, r"n_samples is 0; pass a whole number from 1 to"),
+    ({"n_samples": -1024}, "n_samples is -1024"),
+    ({"n_samples": 1.5}, r"n_samples is 1\.5"),
+    ({"n_samples": "long"}, "n_samples is 'long'"),
+    ({"n_samples": True}, "n_samples is True"),
+    ({"weighted_sampling_steps_per_epoch": 0}, "weighted_sampling_steps_per_epoch is 0"),
+    ({"weighted_sampling_steps_per_epoch": 10**12}, "steps_per_epoch is 1000000000000; .* to 1000000000"),
+    ({"min_duration": float("nan")}, "min_duration is nan; pass a number from 0"),
+    ({"min_duration": -1}, "min_duration is -1"),
+    ({"max_duration": 0}, "max_duration is 0; pass a number greater than 0"),
+    ({"trunc_duration": "ten"}, "trunc_duration is 'ten'"),
+    ({"min_duration": 3, "max_duration": 2.0}, r"min_duration is 3, but max_duration is 2\.0"),
+    ({"sample_rate": -5}, "sample_rate is -5"),
+    ({"sample_rate": "high"}, "sample_rate is 'high'"),
+    ({"dataset_meta": {}}, "dataset_meta is {}"),
+    ({"dataset_meta": {"a": "m.json"}}, r"dataset_meta\.a is 'm\.json'"),
+    ({"dataset_meta": {"a": {"audio_dir": "."}}}, "manifest_path is a path"),
+    ({"dataset_meta": {"a": {"manifest_path": "m.json", "weight": 2}}}, r"unknown keys: \['weight'\]"),
+    ({"dataset_meta": {"a": {"manifest_path": "m.json", "sample_weight": -1}}}, "sample_weight is -1"),
+    ({"steps": 5}, "steps.*correct the arguments"),
+]
+
+
+@pytest.mark.parametrize(("dataset", "match"), BAD)
+def test_an_invalid_argument_of_the_dataset_is_named(tmp_path, dataset, match):
+    with pytest.raises((ConfigError, AudioError), match=rf"train_ds\.dataset.*{match}"):
+        loader(tmp_path, dataset)
+
+
+def test_the_dataset_itself_checks_its_numbers(tmp_path):
+    meta = corpus(tmp_path, {"a.wav": synthesize(0.5)})
+    with pytest.raises(ConfigError, match=r"^n_samples is 0; pass a whole number from 1 to"):
+        CodecDataset(meta, RATE, n_samples=0)
+    with pytest.raises(ConfigError, match="sample_weight is 0 for all recordings"):
+        CodecDataset({"a": meta["mine"] | {"sample_weight": 0}}, RATE, weighted_sampling_steps_per_epoch=1)
+
+
+@pytest.mark.parametrize(
+    ("params", "match"),
+    [
+        ({"batch_size": 0}, r"\.batch_size is 0; pass a whole number from 1 to 1000000"),
+        ({"batch_size": -1}, r"\.batch_size is -1"),
+        ({"batch_size": 1.5}, r"\.batch_size is 1\.5"),
+        ({"batch_size": "many"}, r"\.batch_size is 'many'"),
+        ({"batch_size": 10**9}, r"\.batch_size is 1000000000"),
+        ({"batch_size": None}, ": batch_size must be set"),
+        ({"num_workers": -1}, r"\.num_workers is -1; pass a whole number from 0 to"),
+        ({"timeout": -1}, r"\.timeout is -1"),
+        ({"prefetch_factor": 2}, "prefetch_factor"),
+        ({"workers": 2}, "workers"),
+        ({"batch_size": 4, "drop_last": True}, "3 recordings do not fill a batch of 4; set batch_size to 3 or less"),
+        ({"drop_last": True, "world_size": 2}, "3 recordings, divided among 2 processes, .* set batch_size to 1 or"),
+        ({"world_size": 4}, "3 recordings, divided among 4 processes, .*use fewer processes, or add recordings"),
+    ],
+)
+def test_an_invalid_argument_of_the_loader_is_named(tmp_path, params, match):
+    with pytest.raises(
+        ConfigError, match=rf"^train_ds\.dataloader_params{match}|^train_ds.dataloader_params: .*{match}"
+    ):
+        loader(tmp_path, {"n_samples": 1024}, **params)
+
+
 def test_loader_with_shuffle_shuffles(tmp_path):
     meta = corpus(tmp_path, {f"{i}.wav": synthesize(0.5) for i in range(8)})
     dataset = {"_target_": "nemo_lfr.training.data.CodecDataset", "dataset_meta": meta, "sample_rate": RATE}

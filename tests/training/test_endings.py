@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from omegaconf.errors import MissingMandatoryValue
 
 from nemo_lfr.errors import AudioError, ConfigError
 from nemo_lfr.io.tensor_file import save_tensors
@@ -19,6 +20,10 @@ def nested(outer: Exception, inner: Exception) -> Exception:
     return outer
 
 
+class MisconfigurationException(Exception):
+    """Exception with the name of Lightning's, so that this test does not need Lightning."""
+
+
 FULL = OSError(errno.ENOSPC, "No space left on device")
 LINES = {
     "a full disk": (OSError(errno.ENOSPC, "No space left on device", "runs/a.ckpt"), r"runs/a\.ckpt: No space left"),
@@ -29,6 +34,14 @@ LINES = {
     ),
     "no permission": (PermissionError(errno.EACCES, "Permission denied", "runs/b"), "runs/b: Permission denied"),
     "read-only": (OSError(errno.EROFS, "Read-only file system", "runs/b"), "runs/b: Read-only file system"),
+    "a file as a folder": (NotADirectoryError(errno.ENOTDIR, "Not a directory", "runs/c"), "Not a directory; choose"),
+    "a folder as a file": (IsADirectoryError(errno.EISDIR, "Is a directory", "runs/c"), "Is a directory; choose"),
+    "an existing file": (FileExistsError(errno.EEXIST, "File exists", "runs/c"), "runs/c: File exists; choose"),
+    "a loop of links": (OSError(errno.ELOOP, "Too many levels of symbolic links", "runs/c"), "links; choose"),
+    "a long name": (OSError(errno.ENAMETOOLONG, "File name too long", "runs/c"), "File name too long; choose"),
+    "over a quota": (OSError(errno.EDQUOT, "Disk quota exceeded", "runs/c"), "Disk quota exceeded; free some space"),
+    "a missing value": (MissingMandatoryValue("Missing mandatory value: n\n    full_key: n"), "Missing.* value: n$"),
+    "an option of Lightning": (MisconfigurationException("No supported gpu backend\nfound!"), "gpu backend found!$"),
     "a mistake": (ConfigError("batch_size must be set."), r"error: batch_size must be set\.$"),
     "of a worker": (
         AudioError("Caught AudioError in DataLoader worker process 0.\nTraceback:\nAudioError: a.wav: cut.\n"),
@@ -45,7 +58,15 @@ def test_user_errors_are_reported_in_one_line(name):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("error", [RuntimeError("a bug"), KeyError("x"), FileNotFoundError(2, "No such file", "x")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("a bug"),
+        KeyError("x"),
+        FileNotFoundError(2, "No such file", "x"),
+        nested(RuntimeError("a bug"), FileExistsError(errno.EEXIST, "File exists", "x")),
+    ],
+)
 def test_other_errors_keep_their_traceback(error):
     with pytest.raises(type(error)), ending_in_one_line("runs"):
         raise error

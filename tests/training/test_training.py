@@ -11,7 +11,13 @@ from nemo_lfr.errors import ConfigError
 from nemo_lfr.signal.distances import ReconstructionLoss, si_sdr
 from nemo_lfr.signal.spectra import Spectra
 from nemo_lfr.training import losses
-from nemo_lfr.training.discriminators import Conv2d, MultiPeriodDiscriminator
+from nemo_lfr.training.discriminators import (
+    Conv2d,
+    Discriminator,
+    MultiBandDiscriminatorSTFT,
+    MultiPeriodDiscriminator,
+    MultiResolutionDiscriminatorSTFT,
+)
 from nemo_lfr.training.initialize import initialize_from_data
 from nemo_lfr.training.losses import CodecLosses
 from tests.models import build_codec, codec_config, synthesize
@@ -21,6 +27,13 @@ from tests.tiers import slow_after
 require("librosa", reason="spectral losses need the [train] extra")
 
 TERMS = ReconstructionLoss.TERMS
+
+DISCRIMINATORS = {
+    "periods": MultiPeriodDiscriminator((2, 3)),
+    "a long period": MultiPeriodDiscriminator((97,)),
+    "resolutions": MultiResolutionDiscriminatorSTFT([[64, 16, 64], [128, 128, 100]]),
+    "bands": MultiBandDiscriminatorSTFT([256, 64, 256], [[0.0, 0.5], [0.5, 1.0]]),
+}
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +47,24 @@ def speech(seconds: float = 0.5, seed: int = 0) -> torch.Tensor:
 
 def distances(loss, real, gen, *args):
     return loss(Spectra(real), Spectra(gen), *args)
+
+
+@pytest.mark.parametrize("name", DISCRIMINATORS)
+def test_no_shorter_audio_than_declared_can_be_scored(name):
+    discriminator = Discriminator([DISCRIMINATORS[name]])
+    least = discriminator.min_samples
+    audio = speech(2)
+    scores, *_ = discriminator(audio[:, :least], audio[:, :least])
+    assert len(scores) == discriminator.num_networks
+    with pytest.raises(RuntimeError, match=r"[Pp]adding"):
+        discriminator(audio[:, : least - 1], audio[:, : least - 1])
+
+
+def test_no_shorter_audio_than_declared_has_spectral_losses(loss):
+    least = loss.min_samples
+    assert math.isfinite(distances(loss, speech()[:, :least], speech(seed=1)[:, :least])["stft"])
+    with pytest.raises(RuntimeError, match=r"[Pp]adding"):
+        distances(loss, speech()[:, : least - 1], speech(seed=1)[:, : least - 1])
 
 
 @pytest.mark.parametrize("samples", [1024, 1000, 700, 513, 24576])

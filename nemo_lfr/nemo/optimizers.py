@@ -1,0 +1,145 @@
+"""Build the optimizers of a model, and check that a training checkpoint can be resumed with them."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch.trainer.states import TrainerFn
+
+from nemo_lfr.checkpoint.names import plain_keys
+from nemo_lfr.errors import ConfigError, shorten
+from nemo_lfr.nemo.averaging import WeightAveraging
+from nemo_lfr.nemo.base import DISCRIMINATOR, WAVLM
+
+
+def check_discriminator(checkpoint: Mapping[str, Any], state: Mapping[str, torch.Tensor], path: Any) -> None:
+    """Check that a checkpoint contains the weights of a model's discriminators, and no others.
+
+    Args:
+        checkpoint: content of the checkpoint.
+        state: state dict of the model.
+        path: path of the checkpoint, for error messages.
+
+    Raises:
+        ConfigError: if the checkpoint has other discriminators.
+    """
+    ours = {key: list(value.shape) for key, value in state.items() if key.startswith(DISCRIMINATOR)}
+    saved = plain_keys(checkpoint.get("state_dict", {}).items(), "the state dict")
+    theirs = {key: list(value.shape) for key, value in saved.items() if key.startswith(DISCRIMINATOR)}
+    theirs = {key: shape for key, shape in theirs.items() if WAVLM not in key}
+    for key in [*ours, *theirs]:
+        if ours.get(key) != theirs.get(key):
+            raise _differs(
+                path,
+                "discriminator",
+                f"{key} has the shape {theirs.get(key, 'none')} in the checkpoint, but {ours.get(key, 'none')} in the "
+                "model",
+            )
+
+
+def check_optimizers(checkpoint: Mapping[str, Any], optimizers: Sequence[torch.optim.Optimizer], path: Any) -> None:
+    """Check that the state of the optimizers in a checkpoint fits the optimizers of the config.
+
+    Args:
+        checkpoint: content of the checkpoint.
+        optimizers: optimizers of the model.
+        path: path of the checkpoint, for error messages.
+
+    Raises:
+        ConfigError: if the checkpoint was saved with other optimizers.
+    """
+    states = checkpoint.get("optimizer_states", [])
+    if len(states) != len(optimizers):
+        raise _differs(path, "optim", f"it has {len(states)} optimizers instead of {len(optimizers)}")
+    for state, optimizer in zip(states, optimizers, strict=True):
+        theirs, ours = state["param_groups"], optimizer.param_groups
+        sizes = [[len(group["params"]) for group in groups] for groups in (theirs, ours)]
+        if sizes[0] != sizes[1]:
+            raise _differs(path, "optim", f"an optimizer has {sizes[0]} weights instead of {sizes[1]}")
+        missing = sorted(set(optimizer.defaults) - {"fused", "foreach"} - set(theirs[0]))
+        unknown = sorted(set(theirs[0]) - set(optimizer.defaults) - {"params", "initial_lr"})
+        if missing or unknown:
+            raise _differs(
+                path,
+                "optim",
+                f"its optimizer is not {type(optimizer).__name__}; only one of the two has {missing + unknown}",
+            )
+
+
+def _differs(path: Any, section: str, what: str) -> ConfigError:
+    return ConfigError(
+        f"{path}: this run cannot be resumed, because the config has another {section}: {what}. Restore the section "
+        f"{section} of the config. Or train in another folder (exp_manager.name), and add init_from_ptl_ckpt to start "
+        "from the weights of this checkpoint."
+    )
+
+
+class Optimizers(WeightAveraging):
+    """Mixin with the Lightning hooks that build the optimizers and resume a run."""
+
+    @property
+    def _batches_per_update(self) -> int:
+        return int(self.cfg.get("accumulate_grad_batches") or 1)
+
+    @property
+    def max_steps(self) -> int:
+        """Number of steps in the learning-rate schedule.
+
+        With `steps_per_epoch: null`, an epoch is one pass over the data.
+
+        Raises:
+            ConfigError: if `steps_per_epoch` is not set and the training data is endless.
+        """
+        config = self._cfg
+        if config.get("max_steps") is not None or not config.get("max_epochs"):
+            steps: int = super().max_steps
+            return steps
+        batches = config.get("steps_per_epoch")
+        if batches is None:
+            try:
+                batches = len(self._train_dl)
+            except TypeError as error:
+                raise ConfigError(
+                    "steps_per_epoch must be set, because training data from Lhotse has no end and thus no epochs."
+                ) from error
+        return int(config.max_epochs) * -(-int(batches) // self._batches_per_update)
+
+    def configure_optimizers(self) -> Any:
+        """Return NeMo's optimizers, with fused Adam on a CPU.
+
+        Fused Adam is faster on a CPU because it reads each weight only once per step. A `fused` or `foreach` setting
+        in the config takes precedence.
+
+        Raises:
+            ConfigError: if an optimizer or schedule cannot be built, or differs from those of the run to resume.
+        """
+        try:
+            configured = super().configure_optimizers()
+        except ConfigError:
+            raise
+        except Exception as error:  # values of any type reach the constructors
+            reason = shorten(" ".join(str(error).split()), 300)
+            raise ConfigError(f"optim: the optimizer or its schedule cannot be built: {reason}") from error
+        # NeMo returns one optimizer, several optimizers, or a list of optimizers and a list of schedules.
+        several = configured if isinstance(configured, list | tuple) else [configured]
+        for optimizer in several[0] if isinstance(several[0], list) else several:
+            if isinstance(optimizer, torch.optim.Adam) and self.device.type == "cpu":
+                for group in optimizer.param_groups:
+                    if group["fused"] is None and not group["foreach"]:
+                        group["fused"] = True
+        if self._resumed is not None:
+            checkpoint, self._resumed = self._resumed, None
+            optimizers = list(several[0] if isinstance(several[0], list) else several)
+            check_optimizers(checkpoint, optimizers, self.trainer.ckpt_path)
+        return configured
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Check that a run to resume has the discriminators of the config.
+
+        Raises:
+            ConfigError: if the checkpoint has other discriminators.
+        """
+        super().on_load_checkpoint(checkpoint)
+        if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
+            check_discriminator(checkpoint, self.state_dict(), self.trainer.ckpt_path)
+            self._resumed = checkpoint  # until the optimizers are built
