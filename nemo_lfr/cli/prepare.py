@@ -41,6 +41,7 @@ class Kind(click.Choice):  # type: ignore[type-arg]  # generic in recent release
 )
 @count_option("--workers", "Number of files to read in parallel.", 4, cls=RenamedOption, earlier="--jobs")
 @click.option("--no-check", is_flag=True, help="Trust file headers (default: decode every file to its end).")
+@click.option("--overwrite", is_flag=True, help="Replace all manifests and failures.jsonl of an earlier run in --out.")
 def prepare(
     kind: str,
     corpus: Path,
@@ -49,6 +50,7 @@ def prepare(
     speaker_level: int | None,
     workers: int,
     no_check: bool,
+    overwrite: bool,
 ) -> dict[str, Any]:
     """Write training manifests for an unpacked corpus. The audio files are not moved or copied.
 
@@ -69,6 +71,7 @@ def prepare(
         speaker_level=speaker_level,
         workers=workers,
         check=not no_check,
+        overwrite=overwrite,
         progress=progress,
     )
     for split, figures in done.splits.items():
@@ -80,8 +83,6 @@ def prepare(
         print_line(f"valid      held out by {done.held_out_by}")
     if done.failures_file is not None:
         print_line(f"failures   {done.failures_file}  ({len(done.failures)})")
-    for path in done.kept:
-        print_line(f"kept       {path}  (from an earlier run)")
     print_line(f"audio_dir  {done.audio_dir}")
     if kind == "folder" and not any(figures.speakers for figures in done.splits.values()):
         print_line("speakers   unknown: folder names are not used (--speaker-level 1 uses folders directly in CORPUS)")
@@ -99,7 +100,6 @@ def prepare(
             for split, figures in done.splits.items()
         },
         "failures_file": None if done.failures_file is None else str(done.failures_file),
-        "kept": [str(path) for path in done.kept],
         "held_out_by": done.held_out_by,
         "audio_dir": str(done.audio_dir),
     }

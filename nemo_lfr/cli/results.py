@@ -237,7 +237,6 @@ class PrepareResult(Result):
     Attributes:
         splits: manifests by the name of their split (train, valid or test).
         failures_file: path of failures.jsonl; None if nothing failed.
-        kept: files of earlier runs in the output folder that this run did not write.
         held_out_by: kind of group that was held out for validation: "speaker", "folder" or "file". Several kinds are
             joined by "or". Empty if nothing was held out.
         audio_dir: folder that the paths in the manifests are relative to.
@@ -245,7 +244,6 @@ class PrepareResult(Result):
 
     splits: dict[str, SplitFigures]
     failures_file: str | None
-    kept: list[str]
     held_out_by: str
     audio_dir: str
 

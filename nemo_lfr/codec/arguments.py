@@ -122,6 +122,17 @@ def check_whole_number(
     return number
 
 
+def check_flag(value: object, name: str) -> bool:
+    """Check that an argument is True or False (from Python or numpy), and return it as a `bool`.
+
+    Raises:
+        NemoLfrError: if it is anything else, such as the text "no", which would count as true.
+    """
+    if not isinstance(value, bool | np.bool_):
+        raise NemoLfrError(f"{name} is {quoted(value)}; pass True or False.")
+    return bool(value)
+
+
 def check_num_codebooks(spec: CodecSpec, num_codebooks: object) -> int:
     """Return the number of codebooks to use: `num_codebooks`, or all of the codec's codebooks if it is None.
 

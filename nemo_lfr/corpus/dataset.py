@@ -10,10 +10,10 @@ from typing import Any, cast
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from nemo_lfr.codec.arguments import check_whole_number
+from nemo_lfr.codec.arguments import check_flag, check_whole_number
 from nemo_lfr.corpus.order import EpochOrder
 from nemo_lfr.corpus.token_folder import TokenFolder, TokenizedUtterance
-from nemo_lfr.errors import NemoLfrError, TokensError, shorten
+from nemo_lfr.errors import NemoLfrError, TokensError, quoted, shorten
 from nemo_lfr.io.shortage import sharing
 
 __all__ = ["TokenDataset", "TokenizedUtterance", "Utterance", "collate"]
@@ -75,7 +75,8 @@ class TokenDataset(IterableDataset[TokenizedUtterance]):
         if rank is not None and world_size is not None:
             world_size = check_whole_number(world_size, "world_size", 1)
             rank = check_whole_number(rank, "rank", 0, world_size - 1)
-        self.tokens = TokenFolder(folder, verify=verify)
+        shuffle, drop_last = check_flag(shuffle, "shuffle"), check_flag(drop_last, "drop_last")
+        self.tokens = TokenFolder(folder, verify=check_flag(verify, "verify"))
         self.folder, self.metadata = self.tokens.path, self.tokens.metadata
         self.shuffle, self.seed, self.drop_last = shuffle, seed, drop_last
         self.buffer_size, self.bucket_size = buffer_size, bucket_size
@@ -282,10 +283,13 @@ def collate(utterances: Sequence[TokenizedUtterance], pad: int = 0) -> dict[str,
         utterance without context) and `context_mask` [B, T].
 
     Raises:
-        TokensError: if `utterances` is empty.
+        TokensError: if `utterances` is empty, or contains anything but tokenized utterances.
     """
     if not utterances:
         raise TokensError("no utterances to collate; pass one or more.")
+    for index, utterance in enumerate(utterances):
+        if not isinstance(utterance, TokenizedUtterance):
+            raise TokensError(f"utterance {index} is {quoted(utterance)}; pass items of a TokenDataset.")
     batch: dict[str, Any] = {
         "id": [utterance.id for utterance in utterances],
         "labels": [utterance.labels for utterance in utterances],

@@ -324,5 +324,8 @@ def _check_count(count: int, rate: int, duration: float) -> None:
 
 def _reason(error: Exception) -> str:
     """Return the message of an error from Lhotse on one line, without the lines that Lhotse appends."""
+    # Lhotse builds errors again to append text, which fails for exceptions with several arguments.
+    while isinstance(error, TypeError) and "__init__()" in str(error) and isinstance(error.__context__, Exception):
+        error = error.__context__
     text = str(error).partition("\n[extra info]")[0] or type(error).__name__
     return shorten(" ".join(text.split()), 400)

@@ -728,10 +728,10 @@ class TokenReader(_Sections):
                 raise TokenFileError(f"{self.path}: {name} is {shorten(repr(value))}; pass a number of seconds.")
         rate = self.metadata.sample_rate
         seconds = self.num_samples / rate
-        if not 0 <= start <= seconds or not (duration is None or 0 <= duration < math.inf):
-            raise TokenFileError(
-                f"{self.path}: start {start!r} and duration {duration!r} are outside the recording of {seconds:.3f} s."
-            )
+        if not 0 <= start <= seconds:
+            raise TokenFileError(f"{self.path}: start is {start!r}, outside the recording of {seconds:.3f} s.")
+        if duration is not None and not 0 <= duration < math.inf:
+            raise TokenFileError(f"{self.path}: duration is {duration!r}; pass a number of seconds, 0 or more.")
         first = count_samples(start, rate)
         last = self.num_samples
         if duration is not None:

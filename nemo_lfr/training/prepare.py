@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_lfr.errors import AudioError, Failure, NemoLfrError, failure, shorten
-from nemo_lfr.io.atomic import sweep
+from nemo_lfr.io.atomic import check_overwrite, sweep
 from nemo_lfr.io.audio import AudioReader
 from nemo_lfr.io.exclusive import exclusive
 from nemo_lfr.io.folders import AUDIO_SUFFIXES, describe_contents
@@ -24,6 +24,7 @@ from nemo_lfr.io.splits import SPLITS
 from nemo_lfr.io.tables import is_table
 
 FAILURES = "failures.jsonl"
+WRITTEN = {*(f"{split}.json" for split in SPLITS), FAILURES}  # files that a run may write
 # Journal for resuming an interrupted run: durations of the files that were opened, with size and modification time
 JOURNAL = ".opened.jsonl"
 
@@ -54,7 +55,6 @@ class Prepared:
         splits: manifest of each split that has utterances, by name of the split.
         failures: records of the files, rows and transcripts that cannot be used.
         failures_file: path of failures.jsonl, which contains these records; None if there are no failures.
-        kept: manifests and failures.jsonl in the output folder that an earlier run wrote and this run did not replace.
         held_out_by: kind of group that was held out for validation: "speaker", "folder" or "file". Several kinds are
             joined by "or". Empty if nothing was held out.
     """
@@ -63,7 +63,6 @@ class Prepared:
     splits: dict[str, Split] = field(default_factory=dict)
     failures: list[Failure] = field(default_factory=list)
     failures_file: Path | None = None
-    kept: list[Path] = field(default_factory=list)
     held_out_by: str = ""
 
 
@@ -82,14 +81,14 @@ def prepare(
     speaker_level: int | None = None,
     workers: int = 4,
     check: bool = True,
+    overwrite: bool = False,
     progress: Progress = silent,
 ) -> Prepared:
     """Write NeMo manifests for a corpus: train.json, valid.json and test.json.
 
     Each manifest line contains `audio_filepath` relative to `corpus`, `duration` in seconds, `speaker`, and `lang` and
-    `text` if the corpus has these labels. A split without utterances has no manifest. If an earlier run wrote a
-    manifest for such a split, the file is kept and listed in the result. Files, rows and transcripts that cannot be
-    used are listed in failures.jsonl, with the reason.
+    `text` if the corpus has these labels. A split without utterances has no manifest. Files, rows and transcripts that
+    cannot be used are listed in failures.jsonl, with the reason. An interrupted run is resumed.
 
     Args:
         kind: layout of the corpus, a key of `LAYOUTS`, or "lhotse:NAME" for a recipe of Lhotse.
@@ -100,13 +99,16 @@ def prepare(
         workers: number of files to open in parallel.
         check: whether to decode every file completely, which finds truncated and damaged files and gives exact
             durations. Otherwise the durations are read from the headers, which is faster.
+        overwrite: whether to replace the manifests and failures.jsonl of an earlier run in the output folder. All of
+            them are replaced or removed, so that a folder never has manifests of two runs.
         progress: progress callback; see `nemo_lfr.io.journal`.
 
     Returns:
         The manifests, and the files, rows and transcripts that cannot be used.
 
     Raises:
-        NemoLfrError: if the layout is unknown, the corpus does not have this layout, or no file can be opened.
+        NemoLfrError: if the layout is unknown, the corpus does not have this layout, no file can be opened, or the
+            output folder has manifests of an earlier run and `overwrite` is not set.
         MissingExtraError: if Lhotse is needed but not installed.
     """
     read = lhotse_recipe(kind.removeprefix(PREFIX)) if kind.startswith(PREFIX) else LAYOUTS.get(kind)
@@ -149,6 +151,9 @@ def prepare(
     utterances = hold_out(utterances, valid_share)
     out.mkdir(parents=True, exist_ok=True)
     with exclusive(out):
+        interrupted = (out / JOURNAL).exists()  # perhaps while it wrote manifests
+        for name in sorted(WRITTEN):
+            check_overwrite(out / name, overwrite or interrupted)
         result = _write_all(kind, utterances, corpus, out, workers, check, progress)
     result.held_out_by = units if valid_share and "valid" in result.splits else ""
     return result
@@ -164,7 +169,7 @@ def _write_all(
     progress: Progress,
 ) -> Prepared:
     """Open all files and write the manifests; see `prepare`."""
-    sweep(out, [*(f"{split}.json" for split in SPLITS), FAILURES])
+    sweep(out, sorted(WRITTEN))
     found = _open_all(kind, utterances, corpus, out / JOURNAL, workers, check, progress)
     utterances = [_fitted(utterance, found) for utterance in utterances]
     result = Prepared(corpus)
@@ -187,8 +192,8 @@ def _write_all(
     if result.failures:
         result.failures_file = _write(out / FAILURES, result.failures)
     written = {f"{split}.json" for split in result.splits} | ({FAILURES} if result.failures else set())
-    names = [*(f"{split}.json" for split in SPLITS), FAILURES]
-    result.kept = [out / name for name in names if name not in written and (out / name).exists()]
+    for name in WRITTEN - written:
+        (out / name).unlink(missing_ok=True)
     (out / JOURNAL).unlink(missing_ok=True)
     return result
 

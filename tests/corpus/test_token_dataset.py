@@ -237,6 +237,14 @@ def test_batches_are_padded_and_masked(collate_fn, workers, tmp_path):
         assert batch["num_samples"][row] == 1024 * length - 7
     with pytest.raises(NemoLfrError, match="no utterances"):
         collate([])
+    with pytest.raises(NemoLfrError, match="utterance 1 is None; pass items of a TokenDataset"):
+        collate([next(iter(TokenDataset(tmp_path))), None])
+
+
+@pytest.mark.parametrize("name", ["shuffle", "drop_last", "verify"])
+def test_a_text_is_not_taken_for_true(tmp_path, name):
+    with pytest.raises(NemoLfrError, match=f"{name} is 'no'; pass True or False"):
+        TokenDataset(tmp_path, **{name: "no"})
 
 
 # Damage.

@@ -665,11 +665,19 @@ def test_seconds_are_samples_within_the_recording(tmp_path, start, duration, spa
 
 
 @pytest.mark.parametrize(
-    ("start", "duration"), [(-1, None), (0.2, None), (0, -1), (float("nan"), 1), (0, float("nan")), (0, float("inf"))]
+    ("start", "duration", "message"),
+    [
+        (-1, None, r"start is -1, outside the recording of 0\.136 s\."),
+        (0.2, None, r"start is 0\.2, outside the recording of 0\.136 s\."),
+        (float("nan"), 1, "start is nan, outside"),
+        (0, -1, r"duration is -1; pass a number of seconds, 0 or more\."),
+        (0, float("nan"), "duration is nan; pass"),
+        (0, float("inf"), "duration is inf; pass"),
+    ],
 )
-def test_a_span_outside_the_recording_is_refused(tmp_path, start, duration):
+def test_a_span_outside_the_recording_is_refused(tmp_path, start, duration, message):
     path = write(tmp_path / "a.lfr", RELEASED, [random_tokens(RELEASED, 3)], 3000)
-    message = r"a\.lfr: start .* outside the recording of 0\.136 s"
+    message = rf"a\.lfr: {message}"
     with TokenReader(path) as reader, pytest.raises(TokenFileError, match=message):
         reader.samples_between(start, duration)
 

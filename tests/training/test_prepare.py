@@ -199,7 +199,7 @@ def test_failed_files_are_opened_again(tmp_path):
         audio(tmp_path / "corpus" / f"{index}.wav")
     result = prepare("folder", tmp_path / "corpus", tmp_path / "out")
     assert {"train", "valid"} == result.splits.keys()
-    assert result.kept == [tmp_path / "out" / "failures.jsonl"]
+    assert not (tmp_path / "out" / "failures.jsonl").exists()
 
 
 def test_another_corpus_does_not_reuse_results_of_an_interrupted_run(tmp_path, monkeypatch):
@@ -215,11 +215,16 @@ def test_another_corpus_does_not_reuse_results_of_an_interrupted_run(tmp_path, m
     assert [entry["duration"] for entry in entries] == [1.0] * 3
 
 
-def test_files_of_another_run_are_named(tmp_path):
+def test_a_folder_has_the_manifests_of_one_run_only(tmp_path):
+    out = tmp_path / "out"
     folder(tmp_path / "corpus")
-    assert not prepare("folder", tmp_path / "corpus", tmp_path / "out", valid_share=0.5).kept
-    again = prepare("folder", tmp_path / "corpus", tmp_path / "out", valid_share=0)
-    assert again.kept == [tmp_path / "out" / "valid.json"]
+    prepare("folder", tmp_path / "corpus", out, valid_share=0.5)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    with pytest.raises(NemoLfrError, match="json exists; pass --overwrite"):
+        prepare("folder", tmp_path / "corpus", out, valid_share=0)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    prepare("folder", tmp_path / "corpus", out, valid_share=0, overwrite=True)
+    assert {path.name for path in out.iterdir()} == {"train.json"}
 
 
 @pytest.mark.parametrize("speakers", [1, 2, 5, 10])
@@ -679,7 +684,7 @@ def test_the_command_says_what_is_held_out(tmp_path, capsys, units):
     rows = [f"{index}.wav,{speaker}" for index, speaker in enumerate(SPEAKERS[units])]
     text(tmp_path / "c" / "metadata.csv", "\n".join(["file_name,speaker", *rows]))
     command = ["prepare", "folder", str(tmp_path / "c"), "--out", str(tmp_path / "out"), "--valid-share", "0.5"]
-    for options in ([], ["--json"]):
+    for options in ([], ["--json", "--overwrite"]):
         main([*command, *options])
         out = capsys.readouterr().out
         assert f"held out by {units.strip()}" in out or json.loads(out)["held_out_by"] == units.strip()
