@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 import nemo_lfr
 from nemo_lfr.checkpoint import build_part, build_parts
 from nemo_lfr.codec.codec import Codec
+from nemo_lfr.codec.cpu.packed import has_bf16
 from nemo_lfr.codec.torch_backend import TorchBackend
 from nemo_lfr.errors import AudioError, NemoLfrError, TokensError
 from nemo_lfr.frames import Context
@@ -419,6 +420,7 @@ def test_bad_tokens_in_a_stream_are_refused(small):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not has_bf16(), reason="this CPU has no bf16 instructions")
 def test_bf16_gives_nearly_the_same_audio_and_most_of_the_tokens(small):
     wave = synthesize(3, 1)
     half = same_parts(small, precision="bf16")
