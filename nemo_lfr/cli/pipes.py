@@ -130,7 +130,7 @@ def _open_audio(source: Path | io.BufferedReader, sample_rate: int) -> Iterator[
             yield reader
         return
     header, head = read_wav_header(source.read)
-    if header is not None and not header.is_mpeg:
+    if header is not None and header.is_plain:
         samples = WavSamples(header, len(head))
         rest = source.read(len(source.peek()))  # empties the buffer: `_feed` reads from the descriptor directly
         # libsndfile needs a descriptor, so a thread copies the header and the samples into a second pipe.

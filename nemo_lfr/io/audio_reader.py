@@ -14,7 +14,7 @@ import soundfile
 from nemo_lfr.errors import AudioError, MissingExtraError, install_command
 from nemo_lfr.io.containers import Splice, Stream, find_mpeg, looks_like_media, unchecked_format
 from nemo_lfr.io.containers.cache import cached_streams
-from nemo_lfr.io.decoders import Decoder, SndfileDecoder, sndfile_reason
+from nemo_lfr.io.decoders import Decoder, LimitedDecoder, SndfileDecoder, sndfile_reason
 from nemo_lfr.io.media import MediaDecoder
 from nemo_lfr.io.regular import POINTER, POINTER_PROBLEM
 from nemo_lfr.io.resampling import Resampler, check_peak, check_rate, count_samples, resample
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 BLOCK_SECONDS = 10
 # First bytes of formats that libsndfile reads. If libsndfile fails, FFmpeg is tried, which supports more codecs.
-FFMPEG_FALLBACK_MAGIC = (b"OggS", b"fLaC", b"RIFF", b"FORM", b".snd", b"caff", b"NIST")
+FFMPEG_FALLBACK_MAGIC = (b"OggS", b"fLaC", b"RIFF", b"FORM", b".snd", b"caff", b"riff", b"NIST")
 PIPE_LENGTH = "the length of a pipe is not known in advance; write the audio to a file"
 TO_WAV = "convert it to WAV, for example with ffmpeg"
 # Maximum number of values (samples x channels) to read at a time. A header may declare thousands of channels.
@@ -35,13 +35,14 @@ class AudioReader:
 
     All samples that can be decoded are read, even if the header declares fewer. If several files were joined with
     `cat`, the recordings of all of them are read. A truncated file raises an error. A warning is logged instead if
-    only the last frame is incomplete, as is common in MPEG or AAC audio that was recorded from a stream. Headers of
-    IRCAM, PAF and PVF files contain no length, so for them a warning says that the file may be incomplete.
+    only the last frame is incomplete, as is common in MPEG or AAC audio that was recorded from a stream. If the last
+    block of ADPCM audio is shorter than the others, the samples in it are read. If the header of a format other than
+    WAV, AIFF, AU and CAF declares no length, a warning says that the file may be incomplete.
 
     Args:
         path: the file.
         sample_rate: sample rate of the result in Hz; None for the file's own rate.
-        data: bytes of an audio file in memory, or the file descriptor of a pipe with WAV data. The reader closes the
+        data: bytes of an audio file in memory, or the file descriptor of a pipe with PCM in WAV. The reader closes the
             descriptor. If `data` is passed, `path` is only a name for messages.
         name: name of the file for messages (default: `path`).
 
@@ -147,6 +148,8 @@ class AudioReader:
             raise AudioError(
                 f"not an audio file: it has no header, and its suffix alone does not define an encoding; {TO_WAV}."
             )
+        if stream.num_samples is not None:
+            self._decoder = LimitedDecoder(self._decoder, stream.num_samples)
         self._index = index
         return self._decoder
 
@@ -322,7 +325,10 @@ class AudioReader:
             decoder.seek(first)
         except soundfile.LibsndfileError as error:
             raise AudioError(f"{self.name}: the audio is damaged ({sndfile_reason(error)}).") from error
-        return self._decode(decoder, count)
+        block = self._decode(decoder, count)
+        if isinstance(decoder, LimitedDecoder) and len(block) < count:
+            self._check_count(decoder, first + len(block))
+        return block
 
     def _mix(self, block: np.ndarray) -> np.ndarray:
         """Mix samples [n, channels] down to mono [n] and check their peak."""

@@ -21,14 +21,19 @@ class Decoder(Protocol):
         channels: number of channels.
         num_frames: number of samples per channel; None if it is not known before decoding.
         is_exact: whether `num_frames` is exact rather than an estimate.
-        note: warning about audio that is not read, or None. It may change until the end of the file has been read.
     """
 
     rate: int
     channels: int
     num_frames: int | None
     is_exact: bool
-    note: str | None
+
+    @property
+    def note(self) -> str | None:
+        """Return a warning about audio that is not read, or None.
+
+        The warning may change until the end of the file has been read.
+        """
 
     def read(self, count: int) -> np.ndarray:
         """Return up to `count` float32 samples, shape [n, channels]; n is 0 at the end."""
@@ -66,11 +71,8 @@ class SndfileDecoder:
 
     def __init__(self, source: Any) -> None:
         is_file_object = hasattr(source, "readinto") and not isinstance(source, SeekableBytes)
-        self._file = soundfile.SoundFile(SeekableFile(source) if is_file_object else source)
-        # In DWVW, a codec for AIFF files, libsndfile can seek only to the beginning.
-        self._is_sequential = self._file.subtype.startswith("DWVW")
-        if self._is_sequential:
-            self._file.__class__ = _Sequential
+        self._source = SeekableFile(source) if is_file_object else source
+        self._open()
         self.rate: int = self._file.samplerate
         self.channels: int = self._file.channels
         unknown = self._file.frames >= UNKNOWN_BYTES // (8 * self.channels)
@@ -81,26 +83,82 @@ class SndfileDecoder:
         # libFLAC reports tags and padding after the last sample as damage, so reading stops before them.
         self._stops_at_end = self._file.format == "FLAC"
 
+    def _open(self) -> None:
+        self._file = soundfile.SoundFile(self._source)
+        self._position = 0
+        # In DWVW, a codec for AIFF files, libsndfile can seek only to the beginning.
+        if self._file.subtype.startswith("DWVW"):
+            self._file.__class__ = _Sequential
+
     def read(self, count: int) -> np.ndarray:
         """Return up to `count` float32 samples, shape [n, channels]; n is 0 at the end."""
         if self._stops_at_end and self.num_frames is not None:
             count = min(count, self.num_frames - self._file.tell())
         # Without a buffer to fill, soundfile would return at most the number of samples that the header claims.
         samples: np.ndarray = self._file.read(out=np.empty((count, self.channels), np.float32))
+        self._position += len(samples)
         return samples
 
     def seek(self, position: int) -> None:
-        """Seek to the sample with index `position`, from which `read` then continues."""
-        if not self._is_sequential:
+        """Seek to the sample with index `position`, from which `read` then continues.
+
+        If libsndfile cannot seek, as in GSM, the samples up to this position are decoded.
+        """
+        if self._file.seekable():
             self._file.seek(position)
             return
-        self._file.seek(0)
-        while position > 0 and (count := len(self.read(min(position, 1 << 16)))):
-            position -= count
+        if position < self._position:
+            self._file.close()
+            if hasattr(self._source, "seek"):
+                self._source.seek(0)
+            self._open()
+        while self._position < position and len(self.read(min(position - self._position, 1 << 16))):
+            pass
 
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+class LimitedDecoder:
+    """Decoder that stops after a number of samples.
+
+    Args:
+        decoder: another decoder, which may return more samples.
+        num_frames: number of samples per channel.
+
+    Attributes:
+        note: the warning of the other decoder. See `Decoder` for the other attributes.
+    """
+
+    is_exact = True
+
+    def __init__(self, decoder: Decoder, num_frames: int) -> None:
+        self._decoder = decoder
+        self._position = 0
+        self.rate, self.channels = decoder.rate, decoder.channels
+        self.num_frames: int | None = num_frames
+        self._end = num_frames
+
+    @property
+    def note(self) -> str | None:
+        """Return the warning of the other decoder."""
+        return self._decoder.note
+
+    def read(self, count: int) -> np.ndarray:
+        """Return up to `count` float32 samples, shape [n, channels]; n is 0 at the end."""
+        samples = self._decoder.read(max(0, min(count, self._end - self._position)))
+        self._position += len(samples)
+        return samples
+
+    def seek(self, position: int) -> None:
+        """Seek to the sample with index `position`, from which `read` then continues."""
+        self._decoder.seek(position)
+        self._position = position
+
+    def close(self) -> None:
+        """Close the other decoder."""
+        self._decoder.close()
 
 
 def sndfile_reason(error: Exception) -> str:

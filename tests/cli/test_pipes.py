@@ -20,7 +20,7 @@ from nemo_lfr.io.audio import AudioReader
 from nemo_lfr.io.containers import WavSamples, read_wav_header
 from nemo_lfr.io.token_file import Metadata, TokenReader, TokenStreamReader
 from nemo_lfr.pretrained import load
-from tests.io.test_containers import CUT, EMPTY, NOT_TAKEN_APART, SILENCE, WHOLE
+from tests.io.test_containers import CUT, EMPTY, NOT_TAKEN_APART, SILENCE, WHOLE, by_name, shortened
 from tests.models import codec_config, speech_like, synthesize, write_nemo
 from tests.reference import assert_same_tokens
 
@@ -314,10 +314,11 @@ def test_ambiguous_data_after_the_samples_of_a_pipe_is_reported(monkeypatch):
     assert "may be samples or other data; write it to a file" in filtered.problem
 
 
-@pytest.mark.parametrize("name", ["data size 0", "data size of a quarter", "list after", "cut WAV"])
+@pytest.mark.parametrize("name", ["data size 0", "data size of a quarter", "list after", "cut WAV", "ADPCM"])
 def test_pipe_gives_the_tokens_of_the_file_or_its_error(piped, tmp_path, name):
-    (tmp_path / "a.wav").write_bytes(PIPED[name])
-    result = piped("encode", "-", "-", stdin=PIPED[name])
+    data = PIPED[name] if name in PIPED else shortened(by_name("WAV", "MS_ADPCM"), "WAV", 100)
+    (tmp_path / "a.wav").write_bytes(data)
+    result = piped("encode", "-", "-", stdin=data)
     if name == "cut WAV":
         assert result.returncode == 1 and "stdin: the audio was truncated" in result.stderr
         return

@@ -5,7 +5,9 @@ import os
 import shutil
 import struct
 import subprocess
+import tempfile
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -231,6 +233,36 @@ def test_mp3_in_wav_is_decoded_as_mp3(count):
         read(data[:-1000])
 
 
+# Position and format of the size of the audio. The position counts from the name of a chunk.
+SIZES = {
+    "WAV": (b"data", 4, "<I"),
+    "W64": (b"data\xf3", 16, "<q"),
+    "AIFF": (b"SSND", 4, ">I"),
+    "CAF": (b"data", 4, ">q"),
+    "AU": (b".snd", 8, ">I"),
+}
+
+
+def by_name(kind, subtype, channels=1):
+    """Return a file of 16000 samples. libsndfile cannot write every codec to a file object."""
+    wave = WAVE[:16000] if channels == 1 else np.stack([WAVE[:16000]] * channels, axis=1)
+    with tempfile.TemporaryDirectory() as folder:
+        soundfile.write(f"{folder}/a", wave, 16000, format=kind, subtype=subtype)
+        return Path(folder, "a").read_bytes()
+
+
+def shortened(data, kind, lost, size=None):
+    """Remove the last `lost` bytes of audio, and declare the new size, or another `size`."""
+    name, skipped, form = SIZES[kind]
+    position = data.index(name) + skipped
+    (old,) = struct.unpack_from(form, data, position)
+    begin = 24 if kind == "AU" else position + struct.calcsize(form)
+    end = begin + old - (24 if kind == "W64" else 0)
+    kept = data[: end - lost] + bytes((old - lost) % 2 if kind in ("WAV", "AIFF") else 0) + data[end:]
+    kept = patched(kept, (position, struct.pack(form, old - lost if size is None else size)))
+    return patched(kept, (4, struct.pack("<I", len(kept) - 8))) if kind == "WAV" else kept
+
+
 def inserted(data, position, new):
     return data[:position] + new + data[position:]
 
@@ -243,7 +275,14 @@ def bare_mp3(wave=WAVE):
 CUT = {
     "WAV": wav(chunk(b"data", pcm()))[:-1000],
     "WAV without its last sample": wav(chunk(b"data", pcm()))[:-2],
+    "WAV without as many bytes as its header has": wav(chunk(b"data", pcm()))[:-44],
+    "WAV without as many bytes as its header has after the RIFF size": wav(chunk(b"data", pcm()))[:-36],
     "RF64": rf64(SIZE)[:-1000],
+    "RF64 without as many bytes as its header has": rf64(SIZE)[:-80],
+    "RF64 without as many bytes as its header has after the RIFF size": rf64(SIZE)[:-72],
+    "DWVW with a damaged end": patched(by_name("AIFF", "DWVW_16"), (-300, bytes(300))),
+    "ALAC without its last packet": shortened(by_name("CAF", "ALAC_16"), "CAF", 1000),
+    "SDS of unknown length": patched(written(format="SDS"), (10, bytes(3))),
     "AU": au(SIZE)[:-1000],
     "AIFF": aiff(zero=False)[:-1000],
     "CAF": caf(SIZE + 4)[:-1000],
@@ -306,11 +345,24 @@ def test_every_format_is_complete_or_reported_as_truncated(kind):
             read(rare(kind)[:size], RARE[kind])
 
 
-@pytest.mark.parametrize("kind", sorted(NO_LENGTH))
+# Position of the length in the header of some formats, or the name before it, and the size of the length in bytes.
+LENGTHS = {"AVR": (26, 4), "MPC2K": (30, 4), "NIST": (b"sample_count -i ", 5), "SVX": (b"BODY", 4), "XI": (298, 4)}
+
+
+def rare_of_unknown_length(kind):
+    data = rare(kind)
+    if kind not in LENGTHS:
+        return data
+    position, size = LENGTHS[kind]
+    position = data.index(position) + len(position) if isinstance(position, bytes) else position
+    return patched(data, (position, b"0".rjust(size, b"0") if kind == "NIST" else bytes(size)))
+
+
+@pytest.mark.parametrize("kind", sorted(NO_LENGTH | set(LENGTHS)))
 @pytest.mark.parametrize("size", [len(WAVE), len(WAVE) // 2])
-def test_a_format_without_a_length_is_read_with_a_warning(kind, size, caplog):
-    data = rare(kind)[: 2 * (size - len(WAVE)) or None]
-    warning = "the format has no length in its header, so it is unknown whether the file is complete"
+def test_a_file_without_a_length_is_read_with_a_warning(kind, size, caplog):
+    data = rare_of_unknown_length(kind)[: 2 * (size - len(WAVE)) or None]
+    warning = "its header declares no length, so it is unknown whether the file is complete"
     assert len(read(data, RARE[kind])) == size
     assert caplog.text.count(warning) == 1
     with AudioReader("a", RARE[kind], data) as reader:
@@ -338,6 +390,82 @@ def test_damage_within_ogg_is_refused(damage):
         del data[pages[3] : pages[4]]
     with pytest.raises(AudioError, match="is damaged"):
         read(bytes(data))
+
+
+# Codecs that store audio in blocks: format, codec, channels, number of missing bytes at the end of the last block,
+# number of samples in these bytes.
+SHORT_BLOCKS = [
+    ("WAV", "IMA_ADPCM", 1, 100, 200),
+    ("WAV", "IMA_ADPCM", 2, 96, 96),
+    ("WAV", "IMA_ADPCM", 1, 510, 1017),
+    ("WAV", "MS_ADPCM", 1, 100, 200),
+    ("WAV", "MS_ADPCM", 2, 98, 98),
+    ("WAV", "MS_ADPCM", 1, 510, 1012),
+    ("WAV", "GSM610", 1, 16, 160),
+    ("WAV", "GSM610", 1, 40, 320),
+    ("WAV", "G721_32", 1, 34, 68),
+    ("WAV", "NMS_ADPCM_16", 1, 2, 160),
+    ("WAV", "NMS_ADPCM_32", 1, 80, 160),
+    ("W64", "IMA_ADPCM", 2, 96, 96),
+    ("W64", "MS_ADPCM", 2, 98, 98),
+    ("W64", "GSM610", 1, 15, 160),
+    ("AIFF", "IMA_ADPCM", 1, 3, 64),
+    ("AIFF", "IMA_ADPCM", 2, 33, 64),
+    ("AIFF", "GSM610", 1, 3, 160),
+    ("AU", "G721_32", 1, 34, 68),
+    ("AU", "G723_24", 1, 30, 80),
+    ("AU", "G723_40", 1, 33, 53),
+]
+UNKNOWN = {"WAV": 0xFFFFFFFF, "AU": 0xFFFFFFFF, "AIFF": 0, "W64": -1}
+
+
+@pytest.mark.parametrize(("kind", "subtype", "channels", "lost", "missing"), SHORT_BLOCKS)
+def test_all_samples_of_a_short_last_block_are_read(kind, subtype, channels, lost, missing, caplog):
+    data = by_name(kind, subtype, channels)
+    whole = read(data, 16000)
+    files = [shortened(data, kind, lost)]
+    is_reported = subtype.startswith(("GSM", "NMS")) or kind == "AIFF" or lost == 510
+    if (kind, subtype) != ("AIFF", "GSM610"):
+        files.append(shortened(data, kind, lost, UNKNOWN[kind]))
+    for file in files:
+        caplog.clear()
+        wave = read(file, 16000)
+        assert len(wave) == len(whole) - missing
+        assert np.array_equal(wave, whole[: len(wave)])
+        assert is_reported == ("its last block is incomplete" in caplog.text)
+        with AudioReader("a", 16000, data=file) as reader:
+            part = reader.segment(len(wave) / 16000 - 0.05, 1.0)
+        assert np.array_equal(part, wave[-800:])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "subtype", "channels", "lost", "missing"), SHORT_BLOCKS)
+def test_ffmpeg_reads_as_many_samples_of_a_short_last_block(tmp_path, kind, subtype, channels, lost, missing):
+    ffmpeg = shutil.which("ffmpeg")
+    if ffmpeg is None:
+        pytest.skip("FFmpeg is not installed")
+    if subtype.startswith("NMS"):
+        pytest.skip("FFmpeg has no decoder for this codec")
+    file = shortened(by_name(kind, subtype, channels), kind, lost)
+    (tmp_path / "a.bin").write_bytes(file)
+    command = [ffmpeg, "-v", "error", "-i", tmp_path / "a.bin", "-f", "f32le", "-ac", "1", "-"]
+    expected = np.frombuffer(subprocess.run(command, capture_output=True).stdout, "<f4")
+    wave = read(file, 16000)
+    # FFmpeg decodes no incomplete block of GSM, not even the first of its two frames.
+    assert len(wave) - len(expected) == (160 if subtype == "GSM610" and missing == 160 and kind != "AIFF" else 0)
+
+
+@pytest.mark.parametrize("subtype", ["PCM_U8", "FLOAT", "DOUBLE", "ULAW", "ALAW", "IMA_ADPCM", "GSM610", "DWVW_16"])
+@pytest.mark.parametrize("size", [0, 1604])
+def test_compressed_aiff_of_unknown_or_wrong_length_is_read_whole_or_refused(subtype, size):
+    data = by_name("AIFF", subtype)
+    file = shortened(data, "AIFF", 0, size)
+    file = patched(file, (file.index(b"COMM") + 10, bytes(4))) if not size else file
+    if subtype in ("GSM610", "DWVW_16"):
+        with pytest.raises(AudioError, match="has no length in its header" if not size else "is damaged: its header"):
+            read(file, 16000)
+    else:
+        assert np.array_equal(read(file, 16000), read(data, 16000))
 
 
 JOINED = {

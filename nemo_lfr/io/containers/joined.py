@@ -16,6 +16,7 @@ from nemo_lfr.io.containers.stream import (
     without_tags,
 )
 
+_NO_LENGTH = "its header declares no length, so it is unknown whether the file is complete"
 # Number of bytes that suffice to recognize MPEG audio and AAC: three of their largest frames fit.
 LOOK_BYTES = 1 << 15
 # Beginnings of files with at least eight constant bytes, which samples are unlikely to contain by chance.
@@ -156,9 +157,30 @@ def compare_size(window: Window, start: int, promised: int) -> list[Stream]:
 
     Returns:
         The file up to the end of the samples. The stream has a `problem` if the file is truncated or if another file
-        follows.
+        follows. It has a `note` if the header declares no length.
     """
     available, end = max(0, window.size - start), start + promised
     if available < promised < UNKNOWN_BYTES:
         return [whole_file(window.size, cut_short(promised, available))]
-    return compare_end(window, end) if 0 < promised < UNKNOWN_BYTES else [whole_file(window.size)]
+    return compare_end(window, end) if 0 < promised < UNKNOWN_BYTES else of_unknown_length(window, start, 1)
+
+
+def of_unknown_length(window: Window, start: int, block: int) -> list[Stream]:
+    """Return a file whose header stores no length as one `Stream`, after checking that its last block is complete.
+
+    A file that is truncated between two blocks looks complete, so the stream always has a warning (`note`). Tags at
+    the end of the file are not part of the stream.
+
+    Args:
+        window: the file.
+        start: position of the first block.
+        block: size of a block in bytes. A block contains one or more samples of each channel.
+    """
+    if start >= window.size:
+        return [whole_file(window.size)]
+    end = until_end(window, start)
+    if end is None or window.find(window.at(0, 16), start) >= 0:
+        return [whole_file(window.size, JOINED)]
+    rest = (end - start) % block if 0 < block < UNKNOWN_BYTES else 0
+    problem = "the audio was truncated: its last sample is incomplete" if rest else None
+    return [Stream([(0, end)], is_file=end == window.size, problem=problem, note=_NO_LENGTH)]

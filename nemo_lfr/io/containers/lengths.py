@@ -5,12 +5,14 @@ import struct
 from collections.abc import Sequence
 from dataclasses import replace
 
+from nemo_lfr.io.containers.blocks import BlockCodec, sample_codec
 from nemo_lfr.io.containers.joined import compare_end, next_file, until_end
 from nemo_lfr.io.containers.magic import has_magic
 from nemo_lfr.io.containers.stream import (
     CHUNK_NAME,
     HEADER_CUT,
     JOINED,
+    NO_LENGTH,
     UNKNOWN_BYTES,
     Stream,
     Window,
@@ -19,11 +21,22 @@ from nemo_lfr.io.containers.stream import (
     longer,
     whole_file,
 )
+from nemo_lfr.io.containers.wav import samples_stream
+from nemo_lfr.io.containers.wav_header import WavHeader
 
 AU_HEADER = 24  # size in bytes
+_AU_BITS = {23: 4, 25: 3, 26: 5}  # bits per sample in G.721 and G.723, by the encoding in the header
+# Bytes per channel that the number of samples in an AIFC header counts. None stands for the bits in the header.
+_AIFC_BYTES = {
+    **dict.fromkeys((b"NONE", b"sowt", b"twos", b"raw ", b"in24", b"in32")),
+    **dict.fromkeys((b"ulaw", b"ULAW", b"alaw", b"ALAW"), 1),
+    **{b"fl32": 4, b"FL32": 4, b"fl64": 8, b"FL64": 8, b"ima4": 34},
+}
+_AIFC_SAMPLES = {b"ima4": 64, b"GSM ": 160}  # samples per block
 _CAF_CHUNKS = frozenset(b"chan edct free info inst kuki mark midi ovvw pakt peak regn strg umid uuid".split())
 # Name of a chunk of Wave64: letters, and a constant.
 _W64_CHUNK = re.compile(rb"[a-zA-Z0-9 ]{4}\xf3\xac\xd3\x11.{8}", re.DOTALL)
+_W64_FORMAT = 1 << 16  # maximum size in bytes of the description of the samples
 # A length field in a header, as a tuple: position of the field, format in the notation of `struct`, a number to add
 # to the length, and the unit of the length in bytes.
 Field = tuple[int, str, int, int]
@@ -52,6 +65,19 @@ def _to_end(window: Window, begin: int, fields: Sequence[Field], note: str | Non
 
 def au_streams(window: Window) -> list[Stream]:
     """Return an AU file as one `Stream`, and correct the length in its header."""
+    (stream,) = _au_streams(window)
+    head = window.at(0, 16)
+    if stream.problem or len(head) < 16:
+        return [stream]
+    order = ">" if head[:4] == b".snd" else "<"
+    offset, _, encoding = struct.unpack(f"{order}III", head[4:])
+    if encoding not in _AU_BITS:
+        return [stream]
+    end = stream.spans[-1][1]
+    return [sample_codec(_AU_BITS[encoding]).fit(stream, end - offset)]
+
+
+def _au_streams(window: Window) -> list[Stream]:
     if window.size < AU_HEADER:
         return [whole_file(window.size, HEADER_CUT)]
     order = ">" if window.at(0, 4) == b".snd" else "<"
@@ -73,43 +99,128 @@ def au_streams(window: Window) -> list[Stream]:
 
 def aiff_streams(window: Window) -> list[Stream]:
     """Return an AIFF or AIFC file as one `Stream`, and correct the lengths in its header."""
-    position, common, compressed = 12, None, window.at(8, 4) == b"AIFC"
+    position, common = 12, None
     while position + 8 <= window.size:
         name, length = struct.unpack(">4sI", window.at(position, 8))
         if name == b"COMM":
             common = position + 8
         if name == b"SSND":
-            available = window.size - position - 8
-            if common is None or available < 8:
+            if common is None or window.size - position < 16:
                 return []
-            offset = int.from_bytes(window.at(position + 8, 4), "big")
-            begin = position + 16 + offset
-            channels, _, bits = struct.unpack(">hIh", window.at(common, 8))
-            block = channels * -(-bits // 8)
-            is_known = 8 + offset < length < UNKNOWN_BYTES
-            if is_known and length > available:
-                return [whole_file(window.size, cut_short(length, available))]
-            if is_known:
-                end = position + 8 + length
-                rest, left, odd = window.at(end, 256), available - length, length % 2
-                more = goes_on(rest, left, ">") and goes_on(rest[odd:], left - odd, ">")
-                if next_file(window, end) is not None:
-                    return [whole_file(window.size, JOINED)]
-                if not more or window.is_zero(end, window.size):
-                    return compare_end(window, _after_chunks(window, end + odd, ">I"))
-            if block <= 0 or (compressed and window.at(common + 18, 4) not in (b"NONE", b"sowt")):
-                return []
-            note = longer(length, available) if is_known else None
-            fields: list[Field] = [(common + 2, ">I", 0, block), (position + 4, ">I", 8 + offset, 1)]
-            return _to_end(window, begin, fields, note)
+            return _aiff_samples(window, common, position, length)
         if not CHUNK_NAME.match(name):
             return []
         position += 8 + length + length % 2
     return [whole_file(window.size, HEADER_CUT)]
 
 
+def _aiff_samples(window: Window, common: int, position: int, length: int) -> list[Stream]:
+    """Return an AIFF or AIFC file as one `Stream`.
+
+    Args:
+        window: the file.
+        common: position of the content of the chunk `COMM`.
+        position: position of the chunk `SSND`.
+        length: size of the chunk `SSND` in bytes, as declared.
+    """
+    available = window.size - position - 8
+    offset = int.from_bytes(window.at(position + 8, 4), "big")
+    channels, count, bits = struct.unpack(">hIh", window.at(common, 8))
+    kind = window.at(common + 18, 4) if window.at(8, 4) == b"AIFC" else b"NONE"
+    is_known = 8 + offset < length < UNKNOWN_BYTES
+    if is_known and length > available:
+        return [whole_file(window.size, cut_short(length, available))]
+    if is_known:
+        end = position + 8 + length
+        rest, left, odd = window.at(end, 256), available - length, length % 2
+        more = goes_on(rest, left, ">") and goes_on(rest[odd:], left - odd, ">")
+        if next_file(window, end) is not None:
+            return [whole_file(window.size, JOINED)]
+        if not more or window.is_zero(end, window.size):
+            streams = compare_end(window, _after_chunks(window, end + odd, ">I"))
+            return [_aifc_whole(stream, kind, channels, count, length - 8 - offset) for stream in streams]
+    note = longer(length, available) if is_known else None
+    if kind not in _AIFC_BYTES:
+        # Without the size of a sample, the number of samples is unknown.
+        damage = f"the audio is damaged: its header declares {length} bytes, but there are {available}"
+        return [whole_file(window.size, damage if is_known else NO_LENGTH if available > 8 else None)]
+    block = channels * (_AIFC_BYTES[kind] or -(-bits // 8))
+    if block <= 0:
+        return []
+    fields: list[Field] = [(common + 2, ">I", 0, block), (position + 4, ">I", 8 + offset, 1)]
+    streams = _to_end(window, position + 16 + offset, fields, note)
+    return [_aifc_whole(s, kind, channels, 0, s.spans[-1][1] - position - 16 - offset) for s in streams]
+
+
+def _aifc_whole(stream: Stream, kind: bytes, channels: int, count: int, size: int) -> Stream:
+    """Return a copy of a stream that contains only the samples in the file.
+
+    Args:
+        stream: stream of an AIFF or AIFC file.
+        kind: name of the codec.
+        channels: number of channels.
+        count: number of samples that the header declares; 0 if unknown.
+        size: size of the samples in bytes.
+    """
+    if stream.problem or channels <= 0:
+        return stream
+    if kind[:3] == b"DWV":  # libsndfile counts the samples that it can decode, and not those in the header
+        return replace(stream, num_samples=count) if count else replace(stream, problem=NO_LENGTH)
+    if kind not in _AIFC_SAMPLES:
+        return stream
+    block = _AIFC_BYTES.get(kind) or 33
+    fitted = replace(BlockCodec(block * channels, _AIFC_SAMPLES[kind]).fit(stream, size), padding=0)
+    if kind == b"GSM " and count:  # libsndfile decodes as many samples as the header declares
+        return replace(fitted, num_samples=min(count, size // block * _AIFC_SAMPLES[kind]))
+    return fitted
+
+
 def caf_streams(window: Window) -> list[Stream]:
     """Return a CAF file as one `Stream`, and correct the length in its header."""
+    streams = _caf_streams(window)
+    problem = _caf_packets_problem(window, to_end=bool(streams and streams[0].header))
+    return [stream if stream.problem else replace(stream, problem=problem) for stream in streams]
+
+
+def _caf_packets_problem(window: Window, to_end: bool) -> str | None:
+    """Return an error message if a CAF file has fewer bytes of audio than its table of packets declares.
+
+    Args:
+        window: the file.
+        to_end: whether the audio extends to the end of the file, although its header declares a smaller size.
+    """
+    position, is_variable, available, promised = 8, False, 0, 0
+    while position + 12 <= window.size:
+        name, length = struct.unpack(">4sq", window.at(position, 12))
+        if name == b"desc":
+            # The packets differ in size, but not in their number of samples: the table contains only sizes.
+            size, samples = struct.unpack(">II", window.at(position + 28, 8).ljust(8, b"\0"))
+            is_variable = not size and samples > 0
+        if name == b"data":
+            available = (window.size - position - 12 if to_end else length) - 4
+        if name == b"pakt" and is_variable and 24 < length <= window.size - position - 12:
+            promised = _sum_of_sizes(window.at(position + 36, length - 24))
+        if length < 0:
+            break
+        position += 12 + length
+    return cut_short(promised, available) if 0 < available < promised else None
+
+
+def _sum_of_sizes(table: bytes) -> int:
+    """Return the sum of numbers that are stored with seven bits in each byte, which is larger than 127 if more follow.
+
+    Args:
+        table: bytes of the numbers.
+    """
+    total = number = 0
+    for byte in table:
+        number = number << 7 | byte & 127
+        if byte < 128:
+            total, number = total + number, 0
+    return total
+
+
+def _caf_streams(window: Window) -> list[Stream]:
     position = 8
     while position + 12 <= window.size:
         name, length = struct.unpack(">4sq", window.at(position, 12))
@@ -133,22 +244,43 @@ def caf_streams(window: Window) -> list[Stream]:
 
 def w64_streams(window: Window) -> list[Stream]:
     """Return a Wave64 file as one `Stream`, and correct the length in its header."""
-    position = 40
+    position, header = 40, WavHeader(b"RIFF")
     while position + 24 <= window.size:
         name, length = window.at(position, 4), struct.unpack("<q", window.at(position + 16, 8))[0]
         if name == b"data":
-            available = window.size - position
-            if 24 < length < 1 << 62 and length > available:
-                return [whole_file(window.size, cut_short(length, available))]
-            if not 24 < length < 1 << 62:
-                return _to_end(window, position + 24, [(position + 16, "<q", 24, 1)])
-            (stream,) = compare_end(window, _after_w64_chunks(window, position + length))
-            # libsndfile would decode all bytes up to the end of the file.
-            return [stream if stream.problem else replace(stream, spans=[(0, position + length)], is_file=False)]
+            return [_w64_samples(window, header, position, length)]
         if length < 24:
             return []
+        if name == b"fmt ":
+            header.note(name, window.at(position + 24, min(length - 24, _W64_FORMAT)))
         position += length + -length % 8
     return [whole_file(window.size, HEADER_CUT)]
+
+
+def _w64_samples(window: Window, header: WavHeader, position: int, length: int) -> Stream:
+    """Return a Wave64 file as one `Stream`.
+
+    Args:
+        window: the file.
+        header: the description of the samples, which is that of WAV.
+        position: position of the chunk with the samples.
+        length: declared size of this chunk in bytes.
+    """
+    available = window.size - position
+    if 24 < length < 1 << 62 and length > available:
+        return whole_file(window.size, cut_short(length, available))
+    if not 24 < length < 1 << 62:
+        (stream,) = _to_end(window, position + 24, [(position + 16, "<q", 24, 1)])
+        end = stream.spans[-1][1]
+    else:
+        (stream,) = compare_end(window, _after_w64_chunks(window, position + length))
+        # libsndfile would decode all bytes up to the end of the file.
+        end = position + length
+        stream = stream if stream.problem else replace(stream, spans=[(0, end)], is_file=False)
+    as_wav = samples_stream(header, [(position + 24, end)])
+    if stream.problem or as_wav.num_samples is None:
+        return stream
+    return replace(as_wav, note=stream.note or as_wav.note)
 
 
 def _after_w64_chunks(window: Window, position: int) -> int:

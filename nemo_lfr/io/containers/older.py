@@ -35,12 +35,12 @@ def sphere_streams(window: Window) -> list[Stream]:
     fields = {name: int(value) for name, value in _SPHERE_FIELD.findall(header)}
     if window.size < start:
         return [whole_file(window.size, HEADER_CUT)]
-    if b"shorten" in header or b"sample_count" not in fields:
+    if b"shorten" in header:
         return []
     # A sample in A-law or mu-law has one byte. `sample_n_bytes` is not used, since libsndfile writes it as text.
     size = 1 if _SPHERE_LAW.search(header) else fields.get(b"sample_n_bytes", 2)
     block = size * fields.get(b"channel_count", 1)
-    return compare_size(window, start, fields[b"sample_count"] * block)
+    return compare_size(window, start, fields.get(b"sample_count", 0) * block)
 
 
 def is_voc(head: bytes, _: Window) -> bool:

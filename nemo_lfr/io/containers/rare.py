@@ -7,18 +7,16 @@ length, so a truncated file is detected only if its last sample or block is inco
 import re
 import struct
 
-from nemo_lfr.io.containers.joined import compare_end, compare_size, until_end
+from nemo_lfr.io.containers.joined import compare_end, compare_size, of_unknown_length
 from nemo_lfr.io.containers.stream import (
     HEADER_CUT,
     JOINED,
-    UNKNOWN_BYTES,
     Stream,
     Window,
     cut_short,
     whole_file,
 )
 
-_NO_LENGTH = "the format has no length in its header, so it is unknown whether the file is complete"
 _IRCAM = re.compile(rb"\x64\xa3[\x01-\x04]\0|\0[\x01-\x04]\xa3\x64", re.DOTALL)
 _IRCAM_HEADER, _PAF_HEADER = 1024, 2048  # sizes in bytes
 _PAF_BLOCKS = {0: 2, 1: 32, 2: 1}  # bytes per channel by format; 24-bit samples are stored in blocks of ten
@@ -45,7 +43,7 @@ def ircam_streams(window: Window) -> list[Stream]:
     if window.size < _IRCAM_HEADER:
         return [whole_file(window.size, HEADER_CUT)]
     channels, encoding = struct.unpack_from("<II" if head[0] else ">II", head, 8)
-    return _in_blocks(window, _IRCAM_HEADER, channels * (encoding & 15))
+    return of_unknown_length(window, _IRCAM_HEADER, channels * (encoding & 15))
 
 
 def is_paf(head: bytes, _: Window) -> bool:
@@ -59,7 +57,7 @@ def paf_streams(window: Window) -> list[Stream]:
         return [whole_file(window.size, HEADER_CUT)]
     order = ">" if window.at(0, 1) == b" " else "<"
     encoding, channels = struct.unpack(f"{order}II", window.at(16, 8))
-    return _in_blocks(window, _PAF_HEADER, channels * _PAF_BLOCKS.get(encoding, 0))
+    return of_unknown_length(window, _PAF_HEADER, channels * _PAF_BLOCKS.get(encoding, 0))
 
 
 def is_pvf(head: bytes, _: Window) -> bool:
@@ -72,7 +70,7 @@ def pvf_streams(window: Window) -> list[Stream]:
     header = _PVF.match(window.at(0, 64))
     if header is None:
         return [whole_file(window.size, HEADER_CUT if b"\n" not in window.at(5, 64) else None)]
-    return _in_blocks(window, header.end(), int(header[1]) * (int(header[2]) // 8))
+    return of_unknown_length(window, header.end(), int(header[1]) * (int(header[2]) // 8))
 
 
 def is_wve(head: bytes, _: Window) -> bool:
@@ -210,6 +208,8 @@ def sds_streams(window: Window) -> list[Stream]:
     count = header[10] | header[11] << 7 | header[12] << 14
     if not 1 <= width <= 4:
         return [whole_file(window.size)]
+    if not count and window.size > _SDS_HEADER:
+        return [whole_file(window.size, "the audio is damaged: its header declares no samples")]
     packets = -(-count // (_SDS_BYTES // width))
     return compare_size(window, _SDS_HEADER, packets * _SDS_PACKET)
 
@@ -239,22 +239,3 @@ def is_htk(head: bytes, _: Window) -> bool:
 def htk_streams(window: Window) -> list[Stream]:
     """Return an HTK waveform as one `Stream`, after checking its size."""
     return compare_size(window, _HTK_HEADER, 2 * int.from_bytes(window.at(0, 4), "big"))
-
-
-def _in_blocks(window: Window, start: int, block: int) -> list[Stream]:
-    """Return a file whose header stores no length as one `Stream`, after checking that its last block is complete.
-
-    A file that is truncated between two blocks looks complete, so the stream always has a warning (`note`). Tags at
-    the end of the file are not part of the stream.
-
-    Args:
-        window: the file.
-        start: position of the first block.
-        block: size of a block in bytes. A block contains one or more samples of each channel.
-    """
-    end = until_end(window, start)
-    if end is None or window.find(window.at(0, 16), start) >= 0:
-        return [whole_file(window.size, JOINED)]
-    rest = (end - start) % block if 0 < block < UNKNOWN_BYTES else 0
-    problem = "the audio was truncated: its last sample is incomplete" if rest else None
-    return [Stream([(0, end)], is_file=end == window.size, problem=problem, note=_NO_LENGTH)]

@@ -38,6 +38,8 @@ class Stream:
         note: warning about an irregularity that does not prevent reading the recording; None if there is none.
         is_checked: whether the recording was checked for truncation. Some formats cannot be checked.
         by_name: whether libsndfile needs a file name, rather than a file object, to decode the format (MPEG audio).
+        padding: number of zeros that a decoder must read after the ranges.
+        num_samples: number of samples per channel, if a decoder might return more samples; None otherwise.
     """
 
     spans: list[Span]
@@ -47,10 +49,12 @@ class Stream:
     by_name: bool = False
     note: str | None = None
     is_checked: bool = True
+    padding: int = 0
+    num_samples: int | None = None
 
 
 class Splice(SeekableBytes):
-    """File object that contains the header of a stream, followed by the byte ranges of the stream in a file.
+    """File object that contains the header, the byte ranges and the padding of a stream.
 
     Args:
         file: the file; reading changes its position.
@@ -58,10 +62,12 @@ class Splice(SeekableBytes):
     """
 
     def __init__(self, file: "BinaryIO | Splice", stream: Stream) -> None:
-        super().__init__(len(stream.header) + sum(stop - start for start, stop in stream.spans))
+        size = sum(stop - start for start, stop in stream.spans)
+        super().__init__(len(stream.header) + size + stream.padding)
         self._file = file
         self._header = stream.header
         self._spans = stream.spans
+        self._padding = stream.padding
 
     def read(self, size: int = -1) -> bytes:
         """Read up to `size` bytes; by default, all remaining bytes."""
@@ -91,7 +97,7 @@ class Splice(SeekableBytes):
                 self._file.seek(start + at)
                 return self._file.read(min(size, stop - start - at))
             at -= stop - start
-        return b""
+        return bytes(max(0, min(size, self._padding - at)))
 
 
 class Window:

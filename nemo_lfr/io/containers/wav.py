@@ -4,6 +4,7 @@ import io
 import struct
 from dataclasses import replace
 
+from nemo_lfr.io.containers.blocks import wav_codec
 from nemo_lfr.io.containers.joined import HEADER_BYTES, LOOK_BYTES, find_header, header_in, next_file
 from nemo_lfr.io.containers.magic import after_tags, after_zeros, has_magic
 from nemo_lfr.io.containers.mpeg import mpeg_streams
@@ -51,6 +52,7 @@ class WavSamples:
     """
 
     def __init__(self, header: WavHeader, header_size: int) -> None:
+        self._header, self._header_size = header, header_size
         self._order = header.order
         self._declared = header.declared
         self._left: int | None = None if header.is_unknown(None) else header.declared
@@ -73,7 +75,7 @@ class WavSamples:
     def finish(self) -> bytes:
         """Process the end of the file and return the remaining samples."""
         samples = self._filter(self._held, last=True)
-        counted = self._declared in (self._total, self._total - 8)  # some recorders include the header in the length
+        counted = self._header.includes_header(self._header_size, self._total - self._header_size)
         if self._left and not self._done and not counted:
             self.problem = cut_short(self._declared, self._declared - self._left)
         elif self._skip and self._unknown is not None:
@@ -186,7 +188,7 @@ def wav_streams(window: Window) -> list[Stream]:
 def _recording(window: Window, start: int) -> tuple[list[Stream], int | None]:
     """Return the streams of the recording at `start`, and the start of the next recording or None."""
     size = window.size
-    header = WavHeader(window.at(start, 4))
+    header = WavHeader(window.at(start, 12))
     spans: list[Span] = []
     problem, note, exact, following = None, None, True, None
     position = start + 12
@@ -227,10 +229,19 @@ def _recording(window: Window, start: int) -> tuple[list[Stream], int | None]:
             or "the audio contains DTS or AC-3, although its header says linear PCM; convert it to WAV with ffmpeg"
         )
     # libsndfile does not read BW64, which differs from RF64 by its name only.
-    if exact and start == 0 and following is None and header.magic != b"BW64":
+    is_file = exact and start == 0 and following is None and header.magic != b"BW64"
+    stream = samples_stream(header, spans)
+    if is_file and stream.num_samples is None:
         return [whole_file(size, problem)], None
+    return [replace(stream, problem=problem, note=note or stream.note)], following
+
+
+def samples_stream(header: WavHeader, spans: list[Span]) -> Stream:
+    """Return byte ranges that contain the samples of a WAV file as one `Stream` with a new header."""
     length = sum(stop - begin for begin, stop in spans)
-    return [Stream(spans, header.rebuilt(length), problem=problem, note=note)], following
+    codec = wav_codec(header.format, header.order)
+    stream = Stream(spans) if codec is None else codec.fit(Stream(spans), length)
+    return replace(stream, header=header.rebuilt(length + stream.padding))
 
 
 def _is_tag(name: bytes) -> bool:
@@ -266,8 +277,7 @@ def _wav_data(window: Window, header: WavHeader, start: int, begin: int) -> tupl
     if header.is_unknown(available):
         return *_to_end(window, begin), False
     if declared > available:
-        # Some recorders include the header in the length.
-        counted = declared in (window.size - start, window.size - start - 8)
+        counted = header.includes_header(begin - start, available)
         return window.size, None if counted else cut_short(declared, available), False
     stop = begin + declared
     if next_file(window, stop) is None and _samples_follow(window, stop, declared, header.order):

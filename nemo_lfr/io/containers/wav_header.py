@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from nemo_lfr.io.containers.stream import UNKNOWN_BYTES, Window
 
+# Tags in the `fmt ` chunk of formats whose samples each have a fixed size: integers, floats, A-law, mu-law, and the
+# extended description of such a format.
+_PLAIN_TAGS = (0x01, 0x03, 0x06, 0x07, 0xFFFE)
 # Tags in the `fmt ` chunk for MPEG audio: layers 1 and 2, and layer 3.
 MPEG_TAGS = (b"\x50\0", b"\x55\0")
 
@@ -20,16 +23,23 @@ class WavHeader:
     """Content of the chunks before the samples of a WAV file.
 
     Attributes:
-        magic: the first four bytes of the file.
+        start: the first twelve bytes of the file.
         format: content of the `fmt ` chunk.
         data_size: size of the samples in bytes, as the `data` chunk declares it.
         long_size: size of the samples in bytes, as the `ds64` chunk of RF64 declares it; None without this chunk.
+        long_total: size of the RIFF chunk in bytes, as the `ds64` chunk declares it; None without this chunk.
     """
 
-    magic: bytes
+    start: bytes
     format: bytes = b""
     data_size: int = 0
     long_size: int | None = None
+    long_total: int | None = None
+
+    @property
+    def magic(self) -> bytes:
+        """Return the first four bytes of the file."""
+        return self.start[:4]
 
     @property
     def order(self) -> str:
@@ -42,6 +52,27 @@ class WavHeader:
         if self.data_size == 0xFFFFFFFF and self.long_size is not None:
             return self.long_size
         return self.data_size
+
+    def includes_header(self, begin: int, available: int) -> bool:
+        """Return whether the declared size of the samples includes the header, as some recorders write it.
+
+        A file that was truncated by the size of its header has the same length. The size of the RIFF chunk tells them
+        apart: in a truncated file, it is larger than the file.
+
+        Args:
+            begin: position of the first sample.
+            available: number of bytes from the first sample to the end of the file.
+        """
+        total = self.long_total
+        if total is None:
+            total = struct.unpack_from(f"{self.order}I", self.start.ljust(8, b"\0"), 4)[0]
+        size = begin + available
+        return self.declared in (size, size - 8) and 0 < total <= size
+
+    @property
+    def is_plain(self) -> bool:
+        """Return whether each sample has a fixed size, as in PCM."""
+        return len(self.format) >= 2 and struct.unpack_from(f"{self.order}H", self.format)[0] in _PLAIN_TAGS
 
     @property
     def is_mpeg(self) -> bool:
@@ -58,7 +89,7 @@ class WavHeader:
         if name == b"fmt " and not self.format:
             self.format = body
         elif name == b"ds64" and len(body) >= 16:
-            self.long_size = struct.unpack_from("<Q", body, 8)[0]
+            self.long_total, self.long_size = struct.unpack_from("<QQ", body)
 
     def is_unknown(self, available: int | None) -> bool:
         """Return whether the header does not state the length of the samples.
@@ -98,7 +129,7 @@ def read_wav_header(read: Callable[[int], bytes]) -> tuple[WavHeader | None, byt
         found near the beginning.
     """
     taken = bytearray(read(12))
-    header = WavHeader(bytes(taken[:4]))
+    header = WavHeader(bytes(taken))
     if not is_wav(bytes(taken), None):  # type: ignore[arg-type]  # `is_wav` uses only the first bytes
         return None, bytes(taken)
     while len(taken) < 1 << 26:
