@@ -216,9 +216,10 @@ def test_steps_are_stock_steps(tmp_path, wavlm, case):
             # After an update, the weights differ by rounding, which also changes the losses.
             assert own[name] == pytest.approx(theirs[name], rel=1e-5 if step == 0 else 1e-4, abs=1e-7), name
     assert len(expected.gradients) == len(mine.gradients)
-    # Of the millions of activations at full size, some are so close to zero that rounding changes their sign, and with
-    # it the slope of the leaky ReLU: one in a million changes the gradient by 0.1 %. The smooth case rules this out.
-    tolerance = 5e-3 if case == FULL else 1e-4
+    # Some activations are so close to zero that rounding, which depends on the CPU, changes their sign, and with it
+    # the slope of the leaky ReLU. At full size, one in a million changes the gradient by 0.1 %. The smooth case rules
+    # this out.
+    tolerance = 5e-3 if case == FULL else 1e-4 if "smooth" in case else 1e-3
     # Compare the updates of the first batch: those of the discriminators, if any, and of the generator.
     for theirs, own in list(zip(expected.gradients, mine.gradients, strict=True))[
         : 2 if config["discriminator"] else 1
