@@ -16,7 +16,7 @@ from nemo_lfr.io.containers import Splice, Stream, find_mpeg, looks_like_media, 
 from nemo_lfr.io.containers.cache import cached_streams
 from nemo_lfr.io.decoders import Decoder, LimitedDecoder, SndfileDecoder, sndfile_reason
 from nemo_lfr.io.media import MediaDecoder
-from nemo_lfr.io.regular import POINTER, POINTER_PROBLEM
+from nemo_lfr.io.regular import POINTER, POINTER_PROBLEM, not_a_file
 from nemo_lfr.io.resampling import Resampler, check_peak, check_rate, count_samples, resample
 
 logger = logging.getLogger(__name__)
@@ -26,6 +26,7 @@ BLOCK_SECONDS = 10
 FFMPEG_FALLBACK_MAGIC = (b"OggS", b"fLaC", b"RIFF", b"FORM", b".snd", b"caff", b"riff", b"NIST")
 PIPE_LENGTH = "the length of a pipe is not known in advance; write the audio to a file"
 TO_WAV = "convert it to WAV, for example with ffmpeg"
+_TOO_FEW = f"libsndfile decodes only {{1}} of at least {{0}} samples (damage or a variable bit rate); {TO_WAV}"
 # Maximum number of values (samples x channels) to read at a time. A header may declare thousands of channels.
 MAX_BLOCK = 1 << 24
 
@@ -37,7 +38,8 @@ class AudioReader:
     `cat`, the recordings of all of them are read. A truncated file raises an error. A warning is logged instead if
     only the last frame is incomplete, as is common in MPEG or AAC audio that was recorded from a stream. If the last
     block of ADPCM audio is shorter than the others, the samples in it are read. If the header of a format other than
-    WAV, AIFF, AU and CAF declares no length, a warning says that the file may be incomplete.
+    WAV, AIFF, AU and CAF declares no length, a warning says that the file may be incomplete. For files that
+    FFmpeg decodes, a warning reports gaps in the time stamps and an end before the declared duration.
 
     Args:
         path: the file.
@@ -69,13 +71,14 @@ class AudioReader:
         self.name = str(path) if name is None else name
         self.problem_at_end: Callable[[], str | None] = lambda: None
         self.samples_read = 0
-        if data is None and (problem := _not_a_file(self.path)):
+        if data is None and (problem := not_a_file(self.path)):
             raise AudioError(f"{self.name}: {problem}.")
         self._source: BinaryIO | None = None
         self._decoder: Decoder | None = None
         self._spooled: tempfile.TemporaryDirectory[str] | None = None
         self._index = 0
         self._extents: dict[int, tuple[int, int]] = {}  # cache: number of samples and sample rate of a stream
+        self._notes: dict[int, str | None] = {}  # warnings of the decoder of a stream that was counted
         try:
             if isinstance(data, int):
                 self._pipe: int | None = data
@@ -148,6 +151,9 @@ class AudioReader:
             raise AudioError(
                 f"not an audio file: it has no header, and its suffix alone does not define an encoding; {TO_WAV}."
             )
+        count = self._decoder.num_frames
+        if count is not None and count < stream.least_samples:
+            raise AudioError(f"{_TOO_FEW.format(stream.least_samples, count)}.")
         if stream.num_samples is not None:
             self._decoder = LimitedDecoder(self._decoder, stream.num_samples)
         self._index = index
@@ -234,7 +240,8 @@ class AudioReader:
             if count is None:
                 if self._pipe is not None:
                     raise AudioError(f"{self.name}: {PIPE_LENGTH}.")
-                count = self._count(self._reopened(index))
+                decoder = self._reopened(index)
+                count, self._notes[index] = self._count(decoder), decoder.note
                 self._reopened(0)
             self._extents[index] = count, decoder.rate
         return self._extents[index]
@@ -312,8 +319,9 @@ class AudioReader:
             wanted = min(count_samples(duration, rate), count - first) if duration > 0 else 0
             if wanted > 0:
                 yield rate, self._read_stream(index, first, wanted)
-                if first + wanted == count and (note := self._streams[index].note):
-                    logger.warning("%s: %s.", self.name, note)
+                if first + wanted == count:
+                    for note in filter(None, (self._streams[index].note, self._notes.get(index))):
+                        logger.warning("%s: %s.", self.name, note)
                 duration -= (count - first) / rate
             start -= count / rate
             if duration <= 0:
@@ -378,21 +386,10 @@ class AudioReader:
             yield wave
 
     def _check_count(self, decoder: Decoder, num_read: int) -> None:
-        """Raise AudioError if a stream has fewer samples than its header declares."""
+        """Raise AudioError if a stream has fewer samples than its header declares or its frames hold."""
         expected = decoder.num_frames
         share = 1.0 if decoder.is_exact else 0.99
         if expected is not None and num_read < share * expected:
             raise AudioError(f"{self.name}: the audio was truncated after {num_read} of {expected} samples.")
-
-
-def _not_a_file(path: Path) -> str | None:
-    try:
-        if path.is_file():
-            return None
-    except (OSError, ValueError) as error:  # a name that is too long or contains NUL
-        return getattr(error, "strerror", None) or str(error)
-    if path.is_dir():
-        return "not a file but a folder"
-    if path.exists():
-        return "not a regular file; to read a pipe, connect it to stdin: nemo-lfr encode - -"
-    return "a link to a missing file" if path.is_symlink() else "no such file"
+        if num_read < (least := self._streams[self._index].least_samples):
+            raise AudioError(f"{self.name}: {_TOO_FEW.format(least, num_read)}.")

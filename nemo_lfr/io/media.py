@@ -21,6 +21,17 @@ _ESTIMATED = {"aac", "ac3", "eac3", "dts", "loas", "mp3", "amr"}
 _CHECKED = {"ac3", "eac3", "dca", "flac", "mlp", "truehd", "tta", "wavpack"}
 # Demuxers of streams whose time stamps need not begin at 0. FFmpeg determines their duration from the time stamps.
 _RELATIVE = {"mpegts", "mpeg"}
+# Gaps in seconds between time stamps that are reported: between two frames, where time stamps are rounded to
+# milliseconds; before the first packet; and after the last frame.
+_LEAST_GAP, _LEAST_START, _LEAST_END = 0.008, 0.1, 0.03
+# Demuxers whose durations may include the padding of the last frame.
+_PADDED = {"caf"}
+# Demuxers whose durations may be wrong. `containers` compares their chunks with the size of the file.
+_UNTIMED = {"avi"}
+# Codecs of which MP4 files hold one frame a packet, so that FFmpeg counts packets in the header.
+_PACKETED = {"aac", "alac", "mp3", "mp3float", "opus", "libopus", "ac3", "eac3", "flac"}
+# If time stamps jump back by more seconds than this, another recording begins.
+_RESTART = 1.0
 # Maximum number of packets at the end of a recorded stream that may be incomplete.
 _MAX_SUSPECTS = 32
 # Reasons by the class of PyAV's exception, where FFmpeg's message says nothing about the file.
@@ -34,6 +45,41 @@ _REASONS = {
     "PatchWelcomeError": "data that FFmpeg does not support",
     "NotImplementedError": "data that FFmpeg does not support",
 }
+
+
+class _Gaps:
+    """Sum of the gaps between the time stamps of consecutive frames.
+
+    Attributes:
+        seconds: sum of the gaps in seconds. Overlaps of frames reduce it, so that jitter adds up to nothing.
+        end: time at which the last frame ends by its time stamp; 0 before the first frame.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = self.end = 0.0
+        self._last: float | None = None  # duration of the last frame
+
+    def begin(self, start: float) -> None:
+        """Add the gap before the first packet, whose time stamp should be 0.
+
+        Some decoders yield no frame for the first packets, so the time stamp of the first frame may be later.
+        """
+        if start > _LEAST_START:
+            self.seconds = start
+
+    def add(self, start: float | None, duration: float) -> None:
+        """Add a frame.
+
+        Args:
+            start: time stamp in seconds; None if the frame has none and follows the previous one.
+            duration: duration of the samples in seconds.
+        """
+        if start is not None and self._last is not None:
+            gap = start - self.end
+            if abs(gap) > max(_LEAST_GAP, 0.75 * min(duration, self._last)) and gap > -_RESTART:
+                self.seconds = max(0.0, self.seconds + gap)
+        self.end = (self.end if start is None else start) + duration
+        self._last = duration
 
 
 class MediaDecoder:
@@ -50,7 +96,8 @@ class MediaDecoder:
 
     Raises:
         MissingExtraError: if PyAV is not installed.
-        AudioError: if FFmpeg cannot read the file, or the file has no audio track.
+        AudioError: if FFmpeg cannot read the file, or the file has no audio track. `read` also raises it if the audio
+            is damaged or truncated, or if the track has no samples at all.
     """
 
     num_frames: int | None = None
@@ -93,21 +140,29 @@ class MediaDecoder:
             if isinstance(error, AudioError):
                 raise
             raise AudioError(_reason(error)) from error
-        is_known = self._container.format.name not in _ESTIMATED
-        self._expected = self._container.duration if is_known else None  # microseconds
+        name, is_single = self._container.format.name, len(self._container.streams) == 1
+        # The duration of a container in microseconds is approximately that of its longest track.
+        self._expected = self._container.duration if is_single and name not in _ESTIMATED | _UNTIMED else None
+        self._starts_at_zero = is_single and name not in _ESTIMATED | _RELATIVE
+        is_listed = name.startswith("mov") and track.codec_context.name in _PACKETED
+        self._num_listed, self._num_packets = int(track.frames) if is_listed else 0, 0
+        self._gaps = _Gaps()
         self._blocks = self._decode(track)
         self._waiting = np.zeros((0, self.channels), np.float32)
         self._position = self._surplus = 0
 
     def _decode(self, track: Any) -> Iterator[np.ndarray]:
-        total, end = 0, 0.0  # number of samples, and time at which they end by the time stamps
+        # The number of samples, the time at which they end by the time stamps, and the number of damaged frames.
+        total, end, num_corrupt = 0, 0.0, 0
         try:
             for frame in self._frames(track):
                 if (frame.sample_rate, frame.layout.nb_channels) != (self.rate, self.channels):
                     raise AudioError(
                         "the audio changes its sample rate or number of channels; convert it to WAV with ffmpeg"
                     )
-                end = max(end, (frame.time or 0.0) + frame.samples / self.rate)
+                self._gaps.add(frame.time, frame.samples / self.rate)
+                end = max(end, self._gaps.end)
+                num_corrupt += frame.is_corrupt
                 for block in self._samples(frame):
                     total += len(block)
                     yield block
@@ -118,13 +173,28 @@ class MediaDecoder:
             if isinstance(error, AudioError):
                 raise
             raise AudioError(f"the audio is damaged ({_reason(error)})") from error
-        # The duration of a container is approximately that of its longest track. It counts from time 0, but the audio
-        # may begin later and have pauses.
-        if self._expected and len(self._container.streams) == 1:
-            seconds = self._expected / 1e6
-            reached = max(total / self.rate, 0.0 if self._container.format.name in _RELATIVE else end)
+        if not total:
+            raise AudioError("the file is damaged or empty: FFmpeg finds an audio track, but no samples in it")
+        if num_corrupt:
+            self._warn(f"FFmpeg reports errors in {num_corrupt} frames of the audio, which is damaged")
+        if self._num_packets < self._num_listed:
+            self._warn(
+                f"only {self._num_packets} of the {self._num_listed} packets of the audio are read, as in an edited "
+                "or damaged file"
+            )
+        if (missing := self._gaps.seconds) > _LEAST_GAP:
+            self._warn(
+                f"the time stamps of the audio have gaps of {missing:.2f} s in total, as in a recording with pauses "
+                "or a damaged file; the gaps are not filled"
+            )
+        # The duration counts from time 0, but the audio may begin later and have pauses.
+        if self._expected:
+            name, seconds = self._container.format.name, self._expected / 1e6
+            reached = max(total / self.rate, 0.0 if name in _RELATIVE else end)
             if reached < 0.97 * seconds - 0.5:
                 raise AudioError(f"the audio was truncated after {reached:.1f} of {seconds:.1f} s")
+            if name not in _PADDED and reached < (1 - 1e-3) * seconds - _LEAST_END:
+                self._warn(f"the audio ends after {reached:.2f} s, but the header declares {seconds:.2f} s")
 
     def _samples(self, frame: Any) -> Iterator[np.ndarray]:
         """Yield the samples [n, channels] of a frame. If the frame is None, flush the resampler."""
@@ -146,6 +216,10 @@ class MediaDecoder:
         size_of: FrameSize = PACKET_SIZES.get(track.codec_context.name, lambda _: None)
         suspects: list[Any] = []  # the first incomplete packet and those after it
         for packet in self._container.demux(track):
+            if self._starts_at_zero and packet.pts is not None:
+                self._gaps.begin(float(packet.pts * packet.time_base))
+                self._starts_at_zero = False
+            self._num_packets += packet.size > 0
             size = size_of(bytes(memoryview(packet)[:FRAME_HEAD])) if packet.size else None
             packet_is_cut = size is not None and packet.size < size
             self._surplus += self._pre_skip(track, packet)
@@ -186,7 +260,11 @@ class MediaDecoder:
             else:
                 yield from packet.decode()
         if lost:
-            self.note = f"the audio ends within a frame, as recorded streams do; its last {lost} bytes are ignored"
+            self._warn(f"the audio ends within a frame, as recorded streams do; its last {lost} bytes are ignored")
+
+    def _warn(self, text: str) -> None:
+        """Add a warning to `note`."""
+        self.note = f"{self.note}; {text}" if self.note else text
 
     def read(self, count: int) -> np.ndarray:
         """Return up to `count` float32 samples, shape [n, channels]; n is 0 at the end."""

@@ -6,6 +6,7 @@ yet, are refused too.
 
 import os
 import stat
+from pathlib import Path
 from typing import IO
 
 from nemo_lfr.errors import NemoLfrError, printable
@@ -71,3 +72,17 @@ def _refuse(path: str | os.PathLike[str], mode: int, error: type[NemoLfrError], 
     kinds = ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"))
     kind = next((name for test, name in kinds if test(mode)), "a device")
     raise error(f"{printable(os.fspath(path))}: not a regular file but {kind}; {advice}.")
+
+
+def not_a_file(path: Path) -> str | None:
+    """Return why audio cannot be read from a path; None if it is a regular file."""
+    try:
+        if path.is_file():
+            return None
+    except (OSError, ValueError) as error:  # a name that is too long or contains NUL
+        return getattr(error, "strerror", None) or str(error)
+    if path.is_dir():
+        return "not a file but a folder"
+    if path.exists():
+        return "not a regular file; to read a pipe, connect it to stdin: nemo-lfr encode - -"
+    return "a link to a missing file" if path.is_symlink() else "no such file"

@@ -215,11 +215,22 @@ def test_samples_that_look_like_the_name_of_a_chunk_are_read():
 
 @pytest.mark.parametrize("tail", [b"", b"TAG".ljust(128, b"\0")])
 @pytest.mark.parametrize("before", [bytes(3000), b"<html>302</html>\n" * 50, b"\xff\xfb\x90" * 100])
-def test_mp3_that_begins_with_something_else_is_read_to_the_end(tmp_path, before, tail):
+def test_mp3_that_begins_with_something_else_is_read_to_the_end(tmp_path, caplog, before, tail):
     data = written(format="MP3")
     (tmp_path / "a.mp3").write_bytes(before + data + tail)
     with AudioReader(tmp_path / "a.mp3", RATE) as reader:
         assert np.array_equal(np.concatenate(list(reader.blocks())), read(data))
+    assert (f"the {len(before)} bytes before the first MPEG frame are ignored" in caplog.text) == any(before)
+
+
+@pytest.mark.parametrize("rate", [8000, 16000, 22050, 24000, 44100])
+def test_mp3_with_damage_in_the_header_of_its_encoder_is_read_to_the_end(rate, capfd):
+    """libmpg123 takes such a header for audio and estimates the length, which is too short at low rates."""
+    data = written(rate=rate, format="MP3")
+    expected = read(data, rate)
+    for at in (6, 9, 12):
+        assert np.array_equal(read(patched(data, (at, b"\xff")), rate), expected)
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize("count", [1, 2])

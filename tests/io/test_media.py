@@ -1,6 +1,7 @@
 """Tests of containers that are read with FFmpeg. FFmpeg makes the files, and its own decoding is the reference."""
 
 import builtins
+import re
 import shutil
 import subprocess
 
@@ -229,9 +230,11 @@ ENDS = {
     "matroska": ["-c:a", "libvorbis"],
     "webm": ["-c:a", "libopus"],
     "asf": ["-c:a", "wmav2"],
+    "asf with a long delay": ["-c:a", "wmav2", "-ar", "8000"],
     "wv": ["-c:a", "wavpack"],
     "tta": ["-c:a", "tta"],
     "avi": ["-c:a", "pcm_s16le"],
+    "avi with a wrong duration": ["-c:a", "adpcm_ms", "-ar", "44100", "-ac", "2"],
     "flv": ["-c:a", "aac"],
     "w64": [],
     "sox": [],
@@ -284,6 +287,56 @@ def test_no_sample_is_lost_or_invented_silently_at_the_end_of_a_file(tmp_path, c
     for tag in (TAG, TAG + bytes(700)):
         assert (kind == "ircam" and len(tag) > 128) or outcome(data + tag)[0] == whole
     assert kind == "ircam" or not outcome(data + TAG)[1]
+
+
+def overwritten(data: bytes, at: int, new: bytes) -> bytes:
+    return data[:at] + new + data[at + len(new) :]
+
+
+GAP, END, EMPTY = r"gaps of 0\.\d\d s", r"ends after 1\.\d\d s, but the header declares 2\.\d\d s", "no samples in it"
+FRAGMENTS = ["-c:a", "aac", "-movflags", "frag_keyframe+empty_moov"]
+# FFmpeg arguments, a change of the file of 2 s, and the message. FFmpeg reads such a file without an error.
+LOST = {
+    "asf, header": (["-c:a", "wmav2"], lambda data: overwritten(data, 28, b"\xff" * 4), EMPTY),
+    "mp4, header": (FRAGMENTS, lambda data: overwritten(data, data.find(b"tkhd") + 16, b"\x80"), EMPTY),
+    "asf, beginning": (["-c:a", "wmav2"], lambda data: overwritten(data, data.find(b"\x82\0\0") + 3, bytes(300)), GAP),
+    "asf, middle": (["-c:a", "wmav1"], lambda data: overwritten(data, len(data) // 2, bytes(300)), GAP),
+    "asf, end": (["-c:a", "wmav2"], lambda data: overwritten(data, len(data) - 2600, bytes(300)), END),
+    "matroska, end": (["-c:a", "libvorbis"], lambda data: overwritten(data, len(data) * 4 // 5, bytes(300)), END),
+    "webm, end": (["-c:a", "libopus"], lambda data: overwritten(data, len(data) * 4 // 5, bytes(300)), END),
+    "ipod, time scale": (
+        ["-c:a", "aac"],
+        lambda data: overwritten(data, data.find(b"mvhd") + 16, b"\0\xff\0\0"),
+        r"only \d+ of the \d+ packets",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", LOST)
+def test_audio_that_ffmpeg_drops_is_reported(tmp_path, caplog, kind):
+    pytest.importorskip("av")
+    options, change, message = LOST[kind]
+    data = encoded(tmp_path, kind.partition(",")[0], synthesize(2), options={kind.partition(",")[0]: options})
+    whole = len(read("a", data=data))
+    assert not caplog.text
+    if message == EMPTY:
+        with pytest.raises(AudioError, match=rf"a: .*{message}"):
+            read("a", data=change(data))
+    else:
+        assert 0 < len(read("a", data=change(data))) < whole
+        assert len(caplog.messages) == 1 and re.search(message, caplog.messages[0])
+        with AudioReader("a", None, data=change(data)) as reader:
+            reader.segment(0.01, reader.duration)
+        assert len(caplog.messages) == 2 and re.search(message, caplog.messages[1])
+
+
+def test_mpeg_audio_that_libsndfile_reads_only_in_part_is_refused(tmp_path):
+    """For layer 2, libsndfile estimates the length from the first frame and stops there."""
+    soundfile.write(tmp_path / "source.wav", synthesize(2), RATE)
+    fast, slow = (ffmpeg("-i", tmp_path / "source.wav", "-b:a", rate, "-f", "mp2", "-") for rate in ("128k", "32k"))
+    assert len(read("a", data=slow)) >= 2 * RATE
+    with pytest.raises(AudioError, match=r"a: libsndfile decodes only \d+ of at least \d+ samples.*convert it to WAV"):
+        read("a", data=fast + slow)
 
 
 UNCHECKED = {

@@ -12,6 +12,10 @@ from nemo_lfr.io.containers.magic import after_id3, after_tags, has_magic
 from nemo_lfr.io.containers.stream import FEW_BYTES, HEADER_CUT, JOINED, TAGS, Span, Stream, Window, whole_file
 
 MAX_LEAD = 1 << 16  # bytes before the first frame
+CRC = 2  # bytes that may follow the header of a frame
+# Numbers of samples that a decoder of layer 3 may drop: its own delay with a frame, and the delay and padding that two
+# fields of 12 bits in the Xing header state.
+DECODER_TRIM, XING_TRIM = 529 + 1152, 2 * 4095
 MAX_PADDING = 4096  # number of bytes of tags and zeros after the audio that are ignored without a warning
 
 _BITRATES = {  # kbit/s by (is MPEG 1, layer)
@@ -34,6 +38,7 @@ class Frame:
     layer: int
     rate: int  # Hz
     side: int  # bytes of side information in layer 3
+    samples: int  # samples per channel
 
     @property
     def kind(self) -> Kind:
@@ -62,7 +67,8 @@ def read_frame(head: bytes) -> Frame | None:
         length = (144 if first or layer == 2 else 72) * bitrate // rate + padding
     mono = head[3] >> 6 == 3
     side = (17 if mono else 32) if first else (9 if mono else 17)
-    return Frame(length, layer, rate, side)
+    samples = 384 if layer == 1 else 576 if layer == 3 and not first else 1152
+    return Frame(length, layer, rate, side, samples)
 
 
 @dataclass
@@ -158,7 +164,8 @@ def _pieces(window: Window) -> Iterator[Piece]:
             if piece is not None:
                 piece.note = piece.note or _left_out(window, skipped, position)
                 yield piece
-            piece = Piece(promised=promised, first=head, first_length=frame.length)
+            note = _before(window, position, frame) if piece is None else None
+            piece = Piece(promised=promised, first=head, first_length=frame.length, note=note)
         elif skipped is not None and not window.at(skipped, 11).startswith(TAGS):
             hole = f"the audio is damaged: {position - skipped} bytes at {skipped} are not MPEG frames"
             piece.problem = piece.problem or hole
@@ -172,6 +179,14 @@ def _pieces(window: Window) -> Iterator[Piece]:
     if piece is not None:
         piece.note = piece.note or _left_out(window, skipped, window.size)
         yield piece
+
+
+def _before(window: Window, start: int, frame: Frame) -> str | None:
+    """Return a warning about bytes before the first frame; None for tags, zeros and a part of one frame."""
+    begin = min(after_tags(window, 0), start)
+    if start - begin < frame.length or window.is_zero(begin, start):
+        return None
+    return f"the {start - begin} bytes before the first MPEG frame are ignored"
 
 
 def _left_out(window: Window, start: int | None, stop: int) -> str | None:
@@ -245,7 +260,7 @@ def mpeg_streams(window: Window) -> list[Stream]:
     streams = []
     for piece in pieces:
         is_counted = piece.count == piece.promised
-        stream = Stream(piece.spans, by_name=True, note=piece.note)
+        stream = Stream(piece.spans, by_name=True, note=piece.note, least_samples=_least_samples(piece))
         stream.problem = piece.problem if piece.is_certain or not is_counted else None
         if piece.promised and piece.count < piece.promised:
             stream.problem = (
@@ -261,18 +276,31 @@ def mpeg_streams(window: Window) -> list[Stream]:
     return streams
 
 
+def _least_samples(piece: Piece) -> int:
+    """Return the least number of samples that the frames of a recording hold."""
+    frame = read_frame(piece.first)
+    if frame is None:
+        return 0
+    trim = 0 if frame.layer != 3 else DECODER_TRIM + (0 if piece.promised is None else XING_TRIM)
+    return max(0, piece.count * frame.samples - trim)
+
+
 def _is_plain(window: Window, piece: Piece) -> bool:
     """Return whether a file consists only of ID3v2 tags, frames and an ID3v1 tag.
 
     If the file declares the size of its audio, the size must also be correct within 0.5%. For any other file,
-    libmpg123 would print messages to stderr.
+    libmpg123 would print messages to stderr. It would also overlook a Xing header whose side information is not zero,
+    and stop at an estimated length.
     """
     (start, stop), *others = piece.spans
     tag = window.size - 128
     is_end = stop == window.size or (stop == tag and window.at(tag, 3) == b"TAG")
     promised = _xing_bytes(window, piece)
+    frame = read_frame(piece.first)
     return (
         not others
+        and frame is not None
+        and not any(window.at(start + 4 + CRC, frame.side - CRC))
         and start == after_id3(window, 0)
         and is_end
         and (promised is None or abs(promised - (stop - start)) * 200 < stop - start)
@@ -295,10 +323,15 @@ def _xing_tag(window: Window, piece: Piece) -> bytes:
 
 
 def _true_header(window: Window, piece: Piece) -> tuple[bytes, list[Span]]:
-    """Return the Xing header after correcting the declared size, and the byte ranges of the other frames."""
+    """Return the corrected Xing header, and the byte ranges of the other frames.
+
+    The declared size becomes the true one, and the side information becomes zero.
+    """
     (start, stop), *others = piece.spans
     header = bytearray(window.at(start, piece.first_length))
     frame = read_frame(piece.first)
+    if frame is not None:
+        header[4 + CRC : 4 + frame.side] = bytes(frame.side - CRC)
     if frame is not None and _xing_bytes(window, piece) is not None:
         size = sum(stop - start for start, stop in piece.spans)
         struct.pack_into(">I", header, 4 + frame.side + 12, min(size, 0xFFFFFFFF))

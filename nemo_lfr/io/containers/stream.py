@@ -40,6 +40,7 @@ class Stream:
         by_name: whether libsndfile needs a file name, rather than a file object, to decode the format (MPEG audio).
         padding: number of zeros that a decoder must read after the ranges.
         num_samples: number of samples per channel, if a decoder might return more samples; None otherwise.
+        least_samples: least number of samples per channel that the recording holds. Fewer decoded samples are damage.
     """
 
     spans: list[Span]
@@ -51,6 +52,7 @@ class Stream:
     is_checked: bool = True
     padding: int = 0
     num_samples: int | None = None
+    least_samples: int = 0
 
 
 class Splice(SeekableBytes):
