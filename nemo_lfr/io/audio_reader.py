@@ -135,7 +135,7 @@ class AudioReader:
         stream = self._streams[index]
         if self._pipe is not None:
             source: Any = self._pipe
-        elif stream.is_file and not isinstance(self._source, io.BytesIO) and not self._only_named_mp3(stream):
+        elif stream.is_file and not isinstance(self._source, io.BytesIO) and not self._is_misnamed(stream):
             source = self._file_name
         else:
             assert self._source is not None
@@ -159,12 +159,14 @@ class AudioReader:
         self._index = index
         return self._decoder
 
-    def _only_named_mp3(self, stream: Stream) -> bool:
-        """Return whether a file has the suffix .mp3 but no MPEG audio.
+    def _is_misnamed(self, stream: Stream) -> bool:
+        """Return whether the suffix of a file would mislead the decoder.
 
-        For such a file name, libsndfile uses libmpg123, which searches for frames and prints messages to stderr.
+        If a file without MPEG audio is named .mp3, libsndfile uses libmpg123, which searches for frames and prints
+        messages to stderr. For a file named .raw, soundfile requires a sample rate, although the file may be WAV.
         """
-        return not stream.is_checked and self.path.suffix.lower() == ".mp3"
+        suffix = self.path.suffix.lower()
+        return suffix == ".raw" or (suffix == ".mp3" and not stream.is_checked)
 
     def _open_mpeg(self, first: SndfileDecoder) -> Decoder:
         """Open MPEG audio that follows other bytes.
@@ -192,7 +194,8 @@ class AudioReader:
 
     def _open_with_ffmpeg(self, error: Exception, stream: Stream) -> Decoder:
         """Open a stream with FFmpeg. `error` is the exception that libsndfile raised for the same stream."""
-        refused = AudioError(f"not an audio file that libsndfile reads ({sndfile_reason(error)}).")
+        reason = sndfile_reason(error)
+        refused = AudioError(f"not an audio file that libsndfile reads ({reason}); if it is audio, {TO_WAV}.")
         if self._source is None:
             raise refused from error
         source: Any = self._source if stream.is_file else Splice(self._source, stream)
@@ -202,8 +205,8 @@ class AudioReader:
             raise AudioError(f"{POINTER_PROBLEM}.") from error
         head = head[:16]
         if name := unchecked_format(head):
-            reason = f"the format {name} is not supported because truncated files cannot be detected; {TO_WAV}."
-            raise AudioError(reason) from error
+            problem = f"the format {name} is not supported because truncated files cannot be detected; {TO_WAV}."
+            raise AudioError(problem) from error
         if not stream.is_checked or not (looks_like_media(head) or head[:4] in FFMPEG_FALLBACK_MAGIC):
             raise refused from error
         try:
@@ -212,11 +215,9 @@ class AudioReader:
             if not looks_like_media(head):
                 raise refused from error
             if not isinstance(missing.__cause__, ModuleNotFoundError):
-                raise MissingExtraError(
-                    f"libsndfile does not read this file ({sndfile_reason(error)}), and {missing}"
-                ) from missing
+                raise MissingExtraError(f"libsndfile does not read this file ({reason}), and {missing}") from missing
             raise MissingExtraError(
-                f"libsndfile does not read this file ({sndfile_reason(error)}); MP4, WebM, AAC, WMA and AMR need "
+                f"libsndfile does not read this file ({reason}); MP4, WebM, AAC, WMA and AMR need "
                 f"PyAV: {install_command('av')}"
             ) from missing
         except AudioError as other:

@@ -99,6 +99,13 @@ def test_every_common_format_reads_at_its_own_scale(tmp_path, suffix, subtype, t
     assert got.std() == pytest.approx(wave.std(), rel=0.1)
 
 
+def test_a_wav_file_is_read_if_its_suffix_is_raw(tmp_path, monkeypatch):
+    monkeypatch.setattr(AudioReader, "_open_with_ffmpeg", None)
+    soundfile.write(tmp_path / "a.wav", synthesize(0.2), 22050)
+    (tmp_path / "a.raw").write_bytes((tmp_path / "a.wav").read_bytes())
+    assert np.array_equal(read(tmp_path / "a.raw"), read(tmp_path / "a.wav"))
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_file_with_nan_or_infinity_is_refused(tmp_path, bad):
     wave = synthesize(0.2)
@@ -123,14 +130,15 @@ def test_a_missing_file_and_a_folder_are_refused_by_name(tmp_path, name):
         AudioReader(tmp_path / name, 22050)
 
 
-@pytest.mark.parametrize("suffix", ["mp3", "MP3", "wav", "flac", "ogg", "opus", "m4a"])
+@pytest.mark.parametrize("suffix", ["mp3", "MP3", "wav", "flac", "ogg", "opus", "m4a", "raw"])
 @pytest.mark.parametrize("content", [b"<html>404</html>\n" * 300, bytes(5000), b"PK\x03\x04" + bytes(range(256)) * 20])
 def test_a_file_of_another_kind_is_named_as_such_and_libraries_print_nothing(
     tmp_path, suffix, content, capfd, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)  # libsndfile takes a file "._" in the working directory for a header
     (tmp_path / f"a.{suffix}").write_bytes(content)
-    with pytest.raises(AudioError, match=r"not an audio file that libsndfile reads \(unknown format\)"):
+    message = r"not an audio file that libsndfile reads \(unknown format\); if it is audio, convert it to WAV"
+    with pytest.raises(AudioError, match=message):
         AudioReader(tmp_path / f"a.{suffix}", 22050)
     assert capfd.readouterr() == ("", "")
 
