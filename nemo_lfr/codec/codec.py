@@ -336,7 +336,7 @@ class Codec(HubMethods[Array]):
             duration: length of the segment in seconds. A segment that extends beyond the end of the recording is
                 shortened. Default: up to the end of the recording.
             overwrite: replace an existing `target`.
-            recover: decode the intact part of a damaged `source`.
+            recover: decode the intact part of a damaged `source`, up to the damage, and log its duration.
             entropy_model: entropy model that `source` was compressed with, or its path. Only needed if this model is
                 neither bundled nor in the folder of `source`.
 
@@ -345,7 +345,7 @@ class Codec(HubMethods[Array]):
 
         Raises:
             TokenFileError: if `source` is damaged or from another codec, `start` is outside the recording, or
-                `duration` is negative or not finite.
+                `duration` is negative or not finite. With `recover`, also if no block of `source` is intact.
             NemoLfrError: if `target` is the same file as `source`, has an unknown suffix, or exists while `overwrite`
                 is not set.
             AudioError: if the format of `target` does not support the codec's sample rate.
@@ -354,6 +354,7 @@ class Codec(HubMethods[Array]):
         check_distinct(source, target)
         with TokenReader(source, recover, entropy_model) as reader:
             reader.check_codec(self)
+            reader.check_recovered()
             first, last = reader.samples_between(start, duration)
             frame, context = self.samples_per_frame, self.backend.decoder.context
             begin = max(0, first // frame - context.past)

@@ -45,6 +45,7 @@ block.
 
 import contextlib
 import json
+import logging
 import math
 import numbers
 import operator
@@ -75,6 +76,8 @@ from nemo_lfr.io.packing import check_range, pack, unpack
 from nemo_lfr.io.regular import open_regular
 from nemo_lfr.io.resampling import count_samples
 from nemo_lfr.spec import CodecSpec, KnownCodec, check_text
+
+logger = logging.getLogger(__name__)
 
 MAGIC, VERSION = b"LFRT", 2
 READABLE_VERSIONS = (1, 2)
@@ -704,6 +707,19 @@ class TokenReader(_Sections):
                 yield tokens[:, max(0, start - first) : stop - first]
                 first += tokens.shape[1]
             number = last
+
+    def check_recovered(self) -> None:
+        """Log a warning that says how much of a damaged or incomplete file is read.
+
+        Raises:
+            TokenFileError: if the file is damaged or incomplete, and none of its blocks is intact.
+        """
+        if self.complete:
+            return
+        if not self.num_frames:
+            raise TokenFileError(f"{self.path}: the file is damaged or incomplete, with no intact block to recover.")
+        seconds = self.num_samples / self.metadata.sample_rate
+        logger.warning("%s: the file is damaged or incomplete; its first %.2f s are read.", self.path, seconds)
 
     def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Return the int32 tokens [C, T] of frames [start, stop) (default: all frames)."""

@@ -60,12 +60,24 @@ def test_file_without_samples_is_reported(capsys, tmp_path):
     assert code == 0 and "empty.lfr: the input contains no samples" in err
 
 
-def test_recovering_an_empty_file_is_reported(capsys, tmp_path):
-    soundfile.write(tmp_path / "a.wav", np.full(22050, 0.1), 22050)
-    run(capsys, "encode", tmp_path / "a.wav", "--out", tmp_path / "a.lfr")
-    (tmp_path / "cut.lfr").write_bytes((tmp_path / "a.lfr").read_bytes()[:300])  # within its only block
+RECOVERED = {
+    "within its only block": (lambda data: data[:300], 1, "no intact block to recover"),
+    "with an inserted byte": (lambda data: data[:-100] + b"\r" + data[-100:], 1, "no intact block to recover"),
+    "without its end": (lambda data: data[:-3], 0, "its first 1.02 s are read"),
+    "undamaged": (lambda data: data, 0, ""),
+}
+
+
+@pytest.mark.parametrize("damage", RECOVERED)
+def test_recovery_reports_what_is_read_of_a_file(capsys, tmp_path, damage):
+    change, expected, message = RECOVERED[damage]
+    soundfile.write(tmp_path / "a.wav", speech_like(22050).numpy(), 22050)
+    run(capsys, "encode", tmp_path / "a.wav")
+    (tmp_path / "cut.lfr").write_bytes(change((tmp_path / "a.lfr").read_bytes()))
     code, _, err = run(capsys, "decode", tmp_path / "cut.lfr", "--recover")
-    assert code == 0 and "cut.lfr: the input contains no samples" in err
+    assert code == expected and message in err
+    assert ("cut.lfr: the file is damaged or incomplete" in err) == bool(message)
+    assert (tmp_path / "cut.wav").exists() == (code == 0)
 
 
 def test_batched_files_have_the_same_bytes_as_single_files(capsys, folder, tmp_path):
