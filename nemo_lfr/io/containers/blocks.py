@@ -61,7 +61,7 @@ def wav_codec(form: bytes, order: str) -> BlockCodec | None:
         return None
     tag, channels, _, _, size, bits = struct.unpack_from(f"{order}HHIIHH", form)
     if tag == 0x02 and bits == 4 and size > 7 * channels > 0:
-        return _ms_adpcm(form, order, channels, size)
+        return _ms_adpcm(channels, size)
     if tag == 0x11 and bits == 4 and size > 4 * channels > 0:
         return _ima_adpcm(channels, size)
     if tag == 0x31 and size == 65:
@@ -71,16 +71,14 @@ def wav_codec(form: bytes, order: str) -> BlockCodec | None:
     return sample_codec(4) if tag == 0x40 and channels == 1 else None
 
 
-def _ms_adpcm(form: bytes, order: str, channels: int, size: int) -> BlockCodec:
+def _ms_adpcm(channels: int, size: int) -> BlockCodec:
     """Return the codec MS ADPCM. A block begins with two samples and the state of the predictor."""
 
     def samples_in(count: int) -> tuple[int, int]:
         codes = count - 7 * channels
         return (2 + 2 * codes // channels, count) if codes >= 0 else (0, 0)
 
-    declared = struct.unpack_from(f"{order}H", form, 18)[0] if len(form) >= 20 else 0
-    most, _ = samples_in(size)
-    return BlockCodec(size, declared if 0 < declared < most else most, samples_in)
+    return BlockCodec(size, samples_in(size)[0], samples_in)
 
 
 def _ima_adpcm(channels: int, size: int) -> BlockCodec:
