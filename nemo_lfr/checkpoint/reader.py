@@ -36,7 +36,7 @@ def read_config(path: str | os.PathLike[str]) -> DictConfig:
 
 
 class Checkpoint:
-    """Open codec checkpoint, from which modules are loaded for inference.
+    """Codec checkpoint that is open for reading. Its modules are loaded for inference.
 
     The constructor validates keys and shapes, and loads the quantizer. `load_module` loads the weights of the encoder
     or the decoder. Weights that inference does not use (discriminators, WavLM, loss buffers) are neither read nor

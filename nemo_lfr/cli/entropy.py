@@ -93,7 +93,7 @@ def fit(
     print_line(out)
     note(
         f"nemo-lfr: entropy model {model.hash}: {figures['bits_per_frame']:.2f} bits per frame on held-out "
-        f"utterances, {100 * saved:.1f} % less than without compression"
+        f"utterances, {100 * saved:.1f} % less than without a model"
     )
     return {
         "output": str(out),

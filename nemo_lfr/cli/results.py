@@ -97,7 +97,9 @@ class TokenFileFigures(TypedDict):
 
     Attributes:
         bit_rate_bps: bits per second of audio, counting the whole file.
-        payload_bit_rate_bps: bits per second of audio, counting only the tokens, not the header or checksums.
+        payload_bit_rate_bps: bits per second of audio, counting only the payloads of the blocks, without lengths,
+            checksums and header.
+        payload_bits_per_frame: bits per frame, counted in the same way.
         entropy_model: hash of the entropy model that the file was compressed with; None if it is not compressed.
     """
 
@@ -300,9 +302,10 @@ class EntropyFitResult(Result):
         frames: number of frames in these utterances.
         held_out_frames: number of frames that the model was measured on.
         entropy_model: hash of the model.
-        bits_per_frame: mean number of bits per frame after compression, measured on the held-out utterances.
-        uniform_bits_per_frame: number of bits per frame without compression.
-        saved_share: fraction of the uncompressed bits that the model saves.
+        bits_per_frame: mean number of bits per frame that the model needs, measured on the held-out utterances,
+            without the overhead of coder and file.
+        uniform_bits_per_frame: the same without a model: num_codebooks * log2(codebook_size).
+        saved_share: 1 - bits_per_frame / uniform_bits_per_frame.
     """
 
     output: str

@@ -1,4 +1,4 @@
-"""WebSocket connection of one stream, with time limits. Both clients use this module."""
+"""WebSocket connection of one stream, with time limits. `Client` and `AsyncClient` use it."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator

@@ -1,6 +1,6 @@
 """Parse and format the messages of one stream, without network access.
 
-docs/reference/protocol.md is the specification. Both clients use this module.
+docs/reference/protocol.md is the specification. `Client` and `AsyncClient` both use this module.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Helpers for WebSocket connections, which both clients use."""
+"""Helpers for WebSocket connections, which `Client` and `AsyncClient` use."""
 
 import asyncio
 from typing import Any

@@ -1,10 +1,13 @@
 """Methods of `Codec` that load from and save to the Hugging Face Hub.
 
-The methods have the same names as those of `huggingface_hub.ModelHubMixin`. `Codec` does not inherit from this mixin,
-because the mixin takes a second to import and changes the arguments of the constructor. Only `push_to_hub` uses it.
+The methods have the same names as those of `huggingface_hub.ModelHubMixin`, and take most of its arguments; other
+arguments are refused. `Codec` does not inherit from this mixin, because the mixin takes a second to import and changes
+the arguments of the constructor. It is imported only for uploads and to check their arguments.
 """
 
+import inspect
 import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -29,6 +32,11 @@ Low Frame-rate Speech Codec, {description}.
     codec = nemo_lfr.Codec.from_pretrained("{repo_id}")
     tokens, tokens_len = codec.encode("speech.wav")
 """
+
+
+# Arguments of the Hub client that these methods set themselves.
+SET_HERE = ("repo_id", "repo_type", "allow_patterns", "dry_run")
+WRITTEN_HERE = ("self", "repo_id", "config", "model_card_kwargs")
 
 
 class HubMethods(CodecBase[Array]):
@@ -60,7 +68,12 @@ class HubMethods(CodecBase[Array]):
 
         Raises:
             CheckpointError: if the checkpoint cannot be found, downloaded or read.
+            NemoLfrError: for an unknown argument.
         """
+        if download:  # the import takes a second
+            from huggingface_hub import snapshot_download
+
+            _check_names(download, "from_pretrained", snapshot_download, SET_HERE)
         check_path(pretrained_model_name_or_path, CheckpointError)
         source = os.path.expanduser(pretrained_model_name_or_path)
         download = {"force_download": force_download, "revision": revision, **download}
@@ -85,18 +98,20 @@ class HubMethods(CodecBase[Array]):
             save_directory: folder to write to. It is created if it does not exist; existing files are replaced.
             push_to_hub: also upload the codec to the Hub.
             repo_id: repository to upload to; default: the folder's name.
-            push_to_hub_kwargs: arguments of `push_to_hub`.
+            push_to_hub_kwargs: arguments of `push_to_hub`. They have no effect unless `push_to_hub` is set.
 
         Returns:
             URL of the commit if `push_to_hub` is set, else None.
 
         Raises:
-            NemoLfrError: if the codec has no config, because it was built from modules or its backend is not PyTorch;
-                or if it has hooks, replaced layers or changed settings, which would not be saved.
+            NemoLfrError: for an unknown argument; if the codec has no config, because it was built from modules or its
+                backend is not PyTorch; or if it has hooks, replaced layers or changed settings, which would not be
+                saved.
         """
         from nemo_lfr.checkpoint.folder import module_tensors, write_folder
         from nemo_lfr.modules.altered import SAVE
 
+        _check_upload(push_to_hub_kwargs, "save_pretrained")
         config = getattr(self.backend, "config", None)
         if config is None:
             raise NemoLfrError(
@@ -120,7 +135,8 @@ class HubMethods(CodecBase[Array]):
         Args:
             repo_id: name of the repository, such as "user/codec".
             kwargs: arguments of `huggingface_hub.ModelHubMixin.push_to_hub`, such as `private`, `token`,
-                `commit_message` and `branch`.
+                `commit_message` and `branch`. The codec writes its own config and model card, so `config` and
+                `model_card_kwargs` are refused.
 
         Returns:
             URL of the commit.
@@ -130,6 +146,7 @@ class HubMethods(CodecBase[Array]):
         """
         from huggingface_hub import ModelHubMixin
 
+        _check_upload(kwargs, "push_to_hub")
         codec = self
         size = f"{self.frame_rate:.2f} frames per second, {self.num_codebooks} x {self.codebook_size} tokens"
 
@@ -143,6 +160,35 @@ class HubMethods(CodecBase[Array]):
 
         url: str = Upload().push_to_hub(repo_id, **kwargs)
         return url
+
+
+def _check_upload(arguments: Mapping[str, Any], method: str) -> None:
+    """Check the names of an upload's arguments. `config=None` and `model_card_kwargs=None` are accepted."""
+    if given := {name: value for name, value in arguments.items() if value is not None or name not in WRITTEN_HERE}:
+        from huggingface_hub import ModelHubMixin
+
+        _check_names(given, method, ModelHubMixin.push_to_hub, WRITTEN_HERE)
+
+
+def _check_names(arguments: Mapping[str, Any], method: str, function: Callable[..., Any], without: Any) -> None:
+    """Check that arguments are known to the Hub client, which otherwise might not notice a misspelled name.
+
+    Args:
+        arguments: arguments by name.
+        method: name of the method that got the arguments, for the message.
+        function: function of the Hub client that takes these arguments.
+        without: names of parameters of `function` that callers may not pass.
+
+    Raises:
+        NemoLfrError: for the first unknown name.
+    """
+    known = [name for name in inspect.signature(function).parameters if name not in without]
+    for name in arguments:
+        if name not in known:
+            raise NemoLfrError(
+                f"{method} got the argument {shorten(name)}, which has no effect on a codec; leave it out. "
+                f"Arguments for the Hub are {', '.join(known)}."
+            )
 
 
 def _snapshot(repository: str, download: dict[str, Any]) -> str:

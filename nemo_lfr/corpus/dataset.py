@@ -45,7 +45,7 @@ class TokenDataset(IterableDataset[TokenizedUtterance]):
         world_size: number of processes; by default the world size of `torch.distributed`, or 1.
         drop_last: drop the last utterances if the number of utterances is not a multiple of the number of ranks. By
             default, some utterances are repeated instead, as in `DistributedSampler`.
-        verify: compare the hash of every file before reading, not only its size.
+        verify: before a file is read, compare its hash, and not only its size, with the record of the run.
 
     Raises:
         NemoLfrError: if an argument is invalid, the folder does not contain the tokens of a complete run, or shared

@@ -37,7 +37,7 @@ def decode_folder(
         device: "cpu" or "cuda"; None for a GPU if one is available.
         limit: maximum number of utterances, including those that fail; None for all.
         overwrite: whether to decode utterances whose audio file already exists, and replace the file.
-        verify: compare the hash of every file before reading, not only its size.
+        verify: before a file is read, compare its hash, and not only its size, with the record of the run.
         precision: precision of the codec; see `nemo_lfr.load`.
         on_start: callback that receives the number of utterances to decode, after the folder and codec were checked.
 

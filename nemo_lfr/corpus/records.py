@@ -77,7 +77,7 @@ class ShardRecord:
         Args:
             out: the output folder.
             index: index of the shard.
-            verify: compare the hashes of the files, not only their sizes.
+            verify: compare the files' hashes with the record, and not only their sizes.
         """
         record = cls.read(out, index)
         return record if record and not any(record.damage(out, name, verify) for name in record.files) else None
@@ -88,7 +88,7 @@ class ShardRecord:
         Args:
             out: the output folder.
             name: path of the file relative to the output folder.
-            verify: whether to compare the hash of the file, not only its size.
+            verify: whether to compare the file's hash with the record, and not only its size.
 
         Returns:
             The difference, for messages; None if there is none.

@@ -64,7 +64,7 @@ def tokenize(
             cores.
         device: "cpu" or "cuda"; by default a GPU if there is one.
         ray: address of Ray: "local", "auto" or "HOST:PORT"; by default local processes are used.
-        verify: compare the hashes of existing files, not only their sizes.
+        verify: compare the hashes of existing files with the records, and not only their sizes.
         retry_failed: tokenize shards with failed clips again.
         watch: callback that receives the totals, at the start and after every shard.
 
@@ -93,7 +93,7 @@ def find_records(plan: Plan, verify: bool, retry_failed: bool) -> dict[int, Shar
 
     Args:
         plan: the plan of the run.
-        verify: whether to compare the hashes of existing files, not only their sizes.
+        verify: whether to compare the hashes of existing files with the records, and not only their sizes.
         retry_failed: whether to tokenize shards with failed clips again.
     """
     records: dict[int, ShardRecord] = {}

@@ -54,15 +54,16 @@ class TokenFolder:
 
     Args:
         folder: the folder of tokens.
-        verify: compare the hash of every file before reading, not only its size.
+        verify: before a file is read, compare its hash, and not only its size, with the record of the run.
 
     Attributes:
         metadata: content of `tokens.json`.
-        codec: metadata of the tokens.
+        codec: properties of the codec that made the tokens, such as its levels and fingerprint.
         counts: number of utterances in each shard.
 
     Raises:
-        NemoLfrError: if the folder does not contain the tokens of a complete run, or its `tokens.json` is damaged.
+        NemoLfrError: if the folder does not contain the tokens of a complete run, its `tokens.json` is damaged,
+            or `verify` is set and the hashes of a shard are not recorded.
     """
 
     def __init__(self, folder: str | Path, *, verify: bool = False) -> None:

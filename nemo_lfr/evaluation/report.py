@@ -174,7 +174,7 @@ def markdown(
 
 
 def versions() -> str:
-    """Return the versions of the installed packages and the processor name."""
+    """Return the versions of nemo-lfr, Python and the packages that evaluations use, and the processor name."""
     found = [f"nemo-lfr {__version__}", f"Python {platform.python_version()}"]
     for package in ("torch", "numpy", "pesq", "pystoi", "librosa", "jiwer", "transformers", "nemo_toolkit"):
         try:

@@ -27,8 +27,9 @@ payload. The metadata is a list of the same values in the same order, followed b
 
 In version 1, H has 4 bytes, no coding byte follows, each CRC covers only its own section, and there is no outline.
 
-A reader rejects an unknown magic number or version, a wrong CRC, a length out of range, a frame whose number is not
-below codebook_size ^ num_codebooks, a missing end section, and bytes after the end section. The position of the next
+A reader rejects an unknown magic number or version, a wrong CRC or outline, a length out of range, invalid metadata, a
+frame whose number is not below codebook_size ^ num_codebooks, an invalid compressed payload, a missing end section, a
+number of samples that does not match the number of frames, and bytes after the end section. The position of the next
 block follows from the block's length, so a reader can seek without reading all blocks.
 
 A block's CRC also covers the previous CRC field, in the four bytes in front of the block. If a block was moved,

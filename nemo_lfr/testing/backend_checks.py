@@ -76,7 +76,10 @@ def _audio(codec: Codec[Any], tokens: np.ndarray) -> np.ndarray:
 
 
 def check_spec(codec: Codec[Any]) -> None:
-    """Check that `Codec.spec` is valid, and that the codec accepts only tokens with its own fingerprint."""
+    """Check that `Codec.spec` is valid, and that the codec accepts tokens with its own fingerprint.
+
+    A codec that has a fingerprint must also refuse tokens with the fingerprint of another codec.
+    """
     spec = codec.spec
     spec.validate()
     _require(codec.fingerprint == spec.fingerprint, "Codec.fingerprint differs from the fingerprint of its spec")

@@ -1,4 +1,4 @@
-"""Codec as a `PreTrainedModel`, with the interface of `MimiModel` and `DacModel`."""
+"""Codec as a `PreTrainedModel`, with an interface similar to that of `MimiModel`."""
 
 import math
 from dataclasses import dataclass

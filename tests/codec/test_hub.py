@@ -107,6 +107,32 @@ def test_a_repository_that_cannot_be_loaded_is_named(name, tmp_path):
     assert name in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("method", "argument"),
+    [
+        ("save_pretrained", {"config": {"sample_rate": 8000}}),
+        ("save_pretrained", {"model_card_kwargs": {"license": "mit"}}),
+        ("save_pretrained", {"overwrite": True}),
+        ("push_to_hub", {"config": {"sample_rate": 8000}}),
+        ("push_to_hub", {"privat": True}),
+        ("from_pretrained", {"devise": "cpu"}),
+        ("from_pretrained", {"allow_patterns": "*.nemo"}),
+    ],
+)
+def test_arguments_without_an_effect_are_refused(method, argument, nemo_file, tmp_path):
+    codec = nemo_lfr.load(nemo_file, "cpu")
+    source = nemo_file if method == "from_pretrained" else tmp_path / "out"
+    with pytest.raises(NemoLfrError, match=f"^{method} got the argument {next(iter(argument))}, .*; leave it out"):
+        getattr(codec, method)(os.fspath(source), **argument)
+    assert not (tmp_path / "out").exists()
+
+
+def test_arguments_of_an_upload_are_accepted_without_an_upload(nemo_file, tmp_path):
+    options = {"config": None, "private": True, "commit_message": "First"}
+    nemo_lfr.load(nemo_file, "cpu").save_pretrained(tmp_path / "out", push_to_hub=False, **options)
+    assert sorted(os.listdir(tmp_path / "out")) == FILES
+
+
 def test_a_codec_is_uploaded_with_a_card(nemo_file, tmp_path, monkeypatch):
     """The Hub's API is replaced, because an upload needs an account."""
     uploads = {}

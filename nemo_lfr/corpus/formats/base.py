@@ -35,7 +35,7 @@ class FormatWriter(ABC):
         folder: an empty folder to write to. The caller moves the files to `final` when the shard is complete.
         final: the output folder of the run.
         index: index of the shard.
-        codec: metadata of the tokens.
+        codec: properties of the codec that made the tokens, such as its levels and fingerprint.
         dataset: name of the corpus.
         context: whether the tokens of contexts are written.
         model: entropy model for compressing the tokens, in formats that support compression; None for no compression.
@@ -111,7 +111,7 @@ class ShardFiles:
     Args:
         folder: the output folder of the run.
         shard: index of the shard.
-        verify: whether to compare the hashes of files, not only their sizes.
+        verify: whether to compare the files' hashes with the record, and not only their sizes.
         first: number of utterances in all shards before this one.
     """
 
@@ -174,7 +174,7 @@ class FormatReader(ABC):
     Args:
         folder: the output folder of the run.
         summary: validated content of `tokens.json`.
-        codec: metadata of the tokens.
+        codec: properties of the codec that made the tokens, such as its levels and fingerprint.
     """
 
     def __init__(self, folder: Path, summary: dict[str, Any], codec: Metadata) -> None:

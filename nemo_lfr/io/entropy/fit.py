@@ -75,7 +75,8 @@ def fit(
 
     Returns:
         The model, and a dictionary of measurements: the numbers of utterances and frames, and the bits per frame of
-        the held-out utterances with the model ("bits_per_frame") and without one ("uniform_bits_per_frame").
+        the held-out utterances with the model ("bits_per_frame") and without one ("uniform_bits_per_frame"), both
+        without the overhead of coder and file.
 
     Raises:
         EntropyModelError: if there are too few tokens, or the codec has more levels than models support.
