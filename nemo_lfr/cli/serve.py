@@ -55,9 +55,8 @@ def serve(
         from nemo_lfr.serve.server import run
     except ImportError as error:
         packages = install_command("starlette", "uvicorn[standard]", "prometheus_client")
-        raise missing_extra(
-            error, "a package of the server", f"nemo-lfr serve needs {error.name}: {packages}"
-        ) from error
+        package = (error.name or "a package of the server").partition(".")[0]
+        raise missing_extra(error, package, f"nemo-lfr serve needs {error.name}: {packages}") from error
     from nemo_lfr.serve.session import EngineLimits
     from nemo_lfr.serve.streams import StreamLimits
 

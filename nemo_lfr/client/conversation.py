@@ -332,7 +332,7 @@ class Conversation(CodecProperties):
         """
         values = parse_object(message) if isinstance(message, str) else None
         if values is None:
-            raise self.invalid("sent a binary message" if isinstance(message, bytes) else "sent text that is no JSON")
+            raise self.invalid("sent a binary message" if isinstance(message, bytes) else "sent text that is not JSON")
         name = message_type(values)
         schema = MESSAGES[self.kind].get(name)
         if schema is None or name not in (*types, "error"):
@@ -372,11 +372,11 @@ class Conversation(CodecProperties):
         """Record and return the error for a message that does not follow the protocol.
 
         Args:
-            problem: what the server did, such as "sent text that is no JSON".
+            problem: what the server did, such as "sent text that is not JSON".
         """
         return self.fail(
             ServerError(
-                f"{self._server.url} {problem}, which does not follow version 1 of the protocol; update this package "
+                f"{self._server.url} {problem}; this does not follow version 1 of the protocol. Update this package "
                 "or the server."
             )
         )

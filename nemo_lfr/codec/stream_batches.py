@@ -160,7 +160,8 @@ def flush(
 
     Args:
         streams: streams of the class `kind`, each of them only once.
-        lengths: length of each recording in samples, or None if it is unknown; None if no length is known.
+        lengths: list with the length of each recording in samples (None for an unknown length). None instead of the
+            list: no length is known.
         kind: class of the streams.
         advance: function that processes the last input of the streams.
 

@@ -216,7 +216,8 @@ def flush_decoders(
 
     Args:
         streams: streaming decoders of one codec, each of them only once.
-        num_samples: length of each recording in samples, or None for no trimming; None trims no recording.
+        num_samples: list with the length of each recording in samples (None: do not trim this recording). None
+            instead of the list: trim no recording.
 
     Raises:
         TokensError: as in `StreamDecoder.flush`. All streams then remain unchanged.

@@ -5,6 +5,7 @@ import hashlib
 import io
 import platform
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from pathlib import Path
@@ -47,12 +48,12 @@ def check_packages() -> None:
     Raises:
         MissingExtraError: if jinja2 or matplotlib cannot be imported.
     """
-    try:
-        import jinja2  # noqa: F401
-        import matplotlib  # noqa: F401
-    except Exception as error:  # a broken installation can raise anything
-        name = getattr(error, "name", None) or "jinja2 and matplotlib"
-        raise missing_extra(error, name, f"the report needs {name}: {install_command(*PACKAGES)}") from error
+    for package in ("jinja2", "matplotlib"):
+        try:
+            import_module(package)
+        except Exception as error:  # a broken installation can raise anything
+            name = getattr(error, "name", None) or package  # a package that it needs may be missing
+            raise missing_extra(error, package, f"the report needs {name}: {install_command(*PACKAGES)}") from error
 
 
 def write_report(

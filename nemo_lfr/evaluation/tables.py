@@ -170,11 +170,10 @@ def differences(evaluation: Evaluation, keys: Sequence[str]) -> Table | None:
         keys: keys of the recordings to compare.
 
     Returns:
-        A table, or None if there are fewer than two codecs besides "original". Each cell contains a mean
-        difference (first codec minus second codec) with its confidence interval, which a single recording does not
-        have. The mean is over the recordings for
-        which both codecs have a value. If the interval excludes zero, a mark (FIRST or SECOND) shows which codec is
-        better.
+        A table, or None if there are fewer than two codecs besides "original". Each cell contains a mean difference
+        (first codec minus second codec) over the recordings for which both codecs have a value, or "-" if there is no
+        such recording. With two or more recordings, the confidence interval follows. If it excludes zero and the
+        metric has a better direction, a mark (FIRST or SECOND) shows which codec is better.
     """
     metrics = all_metrics()
     codecs = [result for result in evaluation.results if result.name not in REFERENCES]

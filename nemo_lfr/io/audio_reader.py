@@ -162,8 +162,9 @@ class AudioReader:
     def _is_misnamed(self, stream: Stream) -> bool:
         """Return whether the suffix of a file would mislead the decoder.
 
-        If a file without MPEG audio is named .mp3, libsndfile uses libmpg123, which searches for frames and prints
-        messages to stderr. For a file named .raw, soundfile requires a sample rate, although the file may be WAV.
+        If a file of unknown format is named .mp3, libsndfile uses libmpg123, which searches it for MPEG frames and
+        prints messages to stderr. For a file named .raw, soundfile requires a sample rate, although the file may be
+        WAV.
         """
         suffix = self.path.suffix.lower()
         return suffix == ".raw" or (suffix == ".mp3" and not stream.is_checked)

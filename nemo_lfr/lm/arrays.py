@@ -21,7 +21,7 @@ def as_integers(value: Any, name: str) -> Any:
         name: name of the argument, for error messages.
 
     Returns:
-        An int64 array or tensor, in the library and on the device of `value`.
+        `value` as int64: a NumPy array if `value` is one, else a PyTorch tensor on the device of `value`.
 
     Raises:
         TokensError: if `value` is not an array of integers.
@@ -42,7 +42,10 @@ def as_integers(value: Any, name: str) -> Any:
 
 
 def arange(stop: int, like: Array) -> Array:
-    """Return the integers from 0 to stop - 1 as int64, in the library and on the device of `like`."""
+    """Return the integers from 0 to stop - 1 as an int64 vector of the same kind as `like`.
+
+    The vector is a NumPy array if `like` is one, else a PyTorch tensor on the device of `like`.
+    """
     if isinstance(like, np.ndarray):
         return np.arange(stop)
     import torch
@@ -51,7 +54,7 @@ def arange(stop: int, like: Array) -> Array:
 
 
 def constant(values: Sequence[int], like: Array) -> Array:
-    """Return an int64 vector, in the library and on the device of `like`."""
+    """Return `values` as an int64 vector of the same kind as `like`; see `arange`."""
     if isinstance(like, np.ndarray):
         return np.asarray(values, np.int64)
     import torch

@@ -16,6 +16,9 @@ from torch import nn
 from nemo_lfr.errors import ConfigError, TokensError
 from nemo_lfr.modules.neural_module import NeuralModule
 
+_FINITE = "check that the audio and the weights are finite"
+_IN_RANGE = "pass codes that this quantizer returned"
+
 
 def _mask(values: torch.Tensor, length: torch.Tensor | None) -> torch.Tensor:
     """Set values [B, ..., T] after the end of each example to zero; `length` [B] has the numbers of valid frames."""
@@ -26,7 +29,7 @@ def _mask(values: torch.Tensor, length: torch.Tensor | None) -> torch.Tensor:
 
 
 def _check_tokens(
-    tokens: torch.Tensor, values: torch.Tensor, codebook_size: int, length: torch.Tensor | None, name: str
+    tokens: torch.Tensor, values: torch.Tensor, codebook_size: int, length: torch.Tensor | None, name: str, remedy: str
 ) -> None:
     """Raise an error if a token is outside the codebook, or was made from NaN or infinite values.
 
@@ -39,6 +42,7 @@ def _check_tokens(
         codebook_size: number of entries.
         length: frames in each example, [B]; None for all frames.
         name: what `values` are, for messages.
+        remedy: end of the message.
     """
     is_plain = type(tokens) is torch.Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(tokens)
     is_captured = tokens.is_cuda and torch.cuda.is_current_stream_capturing()
@@ -52,7 +56,7 @@ def _check_tokens(
     if bool(is_outside.any() | is_bad.any()):
         raise TokensError(
             f"{name} are NaN, infinite or out of range, so they have no tokens in a codebook of {codebook_size} "
-            "entries; check that the audio and the weights are finite."
+            f"entries; {remedy}."
         )
 
 
@@ -159,7 +163,7 @@ class FiniteScalarQuantizer(NeuralModule):
             TokensError: if a frame is NaN or infinite.
         """
         tokens: torch.Tensor = self(inputs, input_len)[1]
-        _check_tokens(tokens, inputs, self.codebook_size, input_len, "encoded frames")
+        _check_tokens(tokens, inputs, self.codebook_size, input_len, "encoded frames", _FINITE)
         return tokens
 
     def decode(self, indices: torch.Tensor, input_len: torch.Tensor | None = None) -> torch.Tensor:
@@ -190,16 +194,20 @@ class FiniteScalarQuantizer(NeuralModule):
         """Convert codes in [-1, 1] to tokens: [B, D, T] -> [B, T] as int32.
 
         Raises:
-            TokensError: if `codes` does not have D dimensions, or a code is NaN, infinite or out of range.
+            TokensError: if the shape of `codes` is not [B, D, T], or a code is NaN, infinite or out of range.
         """
         _check_dimensions(codes, self.dim)
         tokens = self._to_indices(codes)
-        _check_tokens(tokens, codes, self.codebook_size, None, "codes")
+        _check_tokens(tokens, codes, self.codebook_size, None, "codes", _IN_RANGE)
         return tokens
 
     def _to_indices(self, codes: torch.Tensor) -> torch.Tensor:
+        """Convert codes [B, D, T] to tokens [B, T]; a frame with a code out of range gets -1."""
         digits = self.codes_to_nonnegative(codes.float()).round().to(torch.int32)
-        return (digits * self.dim_base_index).sum(dim=1, dtype=torch.int32)
+        tokens = (digits * self.dim_base_index).sum(dim=1, dtype=torch.int32)
+        # A digit out of range changes the other digits of the token, so the token alone does not show the error.
+        is_outside = ((digits < 0) | (digits >= self.num_levels)).any(dim=1)
+        return tokens.masked_fill(is_outside, -1)
 
 
 def _check_dimensions(codes: torch.Tensor, dim: int) -> None:
@@ -265,7 +273,7 @@ class GroupFiniteScalarQuantizer(NeuralModule):
             TokensError: if a frame is NaN or infinite.
         """
         tokens: torch.Tensor = self(inputs, input_len)[1]
-        _check_tokens(tokens, inputs, self.codebook_size, input_len, "encoded frames")
+        _check_tokens(tokens, inputs, self.codebook_size, input_len, "encoded frames", _FINITE)
         return tokens
 
     def decode(self, indices: torch.Tensor, input_len: torch.Tensor | None = None) -> torch.Tensor:
@@ -315,12 +323,12 @@ class GroupFiniteScalarQuantizer(NeuralModule):
             input_len: frames in each example, [B]; tokens after the end of an example are zero. None for all frames.
 
         Raises:
-            TokensError: if `codes` does not have D dimensions, or a code is NaN, infinite or out of range.
+            TokensError: if the shape of `codes` is not [B, D, T], or a code is NaN, infinite or out of range.
         """
         _check_dimensions(codes, self.codebook_dim)
         quantizer = self.fsqs[0]
         assert isinstance(quantizer, FiniteScalarQuantizer)
         tokens = quantizer._to_indices(self._fold(codes))
         tokens = _mask(torch.unflatten(tokens, 0, (codes.shape[0], self.num_groups)), input_len)
-        _check_tokens(tokens, codes, self.codebook_size, input_len, "codes")
+        _check_tokens(tokens, codes, self.codebook_size, input_len, "codes", _IN_RANGE)
         return tokens

@@ -127,7 +127,10 @@ class _HeaderLimit(asyncio.Protocol):
         self._start_limit()
 
     def data_received(self, data: bytes) -> None:
-        """Cancel the timer when the headers of a request are complete; start it again after the response."""
+        """Pass data on to uvicorn, or answer with status 400 if the headers are too large.
+
+        The timer is canceled when the headers are complete. It starts again with the first data after the response.
+        """
         self._num_bytes += len(data) if self._in_headers else 0
         if self._num_bytes > _MAX_HEADERS:
             self.send_400_response("The headers of the request are too large.")

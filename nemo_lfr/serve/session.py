@@ -163,9 +163,11 @@ class Session:
         return self._ramp[0] if self._ramp else 1
 
     def _urgency(self) -> tuple[bool, float]:
-        """Return a sort key. Live streams come first, in the order in which their clients run out of audio.
+        """Return a sort key.
 
-        Background sessions come last, in the order in which they started to wait.
+        Live streams come first, in the order in which their clients run out of audio. Before a stream's first result,
+        the time of its first input counts instead. Background streams come last: first those without a step so far,
+        then the one whose last step was longest ago.
         """
         return (False, self._played_until or self._started or 0.0) if self._live else (True, self._taken_at)
 

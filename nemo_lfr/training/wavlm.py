@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from nemo_lfr.errors import ConfigError, install_command
-from nemo_lfr.io.locate import check_model_name
+from nemo_lfr.io.locate import check_model_name, looks_local
 from nemo_lfr.io.shortage import missing_extra
 
 logger = logging.getLogger(__name__)
@@ -72,11 +72,13 @@ class WavLM:
             weights = self.fallback() if self.fallback is not None else {}
             if not weights:
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                is_local = looks_local(self.name) or os.path.exists(os.path.expanduser(self.name))
+                problem = "could not be loaded" if is_local else "could not be loaded from the Hub"
                 raise ConfigError(
-                    f"the SLM discriminator's model {self.name!r} is not a folder and could not be downloaded from "
-                    f"the Hub ({reason}); set slm_model_name to a downloaded copy, or remove this discriminator."
+                    f"the SLM discriminator's model {self.name!r} {problem} ({reason}); set slm_model_name to a "
+                    "folder with a complete copy, or remove this discriminator."
                 ) from error
-            logger.warning("%s could not be downloaded; using the copy of its weights in the checkpoint.", self.name)
+            logger.warning("%s could not be loaded; using the copy of its weights in the checkpoint.", self.name)
             model = build_wavlm(weights, self.layers - 1)
         config: Any = model.config
         if (config.hidden_size, config.num_hidden_layers + 1) != (self.hidden, self.layers):

@@ -63,7 +63,7 @@ def export(generator: Generator, network: NetworkConfig, path: Path) -> None:
         path: file to write.
 
     Raises:
-        ValueError: if a weight is outside the range of fp16.
+        ValueError: if a weight is NaN or outside the range of fp16.
     """
     state = {
         f"{name}.{key}": value.half().contiguous() if value.is_floating_point() else value
@@ -78,7 +78,10 @@ def export(generator: Generator, network: NetworkConfig, path: Path) -> None:
         state[key.removesuffix(DIRECTION) + GAIN][empty] = 0
     for key, value in state.items():
         if not value.isfinite().all():
-            raise ValueError(f"{key} is outside the range of fp16; train longer, or with another seed.")
+            raise ValueError(
+                f"weight {key} has values that are NaN or outside the range of fp16; train longer, or with another "
+                "seed."
+            )
     write_checkpoint(path, codec_config(network, generator.samples_per_frame), state)
 
 

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from nemo_lfr.corpus.dataset import TokenDataset, collate
 from nemo_lfr.corpus.formats import BUILT_IN
+from nemo_lfr.corpus.token_folder import TokenFolder
 from nemo_lfr.errors import NemoLfrError, TokenFileError
 from tests.corpora import write_tokens
 
@@ -307,6 +308,15 @@ def test_damaged_or_truncated_tokens_raise(kind, name, damage, has_records, tmp_
     with pytest.raises(TokenFileError) as error:
         list(TokenDataset(tmp_path))
     assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
+
+
+@pytest.mark.parametrize("stop", [2, None])
+def test_the_place_where_a_tar_ends_does_not_depend_on_what_is_read(stop, tmp_path):
+    write_tokens(tmp_path, "shar", [3])
+    tar = tmp_path / "shar" / "target_codes.000000.tar"
+    _cut_tar_at_a_member(tar)  # one utterance remains
+    *_, error = TokenFolder(tmp_path).read(0, 0, stop)
+    assert str(error).startswith(f"{tar}: file is truncated after 1 utterances; ")
 
 
 @pytest.mark.parametrize("kind", BUILT_IN)

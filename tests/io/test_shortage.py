@@ -5,6 +5,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import click
 import numpy as np
@@ -15,7 +16,9 @@ import torch
 from nemo_lfr.cli.files import FileTask, run_tasks
 from nemo_lfr.cli.main import main
 from nemo_lfr.cli.session import Session
+from nemo_lfr.codec.onnx.export import export_onnx
 from nemo_lfr.errors import MissingExtraError, NemoLfrError
+from nemo_lfr.evaluation.report import check_packages
 from nemo_lfr.io.shortage import require, sharing, shortage_of
 from tests.corpora import write_tokens
 from tests.crash import ROOT
@@ -79,6 +82,22 @@ def test_failing_installed_package_is_not_reported_as_missing(line, tmp_path, mo
     with pytest.raises(MissingExtraError, match=BROKEN[line]):
         require("whole")
     monkeypatch.delitem(sys.modules, "whole", raising=False)
+
+
+FIRST_AND_BROKEN = {
+    "ONNX": ("onnx", "onnxscript", lambda folder: export_onnx(None, folder)),
+    "report": ("jinja2", "matplotlib", lambda folder: check_packages()),
+}
+
+
+@pytest.mark.parametrize(("first", "broken", "work"), FIRST_AND_BROKEN.values(), ids=list(FIRST_AND_BROKEN))
+def test_of_two_packages_the_broken_one_is_named(first, broken, work, tmp_path, monkeypatch):
+    (tmp_path / f"{broken}.py").write_text("raise ImportError('libx.so: undefined symbol')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(sys.modules, first, ModuleType(first))
+    monkeypatch.delitem(sys.modules, broken, raising=False)
+    with pytest.raises(MissingExtraError, match=rf"^{broken} is installed, but cannot be imported"):
+        work(tmp_path)
 
 
 @pytest.mark.parametrize("error", [OSError(30, "Read-only file system"), RuntimeError("unable to open shared memory")])

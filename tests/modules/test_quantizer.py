@@ -149,11 +149,16 @@ def test_values_that_are_not_finite_have_no_tokens(door, dimension, bad):
     assert torch.equal(rows[0], rows[1] * valid[:, None])
 
 
-@pytest.mark.parametrize("code", [math.nan, math.inf, 30.0])
-def test_one_codebook_refuses_codes_outside_it(code):
-    quantizer = FiniteScalarQuantizer([8, 7, 6, 6])
-    with pytest.raises(TokensError, match="codebook of 2016"):
-        quantizer.codes_to_indices(torch.full((1, 4, 3), code))
+# With 8 levels, the largest code is 0.75. A single code out of range can give the token of another code vector.
+@pytest.mark.parametrize("code", [math.nan, math.inf, 30.0, 2.0, 1.0, -1.25])
+@pytest.mark.parametrize("num_groups", [None, 2])
+def test_codes_outside_the_levels_are_refused(num_groups, code):
+    levels = [8, 7, 6, 6]
+    quantizer = GroupFiniteScalarQuantizer(num_groups, levels) if num_groups else FiniteScalarQuantizer(levels)
+    codes = torch.zeros(1, quantizer.codebook_dim, 3)
+    codes[0, -4, 1] = code  # a dimension with 8 levels
+    with pytest.raises(TokensError, match="codebook of 2016 entries; pass codes that this quantizer returned"):
+        quantizer.codes_to_indices(codes)
 
 
 def test_token_checks_do_not_break_a_graph():

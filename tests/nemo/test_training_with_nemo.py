@@ -345,11 +345,20 @@ def test_the_copy_of_wavlm_in_a_stock_checkpoint_is_used_where_its_name_leads_no
     torch.testing.assert_close(scores[0], expected[0], rtol=0, atol=1e-5)
 
 
-def test_missing_wavlm_is_named_at_the_first_step(wavlm, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nobody/no-such-model", r"nobody/no-such-model' could not be loaded from the Hub.*slm_model_name"),
+        ("empty", r"empty' could not be loaded \(.*slm_model_name"),
+        ("absent", r"absent' could not be loaded \(.*no such file or folder.*slm_model_name"),
+    ],
+)
+def test_missing_wavlm_is_named_at_the_first_step(wavlm, monkeypatch, tmp_path, name, message):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    config = training_config([wavlm | {"slm_model_name": "nobody/no-such-model"}])
+    (tmp_path / "empty").mkdir()
+    config = training_config([wavlm | {"slm_model_name": name if "/" in name else str(tmp_path / name)}])
     model = AudioCodecModel(OmegaConf.create(config))
-    with pytest.raises(ConfigError, match=r"nobody/no-such-model.*slm_model_name"):
+    with pytest.raises(ConfigError, match=message):
         train(model, [batch()])
 
 

@@ -1,6 +1,7 @@
 """Tests of the bundled codec's recipe with tiny networks: resuming, importing, exporting and user errors."""
 
 import json
+import math
 import re
 import sys
 
@@ -181,6 +182,15 @@ def test_the_command_trains_resumes_evaluates_plots_and_exports(manifest, tmp_pa
     command(monkeypatch, evaluate, out / "state.pt", tmp_path / "small.nemo", "--valid", manifest, "--clips", 2)
     table = capsys.readouterr().out.splitlines()
     assert len(table) == 4 and table[0].startswith("| model | pesq | estoi |")
+
+
+@pytest.mark.parametrize("value", [math.nan, 1e6])
+def test_weights_that_fp16_cannot_store_are_not_exported(manifest, tmp_path, value):
+    run = run_of(settings_of(manifest, tmp_path), manifest)
+    with torch.no_grad():
+        next(iter(run.average.parameters())).fill_(value)
+    with pytest.raises(ValueError, match=r"weight \S+ has values that are NaN or outside the range of fp16"):
+        export.export(run.average, run.settings.network, tmp_path / "small.nemo")
 
 
 @pytest.mark.parametrize("kind", ["state.pt", "small.nemo"])

@@ -8,6 +8,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -49,12 +50,12 @@ def export_onnx(codec: CodecBase[Any], folder: str | os.PathLike[str], *, overwr
         NemoLfrError: if a file exists and `overwrite` is not set, or if the codec has another backend or precision,
             or hooks or replaced layers.
     """
-    try:
-        import onnx  # noqa: F401
-        import onnxscript  # noqa: F401  used by torch's exporter
-    except Exception as error:  # importing a package may raise any exception
-        message = f"exporting to ONNX needs onnx and onnxscript: {install_command('onnx', 'onnxscript')}"
-        raise missing_extra(error, "one of onnx and onnxscript", message) from error
+    for package in ("onnx", "onnxscript"):  # torch's exporter uses onnxscript
+        try:
+            import_module(package)
+        except Exception as error:  # importing a package may raise any exception
+            message = f"exporting to ONNX needs onnx and onnxscript: {install_command('onnx', 'onnxscript')}"
+            raise missing_extra(error, package, message) from error
     backend = fp32_backend(codec, "ONNX files")
     folder = expand_home(folder)
     targets = [Path(folder, name) for name in (ENCODER, DECODER, MANIFEST)]

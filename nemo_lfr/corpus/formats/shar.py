@@ -202,9 +202,7 @@ class SharReader(FormatReader):
             if None in items:
                 missing = paths[1 + items.index(None)]
                 if number >= start:
-                    raise TokenFileError(
-                        f"{missing}: file is truncated after {number} of {stop} utterances; {REPAIR}."
-                    )
+                    raise TokenFileError(f"{missing}: file is truncated after {number} utterances; {REPAIR}.")
                 return
             if number >= start:
                 yield Row(self._load, line, items)

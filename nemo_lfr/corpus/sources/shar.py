@@ -61,9 +61,9 @@ class Shar(CorpusReader):
             field, cuts = Counter(numbers[name]), Counter(numbers["cuts"])
             without_cuts, without_field = (sorted((a - b).elements()) for a, b in ((field, cuts), (cuts, field)))
             raise ConfigError(
-                f"{path}: not a complete Lhotse Shar: shards {shorten(without_cuts)} of the field {shorten(name)} "
-                f"have no cuts, and shards {shorten(without_field)} of the cuts have no {shorten(name)}; copy the "
-                "missing files."
+                f"{path}: not a complete Lhotse Shar: shards {shorten(without_cuts)} of the field {shorten(name)!r} "
+                f"have no cuts file, and shards {shorten(without_field)} of the cuts have no {shorten(name)!r} file; "
+                "copy the missing files."
             )
 
     @classmethod
