@@ -593,7 +593,7 @@ class TokenReader(_Sections):
 
     Args:
         path: the file.
-        recover: read the intact part of a truncated or damaged file instead of raising an error.
+        recover: read a truncated or damaged file up to the damage instead of raising an error.
         model: entropy model for a compressed file, or the path of the model (default: see `find_model`).
 
     Attributes:

@@ -8,7 +8,8 @@
     audio_codes = model.encode(**inputs).audio_codes  # [B, C, frames]
     audio_values = model.decode(audio_codes, inputs["padding_mask"]).audio_values  # [B, 1, T_audio]
 
-The model gives the same tokens as `nemo_lfr.load`, and a clip gets the same tokens in a batch as alone.
+The model gives the same tokens as `nemo_lfr.load`. With the extractor's `padding_mask`, as above, a clip gets the same
+tokens in a batch as alone.
 """
 
 from nemo_lfr.transformers.check import AVAILABLE  # isort: skip  first: raises a clear error without transformers

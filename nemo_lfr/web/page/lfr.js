@@ -1,4 +1,4 @@
-/** Reader and writer of `.lfr` token files, versions 1 and 2; `nemo_lfr/io/token_file.py` is the specification. */
+/** Reader and writer of uncompressed `.lfr` token files, as specified in `docs/concepts/lfr-format.md`. */
 
 import { bytesPerFrame, crc32, pack, unpack } from "./bytes.js";
 import { UserError } from "./types.js";
