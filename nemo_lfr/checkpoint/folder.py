@@ -2,7 +2,7 @@
 
 | file | content |
 | --- | --- |
-| `config.json` | the model config, with the keys that select `nemo_lfr.transformers` |
+| `config.json` | the model config, with the keys that select `nemo_lfr.transformers`, and the SHA-256 of the weights |
 | `model.safetensors` | tensors with NeMo's names, including weight norm |
 | `preprocessor_config.json` | settings of `AutoFeatureExtractor` |
 
@@ -22,7 +22,7 @@ from torch import nn
 
 from nemo_lfr.checkpoint.config import CONFIG_KEYS, build_parts, codec_values, parse_config
 from nemo_lfr.checkpoint.reader import Checkpoint
-from nemo_lfr.checkpoint.safetensors import CONFIG, write_tensors
+from nemo_lfr.checkpoint.safetensors import CONFIG, WEIGHTS_CHECKSUM, open_files, write_tensors
 from nemo_lfr.checkpoint.writer import split_weight_norm
 from nemo_lfr.errors import NemoLfrError
 from nemo_lfr.io.atomic import check_overwrite, make_folder, sweep, write_bytes
@@ -97,10 +97,19 @@ def write_folder(
     sweep(folder, [path.name for path in paths])
     values = codec_values(parse_config(json.dumps(config)))
     # The weights file contains the config too, so the files of an interrupted export are detected.
-    write_tensors(paths[1], tensors, {CONFIG: json.dumps({key: values[key] for key in CONFIG_KEYS if key in values})})
+    stored = {CONFIG: json.dumps({key: values[key] for key in CONFIG_KEYS if key in values})}
+    checksum = write_tensors(paths[1], tensors, stored)
     write_bytes(paths[2], _json(_preprocessor(values)))
-    write_bytes(paths[0], _json({"model_type": MODEL_TYPE, "architectures": ["NemoLfrModel"]} | dict(config)))
+    kind = {"model_type": MODEL_TYPE, "architectures": ["NemoLfrModel"]}
+    write_bytes(paths[0], _json(kind | dict(config) | {WEIGHTS_CHECKSUM: checksum}))
     return paths
+
+
+def record_checksum(folder: Path) -> None:
+    """Add the SHA-256 of `model.safetensors` to `config.json`, in a folder that transformers wrote."""
+    weights = open_files([folder / SAFETENSORS])
+    values = json.loads((folder / SAFETENSORS_CONFIG).read_text(encoding="utf-8"))
+    write_bytes(folder / SAFETENSORS_CONFIG, _json(values | {WEIGHTS_CHECKSUM: weights.checksum()}))
 
 
 def _preprocessor(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from nemo_lfr.checkpoint.archive import Members, read_members
 from nemo_lfr.checkpoint.config import CodecModules, build_part, build_parts, codec_values, parse_config
 from nemo_lfr.checkpoint.lightning import config_text
 from nemo_lfr.checkpoint.names import DIRECTION, GAIN, gain_of
-from nemo_lfr.checkpoint.safetensors import SafeTensors, open_files
+from nemo_lfr.checkpoint.safetensors import WEIGHTS_CHECKSUM, SafeTensors, open_files, recorded_checksum
 from nemo_lfr.checkpoint.tensors import Tensors
 from nemo_lfr.errors import CheckpointError, ConfigError, quoted, shorten
 from nemo_lfr.io.locate import SAFETENSORS, SAFETENSORS_CONFIG
@@ -32,7 +32,9 @@ def read_config(path: str | os.PathLike[str]) -> DictConfig:
         CheckpointError: if the file is not a readable checkpoint.
     """
     path = Path(path)
-    return _parse_config(path, read_members(path))
+    config = _parse_config(path, read_members(path))
+    config.pop(WEIGHTS_CHECKSUM, None)
+    return config
 
 
 class Checkpoint:
@@ -62,6 +64,7 @@ class Checkpoint:
         self.parts = _empty_parts(path, members.config_name, self.config, weight_norm=False)
         self._tensors = _tensors(path, members)
         _check_pair(self._tensors, self.config)
+        self.config.pop(WEIGHTS_CHECKSUM, None)  # other weights may be saved with this config
         self._sources = {
             name: _match(self._tensors, name, part, strict=True) for name, part in self.parts.named().items()
         }
@@ -174,7 +177,8 @@ def load_parts(
 def read_weights(files: Sequence[str | os.PathLike[str]], config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """Read and validate a codec's weights from safetensors files.
 
-    The weights are returned in the form with weight norm, even if the files contain plain weights.
+    The weights are returned in the form with weight norm, even if the files contain plain weights. If the only file is
+    `model.safetensors`, it must also match the SHA-256 in the `config.json` of its folder.
 
     Args:
         files: the only file, or all files if the weights were saved in several.
@@ -187,8 +191,10 @@ def read_weights(files: Sequence[str | os.PathLike[str]], config: Mapping[str, A
         CheckpointError: if a file is damaged or does not match the config; the message names the file, the key, and
             what to do.
     """
-    tensors = open_files([Path(file) for file in files])
-    _check_pair(tensors, OmegaConf.create(dict(config)))
+    paths = [Path(file) for file in files]
+    tensors = open_files(paths)
+    recorded = recorded_checksum(paths[0]) if [path.name for path in paths] == [SAFETENSORS] else None
+    _check_pair(tensors, OmegaConf.create({**config, WEIGHTS_CHECKSUM: recorded}))
     parts = _empty_parts(tensors.path, SAFETENSORS_CONFIG, OmegaConf.create(dict(config)), weight_norm=True)
     for name, part in parts.named().items():
         _fill(tensors, name, part, _match(tensors, name, part, strict=True), strict=True)
@@ -211,11 +217,22 @@ def _parse_config(path: Path, members: Members) -> DictConfig:
 
 
 def _check_pair(tensors: Tensors, config: DictConfig) -> None:
-    """Raise CheckpointError if a safetensors file stores a config that differs from `config`.
+    """Raise CheckpointError if a safetensors file stores another config, or `config` the checksum of other weights.
 
-    The two files do not match after an interrupted export, if only one of them was copied, or if the config was edited
-    or damaged. A safetensors file that stores no config is accepted.
+    The two files do not match after an interrupted export, if only one of them was copied, or if one was edited or
+    damaged. A safetensors file that stores no config is accepted, as is a config without a checksum.
     """
+    _check_stored_config(tensors, config)
+    expected = config.get(WEIGHTS_CHECKSUM)
+    if expected is not None and (checksum := tensors.checksum()) not in (None, expected):
+        raise CheckpointError(
+            f"{tensors.path}: {SAFETENSORS_CONFIG} and {SAFETENSORS} do not belong together: {WEIGHTS_CHECKSUM} is "
+            f"{quoted(expected)}, but the weights have the SHA-256 {quoted(checksum)}; export or copy the folder "
+            f"again. If you changed the weights on purpose, remove {WEIGHTS_CHECKSUM} from {SAFETENSORS_CONFIG}."
+        )
+
+
+def _check_stored_config(tensors: Tensors, config: DictConfig) -> None:
     if tensors.codec_config is None:
         return
     try:

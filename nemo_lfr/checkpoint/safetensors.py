@@ -3,7 +3,8 @@
 A safetensors file consists of the length of a header (8 bytes, little-endian), the header, and the values of all
 tensors. The header is a JSON object with the dtype, the shape and the byte range of each tensor. The format has no
 checksum. When this package writes a file, it therefore adds entries to the header's metadata: the SHA-256 of the
-values, the SHA-256 of the list of tensors and, for an exported codec, the config. Reading a file verifies them.
+values, the SHA-256 of the list of tensors and, for an exported codec, the config. Reading a file verifies them. The
+config of an exported codec also contains the SHA-256 of the values, so other weights in its folder are detected.
 """
 
 import hashlib
@@ -20,6 +21,7 @@ from nemo_lfr.checkpoint.source import ByteSource, FileSource, file_state
 from nemo_lfr.checkpoint.tensors import MAX_DIMENSIONS, MAX_PICKLE_BYTES, Entry, Tensors
 from nemo_lfr.errors import CheckpointError, shorten
 from nemo_lfr.io.atomic import replacing
+from nemo_lfr.io.locate import SAFETENSORS_CONFIG
 from nemo_lfr.io.regular import open_regular
 from nemo_lfr.modules.weights import contiguous_values
 
@@ -38,6 +40,7 @@ DTYPES = {
 }
 CHECKSUM = "sha256_of_values"  # keys in the metadata of the header
 LIST_CHECKSUM, CONFIG = "sha256_of_tensor_list", "config"
+WEIGHTS_CHECKSUM = "weights_sha256"  # key in config.json, with the value of CHECKSUM
 PIECE = 1 << 20  # bytes to read at a time for the checksum
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -65,6 +68,7 @@ class SafeTensors(Tensors):
             metadata = header.pop("__metadata__", None)
             metadata = metadata if isinstance(metadata, dict) else {}
             self._check_values(metadata.get(CHECKSUM))
+            self._values_checksum: str | None = metadata.get(CHECKSUM)
             if metadata.get(LIST_CHECKSUM, expected := _list_digest(header)) != expected:
                 raise ValueError("the SHA-256 of its list of tensors differs from the one in its header")
             self.codec_config = dict(json.loads(metadata[CONFIG])) if CONFIG in metadata else None
@@ -101,15 +105,22 @@ class SafeTensors(Tensors):
             raise ValueError(f"its tensors end at byte {position} of {self._source.size}")
 
     def _check_values(self, expected: Any) -> None:
-        if expected is None:
-            return
+        if expected is not None and self._hash_values() != expected:
+            raise ValueError("the SHA-256 of its values differs from the one in its header")
+
+    def checksum(self) -> str:
+        """Return the SHA-256 of the values of all tensors, in hex, in the order of the file."""
+        if self._values_checksum is None:
+            self._values_checksum = self._hash_values()
+        return self._values_checksum
+
+    def _hash_values(self) -> str:
         found, buffer = hashlib.sha256(), memoryview(bytearray(PIECE))
         for offset in range(self._begin, self._source.size, PIECE):
             piece = buffer[: min(PIECE, self._source.size - offset)]
             self._source.read_into(offset, piece)
             found.update(piece)
-        if found.hexdigest() != expected:
-            raise ValueError("the SHA-256 of its values differs from the one in its header")
+        return found.hexdigest()
 
     def _bytes(self, offset: int, size: int) -> bytes:
         if offset + size > self._source.size:
@@ -166,6 +177,14 @@ def open_files(paths: Sequence[Path]) -> Tensors:
     return files[0] if len(files) == 1 else _Joined(files)
 
 
+def recorded_checksum(weights: Path) -> Any:
+    """Return the SHA-256 that the config in the folder of a weights file states; None if there is none."""
+    try:
+        return json.loads(weights.with_name(SAFETENSORS_CONFIG).read_text(encoding="utf-8")).get(WEIGHTS_CHECKSUM)
+    except (OSError, ValueError, AttributeError):  # transformers has its own errors for such a config
+        return None
+
+
 def _open_file(path: Path) -> SafeTensors:
     try:
         with open_regular(path, CheckpointError) as file:
@@ -175,13 +194,16 @@ def _open_file(path: Path) -> SafeTensors:
         raise CheckpointError(f"{path}: the file cannot be opened ({error.strerror}); check the path.") from error
 
 
-def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> str:
     """Write a safetensors file atomically, with the tensors sorted by name.
 
     Args:
         path: output file; an existing file is replaced.
         tensors: tensors by name, on any device.
         metadata: additional entries for the metadata of the header.
+
+    Returns:
+        SHA-256 of the values of all tensors, in hex.
     """
     entries, offset = {}, 0
     for name, tensor in sorted(tensors.items()):
@@ -202,6 +224,7 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
         file.write(len(header).to_bytes(LENGTH_BYTES, "little") + header)
         for _, tensor in sorted(tensors.items()):
             file.write(_values(tensor))
+    return checksum.hexdigest()
 
 
 def _list_digest(entries: Mapping[str, Any]) -> str:

@@ -105,8 +105,8 @@ class HubMethods(CodecBase[Array]):
 
         Raises:
             NemoLfrError: for an unknown argument; if the codec has no config, because it was built from modules or its
-                backend is not PyTorch; or if it has hooks, replaced layers or changed settings, which would not be
-                saved.
+                backend is not PyTorch; or if it has hooks, replaced layers, changed settings or converted weights,
+                with which the saved codec would give other results.
         """
         from nemo_lfr.checkpoint.folder import module_tensors, write_folder
         from nemo_lfr.modules.altered import SAVE
@@ -121,6 +121,7 @@ class HubMethods(CodecBase[Array]):
         self.backend.load("decode")
         backend = cast(Any, self.backend)
         backend.check_unaltered(SAVE)
+        backend.check_weights()
         modules = {"audio_encoder": self.encoder, "vector_quantizer": self.quantizer, "audio_decoder": self.decoder}
         tensors = module_tensors(config, modules, self.name)
         backend.check_described(SAVE)

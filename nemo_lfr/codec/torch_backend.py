@@ -181,6 +181,11 @@ class TorchBackend:
         for name, module in named.items():
             check_unaltered(module, f"the {name} of {self.name}", consequence)
 
+    def check_weights(self) -> None:
+        """Raise NemoLfrError if weights of the encoder or the decoder were converted to another dtype than fp32."""
+        check_weights(self._encoder.module, f"the encoder of {self.name}")
+        check_weights(self._decoder.module, f"the decoder of {self.name}")
+
     def check_described(self, consequence: str) -> None:
         """Check that the modules are those that the codec's config describes, before the config is saved.
 

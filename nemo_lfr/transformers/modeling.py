@@ -1,7 +1,9 @@
 """Codec as a `PreTrainedModel`, with an interface similar to that of `MimiModel`."""
 
 import math
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -12,14 +14,22 @@ from transformers.modeling_utils import PreTrainedAudioTokenizerBase
 from transformers.utils.generic import ModelOutput
 
 from nemo_lfr.checkpoint.config import CONFIG_KEYS, build_parts
+from nemo_lfr.checkpoint.folder import record_checksum
 from nemo_lfr.checkpoint.names import gain_of
 from nemo_lfr.checkpoint.reader import read_weights
 from nemo_lfr.codec.ambient import building_state
 from nemo_lfr.codec.codec import Codec
 from nemo_lfr.codec.torch_backend import TorchBackend
 from nemo_lfr.errors import AudioError, CheckpointError, TokensError
+from nemo_lfr.io.locate import SAFETENSORS
+from nemo_lfr.modules.altered import SAVE
 from nemo_lfr.modules.quantizer import FiniteScalarQuantizer
 from nemo_lfr.transformers.configuration import NemoLfrConfig
+
+_INDEX = SAFETENSORS + ".index.json"
+_HUB_ARGUMENTS = {
+    "repo_id", "commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags"
+}  # fmt: skip
 
 
 @dataclass
@@ -118,6 +128,41 @@ class NemoLfrModel(PreTrainedAudioTokenizerBase):
         load = PreTrainedAudioTokenizerBase._load_pretrained_model
         return load(model, state_dict, checkpoint_files, *args, **kwargs)
 
+    def save_pretrained(  # type: ignore[override]
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        state_dict: dict[str, Any] | None = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Save the model; the arguments are those of `PreTrainedModel.save_pretrained`.
+
+        `config.json` states the SHA-256 of `model.safetensors`, so that other weights in the folder are refused.
+
+        Raises:
+            NemoLfrError: if the model has hooks, replaced layers, changed settings or converted weights, so the saved
+                model would give other results.
+        """
+        if getattr(self, "_hf_peft_config_loaded", False):  # transformers then saves only the adapter
+            super().save_pretrained(save_directory, is_main_process, state_dict, push_to_hub, **kwargs)
+            return
+        backend: Any = self.codec.backend
+        backend.check_described(SAVE)
+        backend.check_weights()
+        folder, is_variant = Path(save_directory), kwargs.get("variant") is not None
+        if is_main_process and not is_variant and folder.is_dir():
+            # If one of these files is left over from an earlier save, transformers may load its weights.
+            for name in (SAFETENSORS, _INDEX):
+                (folder / name).unlink(missing_ok=True)
+        hub = {key: kwargs.pop(key) for key in _HUB_ARGUMENTS & kwargs.keys()}
+        super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
+        if is_main_process and not is_variant and (folder / SAFETENSORS).exists():
+            record_checksum(folder)
+        if is_main_process and push_to_hub:
+            upload: Any = self.push_to_hub
+            upload(hub.pop("repo_id", None) or folder.resolve().name, **hub)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Initialize the weights of a module at random; transformers calls this if a checkpoint does not have them."""
@@ -163,8 +208,9 @@ class NemoLfrModel(PreTrainedAudioTokenizerBase):
             return_dict: whether to return an output object (default) or a tuple.
 
         Raises:
-            AudioError: for another shape, or a mask with ones after a zero.
+            AudioError: for another type or shape, or a mask with ones after a zero.
         """
+        _check_tensor(input_values, "input_values", AudioError)
         if input_values.dim() == 3 and input_values.shape[1] == 1:
             input_values = input_values[:, 0]
         if input_values.dim() != 2:
@@ -195,15 +241,18 @@ class NemoLfrModel(PreTrainedAudioTokenizerBase):
             return_dict: whether to return an output object (default) or a tuple.
 
         Raises:
-            TokensError: for another shape, a token outside the codebook, or a mask that does not fit the tokens.
+            TokensError: for another type or shape, a token outside the codebook, or a mask that does not fit the
+                tokens.
         """
+        _check_tensor(audio_codes, "audio_codes", TokensError)
         if audio_codes.dim() != 3:
             raise TokensError(f"audio_codes has shape {list(audio_codes.shape)}; expected [B, C, frames].")
         batch, kept, frames = audio_codes.shape
         frames_len = _lengths(audio_codes_mask, (batch, frames), "audio_codes_mask", TokensError)
         samples, width = None, None
         if padding_mask is not None:
-            width = padding_mask.shape[-1]
+            _check_tensor(padding_mask, "padding_mask", TokensError)
+            width = padding_mask.shape[-1] if padding_mask.dim() else 0
             samples = _lengths(padding_mask, (batch, width), "padding_mask", TokensError)
             assert samples is not None
             frames_len = -(-samples // self.config.samples_per_frame)
@@ -225,6 +274,7 @@ class NemoLfrModel(PreTrainedAudioTokenizerBase):
 
         In the result, `audio_values` has the length of `input_values`.
         """
+        _check_tensor(input_values, "input_values", AudioError)
         encoded: Any = self.encode(input_values, padding_mask, num_codebooks, return_dict=True)
         if padding_mask is None:
             padding_mask = torch.ones(len(input_values), input_values.shape[-1], dtype=torch.long)
@@ -240,10 +290,17 @@ class NemoLfrModel(PreTrainedAudioTokenizerBase):
         return bool(getattr(self.config, "return_dict", True) if return_dict is None else return_dict)
 
 
+def _check_tensor(value: Any, name: str, error: type[Exception]) -> None:
+    if not isinstance(value, torch.Tensor):
+        kind = type(value).__name__
+        raise error(f'{name} is a {kind}; pass a tensor, such as the extractor returns with return_tensors="pt".')
+
+
 def _lengths(mask: torch.Tensor | None, shape: Any, name: str, error: type[Exception]) -> torch.Tensor | None:
     """Check a mask and return the number of ones in each row, [B]; None if there is no mask."""
     if mask is None:
         return None
+    _check_tensor(mask, name, error)
     if mask.dim() == 3 and mask.shape[1] == 1:
         mask = mask[:, 0]
     if tuple(mask.shape) != tuple(shape):

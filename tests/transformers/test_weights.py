@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 import nemo_lfr
 from nemo_lfr.checkpoint.folder import export_safetensors
-from nemo_lfr.errors import CheckpointError
+from nemo_lfr.errors import CheckpointError, NemoLfrError
 from tests.models import codec_config, speech_like, write_nemo
 from tests.tiers import slow_after
 
@@ -42,10 +42,30 @@ def folder(exported, tmp_path):
 
 
 def rewrite(folder, edit):
-    """Save the tensors after `edit(tensors)`, without the SHA-256 of the original."""
+    """Save the tensors after `edit(tensors)`, without the SHA-256 of the original in either file."""
     tensors = load_file(folder / "model.safetensors")
     edit(tensors)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    edit_config(folder, lambda config: config.pop("weights_sha256", None))
+
+
+def change_weights(folder):
+    """Put the weights of another codec of the same config into the folder, as this package writes them."""
+    codec = nemo_lfr.load(folder, "cpu")
+    codec.encoder.pre_conv.conv.bias.data.add_(1)
+    codec.save_pretrained(folder.parent / "changed")
+    shutil.copy(folder.parent / "changed" / "model.safetensors", folder)
+
+
+def rewrite_weights(folder):
+    """Change the weights with another tool, which does not change the config."""
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | {BIAS: tensors[BIAS] + 1}, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def save_with_transformers(folder):
+    transformers.AutoModel.from_pretrained(folder).save_pretrained(folder)
+    rewrite_weights(folder)
 
 
 def flip(folder, place):
@@ -86,6 +106,9 @@ REFUSED = {
         lambda f: edit_config(f, lambda c: c["audio_decoder"].pop("activation")),
         "do not belong together: audio_decoder is",
     ),
+    "weights of another codec": (change_weights, "remove weights_sha256 from config.json"),
+    "weights that another tool changed": (rewrite_weights, "do not belong together: weights_sha256 is"),
+    "changed weights of transformers": (save_with_transformers, "do not belong together: weights_sha256 is"),
     "swapped tensors of one shape": (swap, "SHA-256 of its list of tensors"),
     "a flipped bit of a value": (lambda f: flip(f, -1000), "SHA-256"),
     "a flipped bit of the header": (lambda f: flip(f, 8), "safetensors"),
@@ -161,3 +184,62 @@ def test_a_state_dict_of_the_caller_is_used(folder):
     state = model.state_dict() | {BIAS: model.state_dict()[BIAS] + 1}
     other = type(model).from_pretrained(None, config=model.config, state_dict=state)
     assert torch.equal(other.state_dict()[BIAS], state[BIAS]) and other.vector_quantizer.num_codebooks == 8
+
+
+def test_changed_weights_are_used_after_the_checksum_is_removed(folder):
+    rewrite_weights(folder)
+    edit_config(folder, lambda config: config.pop("weights_sha256"))
+    expected = load_file(folder / "model.safetensors")[BIAS]
+    assert torch.equal(transformers.AutoModel.from_pretrained(folder).state_dict()[BIAS], expected)
+    codec = nemo_lfr.load(folder, "cpu")
+    assert torch.equal(codec.encoder.pre_conv.conv.bias, expected)
+    codec.save_pretrained(folder)
+    assert torch.equal(nemo_lfr.load(folder, "cpu").encoder.pre_conv.conv.bias, expected)
+
+
+@pytest.mark.parametrize("sizes", [("1GB", "20KB"), ("20KB", "1GB")])
+def test_weights_of_an_earlier_save_are_not_left_in_the_folder(sizes, folder, tmp_path):
+    model = transformers.AutoModel.from_pretrained(folder)
+    for size in sizes:
+        model.audio_encoder.pre_conv.conv.bias.data.add_(1)
+        model.save_pretrained(tmp_path / "saved", max_shard_size=size)
+        again = transformers.AutoModel.from_pretrained(tmp_path / "saved")
+        assert torch.equal(again.state_dict()[BIAS], model.state_dict()[BIAS])
+    assert not (tmp_path / "saved" / "model.safetensors").exists() or sizes[1] == "1GB"
+
+
+def set_slopes(model):
+    for module in model.modules():
+        if isinstance(module, torch.nn.LeakyReLU):
+            module.negative_slope = 0.3
+
+
+UNSAVED = {
+    "a hook": (
+        lambda m: m.audio_encoder.register_forward_hook(lambda *_: None),
+        "hooks or replaced layers",
+    ),
+    "another slope": (set_slopes, "its config describes"),
+    "converted weights": (lambda m: m.half(), "were converted to float16"),
+    "converted weights of the decoder": (lambda m: m.audio_decoder.double(), "were converted to float64"),
+}
+
+
+@pytest.mark.parametrize("name", UNSAVED)
+def test_a_model_that_would_give_other_results_is_not_saved(name, folder, tmp_path):
+    change, message = UNSAVED[name]
+    model = transformers.AutoModel.from_pretrained(folder)
+    change(model)
+    for save in (model.save_pretrained, model.codec.save_pretrained):
+        with pytest.raises(NemoLfrError, match=message):
+            save(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+def test_a_saved_model_is_uploaded_with_its_checksum(folder, monkeypatch):
+    model = transformers.AutoModel.from_pretrained(folder)
+    uploads = []
+    monkeypatch.setattr(type(model), "push_to_hub", lambda self, repo_id, **kwargs: uploads.append((repo_id, kwargs)))
+    model.save_pretrained(folder, push_to_hub=True, private=True)
+    model.save_pretrained(folder, push_to_hub=True, repo_id="user/codec", is_main_process=False)
+    assert uploads == [("copy", {"private": True})]
