@@ -136,11 +136,20 @@ def test_codecs_of_transformers_run_from_a_folder(tmp_path, speech, kind, settin
             open_codec(f"encodec:5:{tmp_path}", "cpu")
 
 
-def test_missing_weights_are_named_and_not_downloaded(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nobody/none", "mimi: no weights in nobody/none; download them first: hf download nobody/none"),
+        ("none", r"none \(no such folder\); pass a folder with a complete copy"),
+        ("empty", r"mimi: transformers cannot load a model from .*empty \(.*\); pass a folder with a complete copy"),
+    ],
+)
+def test_missing_weights_are_named_and_not_downloaded(tmp_path, monkeypatch, name, message):
     pytest.importorskip("transformers", reason="comes with NeMo")
     monkeypatch.setenv("HF_HOME", str(tmp_path))
-    with pytest.raises(NemoLfrError, match=r"mimi: no weights in .*; download them first: hf download"):
-        open_codec(f"mimi:8:{tmp_path / 'none'}")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(NemoLfrError, match=message):
+        open_codec(f"mimi:8:{name if '/' in name else tmp_path / name}")
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,16 @@
 """Base class for codecs that transformers implements."""
 
 import math
+import os
 import time
 from abc import abstractmethod
 from typing import Any, ClassVar
 
 import numpy as np
 
-from nemo_lfr.errors import NemoLfrError, install_command
+from nemo_lfr.errors import NemoLfrError, install_command, shorten
 from nemo_lfr.evaluation.codecs.base import ComparedCodec, RoundTrip, fit, parse_number, resample_to
+from nemo_lfr.io.locate import looks_local
 from nemo_lfr.io.shortage import missing_extra
 
 
@@ -44,6 +46,13 @@ class TransformersCodec(ComparedCodec):
             model_class = getattr(transformers, self.class_name)
             model = model_class.from_pretrained(source or self.hub_id, local_files_only=True)
         except (OSError, ValueError) as error:
+            is_folder = os.path.isdir(source)
+            if is_folder or looks_local(source):
+                reason = shorten(str(error) or type(error).__name__, 200) if is_folder else "no such folder"
+                raise NemoLfrError(
+                    f"{self.kind}: transformers cannot load a model from {source} ({reason}); pass a folder with a "
+                    "complete copy."
+                ) from error
             raise NemoLfrError(
                 f"{self.kind}: no weights in {source or 'the Hub cache'}; download them first: "
                 f"hf download {source or self.hub_id}"
