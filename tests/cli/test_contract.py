@@ -431,6 +431,7 @@ SHARED = {
         "export web",
         "detokenize",
         "entropy fit",
+        "prepare",
     },
     "--skip-existing": {"encode", "decode"},
     "--json": set(COMMANDS),
@@ -452,9 +453,10 @@ def test_renamed_option_accepts_its_earlier_name_without_showing_it(folder, tmp_
     assert {name for name, _ in renamed} == {"prepare", "evaluate"}
     for name, option in renamed:
         assert option.earlier not in run(capsys, *name.split(), "--help")[1]
+    command = ["prepare", "folder", folder / "audio", "--overwrite", "--out", tmp_path]
     for words in (["--jobs", 1], ["--jobs=1"], ["--workers", 1]):
-        assert run(capsys, "prepare", "folder", folder / "audio", "--out", tmp_path, *words)[0] == 0
-    code, _, err = run(capsys, "prepare", "folder", folder / "audio", "--out", tmp_path, "--jobs", 0)
+        assert run(capsys, *command, *words)[0] == 0
+    code, _, err = run(capsys, *command, "--jobs", 0)
     assert code == 2 and "'--workers'" in err
 
 
