@@ -51,7 +51,8 @@ def take_over(out: Path) -> None:
 
 
 def tokens_of(out: Path) -> list[Path]:
-    return sorted(out.rglob("*.lfr"))
+    """Return the files of complete shards, without those that a worker is still writing."""
+    return sorted((out / "tokens").rglob("*.lfr"))
 
 
 def files_of(out: Path) -> dict[str, bytes]:

@@ -282,7 +282,7 @@ def test_run_with_other_options_refuses_an_existing_output(audio, model, tmp_pat
     job_ = job(audio / "manifest.json", tmp_path / "out", model)
     tokenize(job_, device="cpu", workers=1)
     before = files_of(tmp_path / "out")
-    for change in ({"pad": "magpie"}, {"kind": "lfr"}, {"precision": "bf16"}, {"shard_size": 5}, {"model": None}):
+    for change in ({"pad": "magpie"}, {"kind": "lfr"}, {"precision": "fp16"}, {"shard_size": 5}, {"model": None}):
         with pytest.raises(NemoLfrError, match="contains the tokens of another run"):
             tokenize(replace(job_, **change), device="cpu", workers=1)
     with pytest.raises(NemoLfrError, match="contains the tokens of another run"):
