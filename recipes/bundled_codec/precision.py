@@ -2,9 +2,9 @@
 
 import torch
 
+from nemo_lfr.codec.cpu.packed import has_bf16
+
 PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
-# Entries of `torch.cpu.get_capabilities` (since PyTorch 2.13) for instructions that multiply bf16 numbers.
-BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "avx10_1", "arm_bf16", "bf16")
 
 
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
@@ -19,11 +19,7 @@ def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
         ValueError: if `precision` is none of these.
     """
     if precision == "auto":
-        if device.type == "cpu":
-            capabilities = getattr(torch.cpu, "get_capabilities", dict)()
-            native = any(capabilities.get(name, False) for name in BF16_INSTRUCTIONS)
-            return torch.bfloat16 if native else torch.float32
-        return torch.bfloat16
+        return torch.float32 if device.type == "cpu" and not has_bf16() else torch.bfloat16
     if precision not in PRECISIONS:
         raise ValueError(f"precision is {precision!r}; pass auto, {' or '.join(PRECISIONS)}.")
     return PRECISIONS[precision]

@@ -233,21 +233,20 @@ def test_a_batch_depends_on_its_seed_alone_and_never_clips():
 
 
 @pytest.mark.parametrize(
-    ("precision", "device", "capabilities", "expected"),
+    ("precision", "device", "has_bf16", "expected"),
     [
-        ("auto", "cpu", {"avx512_f": True, "avx512_bf16": False}, torch.float32),
-        ("auto", "cpu", {}, torch.float32),
-        ("auto", "cpu", {"avx512_bf16": True}, torch.bfloat16),
-        ("auto", "cpu", {"amx_bf16": True}, torch.bfloat16),
-        ("auto", "cuda", {}, torch.bfloat16),
-        ("fp32", "cuda", {}, torch.float32),
-        ("bf16", "cpu", {}, torch.bfloat16),
+        ("auto", "cpu", False, torch.float32),
+        ("auto", "cpu", True, torch.bfloat16),
+        ("auto", "cuda", False, torch.bfloat16),
+        ("fp32", "cpu", True, torch.float32),
+        ("fp32", "cuda", False, torch.float32),
+        ("bf16", "cpu", False, torch.bfloat16),
     ],
 )
 def test_auto_computes_in_bf16_only_where_the_device_has_instructions_for_it(
-    monkeypatch, precision, device, capabilities, expected
+    monkeypatch, precision, device, has_bf16, expected
 ):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    monkeypatch.setattr("recipes.bundled_codec.precision.has_bf16", lambda: has_bf16)
     assert compute_dtype(precision, torch.device(device)) == expected
 
 
