@@ -149,13 +149,13 @@ def describe_contents(root: Path, wanted: Collection[str]) -> str:
         What was found instead, and how to read it, such as " (2 skipped: 2 .tar); unpack the archives, ..."; an empty
         string if the folder has no files.
     """
-    report: list[str] = []
-    find_files(root, wanted, report=report.append)
+    walk = _Walk(root, frozenset(wanted), frozenset())
+    report = walk.passed_over()
     if not report:
         return ""
-    kinds = {suffix for suffix in _Walk(root, frozenset(), frozenset()).passed if suffix.startswith(".")}
+    kinds = {path.suffix.lower() for path in walk.found} | walk.passed.keys()
     advice = [text for suffixes, text in ADVICE if kinds & suffixes]
-    return f" ({report[0].partition('found; ')[2]})" + "".join(f"; {text}" for text in advice)
+    return f" ({report.partition('found; ')[2]})" + "".join(f"; {text}" for text in advice)
 
 
 def find_matches(pattern: str) -> list[str]:
