@@ -122,14 +122,14 @@ class Optimizers(WeightAveraging):
             raise ConfigError(f"optim: the optimizer or its schedule cannot be built: {reason}") from error
         # NeMo returns one optimizer, several optimizers, or a list of optimizers and a list of schedules.
         several = configured if isinstance(configured, list | tuple) else [configured]
-        for optimizer in several[0] if isinstance(several[0], list) else several:
+        optimizers = several[0] if isinstance(several[0], list) else several
+        for optimizer in optimizers:
             if isinstance(optimizer, torch.optim.Adam) and self.device.type == "cpu":
                 for group in optimizer.param_groups:
                     if group["fused"] is None and not group["foreach"]:
                         group["fused"] = True
         if self._resumed is not None:
             checkpoint, self._resumed = self._resumed, None
-            optimizers = list(several[0] if isinstance(several[0], list) else several)
             check_optimizers(checkpoint, optimizers, self.trainer.ckpt_path)
         return configured
 
