@@ -174,7 +174,8 @@ def first_lookahead(codec: Codec, waves: list[np.ndarray]) -> None:
     excerpts = [tokens[:, start : start + 24] for tokens in exact for start in range(10, tokens.shape[1] - 24, 20)]
     wholes = [codec.decode(tokens)[0][0].numpy() for tokens in excerpts]
     full = codec.decoder.context.future
-    print("\n| first_lookahead | frames before the first frame of audio | approximate frames | their SNR |")
+    frames = "token frames that must arrive before the first frame of audio"
+    print(f"\n| first_lookahead | {frames} | approximate frames | their SNR |")
     print("| --- | --- | --- | --- |")
     for first in range(full):
         error = power = 0.0

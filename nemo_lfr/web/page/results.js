@@ -98,7 +98,7 @@ export class Results {
     setText("original-note", original ? kilohertz(original.sampleRate) : "");
     setText("decoded-note", `from ${size(file.length)}`);
     const facts = [
-      ["Bit rate", rate((8 * file.length) / duration), `${rate((8 * pcm) / duration)} as 16-bit audio`],
+      ["Bit rate of the file", rate((8 * file.length) / duration), `with its header; ${rate((8 * pcm) / duration)} as 16-bit audio`],
       ["Token file", size(file.length), `${Math.round(pcm / file.length)} times smaller`],
     ];
     if (encodeSeconds !== null) facts.push(["Encoding", speed(duration, encodeSeconds), `real time; took ${time(encodeSeconds)}`]);
