@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -358,23 +359,38 @@ def test_a_saved_dataset_reads_nothing_outside_of_its_folder(kind, wav, tmp_path
     assert "\n" not in str(error.value)
 
 
-def test_a_problem_is_reported_at_the_table_whatever_the_folder_of_the_audio(wav, tmp_path):
-    path = tmp_path / "tables" / "t.csv"
+@pytest.mark.parametrize(
+    ("name", "row", "problem"),
+    [
+        ("t.csv", "bad", "the row has 1 fields"),
+        ("t.csv", "a.wav,-1,", "offset is '-1'; expected a number of seconds"),
+        ("t.csv", "a.wav,,long", "duration is 'long'; expected a number of seconds"),
+        ("t.csv", "x" * 300 + ",,", "is not a valid file name"),
+        ("metadata.jsonl", '{"file_name": "a.wav", "lang": 5}', "the label 'lang' is 5"),
+        ("metadata.jsonl", '{"file_name": "a.wav", "context_audio_filepath": [1]}', "the path of the audio file is"),
+    ],
+)
+def test_a_problem_is_reported_at_the_table_whatever_the_folder_of_the_audio(name, row, problem, wav, tmp_path):
+    path = tmp_path / "tables" / name
     path.parent.mkdir()
-    path.write_text("file_name,problem\na.wav,none\nbad\n")  # a column of the user is a label
+    head = ["audio_filepath,offset,duration", "a.wav,,"] if name == "t.csv" else ['{"file_name": "a.wav"}']
+    path.write_text("\n".join([*head, row]))
     clips = clips_of(path, audio_dir=wav.parent)
-    assert len(clips[0].audio(RATE, 60.0)) == len(WAVE) and clips[0].labels["problem"] == "none"
-    with pytest.raises(AudioError, match="line 3: the row has 1 fields") as error:
+    place = f"{path}, line {len(head) + 1}"
+    assert len(clips[0].audio(RATE, 60.0)) == len(WAVE)
+    with pytest.raises(AudioError, match=re.escape(problem)) as error:
         clips[1].audio(RATE, 60.0)
-    assert str(error.value).startswith(f"{path}, line 3") and clips[1].origin == f"{path}, line 3"
+    assert str(error.value).startswith(f"{place}: ") and clips[1].origin == place
+    assert "unused.json" not in str(error.value)
 
 
 def test_text_tables_are_read_as_corpora(wav):
     path = wav.parent / "t.csv"
-    path.write_text("file_name,sentence,client_id\na.wav,hi,me\na.wav,again,me\nbad\ngone.wav,x,y\n")
+    path.write_text("file_name,sentence,client_id,problem\na.wav,hi,me,none\na.wav,again,me,\nbad\ngone.wav,x,y,\n")
     clips = clips_of(path)
     assert len({clip.id for clip in clips}) == 4 and clips[0].id == "a"
     assert [clip.labels.get("text") for clip in clips] == ["hi", "again", None, "x"]
+    assert clips[0].labels["problem"] == "none"  # a column of the user is a label
     assert clips[0].labels["speaker"] == "me" and len(clips[0].audio(RATE, 60.0)) == len(WAVE)
     for clip, reason in ((clips[2], "line 4: the row has 1 fields"), (clips[3], "gone.wav")):
         with pytest.raises(AudioError, match=reason):

@@ -115,14 +115,28 @@ class Manifest(CorpusReader):
                     yield Clip(name, origin, unreadable(reason))
 
     def _clip(self, name: str, labels: dict[str, Any]) -> Clip:
-        path = resolve_audio_path(self.audio_dir, labels["audio_filepath"])
-        context = None
-        if labels.get("context_audio_filepath"):
-            context_duration = seconds(labels, "context_audio_duration")
-            context_path = resolve_audio_path(self.audio_dir, labels["context_audio_filepath"])
-            context = partial(read_file, context_path, None, context_duration or None)
-        audio = partial(read_file, path, seconds(labels, "offset"), seconds(labels, "duration"))
-        return Clip(name, str(path), audio, context, standard_labels(labels), path=path)
+        return entry_clip(name, labels, self.audio_dir)
+
+
+def entry_clip(name: str, labels: dict[str, Any], audio_dir: Path) -> Clip:
+    """Return the clip that an entry of a manifest describes. No audio is read.
+
+    Args:
+        name: id of the clip.
+        labels: values of the entry.
+        audio_dir: folder to which relative paths refer.
+
+    Raises:
+        NOT_A_LINE: if a value is missing or invalid; see `describe`.
+    """
+    path = resolve_audio_path(audio_dir, labels["audio_filepath"])
+    context = None
+    if labels.get("context_audio_filepath"):
+        context_duration = seconds(labels, "context_audio_duration")
+        context_path = resolve_audio_path(audio_dir, labels["context_audio_filepath"])
+        context = partial(read_file, context_path, None, context_duration or None)
+    audio = partial(read_file, path, seconds(labels, "offset"), seconds(labels, "duration"))
+    return Clip(name, str(path), audio, context, standard_labels(labels), path=path)
 
 
 def _is_entry(line: bytes) -> bool:

@@ -2,11 +2,14 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from nemo_lfr.corpus.sources.base import OpenOptions
 from nemo_lfr.corpus.sources.folder import Folder, unusable
+from nemo_lfr.corpus.sources.manifest import entry_clip
 from nemo_lfr.errors import ConfigError
 from nemo_lfr.io.journal import write_text
+from nemo_lfr.io.manifests import NOT_A_LINE, describe
 from nemo_lfr.io.tables import is_table, read_table
 
 
@@ -30,9 +33,19 @@ class TextTable(Folder):
             lines = []
             for row in read_table(path):
                 name, place = f"{path.name}, line {row.line}", f"{path}, line {row.line}"
-                entry = unusable(name, place, row.problem) if row.problem else row.values
+                problem = row.problem or _problem(row.values, audio_dir)
+                entry = unusable(name, place, problem) if problem else row.values
                 lines.append(json.dumps(entry, ensure_ascii=False))
             if not lines:
                 raise ConfigError(f"{path}: the table has no rows; add a row for each audio file.")
             write_text(options.listing, "\n".join(lines) + "\n")
         return cls(options.listing, audio_dir)
+
+
+def _problem(values: dict[str, Any], audio_dir: Path) -> str | None:
+    """Return why no clip can be made of a row; None if one can. The message of a later error has no line number."""
+    try:
+        entry_clip("", values, audio_dir)
+    except NOT_A_LINE as error:
+        return describe(error)
+    return None
