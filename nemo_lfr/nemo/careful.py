@@ -2,8 +2,8 @@
 
 If a line of a manifest is malformed, only its clip is skipped, and training continues. NeMo still interprets the data
 config, because such configs have many forms (lists, weights, groups, buckets). `make_careful` then searches the object
-that NeMo returns, and gives the iterators over lines one of the classes below. Tar files are still read by
-NeMo's own iterator. Where that iterator cannot skip a malformed line, an error names the line.
+that NeMo returns, and replaces the class of each iterator over lines by one of the classes below. Tar files are still
+read by NeMo's own iterator. Where that iterator cannot skip a malformed line, an error names the line.
 """
 
 import copy
@@ -35,7 +35,7 @@ _reported: set[str] = set()
 
 @contextmanager
 def careful_iterators() -> Iterator[None]:
-    """Make NeMo data loaders built within this context skip malformed lines."""
+    """Make NeMo build data loaders that skip malformed lines, within this context."""
     stock = nemo_dataloader.read_cutset_from_config
     nemo_dataloader.read_cutset_from_config = partial(_read, stock)
     try:
@@ -75,7 +75,7 @@ def make_careful(root: Any) -> None:
         root: object to search. The class of the iterators in it is changed in place.
     """
     seen: set[int] = set()
-    waiting: list[tuple[Any, type]] = [(root, CarefulLines)]  # objects, each with the class for its manifests
+    waiting: list[tuple[Any, type]] = [(root, CarefulLines)]  # objects to search, and the class for iterators in them
     while waiting:
         item, lines = waiting.pop()
         if id(item) in seen:

@@ -18,12 +18,11 @@ from nemo_lfr.training import discriminators, losses
 from nemo_lfr.training.components import import_components
 from nemo_lfr.training.settings import check_model
 
-# NeMo only builds a class that `_target_` names if its import path starts with a prefix in this list. Add the prefix
-# of this package.
+# NeMo rejects a `_target_` whose import path does not start with a prefix in this list. Add this package's prefix.
 if "nemo_lfr." not in common.ALLOWED_TARGET_PREFIXES:
     common.ALLOWED_TARGET_PREFIXES.append("nemo_lfr.")
 
-# Precisions of Lightning that keep the weights in fp32
+# Values of Lightning's `precision` that keep the weights in fp32
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 IDENTITY = {"_target_": "torch.nn.Identity"}
 BUILT_IN = {*discriminators.BUILT_IN, *losses.BUILT_IN}
@@ -48,7 +47,7 @@ def checked_values(cfg: DictConfig) -> dict[str, Any]:
 
 
 def check_training(cfg: DictConfig, num_codebooks: int) -> None:
-    """Validate those values of a model config that only training uses.
+    """Validate the values of a model config that are only used for training.
 
     Args:
         cfg: model config.
@@ -56,7 +55,7 @@ def check_training(cfg: DictConfig, num_codebooks: int) -> None:
 
     Raises:
         ConfigError: if a value cannot be resolved, a number is out of its range, or the config sets a codebook
-            dropout although the codec has one codebook.
+            dropout although the codec has only one codebook.
     """
     try:
         values = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
@@ -64,11 +63,11 @@ def check_training(cfg: DictConfig, num_codebooks: int) -> None:
         raise ConfigError(f"the config cannot be resolved: {_reason(error)}.") from error
     check_model(values)
     if (rate := values.get("codebook_dropout_rate")) and num_codebooks < 2:
-        raise ConfigError(f"codebook_dropout_rate is {rate}, but the codec has one codebook; remove the key.")
+        raise ConfigError(f"codebook_dropout_rate is {rate}, but the codec has only one codebook; remove the key.")
 
 
 def check_precision(trainer: Trainer | None) -> None:
-    """Raise ConfigError if the precision of a trainer would change the weights of the codec, which must be fp32."""
+    """Raise ConfigError if a trainer's precision would convert the weights of the codec from fp32."""
     if trainer is not None and (precision := str(trainer.precision)) not in PRECISIONS:
         raise ConfigError(
             f"trainer.precision is {precision}, but the weights of the codec must be fp32; use one of "
@@ -81,10 +80,10 @@ def check_segments(cfg: DictConfig, min_samples: int) -> None:
 
     Args:
         cfg: model config.
-        min_samples: length of the shortest audio in samples that the losses and discriminators can use.
+        min_samples: length, in samples, of the shortest audio that the losses and discriminators can use.
 
     Raises:
-        ConfigError: if the segments, padded to whole frames, are shorter.
+        ConfigError: if the segments are shorter than this, even when they are padded to whole frames.
     """
     section, frame = cfg.get("train_ds"), cfg.samples_per_frame
     if not section:
@@ -108,7 +107,7 @@ def target_of(section: Any) -> str | None:
 
 
 def model_config(cfg: Any) -> DictConfig:
-    """Resolve a config as NeMo's models do, and convert old forms of keys.
+    """Resolve a config as NeMo's models do, and update a config written for an old version of NeMo.
 
     Args:
         cfg: config, or structured config (a dataclass).

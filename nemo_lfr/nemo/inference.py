@@ -77,8 +77,8 @@ class Inference(BaseModel):
             tokens: ids in [0, codebook_size), shape [B, C, T_encoded].
             tokens_len: valid frames of each example, shape [B].
             audio_len: number of samples to return for each example, shape [B]; complete frames by default.
-            num_codebooks: number of codebooks to use, starting with the first; all by default. `tokens` may then
-                have only these codebooks.
+            num_codebooks: number of codebooks to use, starting with the first; all by default. `tokens` may leave
+                out the other codebooks.
 
         Returns:
             Audio [B, T_audio] and its lengths in samples [B].

@@ -61,7 +61,7 @@ class LFRCodecModel(Inference, StateDicts, NemoFiles, Copies, TrainingSteps):
     """
 
     def __init__(self, cfg: DictConfig, trainer: Trainer | None = None) -> None:
-        # Read this first, because NeMo's conversion drops the marks on config sections that come from a checkpoint.
+        # Read this first: sections that come from a checkpoint have a flag, which NeMo's conversion would drop.
         from_checkpoint = sections_from_checkpoint(cfg)
         cfg = model_config(cfg)
         check_trainer(trainer)

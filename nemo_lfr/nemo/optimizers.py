@@ -50,19 +50,22 @@ def check_optimizers(checkpoint: Mapping[str, Any], optimizers: Sequence[torch.o
     """
     states = checkpoint.get("optimizer_states", [])
     if len(states) != len(optimizers):
-        raise _differs(path, "optim", f"it has {len(states)} optimizers instead of {len(optimizers)}")
+        raise _differs(path, "optim", f"the checkpoint has {len(states)} optimizers instead of {len(optimizers)}")
     for state, optimizer in zip(states, optimizers, strict=True):
         theirs, ours = state["param_groups"], optimizer.param_groups
         sizes = [[len(group["params"]) for group in groups] for groups in (theirs, ours)]
         if sizes[0] != sizes[1]:
-            raise _differs(path, "optim", f"an optimizer has {sizes[0]} weights instead of {sizes[1]}")
+            raise _differs(
+                path, "optim", f"an optimizer in the checkpoint has {sizes[0]} weight tensors instead of {sizes[1]}"
+            )
         missing = sorted(set(optimizer.defaults) - {"fused", "foreach"} - set(theirs[0]))
         unknown = sorted(set(theirs[0]) - set(optimizer.defaults) - {"params", "initial_lr"})
         if missing or unknown:
             raise _differs(
                 path,
                 "optim",
-                f"its optimizer is not {type(optimizer).__name__}; only one of the two has {missing + unknown}",
+                f"the optimizer in the checkpoint is not {type(optimizer).__name__}, because these settings of it "
+                f"are missing or unknown: {missing + unknown}",
             )
 
 

@@ -52,9 +52,9 @@ class TrainingSteps(Optimizers):
         """Build the discriminators, and let Lightning write checkpoints atomically.
 
         Raises:
-            ConfigError: if the config sets a loss that this package does not support, an invalid number, a component
-                that cannot be built, or segments that are too short for the losses and discriminators. For every
-                stage, if the trainer's precision would round the weights.
+            ConfigError: if the trainer's precision would round the weights. For training, also if the config sets a
+                loss that this package does not support, an invalid number, a component that cannot be built, or
+                segments that are too short for the losses and discriminators.
         """
         super().setup(stage)
         check_precision(self._trainer)
@@ -74,7 +74,7 @@ class TrainingSteps(Optimizers):
 
     @property
     def _min_samples(self) -> int:
-        """Length of the shortest batch in samples that the losses and, for training, the discriminators can use."""
+        """Length, in samples, of the shortest batch that the losses and any discriminators can use."""
         least = self.losses.reconstruction.min_samples
         return least if self.discriminator is None else max(least, self.discriminator.min_samples)
 
@@ -159,8 +159,9 @@ class TrainingSteps(Optimizers):
     def configure_callbacks(self) -> list[Callback]:
         """Return `RestoreTrainedWeights` and, for training, NeMo's logging callback.
 
-        The logging callback also logs spectrograms if `log_config.log_spectrograms` is set in the config. Validation
-        and testing run without it: it would need the clips to log, whose absolute paths a saved config lacks.
+        The logging callback also logs spectrograms if `log_config.log_spectrograms` is set in the config. The
+        trainer's `validate` and `test` run without this callback: it needs the absolute paths of the clips to log,
+        and a saved config does not contain absolute paths.
         """
         if self._trainer is not None and self._trainer.state.fn != TrainerFn.FITTING:
             return [RestoreTrainedWeights()]

@@ -28,7 +28,10 @@ class AudioDiscriminator(nn.Module):
 
     @property
     def min_samples(self) -> int:
-        """Return the length of the shortest audio in samples, 1 by default. Training pads shorter batches."""
+        """Return the length, in samples, of the shortest audio that `score` accepts; 1 by default.
+
+        Training pads shorter batches.
+        """
         return 1
 
     def preprocess(self, audio: Spectra) -> Views:
@@ -73,7 +76,7 @@ class AudioDiscriminator(nn.Module):
 
 
 def preprocess_audio(discriminator: AudioDiscriminator, audio: Spectra) -> Views:
-    """Compute the views of audio with `preprocess`, and check them.
+    """Call a discriminator's `preprocess`, and check the views that it returns.
 
     Args:
         discriminator: any discriminator.
@@ -88,7 +91,7 @@ def preprocess_audio(discriminator: AudioDiscriminator, audio: Spectra) -> Views
 
 
 def score_views(discriminator: AudioDiscriminator, views: Views) -> DiscriminatorOutput:
-    """Compute the scores and feature maps of views with `score`, and check them.
+    """Call a discriminator's `score`, and check the scores and feature maps that it returns.
 
     Args:
         discriminator: any discriminator.

@@ -22,7 +22,7 @@ from nemo_lfr.training.settings import DATASET, LOADER, POSITIVE_OR_ZERO, check_
 
 logger = logging.getLogger(__name__)
 
-# Keys of an entry of `dataset_meta`. NeMo accepts the last one and ignores it for a dataset of separate files.
+# Keys of an entry of `dataset_meta`. As in NeMo, `audio_tar_filepaths` has no effect on a dataset of separate files.
 DATASET_KEYS = {"manifest_path", "audio_dir", "sample_weight", "audio_tar_filepaths"}
 NEMO_DATASET = "nemo.collections.tts.data.vocoder_dataset.VocoderDataset"
 
@@ -100,8 +100,10 @@ class CodecDataset(Dataset[dict[str, Any]]):
                 "min_duration or max_duration, or add recordings."
             )
         if self.steps_per_epoch and not any(self.weights):
+            names = sorted({recording.dataset for recording in self.recordings})
             raise ConfigError(
-                f"sample_weight is 0 for all recordings of {sorted(dataset_meta)}; set one to more than 0."
+                "dataset_meta: sample_weight is 0 for every dataset with recordings of the required duration "
+                f"({', '.join(names)}); set it to more than 0 for at least one of these datasets."
             )
 
     def get_sampler(self, batch_size: int, world_size: int, rank: int = 0) -> "SegmentSampler | None":
@@ -130,9 +132,9 @@ class CodecDataset(Dataset[dict[str, Any]]):
         If the recording cannot be read, the next recording that can be read is used instead.
 
         Args:
-            draw: index of a recording, or a tuple (index, place). `place` is a number from 0 to 1 that
-                selects the start of the segment: 0 for the first possible start, 1 for the last one. Without `place`,
-                the start is random.
+            draw: index of a recording, or a tuple (index, position). `position` is a number from 0 to 1 that selects
+                the start of the segment: 0 for the first possible start, 1 for the last one. Without `position`, the
+                start is random.
 
         Returns:
             `dataset_name`, `audio_filepath`, `audio` (float32, shape [T_audio]) and `audio_len` in samples.

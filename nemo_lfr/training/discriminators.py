@@ -72,14 +72,14 @@ class _Networks(AudioDiscriminator):
 
     @property
     def min_samples(self) -> int:
-        """Return the length of the shortest audio in samples that the padding of every layer allows."""
+        """Return the length, in samples, of the shortest audio that every layer of every network can pad."""
         return max(self._min_samples(network) for network in cast(Iterable[Network], self.discriminators))
 
     def _min_samples(self, network: Network) -> int:
         raise NotImplementedError
 
     def score(self, views: Views) -> DiscriminatorOutput:
-        """Score each view with the network for this view."""
+        """Score each view with its own network."""
         outputs = [network(view) for network, view in zip(self.discriminators, views, strict=True)]
         return [score for score, _ in outputs], [maps for _, maps in outputs]
 
@@ -108,7 +108,7 @@ class MultiPeriodDiscriminator(_Networks):
         self.discriminators = nn.ModuleList(networks)
 
     def _min_samples(self, network: Network) -> int:
-        # Folding needs enough rows, and its padding by reflection needs a row.
+        # The network needs enough rows. Padding the last row by reflection needs one complete row before it.
         return max(network.least_size(0) - 1, 1) * cast(PeriodDiscriminator, network).period + 1
 
     def preprocess(self, audio: Spectra) -> Views:
@@ -217,7 +217,7 @@ class MultiBandDiscriminatorSTFT(_Networks):
 
 
 def _stft_samples(network: Network, resolution: Sequence[int]) -> int:
-    """Return the length of the shortest audio in samples whose STFT has enough frames for a network.
+    """Return the length, in samples, of the shortest audio whose STFT has enough frames for a network.
 
     The STFT is centered, with padding by reflection.
     """
@@ -259,7 +259,7 @@ class Discriminator(AudioDiscriminator):
 
     @property
     def min_samples(self) -> int:
-        """Return the length of the shortest audio in samples that every discriminator can score."""
+        """Return the length, in samples, of the shortest audio that every discriminator can score."""
         return max((discriminator.min_samples for discriminator in self._each()), default=1)
 
     def preprocess(self, audio: Spectra) -> Views:
@@ -313,7 +313,7 @@ def frozen(module: nn.Module) -> Iterator[None]:
 
 
 _NEMO = "nemo.collections.tts.modules."
-# Class in this package for the import path of each NeMo class
+# For each NeMo class, by import path: the class of this package that replaces it
 NEMO_DISCRIMINATORS: dict[str, type[AudioDiscriminator]] = {
     _NEMO + "audio_codec_modules.Discriminator": Discriminator,
     _NEMO + "audio_codec_modules.MultiPeriodDiscriminator": MultiPeriodDiscriminator,
@@ -322,7 +322,7 @@ NEMO_DISCRIMINATORS: dict[str, type[AudioDiscriminator]] = {
     _NEMO + "encodec_modules.MultiResolutionDiscriminatorSTFT": MultiResolutionDiscriminatorSTFT,
 }
 _OUR_DISCRIMINATORS = {f"{ours.__module__}.{ours.__name__}": ours for ours in NEMO_DISCRIMINATORS.values()}
-# Class for each value of `_target_` that needs no import
+# For each `_target_` that needs no import: its class
 BUILT_IN = {**NEMO_DISCRIMINATORS, **_OUR_DISCRIMINATORS}
 
 

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 
 from nemo_lfr.errors import NemoLfrError, printable
 
-# System errors whose cause is the disk or the path that a run writes to, and what to do. Other system errors may be
-# bugs, so their traceback is shown.
+# System errors that are caused by the disk or by the output path, with advice for the user. Other system errors may
+# be bugs, so their traceback is shown.
 _SPACE = "free some space or choose another folder, and run the same command again; no existing file was damaged"
 _PATH = "choose another folder; no existing file was changed"
 ADVICE = dict.fromkeys((errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)), _SPACE)

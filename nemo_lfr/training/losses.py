@@ -99,7 +99,7 @@ def relative_feature_matching(real: FeatureMaps, gen: FeatureMaps, guard: float 
 
 
 _NEMO_LOSSES = "nemo.collections.tts.losses.audio_codec_loss."
-# Function for the import path of each NeMo class that a config may name
+# For each NeMo class that a config may name, by import path: the function of this package that replaces it
 GENERATOR_LOSSES: dict[str, Callable[[Scores], torch.Tensor]] = {
     _NEMO_LOSSES + "GeneratorSquaredLoss": generator_squared,
     _NEMO_LOSSES + "GeneratorHingedLoss": generator_hinged,

@@ -53,8 +53,8 @@ class Conv2d(nn.Module):
             convolved: torch.Tensor = conv(hidden.contiguous(memory_format=torch.channels_last) if zeros else hidden)
             return convolved
         # A kernel of width 1 processes each column independently, so the columns can be the rows of a matrix
-        # product. In deep layers, which have few rows and weights that are larger than the signal, this is faster on a
-        # CPU than a convolution: it runs near peak speed, and does not copy the weights.
+        # product. In deep layers, where there are few rows and the weights are larger than the signal, this is faster
+        # on a CPU than a convolution: it runs near peak speed, and does not copy the weights.
         columns = hidden.transpose(2, 3).transpose(1, 2).flatten(0, 1)  # [B * W, C, H], C innermost in memory
         mode = "constant" if zeros else "reflect"
         padded = F.pad(columns.unsqueeze(2), (conv.padding[0],) * 2 + (0, 0), mode=mode).squeeze(2)
@@ -63,7 +63,7 @@ class Conv2d(nn.Module):
 
 
 def _least_size(convs: Iterable[Conv2d], axis: int) -> int:
-    """Return the smallest height (axis 0) or width (axis 1) of the input of a stack of convolutions."""
+    """Return the smallest input height (axis 0) or width (axis 1) that a stack of convolutions accepts."""
     size = 1
     for layer in reversed(list(convs)):
         conv = layer.conv
@@ -86,18 +86,18 @@ class Network(nn.Module):
         self.conv_post = conv_post
 
     def least_size(self, axis: int) -> int:
-        """Return the smallest height (axis 0) or width (axis 1) of a view."""
+        """Return the smallest view height (axis 0) or width (axis 1) that this network accepts."""
         return _least_size([*cast(Iterable[Conv2d], self.conv_layers), self.conv_post], axis)
 
     def check_bins(self, bins: int, what: str) -> None:
-        """Check that a view, whose width is a number of frequency bins, is wide enough.
+        """Check that the spectra that this network will score have enough frequency bins.
 
         Args:
-            bins: width of the view.
-            what: where the width comes from in the config, for the error message.
+            bins: number of frequency bins, which is the width of a view.
+            what: config value that determines this number, for the error message.
 
         Raises:
-            ConfigError: if the view is too narrow.
+            ConfigError: if there are too few bins.
         """
         if bins < (least := self.least_size(1)):
             raise ConfigError(f"{what} has {bins} frequency bins; the discriminator needs at least {least}.")

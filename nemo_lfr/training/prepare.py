@@ -151,7 +151,7 @@ def prepare(
     utterances = hold_out(utterances, valid_share)
     out.mkdir(parents=True, exist_ok=True)
     with exclusive(out):
-        interrupted = (out / JOURNAL).exists()  # perhaps while it wrote manifests
+        interrupted = (out / JOURNAL).exists()  # the earlier run may have written some manifests
         for name in sorted(WRITTEN):
             check_overwrite(out / name, overwrite or interrupted)
         result = _write_all(kind, utterances, corpus, out, workers, check, progress)
@@ -308,7 +308,7 @@ def _unusable(corpus: Path, name: str, error: Exception) -> Failure:
 def _fitted(utterance: CorpusUtterance, found: dict[str, float | Failure]) -> CorpusUtterance:
     """Return an utterance with a duration that does not exceed the length of the file.
 
-    If the file ends before the section that the corpus lists, the result has a problem instead.
+    If the file ends before the section that the corpus lists, the returned utterance is marked as a problem.
     """
     total = found.get(str(utterance.path))
     if utterance.problem or not isinstance(total, float | int):

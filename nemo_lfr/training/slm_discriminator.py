@@ -71,7 +71,7 @@ class SLMDiscriminator(AudioDiscriminator):
 
     @property
     def min_samples(self) -> int:
-        """Return the length of the shortest audio in samples, from which WavLM computes one frame."""
+        """Return the length, in samples, of the shortest audio from which WavLM computes a frame."""
         return self._min_samples
 
     def preprocess(self, audio: Spectra) -> Views:

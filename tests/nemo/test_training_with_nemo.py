@@ -852,7 +852,7 @@ ADAM = {"_target_": "torch.optim.Adam", "lr": 1e-3}
         ([PERIOD, STFT], None, "another discriminator: discriminator"),
         ([PERIOD | {"periods": [3]}], None, "another discriminator"),
         ([], None, "another discriminator"),
-        ([PERIOD | {"periods": [3]}, STFT], ADAM, "another optim: its optimizer is not Adam"),
+        ([PERIOD | {"periods": [3]}, STFT], ADAM, "another optim: the optimizer in the checkpoint is not Adam"),
     ],
 )
 def test_a_run_is_resumed_only_with_its_discriminators_and_optimizer(tmp_path, discriminators, optim, match):

@@ -221,7 +221,7 @@ def test_the_dataset_itself_checks_its_numbers(tmp_path):
     meta = corpus(tmp_path, {"a.wav": synthesize(0.5)})
     with pytest.raises(ConfigError, match=r"^n_samples is 0; pass a whole number from 1 to"):
         CodecDataset(meta, RATE, n_samples=0)
-    with pytest.raises(ConfigError, match="sample_weight is 0 for all recordings"):
+    with pytest.raises(ConfigError, match=r"sample_weight is 0 for every dataset .* \(a\); set it"):
         CodecDataset({"a": meta["mine"] | {"sample_weight": 0}}, RATE, weighted_sampling_steps_per_epoch=1)
 
 
