@@ -53,8 +53,9 @@ def plan_windows(total: int, chunk: int, context: Context) -> Iterator[Window]:
     """Split `total` frames into chunks and yield a window with context for each.
 
     Every window contains the context of its chunk, so the results equal those of processing the recording at once.
-    The network's edge padding affects only windows that reach an end of the recording, and there as it does without
-    windows. A last chunk that is not longer than the future context is merged into the previous one.
+    The padding of the network's convolutions affects only windows that reach an end of the recording, and has the same
+    effect there as without windows. A last chunk that is not longer than the future context is merged into the
+    previous one.
 
     Args:
         total: number of frames in the recording.

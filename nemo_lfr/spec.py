@@ -70,11 +70,11 @@ class CodecSpec:
         for name, high in (("sample_rate", 1_000_000), ("samples_per_frame", 1_000_000), ("num_codebooks", 256)):
             value = getattr(self, name)
             if type(value) is not int or not 1 <= value <= high:
-                raise ValueError(f"{name} is {value!r}")
+                raise ValueError(f"{name} is {value!r}; expected an integer from 1 to {high}")
         if not 1 <= len(self.levels) <= 16 or not all(
             type(level) is int and 2 <= level <= 4096 for level in self.levels
         ):
-            raise ValueError(f"levels are {self.levels!r}")
+            raise ValueError(f"levels are {shorten(self.levels)}; expected 1 to 16 integers from 2 to 4096")
         for name in ("fingerprint", "precision"):
             check_text(name, getattr(self, name))
         if self.codebook_size > 2**31:
@@ -116,4 +116,4 @@ def check_text(name: str, value: object) -> None:
         ValueError: if the value is not a string of at most `MAX_TEXT` printable characters.
     """
     if not isinstance(value, str) or len(value) > MAX_TEXT or not value.isprintable():
-        raise ValueError(f"{name} is {shorten(repr(value))}")
+        raise ValueError(f"{name} is {shorten(repr(value))}; expected at most {MAX_TEXT} printable characters")

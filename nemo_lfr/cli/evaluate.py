@@ -59,7 +59,7 @@ class RegistryOption(click.Option):
 @click.option(
     "--audio-dir",
     type=UserPath(exists=True, file_okay=False),
-    help="Folder that relative paths start from (default: the manifest's folder).",
+    help="Base folder for relative paths in SOURCE (default: the folder that contains SOURCE).",
 )
 @count_option("--limit", "Number of recordings to choose at random (default: all).")
 @count_option("--seed", "Random seed for --limit.", 0, low=None)
@@ -87,7 +87,7 @@ class RegistryOption(click.Option):
     multiple=True,
     cls=RegistryOption,
     metavar="KIND[:MODEL]",
-    help="Metric that a model computes, repeatable; kinds: {} (default: none).",
+    help="Model that computes metrics, repeatable; kinds: {} (default: none).",
 )
 @click.option(
     "--by",
@@ -163,7 +163,7 @@ def _record_failures(evaluation: "Evaluation", requested: dict[str, str]) -> Non
 
     Args:
         evaluation: the finished evaluation.
-        requested: names of the requested models, by kind of model metric.
+        requested: dictionary from the kinds of the requested models to their names; see `_requested_models`.
     """
     for result in evaluation.results:
         for key, reason in result.failures.items():
@@ -183,7 +183,7 @@ def _record_failures(evaluation: "Evaluation", requested: dict[str, str]) -> Non
 
 
 def _requested_models(asr: str | None, speaker_model: str | None, model_metrics: tuple[str, ...]) -> dict[str, str]:
-    """Return the names of the models that the options request, by kind of model metric."""
+    """Return a dictionary from each requested kind, such as "asr", to the name of its model; "" for the default."""
     models = {kind: model for kind, _, model in (text.partition(":") for text in model_metrics)}
     named = {"asr": asr, "speaker": speaker_model}
     return models | {kind: model for kind, model in named.items() if model is not None}
@@ -192,7 +192,7 @@ def _requested_models(asr: str | None, speaker_model: str | None, model_metrics:
 def _read_recordings(
     source: Path, preset: str | None, audio_dir: Path | None, seed: int
 ) -> "tuple[list[Recording], dict[str, Any]]":
-    """Return the recordings in a manifest or preset, and keyword arguments for the report.
+    """Return the recordings in a manifest or preset, and keyword arguments for `write_report`.
 
     Lines of a manifest that cannot be used are recorded as failures.
     """

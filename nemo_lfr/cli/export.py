@@ -92,7 +92,7 @@ def export_to_web(out: Path, onnxruntime_web: Path, model: str | None, overwrite
     return _printed(export_site(codec, out, onnxruntime_web, name=name, overwrite=overwrite))
 
 
-@export.command("golden", cls=Command, result=ExportResult, short_help="Export outputs of every layer, to test ports.")
+@export.command("golden", cls=Command, result=ExportResult, short_help="Export every layer's output as test data.")
 @click.option("--out", type=UserPath(dir_okay=False), required=True, help="File to write, NAME.safetensors.")
 @model_option("checkpoint (.nemo or .ckpt) or Hub id")
 @overwrite_option

@@ -37,7 +37,8 @@ class Kind(click.Choice):  # type: ignore[type-arg]  # generic in recent release
     "--speaker-level",
     type=click.IntRange(min=1),
     metavar="N",
-    help="For folder: depth of the folders that are named after speakers; 1 is directly below CORPUS (default: none).",
+    help="For KIND folder: depth of the folders that are named after speakers; 1 is directly in CORPUS (default: "
+    "none).",
 )
 @count_option("--workers", "Number of files to read in parallel.", 4, cls=RenamedOption, earlier="--jobs")
 @click.option("--no-check", is_flag=True, help="Trust file headers (default: decode every file to its end).")
@@ -85,7 +86,7 @@ def prepare(
         print_line(f"failures   {done.failures_file}  ({len(done.failures)})")
     print_line(f"audio_dir  {done.audio_dir}")
     if kind == "folder" and not any(figures.speakers for figures in done.splits.values()):
-        print_line("speakers   unknown: folder names are not used (--speaker-level 1 uses folders directly in CORPUS)")
+        print_line("speakers   unknown; if the folders in CORPUS are named after speakers, pass --speaker-level 1")
     session = current()
     session.failures += done.failures
     session.report_failures(shown=0)

@@ -177,9 +177,11 @@ InfoFigures = CodecFigures | TokenFileFigures | EntropyModelFigures | AudioFigur
 
 
 class InfoResult(Result):
-    """Output of `info`, in the order of the arguments.
+    """Output of `info`.
 
-    If `info` has at most one argument, the keys of the only item also appear at the top level of the output.
+    Attributes:
+        items: one description for each argument, in order; without arguments, the description of the bundled codec.
+            If there is one argument or none, the keys of the description are also at the top level of the output.
     """
 
     items: list[InfoFigures]
@@ -298,13 +300,13 @@ class EntropyFitResult(Result):
     """Output of `entropy fit`.
 
     Attributes:
-        utterances: number of utterances that the model was fitted to.
+        utterances: number of utterances that the model was fitted on.
         frames: number of frames in these utterances.
-        held_out_frames: number of frames that the model was measured on.
+        held_out_frames: number of frames in the held-out utterances, on which the model was evaluated.
         entropy_model: hash of the model.
         bits_per_frame: mean number of bits per frame that the model needs, measured on the held-out utterances,
             without the overhead of coder and file.
-        uniform_bits_per_frame: the same without a model: num_codebooks * log2(codebook_size).
+        uniform_bits_per_frame: number of bits per frame without a model: num_codebooks * log2(codebook_size).
         saved_share: 1 - bits_per_frame / uniform_bits_per_frame.
     """
 

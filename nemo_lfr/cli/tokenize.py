@@ -63,7 +63,7 @@ class FormatName(click.Choice):  # type: ignore[type-arg]  # generic in recent r
 @click.option(
     "--audio-dir",
     type=UserPath(exists=True, file_okay=False),
-    help="Folder that relative paths start from (default: the manifest's folder).",
+    help="Base folder for relative paths in CORPUS (default: the folder that contains CORPUS).",
 )
 @click.option(
     "--dataset", metavar="NAME", help="Corpus name in Magpie's speaker labels (default: the name of CORPUS)."

@@ -30,7 +30,7 @@ class TokenizeConfig:
         pad: "encode" pads a clip with silence to a whole number of frames, as `AudioCodecModel.encode` does. "magpie"
             also appends a frame of silence to a clip whose length is a whole number of frames, as NeMo's Magpie
             datasets do when they encode audio.
-        context: whether to tokenize context audio too. A TTS model is conditioned on the context audio of a clip.
+        context: whether to tokenize context audio too, which is the audio on which a TTS model is conditioned.
         shard_size: number of clips per shard.
         max_duration: maximum duration of a clip in seconds. Longer clips are reported as failures.
         audio_dir: folder to which relative paths in a manifest or table refer; None for the folder that contains
@@ -97,7 +97,8 @@ class TokenizeConfig:
         output = get_format(self.kind)
         if self.context and not output.supports_context:
             raise NemoLfrError(
-                f'format "{self.kind}" cannot store the tokens of contexts; use another format, or remove --context.'
+                f'format "{self.kind}" cannot store the tokens of context audio; use another format, or remove '
+                "--context."
             )
         if (self.compress or self.entropy_model is not None) and not output.supports_compression:
             raise NemoLfrError(

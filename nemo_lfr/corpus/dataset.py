@@ -50,7 +50,7 @@ class TokenDataset(IterableDataset[TokenizedUtterance]):
     Raises:
         NemoLfrError: if an argument is invalid, the folder does not contain the tokens of a complete run, or shared
             memory cannot be allocated. This error is also raised while reading, if Accelerate would split the
-            utterances of a rank again.
+            utterances of a rank a second time.
         TokenFileError: while reading, if a file is damaged or truncated.
     """
 
@@ -222,8 +222,8 @@ class TokenDataset(IterableDataset[TokenizedUtterance]):
         """Return the position of this process or data loader worker in the current epoch.
 
         Returns:
-            A dictionary whose values are integers, strings, booleans or None. The workers of a `DataLoader` have
-            positions of their own; use torchdata's `StatefulDataLoader` to save them.
+            A dictionary whose values are integers, strings, booleans or None. Each worker of a `DataLoader` has its
+            own position; use torchdata's `StatefulDataLoader` to save the positions of all workers.
         """
         worker = get_worker_info()
         progress = self._resumed or self._progress or {"epoch": int(self._epoch), "position": 0}
@@ -238,7 +238,8 @@ class TokenDataset(IterableDataset[TokenizedUtterance]):
             state_dict: return value of `state_dict`.
 
         Raises:
-            NemoLfrError: if the state is invalid, or was saved with other tokens, arguments or numbers of processes.
+            NemoLfrError: if the state is invalid, or was saved for another folder of tokens, other arguments or
+                another number of processes.
         """
         if not isinstance(state_dict, Mapping):
             raise NemoLfrError(f"the state is {shorten(repr(state_dict))}; pass the return value of state_dict.")
@@ -278,9 +279,9 @@ def collate(utterances: Sequence[TokenizedUtterance], pad: int = 0) -> dict[str,
         pad: token with which shorter utterances are padded.
 
     Returns:
-        `id` and `labels` (lists), `tokens` [B, C, T], `tokens_len` [B], `mask` [B, T] (true for valid frames) and
-        `num_samples` [B]. If any utterance has a context, also `context` [B, C, T], `context_len` [B] (0 for an
-        utterance without context) and `context_mask` [B, T].
+        A dictionary with the keys `id` and `labels` (lists), `tokens` [B, C, T], `tokens_len` [B], `mask` [B, T] (true
+        for valid frames) and `num_samples` [B]. If any utterance has context audio, its tokens are in `context`
+        [B, C, T], with `context_len` [B] (0 for an utterance without context audio) and `context_mask` [B, T].
 
     Raises:
         TokensError: if `utterances` is empty, or contains anything but tokenized utterances.

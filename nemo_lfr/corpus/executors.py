@@ -93,7 +93,7 @@ def run_in_process(
         config: options of the run.
         tasks: shards to tokenize.
         device: device of the codec.
-        codec: a loaded codec to use instead of loading one.
+        codec: a loaded codec; None to load the one in `config`.
 
     Yields:
         The record of each shard.

@@ -95,7 +95,7 @@ class EpochOrder:
             number, skip = number + 1, 0
 
     def _at(self, positions: Sequence[int]) -> list[TokenizedUtterance]:
-        """Return the utterances at some indices of `self.positions`. Each shard is read in one pass."""
+        """Return the utterances at the given indices of `self.positions`. Each shard is read in one pass."""
         found: dict[int, TokenizedUtterance] = {}
         wanted = sorted(positions)
         while wanted:
@@ -110,7 +110,7 @@ class EpochOrder:
         return [found[position] for position in positions]
 
     def _spans(self, positions: range) -> Iterator[tuple[int, int, int]]:
-        """Yield a tuple (shard, start, stop) for each run of utterances from one shard in a range of positions."""
+        """Split a range of positions at the ends of shards, and yield (shard, start, stop) for each piece."""
         start, stop = positions.start, positions.stop
         ends = np.cumsum([self.tokens.counts[shard] for shard in self.shards])
         while start < stop:

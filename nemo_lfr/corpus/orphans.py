@@ -28,7 +28,7 @@ PR_SET_PDEATHSIG = 1
 
 
 def die_with(parent: int) -> None:
-    """End this process as soon as its parent has ended, or now if it already has.
+    """End this process as soon as its parent ends, or at once if the parent has already ended.
 
     Args:
         parent: process id of the parent, which the parent must pass. `os.getppid()` would be unreliable: if the parent
@@ -55,7 +55,7 @@ def _is_alive(parent: int) -> bool:
 
 @contextmanager
 def family() -> Iterator[None]:
-    """Context manager that kills all processes started inside it if this process is killed.
+    """Context manager: if this process is killed inside it, all processes that were started inside it are killed too.
 
     A watcher process in its own session waits for this process to end. The watcher recognizes the processes by an
     environment variable, which child processes inherit. The watcher scans for new processes continuously, because some

@@ -47,7 +47,7 @@ class Plan:
         corpus: reader of the corpus.
         inputs: watcher that detects changes to the corpus's files since the run was planned.
         spec: description of the codec for `tokens.json`.
-        shards: specification of each shard.
+        shards: specifications of all shards; see `CorpusReader.shards`.
         codec: the codec on the CPU, in the precision of the run, for a worker in this process; None if the codec does
             not run on this machine's CPU.
     """

@@ -70,7 +70,8 @@ def tokenize(
 
     Returns:
         The content of `tokens.json`: format, codec, counts and hours. If shards of other parts are not complete yet,
-        `tokens.json` does not exist. The result then contains the counts of this part, "part" and "missing_shards".
+        `tokens.json` does not exist. The result then contains the counts of this part, and the keys "part" and
+        "missing_shards".
 
     Raises:
         NemoLfrError: if an option is invalid, the corpus or codec cannot be read, the output folder contains the
@@ -89,7 +90,7 @@ def tokenize(
 
 
 def find_records(plan: Plan, verify: bool, retry_failed: bool) -> dict[int, ShardRecord]:
-    """Return the records of the shards that do not have to be tokenized, by index of the shard.
+    """Return a dictionary from index to record for the shards that do not have to be tokenized.
 
     Args:
         plan: the plan of the run.
@@ -112,7 +113,7 @@ def compute(
     Args:
         plan: the plan.
         executor: function that tokenizes shards; see `choose_executor`.
-        complete: records of complete shards, by index of the shard.
+        complete: dictionary from index to record for the complete shards.
         watch: callback that receives the totals, at the start and after every shard.
 
     Returns:
@@ -185,7 +186,7 @@ def finish(plan: Plan, records: list[ShardRecord]) -> dict[str, Any]:
     if damaged := [index for index in range(len(records)) if ShardRecord.find(out, index) is None]:
         raise NemoLfrError(
             f"{out}: files of {len(damaged)} of {len(records)} shards (the first is shard {damaged[0]}) were removed "
-            "or changed during the run; run the same command again to create them again."
+            "or changed during the run; run the same command again to restore them."
         )
     plan.output.finish(out, len(records), config.context)
     failures = [failure for record in records for failure in record.failures]

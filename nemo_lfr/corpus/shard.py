@@ -47,7 +47,7 @@ KERNELS = 384
 QUEUED = 2
 # Index and specification of a shard.
 Task = tuple[int, ShardSpec]
-# A clip with its samples and, if contexts are tokenized and the clip has one, the samples of its context.
+# A clip, and the samples that `_read` loaded for it.
 LoadedClip = tuple[Clip, list[np.ndarray]]
 
 
@@ -131,8 +131,8 @@ def skip_failures(
         record: record of the shard.
 
     Raises:
-        NemoLfrError: with `config.strict`, for the first clip that cannot be read.
-        OSError: as for NemoLfrError.
+        NemoLfrError: with `config.strict`, if the audio of a clip is invalid.
+        OSError: with `config.strict`, if the file of a clip cannot be read.
     """
     for clip, waves in clips:
         try:
@@ -148,7 +148,7 @@ def skip_failures(
 def _batches(clips: Iterator[LoadedClip], limit: float) -> Iterator[list[LoadedClip]]:
     """Yield batches of clips with about `limit` samples in total.
 
-    A batch of several clips, padded to the length of the longest, has at most `2 * limit` samples.
+    After padding to the longest clip, a batch of several clips has at most `2 * limit` samples.
     """
     batch: list[LoadedClip] = []
     lengths: list[int] = []
@@ -178,7 +178,8 @@ def prefetch(
         clips: clips to read, in the order of the result.
 
     Yields:
-        Each clip, and the future of its samples [T] and, if contexts are tokenized, those of its context.
+        Each clip, and the future of a list. The list contains the clip's samples [T] and, if context audio is
+        tokenized and the clip has any, the samples of that audio.
     """
     waiting: list[tuple[Clip, Future[list[np.ndarray]]]] = []
     for clip in clips:
@@ -189,7 +190,7 @@ def prefetch(
 
 
 def _read(clip: Clip, config: TokenizeConfig, sample_rate: int) -> list[np.ndarray]:
-    """Load the samples of a clip and, if contexts are tokenized, the samples of its context."""
+    """Load a clip's samples and, if context audio is tokenized and the clip has any, the samples of that audio."""
     loaders: list[AudioLoader] = [clip.audio]
     if config.context and clip.context is not None:
         loaders.append(clip.context)

@@ -26,7 +26,7 @@ from nemo_lfr.io.locate import expand_home
 from nemo_lfr.io.token_file import Metadata
 
 MAX_SHARDS, MAX_CLIPS = 10_000_000, 2**48
-# A folder may lack up to about this many shards. Its other shards can then still be read.
+# If about this many shards or fewer are missing from a folder, the other shards can still be read.
 SPARE_SHARDS = 1000
 
 
@@ -38,7 +38,7 @@ class TokenizedUtterance:
         id: clip id, as assigned by `tokenize`.
         tokens: tokens [C, T], int64.
         num_samples: number of audio samples that the tokens represent.
-        context: tokens of the context [C, T], int64; None if the clip has none.
+        context: tokens of the context audio [C, T], int64; None if the clip has no context audio.
         labels: "text", "speaker" and any other labels of the corpus.
     """
 
@@ -215,7 +215,7 @@ class TokenFolder:
         else:
             if more is not None:
                 yield TokenFileError(
-                    f"{self.path}, shard {shard}: more than the {stop} recorded utterances were found; {REPAIR}."
+                    f"{self.path}, shard {shard}: found more than the {stop} utterances that are recorded; {REPAIR}."
                 )
 
     def _utterance(self, row: Row, where: str) -> TokenizedUtterance:

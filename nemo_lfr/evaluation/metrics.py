@@ -50,8 +50,8 @@ class Signal:
         rate: sample rate in Hz.
 
     Raises:
-        AudioError: if the audio is empty, is not one-dimensional, contains NaN or infinity, or has a peak above 64.
-            Also if `rate` is not between 100 and 1,000,000 Hz.
+        AudioError: if the audio is empty, is not one-dimensional, contains NaN or infinity, or has a peak above 64, or
+            if `rate` is not between 100 and 1,000,000 Hz.
     """
 
     def __init__(self, wave: np.ndarray, rate: int) -> None:
@@ -217,8 +217,8 @@ class Metric:
         better: "higher" if higher values are better, "lower" if lower values are better, None if neither is the case.
         definition: short definition, which is printed with the results.
         package: package that the metric needs, or an empty string.
-        function: function that computes the metric from the original and the output. Both are `Signal`s with the same
-            sample rate and length. None for a metric that a trained model computes.
+        function: function that computes the metric from the original and the output, which are `Signal`s with the
+            same sample rate and length. None for a metric that a trained model computes.
         digits: number of decimal places in tables.
     """
 

@@ -62,7 +62,7 @@ def read(path: Path, rate: int, offset: float, duration: float) -> np.ndarray:
 
 
 def claim(out: Path, recordings: dict[str, Recording], rate: int, source: str = "") -> None:
-    """Store in the folder of an evaluation which recording each key stands for.
+    """Write a file in the folder of an evaluation that maps each key to its recording.
 
     All recordings in a folder must come from the same source, such as one manifest. Otherwise, stored results could be
     attributed to the wrong recordings.
@@ -71,7 +71,7 @@ def claim(out: Path, recordings: dict[str, Recording], rate: int, source: str = 
         out: folder of the evaluation.
         recordings: recordings by key, from `choose`.
         rate: sample rate of the comparison in Hz.
-        source: text that identifies the source of the recordings; an empty string if it is unknown.
+        source: text that identifies the source of the recordings; an empty string if the source is unknown.
 
     Raises:
         NemoLfrError: if `out` contains recordings from another source or at another rate, or if a recording has
@@ -93,8 +93,8 @@ def claim(out: Path, recordings: dict[str, Recording], rate: int, source: str = 
     for key, value in claims.items():
         if keys.get(_position(key), key) != key or stored.get(key, value) != value:
             raise NemoLfrError(
-                f"{out}: this folder has an evaluation of other or changed recordings, or at another rate; choose "
-                "another --out."
+                f"{out}: this folder contains an evaluation of other or changed recordings, or at another sample "
+                "rate; choose another --out."
             )
     write_text(path, json.dumps(stored | claims, ensure_ascii=False, indent=0))
 

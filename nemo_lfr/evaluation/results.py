@@ -20,7 +20,7 @@ class Result:
             bytes ("num_bytes", "file_bytes") and the times in seconds ("encode_seconds", "decode_seconds"). If an
             entropy model is available, it also contains the number of frames ("frames") and the sizes
             "compressed_bytes" and "compressed_file_bytes".
-        values: values of the metrics, by recording key and name of the metric.
+        values: for each recording, by key, a dictionary from the names of metrics to their values.
         failures: error message for each recording that failed, by recording key.
     """
 
@@ -51,7 +51,7 @@ class Evaluation:
         results: results of each codec.
         absent: reason why a metric is not available, by name of the metric.
         models: name of the model that computes a metric, by name of the metric.
-        failed_models: reason why a requested model could not be loaded, by kind of model.
+        failed_models: reason why a requested model could not be loaded, by its kind, such as "asr".
     """
 
     recordings: dict[str, Recording]

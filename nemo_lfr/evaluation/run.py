@@ -66,7 +66,7 @@ def evaluate(
         The results of all codecs.
 
     Raises:
-        NemoLfrError: if `out` contains an evaluation of other recordings, or a kind of model metric is unknown.
+        NemoLfrError: if `out` contains an evaluation of other recordings, or a key of `models` is unknown.
     """
     models = models or {}
     for name in filter(None, models.values()):
@@ -204,7 +204,7 @@ def _identity(model: str) -> str:
 
 
 def _labels(recording: Recording) -> str:
-    """Return a short hash of the labels on which model metrics depend."""
+    """Return a short hash of the labels that `ModelMetric.measure` may use."""
     labels = [str(recording.labels.get(key)) for key in ("text", "lang")]
     return hashlib.sha256(json.dumps(labels).encode()).hexdigest()[:8]
 

@@ -20,7 +20,7 @@ from nemo_lfr.evaluation.results import Evaluation, Result
 RESAMPLES = 10_000
 NONE = "-"
 CARD = "NVIDIA's card, released weights"
-FIRST, SECOND = "◀", "▶"  # marks: the first or the second codec of a pair is better
+FIRST, SECOND = "◀", "▶"  # marks in a row for two codecs: the first codec is better, the second codec is better
 REFERENCES = ("original", CARD)  # names of rows that are never marked as best
 
 
@@ -328,7 +328,7 @@ def codebooks(evaluation: Evaluation) -> Table | None:
 
 
 def groups(evaluation: Evaluation, label: str) -> list[Table]:
-    """Return one quality table for each value of the manifest key `label`, and one for recordings without it."""
+    """Return one quality table for each value of the manifest key `label`, and one for recordings without this key."""
     by_value: dict[str, list[str]] = {}
     for key, recording in evaluation.recordings.items():
         by_value.setdefault(str(recording.labels.get(label, "(none)")), []).append(key)
@@ -374,7 +374,7 @@ def kilobits(result: Result, keys: Iterable[str], kind: str = "num_bytes") -> fl
     Args:
         result: results of the codec.
         keys: keys of the recordings.
-        kind: which size to use, for example "num_bytes"; see `Result.round_trips`.
+        kind: key of the size from which the bit rate is computed, such as "num_bytes"; see `Result.round_trips`.
 
     Returns:
         Total size divided by total duration, in kbit/s.

@@ -98,7 +98,7 @@ def measure_all(
 
 
 def are_values(values: Any) -> bool:
-    """Return whether a journal entry is a dictionary from metric names to values or reasons."""
+    """Return whether a journal entry is a dictionary from metric names to values, or to reasons for missing values."""
     return isinstance(values, dict) and all(isinstance(value, str) or is_number(value) for value in values.values())
 
 
@@ -118,13 +118,13 @@ def read_pair(recording: Recording, output: Path, rate: int) -> tuple[Signal, Si
     Args:
         recording: the recording.
         output: WAV file with the output of the codec.
-        rate: sample rate at which the two are compared, in Hz.
+        rate: sample rate of the comparison in Hz.
 
     Returns:
         The recording and the output. The output is trimmed or padded to the length of the recording.
 
     Raises:
-        AudioError: if the recording cannot be read, or one of the two is not valid audio (see `Signal`).
+        AudioError: if the recording cannot be read, or if the recording or the output is not valid (see `Signal`).
     """
     original = Signal(read(recording.path, rate, recording.offset, recording.duration), rate)
     return original, read_output(output, original)

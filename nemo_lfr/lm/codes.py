@@ -1,9 +1,9 @@
 """Convert FSQ tokens to one code per dimension, or to another number of codebooks.
 
-A token is a mixed-radix number. Each digit is the code of one FSQ dimension, and the first dimension is the least
-significant digit, as in NeMo's `FiniteScalarQuantizer`. A frame of eight codebooks with levels [8, 7, 6, 6] therefore
-has 32 digits. The digits can be regrouped losslessly, without a codec, into 4 codebooks with 8 dimensions each, or
-into 16 codebooks with 2 dimensions each.
+A token combines the codes of all FSQ dimensions of a codebook in one mixed-radix number. The first dimension is the
+least significant, as in NeMo's `FiniteScalarQuantizer`. A frame of eight codebooks with levels [8, 7, 6, 6] therefore
+has 32 codes. Without a codec, these codes can be regrouped losslessly into 4 codebooks with 8 dimensions each, or into
+16 codebooks with 2 dimensions each.
 """
 
 import math
@@ -75,7 +75,10 @@ def fold(codes: Any, levels: Levels) -> Any:
         groups *= count
     total = sum(map(len, groups))
     if codes.shape[-2] != total:
-        raise TokensError(f"codes have {codes.shape[-2]} dimensions, but levels have {total}; pass the same number.")
+        raise TokensError(
+            f"codes have {codes.shape[-2]} dimensions, but the argument levels has entries for {total}; pass the "
+            "levels of all codebooks."
+        )
     radices = constant([level for group in groups for level in group], codes)[:, None]
     if bool(((codes < 0) | (codes >= radices)).any()):
         raise TokensError(
@@ -105,7 +108,7 @@ def regroup(tokens: Any, levels: Levels, new_levels: Levels) -> Any:
         Tokens, int64, shape [..., C_new, T].
 
     Raises:
-        TokensError: if `levels` and `new_levels` do not contain the same levels in the same order.
+        TokensError: if the levels of all dimensions differ between `levels` and `new_levels`.
     """
     tokens = as_integers(tokens, "tokens")
     groups = _groups(tokens, levels, "tokens")
@@ -157,7 +160,8 @@ def _groups(tokens: Any, levels: Levels, name: str) -> list[tuple[int, ...]]:
         return groups * int(tokens.shape[-2])
     if len(groups) != tokens.shape[-2]:
         raise TokensError(
-            f"{name} have {tokens.shape[-2]} codebooks, but levels have {len(groups)}; pass the same number."
+            f"{name} have {tokens.shape[-2]} codebooks, but the argument levels has entries for {len(groups)}; pass "
+            "the levels of all codebooks."
         )
     return groups
 

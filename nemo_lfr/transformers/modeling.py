@@ -141,8 +141,8 @@ class NemoLfrModel(PreTrainedAudioTokenizerBase):
         `config.json` states the SHA-256 of `model.safetensors`, so that other weights in the folder are refused.
 
         Raises:
-            NemoLfrError: if the model has hooks, replaced layers, changed settings or converted weights, so the saved
-                model would give other results.
+            NemoLfrError: if the model has hooks, replaced layers, changed settings or converted weights, because the
+                saved model would then give other results.
         """
         if getattr(self, "_hf_peft_config_loaded", False):  # transformers then saves only the adapter
             super().save_pretrained(save_directory, is_main_process, state_dict, push_to_hub, **kwargs)

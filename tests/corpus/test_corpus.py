@@ -648,7 +648,7 @@ def test_a_table_may_hold_the_bytes_of_files_themselves(audio, model, expected, 
 
 
 def test_contexts_are_refused_for_a_format_that_cannot_store_them(audio, model, tmp_path):
-    with pytest.raises(NemoLfrError, match='"lfr" cannot store the tokens of contexts'):
+    with pytest.raises(NemoLfrError, match='"lfr" cannot store the tokens of context audio'):
         tokenize(job(audio / "manifest.json", tmp_path / "out", model, "lfr", context=True), device="cpu")
     assert not (tmp_path / "out").exists()
 

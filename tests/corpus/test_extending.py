@@ -132,7 +132,7 @@ def test_unknown_formats_are_rejected_by_name():
 
 def test_contexts_are_rejected_by_a_format_without_them(path_list, tmp_path):
     config = TokenizeConfig(str(path_list), str(tmp_path / "out"), "json", context=True)
-    with pytest.raises(NemoLfrError, match='format "json" cannot store the tokens of contexts'):
+    with pytest.raises(NemoLfrError, match='format "json" cannot store the tokens of context audio'):
         tokenize(config, device="cpu", workers=1)
 
 

@@ -66,5 +66,5 @@ def test_damage_after_the_last_cut_does_not_matter(shar):
 @pytest.mark.parametrize("name", ["wds-000000.tar", "a.tar.gz", "a.TGZ", "a.zip"])
 def test_archives_are_named_as_what_they_are(name, tmp_path):
     (tmp_path / name).write_bytes(b"\0" * 1024)
-    with pytest.raises(ConfigError, match="archives, such as those of WebDataset, are not read; unpack it"):
+    with pytest.raises(ConfigError, match="archives, such as WebDataset shards, cannot be read; unpack this one"):
         open_corpus(tmp_path / name, None, tmp_path / "unused.json")

@@ -37,7 +37,7 @@ class FormatWriter(ABC):
         index: index of the shard.
         codec: properties of the codec that made the tokens, such as its levels and fingerprint.
         dataset: name of the corpus.
-        context: whether the tokens of contexts are written.
+        context: whether the tokens of context audio are written too.
         model: entropy model for compressing the tokens, in formats that support compression; None for no compression.
     """
 
@@ -63,12 +63,12 @@ class FormatWriter(ABC):
             clip: the clip with its id and labels.
             tokens: integer tokens [C, T].
             num_samples: number of audio samples that the tokens represent.
-            context: tokens of the context [C, T]; None if the clip has none.
+            context: tokens of the context audio [C, T]; None if the clip has no context audio.
         """
 
     @abstractmethod
     def close(self) -> None:
-        """Finish the files. A shard without clips has the same set of files as any other shard."""
+        """Finish the files. For a shard without clips, the same files are written as for any other shard."""
 
     @contextmanager
     def _writing(self, name: str) -> Iterator[Path]:
@@ -198,13 +198,14 @@ class FormatReader(ABC):
     def rows(self, files: ShardFiles, start: int, stop: int) -> Iterator[Row | Damage]:
         """Yield the utterances [start, stop) of a shard, and messages about damage.
 
-        An implementation may also yield the utterances from `stop` on.
+        An implementation may also yield utterances after those.
         """
 
     def _shard_counts(self, count: Callable[[ShardFiles], int]) -> list[int]:
-        """Count the utterances in each shard that can be read.
+        """Return the number of utterances in each shard.
 
-        The rest of the utterances that `tokens.json` declares are divided among the shards that cannot be read.
+        If some shards cannot be read, the utterances that are in `tokens.json` but not in the other shards are divided
+        evenly among them.
         """
         counts: list[int | None] = []
         for shard in range(self.summary["shards"]):
@@ -227,7 +228,7 @@ class OutputFormat:
         name: value of `--format`.
         writer: class that writes one shard.
         reader: class that reads the shards.
-        supports_context: whether the format can store the tokens of contexts.
+        supports_context: whether the format can store the tokens of context audio.
         supports_compression: whether `writer` compresses tokens with the entropy model.
         summary_files: names of the files that `finish` writes.
     """
@@ -246,7 +247,7 @@ class OutputFormat:
         Args:
             out: the output folder of the run.
             num_shards: number of shards. All of them are complete.
-            context: whether the tokens of contexts were written.
+            context: whether the tokens of context audio were written too.
         """
 
 

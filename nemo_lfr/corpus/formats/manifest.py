@@ -1,7 +1,8 @@
 """Output format `manifest`: a `.pt` file for each clip, and a NeMo manifest.
 
-Each line of the manifest contains the absolute path `target_audio_codes_path` and, if the clip has a context,
-`context_audio_codes_path`. The files contain tensors [C, T], which `torch.load` reads with `weights_only=True`.
+Each line of the manifest contains the absolute path `target_audio_codes_path` and, if context audio was tokenized and
+the clip has any, `context_audio_codes_path`. The files contain tensors [C, T], which `torch.load` reads with
+`weights_only=True`.
 """
 
 import io

@@ -1,8 +1,8 @@
 """Output format `parquet`: one Parquet file for each shard, with a row for each clip.
 
 The columns are `id`, `nano_layer_1` to `nano_layer_C`, `encoded_len` (number of frames), `num_samples`, `text`,
-`speaker`, and `labels`, which contains all other labels as JSON. With contexts, the columns `context_layer_1` to
-`context_layer_C` follow the other layers.
+`speaker`, and `labels`, which contains all other labels as JSON. If context audio was tokenized, the columns
+`context_layer_1` to `context_layer_C` follow `nano_layer_C`.
 """
 
 import json

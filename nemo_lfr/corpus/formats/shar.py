@@ -1,7 +1,7 @@
 """Output format `shar`: Lhotse Shar, which Lhotse and NeMo's Magpie trainer read.
 
-Shard 0 consists of the files `shar/cuts.000000.jsonl.gz`, `shar/target_codes.000000.tar` and, with contexts,
-`shar/context_codes.000000.tar`. Arrays have shape [C, T]. Lhotse reads the shards with
+Shard 0 consists of the files `shar/cuts.000000.jsonl.gz`, `shar/target_codes.000000.tar` and, if context audio was
+tokenized, `shar/context_codes.000000.tar`. Arrays have shape [C, T]. Lhotse reads the shards with
 `CutSet.from_shar(in_dir="OUT/shar")`. For NeMo, the file `input_cfg.yaml` contains a section of a training config.
 
 Earlier versions wrote `cuts/cuts.000000.jsonl.gz` and `target_codes/codes.000000.tar`. Such folders can be read. A run
@@ -242,7 +242,8 @@ class SharReader(FormatReader):
         cut = parse_json(line)
         for name, _ in items:
             if name != cut["id"]:
-                raise ValueError(f"the tokens of cut {shorten(repr(cut['id']))} have the name {shorten(name)!r}")
+                wanted = shorten(repr(cut["id"]))
+                raise ValueError(f"expected the tokens of cut {wanted}, found those of {shorten(name)!r}")
         first = cut["supervisions"][0]
         labels = {"text": first.get("text"), "speaker": first.get("speaker"), "lang": first.get("language")}
         arrays = [None if data is None else read_npy(data) for _, data in items]

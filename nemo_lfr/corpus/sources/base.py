@@ -32,7 +32,7 @@ class Clip:
         id: name that is unique in the corpus, and that can be used as a relative path without suffix.
         origin: file, and row or cut, from which the clip was read; for messages.
         audio: function that loads the samples, or raises AudioError.
-        context: function that loads the audio on which a TTS model is conditioned; None if the clip has no context.
+        context: function that loads the context audio, on which a TTS model is conditioned; None if the clip has none.
         labels: labels in the corpus ("text", "speaker", "lang", "audio_filepath" ...).
         cut: Lhotse cut as a dictionary; None if the clip was not read from a cut.
         path: audio file that contains the clip; None if it is not known.
@@ -121,7 +121,8 @@ def repeat_number(shard: ShardSpec, index: int) -> int:
     The number is 1 for the first clip with a name, 2 for the second, and so on; see `numbered_id`.
 
     Args:
-        shard: specification of the shard, with the numbers of repeated names in "repeats".
+        shard: specification of the shard. Its dictionary "repeats" contains this number for each clip whose name has
+            occurred before, by the clip's index as text.
         index: index of the clip in the shard.
     """
     number: int = shard.get("repeats", {}).get(str(index), 1)

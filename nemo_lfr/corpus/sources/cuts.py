@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 class Cuts(CorpusReader):
     """Reader for a `.jsonl` or `.jsonl.gz` file of Lhotse cuts or recordings.
 
-    Each recording becomes one clip. Relative paths refer to the working directory, as in Lhotse.
+    Each cut or recording becomes one clip. Relative paths refer to the working directory, as in Lhotse.
 
     Args:
         path: the file.
@@ -56,12 +56,12 @@ class Cuts(CorpusReader):
 
     @property
     def identity(self) -> str:
-        """Return a hash of the file, and of the supervisions beside a file of recordings."""
+        """Return a hash of the files in `files`."""
         return list_digest((path.name, digest(path)) for path in self.files)
 
     @property
     def files(self) -> list[Path]:
-        """Return the file, and the supervisions beside a file of recordings if there are any."""
+        """Return the file and, if it contains recordings, the file of their supervisions in the same folder."""
         beside = supervisions_beside(self.path) if kind_of(self.path) == "recordings" else None
         return [self.path] if beside is None else [self.path, beside]
 
@@ -96,7 +96,7 @@ def cut_to_clip(cut: Any, origin: str, number: int = 1, allow_url: bool = False)
     Args:
         cut: the cut.
         origin: name of the file, for messages.
-        number: number of times that the cut's id has occurred, including this cut; see `numbered_id`.
+        number: how often the cut's id has occurred in the corpus so far, including this cut; see `numbered_id`.
         allow_url: whether to download audio that is at an http(s) URL.
     """
     supervisions = sorted(cut.supervisions, key=lambda supervision: supervision.start)
@@ -149,7 +149,7 @@ def item_to_clip(item: CutItem, origin: str, number: int, allow_url: bool) -> Cl
     Args:
         item: the cut, or the reason why it is invalid.
         origin: path of the file, for messages.
-        number: number of the clip among those with the same id, from 1; see `numbered_id`.
+        number: how often the cut's id has occurred in the corpus so far, including this cut; see `numbered_id`.
         allow_url: whether to download audio that is at an http(s) URL.
 
     Returns:
@@ -187,7 +187,7 @@ def number_cuts(paths: Sequence[Path]) -> list[tuple[int, dict[int, int]]]:
             num_joined += item.cut is not None and len(item.cut.supervisions) > 1
         counts.append((count, repeats))
     if num_joined:
-        text = "%s: %d cuts have several supervisions; their texts are joined, and the first one names the speaker."
+        text = "%s: %d cuts have several supervisions; their texts are joined, and the first speaker is used."
         logger.warning(text, paths[0], num_joined)
     return counts
 
@@ -197,7 +197,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def _is_data(value: Any) -> bool:
-    """Return whether a value is a recording or array whose data is stored in a Shar."""
+    """Return whether a value is the manifest of a recording or array whose data is in memory or in a Shar."""
     if not isinstance(value, dict):
         return False
     sources = value.get("sources") or [value.get("array") or value]

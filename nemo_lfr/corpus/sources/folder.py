@@ -14,7 +14,7 @@ from nemo_lfr.io.folders import AUDIO_SUFFIXES, describe_contents
 from nemo_lfr.io.journal import write_text
 from nemo_lfr.io.layouts import folder
 
-# Key that marks an entry as unusable. The value is the place of the problem, and the reason.
+# Key that marks an entry as unusable. The value is a list of two strings: the file or line, and the problem.
 PROBLEM = "nemo_lfr.problem"
 
 
@@ -50,7 +50,7 @@ def unusable(name: str, place: str, problem: str) -> dict[str, Any]:
 
     Args:
         name: name from which the clip's id is made.
-        place: file, or line of a file, with the problem.
+        place: the file, or the line of a file, that has the problem.
         problem: reason why the clip cannot be used.
     """
     return {"audio_filepath": name, PROBLEM: [place, problem]}

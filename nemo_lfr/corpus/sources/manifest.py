@@ -25,7 +25,7 @@ from nemo_lfr.io.manifests import (
 from nemo_lfr.io.reading import read_file
 from nemo_lfr.io.text import UTF16_MARKS
 
-# At least one of this many first lines of a manifest must be a valid entry.
+# At least one of the first FIRST_LINES lines of a manifest must be a valid entry.
 FIRST_LINES = 100
 
 
@@ -45,7 +45,7 @@ class Manifest(CorpusReader):
         self.audio_dir = audio_dir or path.parent
         if path.name.lower().endswith((".tar", ".tar.gz", ".tgz", ".zip")):
             raise ConfigError(
-                f"{path}: archives, such as those of WebDataset, are not read; unpack it, and pass the folder."
+                f"{path}: archives, such as WebDataset shards, cannot be read; unpack this one, and pass the folder."
             )
         try:
             with open(path, "rb") as file:
@@ -81,7 +81,9 @@ class Manifest(CorpusReader):
     def shards(self, size: int) -> list[ShardSpec]:
         """Split the manifest into shards of `size` lines.
 
-        A specification contains the byte offset of the shard's first line, and the numbers of repeated clip names.
+        Returns:
+            For each shard, a dictionary with the byte offset of its first line ("start"), the number of its lines
+            ("count") and the entries of clips whose name has occurred before ("repeats"); see `repeat_number`.
         """
         shards: list[ShardSpec] = []
         ids = UniqueIds()

@@ -27,7 +27,7 @@ NAMED = 5  # maximum number of columns that a message names
 class Parquet(Table):
     """Reader for a Parquet file or a folder of Parquet files. A shard consists of row groups of one file.
 
-    Folders with names such as `lang=de` become columns, see `partition_of`.
+    A folder with a name such as `lang=de` adds a column to the files in it; see `partition_of`.
 
     Raises:
         ConfigError: if no file can be read, if no column contains audio, if a folder contains several splits of a
@@ -69,7 +69,7 @@ class Parquet(Table):
 
     @property
     def identity(self) -> str:
-        """Return a hash of the files, and of the columns in the names of their folders."""
+        """Return a hash of the files, and of the columns that the names of their folders contain."""
         if not any(self.partitions):
             return super().identity
         pairs = zip(self.files, self.partitions, strict=True)
@@ -152,7 +152,7 @@ def parquet_files(folder: Path) -> list[Path]:
 
 
 def _difference(columns: Sequence[str], expected: Sequence[str]) -> str:
-    """Return a description of how the columns of a file differ from those of another; empty if they do not."""
+    """Describe how the names of a file's columns differ from the expected ones; return "" if they do not."""
     parts = [
         f"{word} {', '.join(shorten(repr(name)) for name in names[:NAMED])}"
         for word, names in (
@@ -165,7 +165,7 @@ def _difference(columns: Sequence[str], expected: Sequence[str]) -> str:
 
 
 def split_of(path: Path) -> str | None:
-    """Return the split that a file's path names: "train", "valid", "test", or None.
+    """Return the split in a file's path, "train", "valid" or "test"; None if there is none.
 
     The path is searched for words such as "validation" or "dev"; see `nemo_lfr.io.splits`.
     """

@@ -24,7 +24,7 @@ class Shar(CorpusReader):
     """Reader for a Lhotse Shar: `cuts.*.jsonl.gz`, and the files of the other fields.
 
     The files may be in one folder, or in a subfolder for each field. Each input shard becomes one output shard, so
-    that the shards of the input and the output can be read together. The option for the shard size has no effect.
+    that an input shard and its output shard can be read together. The option for the shard size has no effect.
 
     Args:
         path: the folder.
@@ -118,6 +118,6 @@ class Shar(CorpusReader):
 
 
 def _numbers(files: Sequence[Path]) -> list[int]:
-    """Return the numbers of the shards in the names of files, sorted."""
+    """Return the shard numbers in the names of the files, sorted."""
     found = (re.search(r"\.(\d+)\.(?:jsonl|tar)(?:\.gz)?$", file.name) for file in files)
     return sorted(int(match[1]) for match in found if match)

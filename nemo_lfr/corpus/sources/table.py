@@ -51,7 +51,8 @@ class Table(CorpusReader):
         column = audio_column(self.columns, types)
         if column is None:
             raise ConfigError(
-                f"{path}: no audio column; expected one of {', '.join(AUDIO)}, found {shorten(self.columns, 300)}."
+                f"{path}: no audio column; expected one of {', '.join(AUDIO)}, found {shorten(self.columns, 300)}. "
+                "Rename the column that contains the audio."
             )
         self.column = column
         self.class_names = class_names(features)
@@ -93,7 +94,7 @@ class Table(CorpusReader):
             number: index in the corpus of the first row in `rows`.
             file: file that contains the rows, for messages; None for the corpus.
             first: index in the corpus of the first row in `file`.
-            constants: values of columns that are not in the file.
+            constants: labels that are the same for all rows, such as those in the names of folders.
         """
         columns = {name: rows.column(index) for index, name in enumerate(rows.schema.names)}
         audio = {name: columns.pop(name) for name in (self.column, CONTEXT) if name in columns}

@@ -43,8 +43,8 @@ class ComparedCodec(ABC):
         kind: prefix of the codec in `--codec`.
         usage: form of the `--codec` value, such as "opus:KBIT", for the help text.
         name: name of the codec in tables.
-        identity: text that identifies the weights, or the version of the program. Stored results are only reused for
-            the same text.
+        identity: text that identifies the weights, or the version of the program. Stored results are reused only if
+            this text is unchanged.
         delay: delay of the codec's output in seconds. `round_trip` compensates for it.
         levels: number of FSQ levels in each dimension of a codebook. If the codec does not use FSQ, the value is (size
             of a codebook,). If the codec has no tokens, the value is ().

@@ -8,7 +8,7 @@ from nemo_lfr.evaluation.codecs.transformers import TransformersCodec
 
 @register_codec
 class Dac(TransformersCodec):
-    """DAC with a chosen number of codebooks."""
+    """DAC. The setting is the number of codebooks."""
 
     kind = "dac"
     usage = "dac:CODEBOOKS"

@@ -8,7 +8,7 @@ from nemo_lfr.evaluation.codecs.transformers import TransformersCodec
 
 @register_codec
 class Mimi(TransformersCodec):
-    """Mimi with a chosen number of codebooks."""
+    """Mimi. The setting is the number of codebooks."""
 
     kind = "mimi"
     usage = "mimi:CODEBOOKS"

@@ -14,7 +14,7 @@ from nemo_lfr.evaluation.codecs.programs import program_version, run_timed
 
 @register_codec
 class Opus(ComparedCodec):
-    """Opus at a variable bit rate in kbit/s.
+    """Opus with a variable bit rate. The options are the target bit rate in kbit/s.
 
     The programs opusenc and opusdec (Debian package opus-tools) encode and decode with default settings.
     """

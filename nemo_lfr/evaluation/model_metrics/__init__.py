@@ -1,6 +1,6 @@
 """Metrics that third-party trained models compute. Each kind of model has its own module.
 
-A model metric is a subclass of `ModelMetric` that is decorated with `register_model_metric`. If a model is not
+To add such metrics, define a subclass of `ModelMetric` and decorate it with `register_model_metric`. If a model is not
 available, its metrics are reported as `NotMeasured` with the reason, and the evaluation continues.
 """
 
@@ -21,7 +21,7 @@ class OpenedModels(NamedTuple):
     Attributes:
         models: the loaded models.
         absent: reason why a metric is not available, by name of the metric.
-        failed: reason why a requested model could not be loaded, by kind of model.
+        failed: reason why a requested model could not be loaded, by its `kind`.
     """
 
     models: list[ModelMetric]
@@ -30,10 +30,10 @@ class OpenedModels(NamedTuple):
 
 
 def register_model_metric(metric: type[ModelMetric]) -> type[ModelMetric]:
-    """Register a model metric under its `kind`. This function can be used as a class decorator.
+    """Register a subclass of `ModelMetric` under its `kind`. This function can be used as a class decorator.
 
     Args:
-        metric: class of the model metric.
+        metric: the class.
 
     Returns:
         The same class.
@@ -50,7 +50,7 @@ def register_model_metric(metric: type[ModelMetric]) -> type[ModelMetric]:
 
 
 def model_metric_kinds() -> dict[str, type[ModelMetric]]:
-    """Return the class of each registered model metric by `kind`, including those of installed packages."""
+    """Return the registered subclasses of `ModelMetric` by `kind`, including those of installed packages."""
     import_submodules(__name__)
     load_plugins()
     return in_order(_registered, __name__)
@@ -68,7 +68,7 @@ def open_model_metrics(sources: Mapping[str, str], device: str) -> OpenedModels:
     If a model cannot be loaded, the result contains the reason.
 
     Args:
-        sources: model to load for each requested `kind`; an empty string for the default model of the kind.
+        sources: for each requested `kind`, the model to load; an empty string for the default model of this kind.
         device: PyTorch device.
 
     Returns:

@@ -11,7 +11,7 @@ class ModelMetric(ABC):
     """Base class for metrics that a trained model computes.
 
     Attributes:
-        kind: name of the model metric in `--model-metric`.
+        kind: name of this class in `--model-metric`, such as "asr".
         metrics: description of each metric that the model computes, by name.
         automatic: whether the model is loaded even if it is not requested.
         option: command-line option that requests the model, such as "--asr"; an empty string if there is only
