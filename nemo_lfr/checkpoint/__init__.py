@@ -1,8 +1,8 @@
 """Read and write `.nemo` checkpoints without extracting them or executing code from them.
 
-A `.nemo` file is a tar archive of `model_config.yaml` and `model_weights.ckpt`. The second file is a zip archive: a
-pickle in it describes the tensors, and one record per tensor contains the raw values. Checkpoints are untrusted files,
-so everything that is read from them is validated. This package has these modules:
+A `.nemo` file is a tar archive of `model_config.yaml` and `model_weights.ckpt`. The weights file is itself a zip
+archive: a pickle in it describes the tensors, and one record per tensor contains the raw values. Checkpoints are
+untrusted files, so everything that is read from them is validated. This package has these modules:
 
     source.py       read bytes of a checkpoint from a file or from memory
     archive.py      find the config and the weights in the tar archive
@@ -10,7 +10,7 @@ so everything that is read from them is validated. This package has these module
     resolvers.py    implement NeMo's OmegaConf resolvers without NeMo
     tensors.py      read tensors from the zip archive without calling anything that the pickle names
     lightning.py    read the config of a training checkpoint (`.ckpt`), which is a zip archive, not a tar archive
-    names.py        remove wrapper prefixes from weight names, and convert the names of weight norm
+    names.py        remove wrapper prefixes from weight names, and convert names that weight norm changes
     safetensors.py  read and write safetensors files
     folder.py       write a folder with `config.json` and `model.safetensors`
     reader.py       load modules, and validate their keys, shapes and values

@@ -60,7 +60,7 @@ _FROM_CHECKPOINT = "nemo_lfr_from_file"
 
 @dataclass
 class CodecModules:
-    """The three modules of a codec, and its sample rate in Hz."""
+    """Encoder, quantizer and decoder of a codec, and its sample rate in Hz."""
 
     encoder: HiFiGANEncoder
     quantizer: FiniteScalarQuantizer | GroupFiniteScalarQuantizer
@@ -284,7 +284,7 @@ def nemo_config(config: Mapping[str, Any]) -> dict[str, Any]:
         if candidate is ours and implied.get("causal", False) == causal:
             config["_target_"] = name
             return config
-    raise ConfigError(f"_target_ {target!r} has no counterpart in NeMo.")
+    raise ConfigError(f"_target_ {target!r} has no counterpart in NeMo; use a class that NeMo also has.")
 
 
 def build_part(config: Mapping[str, Any], *, weight_norm: bool = True) -> nn.Module:
@@ -335,7 +335,7 @@ def _check_sizes(arguments: Mapping[str, Any]) -> None:
 
 
 def build_parts(config: Mapping[str, Any], *, weight_norm: bool = True) -> CodecModules:
-    """Build the three modules of a model config and check that they match.
+    """Build the encoder, quantizer and decoder of a model config, and check that they fit together.
 
     Raises:
         ConfigError: if a key is missing or has an invalid value.

@@ -75,8 +75,8 @@ def module_tensors(config: Mapping[str, Any], modules: Mapping[str, nn.Module], 
     expected = {f"{part}.{key}" for part, module in parts.named().items() for key in module.state_dict()}
     if different := sorted(expected.symmetric_difference(tensors)):
         raise NemoLfrError(
-            f"{name}: the codec's weights do not match its config; {len(different)} names appear in only one of the "
-            f"two, for example {different[0]}. Merge or remove modules that were added, such as adapters."
+            f"{name}: the codec's weights do not match its config; {len(different)} names are only in the weights or "
+            f"only in the config, for example {different[0]}. Merge or remove added modules, such as adapters."
         )
     return tensors
 
@@ -96,7 +96,7 @@ def write_folder(
     make_folder(folder)
     sweep(folder, [path.name for path in paths])
     values = codec_values(parse_config(json.dumps(config)))
-    # The weights file contains the config too, so the files of an interrupted export are detected.
+    # The weights file contains the config too, so that a mix of old and new files is detected after an interruption.
     stored = {CONFIG: json.dumps({key: values[key] for key in CONFIG_KEYS if key in values})}
     checksum = write_tensors(paths[1], tensors, stored)
     write_bytes(paths[2], _json(_preprocessor(values)))

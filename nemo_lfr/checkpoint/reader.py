@@ -177,11 +177,11 @@ def load_parts(
 def read_weights(files: Sequence[str | os.PathLike[str]], config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """Read and validate a codec's weights from safetensors files.
 
-    The weights are returned in the form with weight norm, even if the files contain plain weights. If the only file is
-    `model.safetensors`, it must also match the SHA-256 in the `config.json` of its folder.
+    The weights are returned in the form with weight norm, even if the files contain plain weights. A single file
+    `model.safetensors` must also match the SHA-256 in the `config.json` of its folder.
 
     Args:
-        files: the only file, or all files if the weights were saved in several.
+        files: paths of the safetensors files: one path, or several if the weights were split into several files.
         config: model config.
 
     Returns:
@@ -217,10 +217,14 @@ def _parse_config(path: Path, members: Members) -> DictConfig:
 
 
 def _check_pair(tensors: Tensors, config: DictConfig) -> None:
-    """Raise CheckpointError if a safetensors file stores another config, or `config` the checksum of other weights.
+    """Check that the weights in a safetensors file belong to a config.
 
-    The two files do not match after an interrupted export, if only one of them was copied, or if one was edited or
-    damaged. A safetensors file that stores no config is accepted, as is a config without a checksum.
+    The file may store a copy of its config, and the config may store a checksum of its weights. They differ after an
+    interrupted export or a partial copy, or if one of the files was edited or damaged. A missing copy or checksum is
+    accepted.
+
+    Raises:
+        CheckpointError: if the copy differs from `config`, or the checksum differs from that of the weights.
     """
     _check_stored_config(tensors, config)
     expected = config.get(WEIGHTS_CHECKSUM)
@@ -286,7 +290,7 @@ def _match(tensors: Tensors, prefix: str, part: nn.Module, strict: bool) -> dict
     sources: dict[str, tuple[str, ...]] = {}
     for key, names in _sources(tensors, prefix):
         if key in sources:
-            raise CheckpointError(f"{path}: {shorten(prefix + '.' + key)} occurs under two names; keep one.")
+            raise CheckpointError(f"{path}: {shorten(prefix + '.' + key)} is stored under two names; keep one.")
         sources[key] = names
     missing = sorted(expected.keys() - sources.keys())
     unexpected = sorted(sources.keys() - expected.keys())
@@ -298,7 +302,7 @@ def _match(tensors: Tensors, prefix: str, part: nn.Module, strict: bool) -> dict
     if unexpected and strict:
         raise CheckpointError(
             f"{path}: {prefix} has {len(unexpected)} weights that are not in its config, for example "
-            f"{[shorten(key) for key in unexpected[:5]]}; the weights belong to another config."
+            f"{[shorten(key) for key in unexpected[:5]]}; use the config and the weights of one model."
         )
     matched = {key: sources[key] for key in expected if key in sources}
     for key, names in matched.items():

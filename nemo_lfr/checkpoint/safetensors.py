@@ -99,10 +99,10 @@ class SafeTensors(Tensors):
         position = self._begin
         for entry in sorted(entries, key=lambda entry: (entry.offset, math.prod(entry.shape))):
             if entry.offset != position:
-                raise ValueError(f"its tensors leave a gap or overlap at byte {min(entry.offset, position)}")
+                raise ValueError(f"its tensors overlap or leave a gap at byte {min(entry.offset, position)}")
             position += math.prod(entry.shape) * entry.dtype.itemsize
         if position != self._source.size:
-            raise ValueError(f"its tensors end at byte {position} of {self._source.size}")
+            raise ValueError(f"it has {self._source.size} bytes, but its tensors should end at byte {position}")
 
     def _check_values(self, expected: Any) -> None:
         if expected is not None and self._hash_values() != expected:
@@ -124,7 +124,7 @@ class SafeTensors(Tensors):
 
     def _bytes(self, offset: int, size: int) -> bytes:
         if offset + size > self._source.size:
-            raise ValueError(f"it ends after {self._source.size} bytes")
+            raise ValueError(f"it has only {self._source.size} bytes, but its header needs {offset + size}")
         raw = bytearray(size)
         self._source.read_into(offset, memoryview(raw))
         return bytes(raw)
@@ -135,10 +135,10 @@ class SafeTensors(Tensors):
             raise ValueError("a size or an offset of a tensor is not a whole number from 0 to 2**62 - 1")
         if len(shape) > MAX_DIMENSIONS or end - first != math.prod(shape) * dtype.itemsize:
             raise ValueError(
-                f"its header has a {value['dtype']} tensor of shape {shorten(shape)} in {end - first} bytes"
+                f"its header states {end - first} bytes for a {value['dtype']} tensor of shape {shorten(shape)}"
             )
         if self._begin + end > self._source.size:
-            raise ValueError(f"it ends after {self._source.size} bytes")
+            raise ValueError(f"it has only {self._source.size} bytes, but its tensors need {self._begin + end}")
         stride = tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
         return Entry("", dtype, self._begin + first, tuple(shape), stride)
 
@@ -178,7 +178,7 @@ def open_files(paths: Sequence[Path]) -> Tensors:
 
 
 def recorded_checksum(weights: Path) -> Any:
-    """Return the SHA-256 that the config in the folder of a weights file states; None if there is none."""
+    """Return the SHA-256 that `config.json` in the same folder states for a weights file; None if it states none."""
     try:
         return json.loads(weights.with_name(SAFETENSORS_CONFIG).read_text(encoding="utf-8")).get(WEIGHTS_CHECKSUM)
     except (OSError, ValueError, AttributeError):  # transformers has its own errors for such a config

@@ -23,10 +23,10 @@ _MKLDNN: Any = torch.backends.mkldnn
 
 
 class ProcessSetting:
-    """Process-wide setting that is changed while at least one thread needs another value.
+    """Process-wide setting that several threads can change temporarily.
 
-    The first thread that enters `at` saves the caller's value, and the last thread that leaves `at` restores this
-    value. A thread that needs a different value waits until no other thread is inside `at`.
+    The first thread that enters `at` saves the caller's value, and the last thread that leaves `at` restores it. A
+    thread that needs a different value waits until no other thread is inside `at`.
 
     Args:
         get: returns the current value.
@@ -51,7 +51,7 @@ class ProcessSetting:
 
     @contextmanager
     def at(self, wanted: Any) -> Iterator[None]:
-        """Keep the setting at `wanted` within the context."""
+        """Keep the setting at `wanted` inside a `with` block."""
         with self._changed:
             self._changed.wait_for(lambda: not self._users or self._wanted == wanted)
             if not self._users:
@@ -70,7 +70,11 @@ class ProcessSetting:
                     self._changed.notify_all()
 
     def differs(self, wanted: Any) -> bool:
-        """Return whether `at(wanted)` must be entered: the value differs from `wanted`, or a thread is inside `at`."""
+        """Return whether `at(wanted)` is needed.
+
+        This is the case if the current value differs from `wanted`, or if a thread is inside `at` and may restore
+        another value.
+        """
         return self._users > 0 or self._get() != wanted
 
 
@@ -123,7 +127,7 @@ else:
 
 @contextmanager
 def reference_state(device: torch.device) -> Iterator[None]:
-    """Return a context in which networks run in full fp32 and without gradients, whatever the caller's settings are.
+    """Run networks in full fp32 and without gradients inside a `with` block, whatever the caller's settings are.
 
     Args:
         device: device of the codec. Autocast is turned off for this device and for the CPU.
@@ -151,12 +155,12 @@ def reference_state(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def building_state(device: torch.device | None = None) -> Iterator[None]:
-    """Return a context in which trainable fp32 modules can be built, whatever the caller's settings are.
+    """Build trainable fp32 modules inside a `with` block, whatever the caller's settings are.
 
     Inference mode and CPU autocast are disabled, and the default dtype is fp32.
 
     Args:
-        device: default device within the context; None keeps the caller's default device.
+        device: default device inside the block; None keeps the caller's default device.
     """
     with ExitStack() as stack:
         if torch.is_inference_mode_enabled():
@@ -172,7 +176,7 @@ def building_state(device: torch.device | None = None) -> Iterator[None]:
 
 @contextmanager
 def convolutions(tf32: bool) -> Iterator[None]:
-    """Return a context that allows or forbids TF32 in cuDNN's fp32 convolutions; PyTorch allows TF32 by default."""
+    """Allow or forbid TF32 in cuDNN's fp32 convolutions inside a `with` block; PyTorch allows TF32 by default."""
     try:
         _ = torch.backends.cudnn.allow_tf32
         wanted: Any = tf32

@@ -38,7 +38,7 @@ def check_audio(
         audio: floating point in [-1, 1], or int16; [T_audio], [B, T_audio] or [B, 1, T_audio].
         audio_len: samples in each clip, [B]; default: the full length.
         name: name of `audio` in messages.
-        first: index that messages use for the first clip; not 0 if `audio` comes from a longer list of clips.
+        first: index of the first clip in messages; more than 0 if `audio` is a part of a longer list of clips.
 
     Returns:
         Audio [B, T_audio] and the number of samples in each clip.
@@ -134,7 +134,7 @@ def check_flag(value: object, name: str) -> bool:
 
 
 def check_num_codebooks(spec: CodecSpec, num_codebooks: object) -> int:
-    """Return the number of codebooks to use: `num_codebooks`, or all of the codec's codebooks if it is None.
+    """Return `num_codebooks`, or the codec's number of codebooks if it is None.
 
     Raises:
         TokensError: if `num_codebooks` is not an integer from 1 to the number of codebooks in `spec`.
@@ -185,7 +185,7 @@ def check_tokens(
         ids = arrays.zeros((ids.shape[0], spec.num_codebooks, ids.shape[2]), np.int64) + spec.zero_token
         ids[:, :kept] = first
     if _within(ids, spec.codebook_size):
-        return ids, totals  # the usual case: one reduction for all rows, because each one synchronizes a GPU
+        return ids, totals  # the usual case: one reduction for all rows, because each reduction synchronizes a GPU
     for row, total in enumerate(totals):
         valid = ids[row, :, :total]
         low, high = (int(valid.min()), int(valid.max())) if total else (0, 0)
@@ -226,13 +226,13 @@ def check_lengths(
     """Check the lengths of a batch and return them as Python integers.
 
     Args:
-        arrays: array library that reads `lengths`.
+        arrays: array library that converts `lengths`.
         lengths: integers of shape [batch]; None if every example has the length `limit`.
         batch: number of examples.
         limit: maximum length; None for any length.
         name: name of `lengths` in messages.
         error: type of the error to raise.
-        first: index that messages use for the first example; not 0 if the batch comes from a longer list.
+        first: index of the first example in messages; more than 0 if the batch is a part of a longer list.
 
     Raises:
         NemoLfrError: of the type `error`, if the shape, the type or a value is invalid.
@@ -262,7 +262,7 @@ def _checked_lengths(
 
 
 def check_kept_samples(samples: Sequence[int], totals: Sequence[int], samples_per_frame: int) -> None:
-    """Check for each utterance that the number of samples to keep fits the number of frames.
+    """Check that the number of samples to keep from each utterance fits its number of frames.
 
     Args:
         samples: samples to keep from each utterance.
@@ -308,7 +308,7 @@ def _is_finite(values: Any) -> bool:
 def check_decoded(audio: Any, spec: CodecSpec, name: str) -> None:
     """Raise NemoLfrError if decoded audio [B, T_audio] contains NaN.
 
-    Such samples mark places where the decoder returned NaN or infinite values.
+    Such samples mark where the decoder returned NaN or infinite values.
     """
     if not math.prod(audio.shape) or not math.isnan(float(audio.max())):
         return

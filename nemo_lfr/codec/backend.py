@@ -135,7 +135,7 @@ class Backend(Protocol[Array]):
         """Load the weights of the encoder ("encode") or the decoder ("decode"), if they are not loaded yet."""
 
     def computing(self) -> AbstractContextManager[None]:
-        """Return a context in which the networks do not depend on the caller's settings, such as autocast."""
+        """Return a context manager that keeps the caller's settings, such as autocast, from affecting the networks."""
 
 
 class NumpyBackend:
@@ -153,7 +153,7 @@ class NumpyBackend:
         """Do nothing: the weights are already loaded."""
 
     def computing(self) -> AbstractContextManager[None]:
-        """Return a context that does nothing: numpy has no settings that change results."""
+        """Return a context manager that does nothing: numpy has no settings that change results."""
         return nullcontext()
 
 

@@ -89,7 +89,7 @@ class CodecBase(Generic[Array]):
         return next(iter(self.backend.fingerprints()), "")
 
     def made(self, fingerprint: str) -> bool:
-        """Return whether tokens with this fingerprint were made by this codec.
+        """Return whether this codec made the tokens that have this fingerprint.
 
         Fingerprints that older versions of this package computed for this codec are also accepted.
         """
@@ -141,6 +141,6 @@ class CodecBase(Generic[Array]):
     def check_decoded(self, audio: Array | np.ndarray) -> None:
         """Raise NemoLfrError if decoded audio [B, T_audio] contains NaN.
 
-        Such samples mark places where the decoder returned NaN or infinite values.
+        Such samples mark where the decoder returned NaN or infinite values.
         """
         arguments.check_decoded(audio, self.backend.spec, self.name)

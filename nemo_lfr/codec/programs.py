@@ -127,7 +127,7 @@ def export_programs(codec: CodecBase[Any]) -> Programs:
         codec: codec with the PyTorch backend, in fp32.
 
     Returns:
-        The two programs; `torch.export.save` writes them to files.
+        The exported programs of the encoder and the decoder, which `torch.export.save` can write to files.
 
     Raises:
         NemoLfrError: for another backend or precision, or a codec with hooks or replaced layers.

@@ -1,4 +1,4 @@
-"""Batches of streams: base class of the streaming encoder and decoder, and the steps that process several streams.
+"""Base class of the streaming encoder and decoder, and functions that process several streams as one batch.
 
 A batch either succeeds for all of its streams or leaves all of them unchanged.
 """
@@ -16,8 +16,8 @@ from nemo_lfr.codec.stream_modules import StreamModules, check_lookahead
 from nemo_lfr.codec.stream_ops import State, Step, run_batched
 from nemo_lfr.errors import NemoLfrError, shorten
 
-# Processes the input of every stream, and returns the new output items of each stream. The last argument says whether
-# the recordings end with this input.
+# Function that processes the input of every stream, and returns the new output items of each stream. The last argument
+# says whether the recordings end with this input.
 Advance = Callable[[Sequence[Any], list[torch.Tensor], bool], list[np.ndarray]]
 
 
@@ -56,7 +56,7 @@ class BaseStream:
         self._num_in = 0  # frames
         self._num_computed = 0  # items of the output whose lookahead is complete
         self._num_out = 0  # items of the output that were returned
-        self._finished, self._has_more = False, False  # flushed; the current push has more frames to process
+        self._finished, self._has_more = False, False  # flushed; more input of the same `push` call follows
         self._in_use = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -160,8 +160,8 @@ def flush(
 
     Args:
         streams: streams of the class `kind`, each of them only once.
-        lengths: list with the length of each recording in samples (None for an unknown length). None instead of the
-            list: no length is known.
+        lengths: length of each recording in samples, or None for each recording whose length is unknown. If `lengths`
+            itself is None, no length is known.
         kind: class of the streams.
         advance: function that processes the last input of the streams.
 
@@ -190,7 +190,7 @@ def _batch(streams: Sequence[Any], kind: type[BaseStream]) -> list[Any]:
     streams = _listed(streams, "streams")
     for stream in streams:
         if not isinstance(stream, kind):
-            raise NemoLfrError(f"a stream is {shorten(type(stream).__name__)}; pass only {kind.__name__} objects.")
+            raise NemoLfrError(f"a stream is of type {shorten(type(stream).__name__)}; pass only {kind.__name__}.")
         if stream.codec is not streams[0].codec:
             raise NemoLfrError("the streams belong to several codecs; pass the streams of one codec.")
     if len({id(stream) for stream in streams}) < len(streams):

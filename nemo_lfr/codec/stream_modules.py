@@ -39,10 +39,10 @@ class StreamModules(Protocol):
         """Decoder module, from dequantized frames to audio."""
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """Return a context in which modules run at the codec's precision."""
+        """Return a context manager within which modules run at the codec's precision."""
 
     def computing(self) -> AbstractContextManager[None]:
-        """Return a context in which the modules do not depend on the caller's settings, such as autocast."""
+        """Return a context manager that keeps the caller's settings, such as autocast, from affecting the modules."""
 
 
 def check_lookahead(**values: int | None) -> None:
@@ -53,7 +53,7 @@ def check_lookahead(**values: int | None) -> None:
     """
     for name, value in values.items():
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
-            raise NemoLfrError(f"{name} {value!r} is not a number of frames; use 0 or more frames, or None.")
+            raise NemoLfrError(f"{name} is {value!r}; pass a whole number of frames, 0 or more, or None.")
 
 
 def check_network(network: nn.Module, name: str) -> None:

@@ -3,8 +3,8 @@
 Results are the same as for the whole recording, whatever the chunk size. The result for a frame depends on some later
 frames, the lookahead, and is returned as soon as they have arrived. In NVIDIA's codec, the encoder waits for 6
 later frames and the decoder for 13. A smaller `lookahead` reduces latency at some cost in quality: each frame is then
-processed as if the recording ended after its lookahead. Only one thread at a time may push to a stream. A push that
-raises an error leaves all streams unchanged.
+processed as if the recording ended after its lookahead. Only one thread at a time may push to a stream. A call of
+`push` that raises an error leaves all streams unchanged.
 """
 
 from collections.abc import Hashable, Sequence
@@ -216,8 +216,8 @@ def flush_decoders(
 
     Args:
         streams: streaming decoders of one codec, each of them only once.
-        num_samples: list with the length of each recording in samples (None: do not trim this recording). None
-            instead of the list: trim no recording.
+        num_samples: for each stream, the length of the recording in samples, to which the audio is trimmed, or None to
+            return whole frames. Default: whole frames for all streams.
 
     Raises:
         TokensError: as in `StreamDecoder.flush`. All streams then remain unchanged.

@@ -216,7 +216,7 @@ class TorchBackend:
 
     @contextmanager
     def computing(self) -> Iterator[None]:
-        """Return a context in which networks do not depend on the caller's PyTorch settings.
+        """Keep the caller's PyTorch settings from affecting networks inside a `with` block.
 
         Raises:
             NemoLfrError: within a tracer or function transform; see `nemo_lfr.codec.tracing`.
@@ -227,7 +227,7 @@ class TorchBackend:
             yield
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """Return a context in which PyTorch modules run at the codec's precision."""
+        """Return a context manager within which PyTorch modules run at the codec's precision."""
         dtype = PRECISIONS[self.spec.precision]
         if dtype is not None:
             return torch.autocast(self.device.type, dtype=dtype)

@@ -45,7 +45,7 @@ class Batch(NamedTuple):
 
 
 class Cutter(NamedTuple):
-    """Cutter that turns recordings into batches of windows.
+    """Settings and methods that turn recordings into batches of windows.
 
     Attributes:
         arrays: array library of the recordings.

@@ -15,7 +15,7 @@ from torch import nn
 from nemo_lfr.errors import NemoLfrError
 from nemo_lfr.modules.activation import CodecActivation
 
-# Ends of the message of `check_unaltered`, for each door that does not call the modules.
+# Endings for the message of `check_unaltered`, one for each function that does not call the modules.
 STREAM = "which a stream does not call; remove them, or use encode and decode instead of streams"
 FINGERPRINT = "which its fingerprint does not cover; remove or merge them, or store the tokens without a fingerprint"
 SAVE = "which are not saved, so the saved codec would give other results; remove or merge them"

@@ -98,8 +98,8 @@ def convolve_by_product(
 class Conv1d(nn.Module):
     """Convolution with padding, which divides the length by `stride`.
 
-    A symmetric convolution pads both ends in `pad_mode`. A causal one only adds zeros before the first time step, so
-    that no output depends on later inputs.
+    A symmetric convolution pads both ends with the mode `pad_mode`. A causal one only adds zeros before the first time
+    step, so that no output depends on later inputs.
 
     Attributes:
         pad: numbers of time steps that are added before and after the signal.
@@ -251,7 +251,8 @@ def fold(layer: Conv1d | ConvTranspose1d) -> tuple[torch.Tensor, torch.Tensor | 
     """Return a layer's weight, with weight norm folded, and its bias, both detached and contiguous.
 
     A transposed layer without groups is converted to an ordinary convolution with two taps. The input of the ordinary
-    convolution must be padded by one time step at both ends. `interleave` converts the output to the signal.
+    convolution must be padded by one time step at both ends. `interleave` then turns its output channels into time
+    steps.
 
     Returns:
         Weight [H_out, H_in, K], and bias [H_out] or None. For a converted layer, the shapes are

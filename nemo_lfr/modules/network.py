@@ -2,7 +2,7 @@
 
 `encode` and `decode` call three operations: a convolution, a transposed convolution and a residual layer. Each class
 that implements `Ops` runs them differently: `ModuleOps` calls the modules, for training and export; the CPU uses
-packed weights; CUDA records a plan; streams keep state between pushes; and `ContextOps` returns the receptive field.
+packed weights; CUDA records a plan; streams keep state between chunks; and `ContextOps` returns the receptive field.
 
 To add a new kind of stage, write its class in this folder and change `encode` or `decode`, or override `run` in a
 subclass of the encoder or decoder. A stage that only uses the three operations runs everywhere without other changes.

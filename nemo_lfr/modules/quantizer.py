@@ -2,9 +2,9 @@
 
 Each dimension of an encoded frame is squashed into the range of its levels and rounded to one of them; the rounded
 value, scaled to [-1, 1], is a code. A codebook belongs to a group of dimensions. The token of a codebook is a
-mixed-radix number: its digits are the chosen levels, and the first dimension is the lowest digit. The arithmetic and
-the state-dict keys are the same as in NeMo's classes with the same names. Quantization runs in fp32 even under
-autocast, because tokens depend on its rounding.
+mixed-radix number. Its digits are the indices of the chosen levels, with the first dimension as the lowest digit. The
+arithmetic and the state-dict keys are the same as in NeMo's classes with the same names. Quantization runs in fp32
+even under autocast, because tokens depend on its rounding.
 """
 
 import math
@@ -41,7 +41,7 @@ def _check_tokens(
         values: what the tokens were made from, [B, D, T].
         codebook_size: number of entries.
         length: frames in each example, [B]; None for all frames.
-        name: what `values` are, for messages.
+        name: name of `values` in messages.
         remedy: end of the message.
     """
     is_plain = type(tokens) is torch.Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(tokens)
@@ -55,8 +55,8 @@ def _check_tokens(
         is_bad = is_bad & (torch.arange(values.shape[-1], device=values.device) < length.to(values.device)[:, None])
     if bool(is_outside.any() | is_bad.any()):
         raise TokensError(
-            f"{name} are NaN, infinite or out of range, so they have no tokens in a codebook of {codebook_size} "
-            f"entries; {remedy}."
+            f"{name} are NaN, infinite or out of range, and cannot be converted to tokens of a codebook of "
+            f"{codebook_size} entries; {remedy}."
         )
 
 
@@ -179,12 +179,12 @@ class FiniteScalarQuantizer(NeuralModule):
         return codes
 
     def codes_to_nonnegative(self, codes: torch.Tensor) -> torch.Tensor:
-        """Convert codes in [-1, 1] to digits in [0, num_levels): [B, D, T] -> [B, D, T]."""
+        """Convert codes in [-1, 1] to level indices in [0, num_levels): [B, D, T] -> [B, D, T]."""
         middle = self.num_levels // 2
         return middle * codes + middle
 
     def nonnegative_to_codes(self, codes_nonnegative: torch.Tensor) -> torch.Tensor:
-        """Convert digits in [0, num_levels) to codes in [-1, 1]: [B, D, T] -> [B, D, T]."""
+        """Convert level indices in [0, num_levels) to codes in [-1, 1]: [B, D, T] -> [B, D, T]."""
         middle = self.num_levels // 2
         digits = codes_nonnegative - middle
         # Dividing integers would give PyTorch's default dtype.
@@ -205,7 +205,7 @@ class FiniteScalarQuantizer(NeuralModule):
         """Convert codes [B, D, T] to tokens [B, T]; a frame with a code out of range gets -1."""
         digits = self.codes_to_nonnegative(codes.float()).round().to(torch.int32)
         tokens = (digits * self.dim_base_index).sum(dim=1, dtype=torch.int32)
-        # A digit out of range changes the other digits of the token, so the token alone does not show the error.
+        # Checking the token would not suffice: a level index out of range may still give a token in the codebook.
         is_outside = ((digits < 0) | (digits >= self.num_levels)).any(dim=1)
         return tokens.masked_fill(is_outside, -1)
 

@@ -35,7 +35,7 @@ class SumOrder(NamedTuple):
 
 
 CANONICAL = SumOrder(8, True)
-IN_FP64 = SumOrder(4, False)  # order of the same kernels for fp64, which is used whatever order is requested
+IN_FP64 = SumOrder(4, False)  # order of these kernels for fp64; fp64 norms always use it, whatever order is requested
 # Orders of PyTorch's kernels for other CPUs: x86 without AVX2, and 128-bit NEON. Old fingerprints depend on them.
 OTHERS = (SumOrder(8, False), SumOrder(4, True))
 

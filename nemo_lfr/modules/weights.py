@@ -31,7 +31,7 @@ _FACTORS = np.random.default_rng(509).integers(0, 2**63, COLUMNS, dtype=np.uint6
 # thousands of weights on a CPU, and a kernel launch on a GPU.
 SMALL = {"cpu": 1 << 16}
 SMALL_ELSEWHERE = 1 << 24
-# Attributes of layers that derived forms depend on.
+# Attributes of layers that packed weights and other derived objects depend on.
 SETTINGS = (
     "stride",
     "dilation",
@@ -52,7 +52,7 @@ _CHECKED: ContextVar[dict[Hashable, nn.Module] | None] = ContextVar("checked_net
 
 @contextmanager
 def checksum_once() -> Iterator[None]:
-    """Return a context in which checksums of the same weights are computed only once; do not change weights in it."""
+    """Compute checksums of the same weights only once inside a `with` block, which must not change weights."""
     token = None if _SEEN.get() is not None else _SEEN.set({})
     try:
         yield
@@ -63,10 +63,10 @@ def checksum_once() -> Iterator[None]:
 
 @contextmanager
 def unchanged_networks() -> Iterator[None]:
-    """Return a context in which `check_once` repeats no successful check; do not change networks in it.
+    """Skip checks that have succeeded before inside a `with` block, which must not change networks.
 
-    Checks take a few milliseconds per call. This context saves that time in a server that runs its streams every few
-    milliseconds.
+    A check by `check_once` takes a few milliseconds. Skipping checks saves this time in a server that runs its streams
+    every few milliseconds.
     """
     token = _CHECKED.set({})
     try:
@@ -76,7 +76,7 @@ def unchanged_networks() -> Iterator[None]:
 
 
 def check_once(network: nn.Module, key: Hashable, check: Callable[[], bool]) -> bool:
-    """Run a check of a network, unless the same check has succeeded before in the same `unchanged_networks` context.
+    """Run a check of a network, unless the same check has succeeded before in the same `unchanged_networks` block.
 
     Args:
         network: encoder or decoder.
@@ -109,7 +109,7 @@ def contiguous_values(parameter: torch.Tensor) -> torch.Tensor:
 def weights_version(*modules: nn.Module) -> Callable[[], Any]:
     """Return a function whose result changes if a submodule, weight or buffer is replaced, moved or written to.
 
-    It also changes with the settings of layers, such as the slope of an activation. The function does not keep
+    The result also changes with the settings of layers, such as the slope of an activation. The function does not keep
     `modules` alive: it only references the dictionaries of attributes, children, parameters and buffers.
     """
     found = [child for module in modules for child in module.modules()]

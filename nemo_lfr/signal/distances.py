@@ -20,7 +20,7 @@ class ReconstructionLoss(nn.Module):
         resolutions: (n_fft, hop, window) of each resolution, in samples.
         mel_dims: number of mel bands at each resolution.
         mel_guard: constant that is added to mel magnitudes before the logarithm. With the value 1.0, as in NeMo, the
-            loss depends on the level of the recording, and quiet speech sounds have almost no influence.
+            loss depends on the volume of the recording, and quiet speech sounds have almost no influence.
         stft_guard: constant that is added to STFT magnitudes before the logarithm, with the same effect.
         floor: lower bound for mel magnitudes in the term "log_mel", which does not exist in NeMo.
     """
@@ -47,7 +47,7 @@ class ReconstructionLoss(nn.Module):
 
     @property
     def min_samples(self) -> int:
-        """Return the length of the shortest signals, in samples, that the padding of every STFT allows."""
+        """Minimum length of signals in samples: reflection cannot pad shorter signals for the longest STFT."""
         return max(n_fft // 2 + 1 for n_fft, _, _ in self.resolutions)
 
     def forward(

@@ -63,7 +63,7 @@ def test_codecs_without_a_config_and_changed_modules_are_not_saved(nemo_file, tm
         build_codec("two_stages").save_pretrained(tmp_path / "out")
     codec = nemo_lfr.load(nemo_file, "cpu")
     codec.encoder.adapter = torch.nn.Linear(2, 2)
-    with pytest.raises(NemoLfrError, match=r"; 2 names appear in only one .*, for example audio_encoder\.adapter"):
+    with pytest.raises(NemoLfrError, match=r"; 2 names are only in .*, for example audio_encoder\.adapter"):
         codec.save_pretrained(tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

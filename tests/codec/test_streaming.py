@@ -133,7 +133,7 @@ def test_first_lookahead_gives_the_first_audio_sooner_and_the_rest_exactly(kind,
 
 @pytest.mark.parametrize("value", [-1, True, 1.0, "2"])
 def test_invalid_first_lookahead_raises(value):
-    with pytest.raises(NemoLfrError, match="is not a number of frames"):
+    with pytest.raises(NemoLfrError, match="pass a whole number of frames"):
         cached_codec("symmetric").stream_decoder(first_lookahead=value)
 
 

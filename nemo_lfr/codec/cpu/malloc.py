@@ -17,9 +17,10 @@ from nemo_lfr.frames import Window
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 MMAP_THRESHOLD = 32 * 2**20  # the highest value that mallopt accepts
 TRIM_THRESHOLD = 2**30
-# Windows between two trims: few trims, because the first window after a trim must map its memory again.
+# Number of windows from one trim to the next. Trims are rare, because the first window after a trim must map its
+# memory again.
 WINDOWS_PER_TRIM = 8
-# Corpus batches between two trims. Batches of many lengths fragment the heap more than windows do.
+# Number of corpus batches from one trim to the next. Batches of many lengths fragment the heap more than windows do.
 BATCHES_PER_TRIM = 4
 
 _batches = itertools.count(1)

@@ -69,7 +69,7 @@ def decode_frames(decoder: HiFiGANDecoder, inputs: torch.Tensor, num_frames: lis
 
 
 class Batch(NamedTuple):
-    """Batch of signals that may have different lengths, in a buffer of one width.
+    """Batch of signals, which may have different lengths, in one tensor.
 
     Attributes:
         hidden: the signals, [B, H, T].
@@ -81,7 +81,7 @@ class Batch(NamedTuple):
 
 
 class PackedOps:
-    """Operations that run an encoder or decoder on a CPU; pass them to `network.run` as `ops`.
+    """Operations that run an encoder or decoder on a CPU, for the argument `ops` of its method `run`.
 
     The operations use packed weights, or `ModuleWeights` if the weights cannot be packed. Within
     `torch.autocast("cpu", torch.bfloat16)` packed weights are bf16.
@@ -98,7 +98,7 @@ class PackedOps:
         self._num_frames = num_frames
 
     def without_autocast(self) -> AbstractContextManager[Any]:
-        """Return a context that disables autocast if the weights are packed.
+        """Return a context manager that disables autocast if the weights are packed.
 
         The dtype of packed weights already determines the precision.
         """

@@ -25,9 +25,10 @@ from nemo_lfr.modules.conv import Conv1d, ConvTranspose1d, fold, interleave
 from nemo_lfr.modules.weights import DerivedForms
 
 _MKLDNN: Any = torch.backends.mkldnn
-# Smallest number of frames in a batch for which Winograd convolution is faster. Its weights are twice as large.
+# Smallest number of frames in a batch for which Winograd convolution is faster. Smaller batches spend most of their
+# time reading weights, and the weights for Winograd convolution are twice as large.
 WINOGRAD_MIN_FRAMES = 48
-# Smallest channels * taps for which Winograd convolution is faster (measured on Zen 4).
+# Smallest product of channels and taps for which Winograd convolution is faster (measured on Zen 4).
 WINOGRAD_MIN_PRODUCTS = 1000
 MAX_BF16_ERROR = 0.05  # rms error relative to the rms of the output; rounding to 8 bits causes 0.003 to 0.01
 
@@ -236,7 +237,7 @@ def weights_of(network: nn.Module, dtype: torch.dtype) -> Weights:
 def has_bf16() -> bool:
     """Return whether this CPU has bf16 instructions.
 
-    On x86 these are AMX and AVX512-bf16. For other CPUs, oneDNN reports whether it can use bf16.
+    On x86, these are AMX and AVX512-bf16. On other CPUs, the result is whether oneDNN can use bf16.
     """
     if torch.backends.cpu.get_cpu_capability().startswith("AVX"):
         return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()

@@ -1,4 +1,4 @@
-"""Folded layers for CUDA: layers whose weights are prepared once for a precision.
+"""Folded layers for CUDA: convolutions whose weights are prepared in advance instead of in every call.
 
 To prepare the weights, weight norm is folded, and the weights are converted to the dtype and the memory layout of the
 kernels. Signals are [B, T, H], channels innermost. The lengths of the examples in a batch are in a tensor on the GPU,
@@ -33,14 +33,14 @@ class Precision:
 
 @dataclass(frozen=True)
 class Activation:
-    """Form of a `CodecActivation` that kernels can use.
+    """Activation in a form that kernels can use, made from a `CodecActivation`.
 
     Attributes:
         module: the activation module, whose parameters are not copied.
         kind: "lrelu" (leaky ReLU); "snake" (snake for the first `len(alpha)` channels, leaky ReLU for the others); or
             "other", which only PyTorch can run.
         slope: slope of the leaky ReLU.
-        alpha: alpha of each channel with snake, [n] with n <= H; None for the other kinds.
+        alpha: alpha of each snake channel, [n] with n <= H; None for the other kinds.
     """
 
     module: nn.Module
@@ -118,11 +118,11 @@ class Layer:
         return self.weight[0].numel() if self.groups == 1 else 2 * self.inputs // self.groups
 
     def num_out(self, num_in: int) -> int:
-        """Return the number of time steps in the convolution's output, each of which has `upsample_stride` phases."""
+        """Return the number of output time steps before the phases of each step are interleaved in time."""
         return num_in + 1 if self.upsample_stride > 1 else num_in // self.stride
 
     def num_kept(self, num_in: int) -> int:
-        """Return the number of time steps of the final output, after trimming."""
+        """Return the number of output time steps after the phases are interleaved and the ends are trimmed."""
         return num_in * self.upsample_stride // self.stride
 
     @classmethod

@@ -10,9 +10,9 @@ import triton.language as tl
 
 @triton.jit
 def _inside(at, end, mode: tl.constexpr):
-    """Return the row of the signal that each padded position reads, and whether to read it.
+    """Return the row of the signal to read for each padded position, and whether to read it.
 
-    With zero padding, positions outside the signal are not read.
+    With zero padding, nothing is read for positions outside the signal.
     """
     if mode == "reflect":
         at = tl.where(at < 0, -at, at)  # not tl.abs, after which the compiler no longer sees the alignment

@@ -140,7 +140,7 @@ def _interruptible() -> Iterator[None]:
 
 
 class _QuietExporter:
-    """Context that silences the log of torch's exporter."""
+    """Context manager that silences the log of torch's exporter."""
 
     def __enter__(self) -> None:
         self._logger = logging.getLogger("torch.onnx")

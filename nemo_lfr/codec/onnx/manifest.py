@@ -97,7 +97,7 @@ def parse_manifest(values: Any) -> Manifest:
         raise CheckpointError(f"version is {quoted(version)}, but this nemo_lfr only reads version {VERSION}.")
     levels = values.get("levels")
     if not isinstance(levels, list) or not 1 <= len(levels) <= 16:
-        raise CheckpointError(f"levels are {quoted(levels)}; expected a list of 1 to 16 numbers.")
+        raise CheckpointError(f"levels are {quoted(levels)}; expected a list of 1 to 16 whole numbers.")
     levels = tuple(_whole({"levels": level}, "levels", 2, 4096) for level in levels)
     if math.prod(levels) >= 2**31:
         raise CheckpointError(f"levels are {quoted(levels)}, so a codebook would have 2^31 entries or more.")
@@ -106,7 +106,7 @@ def parse_manifest(values: Any) -> Manifest:
         raise CheckpointError(f"older_fingerprints are {quoted(older)}; expected a list of at most 16 hashes.")
     files = values.get("files")
     if not isinstance(files, dict) or set(files) != {ENCODER, DECODER}:
-        raise CheckpointError(f"files are {quoted(files)}; expected {ENCODER} and {DECODER}.")
+        raise CheckpointError(f"files are {quoted(files)}; expected an object with {ENCODER} and {DECODER}.")
     return Manifest(
         spec=CodecSpec(
             sample_rate=_whole(values, "sample_rate", 1000, 192_000),
@@ -143,7 +143,7 @@ def _text(values: dict[str, Any], name: str, pattern: re.Pattern[str]) -> str:
 def _limits(values: dict[str, Any], name: str) -> ModuleLimits:
     part = values.get(name)
     if not isinstance(part, dict):
-        raise CheckpointError(f"{name} is {quoted(part)}; expected past, future and min_frames.")
+        raise CheckpointError(f"{name} is {quoted(part)}; expected an object with past, future and min_frames.")
     past, future = (_whole(part, key, 0, 4096) for key in ("past", "future"))
     return ModuleLimits(Context(past, future), _whole(part, "min_frames", 1, 4096))
 

@@ -188,9 +188,10 @@ class EntropyModel:
 
     @cached_property
     def offsets(self) -> list[int]:
-        """Return the index of each digit's first row in tensors that have one row for each level of each digit.
+        """Return the offset of each digit's rows in `digit_weight`, and the total number of rows as the last item.
 
-        The last item is the total number of rows.
+        The tensor has one row for every level that a digit can have: first all rows of digit 0, then those of digit 1,
+        and so on.
         """
         return [0, *np.cumsum(self.spec.digit_levels).tolist()]
 
