@@ -20,7 +20,7 @@ def _set(name: str) -> Callable[[click.Context, click.Parameter, bool], None]:
             assert session is not None
             setattr(session, name, True)
             if session.quiet and session.verbose:
-                raise click.UsageError("--quiet and --verbose are mutually exclusive; pass one of them.", context)
+                raise click.UsageError("--quiet and --verbose are mutually exclusive; remove one of them.", context)
 
     return store
 

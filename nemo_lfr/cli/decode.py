@@ -67,8 +67,8 @@ def decode(
 ) -> dict[str, Any] | None:
     """Decode .lfr token files, folders or globs into audio of the original length.
 
-    `decode - -` reads a token file from stdin and writes audio to stdout; WAV is written as tokens arrive. `decode
-    FILE -` writes the audio of FILE to stdout.
+    `decode - -` reads a token file from stdin and writes audio to stdout; WAV is written as tokens arrive.
+    `decode FILE -` writes the audio of FILE to stdout.
     """
     wanted = {"start": start, "duration": duration, "recover": recover, "entropy_model": entropy_model}
     if "-" in inputs:

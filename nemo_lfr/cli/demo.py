@@ -50,7 +50,7 @@ def demo(out: Path, model: str | None, device: str | None, precision: str) -> di
     return values
 
 
-# Names of the metrics in `measure`, by their keys in the JSON output.
+# Dictionary from keys of the JSON output to names of metrics in `measure`.
 QUALITY = {"pesq_wb": "PESQ-WB", "estoi": "ESTOI", "si_sdr_db": "SI-SDR"}
 
 

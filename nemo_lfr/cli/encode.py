@@ -65,8 +65,8 @@ def encode(
 ) -> dict[str, Any] | None:
     """Encode audio files, folders or globs into .lfr token files.
 
-    `encode - -` reads audio from stdin and writes a token file to stdout; WAV is encoded as it arrives. `encode FILE
-    -` encodes FILE and writes the token file to stdout.
+    `encode - -` reads audio from stdin and writes a token file to stdout; WAV is encoded as it arrives.
+    `encode FILE -` encodes FILE and writes the token file to stdout.
     """
     if "-" in inputs:
         from nemo_lfr.cli.pipes import encode_pipe

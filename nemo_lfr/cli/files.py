@@ -209,7 +209,7 @@ def pending_tasks(tasks: Sequence[FileTask], overwrite: bool, skip_existing: boo
     from nemo_lfr.io.atomic import check_overwrite
 
     if overwrite and skip_existing:
-        raise NemoLfrError("--overwrite and --skip-existing are mutually exclusive; pass one of them.")
+        raise NemoLfrError("--overwrite and --skip-existing are mutually exclusive; remove one of them.")
     kept = {task for task in tasks if skip_existing and os.path.isfile(task.target)}
     if kept:
         note(f"nemo-lfr: {len(kept)} of {len(tasks)} results already exist and are kept.")

@@ -99,7 +99,7 @@ class TokenFileFigures(TypedDict):
         bit_rate_bps: bits per second of audio, counting the whole file.
         payload_bit_rate_bps: bits per second of audio, counting only the payloads of the blocks, without lengths,
             checksums and header.
-        payload_bits_per_frame: bits per frame, counted in the same way.
+        payload_bits_per_frame: bits per frame, counting only the payloads.
         entropy_model: hash of the entropy model that the file was compressed with; None if it is not compressed.
     """
 

@@ -3,7 +3,7 @@
 A lock excludes other runs only while the locked folder exists. If a user removes the folder of an active run, possibly
 on another machine, and starts a second run with the same path, both runs hold a lock. Each run therefore has a random
 ID, the claim, which is stored in the file `claim` of its state folder. Every process of the run checks this file
-before it moves results into the output folder, and stops if the ID is not that of its run.
+before it moves results into the output folder, and stops if the file contains another ID.
 """
 
 import secrets

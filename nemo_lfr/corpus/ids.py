@@ -21,7 +21,7 @@ _NOT_PORTABLE = re.compile(
 )
 # Names for which Windows opens a device, with or without a suffix.
 _RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³]|conin\$|conout\$) *(\.|$)", re.IGNORECASE)
-# Suffixes that a folder of an id must not have: its name could be that of another clip's file.
+# Suffixes that the folders in an id must not have: such a folder could have the same path as another clip's file.
 _FILE_SUFFIX = re.compile(r"\.(lfr|pt|wav|flac)$", re.IGNORECASE)
 
 

@@ -63,7 +63,7 @@ class Plan:
 
     @property
     def indices(self) -> list[int]:
-        """Return the indices of the shards of this run: all shards, or those of its part."""
+        """Return the indices of the shards to tokenize: all shards, or the shards of `config.part`."""
         part = self.config.part
         return [index for index in range(len(self.shards)) if part is None or part.owns(index)]
 

@@ -278,7 +278,7 @@ class Worker:
             codec = load(config.model, device, config.precision)
         self.codec = codec
         if str(self.codec.device) == "cpu":
-            # PyTorch crashes if the process cannot start all threads, so their number is limited to that of the cores.
+            # PyTorch crashes if it cannot start all threads, so use at most as many threads as there are cores.
             torch.set_num_threads(min(config.threads, os.cpu_count() or 1))
         self.corpus = config.open()
 

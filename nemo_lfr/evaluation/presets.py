@@ -28,7 +28,7 @@ class Preset:
     Attributes:
         recordings: function that selects the recordings. Its arguments are the folder with the extracted archives and
             a random seed.
-        card: values from NVIDIA's model card, by name of the metric.
+        card: dictionary from metric names to the values in NVIDIA's model card.
         selection: description of the selection for the report.
     """
 

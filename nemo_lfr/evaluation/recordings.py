@@ -18,7 +18,7 @@ from nemo_lfr.io.manifests import Recording
 from nemo_lfr.io.reading import check_end
 from nemo_lfr.io.regular import open_regular
 
-CLAIMS = "recordings.json"  # file in the output folder that describes each recording, by key
+CLAIMS = "recordings.json"  # file in the output folder with a description for each recording key
 SOURCE = "source"  # key of the entry for the source; the keys of recordings start with digits
 
 

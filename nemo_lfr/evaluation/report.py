@@ -78,7 +78,8 @@ def write_report(
         by: manifest keys, such as "lang". For each value of such a key, the report contains a quality table.
         examples: number of recordings for which the page has players and spectrograms. These recordings are
             spaced evenly over the evaluation.
-        card: values from NVIDIA's model card for the same test set, by metric; None if there are none.
+        card: dictionary from metric names to the values for this test set in NVIDIA's model card; None if there are
+            no such values.
 
     Returns:
         Paths of the files.

@@ -34,7 +34,7 @@ def per_recording(evaluation: Evaluation) -> str:
 def summary(evaluation: Evaluation) -> str:
     """Return CSV text with one line for each codec.
 
-    The line contains the mean of each metric over the recordings, the ends of its 95 % confidence interval, and the
+    The line contains the mean of each metric over the recordings, the bounds of its 95 % confidence interval, and the
     number of recordings.
     """
     text = io.StringIO()
@@ -55,8 +55,8 @@ def summary(evaluation: Evaluation) -> str:
 def differences(evaluation: Evaluation) -> str:
     """Return CSV text with one line for each pair of codecs.
 
-    For each metric, the line contains the mean of the paired differences (first codec minus second codec), the ends of
-    its 95 % confidence interval, and the number of recordings for which both codecs have a value.
+    For each metric, the line contains the mean of the paired differences (first codec minus second codec), the bounds
+    of its 95 % confidence interval, and the number of recordings for which both codecs have a value.
     """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")

@@ -115,7 +115,7 @@ def shorten_name(name: str, length: int) -> str:
 
 
 def means(result: Result, keys: Iterable[str]) -> dict[str, Mean]:
-    """Compute the mean of each metric, by name, over the recordings in `keys` that have a value of the metric."""
+    """Return a dictionary from metric names to means over the recordings in `keys` that have a value of the metric."""
     columns: dict[str, list[float]] = {}
     for key in keys:
         for name, value in result.values.get(key, {}).items():
@@ -133,7 +133,8 @@ def quality(
         evaluation: results to tabulate.
         keys: keys of the recordings to include.
         title: title of the table.
-        card: values from NVIDIA's model card for the same test set, by metric. They become the last row.
+        card: dictionary from metric names to the values for this test set in NVIDIA's model card, which become the
+            last row; None for no such row.
 
     Returns:
         A table. It has a column for each metric for which at least one codec has a value.

@@ -87,7 +87,7 @@ class Damage(str):
 
 
 class Row:
-    """Utterance whose data is loaded only by `load`, so that an error in the data affects no other utterance."""
+    """Utterance that is loaded when `load` is called, so that an error in its data affects no other utterance."""
 
     def __init__(self, load: Callable[..., dict[str, Any]], *arguments: Any) -> None:
         self._load, self._arguments = load, arguments
@@ -198,7 +198,7 @@ class FormatReader(ABC):
     def rows(self, files: ShardFiles, start: int, stop: int) -> Iterator[Row | Damage]:
         """Yield the utterances [start, stop) of a shard, and messages about damage.
 
-        An implementation may also yield utterances after those.
+        An implementation may continue after `stop`.
         """
 
     def _shard_counts(self, count: Callable[[ShardFiles], int]) -> list[int]:

@@ -121,8 +121,8 @@ def repeat_number(shard: ShardSpec, index: int) -> int:
     The number is 1 for the first clip with a name, 2 for the second, and so on; see `numbered_id`.
 
     Args:
-        shard: specification of the shard. Its dictionary "repeats" contains this number for each clip whose name has
-            occurred before, by the clip's index as text.
+        shard: specification of the shard. If the name of a clip has occurred before, the dictionary "repeats" maps the
+            index of the clip, as text, to this number.
         index: index of the clip in the shard.
     """
     number: int = shard.get("repeats", {}).get(str(index), 1)

@@ -88,7 +88,7 @@ class Parquet(Table):
         return table, footer
 
     def files_of(self, shard: ShardSpec) -> list[Path]:
-        """Return the only file from which a shard is read."""
+        """Return a list with the file from which a shard is read."""
         return [self.files[shard["file"]]]
 
     def shards(self, size: int) -> list[ShardSpec]:

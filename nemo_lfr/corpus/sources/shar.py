@@ -17,7 +17,7 @@ from nemo_lfr.io.shortage import require
 logger = logging.getLogger(__name__)
 
 NAMED = 5  # maximum number of missing shards that a message names
-MAX_SHARDS = 1_000_000  # a larger number is not that of a shard
+MAX_SHARDS = 1_000_000  # a larger number in the name of a file is not the number of a shard
 
 
 class Shar(CorpusReader):

@@ -20,8 +20,8 @@ class OpenedModels(NamedTuple):
 
     Attributes:
         models: the loaded models.
-        absent: reason why a metric is not available, by name of the metric.
-        failed: reason why a requested model could not be loaded, by its `kind`.
+        absent: dictionary from metric names to reasons, for the metrics that are not available.
+        failed: dictionary from kinds to reasons, for the requested models that could not be loaded.
     """
 
     models: list[ModelMetric]
@@ -68,7 +68,7 @@ def open_model_metrics(sources: Mapping[str, str], device: str) -> OpenedModels:
     If a model cannot be loaded, the result contains the reason.
 
     Args:
-        sources: for each requested `kind`, the model to load; an empty string for the default model of this kind.
+        sources: dictionary from each requested `kind` to the model to load; an empty string for the default model.
         device: PyTorch device.
 
     Returns:
