@@ -46,7 +46,7 @@ SPEED_FRAMES = 4096
 
 
 def written(path: Path, metadata: Metadata, tokens: np.ndarray, num_samples: int, model: EntropyModel | None) -> int:
-    """Write a token file, check that it decodes exactly, and return its bytes."""
+    """Write a token file, check that it decodes exactly, and return its size in bytes."""
     with TokenWriter(path, metadata, overwrite=True, model=model) as writer:
         writer.write(tokens)
         writer.finish(num_samples)
@@ -115,7 +115,7 @@ def main() -> None:
     pieces = [tokens for _, tokens, samples in utterances if samples / codec.sample_rate >= arguments.min_seconds]
     frames = sum(piece.shape[1] for piece in pieces)
     print(
-        "\n| frames of a block | bits per frame, payload | with lengths and CRC | raw, the same |\n"
+        "\n| frames per block | bits per frame: payload | with lengths and CRC | uncompressed, with both |\n"
         "| --- | --- | --- | --- |"
     )
     for block in BLOCKS:

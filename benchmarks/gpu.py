@@ -6,9 +6,9 @@
 
 The benchmark takes at most 8 minutes by default. It needs torch and numpy, and Triton for the fused kernels, but
 neither a network nor NeMo. The full-size codec (112.7 M parameters) has random weights, which do not affect its speed.
-"Stock" is an implementation of NeMo's operations in plain PyTorch: weight norm on every call, [B, H, T] convolutions
-over padded copies, a mask after each of them, and FSQ group by group. If NeMo is installed, it is timed as well. Its
-fp32 uses PyTorch's defaults, which means TF32 in the convolutions of cuDNN.
+"Stock" is NeMo if it is installed, and otherwise the "PyTorch reference". This is an implementation of NeMo's
+operations in plain PyTorch: weight norm on every call, [B, H, T] convolutions over padded copies, a mask after each of
+them, and FSQ group by group. In fp32, both use PyTorch's defaults, which means TF32 in the convolutions of cuDNN.
 
 Agreement of tokens is measured on real speech with the bundled codec, relative to fp32 on the CPU. If soundfile or
 omegaconf are missing, run --pack on a machine that has them. It writes the codec and speech to one file, which is used
@@ -185,7 +185,9 @@ class Bench:
         started = time.monotonic()
         if self.left() < needs:
             self.failures.append(name)
-            print(f"NOT RUN: it needs about {needs:.0f} s, of which {max(0.0, self.left()):.0f} are left", flush=True)
+            print(
+                f"NOT RUN: it needs about {needs:.0f} s, but only {max(0.0, self.left()):.0f} s are left", flush=True
+            )
             return
         try:
             run()
@@ -323,7 +325,7 @@ def check_kernels(bench: Bench) -> None:
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:  # kernel compilation dominates the time
         found = dict(zip(tries, pool.map(lambda way: way(), tries.values()), strict=True))
     wrong = {what: error for what, error in found.items() if error}
-    print(f"{len(found) - len(wrong)} of {len(found)} fused convolutions equal their definition")
+    print(f"{len(found) - len(wrong)} of {len(found)} fused convolutions equal the reference")
     if wrong:
         raise AssertionError("\n" + "\n".join(f"{what}: {error}" for what, error in wrong.items()))
 
@@ -352,7 +354,10 @@ def real_speech(folder: Path | None) -> tuple[Codec, list[torch.Tensor]]:
 
 def _load_speech(folder: Path | None) -> tuple[Codec, list[torch.Tensor]]:
     if not HAS_SOUNDFILE:
-        raise RuntimeError(f"soundfile is not installed and there is no {PACKED.name}: write it elsewhere with --pack")
+        raise RuntimeError(
+            f"soundfile is not installed, and there is no {PACKED.name}; write this file with --pack on another "
+            "machine that has soundfile, and copy it here"
+        )
     from nemo_lfr.cli.demo import demo_clip
     from nemo_lfr.io.audio import AudioReader
     from nemo_lfr.pretrained import load
@@ -424,9 +429,12 @@ def speech(bench: Bench, folder: Path | None) -> None:
             found = stock.encode(one, size).cpu()
         # The last frames differ, because the truncated clip lacks their lookahead.
         same = (found == expected)[..., : max(1, expected.shape[2] - 7)].float()
-        print(f"stock's arithmetic, {name}, first clip: {100 * float(same.mean()):.2f} %")
+        print(f"PyTorch reference, {name}, first clip: {100 * float(same.mean()):.2f} % equal tokens")
     if agreement["fp32"] < 0.9995:
-        raise AssertionError(f"fp32 gives {100 * agreement['fp32']:.3f} % of the CPU's tokens; only ties may differ")
+        raise AssertionError(
+            f"in fp32, only {100 * agreement['fp32']:.3f} % of the tokens equal those of the CPU; at most 0.05 % may "
+            "differ, because of rounding ties"
+        )
 
 
 def stock_ways(bench: Bench) -> dict[str, Callable[[], Any]]:
@@ -442,7 +450,7 @@ def nemo_stock(codec: Codec) -> Any:
     try:
         import nemo.collections.tts.models.audio_codec  # noqa: F401
     except Exception as reason:
-        print(f"NeMo cannot be imported ({type(reason).__name__}): stock is its arithmetic in plain PyTorch.")
+        print(f"NeMo cannot be imported ({type(reason).__name__}): only the PyTorch reference is timed.")
         return None
     import tempfile
 
@@ -456,7 +464,7 @@ def nemo_stock(codec: Codec) -> Any:
 
 def stock_calls(bench: Bench, codec: Codec, stock: Stock) -> dict[str, Any]:
     """Return the (encode, decode) functions of the reference implementations by name."""
-    calls: dict[str, Any] = {"stock's arithmetic": (stock.encode, stock.decode)}
+    calls: dict[str, Any] = {"PyTorch reference": (stock.encode, stock.decode)}
     model = nemo_stock(codec) if bench.on_gpu else None
     if model is not None:
         calls["stock NeMo"] = (
@@ -475,8 +483,8 @@ def latency(bench: Bench, codec: Codec, stock: Stock) -> None:
         tokens, tokens_len = codec.encode(audio)
         found = stock.encode(audio, audio_len)
         same = 100 * float((found[..., : tokens.shape[2]] == tokens).float().mean())
-        print(f"\n1 x {seconds:g} s; fp32 gives {same:.2f} % of the tokens of stock's arithmetic as users run it\n")
-        print("| | encode, ms | decode, ms | both, times stock |\n| --- | --- | --- | --- |")
+        print(f"\n1 x {seconds:g} s; {same:.2f} % of the fp32 tokens equal those of the PyTorch reference\n")
+        print("| | encode, ms | decode, ms | both, speedup over stock |\n| --- | --- | --- | --- |")
         reference = float("nan")
         for who, (encode, decode) in stock_calls(bench, codec, stock).items():
             for name, context in stock_ways(bench).items():
@@ -532,7 +540,7 @@ def saturation(bench: Bench, codec: Codec, stock: Stock) -> None:
                 ):
                     rate[size] = size * seconds / median(bench.seconds(way, 1.5))
             except torch.cuda.OutOfMemoryError:
-                print(f"{name}: a batch of {size} does not fit")
+                print(f"{name}: a batch of {size} does not fit into memory")
                 break
             finally:
                 if bench.on_gpu:
@@ -554,7 +562,7 @@ def saturation(bench: Bench, codec: Codec, stock: Stock) -> None:
             continue
         fast = with_precision(codec, precision)
         rate = measure(f"nemo_lfr {precision}", fast.encode, fast.decode)
-        print(f"  {precision}: {rate / best:.2f} times the best of stock's", flush=True)
+        print(f"  {precision}: {rate / best:.2f} times the best rate of stock", flush=True)
 
 
 @torch.no_grad()
@@ -653,11 +661,13 @@ def main() -> int:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--minutes", type=float, default=8.0)
     parser.add_argument("--parts", default="peaks,kernels,speech,latency,saturation,stages,upload")
-    parser.add_argument("--precisions", default="bf16,fp32,fp16,tf32", help="of latency and saturation")
-    parser.add_argument("--batches", default="8,32,96", help="of saturation: clips of 10 s")
-    parser.add_argument("--small", action="store_true", help="few channels and short clips: to try the script")
-    parser.add_argument("--pack", type=Path, help="write the bundled codec and speech, and stop")
-    parser.add_argument("--speech", type=Path, help="folder of recordings, beside the package's own")
+    parser.add_argument(
+        "--precisions", default="bf16,fp32,fp16,tf32", help="precisions in the parts latency and saturation"
+    )
+    parser.add_argument("--batches", default="8,32,96", help="batch sizes in the part saturation")
+    parser.add_argument("--small", action="store_true", help="use few channels and short clips, to try the script")
+    parser.add_argument("--pack", type=Path, help="write the bundled codec and speech to this file, and exit")
+    parser.add_argument("--speech", type=Path, help="folder of recordings to use in addition to the bundled one")
     args = parser.parse_args()
     if args.pack:
         codec, clips = _load_speech(args.speech)
@@ -667,9 +677,9 @@ def main() -> int:
         return 0
     unknown = set(args.precisions.split(",")) - set(PRECISIONS)
     if unknown:
-        parser.error(f"--precisions: {', '.join(sorted(unknown))} unknown; known: {', '.join(PRECISIONS)}")
+        parser.error(f"--precisions: {', '.join(sorted(unknown))} unknown; use {', '.join(PRECISIONS)}")
     if args.device.startswith("cuda") and not torch.cuda.is_available():
-        print(f"No CUDA device: torch {torch.__version__} sees none. --device cpu --small tries the script itself.")
+        print(f"torch {torch.__version__} finds no CUDA device; pass --device cpu --small to try the script on a CPU.")
         return 2
     batches = [int(batch) for batch in args.batches.split(",")]
     bench = Bench(args.device, args.minutes, args.small, args.precisions.split(","), batches)

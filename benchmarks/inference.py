@@ -96,7 +96,7 @@ class Case:
         noise = sum(float(error.square().sum()) for error in errors)
         power = sum(float(clean.square().sum()) for clean in self.heard)
         share = same / sum(row.numel() for row in self.alone)
-        return f"{100 * share:.1f} % of tokens, SNR {10 * np.log10(power / noise):.1f} dB"
+        return f"{100 * share:.1f} % of tokens are equal, SNR {10 * np.log10(power / noise):.1f} dB"
 
 
 def compare_with_stock(stock: Any, codecs: dict[str, Codec], rounds: int) -> dict[str, dict[str, list[float]]]:
@@ -129,7 +129,7 @@ def compare_with_stock(stock: Any, codecs: dict[str, Codec], rounds: int) -> dic
             print(f"| {side} {title} | {' | '.join(cells)} |", flush=True)
     for what, by_case in found.items():
         even = [geometric_mean(values) for title, values in by_case.items() if title != RAGGED]
-        print(f"\n{what}: {geometric_mean(even):.2f} times stock (geometric mean without the ragged batch)")
+        print(f"\n{what}: {geometric_mean(even):.2f} times as fast as NeMo (geometric mean without the ragged batch)")
     print("\n" + "\n".join(notes))
     return found
 
@@ -170,7 +170,7 @@ def compare_with_peers(codec: Codec, rounds: int) -> None:
 class Convolutions(TorchDispatchMode):
     """Profiler of the plan's convolutions, by their input and output channels.
 
-    Sums the seconds and multiply-adds of convolutions and matrix products.
+    It sums the seconds and multiply-adds of convolutions and matrix products.
     """
 
     def __init__(self) -> None:
@@ -213,14 +213,14 @@ def stages(codec: Codec) -> None:
         with Convolutions() as found:
             way()
         total = time.perf_counter() - started
-        print(f"\n| {side}: channels in, out | share of the time | GFLOP/s | of the product's |")
+        print(f"\n| {side}: channels in, out | share of the time | GFLOP/s | relative to the matrix product |")
         print("| --- " * 4 + "|")
         for (inputs, outputs), seconds in sorted(found.seconds.items(), key=lambda item: -item[1]):
             if seconds > 0.01 * total:
                 rate = 2 * found.sums[inputs, outputs] / seconds / 1e9
                 share = 100 * seconds / total
                 print(f"| {inputs}, {outputs} | {share:.0f} % | {rate:.0f} | {100 * rate / peak:.0f} % |")
-        print(f"| all else | {100 * (1 - sum(found.seconds.values()) / total):.0f} % | | |")
+        print(f"| everything else | {100 * (1 - sum(found.seconds.values()) / total):.0f} % | | |")
 
 
 def plot(found: dict[str, dict[str, list[float]]], path: Path, what: str) -> None:

@@ -2,11 +2,11 @@
 
     python benchmarks/misbehave.py 1000
 
-Starts `nemo-lfr serve` with the bundled codec and opens that many connections of the kinds of `KINDS`, 100 at a time.
-Meanwhile a good client decodes the same recording again and again, and its audio is compared with that of an idle
-server. Then the script prints the descriptors, threads and memory of the server before and after, and how long it
-takes to end after SIGTERM while connections that never end by themselves are open. The exit code is 1 if a check
-fails.
+The script starts `nemo-lfr serve` with the bundled codec and opens 1000 connections, 100 at a time, which take turns
+through the kinds of misbehavior in `KINDS`. Meanwhile a good client decodes the same recording again and again. Its
+audio is compared with that of an idle server. Then the script prints the file descriptors, threads and memory of the
+server before and after, and the time that the server takes to end after SIGTERM while connections are open that never
+end by themselves. The exit code is 1 if a check fails.
 """
 
 import argparse
@@ -45,7 +45,7 @@ TOLERANCE = 1e-5  # sums of a batch may be in another order
 
 @dataclass(frozen=True)
 class Target:
-    """A server with an access token.
+    """Server to test, which requires an access token.
 
     Attributes:
         patience_s: time after which a connection that the server should close is a failure.
@@ -65,7 +65,7 @@ class Target:
 
 
 class Connection:
-    """A TCP connection that sends what it is asked to."""
+    """TCP connection to the server that can send arbitrary bytes."""
 
     def __init__(self, target: Target, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.target, self.reader, self.writer = target, reader, writer
@@ -91,7 +91,7 @@ class Connection:
 
 @asynccontextmanager
 async def connection(target: Target, reset: bool = False, small: bool = False) -> AsyncIterator[Connection]:
-    """Open a connection; at the end it is cut.
+    """Open a connection, and cut it when the context ends.
 
     Args:
         target: the server.
@@ -375,7 +375,7 @@ def main(arguments: list[str] | None = None) -> int:
         process.kill()
         process.wait()
     checks = {
-        f"{count} connections in {seconds:.0f} s, {sum(late.values())} not ended {dict(late)}": not late,
+        f"{count} connections in {seconds:.0f} s, {sum(late.values())} not closed in time {dict(late)}": not late,
         f"{len(results)} good streams, largest difference {error:.1e}": error <= TOLERANCE,
         f"streams left: {'none' if idle else 'some'}": idle,
         f"before {before}, after {after}": after["descriptors"] <= before["descriptors"]

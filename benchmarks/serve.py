@@ -1,4 +1,4 @@
-"""Live decoding: how many streams the server sustains in real time, compared with two ways without batching.
+"""Live decoding: how many streams the server sustains in real time, compared with two modes without batching.
 
     python benchmarks/serve.py [--seconds 20] [--buffer 0.2] [--most 256]
 

@@ -2,9 +2,10 @@
 
     python benchmarks/serve_memory.py [--minutes 10] [--streams 12] [--plot memory.png]
 
-Starts `nemo-lfr serve` with the bundled codec. At any time, about `--streams` streams are open, half of them encoding
-and half decoding, each in real time for 1 to 20 seconds. The script samples the memory and the descriptors of the
-server every second, prints both by minute, and checks that every stream received all of its results.
+The script starts `nemo-lfr serve` with the bundled codec. At any time, about `--streams` streams are open, half of
+them encoding and half decoding, each in real time for 1 to 20 seconds. The script samples the memory and the file
+descriptors of the server every second, prints both by minute, and checks that every stream received all of its
+results.
 """
 
 import argparse

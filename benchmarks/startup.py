@@ -77,7 +77,7 @@ def main() -> None:
         if args.checkpoint is None:
             checkpoints = {
                 "without discriminators": write_nemo(Path(folder, "full.nemo"), codec_config(**FULL_SIZE)),
-                "with all of them": write_released(Path(folder)),
+                "with all discriminators": write_released(Path(folder)),
             }
         print(f"{machine()}\n\n| | seconds | peak memory |\n| --- | --- | --- |")
         for title, checkpoint in checkpoints.items():

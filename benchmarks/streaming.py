@@ -144,7 +144,7 @@ def speed(codec: Codec, wave: np.ndarray) -> None:
 def lookahead(codec: Codec, waves: list[np.ndarray]) -> None:
     """Print tokens and quality for each lookahead up to the full one."""
     frame_ms = 1000 / codec.frame_rate
-    print("\n| frames of lookahead | delay | tokens as with all |")
+    print("\n| frames of lookahead | delay | tokens equal to those with full lookahead |")
     print("| --- | --- | --- |")
     exact = [codec.encode(wave)[0][0].numpy() for wave in waves]
     steps = [[(a, a + 1024) for a in range(0, len(wave), 1024)] for wave in waves]
@@ -152,7 +152,7 @@ def lookahead(codec: Codec, waves: list[np.ndarray]) -> None:
         found = [encode(codec, wave, pieces, frames) for wave, pieces in zip(waves, steps, strict=True)]
         same = sum(int((a == b).sum()) for a, b in zip(found, exact, strict=True)) / sum(a.size for a in exact)
         print(f"| {frames} | {frames * frame_ms:.0f} ms | {100 * same:.1f} % |", flush=True)
-    print("\n| frames of lookahead | delay | SNR to the audio with all | ESTOI, mel distance to the original |")
+    print("\n| frames of lookahead | delay | SNR relative to full lookahead | ESTOI, mel distance to the original |")
     print("| --- | --- | --- | --- |")
     wholes = [codec.decode(tokens)[0][0].numpy() for tokens in exact]
     for frames in range(codec.decoder.context.future + 1):
@@ -175,7 +175,7 @@ def first_lookahead(codec: Codec, waves: list[np.ndarray]) -> None:
     wholes = [codec.decode(tokens)[0][0].numpy() for tokens in excerpts]
     full = codec.decoder.context.future
     frames = "token frames that must arrive before the first frame of audio"
-    print(f"\n| first_lookahead | {frames} | approximate frames | their SNR |")
+    print(f"\n| first_lookahead | {frames} | number of approximate frames | SNR of these frames |")
     print("| --- | --- | --- | --- |")
     for first in range(full):
         error = power = 0.0
@@ -195,7 +195,7 @@ def main() -> None:
     parser.add_argument("--model")
     parser.add_argument("--chunkings", type=int, default=200)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--clips", type=int, default=10, help="recordings of the lookahead tables")
+    parser.add_argument("--clips", type=int, default=10, help="number of recordings for the lookahead tables")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     codec = load(arguments.model, "cpu")

@@ -126,11 +126,15 @@ def plot(samples: list[tuple[float, float]], path: Path) -> None:
 def main() -> None:
     """Run the benchmark and print its tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="a .nemo; the bundled codec if not given")
+    parser.add_argument("--model", help="checkpoint (default: the bundled codec)")
     parser.add_argument("--clips", type=int, default=160)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--plot", type=Path)
-    parser.add_argument("--parts", default="memory,stock,batches,ray", help="batches only beside stock")
+    parser.add_argument(
+        "--parts",
+        default="memory,stock,batches,ray",
+        help="parts to run (default %(default)s); batches requires stock",
+    )
     args = parser.parse_args()
     cores = len(os.sched_getaffinity(0))
     rng = np.random.default_rng(0)
@@ -181,12 +185,12 @@ def compare_with_stock(
         assert utterance.tokens.shape == expected.shape
         differing += int((utterance.tokens != expected).sum())
         total += expected.numel()
-    print("\n| | seconds of audio a second |\n| --- | --- |")
+    print("\n| | seconds of audio per second |\n| --- | --- |")
     print(f"| `nemo-lfr tokenize`, {cores} workers of one thread | {spread(own)} |")
     for name, values in loops.items():
-        print(f"| stock's loop, {name}, {cores} threads | {spread(values)} |")
-        print(f"| ratio to stock, {name} | {spread(ratios(own, values))} |")
-    print(f"\n{differing} of {total} tokens differ from stock's, clip by clip")
+        print(f"| NeMo loop, {name}, {cores} threads | {spread(values)} |")
+        print(f"| speedup over the NeMo loop, {name} | {spread(ratios(own, values))} |")
+    print(f"\n{differing} of {total} tokens differ from those of NeMo for single clips")
 
 
 def compare_with_ray(manifest: Path, out: Callable[[], Path], model: str | None, rounds: int) -> None:
@@ -200,7 +204,7 @@ def compare_with_ray(manifest: Path, out: Callable[[], Path], model: str | None,
         rates["one Ray worker"].append(ours(manifest, out(), model, 1, "local"))
         rates["two Ray workers"].append(ours(manifest, out(), model, 2, "local"))
     ray.shutdown()
-    print("\n| one thread each, clips of 10 s | seconds of audio a second |\n| --- | --- |")
+    print("\n| one thread each, clips of 10 s | seconds of audio per second |\n| --- | --- |")
     for name, values in rates.items():
         print(f"| {name} | {spread(values)} |")
     bare, one, two = rates.values()

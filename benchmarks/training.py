@@ -130,7 +130,7 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--precision", default="32-true", help="of ours; stock runs in fp32")
+    parser.add_argument("--precision", default="32-true", help="precision of nemo_lfr; stock NeMo runs in fp32")
     args = parser.parse_args()
     from transformers import WavLMConfig, WavLMModel
 
@@ -158,7 +158,7 @@ def main() -> None:
     differences = {name: abs(mine[name] - expected[name]) / max(abs(expected[name]), 1e-12) for name in names}
     faster = ratios(*seconds.values())
     for name, values in seconds.items():
-        print(f"{name:12} {spread(values)} s per step, at most {results[name][1]:.2f} GiB")
+        print(f"{name:12} {spread(values)} s per step, peak memory {results[name][1]:.2f} GiB")
     print("largest relative difference of a loss in the first step:", f"{max(differences.values()):.1e}", differences)
     mean = statistics.geometric_mean(faster)
     size = f"batch of {args.batch_size} x {args.frames * 1024} samples"

@@ -6,16 +6,17 @@
     python examples/serve_ray.py --replicas 2 --max-replicas 8 --gpus 1 --address auto --detach   # scale with the load
 
 Each replica is a process that runs the application of `nemo-lfr serve`, on a GPU or on a few cores. Ray's proxy
-assigns each stream to a replica, where it stays. With `--max-replicas`, Ray adds replicas when the open streams exceed
-half of `--max-streams` per replica, and removes replicas when fewer are enough. A removed replica gets no new streams,
-and its open streams have `--drain` seconds to end. If you deploy again, Ray replaces all replicas in the same way,
-even if only their number has changed. A deployment with a single replica is then down until the new replica has
-started.
+assigns each stream to a replica, where it stays. With `--max-replicas`, Ray adds replicas when the average number of
+open streams in a replica exceeds half of `--max-streams`, and removes replicas when fewer are enough. A removed
+replica gets no new streams, and its open streams have `--drain` seconds to end. If you deploy again, Ray replaces all
+replicas in the same way, even if only their number has changed. A deployment with a single replica is then down until
+the new replica has started.
 
 If a replica dies, its clients get an error (`ServerLostError` in `nemo_lfr.errors`) and have to open another stream,
 which another replica serves. Ray starts a new replica.
 
-A cluster that a program started may require Ray's token: set RAY_AUTH_MODE=token to deploy to it.
+A cluster that was started by a Python program, such as this one without --address, may reject connections without
+Ray's authentication token. To deploy to such a cluster, set the environment variable RAY_AUTH_MODE=token first.
 """
 
 import argparse

@@ -50,7 +50,7 @@ from nemo_lfr.spec import same_fingerprint
 CONFIG = Path(__file__).with_name("language_model.yaml")
 # Options that may change when a run is resumed
 FREE = ("out", "codec", "server", "steps", "valid", "valid_every", "save_every", "sample_frames", "temperature")
-SERVER_WAIT_S = 10  # time for which the server may be starting or full
+SERVER_WAIT_S = 10  # maximum time to wait for a server that is starting or full
 ZERO = ("seed", "weight_decay", "sample_frames")  # options that may be 0
 
 
@@ -80,7 +80,7 @@ class LanguageModel(nn.Module):
         """Return the logits of the next ids, at every step.
 
         Args:
-            ids: shape [B, S, L].
+            ids: shape [B, S, L], with S parallel streams (one per codebook) and L steps.
 
         Returns:
             Logits, shape [B, S, L, vocab].
@@ -175,12 +175,13 @@ def check_server(url: str, codec: Metadata) -> None:
     info = Client(url, timeout=10, retry_s=SERVER_WAIT_S).info()
     if not same_fingerprint(info.fingerprint, codec.fingerprint):
         raise NemoLfrError(
-            f"{url}: the codec of this server ({info.model}) did not make the tokens; start it with another --model."
+            f"{url}: the tokens were made by another codec than that of this server ({info.model}); start the server "
+            "with --model and the codec of the tokens."
         )
 
 
 def crop(batch: dict[str, Any], max_frames: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the tokens and lengths of a batch. Clips longer than `max_frames` are cropped at a random place."""
+    """Return the tokens and lengths of a batch. Clips longer than `max_frames` are cropped to a random excerpt."""
     tokens, lengths = batch["tokens"], batch["tokens_len"]
     starts = [int(torch.randint(max(1, int(n) - max_frames + 1), (), generator=generator)) for n in lengths]
     rows = [row[:, start : start + max_frames] for row, start in zip(tokens, starts, strict=True)]
@@ -273,7 +274,10 @@ class Trainer:
         else:
             codec = load(config.codec, "cpu")
             if not codec.made(self.data.tokens.codec.fingerprint):
-                raise NemoLfrError(f"another codec made the tokens in {config.tokens}; pass it as codec=.")
+                raise NemoLfrError(
+                    f"the tokens in {config.tokens} were made by another codec than codec={config.codec}; pass the "
+                    "codec that made them."
+                )
             decoded, _ = codec.decode(torch.stack(list(frames), dim=1)[None])
             audio, sample_rate = decoded[0].numpy(), codec.sample_rate
         soundfile.write(self.out / "sample.wav", audio, sample_rate)
@@ -338,7 +342,7 @@ class Trainer:
             print(", ".join(f"{name.replace('_', ' ')} {value}" for name, value in line.items()), flush=True)
 
     def _save(self) -> None:
-        """Write the checkpoint atomically. If the run is killed during this, the previous checkpoint remains."""
+        """Write the checkpoint atomically. If the run is killed while it writes, the previous checkpoint remains."""
         if self.rank:
             return
         state = {
@@ -361,7 +365,8 @@ class Trainer:
         config = OmegaConf.to_container(self.config)
         if differ := sorted(key for key in config if key not in FREE and config[key] != state["config"].get(key)):
             raise NemoLfrError(
-                f"{self.checkpoint}: the checkpoint has other values of {', '.join(differ)}; choose another out=."
+                f"{self.checkpoint}: the checkpoint was saved with other values of {', '.join(differ)}; restore these "
+                "options, or choose another out=."
             )
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -392,7 +397,9 @@ def read_config(path: Path, overrides: list[str]) -> DictConfig:
     assert isinstance(config, DictConfig)
     check_numbers(config, OmegaConf.to_container(OmegaConf.load(CONFIG)))
     if config.model.width % config.model.heads:
-        raise NemoLfrError(f"model.width {config.model.width} is not a multiple of model.heads {config.model.heads}.")
+        raise NemoLfrError(
+            f"model.width is {config.model.width}; pass a multiple of model.heads ({config.model.heads})."
+        )
     return config
 
 

@@ -117,7 +117,7 @@ def test_a_server_decodes_the_frames_while_they_are_sampled(example, undisturbed
     arguments = [*keys.split(), f"out={tmp_path}", "steps=1", "max_frames=32", "sample_frames=32"]
     with running() as server:
         assert example.main([*arguments, f"server={server.url('')}"]) == 2
-    assert "did not make the tokens" in capsys.readouterr().err
+    assert "were made by another codec than that of this server" in capsys.readouterr().err
     with running(codec=load(None, "cpu")) as server:
         assert example.main([*arguments, f"server={server.url('')}"]) == 0
     assert "first audio after" in capsys.readouterr().out
@@ -254,10 +254,10 @@ def test_two_ranks_stop_together_and_resume_exactly(undisturbed, tmp_path):
         ("out={file}/below", "below: cannot be used as a folder"),
         ("steps=many", "steps is 'many'; pass a positive int"),
         ("batch_size=0", "batch_size is 0; pass a positive int"),
-        ("model.width=33", "is not a multiple of model.heads"),
-        ("model.layers=2", "the checkpoint has other values of model; choose another out="),
+        ("model.width=33", "model.width is 33; pass a multiple of model.heads"),
+        ("model.layers=2", "saved with other values of model; restore .* another out="),
         ("valid={other}", "were made by another codec"),
-        ("tokens={other} valid=null out={new}", "another codec made the tokens in .*other; pass it as codec="),
+        ("tokens={other} valid=null out={new}", "the tokens in .*other were made by another codec"),
     ],
 )
 def test_a_user_error_is_a_one_line_error(overrides, message, example, undisturbed, tmp_path, capsys):

@@ -129,8 +129,8 @@ class Client:
 class _Stream(CodecProperties):
     """Base class of streams. The constructor connects to the server.
 
-    The connection runs in an event loop in a thread of its own. Results are therefore received, and time limits hold,
-    while a call waits for the server.
+    The connection runs in an event loop in a thread of its own. Results are therefore received, and time limits are
+    enforced, whatever the calling thread does.
 
     A stream can be used once. After an error, all methods except `close` raise this error again.
     """

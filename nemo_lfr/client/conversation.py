@@ -250,8 +250,8 @@ class Conversation(CodecProperties):
         self._num_received += result.shape[-1]
         if self._num_received > self._num_expected:
             raise self.invalid(
-                f"sent {self._num_received} {self._units[1]}, more than the {self._num_expected} for the "
-                f"{self._num_sent} {self._units[0]} that were sent to it"
+                f"sent {self._num_received} {self._units[1]} for an input of {self._num_sent} {self._units[0]}, which "
+                f"gives only {self._num_expected}"
             )
         return result
 
@@ -295,8 +295,7 @@ class Conversation(CodecProperties):
         expected = self._num_expected if self._num_samples is None else min(self._num_samples, self._num_expected)
         if reported not in (expected, self._num_expected):
             raise self.invalid(
-                f"sent {reported} {units_out} instead of {expected} for the {self._num_sent} {units_in} that were "
-                "sent to it"
+                f"sent {reported} {units_out} instead of {expected} for an input of {self._num_sent} {units_in}"
             )
 
     @property

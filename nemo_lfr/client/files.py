@@ -110,21 +110,21 @@ def encode_file(server: Server, audio: bytes | str | os.PathLike[str]) -> Encode
         body = bytes(audio)
     else:
         body, info = _read(server, audio)
-    # The limit is generous. Tokens as JSON are smaller than most audio files, but not than well compressed silence.
+    # The limit is generous: tokens as JSON are smaller than most audio files, but larger than a file of silence in a
+    # compressed format.
     values = _json(server, "/v1/encode?format=json", body, (1 << 26) + 64 * len(body), ENCODED)
     tokens = parse_tokens(values["tokens"], info.num_codebooks, info.codebook_size)
     if tokens is None:
         raise _stranger(
-            server, f"does not report frames of {info.num_codebooks} tokens from 0 to {info.codebook_size - 1}"
+            server,
+            f"returns tokens that are not frames of {info.num_codebooks} integers from 0 to {info.codebook_size - 1}",
         )
     rates = (info.sample_rate, info.samples_per_frame)
     if (values["sample_rate"], values["samples_per_frame"]) != rates:
-        raise _stranger(
-            server, "reports a sample rate or frame size for the tokens that differs from the one in /v1/info"
-        )
+        raise _stranger(server, "returns tokens with another sample rate or frame size than /v1/info reports")
     num_samples = values["num_samples"]
     if num_frames(num_samples, info.samples_per_frame) != tokens.shape[1]:
-        raise _stranger(server, f"reports {tokens.shape[1]} frames for {num_samples} samples")
+        raise _stranger(server, f"returns {tokens.shape[1]} frames for {num_samples} samples")
     return EncodedFile(tokens, num_samples, *rates)
 
 

@@ -15,7 +15,7 @@ from nemo_lfr.client.answers import parse_object
 from nemo_lfr.client.server import Server
 from nemo_lfr.errors import ServerError, ServerFullError, ServerRefusedError, ServerShutdownError, shorten
 
-# Minimum speed of a transfer, in bytes per second. At this speed, a large file may take longer than the timeout.
+# Minimum speed of a transfer, in bytes per second. A transfer that is fast enough may take longer than the timeout.
 MIN_SPEED = 64_000
 _PIECE = 1 << 16  # bytes
 _MAX_ERROR = 100_000  # bytes
@@ -59,11 +59,11 @@ def request(
 
 
 def _check_complete(server: Server, response: Any) -> None:
-    """Check that the response is a whole body, and that its end can be recognized.
+    """Check that a response has status 200, and that a truncated body can be recognized.
 
     Raises:
-        ServerError: if the status is not 200, for example for a part of a file, or if neither a length nor the
-            encoding of the response tells where it ends.
+        ServerError: if the status is not 200, or if the response has neither the header Content-Length nor chunked
+            encoding.
     """
     if response.status != 200:
         raise ServerError(f"{server.url} answers with HTTP status {response.status}, not 200; is it `nemo-lfr serve`?")

@@ -92,7 +92,8 @@ class Engine:
         for stream in (codec.stream_encoder(), codec.stream_decoder()):
             if not isinstance(stream, StreamEncoder | StreamDecoder):
                 raise NemoLfrError(
-                    f"{codec.name}: streams of this backend cannot be batched; load a checkpoint with PyTorch."
+                    f"{codec.name}: the server needs a backend that can batch streams; load a .nemo checkpoint, which "
+                    "uses the PyTorch backend."
                 )
             _warm_up(stream)
         self.codec, self.limits = codec, limits or EngineLimits()
@@ -213,7 +214,7 @@ class Engine:
                     chunks = self._take(batch)
                 step = self._advance(batch, chunks)
             except Exception as error:  # the thread must continue for the other streams
-                logger.exception("a step of %d streams failed", len(batch))
+                logger.exception("a step with %d streams failed", len(batch))
                 self.fault = _description(error)
                 with self._changed:
                     for session in batch:
@@ -274,7 +275,10 @@ class Engine:
         return chosen
 
     def _take(self, batch: list[Session]) -> list[np.ndarray]:
-        """Take a chunk from each stream. All chunks have the same number of frames, unless a ramp sets another one."""
+        """Take a chunk from each stream.
+
+        All chunks have the same number of frames, except those for which a ramp sets another number.
+        """
         available = [session._available() for session in batch if not session._ended]
         frames = max(1, min(available, default=self.limits.chunk_frames))
         return [session._take(frames) for session in batch]
@@ -313,7 +317,7 @@ class Engine:
 
     @staticmethod
     def _flush(sessions: list[Session]) -> list[Any]:
-        """End streams of one kind, and return the rest of the results or an exception for each."""
+        """End streams of one kind, and return the remaining results or an exception for each stream."""
         streams = [session._stream for session in sessions]
         if sessions[0].kind == "decode":
             return _for_each(flush_decoders, streams, [session._num_samples for session in sessions])
@@ -321,7 +325,7 @@ class Engine:
 
 
 def _for_each(function: Callable[..., list[np.ndarray]], streams: list[Any], *arguments: list[Any]) -> list[Any]:
-    """Call a function of batches of streams, and return a result or an exception for each stream.
+    """Call a function with a batch of streams, and return a result or an exception for each stream.
 
     If the batch fails, each stream is processed alone, so that only the streams with an error end.
     """

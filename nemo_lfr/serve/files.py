@@ -41,7 +41,7 @@ T = TypeVar("T")
 _PIECE = 1 << 18  # bytes to send at once
 _FORM = "multipart/form-data"
 _JSON = "application/json"
-_HEAD = 64  # bytes in which JSON is recognized
+_HEAD = 64  # number of bytes that are read from the start of a body to recognize JSON
 OPUS_RATE = 24000  # Hz; Opus only supports 8, 12, 16, 24 and 48 kHz
 _FORMATS: dict[str, tuple[str, str, str]] = {
     "wav": ("WAV", "PCM_16", "audio/wav"),

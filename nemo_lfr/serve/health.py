@@ -23,9 +23,9 @@ async def find_fault(engine: Engine) -> str | None:
     if not engine.is_alive:
         return "the engine's thread has ended; restart the server."
     if engine.step_s > STALLED_S:
-        return f"a step of the engine has not finished for {engine.step_s:.0f} s; restart the server."
+        return f"a step of the engine has been running for {engine.step_s:.0f} s; restart the server."
     if engine.fault is not None:
-        # Success resets `engine.fault`. On any error, even because the engine is full, report the earlier fault.
+        # Success resets `engine.fault`. After any error, even if the engine was only full, report the earlier fault.
         with suppress(Exception):
             await asyncio.wait_for(_decode_frame(engine), _PROBE_S)
     return engine.fault

@@ -124,7 +124,7 @@ def check_names(query: Mapping[str, str], names: set[str]) -> None:
     Raises:
         ProtocolError: if a parameter is unknown or repeated.
     """
-    items = getattr(query, "multi_items", query.items)()  # Starlette's mapping itself has only the last of equal names
+    items = getattr(query, "multi_items", query.items)()  # `items` of Starlette's query has repeated names only once
     for name, count in Counter(name for name, _ in items).items():
         if name not in names:
             raise ProtocolError(f"unknown parameter {shorten(name)}; use {', '.join(sorted(names))}.")
@@ -175,7 +175,7 @@ def check_keys(fields: Mapping[str, Any], names: tuple[str, ...], name: str) -> 
     unknown = [key for key in fields if key not in names]
     if unknown:
         listing = ", ".join(names[:-1]) + (" and " if len(names) > 1 else "") + names[-1]
-        raise ProtocolError(f"{name} has the key {shorten(repr(unknown[0]), 40)}; send only {listing}.")
+        raise ProtocolError(f"{name} has the unknown key {shorten(repr(unknown[0]), 40)}; send only {listing}.")
 
 
 class DecodeProtocol:
@@ -215,8 +215,8 @@ class DecodeProtocol:
         if isinstance(message, bytes):
             if len(message) % (2 * count):
                 raise ProtocolError(
-                    f"a message has {len(message)} bytes; send a multiple of {2 * count}, whole frames of {count} "
-                    "int16 tokens."
+                    f"a message has {len(message)} bytes; send a multiple of {2 * count} bytes: whole frames of "
+                    f"{count} int16 tokens."
                 )
             tokens = np.frombuffer(message, "<i2").reshape(-1, count).T
         else:
@@ -333,8 +333,8 @@ class EncodeProtocol:
         kind = np.dtype("<i2" if self.audio == "pcm_s16le" else "<f4")
         if len(message) % kind.itemsize:
             raise ProtocolError(
-                f"a message has {len(message)} bytes; send a multiple of {kind.itemsize}, whole samples in "
-                f"{self.audio}."
+                f"a message has {len(message)} bytes; send a multiple of {kind.itemsize} bytes: whole samples in "
+                f"the format {self.audio}."
             )
         samples = np.frombuffer(message, kind).astype(np.float32)
         if self.audio == "pcm_s16le":

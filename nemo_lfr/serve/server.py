@@ -19,14 +19,16 @@ from nemo_lfr.serve.protocol import CloseCode
 
 _POLL_S = 0.1
 _SLICE = 1 << 14  # bytes of received data that are parsed before the number of frames is checked
-_MAX_HEADERS = 1 << 16  # bytes of request headers, without the first piece that is received
+_MAX_HEADERS = 1 << 16  # maximum size of request headers in bytes, without the first piece that is received
 _MAX_SMALL = 1000  # pings, pongs and small fragments per second that one client may send
 _SMALL = 64  # bytes in a small fragment
 _CLOSE_S = 3  # seconds at the end of the drain time that are reserved for closing connections
 
 
 class _WebSockets(WebSocketsSansIOProtocol):
-    """uvicorn's WebSocket protocol, which also disconnects clients that stop reading or send too many small frames.
+    """Subclass of uvicorn's WebSocket protocol that disconnects some faulty clients.
+
+    These are clients that stop reading, and clients that send too many small frames.
 
     uvicorn itself waits indefinitely for a client that stops reading, even after the application has closed the
     stream. The close frame is queued behind data that the client has not read.
@@ -98,9 +100,9 @@ class _WebSockets(WebSocketsSansIOProtocol):
 
 
 class _HeaderLimit(asyncio.Protocol):
-    """Mixin for uvicorn's HTTP protocols that limits the time and the size of request headers.
+    """Mixin for uvicorn's HTTP protocols that limits the size of request headers and the time to receive them.
 
-    uvicorn itself limits only the time between two requests, and the size only if it parses requests with h11.
+    uvicorn itself limits only the time between two requests. It limits the size only if it parses requests with h11.
     """
 
     idle_s = 60.0
@@ -161,8 +163,8 @@ class Server(uvicorn.Server):
     """uvicorn server that waits for open streams before it stops.
 
     After the first signal, `/health` returns 503 and new streams are refused. The server waits up to
-    `drain_s` - 3 seconds for open streams to end. It then closes the remaining streams with code 1012. A second signal
-    ends the wait at once.
+    `drain_s` minus 3 seconds for open streams to end. It then closes the remaining ones with code 1012. A second
+    signal ends the wait at once.
 
     Args:
         config: uvicorn's settings.

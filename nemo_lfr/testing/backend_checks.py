@@ -191,11 +191,11 @@ def check_invalid_arguments(codec: Codec[Any]) -> None:
     tokens: dict[str, tuple[Any, ...]] = {
         "tokens of float32": (np.zeros((count, 3), np.float32),),
         "one codebook too many": (np.zeros((count + 1, 3), int),),
-        "a token of codebook_size": (np.full((count, 3), codec.codebook_size),),
-        "a token of -1": (np.full((count, 3), -1),),
+        "a token equal to codebook_size": (np.full((count, 3), codec.codebook_size),),
+        "a token equal to -1": (np.full((count, 3), -1),),
         "an empty list of utterances": ([],),
         "an array of no utterances": (np.zeros((0, count, 3), int),),
-        "audio_len of fewer frames": (np.zeros((count, 3), int), None, [1]),
+        "audio_len for fewer frames than the tokens have": (np.zeros((count, 3), int), None, [1]),
     }
     for case, arguments in audio.items():
         _check_raises(AudioError, functools.partial(codec.encode, *arguments), case)

@@ -46,10 +46,9 @@ def synthesize(seconds: float, seed: int = 0) -> np.ndarray:
 
 
 def codec_config(**changes: Any) -> dict[str, Any]:
-    """Return a config like that of NVIDIA's codec, but much smaller and without a discriminator.
+    """Return the config of a small codec without a discriminator.
 
-    NVIDIA's codec is the Low Frame-rate Speech Codec.
-
+    The config has the same form as that of NVIDIA's Low Frame-rate Speech Codec, but the networks are much smaller.
     `codec_config(**TWO_STAGES)` is the config of the fastest test codec.
 
     Args:

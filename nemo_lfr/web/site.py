@@ -41,7 +41,7 @@ def export_site(
         folder: folder to write to; created if it does not exist.
         onnxruntime_web: folder of the installed npm package onnxruntime-web, or its `.tgz` file from `npm pack`.
         name: name of the codec, which the page shows.
-        overwrite: replace existing files.
+        overwrite: whether to replace existing files.
 
     Returns:
         Paths of all files; index.html is written last.

@@ -88,7 +88,7 @@ def export(generator: Generator, network: NetworkConfig, path: Path) -> None:
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("state", type=expand_home, help="state.pt of a run of train.py or of the trial script")
+    parser.add_argument("state", type=expand_home, help="state.pt of a run of train.py or of the older script")
     parser.add_argument("--out", type=expand_home, required=True, help="output .nemo file")
     args = parser.parse_args()
     try:
@@ -96,7 +96,7 @@ def main() -> None:
         export(generator, network, args.out)
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    print(f"{args.out}: average after {updates:,} updates, {args.out.stat().st_size / 1e6:.1f} MB")
+    print(f"{args.out}: averaged weights after {updates:,} updates, {args.out.stat().st_size / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":

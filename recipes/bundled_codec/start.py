@@ -88,7 +88,7 @@ def signal_channels(rates: Sequence[int], encoded_dim: int, sample_rate: int = S
     if channels[-1] != encoded_dim or any(after % before for before, after in pairwise(channels)):
         raise ValueError(
             f"strides {list(rates)} lead to {channels} signal channels instead of {encoded_dim}; "
-            "choose strides of which the product of the last ones is encoded_dim, or a multiple of encoded_dim."
+            "choose strides so that the product of the last few is encoded_dim or a multiple of it."
         )
     return channels
 
@@ -170,7 +170,7 @@ def transform_start_(generator: Generator, audio: torch.Tensor) -> float:
         audio: batch of speech in complete frames, shape [B, T_audio].
 
     Returns:
-        The SNR of the quantized reconstruction of `audio` in dB.
+        The SNR of the network's output for `audio`, in dB.
 
     Raises:
         ValueError: if the network has too few channels or other strides than the filter bank needs.

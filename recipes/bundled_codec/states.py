@@ -3,9 +3,9 @@
 A state of this recipe is a dictionary with the keys "format" (1), "settings", "step", "seconds", "generator",
 "average" and "trainer". `torch.load` reads it with `weights_only=True`.
 
-The trial script was used before this recipe existed. Its states contain "args" (the command line as a dictionary),
-"model" and "average" (state dicts of a `Generator`), "moments" and "adam" (states of the two optimizers), "step" and
-"seconds".
+Before this recipe existed, an older training script was used. Its states contain "args" (the command line as a
+dictionary), "model" and "average" (state dicts of a `Generator`), "moments" and "adam" (states of the two optimizers),
+"step" and "seconds".
 """
 
 import pickle
@@ -66,8 +66,8 @@ def load_state(path: Path) -> dict[str, Any]:
     state = _load(path)
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise ValueError(
-            f"{path}: not a state of this recipe; set out to another folder. To continue from a state of the trial "
-            f"script, also pass --import-state {path}."
+            f"{path}: not a state of this recipe; set out to another folder. To continue from a state of the older "
+            f"training script, also pass --import-state {path}."
         )
     return state
 
@@ -89,14 +89,16 @@ def _sizes(path: Path, config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     for section in fields(NetworkConfig):
         values = config[section.name]
         if values.get("pad_mode", "zeros") != "zeros":
-            raise ValueError(f"{path}: {section.name} has pad_mode {values['pad_mode']!r}; pass a codec with zeros.")
+            raise ValueError(
+                f"{path}: {section.name} has pad_mode {values['pad_mode']!r}; pass a codec with pad_mode 'zeros'."
+            )
         known = {field.name for field in fields(section.default_factory)}  # type: ignore[arg-type]
         sizes[section.name] = {name: value for name, value in values.items() if name in known}
     return sizes
 
 
 def trial_network(args: Mapping[str, Any]) -> NetworkConfig:
-    """Return the network config for the arguments of the trial script."""
+    """Return the network config for the arguments of the older training script."""
     return NetworkConfig(
         audio_encoder=EncoderConfig(
             down_sample_rates=list(args["enc_rates"]),
@@ -115,8 +117,8 @@ def trial_network(args: Mapping[str, Any]) -> NetworkConfig:
     )
 
 
-# Setting that corresponds to each argument of the trial script. With equal values, the run continues the trial
-# exactly.
+# For each argument of the older training script: the corresponding setting. If their values are equal, a run that
+# starts from an imported state makes the same updates as the older script would have made.
 TRIAL_SETTINGS: dict[str, tuple[str, ...]] = {
     "seed": ("seed",),
     "batch": ("batch_size",),
@@ -135,26 +137,29 @@ TRIAL_SETTINGS: dict[str, tuple[str, ...]] = {
 
 
 def import_trial(path: Path, settings: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Convert a state of the trial script to a state of this recipe.
+    """Convert a state of the older training script to a state of this recipe.
 
     Args:
-        path: `state.pt` of the trial script.
+        path: `state.pt` of the older script.
         settings: settings of the run that continues from this state, as a dictionary.
 
     Returns:
-        The state, and a message for each setting that differs from the trial.
+        The state, and a message for each setting that differs from the older run.
 
     Raises:
-        ValueError: if the file is not a state of the trial script, contains discriminators, or has another network.
+        ValueError: if the file is not a state of the older script, contains discriminators, or has another network.
     """
     trial = _load(path)
     keys = {"args", "model", "average", "moments", "adam", "step", "seconds"}
     missing = keys - set(trial) if isinstance(trial, dict) else keys
     if missing:
-        raise ValueError(f"{path}: not a complete state of the trial script; {', '.join(sorted(missing))} missing.")
+        raise ValueError(
+            f"{path}: not a complete state of the older training script, because it lacks "
+            f"{', '.join(sorted(missing))}; pass its state.pt."
+        )
     if "d" in trial:
         raise ValueError(
-            f"{path}: contains discriminators of the trial script, which cannot be imported; pass an earlier state."
+            f"{path}: contains discriminators, which cannot be imported; pass a state from before they were added."
         )
     if trial_network(trial["args"]) != network_config(settings["network"]):
         raise ValueError(
@@ -168,7 +173,7 @@ def import_trial(path: Path, settings: Mapping[str, Any]) -> tuple[dict[str, Any
         theirs = trial["args"][name]
         theirs = list(theirs) if isinstance(theirs, tuple) else theirs
         if ours != theirs:
-            differences.append(f"{'.'.join(place)} is {ours}, but was {theirs} in the trial")
+            differences.append(f"{'.'.join(place)} is {ours}, but was {theirs} in the imported run")
     state = {
         "step": trial["step"],
         "seconds": trial["seconds"],
@@ -182,7 +187,7 @@ def import_trial(path: Path, settings: Mapping[str, Any]) -> tuple[dict[str, Any
 def read_generator(path: Path) -> tuple[Generator, NetworkConfig, int]:
     """Read a generator from a `.nemo` file or a training state.
 
-    The averaged weights in a state are used. The state may be one of this recipe or of the trial script.
+    From a training state, the averaged weights are read. The state may be from this recipe or from the older script.
 
     Args:
         path: file to read.

@@ -118,7 +118,7 @@ class Run:
 
     @property
     def progress(self) -> float:
-        """Return the completed fraction of the run: that of updates or that of time, whichever is larger."""
+        """Return the completed fraction of the run, counted in updates or in time, whichever is larger."""
         by_time = self.seconds / 60 / self.settings.minutes if self.settings.minutes else 0.0
         return max(self.step / self.settings.updates, by_time)
 
@@ -273,7 +273,7 @@ def main() -> None:
         "--config", type=expand_home, default=DEFAULT_CONFIG, help="YAML file of settings (default %(default)s)"
     )
     parser.add_argument(
-        "--import-state", type=expand_home, metavar="FILE", help="state.pt of the trial script from which to continue"
+        "--import-state", type=expand_home, metavar="FILE", help="state.pt of the older script to continue from"
     )
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")

@@ -155,8 +155,8 @@ DECODE = {
     "odd length": ([AUDIO[:7]], "7 bytes, not a multiple of 4"),
     "NaN": ([struct.pack("<3f", 0, math.nan, 0)], "NaN or infinite"),
     "infinity": ([struct.pack("<3f", 0, -math.inf, 0)], "NaN or infinite"),
-    "too much audio": ([AUDIO + b"0123"], "sent 13 samples, more than the 12 for the 3 frames"),
-    "endless audio": (repeated(AUDIO), "sent 24 samples, more than the 12"),
+    "too much audio": ([AUDIO + b"0123"], "sent 13 samples for an input of 3 frames, which gives only 12"),
+    "endless audio": (repeated(AUDIO), "sent 24 samples for an input of 3 frames"),
     "too little audio": ([AUDIO[:4], DONE["decode"]], "reports 12 samples in its last message, but 1 samples arrived"),
     "no audio": ([DONE["decode"]], "reports 12 samples in its last message, but 0 samples arrived"),
     "a smaller number": ([AUDIO, DONE["decode"] | {"num_samples": 11}], "reports 11 samples .*, but 12 samples arriv"),
@@ -164,7 +164,7 @@ DECODE = {
         [AUDIO, DONE["decode"] | {"num_samples": 13}],
         "reports 13 samples .*, but 12 samples arrived",
     ),
-    "a part": ([AUDIO[:8], {"type": "done", "num_samples": 2}], "sent 2 samples instead of 12 for the 3 frames"),
+    "a part": ([AUDIO[:8], {"type": "done", "num_samples": 2}], "sent 2 samples instead of 12 for an input of 3"),
     "no number": ([AUDIO, DONE["encode"]], "num_samples is missing"),
     **{f"number {value}": ([AUDIO, {"type": "done", "num_samples": value}], "num_samples is") for value in BAD_COUNTS},
     "text after done": ([AUDIO, DONE["decode"], {"type": "error", "code": 1011, "error": "x"}], "after the message"),
@@ -173,9 +173,9 @@ DECODE = {
 }
 ENCODE = {
     "binary": ([b"\0" * 12], "binary message instead of tokens as text"),
-    "too many frames": ([FRAMES, {"tokens": [[1, 2]]}], "sent 4 frames, more than the 3 for the 12 samples"),
+    "too many frames": ([FRAMES, {"tokens": [[1, 2]]}], "sent 4 frames for an input of 12 samples, which gives"),
     "no frames": ([DONE["encode"]], "reports 3 frames in its last message, but 0 frames arrived"),
-    "a part": ([{"tokens": [[1, 2]]}, {"type": "done", "num_frames": 1}], "sent 1 frames instead of 3 for the 12 sa"),
+    "a part": ([{"tokens": [[1, 2]]}, {"type": "done", "num_frames": 1}], "sent 1 frames instead of 3 for an input"),
     "no number": ([FRAMES, DONE["decode"]], "num_frames is missing"),
     **{f"number {value}": ([FRAMES, {"type": "done", "num_frames": value}], "num_frames is") for value in BAD_COUNTS},
     **{
@@ -267,7 +267,7 @@ def test_results_before_their_input_are_an_error(exchange):
         for _ in connection:
             pass
 
-    with serving(answer) as url, pytest.raises(ServerError, match="12 samples, more than the 0 for the 0 frames"):
+    with serving(answer) as url, pytest.raises(ServerError, match="12 samples for an input of 0 frames"):
         exchange(url, "decode", 0)
 
 
@@ -306,7 +306,7 @@ def test_trimmed_audio_has_the_requested_length_or_whole_frames(sent, is_valid):
         if is_valid:
             assert stream.flush(10).shape == (sent,)
         else:
-            with pytest.raises(ServerError, match=r"more than the 12 for|instead of 10 for"):
+            with pytest.raises(ServerError, match=r"which gives only 12|instead of 10 for"):
                 stream.flush(10)
 
 
@@ -319,7 +319,7 @@ def test_the_number_of_frames_follows_from_the_sample_rate(rate, frames):
             if sent == frames:
                 assert stream.flush().shape == (2, frames)
             else:
-                with pytest.raises(ServerError, match=f"the {frames} for|instead of {frames} for"):
+                with pytest.raises(ServerError, match=f"which gives only {frames}|instead of {frames} for"):
                     stream.flush()
 
 

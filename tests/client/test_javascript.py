@@ -170,8 +170,8 @@ BAD_MESSAGES = {
     "odd tokens": ("encode", [READY, FRAMES[:6]], "a binary message of 6 bytes, not a multiple of 4"),
     "large token": ("encode", [READY, struct.pack("<2h", 0, 16)], "a token is 16"),
     "negative token": ("encode", [READY, struct.pack("<2h", 0, -1)], "a token is -1"),
-    "too much audio": ("decode", [READY, AUDIO], "12 samples arrived, more than 0"),
-    "too many tokens": ("encode", [READY, FRAMES], "3 frames arrived, more than 0"),
+    "too much audio": ("decode", [READY, AUDIO], "12 samples arrived, but the input gives only 0"),
+    "too many tokens": ("encode", [READY, FRAMES], "3 frames arrived, but the input gives only 0"),
     "object as code": ("decode", [READY, ERROR | {"code": {"a": 1}}], r'code is {"a":1}, not a non-negative integer'),
     "no code": ("decode", [without(ERROR, "code")], "code is missing"),
     "object as error": ("decode", [ERROR | {"error": {}}], "error is {}, not text"),
@@ -302,14 +302,14 @@ ANSWERS = [
     ("info", 200, JSON, INFO | {"frame_rate": math.nan}, "with JSON"),
     ("encode", 200, JSON, ENCODED, None),
     *(
-        ("encode", 200, JSON, ENCODED | {"tokens": tokens}, "frames of 2 tokens from 0 to 15|is .*, not a list")
+        ("encode", 200, JSON, ENCODED | {"tokens": tokens}, "frames of 2 integers from 0 to 15|is .*, not a list")
         for tokens in ([[1, -5], [3, 4]], [[1, 16], [3, 4]], [[1, 2.5], [3, 4]], [[1, True], [3, 4]], [[1], [3]], "ab")
     ),
     *(
         ("encode", 200, JSON, ENCODED | {"num_samples": count}, "frames for|num_samples is .*, not a")
         for count in (-1, 99_999, 1024, None, "2000", True, 1 << 80)
     ),
-    ("encode", 200, JSON, ENCODED | {"sample_rate": 44_100}, "differs from the one in /v1/info"),
+    ("encode", 200, JSON, ENCODED | {"sample_rate": 44_100}, "than /v1/info reports"),
     ("encode", 200, JSON, without(ENCODED, "samples_per_frame"), "samples_per_frame is missing"),
     ("file", 200, "application/octet-stream", b"LFRT...", None),
     ("file", 200, "text/plain", b"LFRT...", "with a token file"),

@@ -208,7 +208,7 @@ def test_a_run_may_start_with_other_weights(manifest, tmp_path, monkeypatch, kin
 
 
 def trial_state(run: train.Run) -> dict:
-    """Return the state of a run in the form in which the trial script wrote it."""
+    """Return the state of a run in the form in which the older training script wrote it."""
     settings, network = run.settings, run.settings.network
     args = {
         "enc": network.audio_encoder.base_channels,
@@ -240,7 +240,7 @@ def trial_state(run: train.Run) -> dict:
 
 
 def bundled_sizes(overrides: list[str]) -> list[str]:
-    """Return settings with 32 encoded dimensions, as in the trial script, for two stages with few channels."""
+    """Return settings with 32 encoded dimensions, as in the older script, for two stages with few channels."""
     return [
         *overrides,
         "network.audio_encoder={encoded_dim: 32, base_channels: 16}",
@@ -249,7 +249,7 @@ def bundled_sizes(overrides: list[str]) -> list[str]:
     ]
 
 
-def test_state_of_the_trial_script_resumes_with_the_same_updates(manifest, tmp_path):
+def test_state_of_the_older_script_resumes_with_the_same_updates(manifest, tmp_path):
     settings = settings_of(manifest, tmp_path / "run", *bundled_sizes([]))
     run = run_of(settings, manifest)
     run.update()
@@ -278,8 +278,8 @@ def test_importing_names_the_settings_that_differ(manifest, tmp_path):
     settings.lr, settings.losses.waveform = 1e-3, 1.0
     _, differences = import_trial(tmp_path / "trial.pt", settings.as_dict())
     assert differences == [
-        "lr is 0.001, but was 0.002 in the trial",
-        "losses.waveform is 1.0, but was 0.3 in the trial",
+        "lr is 0.001, but was 0.002 in the imported run",
+        "losses.waveform is 1.0, but was 0.3 in the imported run",
     ]
     settings.network.audio_encoder.base_channels = 32
     with pytest.raises(ValueError, match="another network"):

@@ -45,7 +45,7 @@ async def decode(engine, frames=3):
 def test_a_codec_whose_streams_cannot_be_batched_is_refused():
     codec = copy.copy(cached_codec("symmetric"))
     codec.stream_decoder = lambda: object()
-    with pytest.raises(NemoLfrError, match="cannot be batched"):
+    with pytest.raises(NemoLfrError, match="needs a backend that can batch streams"):
         Engine(codec)
 
 

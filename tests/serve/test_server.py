@@ -284,9 +284,9 @@ def test_a_bad_request_is_an_error_of_the_client(server, path, body, status):
         *(
             ("/v1/decode", {"Content-Type": "application/json"}, b'{"tokens": [], ' + keys + b"}", 400, match)
             for keys, match in (
-                (b'"num_sample": 0', "the body has the key 'num_sample'; send only tokens, num_samples, sample"),
-                (b'"format": "flac"', "the body has the key 'format'"),
-                (b'"type": "end"', "the body has the key 'type'"),
+                (b'"num_sample": 0', "the body has the unknown key 'num_sample'; send only tokens, num_samples,"),
+                (b'"format": "flac"', "the body has the unknown key 'format'"),
+                (b'"type": "end"', "the body has the unknown key 'type'"),
                 (b'"sample_rate": 16000', "sample_rate is 16000, but the codec of this server has 22050; send tokens"),
                 (b'"samples_per_frame": null', "samples_per_frame is None, but the codec of this server has 1024"),
             )

@@ -77,7 +77,7 @@ async function encode(worker, manifest, samples) {
       }
     }
   }
-  if (tokens.some((token) => token < 0)) throw new UserError("This recording cannot be encoded: it is not finite audio.");
+  if (tokens.some((token) => token < 0)) throw new UserError("The recording contains NaN or infinite samples; fix or replace it.");
   return tokens;
 }
 
@@ -122,7 +122,7 @@ function windows(total, { past, future }) {
 
 /**
  * @param {Manifest} manifest
- * @returns {Metadata} metadata of token files, in the order of their keys
+ * @returns {Metadata} metadata of token files; the keys have the same order as in the files
  */
 function metadataOf({ sample_rate, samples_per_frame, levels, num_codebooks, fingerprint, written_by }) {
   return { sample_rate, samples_per_frame, levels, num_codebooks, fingerprint, precision: "fp32", written_by };

@@ -32,7 +32,10 @@ export function bytesPerFrame(codebookSize, numCodebooks) {
 }
 
 /**
- * Pack tokens. Each frame becomes one little-endian number, whose lowest digit is the token of the first codebook.
+ * Pack tokens.
+ *
+ * Each frame becomes one number, whose digits in base `codebookSize` are the tokens of the frame. The token of the
+ * first codebook is the least significant digit. The number is stored in little-endian order.
  *
  * @param {Int32Array} tokens frame by frame
  * @param {number} codebookSize

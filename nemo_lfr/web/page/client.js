@@ -452,7 +452,8 @@ export class Stream {
     const wrong = result.find((item) => !isValid(item));
     if (wrong !== undefined) return `a ${isDecoder ? "sample" : "token"} is ${wrong}`;
     const received = this.#numReceived + data.byteLength / width;
-    if (received > this.#numExpected) return `${received} ${this.#unit} arrived, more than ${this.#numExpected}`;
+    const expected = this.#numExpected;
+    if (received > expected) return `${received} ${this.#unit} arrived, but the input gives only ${expected}`;
     this.#numReceived = received;
     this.#results.push(/** @type {Result} */ (result));
     return "";
@@ -645,13 +646,13 @@ function tokensProblem({ tokens, num_samples, sample_rate, samples_per_frame }, 
   const { num_codebooks: count, codebook_size: size } = info;
   const isToken = (/** @type {unknown} */ token) => isCount(token) && Number(token) < size;
   if (!tokens.every((frame) => Array.isArray(frame) && frame.length === count && frame.every(isToken))) {
-    return `does not report frames of ${count} tokens from 0 to ${size - 1}`;
+    return `returns tokens that are not frames of ${count} integers from 0 to ${size - 1}`;
   }
   if (sample_rate !== info.sample_rate || samples_per_frame !== info.samples_per_frame) {
-    return "reports a sample rate or frame size for the tokens that differs from the one in /v1/info";
+    return "returns tokens with another sample rate or frame size than /v1/info reports";
   }
   const isComplete = Math.ceil(num_samples / samples_per_frame) === tokens.length;
-  return isComplete ? "" : `reports ${tokens.length} frames for ${num_samples} samples`;
+  return isComplete ? "" : `returns ${tokens.length} frames for ${num_samples} samples`;
 }
 
 /**
@@ -765,7 +766,7 @@ function show(value) {
 }
 
 /**
- * @param {string} text that may come from a stranger
+ * @param {string} text that cannot be trusted
  * @param {number} length
  * @returns {string} one line
  */

@@ -61,7 +61,7 @@ async function open(ort, network) {
   const response = await fetch(new URL(file, folder)).catch(() => null);
   if (!response?.ok) throw new Error(`${file} could not be loaded from this site.`);
   const data = await response.arrayBuffer();
-  // Only available over HTTPS and on this computer.
+  // `crypto.subtle` exists only on pages that were loaded over HTTPS or from this computer.
   if (globalThis.crypto?.subtle) {
     const hash = new Uint8Array(await crypto.subtle.digest("SHA-256", data));
     const text = [...hash].map((byte) => byte.toString(16).padStart(2, "0")).join("");

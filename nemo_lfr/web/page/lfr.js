@@ -104,7 +104,7 @@ export function writeTokenFile(metadata, tokens, numSamples) {
 function readHeader(reader) {
   if (reader.uint32() !== MAGIC) throw new UserError("This is not a token file.");
   const version = reader.bytes(1)[0];
-  if (version !== 1 && version !== 2) throw new UserError(`This token file has version ${version}; this page reads 1 and 2.`);
+  if (version !== 1 && version !== 2) throw new UserError(`This token file has version ${version}; this page reads versions 1 and 2.`);
   const field = reader.uint32();
   const coding = version > 1 ? field >>> 24 : 0;
   const length = version > 1 ? field & 0xffffff : field;
@@ -207,7 +207,7 @@ class SectionReader {
   }
 
   /**
-   * Read the CRC field that ends a section, and compare it.
+   * Read the CRC field that ends a section, and compare it with the CRC of the section.
    *
    * @param {number | null} before CRC field of the previous section, which the CRC of this section also covers
    */

@@ -130,7 +130,7 @@ function magnitudes({ samples, sampleRate }) {
 
 /**
  * @param {number} sampleRate Hz
- * @returns {Float32Array} the place of each row among the bins of the transform
+ * @returns {Float32Array} index of the FFT bin at the center of each row; it may have a fraction
  */
 function melPlaces(sampleRate) {
   const mel = (/** @type {number} */ hertz) => Math.log1p(hertz / 700);
@@ -141,8 +141,8 @@ function melPlaces(sampleRate) {
 /**
  * Compute the discrete Fourier transform in place.
  *
- * @param {Float32Array} real a power of two of values
- * @param {Float32Array} imaginary
+ * @param {Float32Array} real real parts; their number is a power of two
+ * @param {Float32Array} imaginary imaginary parts
  */
 function transform(real, imaginary) {
   const size = real.length;

@@ -43,7 +43,7 @@ export function resample(samples, from, to) {
 }
 
 /**
- * @param {number} offset of the output behind an input sample, in samples of the input
+ * @param {number} offset time from an input sample to the output sample, in input samples
  * @param {number} cutoff as a fraction of the input's Nyquist frequency
  * @param {number} half taps on each side
  * @returns {Float64Array}

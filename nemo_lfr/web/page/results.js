@@ -49,7 +49,7 @@ export class Results {
   show(result) {
     this.result = result;
     const { original, decoded, name } = result;
-    // Both pictures have one scale.
+    // Resample, so that both spectrograms have the same frequency axis.
     this.resampled = original && {
       samples: resample(original.samples, original.sampleRate, decoded.sampleRate),
       sampleRate: decoded.sampleRate,

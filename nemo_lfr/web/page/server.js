@@ -38,7 +38,7 @@ export async function open(base, token) {
  * @param {URL} base
  * @param {string} token
  * @returns {Client}
- * @throws {TokenError} if no server can have this token
+ * @throws {TokenError} if the token is not valid for any server
  */
 function connect(base, token) {
   try {

@@ -23,7 +23,7 @@
  * @property {Float32Array} samples mono, in [-1, 1]
  * @property {number} sampleRate Hz
  *
- * @typedef {object} Metadata metadata of a token file, with the names of the file
+ * @typedef {object} Metadata metadata of a token file, with the same keys as in the file
  * @property {number} sample_rate Hz
  * @property {number} samples_per_frame
  * @property {number[]} levels FSQ levels of one codebook
