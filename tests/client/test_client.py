@@ -63,6 +63,9 @@ def tokens(server, audio):
 MASKED = np.ma.masked_array(np.zeros((8, 3), int), np.eye(8, 3, dtype=bool))
 
 
+POLL_S = 0.01  # stopping a server of Python takes up to this time, and by default 0.5 s
+
+
 def client_of(server, **options):
     return Client(server.url(""), **options)
 
@@ -319,7 +322,7 @@ def test_a_redirect_is_refused_and_gets_no_token(server):
         do_POST = do_GET
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Redirecting) as other:
-        threading.Thread(target=other.serve_forever).start()
+        threading.Thread(target=other.serve_forever, args=[POLL_S]).start()
         try:
             client = Client(f"http://127.0.0.1:{other.server_port}", token="secret")
             for call in (client.info, lambda: client.encode_file(b""), lambda: client.decode(np.zeros((8, 1), int))):
@@ -331,7 +334,7 @@ def test_a_redirect_is_refused_and_gets_no_token(server):
 
 def test_another_server_is_recognized(tokens):
     with ThreadingHTTPServer(("127.0.0.1", 0), OtherServer) as other:
-        threading.Thread(target=other.serve_forever).start()
+        threading.Thread(target=other.serve_forever, args=[POLL_S]).start()
         url = f"http://127.0.0.1:{other.server_port}"
         try:
             check_all(url, tokens, ServerRefusedError, "404")
@@ -434,11 +437,11 @@ def test_another_program_is_never_taken_for_the_server(name):
     }
     for call, info in calls.values():
         with answering(ANY[name], info) as url, pytest.raises(ServerError) as caught:
-            call(Client(url, timeout=0.3))
+            call(Client(url, timeout=0.1))
         assert "\n" not in str(caught.value)
 
     async def work(url):
-        await AsyncClient(url, timeout=0.3).decode(np.zeros((2, 2), int))
+        await AsyncClient(url, timeout=0.1).decode(np.zeros((2, 2), int))
 
     with answering(ANY[name]) as url, pytest.raises(ServerError):
         asyncio.run(work(url))

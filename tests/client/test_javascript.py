@@ -24,7 +24,7 @@ from nemo_lfr.serve.app import Settings
 from nemo_lfr.serve.session import EngineLimits
 from nemo_lfr.serve.streams import StreamLimits
 from nemo_lfr.web import PAGE
-from tests.client.test_client import audio_of
+from tests.client.test_client import POLL_S, audio_of
 from tests.crash import ROOT
 from tests.models import synthesize
 from tests.serve.running import running
@@ -359,7 +359,7 @@ def answer_errors(tmp_path_factory):
         }}
         report(results);"""
     with ThreadingHTTPServer(("127.0.0.1", 0), Answering) as server:
-        threading.Thread(target=server.serve_forever).start()
+        threading.Thread(target=server.serve_forever, args=[POLL_S]).start()
         try:
             return run(tmp_path_factory.mktemp("answers"), code, url=f"http://127.0.0.1:{server.server_port}")
         finally:

@@ -317,7 +317,7 @@ def test_urls_are_read_on_request_without_foreign_redirects(wav, tmp_path):
             pass
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
     try:
         base = f"http://127.0.0.1:{server.server_port}"
         cuts = [
