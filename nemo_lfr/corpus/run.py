@@ -108,7 +108,7 @@ def find_records(plan: Plan, verify: bool, retry_failed: bool) -> dict[int, Shar
 def compute(
     plan: Plan, executor: Executor, complete: Mapping[int, ShardRecord], watch: Callable[[Totals], None]
 ) -> list[ShardRecord]:
-    """Tokenize the shards of a plan, or of its part, that are not complete yet.
+    """Tokenize the shards in `plan.indices` that are not complete yet.
 
     Args:
         plan: the plan.
@@ -117,7 +117,7 @@ def compute(
         watch: callback that receives the totals, at the start and after every shard.
 
     Returns:
-        The records of all shards of the plan, or of its part, in order.
+        The records of all shards in `plan.indices`, in order.
 
     Raises:
         NemoLfrError: if the corpus or the output changes during the run, or if workers die repeatedly.

@@ -204,8 +204,8 @@ class FormatReader(ABC):
     def _shard_counts(self, count: Callable[[ShardFiles], int]) -> list[int]:
         """Return the number of utterances in each shard.
 
-        If some shards cannot be read, the utterances that are in `tokens.json` but not in the other shards are divided
-        evenly among them.
+        If some shards cannot be read, the number of utterances that is missing from the total in `tokens.json` is
+        divided evenly among these shards.
         """
         counts: list[int | None] = []
         for shard in range(self.summary["shards"]):

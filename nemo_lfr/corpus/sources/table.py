@@ -94,7 +94,7 @@ class Table(CorpusReader):
             number: index in the corpus of the first row in `rows`.
             file: file that contains the rows, for messages; None for the corpus.
             first: index in the corpus of the first row in `file`.
-            constants: labels that are the same for all rows, such as those in the names of folders.
+            constants: values that are the same for all rows, such as {"lang": "de"} for a file in a folder `lang=de`.
         """
         columns = {name: rows.column(index) for index, name in enumerate(rows.schema.names)}
         audio = {name: columns.pop(name) for name in (self.column, CONTEXT) if name in columns}
