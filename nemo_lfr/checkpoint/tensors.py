@@ -233,7 +233,7 @@ class Tensors:
         self.entries: Mapping[str, Entry] = plain_keys(entries, str(path) if is_file else what)
 
     def checksum(self) -> str | None:
-        """Return the SHA-256 of the values of all tensors, if this package writes it for this kind of checkpoint."""
+        """Return None. `SafeTensors` overrides this method and returns the SHA-256 of the values of all tensors."""
         return None
 
     def __getitem__(self, key: str) -> torch.Tensor:

@@ -104,9 +104,9 @@ class HubMethods(CodecBase[Array]):
             URL of the commit if `push_to_hub` is set, else None.
 
         Raises:
-            NemoLfrError: for an unknown argument; if the codec has no config, because it was built from modules or its
-                backend is not PyTorch; or if it has hooks, replaced layers, changed settings or converted weights,
-                with which the saved codec would give other results.
+            NemoLfrError: for an unknown argument. Also if the codec has no config (it was built from modules, or its
+                backend is not PyTorch), or if it has changes that would not be saved: hooks, replaced layers, changed
+                settings or converted weights.
         """
         from nemo_lfr.checkpoint.folder import module_tensors, write_folder
         from nemo_lfr.modules.altered import SAVE

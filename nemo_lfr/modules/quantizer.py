@@ -82,7 +82,8 @@ class FiniteScalarQuantizer(NeuralModule):
         levels = [int(level) for level in num_levels]
         if min(levels) < 2 or math.prod(levels) > 2**31 - 1:
             raise ConfigError(
-                f"levels {levels} do not form a codebook; use at least 2 for each, with a product below 2^31."
+                f"levels {levels} do not form a codebook; use at least 2 levels in each dimension, and a product "
+                "below 2^31."
             )
         bases = [math.prod(levels[:dim]) for dim in range(len(levels))]
         self.levels = tuple(levels)

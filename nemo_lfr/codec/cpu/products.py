@@ -31,7 +31,7 @@ class StreamWeights(Protocol):
 
 
 class Transposed:
-    """Adapter that lets `Weights`, whose methods take signals [B, H, T], process signals [B, T, H]."""
+    """Adapter that passes signals [B, T, H] to the methods of `Weights`, which take signals [B, H, T]."""
 
     def __init__(self, weights: Weights) -> None:
         self._weights = weights
