@@ -254,10 +254,10 @@ def hold_out(utterances: list[CorpusUtterance], share: float) -> list[CorpusUtte
     All utterances of a speaker get the same split. If there is only one speaker, single files are held out. If no
     speakers are known, whole folders are held out, or single files if `share` amounts to less than one folder. The
     choice depends on a hash of the name, so that a growing corpus keeps its validation set. Each split gets at least
-    one speaker, folder or file, unless there is only one or `share` is 0 or 1.
+    one speaker, folder or file, unless `share` is 0 or 1. If there is only one, it is used for training.
 
     Args:
-        utterances: utterances, some of which may have a split already.
+        utterances: utterances that can be used. Some of them may have a split already.
         share: fraction of the speakers, folders or files to assign to "valid".
 
     Returns:
@@ -277,7 +277,7 @@ def hold_out(utterances: list[CorpusUtterance], share: float) -> list[CorpusUtte
     }
     order = sorted(hashes, key=hashes.__getitem__)
     count = sum(value < share * 2**32 for value in hashes.values())
-    if 0 < share < 1 and len(order) > 1:  # a few names may all fall on one side
+    if 0 < share < 1 and order:  # a few names may all fall on one side
         count = min(max(count, 1), len(order) - 1)
     held = set(order[:count])
     return [

@@ -13,7 +13,7 @@ from nemo_lfr.errors import AudioError, Failure, NemoLfrError, failure, shorten
 from nemo_lfr.io.atomic import check_overwrite, sweep
 from nemo_lfr.io.audio import AudioReader
 from nemo_lfr.io.exclusive import exclusive
-from nemo_lfr.io.folders import AUDIO_SUFFIXES, describe_contents
+from nemo_lfr.io.folders import AUDIO_SUFFIXES, describe_contents, find_files
 from nemo_lfr.io.journal import Journal, Progress, write_text
 from nemo_lfr.io.layouts import LAYOUTS, CorpusUtterance, folder, held_out_by, hold_out
 from nemo_lfr.io.lhotse_recipes import PREFIX, lhotse_recipe
@@ -27,6 +27,18 @@ FAILURES = "failures.jsonl"
 WRITTEN = {*(f"{split}.json" for split in SPLITS), FAILURES}  # files that a run may write
 # Journal for resuming an interrupted run: durations of the files that were opened, with size and modification time
 JOURNAL = ".opened.jsonl"
+NAMED = 5  # maximum number of names of files that a message lists
+# For messages: the files that each layout of a published corpus consists of.
+EXPECTED = {
+    "librispeech": "PART/SPEAKER/CHAPTER/*.flac with *.trans.txt beside them, as in LibriSpeech (openslr.org/12)",
+    "mls": "mls_LANGUAGE/SPLIT/transcripts.txt and audio/SPEAKER/BOOK/*, as in Multilingual LibriSpeech "
+    "(openslr.org/94)",
+    "commonvoice": "LANGUAGE/{train,dev,test}.tsv with clips/*.mp3, or ss-corpus-*.tsv with audios/*, as in Common "
+    "Voice",
+    "vctk": "wav48_silence_trimmed/SPEAKER/*_mic1.flac or wav48/SPEAKER/*.wav, as in VCTK",
+    "folder": "audio files, such as .wav or .flac",
+    "table": "a row for each audio file",
+}
 
 
 @dataclass
@@ -94,7 +106,8 @@ def prepare(
         kind: layout of the corpus, a key of `LAYOUTS`, or "lhotse:NAME" for a recipe of Lhotse.
         corpus: folder with the unpacked archive, or path of a table. Audio files are not copied.
         out: output folder for the manifests.
-        valid_share: fraction of the speakers to use for validation if the corpus has no validation set.
+        valid_share: fraction of the speakers to use for validation if the corpus has no validation set. At least one
+            speaker or file remains for training, unless the fraction is 1.
         speaker_level: for the layout "folder", depth of the folders that are named after speakers; see `folder`.
         workers: number of files to open in parallel.
         check: whether to decode every file completely, which finds truncated and damaged files and gives exact
@@ -142,21 +155,16 @@ def prepare(
             f"{corpus}: not the published layout of {kind} ({first.path}: {first.problem}); {_expected(kind)}"
         )
     if not utterances:
-        contents = describe_contents(corpus, AUDIO_SUFFIXES)
-        raise NemoLfrError(f"{corpus}: no utterance of {kind} in this folder{contents}; {_expected(kind)}")
+        raise NemoLfrError(f"{corpus}: no utterance of {kind} in this {_contents(kind, corpus)}; {_expected(kind)}")
     utterances = _once(utterances)
     if kind == "folder" and all(utterance.split != "valid" for utterance in utterances):
         utterances = [replace(item, split=None) if item.split == "train" else item for item in utterances]
-    units = held_out_by(utterances, valid_share)
-    utterances = hold_out(utterances, valid_share)
     out.mkdir(parents=True, exist_ok=True)
     with exclusive(out):
         interrupted = (out / JOURNAL).exists()  # the earlier run may have written some manifests
         for name in sorted(WRITTEN):
             check_overwrite(out / name, overwrite or interrupted)
-        result = _write_all(kind, utterances, corpus, out, workers, check, progress)
-    result.held_out_by = units if valid_share and "valid" in result.splits else ""
-    return result
+        return _write_all(kind, utterances, corpus, out, valid_share, workers, check, progress)
 
 
 def _write_all(
@@ -164,6 +172,7 @@ def _write_all(
     utterances: list[CorpusUtterance],
     corpus: Path,
     out: Path,
+    valid_share: float,
     workers: int,
     check: bool,
     progress: Progress,
@@ -182,6 +191,11 @@ def _write_all(
         raise NemoLfrError(
             f"{corpus}: none of {len(result.failures)} files can be used; see {out / FAILURES} for the reasons."
         )
+    # Files that cannot be used are left out first. They could be all files of a split.
+    utterances = [utterance for utterance in utterances if _entry(utterance, found)]
+    units = held_out_by(utterances, valid_share)
+    utterances = hold_out(utterances, valid_share)
+    result.held_out_by = units if valid_share and any(utterance.split == "valid" for utterance in utterances) else ""
     for split in SPLITS:
         own = [entry for utterance in utterances if utterance.split == split and (entry := _entry(utterance, found))]
         if own:
@@ -218,7 +232,19 @@ def _once(utterances: list[CorpusUtterance]) -> list[CorpusUtterance]:
 def _expected(kind: str) -> str:
     if kind.startswith(PREFIX):
         return "see the documentation of the Lhotse recipe for the folder that it expects."
-    return f"expected: {(LAYOUTS[kind].__doc__ or kind).splitlines()[0]}"
+    return f"expected {EXPECTED[kind]}."
+
+
+def _contents(kind: str, corpus: Path) -> str:
+    """Return the part of a message that says what a folder or table without utterances contains instead."""
+    if kind == "table":
+        return "table"
+    count = len(find_files(corpus, AUDIO_SUFFIXES, report=lambda _: None))
+    if not count:
+        return f"folder{describe_contents(corpus, AUDIO_SUFFIXES)}"
+    names = sorted(path.name for path in corpus.iterdir() if not path.name.startswith("."))
+    entries = ", ".join(shorten(name) for name in names[:NAMED]) + (", ..." if len(names) > NAMED else "")
+    return f"folder, which contains {entries} with {count} audio files (nemo-lfr prepare folder reads any such folder)"
 
 
 def _open_all(

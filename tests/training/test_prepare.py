@@ -14,7 +14,7 @@ from nemo_lfr.errors import Failure, NemoLfrError
 from nemo_lfr.io.layouts import LAYOUTS, CorpusUtterance, hold_out
 from nemo_lfr.io.manifests import read_manifest
 from nemo_lfr.training import prepare as module
-from nemo_lfr.training.prepare import prepare
+from nemo_lfr.training.prepare import EXPECTED, prepare
 from tests.models import RATE, synthesize
 
 
@@ -236,6 +236,18 @@ def test_hold_out_leaves_both_splits_nonempty(speakers, share):
         for index in range(2)
     ]
     assert {utterance.split for utterance in hold_out(few, share)} == {"train", "valid"}
+    assert {utterance.split for utterance in hold_out(few, 1.0)} == {"valid"}
+
+
+@pytest.mark.parametrize("damaged", ["", "a", "b", "c", "ab", "bc", "ac"])
+def test_usable_files_are_split_whatever_files_are_damaged(tmp_path, damaged):
+    for name in "abc":
+        audio(tmp_path / "c" / f"{name}.wav", 0.1)
+    for name in damaged:
+        (tmp_path / "c" / f"{name}.wav").write_bytes(b"RIFF")
+    splits = prepare("folder", tmp_path / "c", tmp_path / "out", valid_share=0.9).splits
+    assert splits.keys() == ({"train"} if len(damaged) == 2 else {"train", "valid"})
+    assert sum(split.utterances for split in splits.values()) == 3 - len(damaged)
 
 
 def test_unpublished_corpus_layout_is_a_one_line_error(tmp_path, monkeypatch):
@@ -245,7 +257,7 @@ def test_unpublished_corpus_layout_is_a_one_line_error(tmp_path, monkeypatch):
     text(tmp_path / "cv" / "pl" / "train.tsv", "client_id\tpath\nme\ta.mp3\n")
     text(tmp_path / "mls" / "mls_polish" / "train" / "transcripts.txt", "name\ttext\n")
     for kind in ("commonvoice", "mls"):
-        with pytest.raises(NemoLfrError, match=f"not the published layout of {kind} .*expected: "):
+        with pytest.raises(NemoLfrError, match=f"not the published layout of {kind} .*; expected .*/"):
             prepare(kind, tmp_path / {"commonvoice": "cv"}.get(kind, kind), tmp_path / "out")
 
 
@@ -367,8 +379,16 @@ def test_growing_corpus_keeps_its_validation_speakers():
 
 @pytest.mark.parametrize("kind", MAKE)
 def test_a_folder_without_such_a_corpus_is_refused_with_its_layout(tmp_path, kind):
-    with pytest.raises(NemoLfrError, match=f"no utterance of {kind} in this folder"):
-        prepare(kind, tmp_path, tmp_path / "out")
+    expected = (
+        rf"no utterance of {kind} in this folder(, which contains a\.wav, dev with 2 audio files .*)?; expected "
+    )
+    for _ in range(2):
+        if kind != "folder" or not (tmp_path / "a.wav").exists():
+            with pytest.raises(NemoLfrError, match=expected) as error:
+                prepare(kind, tmp_path, tmp_path / "out")
+            assert EXPECTED[kind] in str(error.value) and "\n" not in str(error.value)
+        audio(tmp_path / "a.wav", 0.1)
+        audio(tmp_path / "dev" / "b.wav", 0.1)
     with pytest.raises(NemoLfrError, match="no such folder"):
         prepare(kind, tmp_path / "none", tmp_path / "out")
 
