@@ -54,11 +54,16 @@ def check_claim(state: Path, text: str) -> None:
     Raises:
         NemoLfrError: if the state folder does not exist or belongs to another run.
     """
-    if text and _read(state) != text:
+    if text and not holds_claim(state, text):
         raise NemoLfrError(
             f"{state.parent}: this folder was removed or replaced during the run; stop any other run that writes to "
             "this folder, or choose another --out, and start this run again."
         )
+
+
+def holds_claim(state: Path, text: str) -> bool:
+    """Return whether the state folder contains this claim."""
+    return _read(state) == text
 
 
 def _read(state: Path) -> str | None:

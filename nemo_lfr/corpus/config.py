@@ -72,6 +72,14 @@ class TokenizeConfig:
         """Return the folder in `out` that contains the state of the run."""
         return Path(self.out, STATE)
 
+    @property
+    def listing(self) -> Path:
+        """Return the file that stores the list of clips in a folder or table. Each part of a run has its own file.
+
+        If the corpus has changed since the other parts listed it, a new list must not replace their lists.
+        """
+        return self.state / ("folder.json" if self.part is None else f"{PARTS}/{self.part.name}.json")
+
     def open(self, relist: bool = False) -> CorpusReader:
         """Open the corpus.
 
@@ -79,10 +87,7 @@ class TokenizeConfig:
             relist: whether to list the files of a folder again. Only the process that plans the run passes True.
         """
         audio_dir = None if self.audio_dir is None else Path(self.audio_dir)
-        # Each part writes its own list of files. If the corpus has changed since the other parts listed it, the new
-        # list must not replace their lists.
-        listing = "folder.json" if self.part is None else f"{PARTS}/{self.part.name}.json"
-        return open_corpus(Path(self.source), audio_dir, self.state / listing, relist, self.allow_url)
+        return open_corpus(Path(self.source), audio_dir, self.listing, relist, self.allow_url)
 
     def validate(self) -> None:
         """Raise NemoLfrError for unknown values and incompatible options."""

@@ -8,12 +8,13 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_lfr.corpus.claim import claim
+from nemo_lfr.corpus.claim import NAME as CLAIM
+from nemo_lfr.corpus.claim import claim, holds_claim
 from nemo_lfr.corpus.config import TokenizeConfig
 from nemo_lfr.corpus.formats import get_format
 from nemo_lfr.corpus.formats.base import OutputFormat
@@ -94,17 +95,42 @@ def open_plan(config: TokenizeConfig, on_cpu: bool) -> Iterator[Plan]:
             raise NemoLfrError(
                 f"{path}: the folder is a link, which is not followed; remove the link, or choose another --out."
             )
+    is_new = not out.exists()
     config.state.mkdir(parents=True, exist_ok=True)
     with reserve(out, config.state, config.part):
         output = get_format(config.kind)
         _remove_leftovers(config, out, output)
         config = replace(config, claim=claim(config.state))
-        corpus = config.open(relist=True)
-        inputs = Watch(corpus.files)
-        shards = load_or_create_plan(config, corpus, spec, None if model is None else model.hash, made)
+        try:
+            corpus = config.open(relist=True)
+            inputs = Watch(corpus.files)
+            shards = load_or_create_plan(config, corpus, spec, None if model is None else model.hash, made)
+        except BaseException:
+            _withdraw(config, out, is_new)
+            raise
         if model is not None:  # so that a copy of the folder can be decoded without other files
             write_model(model, out / f"{model.hash}{SUFFIX}", overwrite=True)
         yield Plan(config, out, output, corpus, inputs, spec, shards, codec)
+
+
+def _withdraw(config: TokenizeConfig, out: Path, is_new: bool) -> None:
+    """Remove the files of a run that ends before its plan is stored, so that the folder does not look like a run.
+
+    Nothing is removed if the folder belongs to another run, or if other parts of this run may use it.
+
+    Args:
+        config: options of the run, with its claim.
+        out: the output folder.
+        is_new: whether this run created the output folder.
+    """
+    if config.part is not None or (config.state / PLAN).exists() or not holds_claim(config.state, config.claim):
+        return
+    with suppress(OSError):
+        config.listing.unlink(missing_ok=True)
+        (config.state / CLAIM).unlink(missing_ok=True)
+        config.state.rmdir()
+        if is_new:
+            out.rmdir()
 
 
 def load_or_create_plan(

@@ -76,7 +76,7 @@ def test_a_corpus_without_clips_is_refused(kind, model, tmp_path):
     config = TokenizeConfig(str(tmp_path / name), str(tmp_path / "out"), "lfr", model=str(model))
     with pytest.raises(NemoLfrError, match=f"{name}: .*(no (clips|rows|audio|Lhotse)|without rows|not a NeMo)"):
         tokenize(config, device="cpu", workers=1)
-    assert not (tmp_path / "out" / METADATA).exists()
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("kind", ["shar", "manifest", "parquet", "lfr"])
