@@ -129,12 +129,14 @@ def evaluate(
 
     report.check_packages()
     recordings, look = _read_recordings(source, preset, audio_dir, seed)
+    chosen = choose(recordings, limit, seed)
+    report.check_keys(chosen.values(), by)
     opened = [open_codec(text, device) for text in dict.fromkeys(codecs or ("lfr",))]
     requested = _requested_models(**models)
     out.mkdir(parents=True, exist_ok=True)
     with exclusive(out):
         evaluation = evaluate(
-            choose(recordings, limit, seed),
+            chosen,
             opened,
             out,
             rate=rate,

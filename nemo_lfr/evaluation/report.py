@@ -4,7 +4,7 @@ import base64
 import hashlib
 import io
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
@@ -15,7 +15,7 @@ import numpy as np
 import soundfile
 
 from nemo_lfr._version import __version__
-from nemo_lfr.errors import install_command, printable
+from nemo_lfr.errors import NemoLfrError, install_command, printable, shorten
 from nemo_lfr.evaluation import spreadsheets, tables
 from nemo_lfr.evaluation.escape import code_fence, escape_markdown
 from nemo_lfr.evaluation.model_metrics import all_metrics
@@ -24,6 +24,7 @@ from nemo_lfr.evaluation.recordings import read
 from nemo_lfr.evaluation.results import Evaluation
 from nemo_lfr.io.atomic import sweep
 from nemo_lfr.io.journal import write_text
+from nemo_lfr.io.manifests import Recording
 from nemo_lfr.io.shortage import missing_extra
 
 EXAMPLE_SECONDS = 10.0  # maximum duration of an audio example
@@ -56,6 +57,18 @@ def check_packages() -> None:
             raise missing_extra(error, package, f"the report needs {name}: {install_command(*PACKAGES)}") from error
 
 
+def check_keys(recordings: Iterable[Recording], keys: Iterable[str]) -> None:
+    """Raise NemoLfrError if no recording has a value for one of the manifest keys in `keys`."""
+    known = {key for recording in recordings for key, value in recording.labels.items() if value is not None}
+    for key in keys:
+        if key not in known:
+            names = ", ".join(map(shorten, sorted(known - {"audio_filepath", "offset", "duration"})))
+            raise NemoLfrError(
+                f"--by (by=) is {shorten(key)!r}, which is not a key of any recording; "
+                + (f"use one of {names}." if names else "the recordings have no labels; remove it.")
+            )
+
+
 def write_report(
     evaluation: Evaluation,
     out: Path,
@@ -83,7 +96,11 @@ def write_report(
 
     Returns:
         Paths of the files.
+
+    Raises:
+        NemoLfrError: if no recording has one of the keys in `by`.
     """
+    check_keys(evaluation.recordings.values(), by)
     keys = list(evaluation.recordings)
     more = [tables.cost(evaluation), tables.compression(evaluation), tables.codebooks(evaluation)]
     more += [table for label in by for table in tables.groups(evaluation, label)]
