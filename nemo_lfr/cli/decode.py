@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -104,9 +105,12 @@ def decode(
     if not tasks:
         return {"files": []}
     codec = open_codec(options["model"], options["device"], options["precision"])
-    return run_tasks(
-        tasks, lambda batch: iter([decode_task(task, codec, overwrite=overwrite, **wanted) for task in batch]), 1
-    )
+
+    def work(batch: list[FileTask]) -> Iterator[FileFigures]:
+        for task in batch:
+            yield decode_task(task, codec, overwrite=overwrite or task.replaces_link, **wanted)
+
+    return run_tasks(tasks, work, 1)
 
 
 def output_format(kind: str | None, out: Path | None) -> str:

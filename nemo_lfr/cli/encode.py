@@ -137,11 +137,12 @@ def encode_tasks(
         for task, row, length in zip(clips, to_numpy(batch), lengths.tolist(), strict=True):
             tokens[task] = row[:, :length]
     for task in tasks:
+        replace = overwrite or task.replaces_link
         if task in tokens:
-            with TokenWriter.for_codec(task.target, codec, overwrite, model) as writer:
+            with TokenWriter.for_codec(task.target, codec, replace, model) as writer:
                 writer.write(tokens[task])
                 writer.finish(len(clips[task]))
             num_samples = len(clips[task])
         else:
-            num_samples = codec.encode_file(task.source, task.target, overwrite=overwrite, entropy_model=model)
+            num_samples = codec.encode_file(task.source, task.target, overwrite=replace, entropy_model=model)
         yield task_result(task, codec, num_samples, task.target, (time.perf_counter() - started) / len(tasks))

@@ -3,7 +3,7 @@
 import os
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,10 +33,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FileTask:
-    """Task of `encode` or `decode`: the path of the input file and the path of the output file."""
+    """Task of `encode` or `decode`.
+
+    Attributes:
+        source: path of the input file.
+        target: path of the output file.
+        replaces_link: whether the output replaces a link to a missing file, even without --overwrite.
+    """
 
     source: Path
     target: Path
+    replaces_link: bool = False
 
 
 def plan_tasks(
@@ -200,7 +207,8 @@ def pending_tasks(tasks: Sequence[FileTask], overwrite: bool, skip_existing: boo
     Args:
         tasks: planned tasks.
         overwrite: value of --overwrite.
-        skip_existing: value of --skip-existing; if True, tasks whose output exists are dropped.
+        skip_existing: value of --skip-existing; if True, tasks whose output exists are dropped. A link to a missing
+            file counts as missing: the output replaces the link, and nothing is written to the link's target.
 
     Raises:
         NemoLfrError: if both options are set, if an output exists and neither option is set, or if an output folder is
@@ -213,14 +221,18 @@ def pending_tasks(tasks: Sequence[FileTask], overwrite: bool, skip_existing: boo
     kept = {task for task in tasks if skip_existing and os.path.isfile(task.target)}
     if kept:
         note(f"nemo-lfr: {len(kept)} of {len(tasks)} results already exist and are kept.")
-    left = [task for task in tasks if task not in kept]
+    left = [
+        replace(task, replaces_link=skip_existing and task.target.is_symlink() and not os.path.exists(task.target))
+        for task in tasks
+        if task not in kept
+    ]
     names: dict[Path, list[str]] = {}
     for task in left:
         names.setdefault(task.target.parent, []).append(task.target.name)
     for folder, own in names.items():
         sweep(folder, own)
     for task in left:
-        check_overwrite(task.target, overwrite)
+        check_overwrite(task.target, overwrite or task.replaces_link)
         _refuse_file_as_folder(task.target)
     return left
 

@@ -84,7 +84,9 @@ def decode_folder(
                 leftovers.sweep(path)
                 if overwrite or not path.exists():
                     audio, _ = codec.decode(utterance.tokens)
-                    with AudioWriter(path, codec.sample_rate, overwrite=overwrite) as writer:
+                    # A link to a missing file does not count as existing. The audio file replaces the link.
+                    replace = overwrite or path.is_symlink()
+                    with AudioWriter(path, codec.sample_rate, overwrite=replace) as writer:
                         writer.write(to_numpy(audio[0, : utterance.num_samples]))
                 yield path
             except NemoLfrError as error:

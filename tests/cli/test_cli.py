@@ -241,6 +241,20 @@ def test_skip_existing_keeps_existing_results(capsys, folder, tmp_path):
     ]
 
 
+@pytest.mark.skipif(os.name == "nt", reason="links need a privilege")
+@pytest.mark.parametrize("name", ["encode", "decode"])
+def test_skip_existing_replaces_a_link_to_a_missing_file(name, capsys, folder, tmp_path):
+    run(capsys, "encode", folder / "a.wav", "--out", tmp_path)
+    source, suffix = (folder / "a.wav", ".lfr") if name == "encode" else (tmp_path / "a.lfr", ".wav")
+    out = tmp_path / "out"
+    out.mkdir()
+    target = out / f"a{suffix}"
+    target.symlink_to(tmp_path / "gone")
+    assert run(capsys, name, source, "--out", out)[0] == 2 and target.is_symlink()
+    assert run(capsys, name, source, "--out", out, "--skip-existing")[0] == 0
+    assert target.is_file() and not target.is_symlink() and not (tmp_path / "gone").exists()
+
+
 @pytest.mark.slow
 def test_output_name_that_is_too_long_fails_only_its_file(capsys, folder, tmp_path):
     soundfile.write(folder / ("n" * 252 + ".au"), speech_like(2_000).numpy(), 22050)
