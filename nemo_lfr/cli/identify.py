@@ -6,11 +6,13 @@ from typing import NamedTuple
 
 from nemo_lfr.io.folders import AUDIO_SUFFIXES, find_files
 from nemo_lfr.io.regular import open_regular
+from nemo_lfr.io.tables import table_suffix
 
 TOKEN_SUFFIX = ".lfr"
 CHECKPOINT_SUFFIXES = frozenset({".nemo", ".ckpt", ".pt", ".pth"})
 STATE = ".tokenize"  # as in nemo_lfr.corpus.records, which is imported only where it is needed
 HEAD_BYTES = 512
+GZIP_MAGIC = b"\x1f\x8b"
 
 
 class Identity(NamedTuple):
@@ -31,6 +33,9 @@ AUDIO = Identity("audio", "an audio file", "nemo-lfr encode reads it")
 TOKENS = Identity("tokens", "a token file", "nemo-lfr decode reads it")
 CHECKPOINT = Identity("checkpoint", "a checkpoint", "pass it as --model")
 ENTROPY_MODEL = Identity("entropy_model", "an entropy model", "pass it as --entropy-model")
+TABLE = Identity(
+    "corpus", "a CSV or TSV table", "nemo-lfr tokenize, evaluate and prepare table read tables of audio files"
+)
 UNKNOWN = Identity("unknown", "not a token file, checkpoint, audio file or manifest", "nemo-lfr does not read it")
 ANY_RATE = 22050  # sample rate in Hz for an `AudioReader` that only reads headers; it has no effect
 # Offset and value of the bytes that identify a file, and the kind of file.
@@ -91,7 +96,10 @@ def identify(path: Path) -> Identity:
         return CHECKPOINT
     if suffix in AUDIO_SUFFIXES:
         return AUDIO
-    starts = {".json": (b"{", b"["), ".jsonl": (b"{", b"["), ".gz": (b"\x1f\x8b",)}.get(suffix, (b'{"',))
+    is_text = head.strip() and (b"\0" not in head or head.startswith(GZIP_MAGIC))
+    if table_suffix(path) is not None and is_text:
+        return TABLE
+    starts = {".json": (b"{", b"["), ".jsonl": (b"{", b"["), ".gz": (GZIP_MAGIC,)}.get(suffix, (b'{"',))
     if head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(starts):
         return Identity("corpus", "a manifest or other JSON", "nemo-lfr tokenize reads manifests and cuts")
     return UNKNOWN

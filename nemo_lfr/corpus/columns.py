@@ -107,8 +107,9 @@ def audio_cell(cell: Any, rate: Any = None) -> bytes | str | Samples:
     """Return the audio in an Arrow cell: file bytes, a path, or decoded samples.
 
     Args:
-        cell: Arrow scalar: bytes, a path as text, a list of samples [T] or [C, T], or a struct. As in `datasets`, a
-            struct has the fields `bytes` and `path`, or the fields `array` and `sampling_rate`.
+        cell: Arrow scalar: bytes, a path as text, a list of samples [T], [C, T] or [T, C] (also as `Array2D` of
+            `datasets`), or a struct. As in `datasets`, a struct has the fields `bytes` and `path`, or the fields
+            `array` and `sampling_rate`.
         rate: sample rate in Hz for samples without a sample rate in the cell.
 
     Raises:
@@ -118,6 +119,7 @@ def audio_cell(cell: Any, rate: Any = None) -> bytes | str | Samples:
 
     if cell is None or not cell.is_valid:
         raise AudioError("no audio: the cell is null")
+    cell = _stored(cell)
     if is_.is_dictionary(cell.type):
         cell = cell.value
     if is_.is_struct(cell.type):
@@ -143,6 +145,7 @@ def audio_cell(cell: Any, rate: Any = None) -> bytes | str | Samples:
 
 def _array(cell: Any) -> np.ndarray:
     """Convert an Arrow list, or a list of lists of equal length, to an array."""
+    cell = _stored(cell)
     if not _is_list(cell.type):
         raise AudioError(f"the samples have the type {cell.type}; expected a list of numbers")
     values = cell.values
@@ -152,6 +155,13 @@ def _array(cell: Any) -> np.ndarray:
     if len({len(row) for row in rows}) > 1 or len(rows) < len(values):
         raise AudioError("the channels have different lengths")
     return np.stack(rows) if rows else np.zeros(0, np.float32)
+
+
+def _stored(cell: Any) -> Any:
+    """Return the stored value of a cell with an extension type, such as `Array2D` of `datasets`."""
+    import pyarrow
+
+    return cell.value if isinstance(cell.type, pyarrow.BaseExtensionType) else cell
 
 
 def _numbers(values: Any) -> np.ndarray:

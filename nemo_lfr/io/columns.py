@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from nemo_lfr.errors import AudioError, shorten
+from nemo_lfr.errors import AudioError, ConfigError, shorten
 from nemo_lfr.io.text import is_missing
 
 # For each label, the columns that may contain it. The first column with a value is used.
@@ -48,6 +48,35 @@ OTHER_TOKENS = frozenset(
         "tokens_filepath",
     }
 )
+# All column names that have a meaning. They are recognized in any combination of upper and lower case.
+KNOWN = (
+    LABEL_COLUMNS
+    | OTHER_TOKENS
+    | {*AUDIO, CONTEXT, "context_audio_filepath", "context_audio_duration"}
+    | {"id", "offset", "duration", "split", "sampling_rate", "sample_rate"}
+)
+
+
+def known_names(columns: Iterable[str]) -> dict[str, str]:
+    """Return the known name of each column whose name differs from it only in case, such as {"Path": "path"}.
+
+    A column that has exactly the known name takes precedence over other spellings, which then have no meaning.
+
+    Raises:
+        ConfigError: if two columns are spellings of the same known name, and neither has exactly this name.
+    """
+    columns = list(columns)
+    found: dict[str, str] = {}
+    for column in columns:
+        name = column.lower()
+        if name == column or name not in KNOWN or name in columns or column in found:
+            continue
+        if other := next((key for key, value in found.items() if value == name), None):
+            raise ConfigError(
+                f"the columns {other!r} and {column!r} differ only in case; rename or remove one of them"
+            )
+        found[column] = name
+    return found
 
 
 def standard_labels(labels: Mapping[str, Any], *, strict: bool = True) -> dict[str, Any]:

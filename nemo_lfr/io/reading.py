@@ -10,6 +10,7 @@ from nemo_lfr.io.audio import AudioReader, check_peak, check_rate, resample
 from nemo_lfr.io.pcm import samples_to_float
 
 # Durations in manifests are rounded. A difference up to this value, or 2% of the duration if that is more, is ignored.
+MAX_CHANNELS = 32  # more columns or rows of decoded samples are not channels, but features, such as a spectrogram
 DURATION_SLACK = 0.1  # seconds
 # Durations of cuts are rounded too. A cut that begins at 0 and ends this close to the end of a file is the whole file.
 ROUNDED = 0.01  # seconds
@@ -93,7 +94,7 @@ def read_samples(
     See `samples_to_float` for the full scale of integers.
 
     Args:
-        samples: samples [T], [C, T] or [T, C]. Of two axes, the shorter one contains the channels.
+        samples: samples [T], [C, T] or [T, C]. Of two axes, the shorter one contains the channels, at most 32.
         rate: sample rate of `samples` in Hz.
         name: name of the clip for messages.
         sample_rate: sample rate of the result in Hz.
@@ -119,7 +120,14 @@ def read_samples(
         )
     wave: np.ndarray = samples_to_float(samples, name)
     if wave.ndim == 2:
-        wave = wave.mean(axis=int(np.argmin(wave.shape)))
+        channels, length = sorted(wave.shape)
+        if channels > MAX_CHANNELS or channels == length > 1:
+            raise AudioError(
+                f"{name}: the audio is an array with shape {wave.shape}, so its channels cannot be told from its "
+                f"samples; expected shape [T], or [C, T] or [T, C] with at most {MAX_CHANNELS} channels and more "
+                "samples than channels."
+            )
+        wave = wave.mean(axis=int(np.argmin(wave.shape))) if channels else np.zeros(0, np.float32)
     _check_length(len(wave) / float(rate), longest, name)
     check_peak(float(np.abs(wave).max(initial=0.0)), f"{name}:")
     wave = wave.astype(np.float32)

@@ -6,16 +6,21 @@ Each row is converted to the form of an entry in a NeMo manifest: `audio_filepat
 
 import csv
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nemo_lfr.errors import ConfigError, NemoLfrError, quoted, shorten
-from nemo_lfr.io.columns import AUDIO, repeated_column, standard_labels
-from nemo_lfr.io.text import decode, is_missing, read_lines
+from nemo_lfr.io.columns import AUDIO, known_names, repeated_column, standard_labels
+from nemo_lfr.io.text import GZIP, decode, is_missing, read_lines
 
 TABLE_SUFFIXES = frozenset((".csv", ".tsv"))
+# Characters that may separate the columns of a CSV file. The first one is used for which a column contains the audio.
+DELIMITERS = ",;\t|"
+# First line in which a CSV file declares its delimiter for Excel.
+DECLARATION = re.compile(r'"?sep=(?P<delimiter>\\t|.*?)"?', re.IGNORECASE)
 # Names of AudioFolder's tables, which are in the same folder as the audio.
 METADATA_NAMES = ("metadata.csv", "metadata.tsv", "metadata.jsonl")
 # Maximum number of lines that a row with quoted fields may span.
@@ -42,6 +47,12 @@ class TableRow:
     problem: str | None = None
 
 
+def table_suffix(path: Path) -> str | None:
+    """Return ".csv" or ".tsv" if a file has this suffix, possibly followed by ".gz"; None for other files."""
+    suffix = Path(path.name.lower().removesuffix(GZIP)).suffix
+    return suffix if suffix in TABLE_SUFFIXES else None
+
+
 def is_table(path: Path) -> bool:
     """Return whether a path is a table of recordings.
 
@@ -49,7 +60,7 @@ def is_table(path: Path) -> bool:
     not `audio_filepath`. NeMo manifests, folders and missing files are not tables.
     """
     suffix = path.suffix.lower()
-    if suffix in TABLE_SUFFIXES:
+    if table_suffix(path) is not None:
         return path.is_file()
     if suffix not in (".jsonl", ".json") or not path.is_file():
         return False
@@ -58,19 +69,22 @@ def is_table(path: Path) -> bool:
             first = json.loads(decode(file.readline(1 << 20)))
     except (OSError, ValueError, RecursionError):
         return False
-    return isinstance(first, dict) and "audio_filepath" not in first and "file_name" in first
+    keys = {str(key).lower() for key in first} if isinstance(first, dict) else set()
+    return "audio_filepath" not in keys and "file_name" in keys
 
 
 def read_table(path: Path) -> Iterator[TableRow]:
     """Yield the rows of a table.
 
     Args:
-        path: CSV, TSV or JSON lines in UTF-8, with or without a byte order mark. The delimiter of CSV is a comma, or a
-            semicolon or tab if the header has no comma. In TSV, quotes have no special meaning, as in Common Voice.
+        path: CSV, TSV or JSON lines in UTF-8, with or without a byte order mark. CSV and TSV may be compressed (.gz).
+            The delimiter of CSV is a comma, semicolon, tab or vertical bar, whichever gives the header an audio
+            column. A first line such as `sep=;` declares another one. In TSV, quotes have no special meaning, as in
+            Common Voice. Known names of columns are recognized in upper and lower case.
 
     Raises:
         ConfigError: if the file cannot be read, the header of a CSV or TSV file has no audio column, or two columns
-            have the same name.
+            have the same name, or known names that differ only in case.
     """
     try:
         lines = read_lines(path, ConfigError)
@@ -79,7 +93,7 @@ def read_table(path: Path) -> Iterator[TableRow]:
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(f"{path}: the table cannot be read: {reason}.") from error
-    rows = _delimited(path, lines) if path.suffix.lower() in TABLE_SUFFIXES else _json_lines(lines)
+    rows = _json_lines(lines) if table_suffix(path) is None else _delimited(path, lines)
     for row in rows:
         yield row if row.problem else _entry(row)
 
@@ -108,21 +122,29 @@ def _json_lines(lines: Sequence[bytes]) -> Iterator[TableRow]:
         except (ValueError, RecursionError) as error:
             yield TableRow(number, {}, f"not JSON ({shorten(error)})")
             continue
-        if isinstance(values, dict):
-            yield TableRow(number, values)
-        else:
+        if not isinstance(values, dict):
             yield TableRow(number, {}, f"{quoted(values)} is not a JSON object")
+            continue
+        try:
+            names = known_names(values)
+        except ConfigError as error:
+            yield TableRow(number, {}, str(error))
+            continue
+        yield TableRow(number, {names.get(key) or key: value for key, value in values.items()})
 
 
 def _delimited(path: Path, lines: Sequence[bytes]) -> Iterator[TableRow]:
     """Yield the rows of a CSV or TSV file."""
     if len(lines) == 1:
         lines = lines[0].splitlines()  # a file with the line ends of old Macs
-    first = next((index for index, line in enumerate(lines) if line.strip()), None)
-    if first is None:
+    filled = [index for index, line in enumerate(lines) if line.strip()]
+    declared = _declared_delimiter(path, lines[filled[0]]) if filled else None
+    if declared:
+        filled = filled[1:]
+    if not filled:
         raise ConfigError(f"{path}: the table is empty; its first line must name the columns.")
-    delimiter, columns = _header(path, lines[first])
-    index = first + 1
+    delimiter, columns = _header(path, lines[filled[0]], declared)
+    index = filled[0] + 1
     while index < len(lines):
         number = index + 1
         if not lines[index].strip():
@@ -139,17 +161,42 @@ def _delimited(path: Path, lines: Sequence[bytes]) -> Iterator[TableRow]:
             yield TableRow(number, dict(zip(columns, fields, strict=True)))
 
 
-def _header(path: Path, line: bytes) -> tuple[str, list[str]]:
-    """Return the delimiter of a table and the names of its columns."""
+def _declared_delimiter(path: Path, line: bytes) -> str | None:
+    """Return the delimiter that the first line of a table declares; None if it is no such line.
+
+    Raises:
+        ConfigError: if the line declares no valid delimiter.
+    """
+    match = DECLARATION.fullmatch(line.decode(errors="replace").strip(" "))
+    if match is None:
+        return None
+    delimiter = "\t" if match["delimiter"] == "\\t" else match["delimiter"]
+    if len(delimiter) != 1 or delimiter.isalnum() or delimiter in "\"' \ufffd":
+        raise ConfigError(
+            f"{path}: the first line declares the delimiter {shorten(repr(delimiter))}; expected one character, such "
+            "as in sep=;"
+        )
+    return delimiter
+
+
+def _header(path: Path, line: bytes, declared: str | None) -> tuple[str, list[str]]:
+    """Return the delimiter of a table and the known names of its columns.
+
+    Args:
+        path: path of the table.
+        line: the header.
+        declared: delimiter that the table declares, if any.
+    """
+    delimiters = declared or (DELIMITERS if table_suffix(path) == ".csv" else "\t")
     try:
         text = decode(line)
-        delimiter = "\t"
-        if path.suffix.lower() == ".csv":
-            delimiter = next((mark for mark in ",;\t" if mark in text), ",")
-        columns = [name.strip() for name in _split([text], delimiter)]
+        splits = {mark: [name.strip() for name in _split([text], mark)] for mark in delimiters}
     except (ValueError, csv.Error) as error:
         raise ConfigError(f"{path}: the header cannot be read: {shorten(error, 200)}.") from error
-    if not any(name in columns for name in AUDIO):
+    # If no column contains the audio, the delimiter of most columns is the one that the message should show.
+    delimiter = max(splits, key=lambda mark: (_has_audio(splits[mark]), len(splits[mark]) > 1))
+    columns = splits[delimiter]
+    if not _has_audio(columns):
         raise ConfigError(
             f"{path}: no column contains the audio; expected one of {', '.join(AUDIO)} in the first line, found "
             f"{shorten(columns, 300)}."
@@ -158,7 +205,15 @@ def _header(path: Path, line: bytes) -> tuple[str, list[str]]:
         raise RepeatedColumnError(
             f"{path}: two columns are named {shorten(repr(name))}; rename or remove one of them."
         )
-    return delimiter, columns
+    try:
+        names = known_names(columns)
+    except ConfigError as error:
+        raise RepeatedColumnError(f"{path}: {error}.") from error
+    return delimiter, [names.get(name, name) for name in columns]
+
+
+def _has_audio(columns: Sequence[str]) -> bool:
+    return any(name.lower() in AUDIO for name in columns)
 
 
 def _fields(lines: Sequence[bytes], delimiter: str, expected: int) -> tuple[list[str], int]:

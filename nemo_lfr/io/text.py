@@ -1,14 +1,19 @@
 """Read UTF-8 text files, with or without a byte order mark, line by line."""
 
 import codecs
+import gzip
 import math
+import os
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from nemo_lfr.errors import NemoLfrError
 from nemo_lfr.io import bounded
 from nemo_lfr.io.regular import open_regular
 
+GZIP = ".gz"
 UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
@@ -29,7 +34,7 @@ def decode(data: bytes) -> str:
 
 
 def read_lines(path: Path, error: type[NemoLfrError] = NemoLfrError) -> list[bytes]:
-    """Return the lines of a file as bytes, without line ends.
+    """Return the lines of a file as bytes, without line ends. A file whose name ends in .gz is decompressed.
 
     The caller decodes each line separately, so one invalid line does not affect the others. As in JSON lines,
     only a line feed ends a line, since a text may contain other Unicode line separators.
@@ -39,12 +44,13 @@ def read_lines(path: Path, error: type[NemoLfrError] = NemoLfrError) -> list[byt
         error: exception class for a path that is not a regular file.
 
     Raises:
-        ValueError: if the file is UTF-16, or a line is too long for `bounded.lines`.
+        ValueError: if the file is UTF-16, a line is too long for `bounded.lines`, or the compressed data is damaged
+            or expands too much.
         NemoLfrError: of class `error`, if `path` is not a regular file.
         OSError: if the file cannot be read.
     """
     with open_regular(path, error) as file:
-        lines = list(bounded.lines(file))
+        lines = list(_decompressed(file) if path.name.lower().endswith(GZIP) else bounded.lines(file))
     if lines and lines[0].startswith(UTF16_MARKS):
         raise ValueError("UTF-16 text; save it as UTF-8")
     if lines:
@@ -52,6 +58,23 @@ def read_lines(path: Path, error: type[NemoLfrError] = NemoLfrError) -> list[byt
     if not lines or lines[-1].endswith(b"\n"):
         lines.append(b"")  # the empty line after the last line feed
     return [line.removesuffix(b"\n").removesuffix(b"\r") for line in lines]
+
+
+def _decompressed(file: IO[bytes]) -> Iterator[bytes]:
+    """Yield the lines of a gzip file."""
+    size = os.fstat(file.fileno()).st_size
+    total = 0
+    try:
+        with gzip.open(file) as stream:
+            for line in bounded.lines(stream):
+                total += len(line)
+                if bounded.is_implausible(0, total, size, free_bytes=bounded.FREE_BYTES):
+                    raise ValueError(f"its {size} bytes expand to more than {total} bytes; it is damaged or malicious")
+                yield line
+    except EOFError as error:
+        raise ValueError("its compressed data ends too early; download it again") from error
+    except (gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"its compressed data is damaged ({error}); download it again") from error
 
 
 def without_nonfinite(value: Any) -> Any:

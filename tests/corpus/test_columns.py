@@ -110,6 +110,27 @@ def struct(array, rate=RATE, **more) -> dict:
     return {"array": array, "sampling_rate": rate, "path": "a.wav", **more}
 
 
+def array2d(samples: np.ndarray) -> "pa.Array":
+    """Return a column with the type of `datasets.Array2D`, inside a struct of samples."""
+    stored = pa.array([samples.tolist()], pa.list_(pa.list_(pa.float32())))
+    values = pa.ExtensionArray.from_storage(Array2D(), stored)
+    return pa.StructArray.from_arrays([values, pa.array([RATE])], ["array", "sampling_rate"])
+
+
+class Array2D(pa.ExtensionType):
+    """Extension type that stores lists of lists, like that of `datasets`."""
+
+    def __init__(self):
+        super().__init__(pa.list_(pa.list_(pa.float32())), "tests.Array2D")
+
+    def __arrow_ext_serialize__(self):
+        return b""
+
+    @classmethod
+    def __arrow_ext_deserialize__(cls, storage_type, serialized):
+        return cls()
+
+
 CELLS = {
     "floats": [struct(WAVE.tolist())],
     "float32": pa.array([struct(WAVE)], pa.struct([("array", pa.list_(pa.float32())), ("sampling_rate", pa.int64())])),
@@ -121,6 +142,8 @@ CELLS = {
     ),
     "channels first": [struct([WAVE.tolist(), WAVE.tolist()])],
     "channels last": [struct(np.stack([WAVE, WAVE], axis=1).tolist())],
+    "Array2D, channels first": array2d(np.stack([WAVE, WAVE])),
+    "Array2D, channels last": array2d(np.stack([WAVE, WAVE], axis=1)),
     "one channel": [struct([WAVE.tolist()])],
     "large lists": pa.array(
         [struct(WAVE)], pa.struct([("array", pa.large_list(pa.float64())), ("sampling_rate", pa.int64())])
@@ -154,6 +177,9 @@ BAD_CELLS = {
     "a number": [7],
     "words": [["a", "b"]],
     "channels of different lengths": [struct([[0.0, 0.1], [0.1]])],
+    "as many channels as samples": [struct(np.zeros((5, 5)).tolist())],
+    "a spectrogram": [struct(np.zeros((80, 200)).tolist())],
+    "three axes": [struct(np.zeros((2, 2, 20)).tolist())],
     "a null in the samples": [struct([0.1, None, 0.2])],
     "NaN": [struct([0.1, math.nan])],
     "numbers that were not divided": [struct([30_000.5, -20_000.5])],
@@ -280,6 +306,25 @@ def test_a_damaged_file_of_several_is_a_failure(wav, tmp_path):
     for clip in clips[:3]:
         with pytest.raises(AudioError):
             clip.audio(RATE, 100)
+
+
+@pytest.mark.parametrize("kind", ["a.parquet", "saved"])
+def test_capitals_in_names_of_columns_are_understood(kind, wav, tmp_path):
+    datasets = pytest.importorskip("datasets", reason="pip install datasets")
+
+    def clips(**columns) -> list:
+        rows = {"Audio": [{"bytes": wav.read_bytes()}], "ID": ["x"], **columns}
+        if kind == "saved":
+            datasets.Dataset.from_dict(rows).save_to_disk(tmp_path / kind)
+        else:
+            write(tmp_path / kind, rows)
+        return clips_of(tmp_path / kind)
+
+    (clip,) = clips(Text=["hi"], Locale=["de"], Other=["y"])
+    assert len(clip.audio(RATE, 100)) == len(WAVE) and clip.id.startswith("x-")
+    assert clip.labels.items() >= {"text": "hi", "lang": "de", "locale": "de", "Other": "y"}.items()
+    with pytest.raises(ConfigError, match=f"{kind}: the columns 'Text' and 'TEXT' differ only in case"):
+        clips(Text=["hi"], TEXT=["ho"])
 
 
 @pytest.mark.parametrize("name", ["audio", "text"])

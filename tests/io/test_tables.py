@@ -1,5 +1,6 @@
 """Tests of CSV and TSV tables, and of AudioFolder's metadata.jsonl."""
 
+import gzip
 import json
 from pathlib import Path
 
@@ -45,6 +46,23 @@ GOOD: dict[str, tuple[str, bytes, list[dict]]] = {
         [named("a.wav", duration="0.5", offset="0")],
     ),
     "metadata.jsonl": ("metadata.jsonl", JSON_LINES, TWO),
+    "vertical bars": ("t.csv", b"path|sentence\na.wav|hi\nb.wav|ho\n", SENTENCES),
+    "a comma in another delimiter's header": ("t.csv", b"path;sentence;a,b\na.wav;hi;\nb.wav;ho;\n", SENTENCES),
+    "quotes in semicolons": ("t.csv", b'"path";"text"\n"a.wav";"hi; ""you"""\n', [named("a.wav", text='hi; "you"')]),
+    "Excel's delimiter": ("t.csv", b"\xef\xbb\xbfsep=;\r\nfile_name;text\r\na.wav;hi\r\nb.wav;ho\r\n", TWO),
+    "another delimiter": ("t.csv", b'"SEP=:"\nfile_name:text\na.wav:hi\nb.wav:ho\n', TWO),
+    "a declared tab": ("t.csv", b"sep=\t\nfile_name\ttext\na.wav\thi\nb.wav\tho\n", TWO),
+    "a declared tab in C": ("t.csv", b"sep=\\t\nfile_name\ttext\na.wav\thi\nb.wav\tho\n", TWO),
+    "a compressed CSV": ("t.csv.gz", gzip.compress(b"file_name,text\na.wav,hi\nb.wav,ho\n"), TWO),
+    "a compressed TSV": ("T.TSV.GZ", gzip.compress(b"file_name\ttext\r\na.wav\thi\r\nb.wav\tho\r\n"), TWO),
+    "capitals": ("t.csv", b"Path,SENTENCE\na.wav,hi\nb.wav,ho\n", SENTENCES),
+    "capitals in NeMo's names": (
+        "t.csv",
+        b"Audio_filepath,Duration,X\na.wav,1,y\n",
+        [named("a.wav", duration="1", X="y")],
+    ),
+    "capitals in JSON": ("t.jsonl", b'{"File_Name": "a.wav", "Text": "hi"}\n', TWO[:1]),
+    "an exact name": ("t.csv", b"path,Text,text\na.wav,HI,hi\n", [named("a.wav", text="hi", Text="HI")]),
 }
 
 
@@ -71,6 +89,11 @@ BAD_ROWS: dict[str, tuple[str, bytes, str]] = {
     "JSON": ("t.jsonl", b'{"file_name"', "not JSON"),
     "JSON, a list": ("t.jsonl", b"[1]", "is not a JSON object"),
     "JSON, a number": ("t.jsonl", b'{"file_name": 5}', "the column 'file_name' is 5"),
+    "JSON, capitals": (
+        "t.jsonl",
+        b'{"file_name": "a", "Text": "b", "TEXT": ""}',
+        "'Text' and 'TEXT' differ only in case",
+    ),
     "JSON, no name": ("t.jsonl", b'{"text": "a"}', "no key 'file_name'"),
 }
 
@@ -98,6 +121,12 @@ def test_invalid_row_skips_only_itself(tmp_path, case):
         (b"file_name,\xe9\n", "header cannot be read"),
         (b"file_name,text,text\na.wav,,hi\n", "two columns are named 'text'; rename or remove one of them"),
         (b"file_name,note,note \na.wav,a,b\n", "two columns are named 'note'"),
+        (b"audio,Text,TEXT\na.wav,hi,b.wav\n", "'Text' and 'TEXT' differ only in case; rename or remove one"),
+        (b"sep=ab\naudio,text\na.wav,hi\n", "declares the delimiter 'ab'; expected one character"),
+        (b"sep=\naudio,text\na.wav,hi\n", "declares the delimiter ''; expected one character"),
+        (b"sep=;\n\n", "the table is empty"),
+        (b"sep=;\naudio,text\na.wav,hi\n", r"no column contains the audio.*\['audio,text'\]"),
+        (b"LJ001|x, y|z\n", "no column contains the audio"),
         (b"audio,text,audio\na.wav,hi,b.wav\n", "two columns are named 'audio'"),
     ],
 )
@@ -105,6 +134,22 @@ def test_invalid_table_is_refused(tmp_path, data, message):
     path = tmp_path / "t.csv"
     path.write_bytes(data)
     with pytest.raises(ConfigError, match=message):
+        list(read_table(path))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda data: data[:-9], "compressed data ends too early; download it again"),
+        (lambda data: b"file_name,text\na.wav,hi\n", "compressed data is damaged"),
+        (lambda data: data[:10] + b"\xff" * 20 + data[30:], "compressed data is damaged"),
+        (lambda data: gzip.compress(b"file_name,text\n" + (b"x" * (1 << 20) + b"\n") * 120), "expand to more than"),
+    ],
+)
+def test_damaged_compressed_table_is_refused(tmp_path, damage, message):
+    path = tmp_path / "t.csv.gz"
+    path.write_bytes(damage(gzip.compress(b"file_name,text\na.wav,hi\n" * 9)))
+    with pytest.raises(ConfigError, match=rf"t\.csv\.gz: the table cannot be read: .*{message}"):
         list(read_table(path))
 
 

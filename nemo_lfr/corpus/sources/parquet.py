@@ -11,7 +11,7 @@ from nemo_lfr.corpus.inventory import list_digest, sampled_digest
 from nemo_lfr.corpus.sources.base import Clip, OpenOptions, ShardSpec, unreadable
 from nemo_lfr.corpus.sources.table import ROWS, Table
 from nemo_lfr.errors import ConfigError, MissingExtraError, NemoLfrError, shorten
-from nemo_lfr.io.columns import repeated_column
+from nemo_lfr.io.columns import known_names, repeated_column
 from nemo_lfr.io.folders import find_files
 from nemo_lfr.io.numbered import check_numbered
 from nemo_lfr.io.parquet import PARQUET_SUFFIXES, READ_ERRORS, ParquetFooter, open_parquet
@@ -50,7 +50,8 @@ class Parquet(Table):
                 problems.append(error)
         else:
             raise problems[0]
-        self.partitions = [partition_of(file, path) for file in files]
+        partitions = [partition_of(file, path) for file in files]
+        self.partitions = [{known_names(keys).get(key, key): keys[key] for key in keys} for keys in partitions]
         super().__init__(path, files, schema, parquet_features(schema.metadata), audio_dir)
         self.columns += [name for name in dict.fromkeys(key for keys in self.partitions for key in keys)]
 
@@ -85,6 +86,10 @@ class Parquet(Table):
             raise ConfigError(text) from error
         if name := repeated_column(table.schema_arrow.names):
             raise ConfigError(f"{file}: two columns are named {shorten(repr(name))}; rename or remove one of them.")
+        try:
+            known_names(table.schema_arrow.names)
+        except ConfigError as error:
+            raise ConfigError(f"{file}: {error}.") from error
         return table, footer
 
     def files_of(self, shard: ShardSpec) -> list[Path]:
@@ -99,7 +104,8 @@ class Parquet(Table):
         for file in range(len(self.files)):
             try:
                 table, footer = self._open(self.files[file])
-                columns = table.schema_arrow.names
+                names = known_names(table.schema_arrow.names)
+                columns = [names.get(name, name) for name in table.schema_arrow.names]
                 if self.column not in columns:
                     raise ConfigError(
                         f"{self.files[file]}: no column {self.column!r}, which contains the audio in the other files; "

@@ -12,7 +12,7 @@ from nemo_lfr.corpus.ids import clean_id
 from nemo_lfr.corpus.inventory import list_digest, sampled_digest
 from nemo_lfr.corpus.sources.base import AudioLoader, Clip, CorpusReader, unreadable
 from nemo_lfr.errors import AudioError, ConfigError, shorten
-from nemo_lfr.io.columns import AUDIO, CONTEXT, chosen_columns, standard_labels
+from nemo_lfr.io.columns import AUDIO, CONTEXT, chosen_columns, known_names, standard_labels
 from nemo_lfr.io.folders import AUDIO_SUFFIXES, find_files
 from nemo_lfr.io.manifests import NOT_A_LINE, describe, resolve_audio_path, seconds
 from nemo_lfr.io.reading import read_bytes, read_file, read_samples
@@ -46,7 +46,11 @@ class Table(CorpusReader):
     ) -> None:
         self.path, self._files = path, files
         self.audio_dir = audio_dir or (path if path.is_dir() else path.parent)
-        self.columns: list[str] = schema.names
+        try:
+            names = known_names(schema.names)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}.") from error
+        self.columns: list[str] = [names.get(name, name) for name in schema.names]
         types = dict(zip(self.columns, schema.types, strict=True))
         column = audio_column(self.columns, types)
         if column is None:
@@ -55,7 +59,7 @@ class Table(CorpusReader):
                 "Rename the column that contains the audio."
             )
         self.column = column
-        self.class_names = class_names(features)
+        self.class_names = {names.get(name, name): values for name, values in class_names(features).items()}
 
     @property
     def identity(self) -> str:
@@ -96,7 +100,8 @@ class Table(CorpusReader):
             first: index in the corpus of the first row in `file`.
             constants: values that are the same for all rows, such as {"lang": "de"} for a file in a folder `lang=de`.
         """
-        columns = {name: rows.column(index) for index, name in enumerate(rows.schema.names)}
+        names = known_names(rows.schema.names)
+        columns = {names.get(name, name): rows.column(index) for index, name in enumerate(rows.schema.names)}
         audio = {name: columns.pop(name) for name in (self.column, CONTEXT) if name in columns}
         for index in range(rows.num_rows):
             yield self._clip(
