@@ -1,5 +1,6 @@
 """Tests of the rules for all commands: JSON, failure records, exit codes, messages and names of options."""
 
+import gzip
 import json
 import os
 import re
@@ -96,6 +97,8 @@ def folder(tmp_path_factory) -> Path:
         place = "mixed" if name == "mixed" else "audio"
         lines = [json.dumps({"audio_filepath": f"{place}/{clip}.wav", "duration": 1.8}) for clip in clips]
         (root / f"{name}.json").write_text("\n".join(lines))
+    (root / "table.csv").write_text("audio_filepath,duration\naudio/a.wav,1.8\n")
+    (root / "table.tsv.gz").write_bytes(gzip.compress(b"path\naudio/a.wav\n"))
     write_codec(root / "tiny.nemo")
     write_codec(root / "two_stages.nemo", "two_stages")  # converted to ONNX in half the time
     cli.main(["encode", str(root / "audio"), "--out", str(root / "tokens"), "--model", str(root / "tiny.nemo")])
@@ -262,21 +265,27 @@ def test_exit_codes(arguments, code, folder, tmp_path, capsys, monkeypatch):
 
 # Each command with the place of one input or model, and the kinds of valid files that it accepts there.
 ONE_INPUT = {
-    "info {x}": ("audio", "tokens", "checkpoint", "manifest"),
+    "info {x}": ("audio", "tokens", "checkpoint", "manifest", "table"),
     "encode {x} --out {out}": ("audio",),
     "encode {x} -": ("audio",),
     "decode {x} --out {out}": ("tokens",),
     "decode {x} -": ("tokens",),
-    "tokenize {x} --out {out}": ("manifest",),
+    "tokenize {x} --out {out}": ("manifest", "table"),
     "detokenize {x} --out {out}": (),
     "prepare folder {x} --out {out}": (),
-    "evaluate {x} --out {out}": ("manifest",),
+    "evaluate {x} --out {out}": ("manifest", "table"),
     "entropy fit {x} --out {out}/m.lfrm": ("tokens",),
     "encode {in}/audio/a.wav --out {out} --model {x}": ("checkpoint",),
     "export safetensors --out {out} --model {x}": ("checkpoint",),
     "encode {in}/audio/a.wav --out {out} --compress --entropy-model {x}": (),
 }
-VALID = {"audio": "audio/a.wav", "tokens": "tokens/a.lfr", "checkpoint": "tiny.nemo", "manifest": "manifest.json"}
+VALID = {
+    "audio": "audio/a.wav",
+    "tokens": "tokens/a.lfr",
+    "checkpoint": "tiny.nemo",
+    "manifest": "manifest.json",
+    "table": "table.csv",
+}
 
 
 def write_junk(root: Path) -> list[Path]:
@@ -363,6 +372,12 @@ def test_verbose_shows_the_log_and_the_traceback_of_a_failure(folder, tmp_path, 
     )
     assert code == 1 and "nemo-lfr: debug: nemo_lfr: " in err and "Traceback" in err and "AudioError" in err
     assert "x real time" in err and "nemo-lfr: info: nemo_lfr.codec.backends: opened " in err
+
+
+@pytest.mark.parametrize("name", ["table.csv", "table.tsv.gz"])
+def test_info_says_which_commands_read_a_table(name, folder, capsys):
+    code, out, _ = run(capsys, "info", folder / name)
+    assert code == 0 and "a CSV or TSV table" in out and "nemo-lfr tokenize, evaluate and prepare table read" in out
 
 
 def test_info_of_one_file_has_its_keys_at_the_top_level(folder, capsys):
