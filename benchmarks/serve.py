@@ -8,7 +8,7 @@ each mode the number of streams is doubled, then bisected, until the largest num
 
 - server: `nemo-lfr serve`, with this process as the client of all streams.
 - processes: one process per stream, which pushes each frame to a `StreamDecoder`.
-- one process: all streams in one process, each pushed to alone.
+- one process: all streams in one process, which processes each frame of each stream separately.
 
 The table shows that number, and the time from the first frame of a stream to its first audio (median and 95th
 percentile) with 1 stream, with 8, and with 80 % of that number. The client of the server runs on the same cores; the

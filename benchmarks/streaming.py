@@ -5,10 +5,10 @@
 MANIFEST lists speech recordings; the default is the clip inside the package. Every recording is streamed in chunks of
 random lengths (empty, one sample, one frame, a prime length, up to 0.4 s) through the codec, and through a codec with
 NanoCodec's causal decoder and random weights. Tokens must be equal to offline tokens except for rounding ties, and
-audio within 1e-5. The next table times pushes of 20, 80 and 320 ms for one stream and for 16 streams that are pushed
-together. Speed relative to real time is the total over all streams. The last tables show the effect of `lookahead`:
-the percentage of tokens that equal those with full lookahead, the SNR and quality of the decoded audio, and the SNR of
-the first frames with `first_lookahead`.
+audio within 1e-5. The next table shows the time to process a chunk of 20, 80 or 320 ms, for one stream and for 16
+streams in a batch. Speed relative to real time is the total over all streams. The last tables show the effect of
+`lookahead`: the percentage of tokens that equal those with full lookahead, the SNR and quality of the decoded audio,
+and the SNR of the first frames with `first_lookahead`.
 """
 
 import argparse
@@ -102,7 +102,7 @@ def check(codec: Codec, waves: list[np.ndarray], chunkings: int, seed: int) -> s
 
 
 def time_pushes(codec: Codec, wave: np.ndarray, push_ms: int, count: int) -> tuple[list[float], list[float]]:
-    """Time each push of `push_ms` to `count` streams, for encoders and decoders."""
+    """Time the processing of each chunk of `push_ms` in a batch of `count` streams, for encoders and decoders."""
     size = codec.sample_rate * push_ms // 1000
     encoders = [codec.stream_encoder() for _ in range(count)]
     decoders = [codec.stream_decoder() for _ in range(count)]
@@ -120,8 +120,8 @@ def time_pushes(codec: Codec, wave: np.ndarray, push_ms: int, count: int) -> tup
 
 
 def speed(codec: Codec, wave: np.ndarray) -> None:
-    """Print the latency and speed of streams by number and push size."""
-    print("\n| streams | push | encode: median, 95 % | decode: median, 95 % | x real time: encode, decode, both |")
+    """Print the latency and speed for each number of streams and chunk duration."""
+    print("\n| streams | chunk | encode: median, 95 % | decode: median, 95 % | x real time: encode, decode, both |")
     print("| --- | --- | --- | --- | --- |")
     for count in STREAMS:
         clip = np.tile(wave, 3)[: codec.sample_rate * (20 if count == 1 else 8)]

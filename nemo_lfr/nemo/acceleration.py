@@ -1,4 +1,4 @@
-"""Function `accelerate`, which makes a codec model from NeMo use the faster modules of this package."""
+"""Function `accelerate`, which replaces the modules of a NeMo codec model with the faster modules of this package."""
 
 from collections.abc import Mapping
 from typing import Any

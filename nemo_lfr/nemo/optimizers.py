@@ -71,9 +71,9 @@ def check_optimizers(checkpoint: Mapping[str, Any], optimizers: Sequence[torch.o
 
 def _differs(path: Any, section: str, what: str) -> ConfigError:
     return ConfigError(
-        f"{path}: this run cannot be resumed, because the config has another {section}: {what}. Restore the section "
-        f"{section} of the config. Or train in another folder (exp_manager.name), and add init_from_ptl_ckpt to start "
-        "from the weights of this checkpoint."
+        f"{path}: this run cannot be resumed, because the section {section} of the config does not match the "
+        f"checkpoint: {what}. Restore this section. Or train in another folder (exp_manager.name), and add "
+        "init_from_ptl_ckpt to start from the weights of this checkpoint."
     )
 
 

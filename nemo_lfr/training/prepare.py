@@ -130,7 +130,8 @@ def prepare(
     if speaker_level is not None:
         if kind != "folder":
             raise NemoLfrError(
-                f"speaker_level is only for the layout folder, but the layout is {kind}; remove speaker_level."
+                f"speaker_level is only valid for the layout 'folder', but the layout is {kind!r}; remove "
+                "speaker_level."
             )
         read = partial(folder, speaker_level=speaker_level)
     if kind == "table" and not is_table(corpus):
