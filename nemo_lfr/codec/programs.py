@@ -64,7 +64,7 @@ class Decoder(nn.Module):
     def forward(self, tokens: torch.Tensor, tokens_len: torch.Tensor) -> torch.Tensor:
         """Decode whole frames."""
         valid = torch.arange(tokens.shape[2], device=tokens.device) < tokens_len[:, None]
-        hidden = self.decoder.hidden_frames(self.quantizer.decode(tokens.transpose(0, 1)) * valid[:, None])
+        hidden = self.decoder.hidden_frames(self.quantizer.decode_unchecked(tokens.transpose(0, 1)) * valid[:, None])
         return to_audio(self.decoder.out_activation, hidden).squeeze(1)
 
 

@@ -171,7 +171,7 @@ class StreamDecoder(BaseStream):
     def _take(self, tokens: torch.Tensor) -> torch.Tensor:
         """Dequantize tokens [C, k] to frames [1, D, k]."""
         self._num_in += tokens.shape[1]
-        return self.modules.quantizer.decode(tokens[:, None])
+        return self.modules.quantizer.decode_unchecked(tokens[:, None])
 
 
 def push_encoders(streams: Sequence[StreamEncoder], samples: Sequence[np.ndarray]) -> list[np.ndarray]:

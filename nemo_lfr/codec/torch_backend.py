@@ -269,12 +269,12 @@ class TorchBackend:
         check_weights(decoder, f"the decoder of {self.name}")
         if is_altered(decoder):
             with self.autocast():
-                codes = self.quantizer.decode(tokens.transpose(0, 1))
+                codes = self.quantizer.decode_unchecked(tokens.transpose(0, 1))
                 return run_decoder(decoder, codes, num_frames, self.spec.samples_per_frame).float()
         if self.device.type == "cuda":
             return self._cuda_module(decoder)(tokens, num_frames, width)
         length = torch.tensor(num_frames, device=tokens.device) if min(num_frames) < width else None
-        codes = self.quantizer.decode(tokens.transpose(0, 1), length)
+        codes = self.quantizer.decode_unchecked(tokens.transpose(0, 1), length)
         with self.autocast():
             return inference.decode_frames(decoder, codes, _ends(num_frames, width, decoder.min_frames)).float()
 

@@ -44,10 +44,7 @@ def _check_tokens(
         name: name of `values` in messages.
         remedy: end of the message.
     """
-    is_plain = type(tokens) is torch.Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(tokens)
-    is_captured = tokens.is_cuda and torch.cuda.is_current_stream_capturing()
-    is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-    if not is_plain or is_captured or is_traced or tokens.is_meta or not tokens.numel():
+    if not _has_values(tokens):
         return
     is_outside = (tokens < 0) | (tokens >= codebook_size)
     is_bad = ~values.isfinite().all(dim=1)
@@ -58,6 +55,37 @@ def _check_tokens(
             f"{name} are NaN, infinite or out of range, and cannot be converted to tokens of a codebook of "
             f"{codebook_size} entries; {remedy}."
         )
+
+
+def _check_indices(indices: torch.Tensor, num_codebooks: int, codebook_size: int, length: torch.Tensor | None) -> None:
+    """Raise an error if tokens to decode have the wrong shape, or a valid one is outside the codebook.
+
+    The check of the values synchronizes a GPU. They are not checked while a graph is traced or captured.
+
+    Args:
+        indices: tokens, which should be [C, B, T].
+        num_codebooks: number of codebooks C.
+        codebook_size: number of entries.
+        length: frames in each example, [B]; later tokens may have any value. None for all frames.
+    """
+    if indices.dim() != 3 or indices.shape[0] != num_codebooks:
+        raise TokensError(f"tokens have shape {list(indices.shape)}; this quantizer takes [{num_codebooks}, B, T].")
+    if not _has_values(indices):
+        return
+    is_bad = ~((indices >= 0) & (indices < codebook_size))  # also for NaN
+    if length is not None:
+        is_bad = is_bad & (torch.arange(indices.shape[-1], device=indices.device) < length.to(indices.device)[:, None])
+    if bool(is_bad.any()):
+        token = indices[is_bad][0].item()
+        raise TokensError(f"token {token} is outside [0, {codebook_size}); pass tokens of this codec.")
+
+
+def _has_values(tokens: torch.Tensor) -> bool:
+    """Return whether the values of a tensor can be checked now: not while a graph is traced or captured."""
+    is_plain = type(tokens) is torch.Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(tokens)
+    is_captured = tokens.is_cuda and torch.cuda.is_current_stream_capturing()
+    is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    return is_plain and not is_captured and not is_traced and not tokens.is_meta and tokens.numel() > 0
 
 
 class FiniteScalarQuantizer(NeuralModule):
@@ -115,7 +143,7 @@ class FiniteScalarQuantizer(NeuralModule):
     def codes(self) -> torch.Tensor:
         """All entries of the codebook in token order, [codebook_size, D]."""
         tokens = torch.arange(self.codebook_size, device=self.num_levels.device)
-        return self.decode(tokens.reshape(1, -1, 1)).squeeze(-1)
+        return self.decode_unchecked(tokens.reshape(1, -1, 1)).squeeze(-1)
 
     @property
     def codebook(self) -> torch.Tensor:
@@ -168,7 +196,16 @@ class FiniteScalarQuantizer(NeuralModule):
         return tokens
 
     def decode(self, indices: torch.Tensor, input_len: torch.Tensor | None = None) -> torch.Tensor:
-        """Dequantize tokens to codes: [1, B, T] -> [B, D, T]."""
+        """Dequantize tokens to codes: [1, B, T] -> [B, D, T].
+
+        Raises:
+            TokensError: if the shape of `indices` is not [1, B, T], or a token is outside the codebook.
+        """
+        _check_indices(indices, self.num_codebooks, self.codebook_size, input_len)
+        return self.decode_unchecked(indices, input_len)
+
+    def decode_unchecked(self, indices: torch.Tensor, input_len: torch.Tensor | None = None) -> torch.Tensor:
+        """Dequantize tokens that were checked before; a token outside the codebook is taken modulo its size."""
         digits = (indices.squeeze(0).unsqueeze(1) // self.dim_base_index) % self.num_levels
         return _mask(self.nonnegative_to_codes(digits), input_len)
 
@@ -278,11 +315,20 @@ class GroupFiniteScalarQuantizer(NeuralModule):
         return tokens
 
     def decode(self, indices: torch.Tensor, input_len: torch.Tensor | None = None) -> torch.Tensor:
-        """Dequantize tokens to codes: [C, B, T] -> [B, D, T]."""
+        """Dequantize tokens to codes: [C, B, T] -> [B, D, T].
+
+        Raises:
+            TokensError: if the shape of `indices` is not [C, B, T], or a token is outside the codebook.
+        """
+        _check_indices(indices, self.num_codebooks, self.codebook_size, input_len)
+        return self.decode_unchecked(indices, input_len)
+
+    def decode_unchecked(self, indices: torch.Tensor, input_len: torch.Tensor | None = None) -> torch.Tensor:
+        """Dequantize tokens that were checked before; a token outside the codebook is taken modulo its size."""
         batch, frames = indices.shape[1:]
         quantizer = self.fsqs[0]
         assert isinstance(quantizer, FiniteScalarQuantizer)
-        codes = quantizer.decode(indices.transpose(0, 1).flatten(0, 1)[None])
+        codes = quantizer.decode_unchecked(indices.transpose(0, 1).flatten(0, 1)[None])
         return _mask(codes.reshape(batch, self.codebook_dim, frames), input_len)
 
     def dropout_codebooks(self, encoded: torch.Tensor, num_codebooks: torch.Tensor) -> torch.Tensor:

@@ -145,6 +145,27 @@ class Inference(BaseModel):
         dtype = audio.dtype if audio.is_floating_point() else torch.float32
         return resampled.to(audio.device, dtype), resampled_len.to(audio_len.device, audio_len.dtype)
 
+    def dequantize(self, tokens: torch.Tensor, tokens_len: torch.Tensor) -> torch.Tensor:
+        """Convert tokens to the frames that `decode_audio` takes.
+
+        As in NeMo, a token outside the codebook is taken modulo the codebook's size. `decode` raises an error for it.
+
+        Args:
+            tokens: ids in [0, codebook_size), shape [B, C, T_encoded].
+            tokens_len: valid frames of each example, shape [B].
+
+        Returns:
+            Dequantized frames [B, D, T_encoded].
+
+        Raises:
+            TokensError: if `tokens` has another number of codebooks than the model.
+        """
+        if not tokens.is_floating_point():
+            tokens = tokens.long()  # the codebook's size may be too large for 8 or 16 bits
+        wrapped = tokens.remainder(self.codebook_size)
+        dequantized: torch.Tensor = super().dequantize(tokens=wrapped, tokens_len=tokens_len)
+        return dequantized
+
     def pad_audio(
         self, audio: torch.Tensor, audio_len: torch.Tensor, samples_per_frame: int
     ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -173,3 +173,34 @@ def test_token_checks_do_not_break_a_graph():
     module, values = Tokens(), torch.rand(2, 8, 5) / 2
     program = torch.export.export(module, (values,))
     assert torch.equal(program.module()(values), module(values))
+
+
+@pytest.mark.parametrize(
+    ("token", "message"),
+    [
+        (2016, "token 2016 is outside"),
+        (-1, "token -1 is outside"),
+        (2**31, "token 2147483648 is outside"),
+        (math.nan, "token nan is outside"),
+        ("rows", r"tokens have shape \[\d, 2, 5\]; this quantizer takes"),
+        ("dimensions", "tokens have shape"),
+    ],
+)
+@pytest.mark.parametrize("num_groups", [None, 2])
+def test_tokens_that_are_not_of_the_codebook_are_not_decoded(num_groups, token, message):
+    levels = [8, 7, 6, 6]
+    quantizer = GroupFiniteScalarQuantizer(num_groups, levels) if num_groups else FiniteScalarQuantizer(levels)
+    tokens = torch.arange(10 * quantizer.num_codebooks).reshape(-1, 2, 5)
+    expected = quantizer.decode(tokens)
+    length = torch.tensor([5, 4])
+    if token == "rows":
+        tokens = torch.cat([tokens, tokens])
+    elif token == "dimensions":
+        tokens = tokens[0]
+    else:
+        tokens = tokens.to(torch.float32 if token != token else torch.int64)
+        tokens[-1, 1, 4] = token
+        padded = quantizer.decode(tokens, length)  # tokens after the end of a clip may be anything
+        assert torch.equal(padded[..., :4], expected[..., :4])
+    with pytest.raises(TokensError, match=message):
+        quantizer.decode(tokens)

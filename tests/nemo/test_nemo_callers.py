@@ -396,6 +396,18 @@ def test_codes_of_another_dimension_are_named(nemo_file):
         quantizer.codes_to_indices(codes=torch.zeros(1, 31, 5), input_len=torch.tensor([5]))
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int16, torch.uint8, torch.float32])
+@pytest.mark.parametrize("kind", ["ours", "accelerated"])
+def test_dequantize_takes_tokens_outside_the_codebook_modulo_its_size_as_stock_does(nemo_file, kind, dtype):
+    tokens = torch.tensor([2016, 2017, 30_000, -1, -2016, 2015, 5]).to(dtype).expand(1, 8, 7)
+    lengths = torch.tensor([7])
+    stock = stock_model(nemo_file).dequantize(tokens=tokens, tokens_len=lengths)
+    assert torch.equal(MODELS[kind](nemo_file).dequantize(tokens=tokens, tokens_len=lengths), stock)
+    if dtype is not torch.uint8:
+        with pytest.raises(TokensError, match=r"token 2016(\.0)? is outside \[0, 2016\); pass tokens"):
+            MODELS[kind](nemo_file).vector_quantizer.decode(tokens.transpose(0, 1), lengths)
+
+
 @pytest.mark.parametrize("levels", [[8, 7, 6, 6], [2, 3], [5, 5, 5, 5, 5, 5], [36, 37]])
 def test_the_steps_of_fsq_equal_stocks(levels):
     from nemo.collections.tts.modules.audio_codec_modules import FiniteScalarQuantizer as StockFSQ

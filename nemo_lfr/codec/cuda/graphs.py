@@ -207,7 +207,7 @@ class CudaModule:
         return quantize(self.quantizer, encoded.transpose(1, 2))
 
     def _decode(self, tokens: torch.Tensor, num_frames: torch.Tensor) -> torch.Tensor:
-        codes = self.quantizer.decode(tokens.transpose(0, 1))
+        codes = self.quantizer.decode_unchecked(tokens.transpose(0, 1))
         silent = torch.arange(tokens.shape[2], device=tokens.device) >= num_frames[:, None]
         codes = codes.masked_fill(silent[:, None], 0)
         return self.plan(codes.transpose(1, 2), num_frames.clamp(min=self._min_frames)).squeeze(2)
