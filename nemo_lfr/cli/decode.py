@@ -26,11 +26,10 @@ from nemo_lfr.cli.results import FileFigures, FilesResult
 from nemo_lfr.cli.session import begin_work
 from nemo_lfr.cli.stdio import check_pipe, spooled
 from nemo_lfr.errors import NemoLfrError
+from nemo_lfr.io.folders import WRITABLE_FORMATS
 
 if TYPE_CHECKING:
     from nemo_lfr.codec.codec import Codec
-
-AUDIO_FORMATS = ("wav", "flac")
 
 
 @click.command(cls=Command, result=FilesResult, short_help="Decode .lfr token files into audio.")
@@ -41,7 +40,10 @@ AUDIO_FORMATS = ("wav", "flac")
     help="Folder for the audio, or NAME.wav for one input (default: beside the input).",
 )
 @click.option(
-    "--format", "kind", type=click.Choice(AUDIO_FORMATS), help="Audio format (default: the suffix of --out, or wav)."
+    "--format",
+    "kind",
+    type=click.Choice(WRITABLE_FORMATS),
+    help="Audio format (default: the suffix of --out, or wav).",
 )
 @overwrite_option
 @skip_existing_option
@@ -121,14 +123,14 @@ def output_format(kind: str | None, out: Path | None) -> str:
         out: value of --out, if it was passed.
 
     Returns:
-        One of `AUDIO_FORMATS`; WAV if neither option selects a format.
+        One of `WRITABLE_FORMATS`; WAV if neither option selects a format.
 
     Raises:
         NemoLfrError: if the two options name different formats.
     """
     suffix = "" if out is None or out.is_dir() else out.suffix[1:].lower()
-    if suffix not in AUDIO_FORMATS:
-        return kind or AUDIO_FORMATS[0]
+    if suffix not in WRITABLE_FORMATS:
+        return kind or WRITABLE_FORMATS[0]
     if kind not in (None, suffix):
         raise NemoLfrError(f"--out {out} and --format {kind} name different formats; remove one of them.")
     return suffix

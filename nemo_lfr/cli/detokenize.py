@@ -20,13 +20,19 @@ from nemo_lfr.cli.progress import progress
 from nemo_lfr.cli.results import DetokenizeResult
 from nemo_lfr.cli.session import current, fail, print_line
 from nemo_lfr.errors import NemoLfrError
+from nemo_lfr.io.folders import WRITABLE_FORMATS
 
 
 @click.command(cls=Command, result=DetokenizeResult, short_help="Decode a tokenized corpus into audio files.")
 @click.argument("tokens", type=UserPath())
 @click.option("--out", type=UserPath(file_okay=False), required=True, help="Folder for the audio.")
 @click.option(
-    "--format", "kind", type=click.Choice(["wav", "flac"]), default="wav", show_default=True, help="Audio format."
+    "--format",
+    "kind",
+    type=click.Choice(WRITABLE_FORMATS),
+    default=WRITABLE_FORMATS[0],
+    show_default=True,
+    help="Audio format.",
 )
 @overwrite_option
 @count_option("--limit", "Maximum number of utterances to decode (default: all).")

@@ -330,8 +330,8 @@ class Codec(HubMethods[Array]):
 
         Args:
             source: the `.lfr` token file.
-            target: the audio file to write. Its suffix selects the format, such as .wav or .flac. Missing folders are
-                created.
+            target: the audio file to write, 16-bit mono. Its suffix selects the format: .wav or .flac. Missing folders
+                are created.
             start: start of the segment in seconds. Only the frames that the segment needs are read.
             duration: length of the segment in seconds. A segment that extends beyond the end of the recording is
                 shortened. Default: up to the end of the recording.
@@ -346,7 +346,7 @@ class Codec(HubMethods[Array]):
         Raises:
             TokenFileError: if `source` is damaged or from another codec, `start` is outside the recording, or
                 `duration` is negative or not finite. With `recover`, also if no block of `source` is intact.
-            NemoLfrError: if `target` is the same file as `source`, has an unknown suffix, or exists while `overwrite`
+            NemoLfrError: if `target` is the same file as `source`, has another suffix, or exists while `overwrite`
                 is not set.
             AudioError: if the format of `target` does not support the codec's sample rate.
         """

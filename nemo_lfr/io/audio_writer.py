@@ -10,9 +10,10 @@ from typing import IO
 import numpy as np
 import soundfile
 
-from nemo_lfr.errors import AudioError, NemoLfrError
+from nemo_lfr.errors import AudioError, NemoLfrError, quoted
 from nemo_lfr.io.atomic import check_overwrite, naming, open_temporary
 from nemo_lfr.io.decoders import sndfile_reason
+from nemo_lfr.io.folders import WRITABLE_FORMATS
 
 
 def pcm16(wave: np.ndarray) -> bytes:
@@ -25,35 +26,39 @@ class AudioWriter:
     """Write a 16-bit mono audio file under a temporary name, and rename the complete file.
 
     Args:
-        path: output file; its suffix determines the format. Missing folders are created.
+        path: output file; its suffix, one of `WRITABLE_FORMATS`, determines the format. Missing folders are created.
         sample_rate: sample rate in Hz.
         overwrite: whether to replace an existing file.
 
     Raises:
-        NemoLfrError: if the file exists and `overwrite` is not set, or if the format is unknown.
+        NemoLfrError: if the file exists and `overwrite` is not set, or if its suffix is none of `WRITABLE_FORMATS`.
         AudioError: if the format does not support the sample rate.
     """
 
     def __init__(self, path: str | os.PathLike[str], sample_rate: int, *, overwrite: bool = False) -> None:
         self.path = Path(path)
         check_overwrite(self.path, overwrite)
-        kind = self.path.suffix[1:].upper()
-        if kind not in soundfile.available_formats():
+        kind = self.path.suffix[1:]
+        if kind.lower() not in WRITABLE_FORMATS:
+            # Lossy formats would change the audio, and some of them the number of samples.
+            formats = " or ".join(f".{name}" for name in WRITABLE_FORMATS)
             raise NemoLfrError(
-                f"{path}: {self.path.suffix!r} is not a format that libsndfile writes; use .wav or .flac."
+                f"{path}: audio is not written as {quoted(self.path.suffix)}; use {formats}, and convert the file."
+                if self.path.suffix
+                else f"{path}: the name has no suffix, which selects the format; use {formats}."
             )
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._raw = open_temporary(self.path)
         self._sink = _SinkFile(self._raw)
         try:
-            self._file = soundfile.SoundFile(self._sink, "w", sample_rate, 1, format=kind)
+            self._file = soundfile.SoundFile(self._sink, "w", sample_rate, 1, format=kind.upper())
         except (soundfile.LibsndfileError, TypeError, ValueError) as error:
             with contextlib.suppress(OSError):  # a full disk makes closing fail too
                 self._raw.close()
             os.unlink(self._raw.name)
             self._sink.check(self.path)
             raise AudioError(
-                f"{path}: the audio cannot be written as {kind} at {sample_rate} Hz ({sndfile_reason(error)})."
+                f"{path}: the audio cannot be written as {kind.upper()} at {sample_rate} Hz ({sndfile_reason(error)})."
             ) from error
 
     def __enter__(self) -> "AudioWriter":

@@ -68,6 +68,7 @@ MEDIA_SUFFIXES = frozenset(
     }
 )
 AUDIO_SUFFIXES = SOUND_SUFFIXES | MEDIA_SUFFIXES
+WRITABLE_FORMATS = ("wav", "flac")  # lossless formats that keep the number of samples; the first is the default
 # How to read files with certain suffixes. This is for messages about a folder without files of the wanted kind.
 ADVICE = (
     (

@@ -257,23 +257,18 @@ def test_a_writer_that_fails_leaves_no_file_and_keeps_the_old_one(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a.wav"]
 
 
-@pytest.mark.parametrize("name", ["a", "a.xyz", "a.lfr", "a.txt"])
+@pytest.mark.parametrize("name", ["a", "a.xyz", "a.lfr", "a.txt", "a.mp3", "a.ogg", "a.OPUS", "a.raw", "a.aiff"])
 def test_a_format_that_cannot_be_written_is_named_and_leaves_nothing(tmp_path, name):
-    with pytest.raises(NemoLfrError, match=r"use \.wav or \.flac"):
+    message = r"is not written as '\.\w+'; use \.wav or \.flac" if "." in name else r"no suffix.*use \.wav or \.flac"
+    with pytest.raises(NemoLfrError, match=rf"{name}: .*{message}"):
         AudioWriter(tmp_path / name, 22050)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_format_that_refuses_its_settings_leaves_nothing(tmp_path):
-    for name in sorted(soundfile.available_formats()):
-        folder = tmp_path / name
-        folder.mkdir()
-        try:
-            with AudioWriter(folder / f"a.{name.lower()}", 22050) as writer:
-                writer.write(np.zeros(4000, np.float32))
-        except NemoLfrError as error:
-            assert f"a.{name.lower()}" in str(error)
-            assert list(folder.iterdir()) == []
+    with pytest.raises(AudioError, match=r"a\.flac: the audio cannot be written as FLAC at 1000000 Hz"):
+        AudioWriter(tmp_path / "a.flac", 1_000_000)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow
@@ -294,7 +289,7 @@ def test_samples_are_those_of_librosa_load(tmp_path, rate, num_samples):
     np.testing.assert_allclose(resample(wave.mean(axis=1), rate, 22050), expected, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", slow_after(1, ["a.wav", "a.flac", "a.ogg"]))
+@pytest.mark.parametrize("name", slow_after(1, ["a.wav", "a.flac"]))
 @pytest.mark.parametrize("free", slow_after(1, [10, 4000]))
 def test_a_full_disk_leaves_the_old_audio_and_nothing_else(tmp_path, name, free):
     path = tmp_path / name
