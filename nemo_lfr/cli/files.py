@@ -1,5 +1,6 @@
 """Plan, check and run the tasks of `encode` and `decode`. A task is an input file and its output file."""
 
+import contextlib
 import os
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -14,9 +15,9 @@ from nemo_lfr.cli.identify import (
     ENTROPY_MODEL,
     TOKEN_SUFFIX,
     TOKENS,
-    UNKNOWN,
     Identity,
-    identify,
+    identify_content,
+    identify_suffix,
 )
 from nemo_lfr.cli.progress import progress
 from nemo_lfr.cli.results import FileFigures
@@ -156,8 +157,9 @@ def names_a_file(out: Path | None, suffix: str) -> bool:
 def check_input(path: Path, suffixes: Collection[str], *, is_only: bool = False) -> None:
     """Raise an error if an input is a file for another command, or if the only input is not a file for this command.
 
-    Such an input is a usage error. Without this check, it would be reported as damaged. If there are other inputs,
-    an input that no command reads is not checked here, so that the other inputs are processed.
+    Such an input is a usage error. Without this check, it would be reported as damaged. The content decides, not the
+    suffix. If there are other inputs, an input that no command reads is not checked here, so that the other
+    inputs are processed.
 
     Args:
         path: input from the command line.
@@ -169,14 +171,26 @@ def check_input(path: Path, suffixes: Collection[str], *, is_only: bool = False)
             this command or option.
     """
     wanted = TOKENS if TOKEN_SUFFIX in suffixes else AUDIO
-    identity = identify(path) if path.is_file() else UNKNOWN
-    if identity.kind == wanted.kind:
+    identity = identify_content(path) if path.is_file() else None
+    if identity is None and wanted.kind == TOKENS.kind and _opens_as_audio(path):
+        identity = AUDIO
+    if identity is None:
+        if is_only:
+            _try_to_open(path, wanted)
         return
     known = {AUDIO.kind, TOKENS.kind, CHECKPOINT.kind, ENTROPY_MODEL.kind}
-    if identity.kind in known or (is_only and identity.kind != UNKNOWN.kind):
+    if identity.kind != wanted.kind and (is_only or identity.kind in known):
         raise NemoLfrError(f"{path}: this is {identity.text}, not {wanted.text}; {identity.advice}.")
-    if is_only:
-        _try_to_open(path, wanted)
+
+
+def _opens_as_audio(path: Path) -> bool:
+    """Return whether a file with an audio suffix is audio; the first bytes of MP3 frames do not identify them."""
+    if not path.is_file() or identify_suffix(path).kind != AUDIO.kind:
+        return False
+    with contextlib.suppress(NemoLfrError, OSError):
+        _try_to_open(path, AUDIO)
+        return True
+    return False
 
 
 def _try_to_open(path: Path, wanted: Identity) -> None:

@@ -59,6 +59,7 @@ MAGIC = (
     (0, b"PAR1", Identity("corpus", "a Parquet table", "nemo-lfr tokenize reads it")),
     (257, b"ustar", CHECKPOINT),
     (0, b"PK\x03\x04", CHECKPOINT),
+    (0, b"\x80\x02", CHECKPOINT),  # pickle, which torch.save wrote before version 1.6
 )
 # Names of files that identify a folder, and the kind of folder. The first match decides.
 MEMBERS = (
@@ -72,11 +73,22 @@ MEMBERS = (
 )
 
 
-def identify(path: Path) -> Identity:
-    """Identify a file or folder.
+def identify_suffix(path: Path) -> Identity:
+    """Return the kind of file that a suffix stands for; `UNKNOWN` for other suffixes."""
+    suffix = path.suffix.lower()
+    if suffix in CHECKPOINT_SUFFIXES:
+        return CHECKPOINT
+    return TOKENS if suffix == TOKEN_SUFFIX else AUDIO if suffix in AUDIO_SUFFIXES else UNKNOWN
+
+
+def identify_content(path: Path) -> Identity | None:
+    """Identify a folder by its files, or a file by its first bytes.
 
     Args:
         path: existing file or folder.
+
+    Returns:
+        The kind of file or folder; None for a file that starts with other bytes, such as raw MP3 frames.
 
     Raises:
         NemoLfrError: for a pipe, a device or a socket, because reading from it could block forever.
@@ -90,19 +102,15 @@ def identify(path: Path) -> Identity:
         if head[offset : offset + len(magic)] == magic:
             return identity
     suffix = path.suffix.lower()
-    if suffix == TOKEN_SUFFIX:
-        return TOKENS
-    if suffix in CHECKPOINT_SUFFIXES:
+    if suffix in CHECKPOINT_SUFFIXES and head.startswith(GZIP_MAGIC):
         return CHECKPOINT
-    if suffix in AUDIO_SUFFIXES:
-        return AUDIO
     is_text = head.strip() and (b"\0" not in head or head.startswith(GZIP_MAGIC))
     if table_suffix(path) is not None and is_text:
         return TABLE
     starts = {".json": (b"{", b"["), ".jsonl": (b"{", b"["), ".gz": (GZIP_MAGIC,)}.get(suffix, (b'{"',))
     if head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(starts):
         return Identity("corpus", "a manifest or other JSON", "nemo-lfr tokenize reads manifests and cuts")
-    return UNKNOWN
+    return None
 
 
 def _describe_unfinished(path: Path) -> Identity | None:

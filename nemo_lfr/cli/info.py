@@ -8,7 +8,17 @@ import click
 
 from nemo_lfr.bundled import BUNDLED_QUALITY
 from nemo_lfr.cli.command import Command
-from nemo_lfr.cli.identify import ANY_RATE, AUDIO, CHECKPOINT, ENTROPY_MODEL, TOKEN_SUFFIX, TOKENS, UNKNOWN, identify
+from nemo_lfr.cli.identify import (
+    ANY_RATE,
+    AUDIO,
+    CHECKPOINT,
+    ENTROPY_MODEL,
+    TOKEN_SUFFIX,
+    TOKENS,
+    UNKNOWN,
+    identify_content,
+    identify_suffix,
+)
 from nemo_lfr.cli.options import PathText
 from nemo_lfr.cli.results import (
     AudioFigures,
@@ -65,9 +75,10 @@ def describe(text: str | None) -> InfoFigures:
         if path is not None and path.suffix.lower() in AUDIO_SUFFIXES | {TOKEN_SUFFIX}:
             raise NemoLfrError(f"{path}: no such file.")
         return _describe_codec(text)
-    identity = identify(path)
-    if identity.kind != UNKNOWN.kind:
-        begin_work()
+    content = identify_content(path)
+    if content is not None and content.kind != UNKNOWN.kind:
+        begin_work()  # otherwise, a file that cannot be read is a usage error
+    identity = content or identify_suffix(path)
     if identity.kind == TOKENS.kind:
         return _describe_tokens(path)
     if identity.kind == AUDIO.kind:

@@ -1,11 +1,13 @@
 """Tests of the command line: exit codes, output, and the files that remain on disk."""
 
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -123,6 +125,18 @@ def test_a_bad_file_does_not_stop_the_others(capsys, folder, tmp_path):
     assert left == ["a.lfr", "b.lfr"]
 
 
+MP3 = io.BytesIO()
+soundfile.write(MP3, np.zeros(22050), 22050, format="MP3")
+# Files whose content is not what their suffix says, and an MP3 file without a tag, whose first bytes vary.
+CONTENT = {
+    "junk.wav": bytes(range(128, 256)) * 4,
+    "tokens.wav": b"LFRT",
+    "manifest.wav": b'{"audio_filepath": "a.wav"}',
+    "tokens.lfr": b"LFRT",
+    "frames.mp3": MP3.getvalue(),
+}
+
+
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
@@ -134,6 +148,18 @@ def test_a_bad_file_does_not_stop_the_others(capsys, folder, tmp_path):
         (["encode", "{folder}", "--out", "{folder}/t.lfr"], "names one .lfr file, but the input is not a single file"),
         (["encode", "{folder}/a.wav", "{folder}/deep/b.flac", "--out", "t.lfr"], "the input is not a single file"),
         (["decode", "{folder}/a.wav"], "a.wav: this is an audio file, not a token file; nemo-lfr encode reads it"),
+        (["decode", "{folder}/junk.wav"], "junk.wav: not a .lfr token file"),
+        (["encode", "{folder}/junk.wav"], "junk.wav: not an audio file that libsndfile reads"),
+        (
+            ["encode", "{folder}/tokens.wav"],
+            "tokens.wav: this is a token file, not an audio file; nemo-lfr decode reads",
+        ),
+        (["encode", "{folder}/manifest.wav"], "manifest.wav: this is a manifest or other JSON, not an audio file"),
+        (["decode", "{folder}/frames.mp3"], "frames.mp3: this is an audio file, not a token file"),
+        (
+            ["decode", "{folder}/tokens.lfr", "{folder}/frames.mp3"],
+            "frames.mp3: this is an audio file, not a token file",
+        ),
         (["decode", "{folder}/deep/b.flac"], "is an audio file, not a token file"),
         (["decode", "x.lfr", "--out", "b.wav", "--format", "flac"], "--format flac name different formats"),
         (["encode", "{folder}/a.wav", "--overwrite", "--skip-existing"], "are mutually exclusive"),
@@ -160,6 +186,8 @@ def test_a_bad_file_does_not_stop_the_others(capsys, folder, tmp_path):
 )
 def test_usage_error_is_a_one_line_error_with_exit_code_2(capsys, folder, monkeypatch, arguments, text):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for name in set(CONTENT) & {Path(argument).name for argument in arguments}:
+        (folder / name).write_bytes(CONTENT[name])
     code, out, err = run(capsys, *[argument.format(folder=folder) for argument in arguments])
     assert code == 2
     assert out == ""
