@@ -5,6 +5,7 @@ import json
 import math
 import re
 import shutil
+import socket
 import struct
 import subprocess
 import threading
@@ -292,6 +293,9 @@ ANSWERS = [
     ("info", 401, JSON, [1], "status 401"),
     ("info", 400, JSON, {"error": "a\nb"}, "^a b$"),
     ("info", 200, JSON, b"[" * 99_999, "with JSON"),
+    ("info", 200, JSON, b" " * (1 << 20) + json.dumps(INFO).encode(), "answers with more than 1048576 bytes"),
+    ("info", 400, JSON, json.dumps({"error": "a" * 100_000}).encode(), "status 400"),
+    ("wav", 200, "audio/wav", WAV + bytes((1 << 20) + (2 << 16)), "answers with more than 1179648 bytes"),
     ("info", 200, JSON, [], r"\[\] is not an object"),
     ("info", 200, "text/plain", INFO, "with JSON"),
     ("info", 200, JSON + "; charset=utf-8", INFO, None),
@@ -378,6 +382,71 @@ def test_only_a_valid_answer_is_returned(answer_errors, index):
     assert status != 200 or message.endswith("is it the address of nemo-lfr serve?")
 
 
+# JavaScript expression that waits for a server, and what the server sends before it stops to answer.
+UNANSWERED = {
+    "info, no answer": ("client.info()", b""),
+    "info, half of the headers": ("client.info()", b"HTTP/1.1 200 OK\r\nContent-Le"),
+    "info, half of the body": ("client.info()", b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n{"),
+    "decode, no answer": ("client.decode([[0]])", b""),
+    "encode, no answer": ("client.encode(new Uint8Array(100))", b""),
+    "stream, no handshake": ("client.decodeStream()", b""),
+}
+HANG = """
+const client = new Client(url, { timeoutSeconds: 0.5 });
+report(await outcome(() => ACTION));
+"""
+
+
+@pytest.mark.parametrize("name", UNANSWERED)
+def test_a_server_that_does_not_answer_is_an_error_after_the_timeout(name, tmp_path):
+    action, start = UNANSWERED[name]
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer():
+            with contextlib.suppress(OSError):
+                connection, _ = server.accept()
+                with connection:
+                    connection.sendall(start)
+                    while connection.recv(1 << 16):
+                        pass
+
+        threading.Thread(target=answer, daemon=True).start()
+        url = f"http://127.0.0.1:{server.getsockname()[1]}"
+        error, kind, message = run(tmp_path, HANG.replace("ACTION", action), url=url)
+    assert (error, kind) == ("ServerError", "lost") and "0.5 s" in message and "try again later" in message
+
+
+STALLED = """
+const open = async () => {
+  const stream = await new Client(url, { timeoutSeconds: 0.5 }).decodeStream();
+  stream.push([1, 2]);
+  stream.end();
+  for await (const _ of stream);
+};
+report([await outcome(open), await outcome(open), await outcome(open)]);
+"""
+
+
+def test_a_stream_that_makes_no_progress_is_an_error_after_the_timeout(tmp_path):
+    from websockets.sync.server import serve
+
+    starts = iter([[], [READY], [READY, AUDIO[:16]]])
+
+    def answer(connection):
+        with contextlib.suppress(Exception):  # the client closes the connection
+            for message in next(starts):
+                connection.send(message if isinstance(message, bytes) else json.dumps(message))
+            while True:
+                connection.recv(timeout=50)
+
+    with serve(answer, "127.0.0.1", 0) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        errors = run(tmp_path, STALLED, url=f"http://127.0.0.1:{server.socket.getsockname()[1]}")
+        server.shutdown()
+    for error, kind, message in errors:
+        assert (error, kind) == ("ServerError", "lost") and "nothing arrived for 0.5 s" in message
+
+
 NOT_COUNTS = ("NaN", "-1", "1.5", "Infinity", "2 ** 53", "'5'", "true", "[]", "1n")
 # JavaScript expression with an invalid argument, and the expected error.
 BAD_ARGUMENTS = {
@@ -436,6 +505,9 @@ BAD_ARGUMENTS = {
     "new Client('http://user:hidden@a')": r"^\"http://\.\.\.@a\" contains a user name or password",
     **{f"new Client('http://a', {{ token: {token} }})": "the access token is not printable ASCII" for token in (
         "'s\\u00e9cret'", "'a\\nb'", "5",
+    )},
+    **{f"new Client('http://a', {{ timeoutSeconds: {value} }})": "timeoutSeconds is .*; pass a positive" for value in (
+        "0", "-1", "NaN", "Infinity", "'60'", "null", "1e9",
     )},
     "new Client('http://a', { WebSocket: null }).decodeStream()": "there is no WebSocket class",
 }  # fmt: skip

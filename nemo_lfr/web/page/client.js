@@ -33,6 +33,14 @@ const KINDS = {
   1013: "full",
 };
 const MAX_MESSAGE = 1 << 15; // samples or tokens in one message
+const MAX_TEXT = 1 << 20; // characters in one text message
+const MIN_SPEED = 64_000; // bytes per second; at this speed, a large file may take longer than the timeout
+const MAX_SECONDS = 1_000_000; // largest timeout; browsers do not support much larger ones
+// Largest responses, in bytes. The limits for files are generous.
+const MAX_ERROR = 100_000;
+const MAX_INFO = 1 << 20;
+const maxEncoded = (/** @type {number} */ bytes) => 2 ** 26 + 64 * bytes;
+const maxAudio = (/** @type {number} */ frames) => MAX_INFO + 2 ** 16 * frames;
 const MAX_CODEBOOK = 1 << 15; // size of the largest codebook whose tokens fit into int16
 const MAX_PEAK = 64; // as on the server; recordings in floating point may exceed 1 slightly
 const INTEGERS = ["Array", "Int8Array", "Uint8Array", "Int16Array", "Uint16Array", "Int32Array", "Uint32Array"];
@@ -104,11 +112,20 @@ export class ServerError extends Error {
 export class Client {
   /**
    * @param {string} url of the server
-   * @param {{token?: string | null, WebSocket?: typeof globalThis.WebSocket, fetch?: typeof globalThis.fetch}} options
-   *   access token, and replacements for the functions of the browser
+   * @param {{token?: string | null, timeoutSeconds?: number, WebSocket?: typeof globalThis.WebSocket,
+   *   fetch?: typeof globalThis.fetch}} options access token, maximum time to wait for a connection, for a response or
+   *   for progress in a stream (the transfer of a large file may take longer), and replacements for the functions of
+   *   the browser
    */
-  constructor(url, { token = null, WebSocket = globalThis.WebSocket, fetch = globalThis.fetch } = {}) {
+  constructor(
+    url,
+    { token = null, timeoutSeconds = 60, WebSocket = globalThis.WebSocket, fetch = globalThis.fetch } = {},
+  ) {
     this.url = addressOf(url);
+    if (typeof timeoutSeconds !== "number" || !(timeoutSeconds > 0 && timeoutSeconds <= MAX_SECONDS)) {
+      throw new InputError(`timeoutSeconds is ${show(timeoutSeconds)}; pass a positive number up to ${MAX_SECONDS}.`);
+    }
+    this.timeoutSeconds = timeoutSeconds;
     if (token !== null && !(typeof token === "string" && /^[ -~]*$/.test(token))) {
       throw new InputError("the access token is not printable ASCII; pass the value that the server requires.");
     }
@@ -119,7 +136,7 @@ export class Client {
 
   /** @returns {Promise<ServerInfo>} codec and limits of the server */
   async info() {
-    return this.#json("/v1/info", {}, INFO);
+    return this.#json("/v1/info", {}, INFO, MAX_INFO);
   }
 
   /**
@@ -127,8 +144,8 @@ export class Client {
    * @returns {Promise<EncodedFile>} tokens of the file, as a list of frames
    */
   async encode(file) {
-    checkFile("audio file", file);
-    const encoded = await this.#json("/v1/encode?format=json", { method: "POST", body: file }, ENCODED);
+    const limit = maxEncoded(sizeOf("audio file", file));
+    const encoded = await this.#json("/v1/encode?format=json", { method: "POST", body: file }, ENCODED, limit);
     const problem = tokensProblem(encoded, await this.info());
     if (problem) throw this.#stranger(problem);
     return encoded;
@@ -139,8 +156,8 @@ export class Client {
    * @returns {Promise<Blob>} token file (`.lfr`)
    */
   async encodeToTokenFile(file) {
-    checkFile("audio file", file);
-    const { content, type } = await this.#request("/v1/encode", { method: "POST", body: file });
+    const limit = maxEncoded(sizeOf("audio file", file));
+    const { content, type } = await this.#request("/v1/encode", { method: "POST", body: file }, limit);
     const start = await content.slice(0, 4).text();
     if (type === "application/octet-stream" && start === "LFRT") return content;
     throw this.#stranger("does not answer with a token file");
@@ -159,15 +176,18 @@ export class Client {
     }
     /** @type {{body: FileContent | string, headers?: Record<string, string>}} */
     let message;
+    let limit;
     if (Array.isArray(tokens)) {
       const body = JSON.stringify({ tokens: framesOf(tokens), num_samples: numSamples });
       message = { body, headers: { "Content-Type": "application/json" } };
+      limit = maxAudio(tokens.length);
     } else {
-      checkFile("token file", tokens);
+      limit = maxAudio(sizeOf("token file", tokens)); // at least one byte per frame, or little less
       if (numSamples !== null) throw new InputError("numSamples is only for a list of frames; leave it out.");
       message = { body: tokens };
     }
-    const { content, type } = await this.#request(`/v1/decode?format=${format}`, { method: "POST", ...message });
+    const path = `/v1/decode?format=${format}`;
+    const { content, type } = await this.#request(path, { method: "POST", ...message }, limit);
     if (!/^(audio\/|application\/o)/.test(type)) {
       throw this.#stranger(`answers with ${type ? show(type) : "no content type"}, not audio`);
     }
@@ -191,7 +211,7 @@ export class Client {
     }
     for (const [index, size] of ramp.entries()) checkCounts({ [`ramp[${index}]`]: size }, 0, false);
     const parameters = { ramp: ramp.join(","), lookahead, first_lookahead: firstLookahead };
-    return Stream.open(this.#connect("decode", parameters), "decode");
+    return Stream.open(this.#connect("decode", parameters), "decode", null, this.timeoutSeconds);
   }
 
   /**
@@ -204,7 +224,8 @@ export class Client {
   async encodeStream({ sampleRate = null, lookahead = null } = {}) {
     checkCounts({ sampleRate }, 1);
     checkCounts({ lookahead });
-    return Stream.open(this.#connect("encode", { sample_rate: sampleRate, lookahead }), "encode", sampleRate);
+    const socket = this.#connect("encode", { sample_rate: sampleRate, lookahead });
+    return Stream.open(socket, "encode", sampleRate, this.timeoutSeconds);
   }
 
   /**
@@ -225,25 +246,40 @@ export class Client {
   /**
    * @param {string} path
    * @param {{method?: string, body?: FileContent | string, headers?: Record<string, string>}} options
+   * @param {number} maxBytes maximum size of the response
    * @returns {Promise<{content: Blob, type: string}>} body of the response, and its media type in lower case
    */
-  async #request(path, options) {
+  async #request(path, options, maxBytes) {
     const headers = { ...options.headers, ...(this.token && { Authorization: `Bearer ${this.token}` }) };
+    const abort = new AbortController();
+    const timer = new Timer(() => abort.abort());
+    timer.start(this.timeoutSeconds + (options.body ? sizeOf("body", options.body) / MIN_SPEED : 0));
     let response;
+    let answer = null;
     try {
-      response = await this.fetch(this.url + path, { ...options, headers });
+      response = await this.fetch(this.url + path, { ...options, headers, signal: abort.signal });
       const type = response.headers.get("Content-Type") ?? "";
       const mediaType = type.split(";")[0].trim().toLowerCase();
-      if (response.status === 200) return { content: await response.blob(), type: mediaType };
+      const isDone = response.status === 200;
+      const content = await this.#read(response, isDone ? maxBytes : MAX_ERROR, timer).catch((error) => {
+        if (isDone) throw error;
+        return new Blob(); // the status is more important
+      });
+      if (isDone) return { content, type: mediaType };
+      answer = parse(await content.text()) ?? null;
     } catch (error) {
-      const reason = shorten(error instanceof Error ? error.message : String(error));
+      if (error instanceof ServerError) throw error;
+      const problem = error instanceof Error ? error.message : String(error);
+      const reason = abort.signal.aborted ? `no answer for ${this.timeoutSeconds} s` : shorten(problem);
       throw new ServerError(
         `${this.url} cannot be reached or does not answer (${reason}); check its address, or try again later.`,
         "lost",
       );
+    } finally {
+      timer.stop();
+      abort.abort(); // frees the connection of a response that was not read to its end
     }
     const { status, statusText } = response;
-    const answer = await response.json().catch(() => null);
     const isOurs = !problemOf(answer, { error: "text" });
     const message = isOurs ? shorten(answer.error, 500) : `status ${status} ${shorten(statusText)}`;
     const full = isOurs && answer.type === "ShutdownError" ? "shutdown" : "full";
@@ -252,12 +288,39 @@ export class Client {
   }
 
   /**
+   * Read the body of a response.
+   *
+   * @param {Response} response
+   * @param {number} maxBytes
+   * @param {Timer} timer that aborts the request if no data arrives
+   * @returns {Promise<Blob>}
+   */
+  async #read(response, maxBytes, timer) {
+    const reader = response.body?.getReader();
+    const pieces = [];
+    const start = Date.now();
+    for (let size = 0; reader; ) {
+      timer.start(this.timeoutSeconds);
+      const { done, value } = await reader.read();
+      if (done) break;
+      pieces.push(value);
+      size += value.byteLength;
+      if (size > maxBytes) throw this.#stranger(`answers with more than ${maxBytes} bytes`);
+      if (Date.now() - start > 1000 * (this.timeoutSeconds + size / MIN_SPEED)) {
+        throw new Error(`only ${size} bytes of the answer arrived within ${this.timeoutSeconds} s`);
+      }
+    }
+    return new Blob(/** @type {BlobPart[]} */ (pieces));
+  }
+
+  /**
    * @param {string} path
    * @param {{method?: string, body?: FileContent}} options
    * @param {Record<string, string>} shape types of the keys in the response
+   * @param {number} maxBytes maximum size of the response
    */
-  async #json(path, options, shape) {
-    const { content, type } = await this.#request(path, options);
+  async #json(path, options, shape, maxBytes) {
+    const { content, type } = await this.#request(path, options, maxBytes);
     const values = type.includes("json") ? parse(await content.text()) : undefined;
     if (values === undefined) throw this.#stranger("does not answer with JSON");
     const problem = problemOf(values, shape);
@@ -289,9 +352,12 @@ export class Stream {
   #numSent = 0; // frames of a stream that decodes, samples of a stream that encodes
   #numReceived = 0;
   #wake = () => {};
+  #expire = () => {};
   #socket;
   #kind;
   #sampleRate;
+  #timeoutSeconds;
+  #timer = new Timer(() => this.#expire());
 
   /** @type {StreamInfo} the server's first message */
   info = { sample_rate: 0, samples_per_frame: 0, num_codebooks: 1, codebook_size: 0, lookahead_frames: 0 };
@@ -300,11 +366,13 @@ export class Stream {
    * @param {WebSocket} socket
    * @param {"decode" | "encode"} kind
    * @param {number | null} sampleRate of the samples that are pushed, Hz; null for the sample rate of the codec
+   * @param {number} timeoutSeconds maximum time to wait for the server, when it has something to send
    */
-  constructor(socket, kind, sampleRate = null) {
+  constructor(socket, kind, sampleRate = null, timeoutSeconds = 60) {
     this.#socket = socket;
     this.#kind = kind;
     this.#sampleRate = sampleRate;
+    this.#timeoutSeconds = timeoutSeconds;
   }
 
   /**
@@ -313,13 +381,15 @@ export class Stream {
    * @param {WebSocket} socket
    * @param {"decode" | "encode"} kind
    * @param {number | null} sampleRate of the samples that are pushed, Hz; null for the sample rate of the codec
+   * @param {number} timeoutSeconds maximum time to wait for the server, when it has something to send
    * @returns {Promise<Stream<any>>}
    */
-  static open(socket, kind, sampleRate = null) {
-    const stream = new Stream(socket, kind, sampleRate);
+  static open(socket, kind, sampleRate = null, timeoutSeconds = 60) {
+    const stream = new Stream(socket, kind, sampleRate, timeoutSeconds);
     socket.binaryType = "arraybuffer";
     return new Promise((resolve, reject) => {
       const settle = () => {
+        stream.#watch();
         if (stream.#error) reject(stream.#error);
         else if (stream.#isReady) resolve(stream);
         stream.#wake();
@@ -337,6 +407,11 @@ export class Stream {
         lose(shorten(reason, 500) || `the connection was lost (code ${code}).`, code);
       };
       socket.onerror = () => lose("the server cannot be reached, or the connection was lost.");
+      stream.#expire = () => {
+        lose(`the server does not answer (nothing arrived for ${timeoutSeconds} s); try again later.`);
+        socket.close();
+      };
+      stream.#watch();
     });
   }
 
@@ -375,11 +450,13 @@ export class Stream {
     this.#hasEnded = true;
     this.#numSamples = numSamples;
     this.#socket.send(JSON.stringify({ type: "end", ...(numSamples !== null && { num_samples: numSamples }) }));
+    this.#watch();
   }
 
   /** Close the connection; results that have not arrived are lost. */
   close() {
     this.#hasEnded = this.#isDone = true;
+    this.#watch();
     this.#socket.close();
     this.#wake();
   }
@@ -406,6 +483,13 @@ export class Stream {
     if (this.#kind === "decode") return this.#numSent * size;
     const factor = rate / (this.#sampleRate ?? rate);
     return Math.ceil(Math.ceil(this.#numSent * factor) / size); // the server rounds both lengths up
+  }
+
+  /** Start the timer unless it is running, or stop it while the server may have nothing to send. */
+  #watch() {
+    const mustAnswer = !this.#isReady || this.#hasEnded;
+    if (!mustAnswer || this.#isDone || this.#error) this.#timer.stop();
+    else if (!this.#timer.isRunning) this.#timer.start(this.#timeoutSeconds);
   }
 
   #checkOpen() {
@@ -455,6 +539,7 @@ export class Stream {
     const expected = this.#numExpected;
     if (received > expected) return `${received} ${this.#unit} arrived, but the input gives only ${expected}`;
     this.#numReceived = received;
+    if (data.byteLength) this.#timer.stop(); // progress; `#watch` starts it from zero
     this.#results.push(/** @type {Result} */ (result));
     return "";
   }
@@ -464,6 +549,7 @@ export class Stream {
    * @returns {string} what is wrong with the message; empty if nothing is
    */
   #receiveText(text) {
+    if (text.length > MAX_TEXT) return `a text message of ${text.length} characters`;
     const message = parse(text);
     const shapes = MESSAGES[this.#kind];
     if (message === undefined) return "a text message is not JSON";
@@ -561,13 +647,43 @@ function checkCounts(options, low = 0, isOptional = true) {
 
 /**
  * @param {string} name
- * @param {unknown} file
+ * @param {any} file
+ * @returns {number} size of the content in bytes (of a text, in characters)
  * @throws {InputError} if the value is not the content of a file
  */
-function checkFile(name, file) {
+function sizeOf(name, file) {
+  if (name === "body" && typeof file === "string") return file.length;
   const type = typeOf(file);
-  if (["Blob", "File", "ArrayBuffer"].includes(type) || ArrayBuffer.isView(file)) return;
+  if (["Blob", "File"].includes(type)) return file.size;
+  if (type === "ArrayBuffer" || ArrayBuffer.isView(file)) return file.byteLength;
   throw new InputError(`the ${name} is of the type ${type}; pass a Blob, an ArrayBuffer or a Uint8Array.`);
+}
+
+/** Timer that calls a function once. */
+class Timer {
+  /** @type {ReturnType<typeof setTimeout> | undefined} */
+  #handle;
+  #expire;
+
+  /** @param {() => void} expire */
+  constructor(expire) {
+    this.#expire = expire;
+  }
+
+  /** @param {number} seconds from now; an earlier start is forgotten */
+  start(seconds) {
+    this.stop();
+    this.#handle = setTimeout(this.#expire, 1000 * seconds);
+  }
+
+  stop() {
+    clearTimeout(this.#handle);
+    this.#handle = undefined;
+  }
+
+  get isRunning() {
+    return this.#handle !== undefined;
+  }
 }
 
 /**
