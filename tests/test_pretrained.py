@@ -232,8 +232,9 @@ def test_a_hub_id_loads_cold_then_from_the_cache_then_offline(tmp_path):
     # The server has stopped, so only the cache can answer.
     answer, _ = client(LFR, tmp_path / "wave.npy", environment | {"HF_HUB_OFFLINE": "1"})
     assert answer == expected
-    answer, _ = client(LFR, tmp_path / "wave.npy", environment | {"HF_HOME": str(tmp_path / "other")})
+    answer, log = client(LFR, tmp_path / "wave.npy", environment | {"HF_HOME": str(tmp_path / "other")})
     assert LFR in answer["error"] and "path of a downloaded .nemo" in answer["error"]
+    assert "Retrying" not in log
 
 
 @pytest.mark.slow

@@ -26,7 +26,7 @@ from nemo_lfr.checkpoint.safetensors import CONFIG, WEIGHTS_CHECKSUM, open_files
 from nemo_lfr.checkpoint.writer import split_weight_norm
 from nemo_lfr.errors import NemoLfrError
 from nemo_lfr.io.atomic import check_overwrite, make_folder, sweep, write_bytes
-from nemo_lfr.io.locate import PREPROCESSOR, SAFETENSORS, SAFETENSORS_CONFIG, expand_home
+from nemo_lfr.io.locate import PREPROCESSOR, SAFETENSORS, SAFETENSORS_CONFIG, SAFETENSORS_INDEX, expand_home
 
 MODEL_TYPE = "nemo_lfr"
 
@@ -106,10 +106,18 @@ def write_folder(
 
 
 def record_checksum(folder: Path) -> None:
-    """Add the SHA-256 of `model.safetensors` to `config.json`, in a folder that transformers wrote."""
-    weights = open_files([folder / SAFETENSORS])
+    """Add the SHA-256 of the weights to `config.json`, in a folder that transformers wrote.
+
+    If the weights are in several files, the value is a dict with the SHA-256 of each file.
+    """
+    single = folder / SAFETENSORS
+    if single.exists():
+        files = [single]
+    else:
+        index = json.loads((folder / SAFETENSORS_INDEX).read_text(encoding="utf-8"))
+        files = [folder / name for name in sorted(set(index["weight_map"].values()))]
     values = json.loads((folder / SAFETENSORS_CONFIG).read_text(encoding="utf-8"))
-    write_bytes(folder / SAFETENSORS_CONFIG, _json(values | {WEIGHTS_CHECKSUM: weights.checksum()}))
+    write_bytes(folder / SAFETENSORS_CONFIG, _json(values | {WEIGHTS_CHECKSUM: open_files(files).checksum()}))
 
 
 def _preprocessor(values: Mapping[str, Any]) -> dict[str, Any]:

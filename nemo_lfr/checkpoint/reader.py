@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ from nemo_lfr.errors import CheckpointError, ConfigError, quoted, shorten
 from nemo_lfr.io.locate import SAFETENSORS, SAFETENSORS_CONFIG
 from nemo_lfr.modules.weight_norm import CANONICAL, SumOrder, fold_weight_norm
 
+_SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 _SPELLINGS = ((GAIN, DIRECTION), (".weight_g", ".weight_v"))
 
 
@@ -178,7 +180,8 @@ def read_weights(files: Sequence[str | os.PathLike[str]], config: Mapping[str, A
     """Read and validate a codec's weights from safetensors files.
 
     The weights are returned in the form with weight norm, even if the files contain plain weights. A single file
-    `model.safetensors` must also match the SHA-256 in the `config.json` of its folder.
+    `model.safetensors`, and the shards `model-00001-of-...`, must also match the SHA-256 in the `config.json` of their
+    folder.
 
     Args:
         files: paths of the safetensors files: one path, or several if the weights were split into several files.
@@ -193,7 +196,9 @@ def read_weights(files: Sequence[str | os.PathLike[str]], config: Mapping[str, A
     """
     paths = [Path(file) for file in files]
     tensors = open_files(paths)
-    recorded = recorded_checksum(paths[0]) if [path.name for path in paths] == [SAFETENSORS] else None
+    names = [path.name for path in paths]
+    is_usual = names == [SAFETENSORS] or all(map(_SHARD.fullmatch, names))  # not a variant, which has other names
+    recorded = recorded_checksum(paths[0]) if is_usual else None
     _check_pair(tensors, OmegaConf.create({**config, WEIGHTS_CHECKSUM: recorded}))
     parts = _empty_parts(tensors.path, SAFETENSORS_CONFIG, OmegaConf.create(dict(config)), weight_norm=True)
     for name, part in parts.named().items():
@@ -227,13 +232,21 @@ def _check_pair(tensors: Tensors, config: DictConfig) -> None:
         CheckpointError: if the copy differs from `config`, or the checksum differs from that of the weights.
     """
     _check_stored_config(tensors, config)
-    expected = config.get(WEIGHTS_CHECKSUM)
-    if expected is not None and (checksum := tensors.checksum()) not in (None, expected):
-        raise CheckpointError(
-            f"{tensors.path}: {SAFETENSORS_CONFIG} and {SAFETENSORS} do not belong together: {WEIGHTS_CHECKSUM} is "
-            f"{quoted(expected)}, but the weights have the SHA-256 {quoted(checksum)}; export or copy the folder "
-            f"again. If you changed the weights on purpose, remove {WEIGHTS_CHECKSUM} from {SAFETENSORS_CONFIG}."
-        )
+    expected, checksum = config.get(WEIGHTS_CHECKSUM), tensors.checksum()
+    if isinstance(expected, DictConfig):
+        expected = dict(expected)
+    if expected is None or checksum in (None, expected):
+        return
+    name = SAFETENSORS
+    if isinstance(checksum, dict):
+        recorded = expected if isinstance(expected, dict) else dict.fromkeys(checksum, expected)
+        name = next(shard for shard in sorted({*recorded, *checksum}) if recorded.get(shard) != checksum.get(shard))
+        expected, checksum = recorded.get(name), checksum.get(name)
+    raise CheckpointError(
+        f"{tensors.path}: {SAFETENSORS_CONFIG} and {name} do not belong together: {WEIGHTS_CHECKSUM} is "
+        f"{quoted(expected)}, but the weights have the SHA-256 {quoted(checksum)}; export or copy the folder "
+        f"again. If you changed the weights on purpose, remove {WEIGHTS_CHECKSUM} from {SAFETENSORS_CONFIG}."
+    )
 
 
 def _check_stored_config(tensors: Tensors, config: DictConfig) -> None:

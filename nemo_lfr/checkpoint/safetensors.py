@@ -40,7 +40,7 @@ DTYPES = {
 }
 CHECKSUM = "sha256_of_values"  # keys in the metadata of the header
 LIST_CHECKSUM, CONFIG = "sha256_of_tensor_list", "config"
-WEIGHTS_CHECKSUM = "weights_sha256"  # key in config.json, with the value of CHECKSUM
+WEIGHTS_CHECKSUM = "weights_sha256"  # key in config.json, with CHECKSUM, or with a dict from shards to their CHECKSUM
 PIECE = 1 << 20  # bytes to read at a time for the checksum
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -163,6 +163,10 @@ class _Joined(Tensors):
         entries = [item for file in files for item in file.entries.items()]
         self.entries = plain_keys(entries, str(self.path))
 
+    def checksum(self) -> dict[str, str]:
+        """Return the SHA-256 of the values of each file, in hex, by the name of the file."""
+        return {file.path.name: file.checksum() for file in dict.fromkeys(self._files.values())}
+
     def _read_tensor(self, key: str, kept: bool) -> torch.Tensor:
         return self._files[key]._read_tensor(key, kept)
 
@@ -178,7 +182,10 @@ def open_files(paths: Sequence[Path]) -> Tensors:
 
 
 def recorded_checksum(weights: Path) -> Any:
-    """Return the SHA-256 that `config.json` in the same folder states for a weights file; None if it states none."""
+    """Return the SHA-256 that `config.json` in the same folder states for a weights file; None if it states none.
+
+    If the weights are in several files, the result is a dict with the SHA-256 of each file.
+    """
     try:
         return json.loads(weights.with_name(SAFETENSORS_CONFIG).read_text(encoding="utf-8")).get(WEIGHTS_CHECKSUM)
     except (OSError, ValueError, AttributeError):  # transformers has its own errors for such a config

@@ -232,8 +232,12 @@ class Tensors:
         entries = [(key, value) for key, value in items if isinstance(key, str) and isinstance(value, Entry)]
         self.entries: Mapping[str, Entry] = plain_keys(entries, str(path) if is_file else what)
 
-    def checksum(self) -> str | None:
-        """Return None. `SafeTensors` overrides this method and returns the SHA-256 of the values of all tensors."""
+    def checksum(self) -> str | dict[str, str] | None:
+        """Return None. Subclasses for safetensors files override this method.
+
+        They return the SHA-256 of the values of all tensors or, for several files, the SHA-256 of each file by its
+        name.
+        """
         return None
 
     def __getitem__(self, key: str) -> torch.Tensor:

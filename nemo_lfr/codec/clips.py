@@ -66,7 +66,7 @@ def to_batch(
         AudioError: for audio in another form, a rate that contradicts the source, or a file that cannot be read.
     """
     check_not_empty(audio, "audio", "clip", AudioError)
-    if not _is_list_of_clips(audio):
+    if not is_list_of_clips(audio):
         return _clip(arrays, audio, audio_len, sample_rate, target_rate)
     assert isinstance(audio, Sequence)
     limits: Sequence[Any] = [None] * len(audio)
@@ -74,7 +74,7 @@ def to_batch(
         limits = [[length] for length in check_lengths(arrays, audio_len, len(audio), None, "audio_len", AudioError)]
     clips, lengths = [], []
     for index, (clip, limit) in enumerate(zip(audio, limits, strict=True)):
-        if _is_list_of_clips(clip):  # a clip may also be a nested list [[...]], which stands for [1, T_audio]
+        if is_list_of_clips(clip):  # a clip may also be a nested list [[...]], which stands for [1, T_audio]
             clip = clip[0] if len(clip) == 1 else np.zeros((len(clip), 0), np.float32)
         wave, counts = _clip(arrays, clip, limit, sample_rate, target_rate, index)
         clips.append(wave[0])
@@ -85,7 +85,7 @@ def to_batch(
     return batch, lengths
 
 
-def _is_list_of_clips(audio: object) -> bool:
+def is_list_of_clips(audio: object) -> bool:
     """Return whether `audio` is a list of clips rather than a list of samples."""
     if not isinstance(audio, list | tuple) or not audio:
         return False

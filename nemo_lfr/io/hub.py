@@ -112,31 +112,48 @@ def _usual_name(repository: str) -> str:
     return repository.partition("/")[2] + ".nemo"
 
 
+def files_on_hub(repository: str, revision: str | None = None, token: bool | str | None = None) -> list[str]:
+    """List the files of a repository on the Hub.
+
+    Call this function before the first download. If the network is down, it fails at its first request, while the
+    client's functions for downloads try again for half a minute.
+
+    Args:
+        repository: Hub id, such as "OWNER/NAME".
+        revision: branch, tag or commit; None for the main branch.
+        token: as in `huggingface_hub`.
+
+    Raises:
+        Exception: of any class, from the client or its transport, if the Hub cannot be reached or has no such
+            repository.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.constants import HF_HUB_ETAG_TIMEOUT
+
+    info = HfApi().model_info(repository, revision=revision, token=token, timeout=HF_HUB_ETAG_TIMEOUT)
+    return [file.rfilename for file in info.siblings or ()]
+
+
 def _download(repository: str, refresh: bool) -> Path:
     """Return a repository's checkpoint from the Hub's cache, or download it."""
-    from huggingface_hub import hf_hub_download, list_repo_files, snapshot_download
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+    from huggingface_hub import hf_hub_download, snapshot_download
 
     try:
         if not refresh and (cached := _cached(repository)) is not None:
             return cached
+        names = files_on_hub(repository)
         if repository in LICENSES:
             logger.warning("%s: the license of these weights is %s.", repository, LICENSES[repository])
-        try:
-            return Path(hf_hub_download(repository, _usual_name(repository), force_download=refresh))
-        except LocalEntryNotFoundError:  # a subclass of EntryNotFoundError: the network is not available
-            raise
-        except EntryNotFoundError:
-            names = list_repo_files(repository)
-            found = [file for file in names if file.endswith(".nemo")]
-            if not found and (files := folder_files(names)):
-                return Path(snapshot_download(repository, allow_patterns=list(files), force_download=refresh))
-            if len(found) != 1:
-                raise CheckpointError(
-                    f"{repository}: the repository contains {len(found)} .nemo files {found}, but one was expected; "
-                    "download one of them and pass its path."
-                ) from None
-            return Path(hf_hub_download(repository, found[0], force_download=refresh))
+        found = [file for file in names if file.endswith(".nemo")]
+        if not found and (files := folder_files(names)):
+            return Path(snapshot_download(repository, allow_patterns=list(files), force_download=refresh))
+        usual = _usual_name(repository)
+        if usual not in found and len(found) != 1:
+            raise CheckpointError(
+                f"{repository}: the repository contains {len(found)} .nemo files {found}, but one was expected; "
+                "download one of them and pass its path."
+            )
+        return Path(hf_hub_download(repository, usual if usual in found else found[0], force_download=refresh))
     except CheckpointError:
         raise
     except Exception as error:  # the Hub client's transport (requests, httpx, ...) depends on its version

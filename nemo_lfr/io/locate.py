@@ -14,6 +14,7 @@ WEIGHTS_MEMBER = "model_weights.ckpt"
 # Files in a folder that `nemo-lfr export safetensors` wrote.
 SAFETENSORS_CONFIG = "config.json"
 SAFETENSORS = "model.safetensors"
+SAFETENSORS_INDEX = "model.safetensors.index.json"  # only transformers writes weights in several files
 PREPROCESSOR = "preprocessor_config.json"  # only transformers reads this file
 # A folder is a checkpoint if it contains both files of a pair. The first pair takes precedence.
 FOLDERS = ((CONFIG_MEMBER, WEIGHTS_MEMBER), (SAFETENSORS_CONFIG, SAFETENSORS))

@@ -19,6 +19,7 @@ from nemo_lfr.modules.activation import CodecActivation
 STREAM = "which a stream does not call; remove them, or use encode and decode instead of streams"
 FINGERPRINT = "which its fingerprint does not cover; remove or merge them, or store the tokens without a fingerprint"
 SAVE = "which are not saved, so the saved codec would give other results; remove or merge them"
+PICKLE = "which are not pickled, so the unpickled codec would give other results; remove or merge them"
 EXPORT = "which are not exported, so the exported codec would give other results; remove or merge them"
 
 

@@ -1,12 +1,18 @@
 """Feature extractor of the codec: it pads clips, stacks them in a batch, and returns a mask."""
 
+import os
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from transformers import BatchFeature, SequenceFeatureExtractor
 from transformers.utils import logging
 
-from nemo_lfr.errors import AudioError, shorten
+from nemo_lfr.codec.arguments import check_not_empty, float_audio
+from nemo_lfr.codec.arrays import NumpyArrays
+from nemo_lfr.codec.clips import is_list_of_clips
+from nemo_lfr.errors import AudioError, quoted, shorten
+from nemo_lfr.io.audio import check_peak
 
 logger = logging.get_logger(__name__)
 
@@ -47,7 +53,7 @@ class NemoLfrFeatureExtractor(SequenceFeatureExtractor):
         """Convert one clip or a list of clips.
 
         Args:
-            raw_audio: mono samples in [-1, 1], [T_audio], or a list of such clips.
+            raw_audio: mono samples, [T_audio], or a list of such clips; floating point in [-1, 1], or int16.
             padding: True or "longest" pads all clips to the length of the longest one, "max_length" pads them to
                 `max_length`, and False does not pad.
             truncation: whether to cut clips at `max_length`.
@@ -59,7 +65,8 @@ class NemoLfrFeatureExtractor(SequenceFeatureExtractor):
             `input_values` [B, 1, T_audio] and, if clips are padded, `padding_mask` [B, T_audio].
 
         Raises:
-            AudioError: for another sample rate, or for clips that are not mono.
+            AudioError: for another sample rate, for clips that are not mono, and for values that are not samples, such
+                as a path or a `datasets` item.
         """
         if sampling_rate is None:
             logger.warning_once(
@@ -71,11 +78,9 @@ class NemoLfrFeatureExtractor(SequenceFeatureExtractor):
                 f"sampling_rate is {shorten(repr(sampling_rate))}, but the codec runs at {self.sampling_rate} Hz; "
                 "resample the audio first."
             )
-        is_batch = isinstance(raw_audio, list | tuple) and len(raw_audio) and np.ndim(raw_audio[0]) > 0
-        clips = [np.asarray(clip, np.float32) for clip in (raw_audio if is_batch else [raw_audio])]
-        for row, clip in enumerate(clips):
-            if clip.ndim != 1:
-                raise AudioError(f"clip {row} has shape {list(clip.shape)}; pass mono clips, [T_audio].")
+        check_not_empty(raw_audio, "raw_audio", "clip", AudioError)
+        is_batch = is_list_of_clips(raw_audio)
+        clips = [_mono_samples(clip, f"clip {row}") for row, clip in enumerate(raw_audio if is_batch else [raw_audio])]
         features = self.pad(
             BatchFeature({"input_values": clips}),
             padding=padding or False,
@@ -87,3 +92,23 @@ class NemoLfrFeatureExtractor(SequenceFeatureExtractor):
             features["padding_mask"] = features.pop("attention_mask")
         features["input_values"] = [np.asarray(clip, np.float32)[None] for clip in features["input_values"]]
         return features if return_tensors is None else features.convert_to_tensors(return_tensors)
+
+
+def _mono_samples(clip: object, name: str) -> np.ndarray:
+    """Convert one clip to float32 samples [T_audio], or raise AudioError."""
+    if isinstance(clip, Mapping):
+        raise AudioError(
+            f"{name} is a {type(clip).__name__} with the keys {shorten([str(key) for key in clip])}; pass an array of "
+            "samples, such as item['array'], and its rate as sampling_rate."
+        )
+    if isinstance(clip, str | bytes | os.PathLike):
+        raise AudioError(
+            f"{name} is {quoted(clip)}, but the extractor reads no files; pass an array of samples, or call "
+            "encode_file of nemo_lfr.load(...)."
+        )
+    samples: np.ndarray = float_audio(NumpyArrays(), clip, name)
+    if samples.ndim != 1:
+        raise AudioError(f"{name} has shape {list(samples.shape)}; pass mono clips, [T_audio].")
+    if len(samples):
+        check_peak(float(np.abs(samples).max()), name)
+    return samples

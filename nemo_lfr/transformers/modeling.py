@@ -1,12 +1,15 @@
 """Codec as a `PreTrainedModel`, with an interface similar to that of `MimiModel`."""
 
+import copy
 import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import initialization as init
@@ -20,13 +23,16 @@ from nemo_lfr.checkpoint.reader import read_weights
 from nemo_lfr.codec.ambient import building_state
 from nemo_lfr.codec.codec import Codec
 from nemo_lfr.codec.torch_backend import TorchBackend
-from nemo_lfr.errors import AudioError, CheckpointError, TokensError
-from nemo_lfr.io.locate import SAFETENSORS
-from nemo_lfr.modules.altered import SAVE
+from nemo_lfr.errors import AudioError, CheckpointError, TokensError, shorten
+from nemo_lfr.io.hub import HUB_ID, files_on_hub
+from nemo_lfr.io.locate import SAFETENSORS, SAFETENSORS_INDEX
+from nemo_lfr.modules.altered import PICKLE, SAVE
 from nemo_lfr.modules.quantizer import FiniteScalarQuantizer
 from nemo_lfr.transformers.configuration import NemoLfrConfig
 
-_INDEX = SAFETENSORS + ".index.json"
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 _HUB_ARGUMENTS = {
     "repo_id", "commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags"
 }  # fmt: skip
@@ -100,8 +106,10 @@ class NemoLfrModel(PreTrainedAudioTokenizerBase):
         The files are validated as in `nemo_lfr.load`. A missing weight is an error, and is not initialized at random.
 
         Raises:
-            CheckpointError: if a file is damaged, is not a safetensors file, or does not match the config.
+            CheckpointError: if a file is damaged, is not a safetensors file, or does not match the config, or if the
+                Hub cannot be reached and its cache does not have the model.
         """
+        _check_hub(pretrained_model_name_or_path, **kwargs)
         try:
             result = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         except SafetensorError as error:  # from the library, which reads headers before `_load_pretrained_model`
@@ -138,7 +146,8 @@ class NemoLfrModel(PreTrainedAudioTokenizerBase):
     ) -> None:
         """Save the model; the arguments are those of `PreTrainedModel.save_pretrained`.
 
-        `config.json` states the SHA-256 of `model.safetensors`, so that other weights in the folder are refused.
+        `config.json` states the SHA-256 of `model.safetensors`, or of each shard, so that other weights in the folder
+        are refused.
 
         Raises:
             NemoLfrError: if the model has hooks, replaced layers, changed settings or converted weights, because the
@@ -153,11 +162,11 @@ class NemoLfrModel(PreTrainedAudioTokenizerBase):
         folder, is_variant = Path(save_directory), kwargs.get("variant") is not None
         if is_main_process and not is_variant and folder.is_dir():
             # If one of these files is left over from an earlier save, transformers may load its weights.
-            for name in (SAFETENSORS, _INDEX):
+            for name in (SAFETENSORS, SAFETENSORS_INDEX):
                 (folder / name).unlink(missing_ok=True)
         hub = {key: kwargs.pop(key) for key in _HUB_ARGUMENTS & kwargs.keys()}
         super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
-        if is_main_process and not is_variant and (folder / SAFETENSORS).exists():
+        if is_main_process and not is_variant:
             record_checksum(folder)
         if is_main_process and push_to_hub:
             upload: Any = self.push_to_hub
@@ -178,6 +187,34 @@ class NemoLfrModel(PreTrainedAudioTokenizerBase):
             init.copy_(module.dim_base_index, fresh.dim_base_index)
         elif isinstance(alpha := getattr(module, "alpha", None), nn.Parameter):
             init.ones_(alpha)
+
+    def __copy__(self) -> "Self":
+        """Return a model that shares the weights of this one. Its modules can be replaced separately."""
+        other = type(self).__new__(type(self))
+        state = {key: dict(value) if isinstance(value, dict) else value for key, value in vars(self).items()}
+        other.__setstate__(state | {"_codec": None})
+        return other
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Self":
+        """Return an independent copy."""
+        other = memo[id(self)] = type(self).__new__(type(self))
+        state = {key: copy.deepcopy(value, memo) for key, value in vars(self).items() if key != "_codec"}
+        other.__setstate__(state | {"_codec": None})
+        return other
+
+    def __reduce__(self) -> Any:
+        """Return the config and the weights, so that `pickle` can rebuild the model from them.
+
+        PyTorch cannot pickle a module with weight norm directly.
+
+        Raises:
+            NemoLfrError: if the model has hooks, replaced layers or changed settings, which would be lost.
+        """
+        backend: Any = self.codec.backend
+        backend.check_described(PICKLE)
+        modes = {name: module.training for name, module in self.named_modules()}
+        gradients = {name: parameter.requires_grad for name, parameter in self.named_parameters()}
+        return _unpickled, (type(self), self.config, self.state_dict(), modes, gradients, self._is_validated)
 
     @property
     def codec(self) -> Codec[torch.Tensor]:
@@ -208,7 +245,8 @@ class NemoLfrModel(PreTrainedAudioTokenizerBase):
             return_dict: whether to return an output object (default) or a tuple.
 
         Raises:
-            AudioError: for another type or shape, or a mask with ones after a zero.
+            AudioError: for another type or shape, or a mask with ones after a zero, without ones, or with values other
+                than 0 and 1.
         """
         _check_tensor(input_values, "input_values", AudioError)
         if input_values.dim() == 3 and input_values.shape[1] == 1:
@@ -242,7 +280,7 @@ class NemoLfrModel(PreTrainedAudioTokenizerBase):
 
         Raises:
             TokensError: for another type or shape, a token outside the codebook, or a mask that does not fit the
-                tokens.
+                tokens, has no ones, or has values other than 0 and 1.
         """
         _check_tensor(audio_codes, "audio_codes", TokensError)
         if audio_codes.dim() != 3:
@@ -290,6 +328,56 @@ class NemoLfrModel(PreTrainedAudioTokenizerBase):
         return bool(getattr(self.config, "return_dict", True) if return_dict is None else return_dict)
 
 
+def _unpickled(
+    cls: type[NemoLfrModel],
+    config: NemoLfrConfig,
+    state: dict[str, torch.Tensor],
+    modes: dict[str, bool],
+    gradients: dict[str, bool],
+    is_validated: bool,
+) -> NemoLfrModel:
+    """Rebuild a model from the values that `NemoLfrModel.__reduce__` returned, on the device of the weights."""
+    with building_state(torch.device("cpu")):
+        model = cls(config)
+    model.load_state_dict(state, assign=True)
+    for name, module in model.named_modules():
+        module.training = modes[name]
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(gradients[name])
+    model._is_validated = is_validated
+    return model
+
+
+def _check_hub(
+    name: Any,
+    cache_dir: str | Path | None = None,
+    force_download: bool = False,
+    local_files_only: bool = False,
+    token: bool | str | None = None,
+    revision: str = "main",
+    **_: Any,
+) -> None:
+    """Raise CheckpointError if a model must be downloaded and the Hub cannot be reached.
+
+    Without this check, the Hub client of transformers tries again for half a minute. The arguments are those of
+    `PreTrainedModel.from_pretrained`.
+    """
+    if not isinstance(name, str) or not HUB_ID.fullmatch(name) or os.path.exists(name) or local_files_only:
+        return
+    if not force_download and isinstance(try_to_load_from_cache(name, "config.json", cache_dir, revision), str):
+        return
+    try:
+        files_on_hub(name, revision, token)
+    except HfHubHTTPError:  # the Hub has answered, so transformers gets the same answer and explains it
+        return
+    except Exception as error:  # the Hub client's transport (requests, httpx, ...) depends on its version
+        reason = shorten(str(error).partition("\n")[0] or type(error).__name__, 200)
+        raise CheckpointError(
+            f"{name}: could not be downloaded from the Hub and is not in its cache ({reason}); check the name and the "
+            "network, or pass the path of a folder."
+        ) from error
+
+
 def _check_tensor(value: Any, name: str, error: type[Exception]) -> None:
     if not isinstance(value, torch.Tensor):
         kind = type(value).__name__
@@ -305,8 +393,13 @@ def _lengths(mask: torch.Tensor | None, shape: Any, name: str, error: type[Excep
         mask = mask[:, 0]
     if tuple(mask.shape) != tuple(shape):
         raise error(f"{name} has shape {list(mask.shape)}; expected {list(shape)}.")
-    is_valid = mask.bool()
+    is_valid = mask != 0
+    if bool((is_valid & (mask != 1)).any()):  # also for NaN
+        value = mask[is_valid & (mask != 1)][0].item()
+        raise error(f"{name} has the value {value}; pass 1 or True for valid positions, and 0 or False for padding.")
     lengths = is_valid.sum(1)
+    if mask.numel() and not lengths.any():
+        raise error(f"{name} has no ones, so every clip is empty; pass 1 for valid positions, and 0 for padding.")
     if not torch.equal(is_valid, torch.arange(mask.shape[1], device=mask.device) < lengths[:, None]):
         raise error(f"{name} has ones after a zero; use masks of clips that are padded on the right.")
     return lengths

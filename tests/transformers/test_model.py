@@ -6,6 +6,7 @@ They repeat assertions from the common model tests of transformers, which are no
 import copy
 import inspect
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -164,6 +165,31 @@ REFUSED = {
     "one dimension": (lambda model: model.encode(torch.zeros(100)), r"input_values has shape \[100\]"),
     "left padding": (lambda model: model.encode(torch.zeros(1, 100), PADDED_LEFT), "padding_mask has ones after"),
     "a mask of another shape": (lambda model: model.encode(torch.zeros(1, 100), torch.ones(1, 99)), "padding_mask"),
+    "an inverted mask": (lambda model: model.encode(torch.zeros(1, 100), torch.zeros(1, 100)), "no ones"),
+    "half": (
+        lambda model: model.encode(torch.zeros(1, 100), torch.full((1, 100), 0.5)),
+        "padding_mask has the value 0.5",
+    ),
+    "a mask of NaN": (lambda model: model.encode(torch.zeros(1, 100), torch.full((1, 100), torch.nan)), "value nan"),
+    "a mask of -1": (
+        lambda model: model(torch.zeros(1, 100), -torch.ones(1, 100).int()),
+        "padding_mask has the value -1",
+    ),
+    "a mask in numpy": (lambda model: model.encode(torch.zeros(1, 100), torch.ones(1, 100).numpy()), "is a ndarray"),
+    "a mask of clips": (
+        lambda model: model.encode(torch.zeros(1, 100), torch.ones(1)),
+        r"shape \[1\]; expected \[1, 100\]",
+    ),
+    "a frame mask of halves": (
+        lambda model: model.decode(torch.zeros(1, 8, 5).long(), audio_codes_mask=torch.full((1, 5), 0.5)),
+        "audio_codes_mask has the value 0.5",
+    ),
+    "a frame mask without ones": (
+        lambda model: model.decode(torch.zeros(1, 8, 5).long(), audio_codes_mask=torch.zeros(1, 5)),
+        "audio_codes_mask has no ones",
+    ),
+    "samples as text": (lambda model: model.encode("a.wav"), "input_values is a str"),
+    "features as one argument": (lambda model: model({"input_values": torch.zeros(1, 100)}), "input_values is a dict"),
     "NaN": (lambda model: model.encode(torch.full((1, 100), torch.nan)), "contains NaN"),
     "codes without a batch": (lambda model: model.decode(torch.zeros(8, 5).long()), r"shape \[8, 5\]"),
     "codes outside of the codebook": (lambda model: model.decode(torch.full((1, 8, 5), 2016)), "token 2016"),
@@ -184,11 +210,27 @@ def test_wrong_arguments_are_refused_in_one_line(model, name):
     [
         (FIRST.numpy(), {"sampling_rate": 16000}, "sampling_rate is 16000, but the codec runs at 22050 Hz"),
         ([FIRST.numpy()[None].repeat(2, 0)], {"sampling_rate": RATE}, r"clip 0 has shape \[2, 9000\]"),
+        ("a.wav", {}, "clip 0 is 'a.wav', but the extractor reads no files; pass an array of samples"),
+        ([FIRST.numpy(), Path("b.wav")], {}, "clip 1 is b.wav, but the extractor reads no files"),
+        (b"RIFF", {}, "clip 0 is b'RIFF'"),
+        (
+            {"array": [0.0], "sampling_rate": RATE},
+            {},
+            r"clip 0 is a dict with the keys \['array', 'sampling_rate'\]; pass",
+        ),
+        ([{"path": "a.wav"}], {}, r"clip 0 is a dict with the keys \['path'\]"),
+        (None, {}, "clip 0 is NoneType"),
+        ([], {}, "raw_audio is an empty list; pass one clip or more"),
+        ([["a", "b"]], {}, "clip 0 is list of dtype <U1; pass an array of numbers"),
+        ([[[0.0], [0.0, 1.0]]], {}, "clip 0 is list; pass a numpy array"),
+        (FIRST.numpy().astype(complex), {}, "clip 0 has dtype complex128"),
+        ([FIRST.numpy(), SECOND.numpy() * float("nan")], {}, "clip 1 contains NaN or infinite samples"),
+        (FIRST.numpy() * 32768, {}, "clip 0 reaches .* divide by 32768"),
     ],
 )
 def test_the_extractor_refuses_other_audio(folder, audio, options, message):
     with pytest.raises(NemoLfrError, match=message):
-        transformers.AutoFeatureExtractor.from_pretrained(folder)(audio, **options)
+        transformers.AutoFeatureExtractor.from_pretrained(folder)(audio, **{"sampling_rate": RATE} | options)
 
 
 def test_the_extractor_takes_one_clip_and_clips_without_padding(folder):
@@ -199,6 +241,39 @@ def test_the_extractor_takes_one_clip_and_clips_without_padding(folder):
     assert [clip.shape for clip in two["input_values"]] == [(1, 9000), (1, 5000)] and "padding_mask" not in two
     cut = extractor([FIRST.tolist()], padding="max_length", max_length=999, truncation=True, sampling_rate=RATE)
     assert cut["input_values"][0].shape == (1, 999)
+    scaled = extractor((FIRST * 32768).round().short(), sampling_rate=RATE, return_tensors="np")
+    assert abs(scaled["input_values"] - one["input_values"]).max() <= 0.5 / 32768
+
+
+COPIES = {
+    "copy": copy.copy,
+    "deep copy": copy.deepcopy,
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+}
+
+
+@pytest.mark.parametrize("kind", COPIES)
+def test_copies_and_pickled_models_have_the_same_tokens_and_can_be_saved(folder, tmp_path, kind):
+    model = transformers.AutoModel.from_pretrained(folder)
+    model.audio_decoder.pre_conv.conv.bias.requires_grad_(False)
+    again = COPIES[kind](model)
+    codes = model.encode(FIRST[None]).audio_codes
+    assert torch.equal(again.encode(FIRST[None]).audio_codes, codes) and again.codec is not model.codec
+    assert not again.training and not again.audio_decoder.pre_conv.conv.bias.requires_grad
+    assert again.codec.fingerprint == model.codec.fingerprint and again.config.to_dict() == model.config.to_dict()
+    again.audio_encoder = copy.deepcopy(again.audio_encoder)
+    again.audio_encoder.pre_conv.conv.bias.data.add_(1)
+    assert torch.equal(model.encode(FIRST[None]).audio_codes, codes)
+    again.save_pretrained(tmp_path)
+    saved = transformers.AutoModel.from_pretrained(tmp_path).encode(FIRST[None]).audio_codes
+    assert torch.equal(saved, again.encode(FIRST[None]).audio_codes) and not torch.equal(saved, codes)
+
+
+def test_a_model_with_hooks_is_not_pickled_without_them(folder):
+    model = transformers.AutoModel.from_pretrained(folder)
+    model.audio_encoder.register_forward_hook(lambda *_: None)
+    with pytest.raises(NemoLfrError, match="has forward hooks or replaced layers, which are not pickled"):
+        pickle.dumps(model)
 
 
 @pytest.mark.slow
@@ -212,3 +287,17 @@ def test_all_kinds_of_codecs_have_a_valid_config():
     for kind in KINDS:
         config = ours.NemoLfrConfig.from_dict(codec_config(kind))
         assert config.codebook_size == 2016 and config.num_codebooks in (1, 4, 8, 13)
+
+
+def test_a_model_on_the_hub_fails_at_the_first_request_without_network(monkeypatch):
+    """The client of transformers would try again for half a minute."""
+
+    def unreachable(*_, **__):
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", unreachable)
+    monkeypatch.setattr(transformers.PreTrainedModel, "from_pretrained", None)
+    with pytest.raises(
+        NemoLfrError, match=r"nobody/nothing: could not be downloaded .*\(no route to host\); check the"
+    ):
+        ours.NemoLfrModel.from_pretrained("nobody/nothing")

@@ -175,6 +175,13 @@ def test_weights_in_several_files_are_validated(folder, tmp_path):
         tensors = load_file(file)
         if BASE in tensors:
             save_file(tensors | {BASE: tensors[BASE] + 1}, file, metadata={"format": "pt"})
+            changed = file.name
+    with pytest.raises(CheckpointError, match=f"{changed} do not belong together: weights_sha256 is '"):
+        transformers.AutoModel.from_pretrained(tmp_path / "saved")
+    edit_config(tmp_path / "saved", lambda config: config["weights_sha256"].pop(changed))
+    with pytest.raises(CheckpointError, match=f"{changed} do not belong together: weights_sha256 is None"):
+        transformers.AutoModel.from_pretrained(tmp_path / "saved")
+    edit_config(tmp_path / "saved", lambda config: config.pop("weights_sha256"))
     with pytest.raises(CheckpointError, match="but the config requires"):
         transformers.AutoModel.from_pretrained(tmp_path / "saved")
 
