@@ -32,8 +32,8 @@ from nemo_lfr.nemo.resume import tidy_experiment
 
 @hydra_runner(config_path="../conf", config_name="audio_codec_low_frame_rate_22050")
 def main(cfg: DictConfig) -> None:
-    """Train. A full disk or an error in the config is reported in one line."""
-    with ending_in_one_line(cfg.get("exp_manager", {}).get("exp_dir")):
+    """Train. A full disk, an unwritable folder or an error in the config is reported in one line."""
+    with ending_in_one_line(cfg.get("exp_manager", {}).get("exp_dir"), cfg.get("log_dir")):
         train(cfg)
 
 

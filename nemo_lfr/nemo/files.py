@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nemo_lfr.bundled import LFR
 from nemo_lfr.checkpoint import PARTS, CodecModules, load_parts, read_config
+from nemo_lfr.checkpoint.archive import read_members
 from nemo_lfr.checkpoint.names import unwrapped
 from nemo_lfr.codec.ambient import building_state
 from nemo_lfr.codec.devices import choose_device
@@ -194,6 +195,46 @@ class NemoFiles(BaseModel):
         )
 
     @classmethod
+    def load_from_checkpoint(
+        cls,
+        checkpoint_path: Any,
+        *args: Any,
+        map_location: Any = None,
+        hparams_file: Any = None,
+        strict: bool = True,
+        **kwargs: Any,
+    ) -> Any:
+        """Load a training checkpoint (`.ckpt`) of Lightning, with NeMo's method.
+
+        Pickled objects in the file may run code, as in NeMo. `restore_from` opens `.ckpt` files without running code.
+
+        Args:
+            checkpoint_path: path or URL of the file, or an open file.
+            args: further arguments of Lightning's method.
+            map_location: device of the weights.
+            hparams_file: file with the config, in place of the checkpoint's config.
+            strict: whether every weight of the encoder, quantizer and decoder must be present.
+            kwargs: further arguments of Lightning's method.
+
+        Returns:
+            The model.
+
+        Raises:
+            CheckpointError: if the file does not exist, is damaged, is not a training checkpoint, or belongs to a
+                model of another class.
+        """
+        try:
+            return _stock(cls, "load_from_checkpoint")(
+                checkpoint_path, *args, map_location=map_location, hparams_file=hparams_file, strict=strict, **kwargs
+            )
+        except (CheckpointError, ConfigError) as error:
+            raise CheckpointError(f"{shorten(checkpoint_path, 300)}: {error}") from error
+        except Exception as error:  # of Lightning, PyTorch and fsspec, whose classes and messages vary
+            if (problem := _problem_of_training_checkpoint(checkpoint_path)) is not None:
+                raise problem from error
+            raise
+
+    @classmethod
     def list_available_models(cls) -> list[PretrainedModelInfo]:
         """Return the models in NeMo's list, and this codec under the name that NVIDIA's model card uses."""
         ours = [
@@ -313,3 +354,26 @@ def _without_folders(config: DictConfig) -> DictConfig:
             if config.get(section) is not None:
                 config[section] = shortened(OmegaConf.to_container(config[section], resolve=False))
     return config
+
+
+def _problem_of_training_checkpoint(checkpoint: Any) -> CheckpointError | None:
+    """Return why a file cannot be loaded as a training checkpoint of the codec; None if it can, or is not local."""
+    if not isinstance(checkpoint, str | os.PathLike) or "://" in str(checkpoint):
+        return None
+    path = Path(os.path.expanduser(checkpoint))
+    if path.is_dir():
+        return CheckpointError(f"{path}: this is a folder; pass a .ckpt file in it, or use restore_from.")
+    try:
+        if read_members(path).config is not None:
+            return CheckpointError(f"{path}: this is a .nemo file, not a training checkpoint; use restore_from.")
+        checked_values(read_config(path))
+        load_parts(path)
+    except CheckpointError as error:
+        return error
+    except ConfigError as error:
+        return CheckpointError(f"{path}: {error}")
+    except FileNotFoundError:
+        return CheckpointError(f"{path}: no such file; pass the path of a .ckpt file.")
+    except OSError as error:
+        return CheckpointError(f"{path}: the file cannot be read ({error.strerror}); check its permissions.")
+    return None

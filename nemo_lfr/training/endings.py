@@ -5,6 +5,7 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from nemo_lfr.errors import NemoLfrError, printable
 
@@ -31,14 +32,16 @@ CONFIG_ERRORS = {"HydraException", "MisconfigurationException", "NeMoBaseExcepti
 
 
 @contextmanager
-def ending_in_one_line(folder: str | os.PathLike[str] | None = None) -> Iterator[None]:
+def ending_in_one_line(*folders: str | os.PathLike[str] | None) -> Iterator[None]:
     """Exit with one line on stderr if a run fails for a reason that the user can fix.
 
     Such reasons are invalid input, an invalid config, a full disk, and a path that cannot be written to. Inside this
     context, a log record that cannot be written, for example because the disk is full, causes no traceback either.
 
     Args:
-        folder: folder of the run. The message contains this path if the error does not name a file.
+        folders: folders that the run writes to; None is ignored. The message contains the first one if the error does
+            not name a file. A folder that does not exist and cannot be created, such as one in /proc, is also such a
+            reason.
 
     Raises:
         SystemExit: if such an error occurs. Other exceptions are not changed.
@@ -48,7 +51,7 @@ def ending_in_one_line(folder: str | os.PathLike[str] | None = None) -> Iterator
     try:
         yield
     except Exception as error:
-        text = _line(error, folder)
+        text = _line(error, [Path(folder) for folder in folders if folder])
         if text is None:
             raise
         raise SystemExit(f"error: {text}") from None
@@ -56,7 +59,7 @@ def ending_in_one_line(folder: str | os.PathLike[str] | None = None) -> Iterator
         logging.raiseExceptions = before
 
 
-def _line(error: BaseException, folder: str | os.PathLike[str] | None) -> str | None:
+def _line(error: BaseException, folders: list[Path]) -> str | None:
     """Describe an error in one line, or return None if it may be a bug."""
     if CONFIG_ERRORS & {base.__name__ for base in type(error).__mro__}:
         lines = str(error).split("\n    full_key: ")[0].split()  # OmegaConf adds details on more lines
@@ -65,8 +68,19 @@ def _line(error: BaseException, folder: str | os.PathLike[str] | None) -> str | 
     while cause is not None:
         # Code often handles EEXIST and then fails for another reason, so this error counts only if nothing handled it.
         if isinstance(cause, OSError) and cause.errno in ADVICE and (cause is error or cause.errno != errno.EEXIST):
-            return f"{cause.filename or folder or 'a file'}: {cause.strerror}; {ADVICE[cause.errno]}."
+            name = cause.filename or next(iter(folders), "a file")
+            return f"{name}: {cause.strerror}; {ADVICE[cause.errno]}."
+        if isinstance(cause, FileNotFoundError) and _is_not_created(cause.filename, folders):
+            return f"{cause.filename}: this folder cannot be created ({cause.strerror}); {_PATH}."
         if isinstance(cause, NemoLfrError):
             return str(cause).strip() or type(cause).__name__
         cause = cause.__cause__ or cause.__context__
     return None
+
+
+def _is_not_created(path: object, folders: list[Path]) -> bool:
+    """Return whether a missing path is a missing folder of the run, or one of the folders that contain it."""
+    if not isinstance(path, str | os.PathLike):
+        return False
+    missing = Path(os.path.abspath(path))
+    return any(Path(os.path.abspath(folder)).is_relative_to(missing) for folder in folders if not folder.exists())

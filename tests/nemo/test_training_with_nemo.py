@@ -2,8 +2,11 @@
 
 import copy
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +18,7 @@ import lightning.pytorch as pl
 from nemo.collections.tts.models.audio_codec import AudioCodecModel as StockModel
 from omegaconf import OmegaConf, open_dict
 
-from nemo_lfr import AudioCodecModel, ConfigError
+from nemo_lfr import AudioCodecModel, CheckpointError, ConfigError
 from nemo_lfr.modules.quantizer import FiniteScalarQuantizer, GroupFiniteScalarQuantizer
 from nemo_lfr.nemo.config import check_training
 from nemo_lfr.pretrained import bundled_checkpoint
@@ -636,6 +639,59 @@ def test_a_model_is_copied_and_loaded_from_a_checkpoint_strictly_or_not(tmp_path
         assert torch.equal(generator_weights(other), before)
         next(other.audio_encoder.parameters()).data.zero_()
         assert torch.equal(generator_weights(model), before)
+
+
+@pytest.fixture(scope="module")
+def training_checkpoint(tmp_path_factory):
+    """Return a checkpoint that Lightning wrote before the first step, and the .nemo file that it started from."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    write_nemo(folder / "a.nemo", codec_config("two_stages"))
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, max_epochs=1)
+    trainer.strategy.connect(AudioCodecModel.restore_from(str(folder / "a.nemo"), map_location="cpu"))
+    trainer.save_checkpoint(folder / "good.ckpt")
+    return folder / "good.ckpt"
+
+
+def rewritten(path: Path, target: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
+    torch.save(edit(torch.load(path, weights_only=False)), target)
+
+
+def without_decoder(values: dict[str, Any]) -> dict[str, Any]:
+    state = {key: value for key, value in values["state_dict"].items() if not key.startswith("audio_decoder.")}
+    return values | {"state_dict": state}
+
+
+ASR_CONFIG = {"target": "nemo.collections.asr.models.EncDecCTCModel", "sample_rate": 16000, "encoder": {"layers": 2}}
+# How a file is made from a good checkpoint, and the error when it is loaded.
+BAD_TRAINING_CHECKPOINTS = {
+    "missing": (lambda path, target: None, "no such file"),
+    "folder": (lambda path, target: target.mkdir(), "this is a folder; pass a .ckpt file"),
+    "nemo": (
+        lambda path, target: shutil.copy(path.with_name("a.nemo"), target),
+        "this is a .nemo file, not a training checkpoint; use restore_from",
+    ),
+    "cut": (lambda path, target: target.write_bytes(path.read_bytes()[:-1000]), "the file is damaged"),
+    "empty": (lambda path, target: target.write_bytes(b""), "the file is empty"),
+    "text": (lambda path, target: target.write_text("hello"), "the file is damaged or not"),
+    "plain": (lambda path, target: rewritten(path, target, lambda v: v["state_dict"]), "no hyper_parameters"),
+    "list": (lambda path, target: rewritten(path, target, lambda values: [1, 2]), "no state dict"),
+    "asr": (
+        lambda path, target: rewritten(
+            path, target, lambda values: values | {"hyper_parameters": {"cfg": OmegaConf.create(ASR_CONFIG)}}
+        ),
+        "pass a checkpoint of the LFR codec family",
+    ),
+    "half": (lambda path, target: rewritten(path, target, without_decoder), "lacks weights .*audio_decoder"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_TRAINING_CHECKPOINTS)
+def test_a_file_that_is_no_training_checkpoint_of_the_codec_is_named(name, training_checkpoint, tmp_path):
+    make, message = BAD_TRAINING_CHECKPOINTS[name]
+    make(training_checkpoint, tmp_path / f"{name}.ckpt")
+    with pytest.raises(CheckpointError, match=rf"/{name}\.ckpt: .*{message}") as error:
+        AudioCodecModel.load_from_checkpoint(tmp_path / f"{name}.ckpt", map_location="cpu")
+    assert "\n" not in str(error.value)
 
 
 def test_bf16_mixed_learns_like_fp32_and_quantizes_in_fp32(tmp_path, monkeypatch):

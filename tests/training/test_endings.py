@@ -2,8 +2,10 @@
 
 import errno
 import logging
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -58,12 +60,23 @@ def test_user_errors_are_reported_in_one_line(name):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="no /proc")
+@pytest.mark.parametrize("folder", ["/proc/x", "/proc/x/y", "/proc/x/../x/y"])
+def test_a_folder_that_cannot_be_created_is_reported_in_one_line(folder):
+    message = r"error: /proc/x.*: this folder cannot be created \(No such file"
+    with pytest.raises(SystemExit, match=message) as caught, ending_in_one_line("runs", None, folder):
+        Path(folder, "name").mkdir(parents=True, exist_ok=True)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     "error",
     [
         RuntimeError("a bug"),
         KeyError("x"),
         FileNotFoundError(2, "No such file", "x"),
+        FileNotFoundError(2, "No such file", "runs/x"),
+        FileNotFoundError(2, "No such file"),
         nested(RuntimeError("a bug"), FileExistsError(errno.EEXIST, "File exists", "x")),
     ],
 )
