@@ -1,6 +1,5 @@
 """Load codec modules from a checkpoint, and validate the keys, shapes and values of their weights."""
 
-import json
 import os
 import re
 import threading
@@ -17,9 +16,10 @@ from nemo_lfr.checkpoint.archive import Members, read_members
 from nemo_lfr.checkpoint.config import CodecModules, build_part, build_parts, codec_values, parse_config
 from nemo_lfr.checkpoint.lightning import config_text
 from nemo_lfr.checkpoint.names import DIRECTION, GAIN, gain_of
+from nemo_lfr.checkpoint.pair import check_pair
 from nemo_lfr.checkpoint.safetensors import WEIGHTS_CHECKSUM, SafeTensors, open_files, recorded_checksum
 from nemo_lfr.checkpoint.tensors import Tensors
-from nemo_lfr.errors import CheckpointError, ConfigError, quoted, shorten
+from nemo_lfr.errors import CheckpointError, ConfigError, shorten
 from nemo_lfr.io.locate import SAFETENSORS, SAFETENSORS_CONFIG
 from nemo_lfr.modules.weight_norm import CANONICAL, SumOrder, fold_weight_norm
 
@@ -65,7 +65,7 @@ class Checkpoint:
         self.config = _parse_config(path, members)
         self.parts = _empty_parts(path, members.config_name, self.config, weight_norm=False)
         self._tensors = _tensors(path, members)
-        _check_pair(self._tensors, self.config)
+        check_pair(self._tensors, self.config)
         self.config.pop(WEIGHTS_CHECKSUM, None)  # other weights may be saved with this config
         self._sources = {
             name: _match(self._tensors, name, part, strict=True) for name, part in self.parts.named().items()
@@ -170,7 +170,7 @@ def load_parts(
     config = own if config is None else config
     parts = _empty_parts(path, name, config, weight_norm=True, meta=strict)
     tensors = _tensors(path, members)
-    _check_pair(tensors, own)
+    check_pair(tensors, own)
     for name, part in parts.named().items():
         _fill(tensors, name, part, _match(tensors, name, part, strict), strict)
     return parts, {key: tensors[key] for key in tensors.entries if others and key.startswith(others)}
@@ -199,7 +199,7 @@ def read_weights(files: Sequence[str | os.PathLike[str]], config: Mapping[str, A
     names = [path.name for path in paths]
     is_usual = names == [SAFETENSORS] or all(map(_SHARD.fullmatch, names))  # not a variant, which has other names
     recorded = recorded_checksum(paths[0]) if is_usual else None
-    _check_pair(tensors, OmegaConf.create({**config, WEIGHTS_CHECKSUM: recorded}))
+    check_pair(tensors, OmegaConf.create({**config, WEIGHTS_CHECKSUM: recorded}))
     parts = _empty_parts(tensors.path, SAFETENSORS_CONFIG, OmegaConf.create(dict(config)), weight_norm=True)
     for name, part in parts.named().items():
         _fill(tensors, name, part, _match(tensors, name, part, strict=True), strict=True)
@@ -219,50 +219,6 @@ def _parse_config(path: Path, members: Members) -> DictConfig:
         return parse_config(members.config.decode())
     except (UnicodeDecodeError, ConfigError) as error:
         raise CheckpointError(f"{path}: {members.config_name} is invalid: {error}") from error
-
-
-def _check_pair(tensors: Tensors, config: DictConfig) -> None:
-    """Check that the weights in a safetensors file belong to a config.
-
-    The file may store a copy of its config, and the config may store a checksum of its weights. They differ after an
-    interrupted export or a partial copy, or if one of the files was edited or damaged. A missing copy or checksum is
-    accepted.
-
-    Raises:
-        CheckpointError: if the copy differs from `config`, or the checksum differs from that of the weights.
-    """
-    _check_stored_config(tensors, config)
-    expected, checksum = config.get(WEIGHTS_CHECKSUM), tensors.checksum()
-    if isinstance(expected, DictConfig):
-        expected = dict(expected)
-    if expected is None or checksum in (None, expected):
-        return
-    name = SAFETENSORS
-    if isinstance(checksum, dict):
-        recorded = expected if isinstance(expected, dict) else dict.fromkeys(checksum, expected)
-        name = next(shard for shard in sorted({*recorded, *checksum}) if recorded.get(shard) != checksum.get(shard))
-        expected, checksum = recorded.get(name), checksum.get(name)
-    raise CheckpointError(
-        f"{tensors.path}: {SAFETENSORS_CONFIG} and {name} do not belong together: {WEIGHTS_CHECKSUM} is "
-        f"{quoted(expected)}, but the weights have the SHA-256 {quoted(checksum)}; export or copy the folder "
-        f"again. If you changed the weights on purpose, remove {WEIGHTS_CHECKSUM} from {SAFETENSORS_CONFIG}."
-    )
-
-
-def _check_stored_config(tensors: Tensors, config: DictConfig) -> None:
-    if tensors.codec_config is None:
-        return
-    try:
-        values = codec_values(config)
-    except ConfigError:  # raised again, with the name of the file, when the modules are built
-        return
-    for key, expected in tensors.codec_config.items():
-        if json.dumps(values.get(key), sort_keys=True) != json.dumps(expected, sort_keys=True):
-            raise CheckpointError(
-                f"{tensors.path}: {SAFETENSORS_CONFIG} and {SAFETENSORS} do not belong together: {key} is "
-                f"{quoted(values.get(key), 150)}, but the weights were written for {quoted(expected, 150)}; export "
-                "or copy the folder again."
-            )
 
 
 def _empty_parts(path: Path, name: str, config: DictConfig, *, weight_norm: bool, meta: bool = True) -> CodecModules:

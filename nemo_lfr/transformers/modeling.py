@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import initialization as init
@@ -23,11 +21,11 @@ from nemo_lfr.checkpoint.reader import read_weights
 from nemo_lfr.codec.ambient import building_state
 from nemo_lfr.codec.codec import Codec
 from nemo_lfr.codec.torch_backend import TorchBackend
-from nemo_lfr.errors import AudioError, CheckpointError, TokensError, shorten
-from nemo_lfr.io.hub import HUB_ID, files_on_hub
+from nemo_lfr.errors import AudioError, CheckpointError, TokensError
 from nemo_lfr.io.locate import SAFETENSORS, SAFETENSORS_INDEX
 from nemo_lfr.modules.altered import PICKLE, SAVE
 from nemo_lfr.modules.quantizer import FiniteScalarQuantizer
+from nemo_lfr.transformers.arguments import check_hub, check_tensor, mask_lengths
 from nemo_lfr.transformers.configuration import NemoLfrConfig
 
 if TYPE_CHECKING:
@@ -109,7 +107,7 @@ class NemoLfrModel(PreTrainedAudioTokenizerBase):
             CheckpointError: if a file is damaged, is not a safetensors file, or does not match the config, or if the
                 Hub cannot be reached and its cache does not have the model.
         """
-        _check_hub(pretrained_model_name_or_path, **kwargs)
+        check_hub(pretrained_model_name_or_path, **kwargs)
         try:
             result = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         except SafetensorError as error:  # from the library, which reads headers before `_load_pretrained_model`
@@ -248,12 +246,12 @@ class NemoLfrModel(PreTrainedAudioTokenizerBase):
             AudioError: for another type or shape, or a mask with ones after a zero, without ones, or with values other
                 than 0 and 1.
         """
-        _check_tensor(input_values, "input_values", AudioError)
+        check_tensor(input_values, "input_values", AudioError)
         if input_values.dim() == 3 and input_values.shape[1] == 1:
             input_values = input_values[:, 0]
         if input_values.dim() != 2:
             raise AudioError(f"input_values has shape {list(input_values.shape)}; expected [B, 1, T_audio], mono.")
-        lengths = _lengths(padding_mask, input_values.shape, "padding_mask", AudioError)
+        lengths = mask_lengths(padding_mask, input_values.shape, "padding_mask", AudioError)
         if lengths is None:
             lengths = torch.full((len(input_values),), input_values.shape[1])
         codes, codes_len = self.codec.encode(input_values, lengths, self.config.sample_rate, num_codebooks)
@@ -282,16 +280,16 @@ class NemoLfrModel(PreTrainedAudioTokenizerBase):
             TokensError: for another type or shape, a token outside the codebook, or a mask that does not fit the
                 tokens, has no ones, or has values other than 0 and 1.
         """
-        _check_tensor(audio_codes, "audio_codes", TokensError)
+        check_tensor(audio_codes, "audio_codes", TokensError)
         if audio_codes.dim() != 3:
             raise TokensError(f"audio_codes has shape {list(audio_codes.shape)}; expected [B, C, frames].")
         batch, kept, frames = audio_codes.shape
-        frames_len = _lengths(audio_codes_mask, (batch, frames), "audio_codes_mask", TokensError)
+        frames_len = mask_lengths(audio_codes_mask, (batch, frames), "audio_codes_mask", TokensError)
         samples, width = None, None
         if padding_mask is not None:
-            _check_tensor(padding_mask, "padding_mask", TokensError)
+            check_tensor(padding_mask, "padding_mask", TokensError)
             width = padding_mask.shape[-1] if padding_mask.dim() else 0
-            samples = _lengths(padding_mask, (batch, width), "padding_mask", TokensError)
+            samples = mask_lengths(padding_mask, (batch, width), "padding_mask", TokensError)
             assert samples is not None
             frames_len = -(-samples // self.config.samples_per_frame)
         first = kept if kept < self.codec.num_codebooks else None
@@ -312,7 +310,7 @@ class NemoLfrModel(PreTrainedAudioTokenizerBase):
 
         In the result, `audio_values` has the length of `input_values`.
         """
-        _check_tensor(input_values, "input_values", AudioError)
+        check_tensor(input_values, "input_values", AudioError)
         encoded: Any = self.encode(input_values, padding_mask, num_codebooks, return_dict=True)
         if padding_mask is None:
             padding_mask = torch.ones(len(input_values), input_values.shape[-1], dtype=torch.long)
@@ -346,60 +344,3 @@ def _unpickled(
         parameter.requires_grad_(gradients[name])
     model._is_validated = is_validated
     return model
-
-
-def _check_hub(
-    name: Any,
-    cache_dir: str | Path | None = None,
-    force_download: bool = False,
-    local_files_only: bool = False,
-    token: bool | str | None = None,
-    revision: str = "main",
-    **_: Any,
-) -> None:
-    """Raise CheckpointError if a model must be downloaded and the Hub cannot be reached.
-
-    Without this check, the Hub client of transformers tries again for half a minute. The arguments are those of
-    `PreTrainedModel.from_pretrained`.
-    """
-    if not isinstance(name, str) or not HUB_ID.fullmatch(name) or os.path.exists(name) or local_files_only:
-        return
-    if not force_download and isinstance(try_to_load_from_cache(name, "config.json", cache_dir, revision), str):
-        return
-    try:
-        files_on_hub(name, revision, token)
-    except HfHubHTTPError:  # the Hub has answered, so transformers gets the same answer and explains it
-        return
-    except Exception as error:  # the Hub client's transport (requests, httpx, ...) depends on its version
-        reason = shorten(str(error).partition("\n")[0] or type(error).__name__, 200)
-        raise CheckpointError(
-            f"{name}: could not be downloaded from the Hub and is not in its cache ({reason}); check the name and the "
-            "network, or pass the path of a folder."
-        ) from error
-
-
-def _check_tensor(value: Any, name: str, error: type[Exception]) -> None:
-    if not isinstance(value, torch.Tensor):
-        kind = type(value).__name__
-        raise error(f'{name} is a {kind}; pass a tensor, such as the extractor returns with return_tensors="pt".')
-
-
-def _lengths(mask: torch.Tensor | None, shape: Any, name: str, error: type[Exception]) -> torch.Tensor | None:
-    """Check a mask and return the number of ones in each row, [B]; None if there is no mask."""
-    if mask is None:
-        return None
-    _check_tensor(mask, name, error)
-    if mask.dim() == 3 and mask.shape[1] == 1:
-        mask = mask[:, 0]
-    if tuple(mask.shape) != tuple(shape):
-        raise error(f"{name} has shape {list(mask.shape)}; expected {list(shape)}.")
-    is_valid = mask != 0
-    if bool((is_valid & (mask != 1)).any()):  # also for NaN
-        value = mask[is_valid & (mask != 1)][0].item()
-        raise error(f"{name} has the value {value}; pass 1 or True for valid positions, and 0 or False for padding.")
-    lengths = is_valid.sum(1)
-    if mask.numel() and not lengths.any():
-        raise error(f"{name} has no ones, so every clip is empty; pass 1 for valid positions, and 0 for padding.")
-    if not torch.equal(is_valid, torch.arange(mask.shape[1], device=mask.device) < lengths[:, None]):
-        raise error(f"{name} has ones after a zero; use masks of clips that are padded on the right.")
-    return lengths

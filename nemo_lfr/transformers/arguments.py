@@ -1,0 +1,70 @@
+"""Validate the arguments of `NemoLfrModel`."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError
+
+from nemo_lfr.errors import CheckpointError, shorten
+from nemo_lfr.io.hub import HUB_ID, files_on_hub
+
+
+def check_hub(
+    name: Any,
+    cache_dir: str | Path | None = None,
+    force_download: bool = False,
+    local_files_only: bool = False,
+    token: bool | str | None = None,
+    revision: str = "main",
+    **_: Any,
+) -> None:
+    """Raise CheckpointError if a model must be downloaded and the Hub cannot be reached.
+
+    Without this check, the Hub client of transformers tries again for half a minute. The arguments are those of
+    `PreTrainedModel.from_pretrained`.
+    """
+    if not isinstance(name, str) or not HUB_ID.fullmatch(name) or os.path.exists(name) or local_files_only:
+        return
+    if not force_download and isinstance(try_to_load_from_cache(name, "config.json", cache_dir, revision), str):
+        return
+    try:
+        files_on_hub(name, revision, token)
+    except HfHubHTTPError:  # the Hub has answered, so transformers gets the same answer and explains it
+        return
+    except Exception as error:  # the Hub client's transport (requests, httpx, ...) depends on its version
+        reason = shorten(str(error).partition("\n")[0] or type(error).__name__, 200)
+        raise CheckpointError(
+            f"{name}: could not be downloaded from the Hub and is not in its cache ({reason}); check the name and the "
+            "network, or pass the path of a folder."
+        ) from error
+
+
+def check_tensor(value: Any, name: str, error: type[Exception]) -> None:
+    """Raise an error of class `error` if an argument is not a tensor."""
+    if not isinstance(value, torch.Tensor):
+        kind = type(value).__name__
+        raise error(f'{name} is a {kind}; pass a tensor, such as the extractor returns with return_tensors="pt".')
+
+
+def mask_lengths(mask: torch.Tensor | None, shape: Any, name: str, error: type[Exception]) -> torch.Tensor | None:
+    """Check a mask and return the number of ones in each row, [B]; None if there is no mask."""
+    if mask is None:
+        return None
+    check_tensor(mask, name, error)
+    if mask.dim() == 3 and mask.shape[1] == 1:
+        mask = mask[:, 0]
+    if tuple(mask.shape) != tuple(shape):
+        raise error(f"{name} has shape {list(mask.shape)}; expected {list(shape)}.")
+    is_valid = mask != 0
+    if bool((is_valid & (mask != 1)).any()):  # also for NaN
+        value = mask[is_valid & (mask != 1)][0].item()
+        raise error(f"{name} has the value {value}; pass 1 or True for valid positions, and 0 or False for padding.")
+    lengths = is_valid.sum(1)
+    if mask.numel() and not lengths.any():
+        raise error(f"{name} has no ones, so every clip is empty; pass 1 for valid positions, and 0 for padding.")
+    if not torch.equal(is_valid, torch.arange(mask.shape[1], device=mask.device) < lengths[:, None]):
+        raise error(f"{name} has ones after a zero; use masks of clips that are padded on the right.")
+    return lengths
