@@ -15,6 +15,7 @@ from torch import nn
 from nemo_lfr.checkpoint.resolvers import NEMO_RESOLVERS, with_own_resolvers
 from nemo_lfr.errors import ConfigError, quoted, shorten
 from nemo_lfr.modules.decoder import HiFiGANDecoder
+from nemo_lfr.modules.empty import on_meta_device
 from nemo_lfr.modules.encoder import HiFiGANEncoder
 from nemo_lfr.modules.quantizer import FiniteScalarQuantizer, GroupFiniteScalarQuantizer
 
@@ -307,7 +308,7 @@ def build_part(config: Mapping[str, Any], *, weight_norm: bool = True) -> nn.Mod
     _check_sizes(arguments)
     try:
         if torch.get_default_device().type != "meta":
-            with torch.device("meta"):
+            with on_meta_device():
                 size = sum(parameter.numel() for parameter in ours(**arguments).parameters())
             if size > MAX_PARAMETERS:
                 raise ConfigError(f"the module has {size} parameters; at most {MAX_PARAMETERS} are allowed.")

@@ -27,6 +27,7 @@ from nemo_lfr.checkpoint.writer import split_weight_norm
 from nemo_lfr.errors import NemoLfrError
 from nemo_lfr.io.atomic import check_overwrite, make_folder, sweep, write_bytes
 from nemo_lfr.io.locate import PREPROCESSOR, SAFETENSORS, SAFETENSORS_CONFIG, SAFETENSORS_INDEX, expand_home
+from nemo_lfr.modules.empty import on_meta_device
 
 MODEL_TYPE = "nemo_lfr"
 
@@ -70,7 +71,7 @@ def module_tensors(config: Mapping[str, Any], modules: Mapping[str, nn.Module], 
     tensors = {
         f"{part}.{key}": value for part, module in modules.items() for key, value in split_weight_norm(module).items()
     }
-    with torch.device("meta"):
+    with on_meta_device():
         parts = build_parts(codec_values(parse_config(json.dumps(config))), weight_norm=True)
     expected = {f"{part}.{key}" for part, module in parts.named().items() for key in module.state_dict()}
     if different := sorted(expected.symmetric_difference(tensors)):

@@ -21,6 +21,7 @@ from nemo_lfr.checkpoint.safetensors import WEIGHTS_CHECKSUM, SafeTensors, open_
 from nemo_lfr.checkpoint.tensors import Tensors
 from nemo_lfr.errors import CheckpointError, ConfigError, shorten
 from nemo_lfr.io.locate import SAFETENSORS, SAFETENSORS_CONFIG
+from nemo_lfr.modules.empty import on_meta_device
 from nemo_lfr.modules.weight_norm import CANONICAL, SumOrder, fold_weight_norm
 
 _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
@@ -225,7 +226,7 @@ def _empty_parts(path: Path, name: str, config: DictConfig, *, weight_norm: bool
     """Build modules whose weights are loaded later. On the meta device, the weights use no memory until then."""
     try:
         values = codec_values(config)
-        with torch.device("meta" if meta else "cpu"):
+        with on_meta_device() if meta else torch.device("cpu"):
             parts = build_parts(values, weight_norm=weight_norm)
         # The quantizer's buffers follow from the levels in the config.
         with torch.device("cpu"):

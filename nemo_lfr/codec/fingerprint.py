@@ -17,6 +17,7 @@ from torch import nn
 from nemo_lfr.checkpoint.config import build_parts
 from nemo_lfr.errors import NemoLfrError, shorten
 from nemo_lfr.modules.conv import Conv1d, ConvTranspose1d
+from nemo_lfr.modules.empty import on_meta_device
 from nemo_lfr.modules.quantizer import FiniteScalarQuantizer, GroupFiniteScalarQuantizer
 from nemo_lfr.modules.weights import contiguous_values
 
@@ -81,7 +82,7 @@ def check_described(config: Mapping[str, Any], settings: Mapping[str, Any], name
     Raises:
         NemoLfrError: if a setting differs, so the saved codec would give other tokens or audio.
     """
-    with torch.device("meta"):
+    with on_meta_device():
         parts = build_parts(config, weight_norm=False)
     described = settings_of(parts.encoder, parts.quantizer, parts.decoder, parts.sample_rate)
     for key, expected in described.items():

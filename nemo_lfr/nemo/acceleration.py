@@ -9,6 +9,7 @@ from nemo_lfr.checkpoint import PARTS, build_part, build_parts
 from nemo_lfr.checkpoint.names import DIRECTION, plain_key, plain_keys, unwrapped
 from nemo_lfr.codec.ambient import building_state
 from nemo_lfr.errors import ConfigError, shorten
+from nemo_lfr.modules.empty import on_meta_device
 from nemo_lfr.nemo.base import DISCRIMINATOR, WAVLM, NeMoAudioCodecModel, model_utils, wrapt
 from nemo_lfr.nemo.config import checked_values
 from nemo_lfr.nemo.model import LFRCodecModel
@@ -82,7 +83,7 @@ def _replacement(name: str, config: Mapping[str, Any], stock: Any) -> torch.nn.M
     if any(value.is_meta for value in tensors.values()):
         raise ConfigError(f"{name} is on the meta device, which stores no weights; load the model again.")
     has_norm = any(key.endswith((DIRECTION, ".weight_v")) for key in tensors)
-    with torch.device("meta"):
+    with on_meta_device():
         part = build_part(dict(config), weight_norm=has_norm).requires_grad_(False)
     levels = build_part(dict(config)).state_dict() if name == "vector_quantizer" else {}
     differ = [key for key, value in levels.items() if key in tensors and not torch.equal(tensors[key].cpu(), value)]
