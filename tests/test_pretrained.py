@@ -29,7 +29,7 @@ from nemo_lfr.io.locate import looks_local
 from nemo_lfr.io.manifests import read_manifest
 from tests.hub_server import HubServer
 from tests.models import cached_codec, codec_config, synthesize
-from tests.tiers import slow_after
+from tests.tiers import slow_after, slow_except
 
 ROOT = Path(nemo_lfr.__file__).parents[1]
 
@@ -300,7 +300,7 @@ PLACES = {
 
 
 @pytest.mark.parametrize("place", slow_after(3, PLACES))
-@pytest.mark.parametrize("home", [False, True])
+@pytest.mark.parametrize("home", slow_except([False, True], False))
 def test_a_folder_that_holds_a_checkpoint_loads(tmp_path, monkeypatch, place, home):
     codec = cached_codec("symmetric")
     folder = PLACES[place](save(codec, tmp_path / "my.nemo"), tmp_path / "folder")

@@ -270,14 +270,14 @@ ONE_INPUT = {
     "encode {x} -": ("audio",),
     "decode {x} --out {out}": ("tokens",),
     "decode {x} -": ("tokens",),
-    "tokenize {x} --out {out}": ("manifest", "table"),
+    "tokenize {x} --out {out} --model {in}/tiny.nemo": ("manifest", "table"),
     "detokenize {x} --out {out}": (),
     "prepare folder {x} --out {out}": (),
     "evaluate {x} --out {out}": ("manifest", "table"),
     "entropy fit {x} --out {out}/m.lfrm": ("tokens",),
     "encode {in}/audio/a.wav --out {out} --model {x}": ("checkpoint",),
     "export safetensors --out {out} --model {x}": ("checkpoint",),
-    "encode {in}/audio/a.wav --out {out} --compress --entropy-model {x}": (),
+    "encode {in}/audio/a.wav --out {out} --model {in}/tiny.nemo --compress --entropy-model {x}": (),
 }
 VALID = {
     "audio": "audio/a.wav",

@@ -27,6 +27,7 @@ from tests.corpora import write_codec, write_tokens
 from tests.crash import ROOT
 from tests.models import RATE, synthesize
 from tests.packages import require
+from tests.tiers import slow_after
 
 require("lhotse", "pyarrow", "matplotlib", "onnxscript", reason="pip install '.[corpus,evaluate,onnx]'")
 
@@ -161,7 +162,7 @@ def test_full_disk_names_the_file_in_one_line_and_leaves_no_partial_file(name, c
 
 
 @every_command
-@pytest.mark.parametrize("place", ["file/out", "file/deeper/out", "/dev/null/out"])
+@pytest.mark.parametrize("place", slow_after(1, ["file/out", "file/deeper/out", "/dev/null/out"]))
 def test_output_below_a_file_is_a_one_line_error(name, place, command, tmp_path, capsys):
     """A path below a file is also unwritable for root; a read-only folder would not be."""
     (tmp_path / "file").write_text("mine")

@@ -72,7 +72,7 @@ def test_layers_that_share_an_input_start_at_their_own_offsets():
 
 @torch.no_grad()
 @pytest.mark.parametrize("piece", slow_except([inference.PIECE, 1], inference.PIECE))
-@pytest.mark.parametrize("kind", ["symmetric", "causal", "nano"])
+@pytest.mark.parametrize("kind", slow_except(["symmetric", "causal", "nano"], "nano"))
 def test_packed_weights_equal_modules(kind, piece, monkeypatch):
     monkeypatch.setattr(plan, "WINOGRAD_MIN_PRODUCTS", 1)
     monkeypatch.setattr(inference, "PIECE", piece)

@@ -14,6 +14,7 @@ from nemo_lfr.codec.onnx.backend import OnnxBackend
 from nemo_lfr.codec.programs import export_programs
 from nemo_lfr.errors import NemoLfrError
 from tests.models import KINDS, cached_codec, codec_config, same_parts, speech_like, write_nemo
+from tests.tiers import slow_except
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +55,7 @@ def test_other_precisions_and_backends_are_refused(function):
         function(codec)
 
 
-@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize("kind", slow_except(KINDS, "nano", "two_stages"))
 def test_golden_vectors_are_those_of_the_codec(kind):
     codec = cached_codec(kind)
     golden = golden_vectors(codec)

@@ -74,7 +74,7 @@ def test_streams_equal_the_whole_recording_for_any_pieces(kind):
 
 @pytest.mark.parametrize("kind", ALL_KINDS)
 @pytest.mark.parametrize(
-    "length", [0, 1, 1023, 1024, 1025, 2048, 3072, 4096, 4097, 6 * 1024, 13 * 1024 + 5, 20 * 1024]
+    "length", slow_after(9, [0, 1, 1023, 1024, 1025, 2048, 3072, 4096, 4097, 6 * 1024, 13 * 1024 + 5, 20 * 1024])
 )
 def test_short_recordings_stream_as_whole(kind, length):
     codec = cached_codec(kind)

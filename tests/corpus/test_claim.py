@@ -72,7 +72,7 @@ MEDDLING: dict[str, tuple[Callable[[Path], object], str]] = {
     "a mark removed": (lambda out: ShardRecord.path(out, 0).unlink(), CHANGED),
 }
 
-FAST = ("removed", "taken over", "its claim cut", "a file cut")
+FAST = ("removed", "taken over", "a file cut")
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from nemo_lfr.corpus.formats import BUILT_IN
 from nemo_lfr.corpus.token_folder import TokenFolder
 from nemo_lfr.errors import NemoLfrError, TokenFileError
 from tests.corpora import write_tokens
+from tests.tiers import slow_except
 
 pytest.importorskip("lhotse", reason="pip install '.[corpus]'")
 pytest.importorskip("pyarrow", reason="pip install '.[corpus]'")
@@ -109,7 +110,7 @@ def test_one_rank_reads_everything_once_with_any_number_of_workers(kind, shuffle
 
 
 @pytest.mark.parametrize("counts", [UNEVEN, [1], [], [0, 0, 3], [1] * 7, [13, 1]], ids=str)
-@pytest.mark.parametrize("world_size", [1, 2, 3, pytest.param(16, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("world_size", slow_except([1, 2, 3, 16], 3))
 @pytest.mark.parametrize("drop_last", [False, True])
 def test_all_ranks_yield_as_many_utterances_as_len_says(counts, world_size, drop_last, tmp_path):
     made = write_tokens(tmp_path, "lfr", counts)

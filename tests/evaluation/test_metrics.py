@@ -12,7 +12,7 @@ from tests.models import RATE, synthesize
 
 @pytest.fixture(scope="module")
 def speech():
-    return synthesize(3.0, seed=3)
+    return synthesize(1.2, seed=3)
 
 
 @pytest.fixture(scope="module")
