@@ -23,11 +23,11 @@ from nemo_lfr.codec.arrays import Arrays, Kind, to_numpy
 from nemo_lfr.errors import AudioError, shorten
 from nemo_lfr.io.audio import AudioReader
 from nemo_lfr.io.locate import expand_home
-from nemo_lfr.io.pcm import samples_to_float
+from nemo_lfr.io.pcm import check_channels, samples_to_float
 
 logger = logging.getLogger(__name__)
 
-MAX_CHANNELS = 8  # an array with at most this many columns and more rows is [T_audio, channels]
+MAX_FIRST = 8  # an array with at most this many rows is [channels, T_audio], even if it has fewer columns
 
 
 class _Recording(NamedTuple):
@@ -210,6 +210,7 @@ def _mono(arrays: Arrays[Any], audio: object, name: str) -> Any:
         samples = samples_to_float(to_numpy(samples), name)
     samples = float_audio(arrays, samples, name)
     if samples.ndim == 2 and len(samples) > 1:
-        last = samples.shape[1] <= MAX_CHANNELS < len(samples)
+        check_channels(tuple(samples.shape), name)
+        last = len(samples) > max(samples.shape[1], MAX_FIRST)
         samples = samples.mean(1) if last else samples.mean(0)
     return samples[None] if samples.ndim == 1 else samples

@@ -10,6 +10,17 @@ FULL_SCALE = {"int8": 2**7, "uint8": 2**7, "int16": 2**15, "int32": 2**31, "int6
 # The peak of 24-bit samples that were stored as int32 without a shift is at most this.
 LARGEST_24_BIT = 2**23
 
+MAX_CHANNELS = 32
+
+
+def check_channels(shape: tuple[int, ...], name: str) -> None:
+    """Raise AudioError if neither axis of a two-dimensional array can contain channels, as in a spectrogram."""
+    if min(shape) > MAX_CHANNELS:
+        raise AudioError(
+            f"{name} has the shape {tuple(shape)}, so its channels cannot be told from its samples; expected [T], or "
+            f"[C, T] or [T, C] with at most {MAX_CHANNELS} channels and more samples than channels."
+        )
+
 
 def samples_to_float(samples: np.ndarray, name: str) -> np.ndarray:
     """Convert decoded samples to floating point, with full scale at 1.

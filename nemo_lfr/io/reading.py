@@ -7,10 +7,9 @@ import numpy as np
 
 from nemo_lfr.errors import AudioError
 from nemo_lfr.io.audio import AudioReader, check_peak, check_rate, resample
-from nemo_lfr.io.pcm import samples_to_float
+from nemo_lfr.io.pcm import check_channels, samples_to_float
 
 # Durations in manifests are rounded. A difference up to this value, or 2% of the duration if that is more, is ignored.
-MAX_CHANNELS = 32  # more columns or rows of decoded samples are not channels, but features, such as a spectrogram
 DURATION_SLACK = 0.1  # seconds
 # Durations of cuts are rounded too. A cut that begins at 0 and ends this close to the end of a file is the whole file.
 ROUNDED = 0.01  # seconds
@@ -120,14 +119,13 @@ def read_samples(
         )
     wave: np.ndarray = samples_to_float(samples, name)
     if wave.ndim == 2:
-        channels, length = sorted(wave.shape)
-        if channels > MAX_CHANNELS or channels == length > 1:
+        check_channels(wave.shape, f"{name}: the array of samples")
+        if wave.shape[0] == wave.shape[1] > 1:
             raise AudioError(
-                f"{name}: the audio is an array with shape {wave.shape}, so its channels cannot be told from its "
-                f"samples; expected shape [T], or [C, T] or [T, C] with at most {MAX_CHANNELS} channels and more "
-                "samples than channels."
+                f"{name}: the array of samples has the shape {wave.shape}, so its channels cannot be told from its "
+                "samples; store more samples than channels."
             )
-        wave = wave.mean(axis=int(np.argmin(wave.shape))) if channels else np.zeros(0, np.float32)
+        wave = wave.mean(axis=int(np.argmin(wave.shape))) if wave.size else np.zeros(0, np.float32)
     _check_length(len(wave) / float(rate), longest, name)
     check_peak(float(np.abs(wave).max(initial=0.0)), f"{name}:")
     wave = wave.astype(np.float32)
