@@ -1,7 +1,9 @@
 """PyTorch backend, for CPUs and GPUs."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
     from nemo_lfr.codec.cuda.graphs import CudaModule
 
 Quantizer = FiniteScalarQuantizer | GroupFiniteScalarQuantizer
+
+logger = logging.getLogger(__name__)
 
 PRECISIONS = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -93,6 +97,8 @@ class TorchBackend:
                 'precision "bf16" needs bf16 instructions (on x86, AMX or AVX512-bf16), which this CPU lacks; use '
                 '"fp32".'
             )
+        if precision == "fp16" and self.device.type == "cpu":
+            _warn_about_fp16()
 
     @classmethod
     def from_checkpoint(
@@ -294,6 +300,14 @@ class TorchBackend:
     ) -> StreamDecoder:
         """See `Codec.stream_decoder`."""
         return StreamDecoder(codec, self, lookahead, first_lookahead)
+
+
+@cache
+def _warn_about_fp16() -> None:
+    """Log once that fp16 is not for CPUs. It works there, so that results for a GPU can be compared with."""
+    logger.warning(
+        'precision "fp16" is for GPUs. On most CPUs it takes about ten times as long as "fp32"; use "fp32".'
+    )
 
 
 def _ends(num_frames: list[int], width: int, min_frames: int) -> list[int] | None:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils.parametrizations import weight_norm
 
+from nemo_lfr.codec import torch_backend
 from nemo_lfr.codec.codec import Codec
 from nemo_lfr.codec.cpu import network as inference
 from nemo_lfr.codec.cpu import packed as plan
@@ -20,7 +21,7 @@ from nemo_lfr.codec.torch_backend import TorchBackend
 from nemo_lfr.errors import NemoLfrError
 from nemo_lfr.modules.activation import CodecActivation
 from nemo_lfr.modules.conv import Conv1d, ConvTranspose1d
-from tests.models import build_codec, cached_codec, speech_like
+from tests.models import build_codec, cached_codec, same_parts, speech_like
 from tests.tiers import slow_after, slow_except
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
@@ -241,3 +242,10 @@ def test_bf16_raises_without_cpu_support(monkeypatch):
     parts = cached_codec("symmetric")
     with pytest.raises(NemoLfrError, match="AVX512-bf16"):
         Codec(TorchBackend(parts.encoder, parts.quantizer, parts.decoder, parts.sample_rate, precision="bf16"))
+
+
+def test_fp16_on_a_cpu_is_warned_about_once(caplog):
+    torch_backend._warn_about_fp16.cache_clear()
+    for precision in ("fp32", "fp16", "fp16"):
+        same_parts(cached_codec("symmetric"), precision=precision)
+    assert [record.message.partition(".")[0] for record in caplog.records] == ['precision "fp16" is for GPUs']
