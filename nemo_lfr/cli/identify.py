@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from nemo_lfr.io.folders import AUDIO_SUFFIXES, find_files
 from nemo_lfr.io.regular import open_regular
-from nemo_lfr.io.tables import table_suffix
+from nemo_lfr.io.tables import SAVE_AS_CSV, SPREADSHEETS, table_suffix
 
 TOKEN_SUFFIX = ".lfr"
 CHECKPOINT_SUFFIXES = frozenset({".nemo", ".ckpt", ".pt", ".pth"})
@@ -98,10 +98,12 @@ def identify_content(path: Path) -> Identity | None:
         return _folder(path)
     with open_regular(path) as file:
         head = file.read(HEAD_BYTES)
+    suffix = path.suffix.lower()
+    if suffix in SPREADSHEETS:
+        return Identity(UNKNOWN.kind, "a spreadsheet", SAVE_AS_CSV)
     for offset, magic, identity in MAGIC:
         if head[offset : offset + len(magic)] == magic:
             return identity
-    suffix = path.suffix.lower()
     if suffix in CHECKPOINT_SUFFIXES and head.startswith(GZIP_MAGIC):
         return CHECKPOINT
     is_text = head.strip() and (b"\0" not in head or head.startswith(GZIP_MAGIC))

@@ -15,7 +15,7 @@ from nemo_lfr.io.audio import AudioReader
 from nemo_lfr.io.columns import LABELS, standard_labels
 from nemo_lfr.io.folders import MAX_NAME
 from nemo_lfr.io.locate import expand_home
-from nemo_lfr.io.tables import is_table, read_table
+from nemo_lfr.io.tables import is_table, read_table, refuse_spreadsheet
 from nemo_lfr.io.text import decode, is_missing, read_lines
 
 logger = logging.getLogger(__name__)
@@ -92,6 +92,7 @@ def read_manifest(
             except (OSError, *NOT_A_LINE) as error:
                 problems.append(f"{path}, line {row.line}: skipped: {describe(error)}")
         return _usable(recordings, problems, "a table of recordings", on_bad_line)
+    refuse_spreadsheet(path)
     try:
         lines = read_lines(path, ConfigError)
     except ConfigError:

@@ -21,6 +21,8 @@ TABLE_SUFFIXES = frozenset((".csv", ".tsv"))
 DELIMITERS = ",;\t|"
 # First line in which a CSV file declares its delimiter for Excel.
 DECLARATION = re.compile(r'"?sep=(?P<delimiter>\\t|.*?)"?', re.IGNORECASE)
+SPREADSHEETS = frozenset((".xlsx", ".xlsm", ".xlsb", ".xls", ".ods", ".numbers"))
+SAVE_AS_CSV = "save it as CSV (UTF-8), and pass the CSV file"
 # Names of AudioFolder's tables, which are in the same folder as the audio.
 METADATA_NAMES = ("metadata.csv", "metadata.tsv", "metadata.jsonl")
 # Maximum number of lines that a row with quoted fields may span.
@@ -51,6 +53,12 @@ def table_suffix(path: Path) -> str | None:
     """Return ".csv" or ".tsv" if a file has this suffix, possibly followed by ".gz"; None for other files."""
     suffix = Path(path.name.lower().removesuffix(GZIP)).suffix
     return suffix if suffix in TABLE_SUFFIXES else None
+
+
+def refuse_spreadsheet(path: Path) -> None:
+    """Raise ConfigError if a file is a spreadsheet, according to its suffix."""
+    if path.suffix.lower() in SPREADSHEETS and path.is_file():
+        raise ConfigError(f"{path}: spreadsheets are not read; {SAVE_AS_CSV}.")
 
 
 def is_table(path: Path) -> bool:

@@ -21,7 +21,7 @@ from nemo_lfr.io.locate import resolve
 from nemo_lfr.io.manifests import MAX_SECONDS
 from nemo_lfr.io.reading import DURATION_SLACK
 from nemo_lfr.io.splits import SPLITS
-from nemo_lfr.io.tables import is_table
+from nemo_lfr.io.tables import is_table, refuse_spreadsheet
 
 FAILURES = "failures.jsonl"
 WRITTEN = {*(f"{split}.json" for split in SPLITS), FAILURES}  # files that a run may write
@@ -134,6 +134,7 @@ def prepare(
                 "speaker_level."
             )
         read = partial(folder, speaker_level=speaker_level)
+    refuse_spreadsheet(corpus)
     if kind == "table" and not is_table(corpus):
         problem = "not a .csv, .tsv or metadata.jsonl file" if corpus.exists() else "no such file"
         raise NemoLfrError(f"{corpus}: {problem}.")

@@ -380,6 +380,16 @@ def test_info_says_which_commands_read_a_table(name, folder, capsys):
     assert code == 0 and "a CSV or TSV table" in out and "nemo-lfr tokenize, evaluate and prepare table read" in out
 
 
+@pytest.mark.parametrize("text", ["info {x}", "tokenize {x} --out {out}", "prepare table {x} --out {out}"])
+def test_spreadsheets_are_refused_with_advice(text, tmp_path, capsys):
+    path = tmp_path / "recordings.XLSX"
+    path.write_bytes(b"PK\x03\x04" + bytes(100))
+    words = text.replace("{x}", str(path)).replace("{out}", str(tmp_path / "out")).split()
+    code, _, err = run(capsys, *words, "--quiet")
+    assert code == 2 and err.count("\n") == 1 and "spreadsheet" in err and "save it as CSV (UTF-8)" in err
+    assert not (tmp_path / "out").exists()
+
+
 def test_info_of_one_file_has_its_keys_at_the_top_level(folder, capsys):
     wav = folder / "audio" / "a.wav"
     one, two = (json.loads(run(capsys, "info", *files, "--json")[1]) for files in ([wav], [wav, wav]))

@@ -23,6 +23,7 @@ from nemo_lfr.io.manifests import (
     seconds,
 )
 from nemo_lfr.io.reading import read_file
+from nemo_lfr.io.tables import refuse_spreadsheet
 from nemo_lfr.io.text import UTF16_MARKS
 
 # At least one of the first FIRST_LINES lines of a manifest must be a valid entry.
@@ -47,6 +48,7 @@ class Manifest(CorpusReader):
             raise ConfigError(
                 f"{path}: archives, such as WebDataset shards, cannot be read; unpack this one, and pass the folder."
             )
+        refuse_spreadsheet(path)
         try:
             with open(path, "rb") as file:
                 lines = list(islice((line for line in bounded.lines(file) if line.strip()), FIRST_LINES))
