@@ -808,7 +808,7 @@ def test_a_model_trains_with_codebook_dropout(tmp_path):
 def test_codebook_dropout_needs_several_codebooks():
     config = OmegaConf.create(training_config([], codebook_dropout_rate=0.1))
     check_training(config, 2)
-    with pytest.raises(ConfigError, match="has one codebook"):
+    with pytest.raises(ConfigError, match="has only one codebook"):
         check_training(config, 1)
 
 
