@@ -1,4 +1,4 @@
-"""Convert arguments that callers pass to numpy arrays."""
+"""Convert function arguments to numpy arrays, and reject unsuitable ones."""
 
 import numpy as np
 

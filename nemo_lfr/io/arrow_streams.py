@@ -25,7 +25,7 @@ def check_stream(path: Path) -> None:
     """Check that an Arrow stream is complete, and that it does not expand to an implausible size.
 
     A stream without a marker at its end was truncated. If it was truncated between two batches, `datasets` and pyarrow
-    would read the remaining batches without an error.
+    would read the batches that are left without an error.
 
     Only the headers of the record batches, and the declared size of each buffer, are read. No buffer is decompressed.
 
@@ -58,7 +58,7 @@ def check_stream(path: Path) -> None:
     if rest not in END_MARKS:
         if rest.startswith(END_MARKS):
             raise NemoLfrError(f"{path}: other data follows the end of the rows in this Arrow file; save it again.")
-        raise NemoLfrError(f"{path}: the Arrow file ends early, without its end mark; copy or save it again.")
+        raise NemoLfrError(f"{path}: the Arrow file is truncated: it has no end marker; copy or save it again.")
 
 
 def _claims(message: Any) -> tuple[int, int]:

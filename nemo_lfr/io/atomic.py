@@ -22,7 +22,7 @@ from nemo_lfr.io.regular import check_replaceable
 
 PART = re.compile(r"(?P<name>.*)\.[0-9a-f]{8}\.part", re.DOTALL)
 WRITING = re.compile(r"\.writing-[a-z0-9_]{8}")
-# Number of characters of the final name that a temporary name keeps, so that it is not too long for file systems.
+# A temporary name keeps at most this many characters of the final name, since file systems limit the length of names.
 KEPT = 60
 # Error numbers that file systems without hard links report.
 NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK)
@@ -257,7 +257,7 @@ def naming(path: Path, temporary: Path | None = None) -> Iterator[None]:
             this folder, gets the name `path` instead.
 
     Raises:
-        OSError: in place of an OSError in the block.
+        OSError: if the block raises an OSError; the new error names the output file.
     """
     try:
         yield

@@ -22,7 +22,7 @@ from nemo_lfr.io.resampling import Resampler, check_peak, check_rate, count_samp
 logger = logging.getLogger(__name__)
 
 BLOCK_SECONDS = 10
-# First bytes of formats that libsndfile reads. If libsndfile fails, FFmpeg is tried, which supports more codecs.
+# First bytes of formats that libsndfile reads. If it fails on such a file, FFmpeg is tried: it supports more codecs.
 FFMPEG_FALLBACK_MAGIC = (b"OggS", b"fLaC", b"RIFF", b"FORM", b".snd", b"caff", b"riff", b"NIST")
 PIPE_LENGTH = "the length of a pipe is not known in advance; write the audio to a file"
 TO_WAV = "convert it to WAV, for example with ffmpeg"
@@ -44,8 +44,8 @@ class AudioReader:
     Args:
         path: the file.
         sample_rate: sample rate of the result in Hz; None for the file's own rate.
-        data: bytes of an audio file in memory, or the file descriptor of a pipe with PCM in WAV. The reader closes the
-            descriptor. If `data` is passed, `path` is only a name for messages.
+        data: bytes of an audio file in memory, or the file descriptor of a pipe that supplies a WAV file with PCM
+            samples. The reader closes the descriptor. If `data` is passed, `path` is only a name for messages.
         name: name of the file for messages (default: `path`).
 
     Attributes:
@@ -77,8 +77,8 @@ class AudioReader:
         self._decoder: Decoder | None = None
         self._spooled: tempfile.TemporaryDirectory[str] | None = None
         self._index = 0
-        self._extents: dict[int, tuple[int, int]] = {}  # cache: number of samples and sample rate of a stream
-        self._notes: dict[int, str | None] = {}  # warnings of the decoder of a stream that was counted
+        self._extents: dict[int, tuple[int, int]] = {}  # cache: number of samples and sample rate by stream
+        self._notes: dict[int, str | None] = {}  # warning by stream, if its samples were counted
         try:
             if isinstance(data, int):
                 self._pipe: int | None = data
@@ -388,7 +388,7 @@ class AudioReader:
             yield wave
 
     def _check_count(self, decoder: Decoder, num_read: int) -> None:
-        """Raise AudioError if a stream has fewer samples than its header declares or its frames hold."""
+        """Raise AudioError if fewer samples were read than the header declares or the frames contain."""
         expected = decoder.num_frames
         share = 1.0 if decoder.is_exact else 0.99
         if expected is not None and num_read < share * expected:

@@ -18,7 +18,7 @@ MAX_MEMBER = 1 << 31  # bytes in a file of an archive
 # FREE_VALUES more are always allowed. A token takes about 11 bits, so real columns do not come near these limits.
 VALUES_PER_BYTE, FREE_VALUES = 64, 1 << 20
 BYTES_PER_BYTE, FREE_BYTES = 256, 1 << 26
-# Tables of recordings may contain decoded samples. Silence compresses well, hence the larger numbers.
+# Tables of recordings may contain decoded samples. Silence compresses well, hence the larger limits.
 FREE_INPUT_VALUES, FREE_INPUT_BYTES = 1 << 26, 1 << 28
 
 

@@ -69,8 +69,8 @@ def check_source(kind: object, source: object, allow_url: bool = False) -> None:
     """Check that a Lhotse audio source is a file, bytes in memory or, if allowed, an http(s) URL.
 
     Args:
-        kind: `type` of the source, such as "file".
-        source: `source` of the source: a path, a URL, a command or bytes.
+        kind: attribute `type` of Lhotse's `AudioSource`, such as "file".
+        source: its attribute `source`: a path, a URL, a command or bytes.
         allow_url: whether http(s) URLs are allowed.
 
     Raises:
@@ -114,9 +114,9 @@ def _check_array(item: Mapping[str, Any]) -> None:
 def read_cut(cut: Any, sample_rate: int, longest: float = math.inf, allow_url: bool = False) -> np.ndarray:
     """Read a Lhotse cut or recording as mono samples.
 
-    If the cut is an excerpt of one file, with all channels of the file and no augmentation, a NeMo manifest entry for
-    this excerpt would give the same samples. For any other cut, this module reads the sources, and Lhotse assembles
-    the cut from their samples.
+    If the cut is an excerpt of one file, with all channels of the file and without augmentation, the samples are the
+    same as for a NeMo manifest entry with this excerpt. For any other cut, this module reads the sources, and Lhotse
+    assembles the cut from their samples.
 
     Args:
         cut: cut of any type, or recording.
@@ -177,7 +177,7 @@ class OwnSource:
 
     Args:
         audio: path of the audio file, or its bytes.
-        channels: ids of its channels.
+        channels: ids of the channels in the file.
     """
 
     type = "memory"
@@ -270,7 +270,7 @@ def _open(source: Any, allow_url: bool) -> Path | bytes:
         return _download(source.source)
     if not isinstance(source.source, bytes) or not source.source:
         place = "a Shar" if source.type == "shar" else "memory"
-        raise AudioError(f"the audio should be in {place}, but is missing.")
+        raise AudioError(f"the cut says that its audio is in {place}, but there is none.")
     return source.source
 
 
@@ -324,7 +324,7 @@ def _check_count(count: int, rate: int, duration: float) -> None:
 
 def _reason(error: Exception) -> str:
     """Return the message of an error from Lhotse on one line, without the lines that Lhotse appends."""
-    # Lhotse builds errors again to append text, which fails for exceptions with several arguments.
+    # Lhotse constructs each exception again to append text, which fails for exceptions with several arguments.
     while isinstance(error, TypeError) and "__init__()" in str(error) and isinstance(error.__context__, Exception):
         error = error.__context__
     text = str(error).partition("\n[extra info]")[0] or type(error).__name__

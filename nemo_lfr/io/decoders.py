@@ -8,7 +8,7 @@ import soundfile
 from nemo_lfr.io.containers import UNKNOWN_BYTES
 from nemo_lfr.io.seekable import SeekableBytes, SeekableFile
 
-# libsndfile's error codes of a file whose format it does not recognize. The message of the second one, "File does not
+# libsndfile's error codes for files whose format it does not recognize. The message of the second one, "File does not
 # exist or is not a regular file (possibly a pipe?)", is wrong for a file that was just opened.
 _NO_FORMAT = (1, 7)
 

@@ -63,7 +63,7 @@ MEDIA_SUFFIXES = frozenset(
         *(".aac", ".adts", ".wma", ".wmv", ".asf", ".amr", ".awb", ".avi", ".flv", ".ac3", ".eac3", ".ec3", ".dts"),
         *(".wv", ".tta", ".ape", ".mpc", ".tak", ".thd", ".mlp", ".latm", ".loas", ".ra", ".rm", ".spx", ".ogv"),
         *(".ogx", ".mts", ".m2ts", ".mpg", ".mpeg", ".vob", ".sox"),
-        # Files that cannot be read. The error message says how to convert them.
+        # Formats that cannot be read. The error message says how to convert the file.
         *(".dsf", ".dff", ".qcp", ".shn", ".nut", ".oma", ".aa3"),
     }
 )
@@ -213,7 +213,7 @@ class _Walk:
         self.unread: list[str] = []
         self._seen = {_identity(os.stat(root))}
         self._folders = [self.root]
-        # Links are followed after all folders were read, so that files have the path of the folder, not of the link.
+        # Links are followed last. If a folder can also be reached without a link, its files get the path without one.
         self._links: deque[str] = deque()
         while self._folders or self._links:
             if self._folders:

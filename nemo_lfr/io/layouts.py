@@ -30,10 +30,10 @@ class CorpusUtterance:
 
     Attributes:
         path: path of the audio file, relative to the folder of the corpus. For an utterance with a problem, it may
-            instead be the place of the problem, such as "train.tsv, line 3".
+            instead say where the problem is, such as "train.tsv, line 3".
         speaker: name of the speaker in the corpus; empty if unknown.
         split: one of `nemo_lfr.io.splits.SPLITS`; None if the corpus does not assign the utterance to a split.
-        labels: further labels: "lang" and "text".
+        labels: the labels "lang" and "text", if the corpus provides them.
         problem: reason why the utterance cannot be used, such as a transcript that is not UTF-8; None if it can.
         offset: start of the utterance in the file, in seconds; None for the beginning of the file.
         duration: duration of the utterance in seconds; None for the rest of the file.
@@ -88,7 +88,7 @@ def mls(corpus: Path) -> Iterator[CorpusUtterance]:
             words = name.split("_")
             if len(words) != 3 or not _is_file_name(name):
                 place = Path(f"{transcript.relative_to(corpus)}, line {number}")
-                yield CorpusUtterance(place, "", split, problem=f"{shorten(name)!r} is not SPEAKER_BOOK_NUMBER")
+                yield CorpusUtterance(place, "", split, problem=f"{shorten(name)!r} should be SPEAKER_BOOK_NUMBER")
                 continue
             stem = folder / "audio" / words[0] / words[1] / name
             path = next((found for kind in (".flac", ".opus") if (found := stem.with_suffix(kind)).exists()), None)
@@ -229,7 +229,7 @@ def _metadata(corpus: Path) -> Iterator[CorpusUtterance]:
     for path in [path for name in METADATA_NAMES for path in _named(corpus, name) if is_table(path)]:
         folder_name = path.parent.relative_to(corpus)
         try:
-            # A file whose row is refused must not be used without the row.
+            # A file whose row is invalid must not be used without the labels in that row.
             for row in table(path, by_file=True):
                 yield replace(row, path=Path(os.path.normpath(folder_name / row.path)))
         except RepeatedColumnError:
@@ -277,7 +277,7 @@ def hold_out(utterances: list[CorpusUtterance], share: float) -> list[CorpusUtte
     }
     order = sorted(hashes, key=hashes.__getitem__)
     count = sum(value < share * 2**32 for value in hashes.values())
-    if 0 < share < 1 and order:  # a few names may all fall on one side
+    if 0 < share < 1 and order:  # the hashes of a few names may all give the same split
         count = min(max(count, 1), len(order) - 1)
     held = set(order[:count])
     return [

@@ -44,7 +44,7 @@ def lhotse_recipe(name: str) -> Callable[[Path], Iterator[CorpusUtterance]]:
         hint = f"did you mean {' or '.join(similar)}?" if similar else "`lhotse prepare --help` lists the recipes."
         raise NemoLfrError(f"Lhotse has no recipe {shorten(name)!r}; {hint}")
     function = getattr(recipes, f"prepare_{name}")
-    if "subprocess" in inspect.getsource(inspect.getmodule(function)):  # type: ignore[arg-type]  # it has one
+    if "subprocess" in inspect.getsource(inspect.getmodule(function)):  # type: ignore[arg-type]  # never None
         raise NemoLfrError(
             f"Lhotse's recipe {name} starts other programs, which is not allowed; run it yourself with `lhotse "
             f"prepare`, and pass the manifests that it writes to `nemo-lfr tokenize`."

@@ -65,7 +65,7 @@ def expand_home(path: str | os.PathLike[str], error: type[NemoLfrError] = NemoLf
 def resolve(path: str | os.PathLike[str]) -> Path:
     """Return an absolute path without symbolic links. The path need not exist.
 
-    If links form a loop, `Path.resolve` raises a RuntimeError in Python 3.12 and earlier, and none in later versions.
+    If links form a loop, `Path.resolve` raises a RuntimeError up to Python 3.12, and no exception in later versions.
 
     Raises:
         OSError: if the links form a loop; the error names `path`.

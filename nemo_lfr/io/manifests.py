@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 MAX_SECONDS = 1e7  # maximum offset and duration; a larger value in a manifest is an error
 ID_DIGITS = 12  # number of hex digits in the hash that identifies a line
 UNUSABLE = "this line cannot be used"  # start of the message about a malformed manifest line
-# Exceptions raised by a malformed manifest line.
+# Exceptions that reading a malformed manifest line may raise.
 NOT_A_LINE = (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError)
 
 

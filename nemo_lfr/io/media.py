@@ -21,20 +21,20 @@ _ESTIMATED = {"aac", "ac3", "eac3", "dts", "loas", "mp3", "amr"}
 _CHECKED = {"ac3", "eac3", "dca", "flac", "mlp", "truehd", "tta", "wavpack"}
 # Demuxers of streams whose time stamps need not begin at 0. FFmpeg determines their duration from the time stamps.
 _RELATIVE = {"mpegts", "mpeg"}
-# Gaps in seconds between time stamps that are reported: between two frames, where time stamps are rounded to
+# Gaps up to these lengths in seconds are not reported: between two frames, whose time stamps may be rounded to
 # milliseconds; before the first packet; and after the last frame.
 _LEAST_GAP, _LEAST_START, _LEAST_END = 0.008, 0.1, 0.03
 # Demuxers whose durations may include the padding of the last frame.
 _PADDED = {"caf"}
 # Demuxers whose durations may be wrong. `containers` compares their chunks with the size of the file.
 _UNTIMED = {"avi"}
-# Codecs of which MP4 files hold one frame a packet, so that FFmpeg counts packets in the header.
+# Codecs for which each packet of an MP4 file contains one frame. The frame count in the header then counts packets.
 _PACKETED = {"aac", "alac", "mp3", "mp3float", "opus", "libopus", "ac3", "eac3", "flac"}
 # If time stamps jump back by more seconds than this, another recording begins.
 _RESTART = 1.0
 # Maximum number of packets at the end of a recorded stream that may be incomplete.
 _MAX_SUSPECTS = 32
-# Reasons by the class of PyAV's exception, where FFmpeg's message says nothing about the file.
+# Reasons for errors, by the class of PyAV's exception, for classes whose messages say nothing about the file.
 _REASONS = {
     "InvalidDataError": "invalid data",
     "PermissionError": "invalid data",
@@ -51,8 +51,8 @@ class _Gaps:
     """Sum of the gaps between the time stamps of consecutive frames.
 
     Attributes:
-        seconds: sum of the gaps in seconds. Overlaps of frames reduce it, so that jitter adds up to nothing.
-        end: time at which the last frame ends by its time stamp; 0 before the first frame.
+        seconds: sum of the gaps in seconds. Overlapping frames reduce the sum, so that jitter cancels out.
+        end: end of the last frame in seconds, according to the time stamps; 0 before the first frame.
     """
 
     def __init__(self) -> None:
@@ -152,7 +152,7 @@ class MediaDecoder:
         self._position = self._surplus = 0
 
     def _decode(self, track: Any) -> Iterator[np.ndarray]:
-        # The number of samples, the time at which they end by the time stamps, and the number of damaged frames.
+        # Number of samples, end of these samples according to the time stamps, and number of damaged frames.
         total, end, num_corrupt = 0, 0.0, 0
         try:
             for frame in self._frames(track):
@@ -176,16 +176,16 @@ class MediaDecoder:
         if not total:
             raise AudioError("the file is damaged or empty: FFmpeg finds an audio track, but no samples in it")
         if num_corrupt:
-            self._warn(f"FFmpeg reports errors in {num_corrupt} frames of the audio, which is damaged")
+            self._warn(f"the audio is damaged: FFmpeg reports errors in {num_corrupt} frames")
         if self._num_packets < self._num_listed:
             self._warn(
-                f"only {self._num_packets} of the {self._num_listed} packets of the audio are read, as in an edited "
-                "or damaged file"
+                f"only {self._num_packets} of the {self._num_listed} packets of the audio are read; the file was "
+                "edited or is damaged"
             )
         if (missing := self._gaps.seconds) > _LEAST_GAP:
             self._warn(
-                f"the time stamps of the audio have gaps of {missing:.2f} s in total, as in a recording with pauses "
-                "or a damaged file; the gaps are not filled"
+                f"the time stamps of the audio have gaps of {missing:.2f} s in total, which are not filled; the "
+                "recording was paused, or the file is damaged"
             )
         # The duration counts from time 0, but the audio may begin later and have pauses.
         if self._expected:

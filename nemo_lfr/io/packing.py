@@ -68,7 +68,7 @@ def unpack(data: bytes, codebook_size: int, num_codebooks: int, num_bytes: int) 
             tokens.
     """
     if len(data) % num_bytes:
-        raise TokensError(f"the frames have {len(data)} bytes in total, but each frame should have {num_bytes} bytes.")
+        raise TokensError(f"the data has {len(data)} bytes; expected a multiple of the frame size, {num_bytes} bytes.")
     if len(data) <= FEW_FRAMES * num_bytes:
         frames = [
             _unpack_frame(data[at : at + num_bytes], codebook_size, num_codebooks)

@@ -39,7 +39,7 @@ READ_ERRORS = (OSError, ValueError, TypeError, LookupError, ArithmeticError, Not
 
 
 class Column(NamedTuple):
-    """The part of a column in one row group, which Parquet calls a column chunk.
+    """Column chunk of a Parquet file: the values of one column in one row group.
 
     Attributes:
         name: path of the column in the schema, joined with dots.
@@ -73,7 +73,7 @@ class ParquetFooter(NamedTuple):
     groups: list[RowGroup]
 
     def rows_at_a_time(self, groups: Iterable[int], most: int) -> int:
-        """Return the number of rows to read at a time from some row groups, so that they fit in memory.
+        """Return how many rows of some row groups can be read at a time without filling the memory.
 
         In a dictionary-encoded column, many rows may refer to one large value. The file stores this value once, but
         every row that is read has its own copy in memory.
@@ -128,7 +128,7 @@ def read_footer(path: Path, *, is_input: bool = False) -> ParquetFooter:
     return footer
 
 
-@lru_cache(maxsize=4)  # a footer is read again for each shard; a thousand row groups take a second
+@lru_cache(maxsize=4)  # the footer is needed for each shard, and parsing a thousand row groups takes a second
 def _read_footer(path: Path, state: tuple[int, ...]) -> tuple[ParquetFooter, int]:
     """Return the validated footer of a file, and the file's size in bytes.
 
@@ -147,8 +147,10 @@ def _read_footer(path: Path, state: tuple[int, ...]) -> tuple[ParquetFooter, int
         (length,) = struct.unpack("<I", tail[:4])
         start = size - TAIL_BYTES - length
         if start < len(MAGIC) or length > MAX_FOOTER:
+            limit = min(MAX_FOOTER, size - TAIL_BYTES - len(MAGIC))
             raise NemoLfrError(
-                f"{path}: not a Parquet file: its footer would have {length} bytes in a file of {size} bytes."
+                f"{path}: the Parquet file is damaged: it declares a footer of {length} bytes, but the limit is "
+                f"{limit} bytes; copy or save it again."
             )
         file.seek(start)
         data = file.read(length)
@@ -156,7 +158,9 @@ def _read_footer(path: Path, state: tuple[int, ...]) -> tuple[ParquetFooter, int
         footer = _footer(_Thrift(data).struct(), start)
     except (ValueError, LookupError, TypeError) as error:
         reason = f"field {error} is missing" if isinstance(error, KeyError) else shorten(error, 200)
-        raise NemoLfrError(f"{path}: not a Parquet file: its footer is damaged ({reason}).") from error
+        raise NemoLfrError(
+            f"{path}: the footer of the Parquet file is damaged ({reason}); copy or save the file again."
+        ) from error
     return footer, size
 
 
@@ -227,7 +231,7 @@ def _leaves(elements: list[dict[int, Any]]) -> list[_Leaf]:
 
     walk([], _count(elements[0].get(5, 0)), False)
     if position != len(elements):
-        raise ValueError(f"the schema has {len(elements)} elements, of which {position} are used")
+        raise ValueError(f"the schema has {len(elements)} elements, but its tree has only {position}")
     return leaves
 
 

@@ -6,7 +6,7 @@ If a table is partitioned by columns, Spark, Hive, pandas and polars store these
 from pathlib import Path
 from urllib.parse import unquote
 
-MISSING = "__HIVE_DEFAULT_PARTITION__"  # value of rows without a value
+MISSING = "__HIVE_DEFAULT_PARTITION__"  # stands for a missing value in a folder name
 
 
 def partition_of(file: Path, root: Path) -> dict[str, str]:

@@ -5,7 +5,7 @@ import numpy as np
 from nemo_lfr.errors import AudioError
 
 # Full scale of each type of samples. 64-bit audio does not exist: int64 is what Python, JSON and pandas make of 16-bit
-# samples. Other unsigned types than uint8 do not occur in audio formats either.
+# samples. Unsigned types other than uint8 do not occur in audio formats either.
 FULL_SCALE = {"int8": 2**7, "uint8": 2**7, "int16": 2**15, "int32": 2**31, "int64": 2**15}
 # The peak of 24-bit samples that were stored as int32 without a shift is at most this.
 LARGEST_24_BIT = 2**23

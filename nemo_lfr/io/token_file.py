@@ -16,7 +16,7 @@ All integers are little-endian. Every CRC is a CRC-32 as in zlib. Version 2 of t
     ...      further blocks
     end      4 bytes   0
              8 bytes   number of samples that were encoded; ceil(samples / samples_per_frame) is the number of frames
-             4 bytes   outline: CRC of the header's CRC field, then of N and the CRC field of each block, in order
+             4 bytes   outline: CRC of the header's CRC field, followed by N and the CRC field of each block, in order
              4 bytes   CRC of the end section up to this field
 
 The metadata contains `sample_rate`, `samples_per_frame`, `levels` (of one codebook), `num_codebooks`, `fingerprint`
@@ -29,8 +29,8 @@ In version 1, H has 4 bytes, no coding byte follows, each CRC covers only its ow
 
 A reader rejects an unknown magic number or version, a wrong CRC or outline, a length out of range, invalid metadata, a
 frame whose number is not below codebook_size ^ num_codebooks, an invalid compressed payload, a missing end section, a
-number of samples that does not match the number of frames, and bytes after the end section. The position of the next
-block follows from the block's length, so a reader can seek without reading all blocks.
+number of samples that does not match the number of frames, and bytes after the end section. The position of a block
+follows from the lengths of the blocks before it, so a reader can seek without reading all blocks.
 
 A block's CRC also covers the previous CRC field, in the four bytes in front of the block. If a block was moved,
 repeated, omitted or taken from another file, a check therefore fails when blocks are read in order, as from a pipe or
@@ -152,7 +152,7 @@ class TokenStreamWriter:
             `write` writes a block.
 
     Raises:
-        EntropyModelError: if `model` has different levels or codebooks.
+        EntropyModelError: if `model` has different levels or codebooks than `metadata`.
     """
 
     def __init__(
@@ -245,7 +245,11 @@ class TokenStreamWriter:
             self._pending = []
             self._write_blocks(remainder, max(1, remainder.shape[1]))
         if frames.num_frames(num_samples, self.metadata.samples_per_frame) != self.frames_written:
-            raise TokensError(f"{num_samples} samples do not correspond to {self.frames_written} frames.")
+            expected = frames.num_frames(num_samples, self.metadata.samples_per_frame)
+            raise TokensError(
+                f"num_samples is {num_samples}, which corresponds to {expected} frames, but {self.frames_written} "
+                "frames were written; pass the number of samples that were encoded."
+            )
         self._write_section(struct.pack("<IQI", 0, num_samples, self._outline))
         self._ended = True
 
@@ -284,7 +288,7 @@ class TokenWriter(TokenStreamWriter):
 
     Raises:
         NemoLfrError: if the file exists and `overwrite` is not set.
-        EntropyModelError: if `model` has different levels or codebooks.
+        EntropyModelError: if `model` has different levels or codebooks than `metadata`.
     """
 
     def __init__(
@@ -328,7 +332,7 @@ class TokenWriter(TokenStreamWriter):
 
         Raises:
             NemoLfrError: if the file exists and `overwrite` is not set.
-            EntropyModelError: if `model` has different levels or codebooks.
+            EntropyModelError: if `model` has different levels or codebooks than `codec`.
         """
         return cls(path, Metadata.of(codec), overwrite, model)
 
@@ -461,7 +465,7 @@ class _Sections:
         """The entropy model that a compressed file needs.
 
         Raises:
-            EntropyModelError: if the model is not found, or has different levels or codebooks.
+            EntropyModelError: if the model is not found, or has different levels or codebooks than the file.
         """
         meta = self.metadata
         assert self.entropy_hash is not None
@@ -538,7 +542,11 @@ class _Sections:
             raise self._fail("its blocks were replaced or reordered", conclusion="")
         num_samples: int = struct.unpack("<Q", fields[:8])[0]
         if frames.num_frames(num_samples, self.metadata.samples_per_frame) != num_frames:
-            raise self._fail(f"{num_samples} samples do not correspond to its {num_frames} frames")
+            expected = frames.num_frames(num_samples, self.metadata.samples_per_frame)
+            raise self._fail(
+                f"its end section declares {num_samples} samples, which corresponds to {expected} frames, but it has "
+                f"{num_frames} frames"
+            )
         return num_samples
 
     def check_codec(self, codec: KnownCodec) -> None:

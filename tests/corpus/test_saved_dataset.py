@@ -40,7 +40,7 @@ def unlisted_file(folder: Path) -> None:
 
 
 INCOMPLETE = {
-    "no end mark": (without_end_mark, r"data-00001-of-00003\.arrow: the Arrow file ends early"),
+    "no end mark": (without_end_mark, r"data-00001-of-00003\.arrow: the Arrow file is truncated"),
     "a missing file": (lambda folder: (folder / "data-00001-of-00003.arrow").unlink(), "data-00001-of-00003.arrow"),
     "a file that is not listed": (unlisted_file, r"saved: files are missing: data-00001-of-00003\.arrow;"),
     "no state": (lambda folder: (folder / "state.json").unlink(), r"saved dataset without its state\.json"),

@@ -443,7 +443,7 @@ def test_all_samples_of_a_short_last_block_are_read(kind, subtype, channels, los
         wave = read(file, 16000)
         assert len(wave) == len(whole) - missing
         assert np.array_equal(wave, whole[: len(wave)])
-        assert is_reported == ("its last block is incomplete" in caplog.text)
+        assert is_reported == ("the last block of the audio is incomplete" in caplog.text)
         with AudioReader("a", 16000, data=file) as reader:
             part = reader.segment(len(wave) / 16000 - 0.05, 1.0)
         assert np.array_equal(part, wave[-800:])

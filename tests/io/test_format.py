@@ -236,7 +236,7 @@ def test_a_writer_that_fails_or_is_not_finished_leaves_no_file(tmp_path):
         raise RuntimeError
     with pytest.raises(TokensError, match="2016"), TokenWriter(tmp_path / "a.lfr", RELEASED) as writer:
         writer.write(np.full((8, 2), 2016))
-    message = "3000 samples do not correspond to 2 frames"
+    message = "num_samples is 3000, which corresponds to 3 frames, but 2 frames were written"
     with pytest.raises(TokensError, match=message), TokenWriter(tmp_path / "a.lfr", RELEASED) as writer:
         writer.write(random_tokens(RELEASED, 2))
         writer.finish(3000)

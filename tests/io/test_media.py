@@ -103,7 +103,7 @@ def test_frames_with_a_gap_are_damage_and_not_several_recordings(tmp_path, suffi
     path = made(tmp_path, suffix)
     data = path.read_bytes()
     path.write_bytes(DAMAGE[damage](data, len(data) // 2 | 1))
-    with pytest.raises(AudioError, match=r"damaged: \d+ bytes at \d+ are not frames"):
+    with pytest.raises(AudioError, match=r"damaged: \d+ bytes at position \d+ are not codec frames"):
         read(path)
     path.write_bytes(data + TAG + data)
     with pytest.raises(AudioError, match="several recordings"):

@@ -16,7 +16,7 @@ _LISTS = frozenset((b"hdrl", b"strl", b"movi", b"rec "))  # lists whose chunks a
 _DATA = re.compile(rb"(\d\d)(wb|dc|db|pc|tx|sb|iv)")  # chunk of a stream: its number, and the kind of data
 _OTHER = re.compile(rb"ix\d\d|JUNK|junk|LIST|rec |segm|\d\d__")  # other chunks in a `movi` list
 _INDEX_ENTRY = 16
-# Pattern of a chunk with data or of an index. A match after other bytes shows that the audio continues after damage.
+# Start of a data chunk or an index. A match after unrecognized bytes shows that the audio continues after damage.
 _SECTION = re.compile(rb"\d\d(?:wb|dc|db|pc)...\0|idx1|RIFF....AVIX", re.DOTALL)
 
 
@@ -45,7 +45,7 @@ class _Avi:
     data: dict[bytes, list[int]] = field(default_factory=dict)
 
     def fits(self, name: bytes, start: int, end: int) -> bool:
-        """Return whether a chunk may have this name at this position."""
+        """Return whether a chunk with this name may be at this position."""
         if start >= self.movi_end:
             return _DATA.fullmatch(name) is None and CHUNK_NAME.fullmatch(name) is not None
         if end > self.movi_end:
@@ -97,7 +97,7 @@ def _chunk(window: Window, position: int, end: int, avi: _Avi, is_first: bool) -
     head = window.at(position, _LIST_HEAD)
     name, size = head[:4], int.from_bytes(head[4:_HEAD], "little")
     if len(head) < _HEAD:
-        return end - position  # more than the file has
+        return end - position  # beyond the end of the file, so the caller reports a truncated file
     stop = position + _HEAD + size
     if stop > end and stop <= window.size:
         return None
@@ -128,7 +128,7 @@ def _index_fits(window: Window, start: int, size: int, data: dict[bytes, list[in
         window: the file.
         start: position of the first entry of the index.
         size: size of the index in bytes.
-        data: sizes in bytes of the audio chunks in the file, in order, by the name of their stream.
+        data: for each chunk name, the sizes in bytes of the audio chunks in the file, in order.
     """
     listed: dict[bytes, list[int]] = {name: [] for name in data}
     for position in range(start, start + size, _INDEX_ENTRY):

@@ -27,7 +27,7 @@ class BlockCodec:
     samples_in: Callable[[int], tuple[int, int]] = lambda _: (0, 0)
 
     def fit(self, stream: Stream, length: int) -> Stream:
-        """Return a stream that contains only the samples in the file.
+        """Return a stream that ends with the last sample in the file.
 
         Args:
             stream: stream whose byte ranges end with the last block.
@@ -41,7 +41,7 @@ class BlockCodec:
         if not rest:
             return stream
         count, used = self.samples_in(rest)
-        ignored = f"its last block is incomplete; number of bytes that are ignored: {rest - used}"
+        ignored = f"the last block of the audio is incomplete; its last {rest - used} bytes are ignored"
         num_samples = blocks * self.samples + min(count, self.samples)
         note = stream.note or (ignored if used < rest else None)
         return replace(stream, num_samples=num_samples, padding=self.size - rest, note=note)

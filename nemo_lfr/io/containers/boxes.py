@@ -12,7 +12,7 @@ from nemo_lfr.io.containers.joined import compare_end, damage_after, find_header
 from nemo_lfr.io.containers.stream import JOINED, TAGS, Stream, Window, cut_short, whole_file
 
 _BOX_NAME = re.compile(rb"[A-Za-z0-9]{3}[A-Za-z0-9 ]")
-_BOX = re.compile(rb"\0.{3}(?:moof|moov|mdat)", re.DOTALL)  # beginning of a box that belongs to the audio
+_BOX = re.compile(rb"\0.{3}(?:moof|moov|mdat)", re.DOTALL)  # beginning of a box with audio or an index
 # Names of boxes that may precede the media data in a fragmented file.
 _FRAGMENTS = frozenset(b"moof mdat moov ftyp styp sidx ssix emsg prft free skip wide uuid meta".split())
 _EBML, _SEGMENT, _CLUSTER = 0x1A45DFA3, 0x18538067, 0x1F43B675
@@ -108,7 +108,8 @@ def mp4_streams(window: Window) -> list[Stream]:
         if position + size > window.size:
             return [whole_file(window.size, cut_short(size, window.size - position))]
         if name == b"mdat" and is_fragmented and before not in _FRAGMENTS:
-            return [whole_file(window.size, f"the audio is damaged: no index describes the samples at {position}")]
+            missing_index = f"the audio is damaged: no index describes the samples at position {position}"
+            return [whole_file(window.size, missing_index)]
         indexes += name == b"moov"
         is_fragmented |= name == b"moov" and window.find(b"mvex", position, position + size) >= 0
         before = name

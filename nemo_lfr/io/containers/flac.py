@@ -9,7 +9,7 @@ from nemo_lfr.io.containers.stream import HEADER_CUT, JOINED, Stream, Window, wi
 
 # The magic number, and the type and length of the first block. Compressed audio is unlikely to contain these bytes.
 HEADS = (b"fLaC\x00\x00\x00\x22", b"fLaC\x80\x00\x00\x22")
-FRAME, MAX_FRAME = 1 << 16, 1 << 20  # bytes: typical and maximum
+FRAME, MAX_FRAME = 1 << 16, 1 << 20  # typical and maximum size of a frame in bytes
 LAST_FRAME = "the audio was truncated: its last frame is incomplete"
 MAX_SAMPLES = (1 << 36) - 1
 
@@ -39,7 +39,7 @@ def _stream(window: Window, start: int, stop: int) -> Stream:
     end = without_tags(window, start, stop)
     is_file = start == 0 and stop == window.size
     counted, is_whole = _last_sample(window, start, end, block_size)
-    if counted is None and is_whole:  # the frames do not contain the length
+    if counted is None and is_whole:  # the frames store no position, so the length cannot be checked
         return Stream([(start, end)], is_file=is_file)
     if total and counted is not None and is_whole and counted == total:
         return Stream([(start, end)], is_file=is_file)

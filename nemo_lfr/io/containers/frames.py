@@ -45,13 +45,13 @@ def _walk(window: Window, size_of: FrameSize) -> list[Stream]:
         note = f"the audio ends within a frame, as recorded streams do; its last {rest_size} bytes are ignored"
         return [Stream([(0, position)], note=note)]
     if not _file_follows(window, position, size_of) and (again := _resumed(window, position, size_of)) is not None:
-        problem = f"the audio is damaged: {again - position} bytes at {position} are not frames of its codec"
+        problem = f"the audio is damaged: {again - position} bytes at position {position} are not codec frames"
         return [whole_file(window.size, problem)]
     return compare_end(window, position)
 
 
 def _file_follows(window: Window, position: int, size_of: FrameSize) -> bool:
-    """Return whether another file begins at a position, or after tags at this position.
+    """Return whether another file begins at a position or after the tags that begin there.
 
     Frames of the same codec after a gap without tags do not count as another file. The gap is damage, such as zeros in
     place of frames, since two files without tags would be joined without a gap.

@@ -89,7 +89,7 @@ def find_header(window: Window, position: int) -> int | None:
 
 
 def until_end(window: Window, position: int) -> int | None:
-    """Return the end of the samples in a file that contains only samples and tags after a position.
+    """Return the end of samples that extend to the end of the file or to its tags.
 
     Args:
         window: the file.
@@ -144,7 +144,7 @@ def note_after(window: Window, end: int) -> str | None:
     start = after_tags(window, end)
     if window.size - start < FEW_BYTES:
         return None
-    return f"{window.size - start} bytes at {start} follow the audio and are ignored"
+    return f"{window.size - start} bytes at position {start} follow the audio and are ignored"
 
 
 def compare_size(window: Window, start: int, promised: int) -> list[Stream]:
@@ -166,7 +166,7 @@ def compare_size(window: Window, start: int, promised: int) -> list[Stream]:
 
 
 def of_unknown_length(window: Window, start: int, block: int) -> list[Stream]:
-    """Return a file whose header stores no length as one `Stream`, after checking that its last block is complete.
+    """Return one `Stream` for a file whose header stores no length, after checking that the last block is complete.
 
     A file that is truncated between two blocks looks complete, so the stream always has a warning (`note`). Tags at
     the end of the file are not part of the stream.

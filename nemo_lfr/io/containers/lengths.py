@@ -26,7 +26,8 @@ from nemo_lfr.io.containers.wav_header import WavHeader
 
 AU_HEADER = 24  # size in bytes
 _AU_BITS = {23: 4, 25: 3, 26: 5}  # bits per sample in G.721 and G.723, by the encoding in the header
-# Bytes per channel that the number of samples in an AIFC header counts. None stands for the bits in the header.
+# An AIFC header declares a number of samples or blocks. This is the size of one of these in bytes per channel, by
+# codec. None means that the number of bits in the header determines the size.
 _AIFC_BYTES = {
     **dict.fromkeys((b"NONE", b"sowt", b"twos", b"raw ", b"in24", b"in32")),
     **dict.fromkeys((b"ulaw", b"ULAW", b"alaw", b"ALAW"), 1),
@@ -34,7 +35,7 @@ _AIFC_BYTES = {
 }
 _AIFC_SAMPLES = {b"ima4": 64, b"GSM ": 160}  # samples per block
 _CAF_CHUNKS = frozenset(b"chan edct free info inst kuki mark midi ovvw pakt peak regn strg umid uuid".split())
-# Name of a chunk of Wave64: letters, and a constant.
+# Name of a Wave64 chunk, a GUID of 16 bytes: four letters, digits or spaces, four constant bytes, and eight others.
 _W64_CHUNK = re.compile(rb"[a-zA-Z0-9 ]{4}\xf3\xac\xd3\x11.{8}", re.DOTALL)
 _W64_FORMAT = 1 << 16  # maximum size in bytes of the description of the samples
 # A length field in a header, as a tuple: position of the field, format in the notation of `struct`, a number to add
@@ -42,8 +43,13 @@ _W64_FORMAT = 1 << 16  # maximum size in bytes of the description of the samples
 Field = tuple[int, str, int, int]
 
 
+def _beyond_end(begin: int, size: int) -> str:
+    """Return the error message for a file whose samples should begin after its end."""
+    return f"the audio is damaged: its header says that samples begin at byte {begin}, but the file has {size} bytes"
+
+
 def _to_end(window: Window, begin: int, fields: Sequence[Field], note: str | None = None) -> list[Stream]:
-    """Return a file whose samples extend to its end as one `Stream`, with the true length in the header.
+    """Return one `Stream`, whose header has the true length, for a file whose samples extend to its end.
 
     Args:
         window: the file.
@@ -52,7 +58,7 @@ def _to_end(window: Window, begin: int, fields: Sequence[Field], note: str | Non
         note: warning about the header.
     """
     if begin > window.size:
-        return [whole_file(window.size, f"the audio is damaged: its header says that samples begin at byte {begin}")]
+        return [whole_file(window.size, _beyond_end(begin, window.size))]
     end = until_end(window, begin)
     if end is None:
         return [whole_file(window.size, JOINED)]
@@ -84,7 +90,7 @@ def _au_streams(window: Window) -> list[Stream]:
     offset, length = struct.unpack(f"{order}II", window.at(4, 8))
     available = window.size - offset
     if available < 0:
-        return [whole_file(window.size, f"the audio is damaged: its header says that samples begin at byte {offset}")]
+        return [whole_file(window.size, _beyond_end(offset, window.size))]
     if 0 < length < available and next_file(window, offset + length) is not None:
         return [whole_file(window.size, JOINED)]
     if length != 0xFFFFFFFF and length > available:
@@ -153,10 +159,10 @@ def _aiff_samples(window: Window, common: int, position: int, length: int) -> li
 
 
 def _aifc_whole(stream: Stream, kind: bytes, channels: int, count: int, size: int) -> Stream:
-    """Return a copy of a stream that contains only the samples in the file.
+    """Limit a stream of an AIFF or AIFC file to the samples that are in the file, and return the result.
 
     Args:
-        stream: stream of an AIFF or AIFC file.
+        stream: stream of the file.
         kind: name of the codec.
         channels: number of channels.
         count: number of samples that the header declares; 0 if unknown.
@@ -164,7 +170,7 @@ def _aifc_whole(stream: Stream, kind: bytes, channels: int, count: int, size: in
     """
     if stream.problem or channels <= 0:
         return stream
-    if kind[:3] == b"DWV":  # libsndfile counts the samples that it can decode, and not those in the header
+    if kind[:3] == b"DWV":  # libsndfile ignores the number of samples in the header
         return replace(stream, num_samples=count) if count else replace(stream, problem=NO_LENGTH)
     if kind not in _AIFC_SAMPLES:
         return stream
@@ -193,7 +199,7 @@ def _caf_packets_problem(window: Window, to_end: bool) -> str | None:
     while position + 12 <= window.size:
         name, length = struct.unpack(">4sq", window.at(position, 12))
         if name == b"desc":
-            # The packets differ in size, but not in their number of samples: the table contains only sizes.
+            # If packets differ in size, but not in their number of samples, the table contains only sizes.
             size, samples = struct.unpack(">II", window.at(position + 28, 8).ljust(8, b"\0"))
             is_variable = not size and samples > 0
         if name == b"data":
@@ -207,10 +213,12 @@ def _caf_packets_problem(window: Window, to_end: bool) -> str | None:
 
 
 def _sum_of_sizes(table: bytes) -> int:
-    """Return the sum of numbers that are stored with seven bits in each byte, which is larger than 127 if more follow.
+    """Return the sum of the integers in a table of CAF packets.
+
+    Each byte contains seven bits of an integer. If its highest bit is set, the next byte belongs to the same integer.
 
     Args:
-        table: bytes of the numbers.
+        table: bytes of the table.
     """
     total = number = 0
     for byte in table:
@@ -262,7 +270,7 @@ def _w64_samples(window: Window, header: WavHeader, position: int, length: int) 
 
     Args:
         window: the file.
-        header: the description of the samples, which is that of WAV.
+        header: the description of the samples, which has the same form as in WAV.
         position: position of the chunk with the samples.
         length: declared size of this chunk in bytes.
     """

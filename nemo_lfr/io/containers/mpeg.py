@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from nemo_lfr.io.containers.magic import after_id3, after_tags, has_magic
 from nemo_lfr.io.containers.stream import FEW_BYTES, HEADER_CUT, JOINED, TAGS, Span, Stream, Window, whole_file
 
-MAX_LEAD = 1 << 16  # bytes before the first frame
+MAX_LEAD = 1 << 16  # maximum number of bytes before the first frame
 CRC = 2  # bytes that may follow the header of a frame
-# Numbers of samples that a decoder of layer 3 may drop: its own delay with a frame, and the delay and padding that two
-# fields of 12 bits in the Xing header state.
+# Maximum numbers of samples that a layer 3 decoder may drop: its own delay plus one frame, and the delay plus padding
+# that the Xing header declares in two fields of 12 bits.
 DECODER_TRIM, XING_TRIM = 529 + 1152, 2 * 4095
 MAX_PADDING = 4096  # number of bytes of tags and zeros after the audio that are ignored without a warning
 
@@ -167,7 +167,7 @@ def _pieces(window: Window) -> Iterator[Piece]:
             note = _before(window, position, frame) if piece is None else None
             piece = Piece(promised=promised, first=head, first_length=frame.length, note=note)
         elif skipped is not None and not window.at(skipped, 11).startswith(TAGS):
-            hole = f"the audio is damaged: {position - skipped} bytes at {skipped} are not MPEG frames"
+            hole = f"the audio is damaged: {position - skipped} bytes at position {skipped} are not MPEG frames"
             piece.problem = piece.problem or hole
             # Bytes that were inserted usually split a frame. Zeros may also be padding that the encoder wrote.
             piece.is_certain |= not window.is_zero(skipped, position)
@@ -195,7 +195,7 @@ def _left_out(window: Window, start: int | None, stop: int) -> str | None:
         return None
     begin = min(after_tags(window, start), stop)
     if stop - begin >= FEW_BYTES:
-        return f"{stop - begin} bytes at {begin} are not MPEG audio and are ignored"
+        return f"{stop - begin} bytes at position {begin} are not MPEG audio and are ignored"
     return (
         f"the audio ends with {stop - start} bytes of padding, which are ignored"
         if stop - start > MAX_PADDING
@@ -216,7 +216,7 @@ def _confirmed(window: Window, position: int, frame: Frame) -> bool:
 
 
 def _is_end(window: Window, position: int) -> bool:
-    """Return whether the file ends at a position, or a tag or padding begins there."""
+    """Return whether a position is the end of the file, or the start of a tag or of padding."""
     tagged = window.at(position, 11).startswith(TAGS)
     return tagged or window.is_zero(position, min(position + 64, window.size))
 
@@ -277,7 +277,7 @@ def mpeg_streams(window: Window) -> list[Stream]:
 
 
 def _least_samples(piece: Piece) -> int:
-    """Return the least number of samples that the frames of a recording hold."""
+    """Return the minimum number of samples that a decoder returns for the frames of a recording."""
     frame = read_frame(piece.first)
     if frame is None:
         return 0

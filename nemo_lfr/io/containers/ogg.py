@@ -26,7 +26,7 @@ def ogg_streams(window: Window) -> list[Stream]:
                 break
             if next_file(window, position) not in (None, found):
                 problem = problem or JOINED
-            problem = problem or f"the audio is damaged: {gap} bytes at {position} are not Ogg pages"
+            problem = problem or f"the audio is damaged: {gap} bytes at position {position} are not Ogg pages"
             if found < 0:
                 break
             position = found
@@ -38,7 +38,7 @@ def ogg_streams(window: Window) -> list[Stream]:
             position = window.size
             break
         if _checksum(window.at(position, length)) != struct.unpack_from("<I", page, 22)[0]:
-            problem = problem or f"the audio is damaged: the Ogg page at byte {position} has a wrong checksum"
+            problem = problem or f"the audio is damaged: the Ogg page at position {position} has a wrong checksum"
         flags, serial, number = page[5], *struct.unpack_from("<II", page, 14)
         if flags & 2:  # the page begins a logical stream
             if not in_heads:  # after pages of other streams: the next recording
@@ -51,7 +51,7 @@ def ogg_streams(window: Window) -> list[Stream]:
         else:
             in_heads = False
             if serial in numbers and number != (numbers[serial] + 1) & 0xFFFFFFFF:
-                problem = problem or f"the audio is damaged: Ogg pages are missing at byte {position}"
+                problem = problem or f"the audio is damaged: Ogg pages are missing at position {position}"
         numbers[serial] = number
         if flags & 4:
             open_serials.discard(serial)

@@ -19,7 +19,7 @@ _SPHERE_HEADER, _MAX_SPHERE_HEADER, _AVR_HEADER = 1024, 1 << 16, 128  # sizes in
 _VOC_SOUND = {1: 2, 9: 12}  # types of blocks that begin a sound, and the size of their fields in bytes
 _VOC_MORE, _VOC_LAST = 2, 9  # type of a block that continues a sound, and the highest defined type
 _VOC_REST = re.compile(rb"[^\0\x1a]")  # not padding; programs for CP/M and DOS padded files with 0x1A
-_VOC_CODECS = {0: 1, 4: 1, 6: 6, 7: 7}  # linear, A-law and mu-law, with their WAV format tags
+_VOC_CODECS = {0: 1, 4: 1, 6: 6, 7: 7}  # VOC codec to WAV format tag: linear, A-law, mu-law
 
 
 def is_sphere(head: bytes, _: Window) -> bool:

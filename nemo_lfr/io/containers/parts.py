@@ -16,11 +16,11 @@ _ASF_OBJECTS = (
     (_ASF[:4],),
     tuple(map(bytes.fromhex, ("3626b275", "90080033", "d329e2d6", "f803b1fe", "d03fb73c"))),
 )
-_ASF_FILE = bytes.fromhex("a1dcab8c")  # first four bytes of the object with the size of packets
-# Position of the flags in that object, its size, and the size of a data object before its packets, in bytes.
+_ASF_FILE = bytes.fromhex("a1dcab8c")  # first four bytes of the object that declares the size of packets
+# In bytes: position of the flags in that object, end of the last field that is read, size of a data object's header.
 _ASF_FLAGS, _ASF_FILE_END, _ASF_PACKETS = 88, 100, 50
 _ASF_HEAD, _FLV_HEAD, _FLV_TAG = 24, 13, 15  # sizes in bytes; an FLV tag includes the size field after it
-# The size of a smaller data object counts as unknown, as in FFmpeg.
+# If a data object declares a size below this, its size is unknown, as in FFmpeg.
 _ASF_LEAST_DATA = 100
 _ASF_PACKET = 0x82  # first byte of a packet with error correction data, which encoders write
 _AMR = (b"#!AMR\n", b"#!AMR-WB\n")

@@ -19,10 +19,10 @@ _PACKETS = 1 << 13  # number of packets to read at a time
 # Number of bytes before each packet, and distance between packets. In order: plain, with a time code, with a checksum.
 _LAYOUTS = ((0, _PACKET), (4, _PACKET + 4), (0, _PACKET + 16))
 _AUDIO_IDS = (*range(0xC0, 0xE0), _PRIVATE, 0xFD)
-# First byte of AC-3 data in a private packet. In program streams, a number from 0x80 on precedes AC-3, DTS and PCM.
+# First byte of AC-3 data in a private packet. In program streams, a byte of 0x80 or more precedes AC-3, DTS and PCM.
 _AC3 = 0x0B
 
-Extents = dict[int, tuple[int, int]]  # first and last packet of each track
+Extents = dict[int, tuple[int, int]]  # for each track, where its first and its last packet are
 
 
 def is_program(head: bytes, _: Window) -> bool:
@@ -54,7 +54,7 @@ def program_streams(window: Window) -> list[Stream]:
     if next_file(window, position) is None:
         again = window.find(_START + bytes([_PACK]), position)
         if again >= 0:
-            problem = f"the audio is damaged: {again - position} bytes at {position} are not packets of its stream"
+            problem = f"the audio is damaged: {again - position} bytes at position {position} are not MPEG packets"
             return [whole_file(window.size, problem)]
         if 0 < window.size - position < _HEAD and window.at(position, 3) == _START:
             return [whole_file(window.size, cut_short(_HEAD, window.size - position))]
@@ -86,9 +86,9 @@ def _note_track(extents: Extents, track: int, position: int) -> None:
 
 
 def _joined(window: Window, extents: Extents) -> list[Stream]:
-    """Return a stream with a `problem` if a track ends before another one begins; otherwise an empty list.
+    """Return a list with one stream, which has a `problem`, if a track ends before another one begins.
 
-    Such a file was joined from several files.
+    Such a file was joined from several files. For any other file, the list is empty.
     """
     last = min((last for _, last in extents.values()), default=0)
     is_joined = any(first > last for first, _ in extents.values())
@@ -125,9 +125,8 @@ def transport_streams(window: Window) -> list[Stream]:
     if 0 < window.size - position <= lead or window.at(position + lead, 1) == bytes([_SYNC]):
         return [whole_file(window.size, "the audio was truncated: its last packet is incomplete")]
     if next_file(window, position) is None and _resumes(window, position, lead, step):
-        return [
-            whole_file(window.size, f"the audio is damaged: the bytes at {position} are not packets of its stream")
-        ]
+        damage = f"the audio is damaged: the bytes at position {position} are not an MPEG packet"
+        return [whole_file(window.size, damage)]
     return _joined(window, extents) or compare_end(window, position)
 
 

@@ -10,7 +10,7 @@ from nemo_lfr.io.seekable import SeekableBytes
 
 # Programs that do not know the length of the audio yet write this value or a larger one into the header.
 UNKNOWN_BYTES = 0x7FFF0000
-# Name of a chunk. Samples rarely match, since all four bytes must be one of these characters.
+# Name of a chunk. Samples rarely match, since each of their four bytes must be one of these characters.
 CHUNK_NAME = re.compile(rb"[A-Za-z0-9_ -]{4}")
 # Chunks that programs write after the samples. A truncated chunk with such a name is accepted.
 KNOWN_CHUNKS = frozenset(
@@ -40,7 +40,7 @@ class Stream:
         by_name: whether libsndfile needs a file name, rather than a file object, to decode the format (MPEG audio).
         padding: number of zeros that a decoder must read after the ranges.
         num_samples: number of samples per channel, if a decoder might return more samples; None otherwise.
-        least_samples: least number of samples per channel that the recording holds. Fewer decoded samples are damage.
+        least_samples: minimum number of samples per channel. If a decoder returns fewer, the recording is damaged.
     """
 
     spans: list[Span]

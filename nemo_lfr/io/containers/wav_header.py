@@ -56,8 +56,8 @@ class WavHeader:
     def includes_header(self, begin: int, available: int) -> bool:
         """Return whether the declared size of the samples includes the header, as some recorders write it.
 
-        A file that was truncated by the size of its header has the same length. The size of the RIFF chunk tells them
-        apart: in a truncated file, it is larger than the file.
+        A truncated file that lacks as many bytes as its header has would look the same. The two cases differ in the
+        declared size of the RIFF chunk, which is larger than the file if the file is truncated.
 
         Args:
             begin: position of the first sample.

@@ -1,1 +1,1 @@
-"""Compress FSQ tokens without loss, by entropy coding in integer arithmetic (`.lfr` coding 1)."""
+"""Compress tokens without loss, by entropy coding in integer arithmetic (coding 1 of `.lfr` files)."""

@@ -1,7 +1,7 @@
 """Encode blocks of tokens to bytes with an entropy model, and decode them.
 
-A block is the tokens of consecutive frames. Each block is encoded independently of the others. The model predicts
-digits: a token has one digit for each dimension of FSQ.
+A block is the tokens of consecutive frames. Each block is encoded independently of the others. The model predicts FSQ
+values: a token is split into its digits, which are the indices of the chosen levels in the FSQ dimensions.
 """
 
 from collections.abc import Sequence
@@ -38,7 +38,7 @@ SIDE_BY_SIDE = 3
 def least_bytes(num_frames: int) -> int:
     """Return the minimum payload size of a block in bytes.
 
-    With this limit, a file of a few bytes cannot declare so many frames that decoding them takes hours.
+    Without this limit, a file of a few bytes could declare so many frames that decoding them would take hours.
 
     Args:
         num_frames: number of frames of the block.
@@ -47,11 +47,11 @@ def least_bytes(num_frames: int) -> int:
 
 
 def intervals(model: EntropyModel, digits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the interval in [0, 2^15) with which the range coder represents each digit of a block.
+    """Return the interval in [0, 2^15) with which the range coder represents each FSQ value of a block.
 
     Args:
         model: entropy model.
-        digits: digits [T, D]; the tokens of a frame have D digits.
+        digits: FSQ values [T, D], where D is the number of FSQ dimensions of a frame.
 
     Returns:
         Starts and lengths of the intervals, two int64 arrays [T, D].
@@ -80,7 +80,7 @@ def encode_block(model: EntropyModel, tokens: np.ndarray) -> bytes:
 
 
 def block_bits(model: EntropyModel, tokens: np.ndarray) -> float:
-    """Return the number of bits that the model needs for a block, without the overhead of coder and file.
+    """Return the number of bits that the model needs for a block, without the overhead of the coder and the file.
 
     Args:
         model: entropy model.

@@ -109,7 +109,7 @@ def find_model(
         wanted: hash of the model, as stored in the token file.
         beside: path of the token file. The function looks for `HASH.lfrm` in the file's folder and its parent folder.
         written_by: program that wrote the token file, for messages.
-        passed: entropy model or its path. If it is not None, no other place is searched.
+        passed: entropy model or its path. If it is not None, the function does not search for another model.
 
     Raises:
         EntropyModelError: if no model is found, or the model is damaged or has another hash.

@@ -32,9 +32,10 @@ class FitSettings:
 
     Attributes:
         past: number of past frames that the model sees as features; see `ModelSpec`.
-        averages: time constants of running averages of the digits; see `ModelSpec`.
-        spreads: time constants of running averages of each digit's distance from the middle level; see `ModelSpec`.
-        hidden: number of units in the two hidden layers.
+        averages: time constants of running averages of the FSQ values; see `ModelSpec`.
+        spreads: time constants of running averages of the distance between FSQ values and middle levels; see
+            `ModelSpec`.
+        hidden: number of units in the first and the second hidden layer.
         epochs: number of passes over the data with float weights.
         rounded_epochs: number of further passes with rounded weights.
         max_frames: number of frames to train on. Utterances are used in random order until this number is reached.
@@ -74,9 +75,10 @@ def fit(
         report: function that is called with progress messages.
 
     Returns:
-        The model, and a dictionary of measurements: the numbers of utterances and frames, and the bits per frame of
-        the held-out utterances with the model ("bits_per_frame") and without one ("uniform_bits_per_frame"), both
-        without the overhead of coder and file.
+        The model, and a dictionary of measurements: the number of utterances and frames that it was trained on
+        ("utterances", "frames"), the number of held-out frames ("held_out_frames"), and the bits per held-out frame
+        with the model ("bits_per_frame") and without a model ("uniform_bits_per_frame"). The bits do not include the
+        overhead of the coder and the file.
 
     Raises:
         EntropyModelError: if there are too few tokens, or the codec has more levels than models support.
@@ -108,7 +110,8 @@ def fit(
     try:
         model = network.to_model(spec)
     except ValueError as error:
-        raise EntropyModelError(f"the fitted weights are too large ({error}); pass more tokens to fit.") from error
+        reason = f"the fitted weights are too large ({error}); fit the model on more tokens."
+        raise EntropyModelError(reason) from error
     return model, {
         "utterances": len(fitted),
         "frames": sum(part.shape[1] for part in fitted),
@@ -119,7 +122,7 @@ def fit(
 
 
 def measure(model: EntropyModel, utterances: Sequence[np.ndarray], block_frames: int = BLOCK_FRAMES) -> float:
-    """Return the number of bits per frame that a model needs, without the overhead of coder and file.
+    """Return the number of bits per frame that a model needs, without the overhead of the coder and the file.
 
     Args:
         model: entropy model.
@@ -139,7 +142,7 @@ def _split(
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
     if len(utterances) < 2:
         raise EntropyModelError(
-            f"there are {len(utterances)} utterances that are not empty; fitting an entropy model needs at least 2."
+            f"fitting an entropy model needs at least 2 utterances with tokens, but there are {len(utterances)}."
         )
     order = random.permutation(len(utterances))
     num_held = min(len(order) - 1, max(1, round(settings.valid_share * len(order))))
@@ -157,7 +160,7 @@ def _split(
 def _examples(
     spec: ModelSpec, utterances: list[np.ndarray], random: np.random.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the int8 features [N, F] and the int64 digits [N, D] of all frames."""
+    """Return the int8 features [N, F] and the int64 FSQ values [N, D] of all frames."""
     features, digits = [], []
     for tokens in utterances:
         blocks = _blocks(tokens, BLOCK_FRAMES)

@@ -1,7 +1,7 @@
 """Entropy model (`.lfrm` file): a small network with integer weights that predicts the tokens of the next frame.
 
-The network predicts digits. A token consists of one digit for each dimension of FSQ. `docs/concepts/lfr-format.md`
-specifies the file and the arithmetic.
+The network predicts FSQ values. A token is split into its digits, which are the indices of the chosen levels in the
+FSQ dimensions. `docs/concepts/lfr-format.md` specifies the file and the arithmetic.
 
 All values are integers, but are computed in float32. This is exact because no sum of absolute values reaches 2^24. A
 model whose sums could reach 2^24 is rejected when it is loaded. The order of summation therefore does not matter, and
@@ -47,11 +47,12 @@ class ModelSpec:
     """Sizes of an entropy model, and the codec that it was fitted to.
 
     Attributes:
-        levels: number of levels of each dimension of a codebook, from 2 to 64.
-        num_codebooks: number of codebooks C; a frame has `C * len(levels)` digits.
-        past: number of past frames whose digits are features.
-        averages: time constants of running averages of the digits; k means 2^k frames.
-        spreads: time constants of running averages of each digit's distance from the middle level; k means 2^k frames.
+        levels: number of levels in each FSQ dimension of a codebook, from 2 to 64.
+        num_codebooks: number of codebooks C; a frame has `C * len(levels)` FSQ values.
+        past: number of past frames whose FSQ values are features.
+        averages: time constants of running averages of the FSQ values; k means 2^k frames.
+        spreads: time constants of running averages of the distance between FSQ values and middle levels; k means 2^k
+            frames.
         hidden: number of units in the first and the second hidden layer.
         shifts: right shifts after the first layer, the second layer and the output layer, in bits.
         fingerprint: fingerprint of the codec whose tokens were fitted.
@@ -70,12 +71,12 @@ class ModelSpec:
 
     @property
     def digit_levels(self) -> tuple[int, ...]:
-        """Return the number of levels of each digit in a frame, codebook by codebook, first dimension first."""
+        """Return the number of levels in each FSQ dimension of a frame, codebook by codebook."""
         return self.levels * self.num_codebooks
 
     @property
     def num_digits(self) -> int:
-        """Return the number of digits in a frame."""
+        """Return the number D of FSQ dimensions in a frame."""
         return len(self.levels) * self.num_codebooks
 
     @property
@@ -114,15 +115,15 @@ class ModelSpec:
                 type(value) is int and low <= value <= high for value in values
             ):
                 raise ValueError(
-                    f"{name} are {shorten(repr(values))}; expected {at_least} to {at_most} whole numbers from {low} "
-                    f"to {high}"
+                    f'"{name}" is {shorten(repr(values))}; expected a list of {at_least} to {at_most} whole numbers '
+                    f"from {low} to {high}"
                 )
         for name, low, high in (("num_codebooks", 1, 256), ("past", 1, MAX_PAST)):
             value = getattr(self, name)
             if type(value) is not int or not low <= value <= high:
                 raise ValueError(f"{name} is {shorten(repr(value))}; expected a whole number from {low} to {high}")
         if self.num_digits > MAX_DIGITS:
-            raise ValueError(f"a frame has {self.num_digits} digits; the limit is {MAX_DIGITS}")
+            raise ValueError(f"a frame has {self.num_digits} FSQ dimensions; the limit is {MAX_DIGITS}")
         for name in ("fingerprint", "written_by"):
             value = getattr(self, name)
             if not isinstance(value, str) or len(value) > 200 or not value.isprintable():
@@ -150,7 +151,8 @@ class EntropyModel:
         weights: tensors by name, as listed by `ModelSpec.tensors`.
 
     Raises:
-        ValueError: if a tensor is missing or has another shape, or if a sum could reach 2^24.
+        ValueError: if `spec` is invalid, a tensor has another shape or dtype, or a sum could reach 2^24.
+        KeyError: if a tensor is missing.
     """
 
     spec: ModelSpec
@@ -188,10 +190,10 @@ class EntropyModel:
 
     @cached_property
     def offsets(self) -> list[int]:
-        """Return the offset of each digit's rows in `digit_weight`, and the total number of rows as the last item.
+        """Return the offset of the rows of each FSQ dimension in `digit_weight`, then the total number of rows.
 
-        The tensor has one row for every level that a digit can have: first all rows of digit 0, then those of digit 1,
-        and so on.
+        The tensor has one row for each level: first all rows of dimension 0 of the frame, then those of dimension 1,
+        and so on. `output_weight` and `output_bias` have the same rows.
         """
         return [0, *np.cumsum(self.spec.digit_levels).tolist()]
 
@@ -290,8 +292,8 @@ class Layers:
     Attributes:
         first: weights of the first layer [F + 1, H1].
         second: weights of the second layer [H1 + F + 1, H2].
-        digits: for each digit, the vectors [levels, H2] that its values add to the sums of the second layer.
-        outputs: for each digit, weights of the output layer [H2 + 1, levels].
+        digits: for each FSQ dimension, the vectors [levels, H2] that its levels add to the sums of the second layer.
+        outputs: for each FSQ dimension, the weights of the output layer [H2 + 1, levels].
         scales: 2^-shift for each of the three layers; multiplication by a power of two is exact.
     """
 

@@ -17,11 +17,11 @@ INPUT_BITS = 7  # fractional bits of a feature: the maximum 127 is slightly less
 
 
 class _Chain(torch.autograd.Function):
-    """Compute the second hidden layer and the logits, digit by digit.
+    """Compute the second hidden layer and the logits, one FSQ dimension after the other.
 
-    D is the number of digits, L the number of levels, and H2 the number of units in the second hidden layer. Each
-    operation processes one digit, so its tensors [B, H2] fit in the CPU cache. The same computation with PyTorch's
-    own operations on tensors [B, D, H2], which do not fit, takes three times as long.
+    D is the number of FSQ dimensions of a frame, L the largest number of levels, and H2 the number of units in the
+    second hidden layer. Each operation processes one FSQ dimension, so its tensors [B, H2] fit in the CPU cache. The
+    same computation with PyTorch's own operations on tensors [B, D, H2], which do not fit, takes three times as long.
     """
 
     @staticmethod
@@ -32,10 +32,10 @@ class _Chain(torch.autograd.Function):
 
         Args:
             ctx: context of autograd.
-            sums: sums of the second layer before the first digit, [B, H2].
-            digit: vectors that the values of each digit add to the sums, [D, L, H2].
+            sums: sums of the second layer before the first FSQ dimension, [B, H2].
+            digit: vectors that the levels of each FSQ dimension add to the sums, [D, L, H2].
             output: weights of the output layer, [D, H2, L].
-            ones: one-hot encoded digits, [B, D, L].
+            ones: one-hot encoded FSQ values, [B, D, L].
             rounded: whether to round the hidden units as in the integer model.
         """
         running = sums.clone()
@@ -68,13 +68,13 @@ class _Chain(torch.autograd.Function):
 
 
 class _Ordinal(nn.Module):
-    """Weights [D, L, H] for each level of each digit, parametrized as a parabola over the levels plus a residual.
+    """Weights [D, L, H] for the levels of each FSQ dimension: a parabola over the levels plus a residual.
 
     Neighboring levels have similar weights. With the parabola, training on one level also changes the weights of the
     neighboring levels, so fewer training tokens are needed.
 
     Args:
-        levels: number of levels of each digit.
+        levels: number of levels in each FSQ dimension.
         width: size H of the layer.
     """
 
@@ -102,7 +102,7 @@ class Network(nn.Module):
         spec: sizes of the model.
     """
 
-    mask: torch.Tensor  # [D, L], -1e4 for levels that a digit does not have
+    mask: torch.Tensor  # [D, L], -1e4 for levels that an FSQ dimension does not have
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
@@ -140,11 +140,11 @@ class Network(nn.Module):
         return hidden + (rounded - hidden).detach()
 
     def forward(self, features: torch.Tensor, digits: torch.Tensor) -> torch.Tensor:
-        """Compute the number of bits that the model needs for each digit.
+        """Compute the number of bits that the model needs for each FSQ value.
 
         Args:
             features: features [B, F].
-            digits: digits [B, D].
+            digits: FSQ values [B, D].
 
         Returns:
             Numbers of bits [B, D].
@@ -163,7 +163,7 @@ class Network(nn.Module):
         """Choose the exponents of the integer weights, and round weights and hidden units from now on."""
 
         def exponent(*values: torch.Tensor) -> int:
-            """Return the largest e for which 99.95 % of the weights in each tensor, times 2^e, are in [-127, 127]."""
+            """Return the largest e such that 99.95% of the weights in each tensor, times 2^e, are in [-127, 127]."""
             # A few outliers are clipped, which allows a finer resolution for all other weights.
             largest = max(float(value.detach().abs().flatten().kthvalue(_rank(value)).values) for value in values)
             return math.floor(math.log2(127 / max(largest, 1e-3)))

@@ -1,4 +1,4 @@
-"""Predict the frequencies of the next digit's values from past frames and digits, in integer arithmetic.
+"""Predict the frequencies of the levels in the next FSQ dimension from the FSQ values before it, with integers.
 
 All functions process a batch. Its rows are all frames of one block, or the frames with the same index in several
 blocks. Arrays are float32 with integer values. `EntropyModel` has verified that the arithmetic is exact.
@@ -20,7 +20,7 @@ EXPONENTIALS = np.array([ROOTS[step % STEPS] >> step // STEPS for step in range(
 
 
 def tokens_to_digits(tokens: np.ndarray, levels: tuple[int, ...]) -> np.ndarray:
-    """Split tokens [C, T] into digits [T, C * len(levels)], one per FSQ dimension, first dimension first."""
+    """Split tokens [C, T] into FSQ values [T, C * len(levels)], codebook by codebook, first dimension first."""
     digits = np.empty((tokens.shape[1], tokens.shape[0], len(levels)), dtype=np.int64)
     rest = tokens.T.astype(np.int64)
     for dimension, level in enumerate(levels):
@@ -29,7 +29,7 @@ def tokens_to_digits(tokens: np.ndarray, levels: tuple[int, ...]) -> np.ndarray:
 
 
 def digits_to_tokens(digits: np.ndarray, levels: tuple[int, ...]) -> np.ndarray:
-    """Join digits [T, C * len(levels)] into int32 tokens [C, T].
+    """Join FSQ values [T, C * len(levels)] into int32 tokens [C, T].
 
     This is the inverse of `tokens_to_digits`.
     """
@@ -43,8 +43,9 @@ def digits_to_tokens(digits: np.ndarray, levels: tuple[int, ...]) -> np.ndarray:
 class History:
     """Features for predicting the next frame.
 
-    The features are the digits of past frames, a flag for each past frame, and the running averages that `ModelSpec`
-    describes. A flag says whether the past frame exists: the first frames of a block have fewer past frames.
+    The features are the FSQ values of past frames, a flag for each past frame, and the running averages that
+    `ModelSpec` describes. A flag says whether the past frame exists: the first frames of a block have fewer past
+    frames.
 
     Args:
         spec: sizes of the model.
@@ -65,7 +66,11 @@ class History:
         self._frames = 0
 
     def push(self, digits: np.ndarray) -> None:
-        """Append the digits [B, D] of one frame of each block."""
+        """Append one frame of each block.
+
+        Args:
+            digits: FSQ values [B, D] of the frames.
+        """
         count, past, features = self._num_digits, self._past, self.features
         values = (2 * digits - self._levels) * self._steps
         features[:, count : past * count] = features[:, : (past - 1) * count].copy()
@@ -94,11 +99,11 @@ class History:
 
 
 def block_features(spec: ModelSpec, digits: np.ndarray) -> np.ndarray:
-    """Return the features of each frame in a block whose digits are known.
+    """Return the features of each frame in a block whose FSQ values are known.
 
     Args:
         spec: sizes of the model.
-        digits: digits [T, D].
+        digits: FSQ values [T, D].
 
     Returns:
         The float32 features [T, F + 1].
@@ -114,8 +119,8 @@ def block_features(spec: ModelSpec, digits: np.ndarray) -> np.ndarray:
 def hidden_sums(model: EntropyModel, features: np.ndarray) -> np.ndarray:
     """Compute the part of the second hidden layer's sums that depends on past frames.
 
-    A sum is the value of a hidden unit before the activation function. The digits of the current frame change the sums
-    later, one by one, as they become known.
+    A sum is the value of a hidden unit before the activation function. The FSQ values of the current frame change the
+    sums later, one by one, as they become known.
 
     Args:
         model: entropy model.
@@ -140,12 +145,12 @@ def _activate(sums: np.ndarray, scale: np.float32) -> np.ndarray:
 
 
 def logits(model: EntropyModel, sums: np.ndarray, digit: int) -> np.ndarray:
-    """Compute the logits of a digit's levels, in sixteenths of a bit.
+    """Compute the logits of the levels in an FSQ dimension, in sixteenths of a bit.
 
     Args:
         model: entropy model.
         sums: sums of the second layer [B, H2].
-        digit: index of the digit.
+        digit: index of the FSQ dimension.
 
     Returns:
         Logits [B, levels].
