@@ -31,7 +31,7 @@ class AudioWriter:
         overwrite: whether to replace an existing file.
 
     Raises:
-        NemoLfrError: if the file exists and `overwrite` is not set, or if its suffix is none of `WRITABLE_FORMATS`.
+        NemoLfrError: if the file exists and `overwrite` is not set, or if its suffix is not in `WRITABLE_FORMATS`.
         AudioError: if the format does not support the sample rate.
     """
 
@@ -45,7 +45,7 @@ class AudioWriter:
             raise NemoLfrError(
                 f"{path}: audio is not written as {quoted(self.path.suffix)}; use {formats}, and convert the file."
                 if self.path.suffix
-                else f"{path}: the name has no suffix, which selects the format; use {formats}."
+                else f"{path}: the name has no suffix, but the suffix selects the format; use {formats}."
             )
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._raw = open_temporary(self.path)

@@ -63,7 +63,7 @@ def known_names(columns: Iterable[str]) -> dict[str, str]:
     A column that has exactly the known name takes precedence over other spellings, which then have no meaning.
 
     Raises:
-        ConfigError: if two columns are spellings of the same known name, and neither has exactly this name.
+        ConfigError: if two columns are spellings of the same known name, and no column has exactly this name.
     """
     columns = list(columns)
     found: dict[str, str] = {}

@@ -115,8 +115,8 @@ def _usual_name(repository: str) -> str:
 def files_on_hub(repository: str, revision: str | None = None, token: bool | str | None = None) -> list[str]:
     """List the files of a repository on the Hub.
 
-    Call this function before the first download. If the network is down, it fails at its first request, while the
-    client's functions for downloads try again for half a minute.
+    Call this function before the first download. Without a network, it fails at once, whereas the client's download
+    functions retry for half a minute.
 
     Args:
         repository: Hub id, such as "OWNER/NAME".

@@ -17,7 +17,7 @@ from nemo_lfr.io.columns import AUDIO, known_names, repeated_column, standard_la
 from nemo_lfr.io.text import GZIP, decode, is_missing, read_lines
 
 TABLE_SUFFIXES = frozenset((".csv", ".tsv"))
-# Characters that may separate the columns of a CSV file. The first one is used for which a column contains the audio.
+# Characters that may separate the columns of a CSV file. The first one that gives an audio column is used.
 DELIMITERS = ",;\t|"
 # First line in which a CSV file declares its delimiter for Excel.
 DECLARATION = re.compile(r'"?sep=(?P<delimiter>\\t|.*?)"?', re.IGNORECASE)
@@ -170,10 +170,10 @@ def _delimited(path: Path, lines: Sequence[bytes]) -> Iterator[TableRow]:
 
 
 def _declared_delimiter(path: Path, line: bytes) -> str | None:
-    """Return the delimiter that the first line of a table declares; None if it is no such line.
+    """Return the delimiter that the first line of a table declares, as in `sep=;`; None if it declares none.
 
     Raises:
-        ConfigError: if the line declares no valid delimiter.
+        ConfigError: if the declared delimiter is invalid.
     """
     match = DECLARATION.fullmatch(line.decode(errors="replace").strip(" "))
     if match is None:
@@ -201,7 +201,7 @@ def _header(path: Path, line: bytes, declared: str | None) -> tuple[str, list[st
         splits = {mark: [name.strip() for name in _split([text], mark)] for mark in delimiters}
     except (ValueError, csv.Error) as error:
         raise ConfigError(f"{path}: the header cannot be read: {shorten(error, 200)}.") from error
-    # If no column contains the audio, the delimiter of most columns is the one that the message should show.
+    # If no delimiter gives an audio column, the first one that gives several columns is used for the message.
     delimiter = max(splits, key=lambda mark: (_has_audio(splits[mark]), len(splits[mark]) > 1))
     columns = splits[delimiter]
     if not _has_audio(columns):
