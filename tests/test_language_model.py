@@ -21,7 +21,6 @@ from nemo_lfr.lm import DelayLayout
 from tests.corpora import write_tokens
 from tests.crash import ROOT
 from tests.models import RATE, synthesize
-from tests.tiers import slow_after
 
 SMALL = "model.width=32 model.layers=1 model.heads=2 max_frames=16 batch_size=4 warmup_steps=5 learning_rate=1e-2"
 
@@ -163,18 +162,10 @@ def undisturbed(example, tokens, tmp_path_factory) -> tuple[str, Path]:
     return keys, out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("disturb", "step", "code", "saved"),
-    slow_after(
-        1,
-        [
-            (interrupt, 3, 130, 3),
-            (interrupt, 4, 130, 4),
-            (terminate, 5, 143, 5),
-            (die, 6, None, 4),
-            (die, 2, None, None),
-        ],
-    ),
+    [(interrupt, 3, 130, 3), (interrupt, 4, 130, 4), (terminate, 5, 143, 5), (die, 6, None, 4), (die, 2, None, None)],
 )
 def test_a_resumed_run_equals_an_undisturbed_one(
     disturb, step, code, saved, example, undisturbed, tmp_path, monkeypatch, capsys

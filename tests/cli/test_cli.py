@@ -17,6 +17,7 @@ from nemo_lfr.cli import main as cli
 from nemo_lfr.codec.torch_backend import BATCHING
 from nemo_lfr.io.token_file import TokenReader
 from tests.models import speech_like
+from tests.tiers import slow_after, slow_except
 
 
 def run(capsys, *arguments):
@@ -70,7 +71,7 @@ RECOVERED = {
 }
 
 
-@pytest.mark.parametrize("damage", RECOVERED)
+@pytest.mark.parametrize("damage", slow_except(RECOVERED, "without its end", "within its only block"))
 def test_recovery_reports_what_is_read_of_a_file(capsys, tmp_path, damage):
     change, expected, message = RECOVERED[damage]
     soundfile.write(tmp_path / "a.wav", speech_like(22050).numpy(), 22050)
@@ -245,7 +246,9 @@ def test_info_identifies_files_and_names_the_command_for_them(capsys, folder):
     assert code == 2 and err.startswith("nemo-lfr: error: ~nobody-has-this-name/a: no such file")
 
 
-@pytest.mark.parametrize(("command", "source", "out"), [("encode", "a.wav", "T.lfr"), ("decode", "a.lfr", "b.flac")])
+@pytest.mark.parametrize(
+    ("command", "source", "out"), slow_after(1, [("decode", "a.lfr", "b.flac"), ("encode", "a.wav", "T.lfr")])
+)
 def test_out_may_name_the_file_for_a_single_input(capsys, folder, command, source, out):
     run(capsys, "encode", folder / "a.wav")
     target = folder / "new" / out
@@ -497,6 +500,7 @@ def test_info_describes_readable_files_despite_failures(capsys, tmp_path):
     assert len(stderr.splitlines()) == 2 and "b.lfr" in stderr and "c.wav: no such file" in stderr
 
 
+@pytest.mark.slow
 def test_a_worker_has_no_more_threads_than_the_machine_has_cores(capsys, tmp_path):
     pytest.importorskip("pyarrow")
     soundfile.write(tmp_path / "a.wav", speech_like(5000), 22050)

@@ -21,7 +21,7 @@ from nemo_lfr.errors import Failure
 from tests.cli.test_cli import run
 from tests.corpora import write_codec, write_tokens
 from tests.models import speech_like
-from tests.tiers import slow_if
+from tests.tiers import slow_after, slow_if
 
 ROOT = Path(__file__).parents[2]
 
@@ -501,7 +501,7 @@ def test_help_fits_80_columns_and_describes_every_option(name, capsys, monkeypat
     assert f"{words[-1]} " in listing and group.commands[words[-1]].short_help in listing  # on one line
 
 
-@pytest.mark.parametrize("name", sorted(SHARED["--model"]))
+@pytest.mark.parametrize("name", slow_after(3, sorted(SHARED["--model"])))
 def test_the_default_codec_is_named_with_its_quality(name, folder, tmp_path, capsys):
     assert bundled_quality() in " ".join(run(capsys, *name.split(), "--help")[1].split())
     if name in SLOW or name in OTHERS:

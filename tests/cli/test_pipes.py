@@ -23,6 +23,7 @@ from nemo_lfr.pretrained import load
 from tests.io.test_containers import CUT, EMPTY, NOT_TAKEN_APART, SILENCE, WHOLE, by_name, shortened
 from tests.models import codec_config, speech_like, synthesize, write_nemo
 from tests.reference import assert_same_tokens
+from tests.tiers import slow_after
 
 RATE, FRAME = 22050, 1024
 
@@ -314,7 +315,9 @@ def test_ambiguous_data_after_the_samples_of_a_pipe_is_reported(monkeypatch):
     assert "may be samples or other data; write it to a file" in filtered.problem
 
 
-@pytest.mark.parametrize("name", ["data size 0", "data size of a quarter", "list after", "cut WAV", "ADPCM"])
+@pytest.mark.parametrize(
+    "name", slow_after(3, ["data size 0", "cut WAV", "ADPCM", "data size of a quarter", "list after"])
+)
 def test_pipe_gives_the_tokens_of_the_file_or_its_error(piped, tmp_path, name):
     data = PIPED[name] if name in PIPED else shortened(by_name("WAV", "MS_ADPCM"), "WAV", 100)
     (tmp_path / "a.wav").write_bytes(data)

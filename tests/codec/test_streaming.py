@@ -63,7 +63,7 @@ def assert_streams_as_whole(codec: Codec, wave: np.ndarray, rng: np.random.Gener
     return ties
 
 
-@pytest.mark.parametrize("kind", slow_except(KINDS, "symmetric", "two_stages"))
+@pytest.mark.parametrize("kind", slow_except(KINDS, "two_stages"))
 def test_streams_equal_the_whole_recording_for_any_pieces(kind):
     codec = cached_codec(kind)
     rng = np.random.default_rng(0)

@@ -108,6 +108,7 @@ def test_registered_format_and_source_are_written_and_read_back(path_list, tmp_p
         assert utterance.num_samples == len(wave)
 
 
+@pytest.mark.slow
 def test_damage_of_a_registered_format_is_found(path_list, tmp_path):
     model = write_codec(tmp_path / "model.nemo")
     config = TokenizeConfig(str(path_list), str(tmp_path / "out"), "json", model=str(model), shard_size=2)

@@ -112,7 +112,8 @@ class Killed(Exception):
     """Exception that ends a run after its first shard."""
 
 
-@pytest.mark.parametrize("finisher", slow_after(1, [Part(0, 2), None]))
+@pytest.mark.slow
+@pytest.mark.parametrize("finisher", [Part(0, 2), None])
 def test_a_part_that_was_killed_resumes(finisher, audio, model, tmp_path):
     """The run can be completed by the same part, and by the command without a part."""
     run(job(audio, tmp_path / "whole", model))

@@ -288,6 +288,7 @@ def test_a_clip_that_ends_after_its_file_fails_alone(capsys, corpus, tmp_path):
     assert len(rows(tmp_path / "out" / "recordings.csv")) == 2
 
 
+@pytest.mark.slow
 def test_a_folder_of_other_recordings_is_refused(capsys, corpus, tmp_path):
     assert evaluate(capsys, corpus, tmp_path, "--codec", "original", "--limit", 1)[0] == 0
     shutil.copytree(corpus, tmp_path / "other")
@@ -295,6 +296,7 @@ def test_a_folder_of_other_recordings_is_refused(capsys, corpus, tmp_path):
     assert code == 2 and "evaluation of other or changed recordings" in err
 
 
+@pytest.mark.slow
 def test_a_manifest_of_other_files_is_refused_in_the_same_folder(capsys, corpus, tmp_path):
     """The file names differ from those in the first manifest, so that results could not be mixed up."""
     other = tmp_path / "other"
@@ -376,6 +378,7 @@ def test_changed_recordings_refuse_an_existing_evaluation(capsys, corpus, tmp_pa
     assert code == 2 and "other or changed recordings" in stderr
 
 
+@pytest.mark.slow
 def test_invalid_journal_entries_are_ignored(capsys, corpus, tmp_path):
     command_line = ("--limit", 1, "--codec", "original")
     assert evaluate(capsys, corpus, tmp_path, *command_line)[0] == 0

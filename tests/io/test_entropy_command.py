@@ -195,6 +195,7 @@ def test_a_model_of_another_codec_with_the_same_levels_still_loses_nothing(tmp_p
     assert io.BytesIO((tmp_path / "b.wav").read_bytes()).read(4) == b"RIFF"
 
 
+@pytest.mark.slow
 def test_an_evaluation_reports_both_rates_and_the_bits_of_a_frame(tmp_path):
     from nemo_lfr.evaluation.codecs.lfr import LFR
     from nemo_lfr.evaluation.results import Evaluation, Result

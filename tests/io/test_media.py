@@ -97,7 +97,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-@pytest.mark.parametrize("suffix", slow_after(3, ["aac", "ac3", "eac3", "dts"]))
+@pytest.mark.parametrize("suffix", slow_after(1, ["aac", "ac3", "eac3", "dts"]))
 def test_frames_with_a_gap_are_damage_and_not_several_recordings(tmp_path, suffix, damage):
     pytest.importorskip("av")
     path = made(tmp_path, suffix)
@@ -312,7 +312,7 @@ LOST = {
 }
 
 
-@pytest.mark.parametrize("kind", LOST)
+@pytest.mark.parametrize("kind", slow_after(4, LOST))
 def test_audio_that_ffmpeg_drops_is_reported(tmp_path, caplog, kind):
     pytest.importorskip("av")
     options, change, message = LOST[kind]

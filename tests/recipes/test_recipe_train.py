@@ -193,7 +193,7 @@ def test_weights_that_fp16_cannot_store_are_not_exported(manifest, tmp_path, val
         export.export(run.average, run.settings.network, tmp_path / "small.nemo")
 
 
-@pytest.mark.parametrize("kind", ["state.pt", "small.nemo"])
+@pytest.mark.parametrize("kind", slow_after(1, ["small.nemo", "state.pt"]))
 def test_a_run_may_start_with_other_weights(manifest, tmp_path, monkeypatch, kind):
     first = run_of(settings_of(manifest, tmp_path / "first"), manifest)
     first.update()
@@ -374,6 +374,7 @@ def test_a_folder_of_another_network_is_not_continued(manifest, tmp_path, monkey
     assert "another network" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_pitch_within_50_cents_is_counted_over_the_originals_voiced_frames():
     time = np.arange(RATE) / RATE
 

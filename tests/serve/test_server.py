@@ -102,7 +102,7 @@ def test_a_token_that_no_client_can_send_is_refused(capsys, monkeypatch, token):
 
 
 @pytest.mark.parametrize("query", ["?audio=pcm_f32le", "?audio=pcm_f32le&ramp=1,2,4", "?audio=pcm_f32le&lookahead=50"])
-@pytest.mark.parametrize("chunk", [1, 7, 1000])
+@pytest.mark.parametrize("chunk", slow_after(1, [7, 1, 1000]))
 def test_a_decoded_stream_equals_the_decoded_recording(server, tokens, chunk, query):
     expected = np.asarray(server.codec.decode(tokens[None])[0][0])
     np.testing.assert_allclose(decoded(server, tokens, chunk, query), expected, atol=1e-5)

@@ -146,6 +146,7 @@ def test_a_model_without_weights_is_initialized(model):
     assert fresh.encode(FIRST[None]).audio_codes.shape == model.encode(FIRST[None]).audio_codes.shape
 
 
+@pytest.mark.slow
 def test_weights_stay_fp32_whatever_dtype_is_asked_for(folder, model):
     half = transformers.AutoModel.from_pretrained(folder, dtype=torch.bfloat16)
     assert {value.dtype for value in half.parameters()} == {torch.float32}
