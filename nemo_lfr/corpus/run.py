@@ -133,8 +133,8 @@ def compute(
         if ShardRecord.find(plan.out, record.index) is None:
             check_claim(plan.config.state, plan.config.claim)
             raise NemoLfrError(
-                f"{plan.out}: shard {record.index} was written by another machine, but is not visible here; pass "
-                "an --out that is on a file system shared by all machines."
+                f"{plan.out}: the files of shard {record.index} are missing or changed right after they were written; "
+                "run the same command again. If several machines run it, pass an --out that all of them can see."
             )
         records[record.index] = record
         totals.add(record, computed=True)
