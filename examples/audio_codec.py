@@ -33,7 +33,7 @@ from nemo_lfr.nemo.resume import tidy_experiment
 @hydra_runner(config_path="../conf", config_name="audio_codec_low_frame_rate_22050")
 def main(cfg: DictConfig) -> None:
     """Train. A full disk, an unwritable folder or an error in the config is reported in one line."""
-    with ending_in_one_line(cfg.get("exp_manager", {}).get("exp_dir"), cfg.get("log_dir")):
+    with ending_in_one_line((cfg.get("exp_manager") or {}).get("exp_dir"), cfg.get("log_dir")):
         train(cfg)
 
 
@@ -45,7 +45,11 @@ def train(cfg: DictConfig) -> None:
     """
     logging.info("Config:\n%s", OmegaConf.to_yaml(cfg, resolve=True))
     # The seed is fixed and random draws depend only on the epoch, so a killed and resumed run gives the same result.
-    pl.seed_everything(cfg.get("seed", 0), workers=True)
+    seed = cfg.get("seed", 0)
+    try:
+        pl.seed_everything(seed, workers=True)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"seed is {seed!r}; pass a whole number, as in +seed=1.") from error
     try:
         trainer = pl.Trainer(**cfg.trainer)
     except (TypeError, ValueError) as error:  # an unknown key or an invalid value

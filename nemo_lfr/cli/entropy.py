@@ -130,7 +130,10 @@ def _read(paths: Sequence[Path]) -> Iterator[tuple[Path, Any, Any]]:
                         read += 1
                         yield path, folder.codec, utterance.tokens.numpy()
             continue
-        files = find_files(path, {TOKEN_SUFFIX}, report=note) if path.is_dir() else [path]
+        unread: list[OSError] = []
+        files = find_files(path, {TOKEN_SUFFIX}, report=note, unread=unread) if path.is_dir() else [path]
+        for problem in unread:
+            fail(problem.filename, problem)
         for file in files:
             try:
                 with TokenReader(file) as reader:
@@ -142,5 +145,5 @@ def _read(paths: Sequence[Path]) -> Iterator[tuple[Path, Any, Any]]:
     if errors and not read:
         begin_work()
         raise errors[-1][1]
-    for source, problem in errors:
-        fail(source, problem)
+    for source, damage in errors:
+        fail(source, damage)

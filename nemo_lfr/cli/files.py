@@ -53,6 +53,7 @@ def plan_tasks(
     suffixes: Collection[str],
     new_suffix: str,
     report: Callable[[str], None] = note,
+    unread: list[OSError] | None = None,
 ) -> list[FileTask]:
     """Expand files, folders and globs into tasks.
 
@@ -66,6 +67,7 @@ def plan_tasks(
         new_suffix: suffix of the outputs.
         report: function that is called after all checks have passed, with one line for each folder in which files
             were skipped.
+        unread: list to which the errors of folders that cannot be read are added; see `find_files`.
 
     Returns:
         Tasks without duplicates.
@@ -89,7 +91,7 @@ def plan_tasks(
             )
         for path in sorted(matches):
             if path.is_dir():
-                files = find_files(path, suffixes, report=passed_over.append)
+                files = find_files(path, suffixes, report=passed_over.append, unread=unread)
                 if not files and len(matches) == 1:
                     contents = describe_contents(path, suffixes)
                     raise NemoLfrError(f"{path}: no {_kinds(suffixes)} file in this folder{contents}.")
@@ -256,7 +258,7 @@ def tasks_to_run(
 ) -> list[FileTask]:
     """Plan the tasks, and drop the tasks whose output exists and is kept.
 
-    Skipped files in input folders are reported.
+    Skipped files in input folders are reported. Folders that cannot be read are recorded as failures.
 
     See `plan_tasks` and `pending_tasks` for the arguments.
 
@@ -264,9 +266,12 @@ def tasks_to_run(
         NemoLfrError: as in `plan_tasks` and `pending_tasks`.
     """
     passed_over: list[str] = []
-    tasks = pending_tasks(plan_tasks(inputs, out, suffixes, suffix, passed_over.append), overwrite, skip)
+    unread: list[OSError] = []
+    tasks = pending_tasks(plan_tasks(inputs, out, suffixes, suffix, passed_over.append, unread), overwrite, skip)
     for line in passed_over:
         note(line)
+    for error in unread:
+        fail(error.filename, error)
     return tasks
 
 

@@ -45,13 +45,16 @@ class Session:
     reported: int = 0
     lost_output: bool = False
 
-    def report_failures(self, total: int = 0, shown: int = SHOWN_FAILURES, see: str = "") -> None:
+    def report_failures(
+        self, total: int = 0, shown: int = SHOWN_FAILURES, see: str = "", failed: int | None = None
+    ) -> None:
         """Print on stderr the failures that have not been printed yet.
 
         Args:
             total: number of inputs, for the last line.
             shown: maximum number of failures to print.
             see: name of the file that lists all failures; "" for none.
+            failed: number of inputs that failed, if it is larger than the number of failures.
         """
         failures = self.failures[self.reported :]
         self.reported = len(self.failures)
@@ -60,7 +63,7 @@ class Session:
         if len(failures) > shown > 0:
             echo_stderr(f"nemo-lfr: {len(failures) - shown} more failed{see and f'; see {see}'}.")
         if failures and total > 1:
-            echo_stderr(f"nemo-lfr: {len(failures)} of {total} failed.")
+            echo_stderr(f"nemo-lfr: {max(len(failures), failed or 0)} of {total} failed.")
 
 
 def current() -> Session:

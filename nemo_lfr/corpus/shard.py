@@ -31,7 +31,7 @@ from nemo_lfr.io.atomic import naming
 from nemo_lfr.io.entropy.find import model_to_write
 from nemo_lfr.io.locate import resolve
 from nemo_lfr.io.regular import check_replaceable
-from nemo_lfr.io.text import without_nonfinite
+from nemo_lfr.io.text import is_nested_deeper, without_nonfinite
 from nemo_lfr.io.token_file import Metadata
 
 if TYPE_CHECKING:
@@ -45,6 +45,8 @@ BATCH_SECONDS = {"cpu": 60.0, "cuda": 600.0}
 KERNELS = 384
 # Number of shards that are queued for each worker, so that workers do not wait for the driver.
 QUEUED = 2
+# Maximum number of nested lists and objects in the labels of a clip. JSON libraries differ in how many they can read.
+MAX_DEPTH = 100
 # Index and specification of a shard.
 Task = tuple[int, ShardSpec]
 # A clip, and the samples that `_read` loaded for it.
@@ -198,6 +200,10 @@ def _read(clip: Clip, config: TokenizeConfig, sample_rate: int) -> list[np.ndarr
         (clip.id + clip.origin).encode()
     except UnicodeEncodeError:
         raise AudioError(f"{clip.origin}: the name is not valid UTF-8; rename the file.") from None
+    if any(is_nested_deeper(values, MAX_DEPTH) for values in (clip.labels, clip.cut)):
+        raise AudioError(
+            f"{clip.origin}: a label is nested deeper than {MAX_DEPTH} levels; remove it, or flatten its value."
+        )
     try:
         json.dumps([clip.labels, clip.cut], ensure_ascii=False, default=str).encode()
     except UnicodeEncodeError:

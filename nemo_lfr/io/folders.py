@@ -111,6 +111,7 @@ def find_files(
     *,
     silent_suffixes: Collection[str] = (),
     report: Callable[[str], None] = logger.warning,
+    unread: list[OSError] | None = None,
 ) -> list[Path]:
     """Find the files below a folder whose names have certain suffixes.
 
@@ -123,20 +124,36 @@ def find_files(
         suffixes: suffixes in lower case, with the dot; the comparison ignores case.
         silent_suffixes: suffixes of companion files, such as transcripts, which are not reported as skipped.
         report: function that is called at most once, with one line that says how many files were skipped and why.
+        unread: list to which the errors of folders below `root` that cannot be read are added. Their files are
+            missing in the result. None raises the first of these errors.
 
     Returns:
         The sorted paths.
 
     Raises:
         NemoLfrError: if `root` is not a folder.
-        OSError: if `root` cannot be read.
+        OSError: if `root` cannot be read, or a folder below it and `unread` is None.
     """
     if not root.is_dir():
         raise NemoLfrError(f"{root}: no such folder.")
     walk = _Walk(root, frozenset(suffixes), frozenset(silent_suffixes))
+    if walk.unread and unread is None:
+        raise walk.unread[0]
     if text := walk.passed_over():
         report(text)
+    if unread is not None:
+        unread += walk.unread
     return sorted(walk.found)
+
+
+def find_named(root: Path, pattern: str, unread: list[OSError] | None = None) -> list[Path]:
+    """Find the files below a folder whose paths match a pattern such as "clips/*.mp3" (see `Path.match`).
+
+    See `find_files` for the other arguments and the errors. Skipped files are not reported.
+    """
+    suffix = pattern[pattern.rindex(".") :]
+    found = find_files(root, {suffix}, report=lambda _: None, unread=unread)
+    return [path for path in found if path.match(pattern)]
 
 
 def describe_contents(root: Path, wanted: Collection[str]) -> str:
@@ -210,7 +227,7 @@ class _Walk:
         self.silent_suffixes = silent_suffixes
         self.found: list[Path] = []
         self.passed: Counter[str] = Counter()
-        self.unread: list[str] = []
+        self.unread: list[OSError] = []
         self._seen = {_identity(os.stat(root))}
         self._folders = [self.root]
         # Links are followed last. If a folder can also be reached without a link, its files get the path without one.
@@ -236,7 +253,7 @@ class _Walk:
         except OSError as error:
             if folder == self.root:
                 raise
-            self.unread.append(f"{shorten(os.path.relpath(folder, self.root))} ({error.strerror})")
+            self.unread.append(error)
             return
         for entry in children:
             self._take(entry)
@@ -291,7 +308,10 @@ class _Walk:
         total = sum(self.passed.values())
         parts = [f"{total} skipped: {', '.join(kinds)}"] if total else []
         if self.unread:
-            named = ", ".join(self.unread[:NAMED]) + (", ..." if len(self.unread) > NAMED else "")
+            named = ", ".join(
+                f"{shorten(os.path.relpath(error.filename, self.root))} ({error.strerror})"
+                for error in self.unread[:NAMED]
+            ) + (", ..." if len(self.unread) > NAMED else "")
             parts.append(f"{len(self.unread)} folders cannot be read: {named}")
         return f"{shorten(self.root, 200)}: {len(self.found)} files found; {'; '.join(parts)}"
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from nemo_lfr.errors import ConfigError, NemoLfrError, printable, shorten
 from nemo_lfr.io.columns import repeated_column
-from nemo_lfr.io.folders import AUDIO_SUFFIXES, MAX_NAME, find_files
+from nemo_lfr.io.folders import AUDIO_SUFFIXES, MAX_NAME, find_files, find_named
 from nemo_lfr.io.splits import split_label, split_of_name, splits_of_folders
 from nemo_lfr.io.tables import METADATA_NAMES, RepeatedColumnError, is_table, read_table
 from nemo_lfr.io.text import decode, read_lines
@@ -53,7 +53,7 @@ def librispeech(corpus: Path) -> Iterator[CorpusUtterance]:
 
     Audio files are PART/SPEAKER/CHAPTER/*.flac. Each chapter has one transcript, *.trans.txt.
     """
-    for transcript in _named(corpus, "*.trans.txt"):
+    for transcript in find_named(corpus, "*.trans.txt"):
         part, speaker, _ = transcript.parent.parts[-3:]
         if (split := split_of_name(part)) is None:
             yield _without_split(transcript, corpus, part)
@@ -75,7 +75,7 @@ def mls(corpus: Path) -> Iterator[CorpusUtterance]:
 
     Each folder mls_LANGUAGE/SPLIT contains transcripts.txt, and audio files audio/SPEAKER/BOOK/*.
     """
-    for transcript in _named(corpus, "transcripts.txt"):
+    for transcript in find_named(corpus, "transcripts.txt"):
         folder = transcript.parent
         language = folder.parent.name.removeprefix("mls_").removesuffix("_opus")
         if (split := split_of_name(folder.name)) is None:
@@ -107,7 +107,7 @@ def commonvoice(corpus: Path) -> Iterator[CorpusUtterance]:
     Raises:
         ValueError: if a table lacks the column of speakers, audio files or texts, or has two columns of the same name.
     """
-    for table in _named(corpus, "*.tsv"):
+    for table in find_named(corpus, "*.tsv"):
         spontaneous = table.name.startswith("ss-corpus-")
         if not table.is_file() or not (spontaneous or table.stem in ("train", "dev", "test")):
             continue
@@ -143,7 +143,9 @@ def commonvoice(corpus: Path) -> Iterator[CorpusUtterance]:
 
 def vctk(corpus: Path) -> Iterator[CorpusUtterance]:
     """Read VCTK 0.92 (wav48_silence_trimmed, first microphone) or 0.80 (wav48), with txt/SPEAKER/*.txt."""
-    for path in sorted([*_named(corpus, "wav48_silence_trimmed/*/*_mic1.flac"), *_named(corpus, "wav48/*/*.wav")]):
+    for path in sorted(
+        [*find_named(corpus, "wav48_silence_trimmed/*/*_mic1.flac"), *find_named(corpus, "wav48/*/*.wav")]
+    ):
         speaker = path.parent.name
         text = path.parents[2] / "txt" / speaker / f"{path.stem.removesuffix('_mic1')}.txt"
         labels, problem = text_of(text)
@@ -166,7 +168,8 @@ def folder(corpus: Path, speaker_level: int | None = None) -> Iterator[CorpusUtt
     rows: dict[Path, list[CorpusUtterance]] = {}
     for row in _metadata(corpus):
         rows.setdefault(row.path, []).append(row)
-    paths = find_files(corpus, AUDIO_SUFFIXES, silent_suffixes={".txt"})
+    unread: list[OSError] = []
+    paths = find_files(corpus, AUDIO_SUFFIXES, silent_suffixes={".txt"}, unread=unread)
     folders = {path: path.relative_to(corpus).parts[:-1] for path in paths}
     splits = splits_of_folders(corpus, set(folders.values()), speaker_level)
     for path, names in folders.items():
@@ -181,6 +184,9 @@ def folder(corpus: Path, speaker_level: int | None = None) -> Iterator[CorpusUtt
             yield CorpusUtterance(path.relative_to(corpus), speaker, split, labels, problem)
     for row in (row for found in rows.values() for row in found):
         yield row if row.problem else replace(row, problem="the file is listed in a table, but does not exist")
+    for error in unread:
+        problem = f"this folder cannot be read ({error.strerror}), so its files are missing; make it readable"
+        yield CorpusUtterance(Path(error.filename).relative_to(corpus), "", problem=problem)
 
 
 def table(path: Path, *, by_file: bool = False) -> Iterator[CorpusUtterance]:
@@ -226,7 +232,8 @@ def _as_text(value: object) -> str:
 
 def _metadata(corpus: Path) -> Iterator[CorpusUtterance]:
     """Yield the rows of all AudioFolder tables (metadata.csv and others) in a folder and its subfolders."""
-    for path in [path for name in METADATA_NAMES for path in _named(corpus, name) if is_table(path)]:
+    # `folder`, the caller, reports the folders that cannot be read.
+    for path in [path for name in METADATA_NAMES for path in find_named(corpus, name, unread=[]) if is_table(path)]:
         folder_name = path.parent.relative_to(corpus)
         try:
             # A file whose row is invalid must not be used without the labels in that row.
@@ -308,12 +315,6 @@ def _units(utterances: list[CorpusUtterance], share: float) -> Callable[[CorpusU
         return "folder" if not utterance.speaker and share * len(folders) >= 1 else "file"
 
     return unit
-
-
-def _named(corpus: Path, pattern: str) -> list[Path]:
-    """Find the files below a folder whose paths match a pattern such as "clips/*.mp3" (see `Path.match`)."""
-    suffix = pattern[pattern.rindex(".") :]
-    return [path for path in find_files(corpus, {suffix}, report=lambda _: None) if path.match(pattern)]
 
 
 def _without_split(transcript: Path, corpus: Path, name: str) -> CorpusUtterance:

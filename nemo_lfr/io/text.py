@@ -77,6 +77,14 @@ def _decompressed(file: IO[bytes]) -> Iterator[bytes]:
         raise ValueError(f"its compressed data is damaged ({error}); download it again") from error
 
 
+def is_nested_deeper(value: Any, levels: int) -> bool:
+    """Return whether lists and dictionaries are nested in each other at more than `levels` levels."""
+    if not isinstance(value, dict | list | tuple):
+        return False
+    items = value.values() if isinstance(value, dict) else value
+    return levels == 0 or any(is_nested_deeper(item, levels - 1) for item in items)
+
+
 def without_nonfinite(value: Any) -> Any:
     """Replace NaN and infinity by None, recursively, since JSON does not allow them."""
     if isinstance(value, float):

@@ -91,9 +91,11 @@ class Optimizers(WeightAveraging):
         With `steps_per_epoch: null`, an epoch is one pass over the data.
 
         Raises:
-            ConfigError: if `steps_per_epoch` is not set and the training data is endless.
+            ConfigError: if `max_epochs` is 0, or if `steps_per_epoch` is not set and the training data is endless.
         """
         config = self._cfg
+        if config.get("max_steps") is None and config.get("max_epochs") == 0:
+            raise ConfigError("max_epochs is 0, so the learning-rate schedule has no step; pass 1 or more.")
         if config.get("max_steps") is not None or not config.get("max_epochs"):
             steps: int = super().max_steps
             return steps

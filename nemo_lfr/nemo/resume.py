@@ -10,6 +10,7 @@ from typing import Any
 
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
+from nemo_lfr.errors import ConfigError
 from nemo_lfr.io.atomic import replacing, sweep
 from nemo_lfr.io.tensor_file import save_tensors
 
@@ -70,6 +71,9 @@ def tidy_experiment(settings: Mapping[str, Any] | None) -> None:
     Args:
         settings: settings of `exp_manager`, such as `cfg.exp_manager`. The function does nothing unless
             `resume_if_exists` is set.
+
+    Raises:
+        ConfigError: if the checkpoint that NeMo would resume from is damaged, or if there are several.
     """
     if not settings or not settings.get("resume_if_exists"):
         return
@@ -77,12 +81,33 @@ def tidy_experiment(settings: Mapping[str, Any] | None) -> None:
     if folder:
         if "://" not in str(folder):
             _tidy(Path(folder))
+            _check_last(Path(folder))
         return
     run = settings.get("explicit_log_dir")
     if not run:
         run = Path(settings.get("exp_dir") or "nemo_experiments", settings.get("name") or "default")
         run /= str(settings.get("version") or "")
     _tidy(Path(run, "checkpoints"))
+    _check_last(Path(run, "checkpoints"))
+
+
+def _check_last(folder: Path) -> None:
+    """Raise an error if NeMo cannot resume from the last checkpoint. Distributed checkpoints are not checked."""
+    last = sorted(path for path in folder.glob(f"*{LAST}") if not path.is_dir())
+    if len(last) > 1:
+        names = ", ".join(path.name for path in last)
+        raise ConfigError(
+            f"{folder}: the names of {len(last)} checkpoints end in {LAST} ({names}); "
+            "keep the one to resume from, and move the others to another folder."
+        )
+    if not last or _is_whole(last[0]):
+        return
+    intact = [path for path in folder.glob("*.ckpt") if not path.stem.endswith(AVERAGE) and _is_whole(path)]
+    newest = max(intact, key=lambda path: path.stat().st_mtime_ns, default=None)
+    advice = "remove it to start again" if newest is None else (
+        f"remove it, and rename {newest.name} to {newest.stem}-{LAST} to resume from there"
+    )  # fmt: skip
+    raise ConfigError(f"{last[0]}: this checkpoint is damaged or missing, so the run cannot be resumed; {advice}.")
 
 
 def _tidy(folder: Path) -> None:

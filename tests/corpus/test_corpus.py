@@ -518,6 +518,7 @@ def test_invalid_clips_are_listed_once_with_their_reasons(model, tmp_path, capsy
         '{"audio_filepath": "good.wav", "duration": 1' + "0" * 400 + "}",
         '{"audio_filepath": "good.wav", "offset": 0.1, "text": "\\ud83d"}',
         '{"audio_filepath": ' + "[" * 5000,
+        '{"audio_filepath": "good.wav", "offset": 0.1, "duration": 0.1, "deep": ' + "[" * 600 + "]" * 600 + "}",
     ]
     lines[:0] = [json.dumps({"audio_filepath": "good.wav", "offset": 0.1, "duration": 0.2})]
     (tmp_path / "manifest.json").write_text("\n".join(lines) + "\n")
@@ -528,7 +529,7 @@ def test_invalid_clips_are_listed_once_with_their_reasons(model, tmp_path, capsy
     assert exit_.value.code == 1
     failures = [json.loads(line) for line in (tmp_path / "out" / "failures.jsonl").read_text().splitlines()]
     said = {failure["input"]: failure["error"] for failure in failures}
-    assert len({failure["id"] for failure in failures}) == len(failures) == len(reasons) + 11
+    assert len({failure["id"] for failure in failures}) == len(failures) == len(reasons) + 12
     for name, reason in reasons.items():
         assert reason in said[str(root / name)], name
     made = {path.relative_to(tmp_path / "out" / "tokens").as_posix() for path in (tmp_path / "out").rglob("*.lfr")}

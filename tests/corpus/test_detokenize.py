@@ -316,6 +316,12 @@ CASES: dict[str, tuple[str, Damage, int, str]] = {
         "unequal",
     ),
     "parquet: null layer": ("parquet", lambda f: edit_rows(f, lambda row: row.update(nano_layer_2=None)), 2, ""),
+    "parquet: too many layers": (
+        "parquet",
+        lambda f: edit_summary(f, lambda summary: summary["codec"].update(num_codebooks=4)),
+        0,
+        "expected [4, T]",
+    ),
     "parquet: labels": ("parquet", lambda f: edit_rows(f, lambda row: row.update(labels="{")), 2, "utterance 0"),
     "parquet: labels a list": (
         "parquet",
@@ -353,7 +359,7 @@ def test_invalid_utterance_fails_alone_with_one_line(
     # With the records of the run, the first error is the difference from them.
     assert any(reason in line for line in lines) or reason.endswith("bytes") or has_records
     made = list(out.rglob("*.wav"))
-    assert len(made) >= left
+    assert len(made) >= left and int(lines[-1].split()[1]) >= 3 - len(made)  # ... 1 of 3 failed.
     for path in made:
         assert soundfile.info(str(path)).frames > 0
     assert not list(out.rglob("*.part"))

@@ -1,11 +1,15 @@
-"""Tests of Lhotse Shar folders in which shards are missing, and of archives."""
+"""Tests of Lhotse Shar folders in which shards are missing, of archives, and of the array files that are written."""
 
+import gc
+import sys
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import soundfile
 
+from nemo_lfr.corpus.formats.shar import ArrayTar
 from nemo_lfr.corpus.sources import open_corpus
 from nemo_lfr.errors import ConfigError
 from tests.models import RATE, synthesize
@@ -68,3 +72,33 @@ def test_archives_are_named_as_what_they_are(name, tmp_path):
     (tmp_path / name).write_bytes(b"\0" * 1024)
     with pytest.raises(ConfigError, match="archives, such as WebDataset shards, cannot be read; unpack this one"):
         open_corpus(tmp_path / name, None, tmp_path / "unused.json")
+
+
+def test_array_files_are_those_of_lhotse(tmp_path):
+    from lhotse.array import Array
+    from lhotse.shar.utils import to_shar_placeholder
+    from lhotse.shar.writers.array import ArrayTarWriter
+
+    array = np.arange(9000, dtype=np.int16).reshape(8, -1)
+    manifest = Array("shar", "", "", [8, 1125])
+    with ArrayTarWriter(str(tmp_path / "theirs.tar"), None) as theirs:
+        theirs.write("a/b", array, manifest)
+        theirs.write_placeholder("c")
+    ours = ArrayTar(tmp_path / "ours 100%.tar")
+    ours.add("a/b", array, to_shar_placeholder(manifest).to_dict())
+    ours.add_placeholder("c")
+    ours.close()
+    assert (tmp_path / "ours 100%.tar").read_bytes() == (tmp_path / "theirs.tar").read_bytes()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_prints_nothing_when_an_array_file_is_dropped(monkeypatch):
+    printed: list[object] = []
+    monkeypatch.setattr(sys, "unraisablehook", printed.append)
+    tar = ArrayTar(Path("/dev/full"))
+    with pytest.raises(OSError, match="No space"):
+        for index in range(40):
+            tar.add(str(index), np.zeros((8, 1000), np.int16), {})
+    del tar
+    gc.collect()
+    assert not printed

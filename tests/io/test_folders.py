@@ -3,6 +3,7 @@
 import os
 import socket
 import sys
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -29,7 +30,8 @@ SUFFIXES = {
 
 def names(root, suffixes=AUDIO_SUFFIXES):
     lines = []
-    return [path.relative_to(root).as_posix() for path in find_files(root, suffixes, report=lines.append)], lines
+    found = find_files(root, suffixes, report=lines.append, unread=[])
+    return [path.relative_to(root).as_posix() for path in found], lines
 
 
 def make(root, *files):
@@ -137,9 +139,13 @@ class TestLinks:
             os.seteuid(65534)
         try:
             found, lines = names(tmp_path)
+            problems = [utterance.problem for utterance in folder_layout(tmp_path)]
+            with pytest.raises(PermissionError):
+                find_files(tmp_path, AUDIO_SUFFIXES)
         finally:
             os.seteuid(user)
             tmp_path.joinpath("closed").chmod(0o700)
+        assert problems == [None, mock.ANY] and "cannot be read (Permission denied)" in problems[1]
         assert found == ["a.wav"] and "1 folders cannot be read: closed (Permission denied)" in lines[0]
 
 

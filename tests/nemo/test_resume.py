@@ -1,12 +1,14 @@
 """Tests of checkpoints of killed runs: they appear complete, and leftovers are removed before the next run."""
 
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
 
+from nemo_lfr.errors import ConfigError
 from nemo_lfr.nemo.resume import WholeCheckpoints, tidy_checkpoints, tidy_experiment
 
 
@@ -96,9 +98,46 @@ def test_an_unfinished_folder_stays_marked(tmp_path):
 def test_experiment_folder_is_tidied_only_for_resuming(folder, settings, resumes, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make(tmp_path / folder, "e=0.ckpt", "e=1-last.ckpt", "e=1-last-unfinished")
+    torch.save({}, tmp_path / folder / "e=0.ckpt")
     tidy_experiment({**settings, "resume_if_exists": resumes})
     left = {path.name for path in (tmp_path / folder).iterdir()}
     assert left == ({"e=0.ckpt", "e=0-last.ckpt"} if resumes else {"e=0.ckpt", "e=1-last.ckpt", "e=1-last-unfinished"})
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-30])
+
+
+def point_nowhere(path):
+    path.unlink()
+    path.symlink_to("nowhere")
+
+
+# What was done to e=1-last.ckpt, and the error.
+NOT_RESUMABLE = {
+    "truncated": (cut, r"e=1-last\.ckpt: .* damaged .*; remove it, and rename e=0\.ckpt to e=0-last\.ckpt"),
+    "empty": (lambda path: path.write_bytes(b""), r"e=1-last\.ckpt: .* damaged"),
+    "no checkpoint": (lambda path: path.write_bytes(bytes(1000)), r"e=1-last\.ckpt: .* damaged"),
+    "a broken link": (point_nowhere, r"e=1-last\.ckpt: .* damaged or missing"),
+    "copied": (
+        lambda path: shutil.copy(path, path.with_name("e=2-last.ckpt")),
+        "names of 2 checkpoints end in",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", NOT_RESUMABLE)
+def test_a_last_checkpoint_that_cannot_be_resumed_is_refused_in_one_line(kind, tmp_path):
+    change, message = NOT_RESUMABLE[kind]
+    for name in ("e=0.ckpt", "e=1-last.ckpt"):
+        torch.save({}, tmp_path / name)
+    settings = {"resume_if_exists": True, "checkpoint_callback_params": {"dirpath": str(tmp_path)}}
+    tidy_experiment(settings)
+    change(tmp_path / "e=1-last.ckpt")
+    before = sorted(path.name for path in tmp_path.iterdir())
+    with pytest.raises(ConfigError, match=message):
+        tidy_experiment(settings)
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
 @pytest.mark.parametrize("settings", [None, {}, {"resume_if_exists": True}])

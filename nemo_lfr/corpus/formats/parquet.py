@@ -7,6 +7,7 @@ The columns are `id`, `nano_layer_1` to `nano_layer_C`, `encoded_len` (number of
 
 import json
 from collections.abc import Iterator
+from itertools import count, takewhile
 from typing import Any
 
 import numpy as np
@@ -98,20 +99,27 @@ class ParquetReader(FormatReader):
 
     def _load(self, batch: Any, index: int) -> dict[str, Any]:
         row = batch.slice(index, 1).to_pylist()[0]
-        layers = range(1, self.codec.num_codebooks + 1)
         labels = parse_json(row["labels"].encode())
         if isinstance(labels, dict):
             labels |= {key: row[key] for key in ("text", "speaker") if row[key] is not None}
-        context = None
-        if row.get("context_layer_1") is not None:
-            context = [row[f"context_layer_{number}"] for number in layers]
-        tokens = [row[f"nano_layer_{number}"] for number in layers]
-        values = {"tokens": tokens, "num_samples": row["num_samples"], "context": context, "labels": labels}
+        context = _layers(row, "context_layer") or None
+        values = {
+            "tokens": _layers(row, "nano_layer"),
+            "num_samples": row["num_samples"],
+            "context": context,
+            "labels": labels,
+        }
         return {"id": row["id"]} | values
 
     @staticmethod
     def _name(shard: int) -> str:
         return f"data/{shard:06d}.parquet"
+
+
+def _layers(row: dict[str, Any], prefix: str) -> list[list[int]]:
+    """Return all layers of a row. Their number is checked later, so a layer that should not exist is not dropped."""
+    names = (f"{prefix}_{number}" for number in count(1))
+    return [row[name] for name in takewhile(lambda name: row.get(name) is not None, names)]
 
 
 @register_format

@@ -68,22 +68,54 @@ class Layout:
         return f"{field}/codes.{number}.tar" if self._is_earlier else f"shar/{field}.{number}.tar"
 
 
+class ArrayTar:
+    """Tar file with an array and its description for each clip, byte for byte as Lhotse's `ArrayTarWriter` writes it.
+
+    That class cannot be used: it refuses paths that contain a `%`, and after a failed write, for example on a full
+    disk, it writes again when it is deleted, which prints a traceback.
+
+    Args:
+        path: path of the file, which is created.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._tar = tarfile.open(path, "w")  # noqa: SIM115  closed by `close`
+
+    def add(self, name: str, array: np.ndarray, manifest: dict[str, Any]) -> None:
+        """Append the array of the clip `name`, and its description."""
+        data = io.BytesIO()
+        np.save(data, array, allow_pickle=False)
+        self._append(f"{name}.npy", data.getvalue())
+        self._append(f"{name}.json", f"{json.dumps(manifest)}\n".encode())
+
+    def add_placeholder(self, name: str) -> None:
+        """Append two empty members for the clip `name`, which has no array."""
+        self._append(f"{name}.nodata", b"")
+        self._append(f"{name}.nometa", b"")
+
+    def _append(self, name: str, data: bytes) -> None:
+        member = tarfile.TarInfo(name)
+        member.size = len(data)
+        self._tar.addfile(member, io.BytesIO(data))
+
+    def close(self) -> None:
+        """Write the end of the archive and close the file."""
+        self._tar.close()
+
+
 class SharWriter(FormatWriter):
     """Writer for the files of a Shar shard: a cuts file, and an array file for each field of tokens."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         require("lhotse")
-        from lhotse.shar.writers.array import ArrayTarWriter
-
         self._layout = Layout(self.final)
         self._cuts: list[dict[str, Any]] = []
         fields = ["target_codes", *(["context_codes"] if self.context else [])]
-        self._arrays: dict[str, Any] = {}
+        self._arrays: dict[str, ArrayTar] = {}
         for field in fields:
             with self._writing(self._tar(field)) as path:
-                self._arrays[field] = ArrayTarWriter(str(path), None)
-                self._arrays[field].__enter__()
+                self._arrays[field] = ArrayTar(path)
 
     def _tar(self, field: str) -> str:
         return self._layout.tar(field, f"{self.index:06d}")
@@ -96,16 +128,19 @@ class SharWriter(FormatWriter):
                 continue
             with self._writing(self._tar(field)):
                 if value is None:
-                    self._arrays[field].write_placeholder(clip.id)
+                    self._arrays[field].add_placeholder(clip.id)
                 else:
-                    self._arrays[field].write(clip.id, value.astype(self.dtype), self._manifest(value))
+                    self._arrays[field].add(clip.id, value.astype(self.dtype), self._manifest(value))
 
-    def _manifest(self, tokens: np.ndarray) -> Any:
+    def _manifest(self, tokens: np.ndarray) -> dict[str, Any]:
         from lhotse.array import Array, TemporalArray
+        from lhotse.shar.utils import to_shar_placeholder
 
         # Exact frame duration, 1024 / 22050 s for the released codec. NVIDIA's script rounds the rate to 21.5 Hz.
         shift = self.codec.samples_per_frame / self.codec.sample_rate
-        return TemporalArray(Array("shar", "", "", list(tokens.shape)), temporal_dim=-1, frame_shift=shift, start=0)
+        array = Array("shar", "", "", list(tokens.shape))
+        manifest = TemporalArray(array, temporal_dim=-1, frame_shift=shift, start=0)
+        return to_shar_placeholder(manifest).to_dict()  # type: ignore[no-any-return]
 
     def _cut(self, clip: Clip, num_samples: int) -> dict[str, Any]:
         """Return a Lhotse cut with the clip's labels.
@@ -162,10 +197,8 @@ class SharWriter(FormatWriter):
     def close(self) -> None:
         """Finish the array files and write the cuts file."""
         for field, writer in self._arrays.items():
-            with self._writing(self._tar(field)) as path:
+            with self._writing(self._tar(field)):
                 writer.close()
-                if not path.exists():  # Lhotse creates the file when it writes the first array
-                    _empty_tar(path)
         text = "".join(json.dumps(cut, ensure_ascii=False) + "\n" for cut in self._cuts)
         packed = gzip.compress(text.encode(), mtime=0)  # no timestamp, so that equal clips give equal bytes
         with self._writing(self._layout.cuts(f"{self.index:06d}")) as path:
@@ -292,8 +325,3 @@ def read_npy(data: bytes) -> np.ndarray:
     if dtype.hasobject:
         raise ValueError("the array contains Python objects, which are not read")
     return np.frombuffer(data, dtype, offset=stream.tell()).reshape(shape, order="F" if is_fortran else "C")
-
-
-def _empty_tar(path: Path) -> None:
-    with tarfile.open(path, "w"):
-        pass

@@ -79,7 +79,9 @@ class Table(CorpusReader):
         if chosen := chosen_columns(self.columns):
             text = ", ".join(f"{label} from column {column!r}" for label, column in chosen.items())
             logger.warning("%s: labels are read from columns with other names: %s.", self.path, text)
-        if self.path.is_dir() and (audio_files := find_files(self.path, AUDIO_SUFFIXES, report=lambda _: None)):
+        if self.path.is_dir() and (
+            audio_files := find_files(self.path, AUDIO_SUFFIXES, report=lambda _: None, unread=[])
+        ):
             text = "%s: of the %d audio files in this folder of tables, only those that a table lists are used."
             logger.warning(text, self.path, len(audio_files))
 
