@@ -204,11 +204,11 @@ def test_an_arrow_stream_that_expands_is_refused_before_it_does(kind, tmp_path):
 
 # Number of batches that are kept, and the bytes that follow them.
 CUTS = {
-    "all rows, without the mark": (3, b"", "ends early"),
+    "all rows, without the mark": (3, b"", "is truncated"),
     "half of the mark": (3, b"\xff" * 4, "damaged"),
-    "one byte of the mark is missing": (3, b"\xff" * 4 + b"\0" * 3, "damaged|ends early"),
-    "after a batch": (2, b"", "ends early"),
-    "before the first batch": (0, b"", "ends early"),
+    "one byte of the mark is missing": (3, b"\xff" * 4 + b"\0" * 3, "damaged|is truncated"),
+    "after a batch": (2, b"", "is truncated"),
+    "before the first batch": (0, b"", "is truncated"),
     "padding": (3, b"\xff" * 4 + b"\0" * 12, "other data follows"),
     "a mark in the middle": (1, b"\xff" * 4 + b"\0" * 4 + b"x" * 100, "other data follows"),
     "whole": (3, b"\xff" * 4 + b"\0" * 4, None),
