@@ -240,7 +240,9 @@ def _with_own_sources(item: Any, allow_url: bool) -> Any:
     for name in ("tracks", "transforms"):
         if getattr(item, name, None):
             changes[name] = [_with_own_sources(part, allow_url) for part in getattr(item, name)]
-    if getattr(item, "sources", None):
+    if hasattr(item, "sources"):
+        if not item.sources:
+            raise AudioError("a recording of the cut has no audio source; add its file, or remove the cut.")
         changes["sources"] = [OwnSource(_open(source, allow_url), list(source.channels)) for source in item.sources]
     return dataclasses.replace(item, **changes) if changes else item
 
