@@ -4,6 +4,7 @@ import gc
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -52,6 +53,29 @@ def pytest_unconfigure() -> None:
 
 hypothesis.settings.register_profile("dev", max_examples=10, deadline=None)  # of `make check`
 torch.set_num_threads(1)  # for tiny tensors, the overhead of threads exceeds their gain
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """Return `once(name, fill)`, which returns a folder that one of the workers has made with `fill(folder)`.
+
+    Tests must not change the folder.
+    """
+    from filelock import FileLock
+
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent  # that of all workers
+
+    def once(name: str, fill: Callable[[Path], object]) -> Path:
+        done = root / f"{name}.done"
+        with FileLock(root / f"{name}.lock"):
+            if not done.exists():
+                fill(root / name)
+                done.touch()
+        return root / name
+
+    return once
 
 
 @pytest.fixture

@@ -89,10 +89,9 @@ def write_normed(path: Path, kind: str, **changes: Any) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def everywhere(tmp_path_factory) -> dict[str, dict]:
-    """Run the script with each kind of kernels, and return its results for each kind that this CPU has."""
-    folder = tmp_path_factory.mktemp("codecs")
+def run_everywhere(folder: Path) -> None:
+    """Run the script with each kind of kernels, and write its results for each kind that this CPU has."""
+    folder.mkdir()
     # Fingerprints are computed layer by layer, so one kind has the released number of layers, and the others fewer.
     small = {kind: {"audio_decoder": ALL_LAYERS} if kind == "symmetric" else TWO_STAGES for kind in KINDS}
     paths = [write_normed(folder / f"{kind}.nemo", kind, **changes) for kind, changes in small.items()]
@@ -111,7 +110,12 @@ def everywhere(tmp_path_factory) -> dict[str, dict]:
         assert process.returncode == 0
         if name in first:
             refused[name] = json.loads(output)
-    return {"first": first, "refused": refused}
+    (folder / "results.json").write_text(json.dumps({"first": first, "refused": refused}))
+
+
+@pytest.fixture(scope="module")
+def everywhere(once) -> dict[str, dict]:
+    return json.loads((once("fingerprints", run_everywhere) / "results.json").read_text())
 
 
 @pytest.mark.slow

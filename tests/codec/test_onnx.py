@@ -22,10 +22,9 @@ from nemo_lfr.codec import torch_backend
 from nemo_lfr.codec.codec import Codec
 from nemo_lfr.io.token_file import TokenReader
 from nemo_lfr.testing import TWO_STAGES
-from tests.models import RATE, build_codec, cached_codec, synthesize
+from tests.models import KINDS, RATE, build_codec, cached_codec, synthesize
 from tests.packages import require
 from tests.reference import assert_same_tokens
-from tests.tiers import ALL_KINDS
 
 require("onnx", "onnxruntime", "onnxscript", reason="pip install '.[onnx]'")
 
@@ -36,25 +35,22 @@ from nemo_lfr.codec.onnx.export import export_onnx  # noqa: E402
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module", params=ALL_KINDS)
-def pair(request, tmp_path_factory):
+@pytest.fixture(scope="module")
+def bundled(once):
+    """Export the bundled codec and return the folder."""
+    return once("onnx-bundled", lambda folder: export_onnx(nemo_lfr.load(), folder))
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def pair(request, once):
     """Return a codec and its exported version.
 
-    A conversion takes time for each layer. So the kinds that only differ from "symmetric" and "causal" in the kind of
-    their layers have two stages.
+    A conversion takes time for each layer. So the kinds that differ from "symmetric", which has the released layout,
+    have two stages.
     """
-    codec = build_codec(request.param, **({} if request.param in ("symmetric", "causal") else TWO_STAGES))
-    folder = tmp_path_factory.mktemp(request.param)
-    export_onnx(codec, folder)
+    codec = build_codec(request.param, **({} if request.param == "symmetric" else TWO_STAGES))
+    folder = once(f"onnx-{request.param}", lambda folder: export_onnx(codec, folder))
     return codec, nemo_lfr.load(folder, backend="onnx")
-
-
-@pytest.fixture(scope="module")
-def bundled(tmp_path_factory):
-    """Export the bundled codec and return the folder."""
-    folder = tmp_path_factory.mktemp("bundled")
-    export_onnx(nemo_lfr.load(), folder)
-    return folder
 
 
 def assert_same(codec, exported, waves: list[np.ndarray]) -> None:
@@ -226,14 +222,14 @@ def test_other_onnx_folders_raise(bundled, tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def two_exports(tmp_path_factory):
+def two_exports(once):
     """Export two codecs of the same layout."""
-    folders = [tmp_path_factory.mktemp(f"export{number}") for number in range(2)]
     other = build_codec("two_stages")
     other.encoder.pre_conv.conv.bias.add_(0.01)
-    for codec, folder in zip((cached_codec("two_stages"), other), folders, strict=True):
-        export_onnx(codec, folder)
-    return folders
+    return [
+        once("onnx-two_stages", lambda folder: export_onnx(cached_codec("two_stages"), folder)),
+        once("onnx-other", lambda folder: export_onnx(other, folder)),
+    ]
 
 
 def flip(path: Path, where: float) -> None:
