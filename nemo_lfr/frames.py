@@ -16,7 +16,10 @@ def bits_per_frame(levels: Sequence[int], num_codebooks: int) -> float:
 
 
 def bytes_per_frame(levels: Sequence[int], num_codebooks: int) -> int:
-    """Return the bytes in a frame that is packed as one mixed-radix number: 11 for 8 codebooks of 2016 entries."""
+    """Return the number of bytes in a packed frame: 11 for 8 codebooks of 2016 entries.
+
+    A frame is packed as one mixed-radix number.
+    """
     largest: int = math.prod(levels) ** num_codebooks - 1
     return (largest.bit_length() + 7) // 8
 

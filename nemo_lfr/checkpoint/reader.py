@@ -288,7 +288,7 @@ def _expected(part: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _fill(tensors: Tensors, prefix: str, part: nn.Module, sources: dict[str, tuple[str, ...]], strict: bool) -> None:
-    """Load weights into a module that was built with or without weight norm."""
+    """Load weights into a module, whether or not it was built with weight norm."""
     current, expected = part.state_dict(), _expected(part)
     state: dict[str, torch.Tensor] = {}
     for key, names in sources.items():

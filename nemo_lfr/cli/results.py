@@ -305,7 +305,7 @@ class EntropyFitResult(Result):
         held_out_frames: number of frames in the held-out utterances, on which the model was evaluated.
         entropy_model: hash of the model.
         bits_per_frame: mean number of bits per frame that the model needs, measured on the held-out utterances,
-            without the overhead of coder and file.
+            without the overhead of the coder and the file.
         uniform_bits_per_frame: number of bits per frame without a model: num_codebooks * log2(codebook_size).
         saved_share: 1 - bits_per_frame / uniform_bits_per_frame.
     """

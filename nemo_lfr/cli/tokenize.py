@@ -71,7 +71,7 @@ class FormatName(click.Choice):  # type: ignore[type-arg]  # generic in recent r
 @count_option("--shard-size", "Number of clips per shard.", 256)
 @seconds_option("--max-duration", "Maximum duration of a clip, in seconds; longer clips fail.", 3600.0)
 @count_option("--workers", "Number of processes or Ray actors (default: one per GPU, or per core without a GPU).")
-@count_option("--threads", "Number of threads of each worker on a CPU.", 1)
+@count_option("--threads", "Number of threads per worker, if the codec runs on the CPU.", 1)
 @count_option("--readers", "Number of threads in each worker for reading audio.", 1)
 @click.option(
     "--ray", metavar="ADDRESS", help="Run on Ray: local, auto, or the address of a cluster (default: without Ray)."

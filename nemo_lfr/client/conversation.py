@@ -305,7 +305,7 @@ class Conversation(CodecProperties):
 
     @property
     def _num_expected(self) -> int:
-        """Total number of results for the input that was sent so far, before the audio is trimmed."""
+        """Number of frames or samples expected for the input sent so far, not counting any trimming."""
         if self.kind == "encode":
             num_samples = self._num_sent
             if self._input_rate not in (None, self.sample_rate):

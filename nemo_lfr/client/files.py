@@ -134,7 +134,7 @@ def _read(server: Server, audio: object) -> tuple[bytes, ServerInfo]:
     The file is opened before the server is asked for its limit, so that a wrong path is reported first.
     """
     if not isinstance(audio, str | os.PathLike):
-        raise AudioError(f"audio is {type(audio).__name__}; pass the path or the content of a file.")
+        raise AudioError(f"audio has type {type(audio).__name__}; pass the path or the content of a file.")
     try:
         file = open_regular(audio, AudioError, "pass the path or the content of an audio file")
     except ValueError as error:

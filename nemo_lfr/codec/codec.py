@@ -150,7 +150,7 @@ class Codec(HubMethods[Array]):
             tokens: integers, [C, T_encoded] or [B, C, T_encoded].
             tokens_len: frames in each utterance, [B]; default: the full length.
             audio_len: samples to keep from each utterance, [B], usually its length before encoding. Default: all
-                samples, which are whole frames.
+                samples of all frames.
             num_codebooks: number of codebooks to decode, starting with the first; `tokens` may leave out the others.
                 Default: all.
 

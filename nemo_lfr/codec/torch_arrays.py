@@ -84,7 +84,8 @@ def _tensor(value: object, name: str, error: type[NemoLfrError]) -> torch.Tensor
             tensor = torch.as_tensor(value, dtype=torch.float32)  # whatever the caller's default dtype is
     except (TypeError, ValueError, RuntimeError, OverflowError) as reason:
         what = " ".join(str(reason).split())
-        raise error(f"{name} is {type(value).__name__}; pass a numpy array or a tensor ({shorten(what)}).") from None
+        got = type(value).__name__
+        raise error(f"{name} has type {got}; pass a numpy array or a tensor ({shorten(what)}).") from None
     check_plain_tensor(tensor, name, error)
     if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
         raise error(f"{name} is a sparse, quantized or meta tensor; pass a plain dense tensor.")

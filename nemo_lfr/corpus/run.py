@@ -222,7 +222,7 @@ def _counts(plan: Plan, records: list[ShardRecord]) -> dict[str, Any]:
 
 
 def command(config: TokenizeConfig) -> str:
-    """Return a command line that produces the same tokens."""
+    """Return the `nemo-lfr tokenize` command line that is equivalent to `config`."""
     words = ["nemo-lfr", "tokenize", config.source, "--out", config.out]
     words += ["--format", config.kind, "--dataset", config.dataset]
     for name, value, default in (

@@ -177,10 +177,10 @@ def prefetch(
         readers: threads that read the audio.
         config: settings of the run.
         sample_rate: sample rate of the audio in Hz.
-        clips: clips to read, in the order of the result.
+        clips: clips to read. They are yielded in this order.
 
     Yields:
-        Each clip, and the future of a list. The list contains the clip's samples [T] and, if context audio is
+        Each clip, and a future. The future's result is a list with the clip's samples [T] and, if context audio is
         tokenized and the clip has any, the samples of that audio.
     """
     waiting: list[tuple[Clip, Future[list[np.ndarray]]]] = []

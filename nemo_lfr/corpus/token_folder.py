@@ -244,7 +244,7 @@ class TokenFolder:
             is_integer = not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
             held = value.untyped_storage().nbytes() if value.layout == torch.strided else 0
             if value.layout != torch.strided or value.is_quantized or value.numel() * value.element_size() > held:
-                raise TokenFileError(f"{what} are not a dense tensor whose values are all stored in the file.")
+                raise TokenFileError(f"{what} must be a dense tensor with all of its values stored in the file.")
             kind = str(value.dtype)
         else:
             if isinstance(value, list) and len({len(layer) for layer in value}) != 1:

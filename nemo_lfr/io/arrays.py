@@ -22,7 +22,7 @@ def numeric_array(value: object, name: str, error: type[NemoLfrError]) -> np.nda
         array = np.asarray(value)
     except Exception as reason:  # the `__array__` method of any class may raise any exception
         what = " ".join(str(reason).split())
-        raise error(f"{name} is {type(value).__name__}; pass a numpy array ({shorten(what)}).") from None
+        raise error(f"{name} has type {type(value).__name__}; pass a numpy array ({shorten(what)}).") from None
     if not np.issubdtype(array.dtype, np.number) and array.dtype != bool:
-        raise error(f"{name} is {type(value).__name__} of dtype {array.dtype}; pass an array of numbers.")
+        raise error(f"{name} has type {type(value).__name__} and dtype {array.dtype}; pass an array of numbers.")
     return array.astype(array.dtype.newbyteorder("="), copy=False)

@@ -157,7 +157,7 @@ def find_named(root: Path, pattern: str, unread: list[OSError] | None = None) ->
 
 
 def describe_contents(root: Path, wanted: Collection[str]) -> str:
-    """Describe a folder without files of the wanted kind, for the end of an error message.
+    """Return text to append to an error message about a folder that has no files of the wanted kind.
 
     Args:
         root: the folder.

@@ -17,8 +17,8 @@ def check_channels(shape: tuple[int, ...], name: str) -> None:
     """Raise AudioError if neither axis of a two-dimensional array can contain channels, as in a spectrogram."""
     if min(shape) > MAX_CHANNELS:
         raise AudioError(
-            f"{name} has the shape {tuple(shape)}, so its channels cannot be told from its samples; expected [T], or "
-            f"[C, T] or [T, C] with at most {MAX_CHANNELS} channels and more samples than channels."
+            f"{name} has the shape {tuple(shape)}, so it is unclear which axis contains the channels; expected [T], "
+            f"or [C, T] or [T, C] with at most {MAX_CHANNELS} channels and more samples than channels."
         )
 
 

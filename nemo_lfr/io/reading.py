@@ -122,8 +122,8 @@ def read_samples(
         check_channels(wave.shape, f"{name}: the array of samples")
         if wave.shape[0] == wave.shape[1] > 1:
             raise AudioError(
-                f"{name}: the array of samples has the shape {wave.shape}, so its channels cannot be told from its "
-                "samples; store more samples than channels."
+                f"{name}: the array of samples has the shape {wave.shape}, so it is unclear which axis "
+                "contains the channels; store more samples than channels."
             )
         wave = wave.mean(axis=int(np.argmin(wave.shape))) if wave.size else np.zeros(0, np.float32)
     _check_length(len(wave) / float(rate), longest, name)

@@ -35,7 +35,7 @@ def as_integers(value: Any, name: str) -> Any:
     except ImportError:
         torch = None  # type: ignore[assignment]
     if torch is None or not isinstance(value, torch.Tensor):
-        raise TokensError(f"{name} is {type(value).__name__}; pass a NumPy array or a PyTorch tensor.")
+        raise TokensError(f"{name} has type {type(value).__name__}; pass a NumPy array or a PyTorch tensor.")
     if value.dtype.is_floating_point or value.dtype.is_complex or value.dtype is torch.bool:
         raise TokensError(f"{name} has dtype {value.dtype}; pass integers.")
     return value.long()

@@ -76,7 +76,7 @@ def fold(codes: Any, levels: Levels) -> Any:
     total = sum(map(len, groups))
     if codes.shape[-2] != total:
         raise TokensError(
-            f"codes have {codes.shape[-2]} dimensions, but the argument levels has entries for {total}; pass the "
+            f"codes have {codes.shape[-2]} dimensions, but `levels` has entries for {total}; pass the "
             "levels of all codebooks."
         )
     radices = constant([level for group in groups for level in group], codes)[:, None]
@@ -160,7 +160,7 @@ def _groups(tokens: Any, levels: Levels, name: str) -> list[tuple[int, ...]]:
         return groups * int(tokens.shape[-2])
     if len(groups) != tokens.shape[-2]:
         raise TokensError(
-            f"{name} have {tokens.shape[-2]} codebooks, but the argument levels has entries for {len(groups)}; pass "
+            f"{name} have {tokens.shape[-2]} codebooks, but `levels` has entries for {len(groups)}; pass "
             "the levels of all codebooks."
         )
     return groups

@@ -82,7 +82,7 @@ class Layout(ABC):
 
     @property
     def mask_id(self) -> int:
-        """Id of the mask for masked prediction. `arrange` does not return this id."""
+        """Id of the mask token for masked prediction. It never occurs in the sequences that `arrange` returns."""
         return self.pad_id + 3
 
     @property
@@ -196,11 +196,11 @@ class Layout(ABC):
         return 0
 
     def _is_start(self, at: Any, frame: Any) -> Any:
-        """Return whether the id at each position [1, 1, L] is BOS, given the frames from `_source`."""
+        """Return a mask of the positions `at` [1, 1, L] whose id is BOS; `frame` is from `_source`."""
         return at < 0
 
     def _is_end(self, at: Any, length: Any, steps: Any) -> Any:
-        """Return whether the id at each position [1, 1, L] is EOS."""
+        """Return a mask of the positions `at` [1, 1, L] whose id is EOS."""
         return at == steps
 
     @abstractmethod

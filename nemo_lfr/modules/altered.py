@@ -1,4 +1,4 @@
-"""Detect networks that a caller has altered with hooks or replaced layers, and run them through their modules.
+"""Detect networks that a caller has altered with hooks or replaced layers, and run them without packed weights.
 
 Fast inference (packed weights on a CPU, plans on CUDA) uses copies of the weights and does not call the modules.
 Forward hooks would not run. Weights that a hook recomputes before each call would not be updated;

@@ -335,7 +335,7 @@ class GroupFiniteScalarQuantizer(NeuralModule):
         """Keep the first codebooks of each example, and set the dimensions of the others to zero.
 
         Args:
-            encoded: encoded frames or codes, [B, D, T].
+            encoded: output of the encoder, or the values after FSQ, [B, D, T].
             num_codebooks: number of codebooks to keep in each example, [B].
 
         Returns:
@@ -351,7 +351,7 @@ class GroupFiniteScalarQuantizer(NeuralModule):
         The number of codebooks to keep is also random, from 1 to C - 1.
 
         Args:
-            encoded: encoded frames or codes, [B, D, T].
+            encoded: output of the encoder, or the values after FSQ, [B, D, T].
             rate: probability that an example loses codebooks.
 
         Returns:

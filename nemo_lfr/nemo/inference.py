@@ -139,8 +139,8 @@ class Inference(BaseModel):
             return audio, audio_len
         if torch.is_grad_enabled() and audio.requires_grad:
             raise AudioError(
-                f"audio at {sample_rate} Hz requires a gradient, but resampling is not differentiable; resample it to "
-                f"{self.sample_rate} Hz first, or pass audio.detach()."
+                f"audio at {sample_rate} Hz requires a gradient, but the codec's resampler is not differentiable; "
+                f"resample the audio to {self.sample_rate} Hz yourself, or pass audio.detach()."
             )
         dtype = audio.dtype if audio.is_floating_point() else torch.float32
         return resampled.to(audio.device, dtype), resampled_len.to(audio_len.device, audio_len.dtype)

@@ -22,7 +22,7 @@ def read_speech(manifest: Path, audio_dir: Path | None = None) -> list[np.ndarra
 
     Args:
         manifest: JSON-lines file with `audio_filepath` and `duration`.
-        audio_dir: folder to which relative paths refer; by default the manifest's folder.
+        audio_dir: folder that relative paths are resolved against; by default the manifest's folder.
 
     Returns:
         One array of int16 samples [T_audio] at 22.05 kHz per utterance.

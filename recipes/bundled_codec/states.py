@@ -66,8 +66,8 @@ def load_state(path: Path) -> dict[str, Any]:
     state = _load(path)
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise ValueError(
-            f"{path}: not a state of this recipe; set out to another folder. To continue from a state of the older "
-            f"training script, also pass --import-state {path}."
+            f"{path}: not a state of this recipe; set `out` to a different folder. To continue from a state of the "
+            f"older training script, also pass --import-state {path}."
         )
     return state
 

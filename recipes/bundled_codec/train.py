@@ -244,12 +244,14 @@ def _read_state(settings: Settings, imported: Path | None) -> dict[str, Any] | N
     path = Path(settings.out) / "state.pt"
     if path.exists():
         if imported is not None:
-            raise ValueError(f"{path} already exists; remove --import-state to resume, or set out to another folder.")
+            raise ValueError(
+                f"{path} already exists; remove --import-state to resume, or set `out` to a different folder."
+            )
         state = load_state(path)
         theirs, ours = state["settings"], settings.as_dict()
         if theirs["network"] != ours["network"]:
             raise ValueError(
-                f"{path} has another network; set out to another folder, or restore network in the settings."
+                f"{path} has another network; set `out` to a different folder, or restore `network` in the settings."
             )
         for key in ours:
             if theirs.get(key) != ours[key]:

@@ -61,9 +61,9 @@ FAKE = object()  # in place of a tensor that takes seconds to make
 # name -> (audio, audio_len, sample_rate, message)
 BAD_AUDIO: dict[str, tuple[Any, Any, Any, str]] = {
     # Types
-    "nothing": (None, None, None, "audio is NoneType"),
+    "nothing": (None, None, None, "audio has type NoneType"),
     "a file that does not exist": ("speech.wav", None, None, "speech.wav: no such file"),
-    "bytes": (b"RIFF", None, None, "audio is bytes|audio has dtype torch.uint8"),
+    "bytes": (b"RIFF", None, None, "audio has type bytes|audio has dtype torch.uint8"),
     "dictionary": ({"audio": WAVE}, None, None, "audio is a dict with the keys"),
     "empty list": ([], None, None, "audio is an empty list; pass one clip or more"),
     "empty tuple with lengths": ((), [], 16000, "audio is an empty tuple"),
@@ -102,9 +102,9 @@ BAD_AUDIO: dict[str, tuple[Any, Any, Any, str]] = {
     # Lengths
     "lengths as floats": (PAIR, [10.0, 10.0], None, "audio_len has dtype torch.float32"),
     "lengths as booleans": (PAIR, [True, True], None, "audio_len has dtype torch.bool"),
-    "lengths as text": (PAIR, "10", None, "audio_len is str"),
-    "lengths as a dictionary": (PAIR, {0: 10}, None, "audio_len is dict"),
-    "a length of nothing": (PAIR, [10, None], None, "audio_len is list"),
+    "lengths as text": (PAIR, "10", None, "audio_len has type str"),
+    "lengths as a dictionary": (PAIR, {0: 10}, None, "audio_len has type dict"),
+    "a length of nothing": (PAIR, [10, None], None, "audio_len has type list"),
     "one length for two clips": (PAIR, [10], None, r"audio_len .*\[1\].*\[2\]"),
     "one number for one clip": (WAVE, 10, None, r"audio_len .*\[\].*\[1\]"),
     "three lengths for two clips": (PAIR, [10, 10, 10], None, r"\[3\].*\[2\]"),
@@ -142,11 +142,11 @@ GOOD_TOKENS: dict[str, Any] = {
 
 # name -> (tokens, tokens_len, audio_len, message)
 BAD_TOKENS: dict[str, tuple[Any, Any, Any, str]] = {
-    "nothing": (None, None, None, "tokens is NoneType"),
-    "text": ("a.lfr", None, None, "tokens is str"),
-    "dictionary": ({"tokens": TOKENS}, None, None, "tokens is dict"),
+    "nothing": (None, None, None, "tokens has type NoneType"),
+    "text": ("a.lfr", None, None, "tokens has type str"),
+    "dictionary": ({"tokens": TOKENS}, None, None, "tokens has type dict"),
     "objects": (np.array([[[None]]]), None, None, "tokens is an array of dtype object"),
-    "uneven lists": ([[1, 2], [3]], None, None, "tokens is list"),
+    "uneven lists": ([[1, 2], [3]], None, None, "tokens has type list"),
     "sparse": (torch.eye(8).long().to_sparse(), None, None, "plain"),
     "meta": (torch.empty(1, 8, 5, device="meta", dtype=torch.int64), None, None, "plain"),
     **{
@@ -171,7 +171,7 @@ BAD_TOKENS: dict[str, tuple[Any, Any, Any, str]] = {
     "uint8 does not wrap round": (np.full((1, 8, 5), 255, np.uint8), [6], None, r"tokens_len\[0\] is 6"),
     "lengths as floats": (TOKENS, [5.0, 5.0], None, "tokens_len has dtype torch.float32"),
     "lengths as booleans": (TOKENS, [True, False], None, "tokens_len has dtype torch.bool"),
-    "lengths as text": (TOKENS, "5", None, "tokens_len is str"),
+    "lengths as text": (TOKENS, "5", None, "tokens_len has type str"),
     "one length for two": (TOKENS, [5], None, r"tokens_len .*\[1\].*\[2\]"),
     "one number": (TOKENS[0], 5, None, r"tokens_len .*\[\].*\[1\]"),
     "three lengths for two": (TOKENS, [5, 5, 5], None, r"\[3\].*\[2\]"),
@@ -194,7 +194,7 @@ BAD_TOKENS: dict[str, tuple[Any, Any, Any, str]] = {
     "no samples for frames": (TOKENS, None, [0, 5120], r"audio_len\[0\] is 0"),
     "negative samples": (TOKENS, None, [-1, 5120], r"audio_len\[0\] is -1"),
     "samples as floats": (TOKENS, None, [5120.0, 5120.0], "audio_len has dtype torch.float32"),
-    "samples as text": (TOKENS, None, "5120", "audio_len is str"),
+    "samples as text": (TOKENS, None, "5120", "audio_len has type str"),
     "too many sample counts": (TOKENS, None, [5120] * 3, r"\[3\].*\[2\]"),
     "one sample count for two": (TOKENS, None, [5120], r"\[1\].*\[2\]"),
 }

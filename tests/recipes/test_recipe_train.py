@@ -266,9 +266,9 @@ def test_a_state_of_another_format_is_refused_with_both_remedies(manifest, tmp_p
     settings = settings_of(manifest, tmp_path / "run", *bundled_sizes([]))
     path = tmp_path / "run" / "state.pt"
     torch.save({"format": "trial"}, path)
-    with pytest.raises(ValueError, match=r"set out to another folder\. .* also pass --import-state .*state\.pt\."):
+    with pytest.raises(ValueError, match=r"set `out` to a different folder\. .* pass --import-state .*state\.pt\."):
         train._read_state(settings, None)
-    with pytest.raises(ValueError, match=r"already exists; remove --import-state to resume, or set out to another"):
+    with pytest.raises(ValueError, match=r"already exists; remove --import-state to resume, or set `out` to"):
         train._read_state(settings, path)
 
 

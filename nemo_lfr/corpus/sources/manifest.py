@@ -35,7 +35,8 @@ class Manifest(CorpusReader):
 
     Args:
         path: the file.
-        audio_dir: folder to which relative paths refer; None for the manifest's folder. See `resolve_audio_path`.
+        audio_dir: folder that relative paths are resolved against; None for the manifest's folder. See
+            `resolve_audio_path`.
 
     Raises:
         ConfigError: if the file cannot be read, or none of its first 100 lines is a manifest entry.
@@ -128,7 +129,7 @@ def entry_clip(name: str, labels: dict[str, Any], audio_dir: Path) -> Clip:
     Args:
         name: id of the clip.
         labels: values of the entry.
-        audio_dir: folder to which relative paths refer.
+        audio_dir: folder that relative paths are resolved against.
 
     Raises:
         NOT_A_LINE: if a value is missing or invalid; see `describe`.

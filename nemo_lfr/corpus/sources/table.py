@@ -35,7 +35,7 @@ class Table(CorpusReader):
         files: files that contain the rows.
         schema: Arrow schema of the rows.
         features: descriptions of the columns, in the form that Hugging Face `datasets` stores ("features").
-        audio_dir: folder to which relative paths refer; None for the table's folder.
+        audio_dir: folder that relative paths are resolved against; None for the table's folder.
 
     Raises:
         ConfigError: if no column contains audio.
