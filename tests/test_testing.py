@@ -123,3 +123,25 @@ def test_a_written_checkpoint_opens_as_the_built_codec(tmp_path) -> None:
 def test_neither_pytest_nor_nemo_is_imported() -> None:
     code = "import sys, nemo_lfr.testing; sys.exit(len({'pytest', 'nemo', 'lightning'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], timeout=100).returncode == 0
+
+
+class NoBatches(LevelBackend):
+    batching = Batching(batch_frames=0)
+
+
+class EndlessWindows(LevelBackend):
+    batching = Batching(chunk_frames=0)
+
+
+@pytest.mark.parametrize(
+    ("backend", "message"),
+    [
+        (LevelBackend, r"the class LevelBackend; pass an object, such as LevelBackend\(\)"),
+        (None, "NoneType is not a backend"),
+        (NoBatches("x"), r"NoBatches\.batching: batch_frames is 0; expected a whole number"),
+        (EndlessWindows("x"), r"EndlessWindows\.batching: chunk_frames is 0; expected a whole number"),
+    ],
+)
+def test_an_invalid_backend_is_refused_in_one_line(backend, message):
+    with pytest.raises(nemo_lfr.NemoLfrError, match=message):
+        Codec(backend)

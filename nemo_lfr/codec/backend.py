@@ -15,6 +15,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import numpy as np
 
 from nemo_lfr.codec.arrays import Array, Arrays, NumpyArrays
+from nemo_lfr.errors import NemoLfrError
 from nemo_lfr.frames import Context
 from nemo_lfr.spec import CodecSpec
 
@@ -64,6 +65,27 @@ class Batching:
     batch_frames: int = 160
     pad_multiple: int = 1
     mix_widths: bool = False
+
+
+def check_backend(backend: Any) -> None:
+    """Check the values of a backend with which `Codec` would not end, or would fail later with a misleading error.
+
+    Raises:
+        NemoLfrError: if a class was passed instead of a backend, or if the window or batch sizes are invalid.
+    """
+    if isinstance(backend, type):
+        raise NemoLfrError(
+            f"the backend is the class {backend.__name__}; pass an object, such as {backend.__name__}()."
+        )
+    sizes = getattr(backend, "batching", None)
+    if sizes is None:
+        raise NemoLfrError(f"{type(backend).__name__} is not a backend: it has no attribute `batching`.")
+    for key in ("chunk_frames", "batch_frames", "pad_multiple"):
+        value = getattr(sizes, key, None)
+        if not isinstance(value, int) or value < 1:
+            raise NemoLfrError(
+                f"{type(backend).__name__}.batching: {key} is {value!r}; expected a whole number of at least 1."
+            )
 
 
 class Backend(Protocol[Array]):

@@ -10,7 +10,7 @@ import numpy as np
 
 from nemo_lfr.codec import arguments
 from nemo_lfr.codec.arrays import Array
-from nemo_lfr.codec.backend import Backend
+from nemo_lfr.codec.backend import Backend, check_backend
 from nemo_lfr.spec import CodecSpec, same_fingerprint
 
 
@@ -22,6 +22,9 @@ class CodecBase(Generic[Array]):
         chunk_frames: frames in one window of long audio, not counting the context around them. Default: the
             backend's choice.
 
+    Raises:
+        NemoLfrError: if `backend` is not a backend object; see `check_backend`.
+
     Attributes:
         backend: backend that runs the encoder and the decoder.
         chunk_frames: frames in one window of long audio. It may be changed at any time; results do not depend on it.
@@ -30,6 +33,7 @@ class CodecBase(Generic[Array]):
     backend: Backend[Array]
 
     def __init__(self, backend: Backend[Array], *, chunk_frames: int | None = None) -> None:
+        check_backend(backend)
         self.backend = backend
         self.chunk_frames = chunk_frames or backend.batching.chunk_frames
 
