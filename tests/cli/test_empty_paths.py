@@ -2,7 +2,9 @@
 
 import shlex
 
+import numpy as np
 import pytest
+import soundfile
 
 from nemo_lfr.codec.onnx.export import export_onnx
 from nemo_lfr.corpus.config import TokenizeConfig
@@ -47,6 +49,7 @@ def test_an_empty_path_is_a_one_line_error_in_every_command(line, tmp_path, caps
     (tmp_path / "audio").mkdir()
     for name in ("a.wav", "a.lfr", "audio/m.json"):
         (tmp_path / name).write_bytes(b"mine")
+    soundfile.write(tmp_path / "a.wav", np.zeros(1000), 22050)
     code, printed, err = run(capsys, *shlex.split(line))
     errors = [text for text in err.splitlines() if not text.startswith("using the bundled codec")]
     assert (code, printed, len(errors)) == (2, "", 1) and "''" in errors[0], err

@@ -3,7 +3,9 @@
 import os
 import shlex
 
+import numpy as np
 import pytest
+import soundfile
 
 from nemo_lfr.io.locate import resolve
 from tests.cli.test_cli import run
@@ -38,6 +40,8 @@ def test_a_broken_link_is_a_one_line_error_and_is_kept(kind, tmp_path, capsys, m
     (tmp_path / "audio").mkdir()
     for name in ("audio/a.wav", "a.lfr", "audio/m.json"):
         (tmp_path / name).write_text('{"audio_filepath": "a.wav", "duration": 1}\n')
+    soundfile.write(tmp_path / "audio/a.wav", np.zeros(1000), 22050)
+    (tmp_path / "a.lfr").write_bytes(b"LFRT")
     for name, target in {"loop": "loop", "cut.lfr": "gone", "cut.wav": "gone", "cut.lfrm": "gone"}.items():
         (tmp_path / name).symlink_to(target)
     before = {path: os.readlink(path) for path in tmp_path.iterdir() if path.is_symlink()}

@@ -96,7 +96,7 @@ def test_a_step_that_does_not_return_is_a_fault(monkeypatch):
             entered.wait(20)
             status, _, values = request(server, "/health")
             release.set()
-        assert status == 503 and "has not finished" in values["error"]
+        assert status == 503 and "a step of the engine has been running" in values["error"]
 
 
 PREFLIGHT = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,content-type"}

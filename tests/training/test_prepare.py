@@ -358,11 +358,11 @@ def test_invalid_file_name_in_a_transcript_fails_only_its_line(tmp_path, name):
     mls(tmp_path / "mls")
     path = tmp_path / "mls" / "mls_german" / "train" / "transcripts.txt"
     path.write_text(f"{path.read_text().strip()}\n{name}\tnoch einmal\n")
-    for kind, layout in (("ls", "librispeech"), ("mls", "mls")):
+    for kind, layout, words in (("ls", "librispeech", " is not a valid file name"), ("mls", "mls", " should be ")):
         prepare(layout, tmp_path / kind, tmp_path / f"{kind}-out")
         assert manifest(tmp_path / f"{kind}-out" / "train.json")
         (failure,) = manifest(tmp_path / f"{kind}-out" / "failures.jsonl")
-        assert " is not " in failure["error"] and ", line " in failure["input"]
+        assert words in failure["error"] and ", line " in failure["input"]
 
 
 def test_growing_corpus_keeps_its_validation_speakers():
@@ -512,7 +512,7 @@ def test_folders_without_speakers_are_held_out_together():
 
 def test_speaker_level_is_refused_for_other_layouts(tmp_path):
     vctk(tmp_path / "corpus")
-    with pytest.raises(NemoLfrError, match="only for the layout folder"):
+    with pytest.raises(NemoLfrError, match="only valid for the layout 'folder'"):
         prepare("vctk", tmp_path / "corpus", tmp_path / "out", speaker_level=1)
 
 
