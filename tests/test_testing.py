@@ -125,23 +125,66 @@ def test_neither_pytest_nor_nemo_is_imported() -> None:
     assert subprocess.run([sys.executable, "-c", code], timeout=100).returncode == 0
 
 
-class NoBatches(LevelBackend):
-    batching = Batching(batch_frames=0)
+# name -> (call, message)
+INVALID_BACKENDS: dict[str, tuple[Callable[[], object], str]] = {
+    "a class": (lambda: Codec(LevelBackend), r"the class LevelBackend; pass an object, such as LevelBackend\(\)"),
+    "None": (lambda: Codec(None), "NoneType is not a backend"),
+    "no spec": (lambda: Codec(changed(spec=None)), "attribute `spec` is None; expected a CodecSpec object"),
+    "other batching": (lambda: Codec(changed(batching=8)), "`batching` is 8; expected a Batching object"),
+    "batches of nothing": (lambda: Batching(batch_frames=0), "Batching: batch_frames is 0; expected a whole number"),
+    "endless windows": (lambda: Batching(chunk_frames=0), "Batching: chunk_frames is 0; expected a whole number"),
+    "context": (lambda: ModuleLimits(Context(-1, 0), 1), r"context.past is -1; expected a whole number of at least 0"),
+    "fraction": (lambda: ModuleLimits(Context(0, 0.5), 1), "context.future is 0.5; expected a whole number"),
+    "no context": (lambda: ModuleLimits(None, 1), "context.past is None"),
+    "no frames": (lambda: ModuleLimits(Context(0, 0), 0), "min_frames is 0; expected a whole number of at least 1"),
+}
 
 
-class EndlessWindows(LevelBackend):
-    batching = Batching(chunk_frames=0)
+def changed(**attributes: object) -> LevelBackend:
+    """Return a backend with other attributes."""
+    return type("Changed", (LevelBackend,), attributes)("x")
 
 
-@pytest.mark.parametrize(
-    ("backend", "message"),
-    [
-        (LevelBackend, r"the class LevelBackend; pass an object, such as LevelBackend\(\)"),
-        (None, "NoneType is not a backend"),
-        (NoBatches("x"), r"NoBatches\.batching: batch_frames is 0; expected a whole number"),
-        (EndlessWindows("x"), r"EndlessWindows\.batching: chunk_frames is 0; expected a whole number"),
-    ],
-)
-def test_an_invalid_backend_is_refused_in_one_line(backend, message):
+@pytest.mark.parametrize("kind", INVALID_BACKENDS)
+def test_an_invalid_backend_is_refused_in_one_line(kind):
+    call, message = INVALID_BACKENDS[kind]
     with pytest.raises(nemo_lfr.NemoLfrError, match=message):
-        Codec(backend)
+        call()
+
+
+# name -> (method, change of its result, message)
+INVALID_RESULTS: dict[str, tuple[str, Callable[[np.ndarray], object], str]] = {
+    "no tokens": ("encode", lambda tokens: None, "encode_frames returned: NoneType object; expected integers of the"),
+    "a list": ("encode", lambda tokens: tokens.tolist(), "encode_frames returned: list object"),
+    "fractions": ("encode", lambda tokens: tokens + 0.5, "the dtype float64; expected integers"),
+    "truth values": ("encode", lambda tokens: tokens > 0, "the dtype bool; expected integers"),
+    "a frame less": (
+        "encode",
+        lambda tokens: tokens[..., :-1],
+        r"array of the shape \[.*; expected integers of the shape",
+    ),
+    "no codebooks": ("encode", lambda tokens: tokens[:, 0], "array of the shape"),
+    "two examples": ("encode", lambda tokens: np.concatenate([tokens, tokens]), "array of the shape"),
+    "int16 audio": ("decode", lambda audio: (audio * 9).astype(np.int16), "the dtype int16; expected floating-point"),
+    "complex audio": ("decode", lambda audio: audio.astype(np.complex64), "the dtype complex64"),
+    "channels": ("decode", lambda audio: audio[:, None], "array of the shape"),
+    "short audio": ("decode", lambda audio: audio[:, :-1], "array of the shape"),
+}
+
+
+@pytest.mark.parametrize("kind", INVALID_RESULTS)
+def test_an_invalid_result_of_a_backend_is_refused_in_one_line(kind):
+    operation, change, message = INVALID_RESULTS[kind]
+    method = getattr(LevelBackend, f"{operation}_frames")
+    codec = Codec(changed(**{f"{operation}_frames": lambda self, *arguments: change(method(self, *arguments))}))
+    tokens = np.zeros((1, codec.num_codebooks, 5), int)
+    calls = {
+        "encode": [
+            lambda: codec.encode(np.zeros(500)),
+            lambda: list(codec.encode_blocks([np.zeros(500, np.float32)])),
+        ],
+        "decode": [lambda: codec.decode(tokens), lambda: list(codec.decode_blocks([tokens[0]]))],
+    }
+    for call in calls[operation]:
+        with pytest.raises(nemo_lfr.NemoLfrError, match=message):
+            call()

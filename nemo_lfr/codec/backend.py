@@ -7,19 +7,24 @@ its encoder and decoder, and the methods `encode_frames` and `decode_frames`. On
 every backend must pass.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
-from nemo_lfr.codec.arrays import Array, Arrays, NumpyArrays
+from nemo_lfr.codec.arrays import Array, Arrays, Kind, NumpyArrays
 from nemo_lfr.errors import NemoLfrError
 from nemo_lfr.frames import Context
 from nemo_lfr.spec import CodecSpec
 
 Operation = Literal["encode", "decode"]
+
+
+def _check_count(name: str, value: Any, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise NemoLfrError(f"{name} is {value!r}; expected a whole number of at least {least}.")
 
 
 class Limits(Protocol):
@@ -41,10 +46,19 @@ class ModuleLimits:
     Attributes:
         context: numbers of earlier and later frames that the result for a frame depends on.
         min_frames: shortest valid input, in frames.
+
+    Raises:
+        NemoLfrError: if a number of frames is not a whole number or is too small.
     """
 
     context: Context
     min_frames: int
+
+    def __post_init__(self) -> None:
+        past, future = getattr(self.context, "past", None), getattr(self.context, "future", None)
+        _check_count("ModuleLimits: context.past", past, 0)
+        _check_count("ModuleLimits: context.future", future, 0)
+        _check_count("ModuleLimits: min_frames", self.min_frames, 1)
 
 
 @dataclass(frozen=True)
@@ -59,6 +73,9 @@ class Batching:
         pad_multiple: windows are padded to a multiple of this many frames, so that few different shapes occur.
         mix_widths: whether windows of similar widths share a batch. If false, all windows of a batch have the same
             width.
+
+    Raises:
+        NemoLfrError: if a number of frames is not a whole number of at least 1.
     """
 
     chunk_frames: int = 132
@@ -66,26 +83,61 @@ class Batching:
     pad_multiple: int = 1
     mix_widths: bool = False
 
+    def __post_init__(self) -> None:
+        for key in ("chunk_frames", "batch_frames", "pad_multiple"):
+            _check_count(f"Batching: {key}", getattr(self, key), 1)
+
 
 def check_backend(backend: Any) -> None:
-    """Check the values of a backend with which `Codec` would not end, or would fail later with a misleading error.
+    """Check that a backend is an object and describes its tokens and batches with the classes of this package.
 
     Raises:
-        NemoLfrError: if a class was passed instead of a backend, or if the window or batch sizes are invalid.
+        NemoLfrError: if it is a class, or an attribute is missing or has another type.
     """
     if isinstance(backend, type):
         raise NemoLfrError(
             f"the backend is the class {backend.__name__}; pass an object, such as {backend.__name__}()."
         )
-    sizes = getattr(backend, "batching", None)
-    if sizes is None:
-        raise NemoLfrError(f"{type(backend).__name__} is not a backend: it has no attribute `batching`.")
-    for key in ("chunk_frames", "batch_frames", "pad_multiple"):
-        value = getattr(sizes, key, None)
-        if not isinstance(value, int) or value < 1:
+    for key, kind in (("spec", CodecSpec), ("batching", Batching)):
+        value = getattr(backend, key, None)
+        if not isinstance(value, kind):
             raise NemoLfrError(
-                f"{type(backend).__name__}.batching: {key} is {value!r}; expected a whole number of at least 1."
+                f"{type(backend).__name__} is not a backend: its attribute `{key}` is {value!r}; expected a "
+                f"{kind.__name__} object."
             )
+
+
+def check_result(backend: Any, operation: Operation, result: Any, inputs: Any, num_frames: Sequence[int]) -> None:
+    """Check the type and the shape of what `encode_frames` or `decode_frames` of a backend returns.
+
+    Only the metadata of the array is read, so a GPU does not have to finish the computation.
+
+    Args:
+        backend: the backend.
+        operation: "encode" or "decode".
+        result: value that the method returned.
+        inputs: array that the method received.
+        num_frames: valid frames in each example.
+
+    Raises:
+        NemoLfrError: if the result is not an array like `inputs`, has another shape than `Backend` specifies, or
+            contains neither integers (tokens) nor floating-point numbers (audio).
+    """
+    spec, kinds = backend.spec, {"encode": "integers", "decode": "floating-point numbers"}
+    expected: list[int] = [len(inputs), max(num_frames) * spec.samples_per_frame]
+    if operation == "encode":
+        expected = [len(inputs), spec.num_codebooks, max(num_frames)]
+    found = f"{type(result).__name__} object"
+    if isinstance(result, type(inputs)) or isinstance(inputs, type(result)):
+        shape, kind = list(result.shape), backend.arrays.kind(result)
+        is_right_kind = kind.is_integer if operation == "encode" else kind is Kind.FLOAT
+        if is_right_kind and len(shape) == len(expected) and shape[:-1] == expected[:-1] and shape[-1] >= expected[-1]:
+            return
+        found = f"array of the shape {shape} and the dtype {result.dtype}"
+    raise NemoLfrError(
+        f"{type(backend).__name__}.{operation}_frames returned: {found}; expected {kinds[operation]} of the shape "
+        f"{expected}."
+    )
 
 
 class Backend(Protocol[Array]):

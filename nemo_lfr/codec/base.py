@@ -10,7 +10,7 @@ import numpy as np
 
 from nemo_lfr.codec import arguments
 from nemo_lfr.codec.arrays import Array
-from nemo_lfr.codec.backend import Backend, check_backend
+from nemo_lfr.codec.backend import Backend, check_backend, check_result
 from nemo_lfr.spec import CodecSpec, same_fingerprint
 
 
@@ -126,6 +126,18 @@ class CodecBase(Generic[Array]):
     def quantizer(self) -> Any:
         """Quantizer module. Only PyTorch backends have one; with other backends, AttributeError is raised."""
         return cast(Any, self.backend).quantizer
+
+    def _encode_frames(self, audio: Array, num_frames: list[int]) -> Array:
+        """Call `encode_frames` of the backend and check its result."""
+        tokens = self.backend.encode_frames(audio, num_frames)
+        check_result(self.backend, "encode", tokens, audio, num_frames)
+        return tokens
+
+    def _decode_frames(self, tokens: Array, num_frames: list[int]) -> Array:
+        """Call `decode_frames` of the backend and check its result."""
+        audio = self.backend.decode_frames(tokens, num_frames)
+        check_result(self.backend, "decode", audio, tokens, num_frames)
+        return audio
 
     def check_audio(self, audio: object, audio_len: object = None) -> tuple[Array, list[int]]:
         """Check clips and convert them to float32 [B, T_audio]; see `nemo_lfr.codec.arguments.check_audio`."""

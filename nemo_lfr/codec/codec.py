@@ -99,7 +99,7 @@ class Codec(HubMethods[Array]):
             kept = arguments.check_num_codebooks(self.backend.spec, num_codebooks)
             tokens = self.backend.arrays.zeros((len(totals), kept, max(totals)), np.int32)
             for batch in self._audio_cutter().batches(waves, lengths, totals):
-                results: Any = self.backend.encode_frames(batch.inputs, batch.num_frames)
+                results: Any = self._encode_frames(batch.inputs, batch.num_frames)
                 place_windows(tokens, batch.places, results[:, :kept])
             self.check_encoded(tokens)
             return tokens, self._integers(totals)
@@ -171,7 +171,7 @@ class Codec(HubMethods[Array]):
                 arguments.check_kept_samples(samples, totals, frame)
             audio = arrays.zeros((len(totals), max(samples)), np.float32)
             for batch in self._token_cutter().batches(ids, totals, totals):
-                results = self.backend.decode_frames(batch.inputs, batch.num_frames)
+                results = self._decode_frames(batch.inputs, batch.num_frames)
                 place_windows(audio, batch.places, results, frame, samples)
             self.check_decoded(audio)
             return audio, self._integers(samples)
@@ -209,7 +209,7 @@ class Codec(HubMethods[Array]):
             with self.backend.computing():  # ends before the `yield`, so the caller's settings are restored there
                 arrays = self.backend.arrays
                 clips = arrays.cast(arrays.convert(np.pad(wave, (0, padding))[None], "audio", AudioError), np.float32)
-                results: Any = self.backend.encode_frames(clips, [window.num_frames])
+                results: Any = self._encode_frames(clips, [window.num_frames])
                 tokens = to_numpy(results[0][:, window.kept])
             self.check_encoded(tokens[None])
             yield tokens
@@ -230,7 +230,7 @@ class Codec(HubMethods[Array]):
             missing = cutter.width(window.num_frames) - window.num_frames
             with self.backend.computing():
                 tokens, _ = self.check_tokens(np.pad(piece, ((0, 0), (0, missing))))
-                results: Any = self.backend.decode_frames(tokens, [window.num_frames])
+                results: Any = self._decode_frames(tokens, [window.num_frames])
                 audio = to_numpy(results[0][window.kept.start * frame : window.kept.stop * frame])
             self.check_decoded(audio[None])
             yield audio
