@@ -132,7 +132,7 @@ def read_cut(cut: Any, sample_rate: int, longest: float = math.inf, allow_url: b
     """
     name = f"cut {shorten(getattr(cut, 'id', cut))}"
     try:
-        start, duration = float(getattr(cut, "start", 0.0)), float(cut.duration)
+        start, duration = _seconds(cut, "start"), _seconds(cut, "duration")
         if not 0 <= start <= MAX_SECONDS or not 0 <= duration <= MAX_SECONDS:
             raise AudioError(
                 f"the cut starts at {start:.10g} s and lasts {duration:.10g} s; expected values from 0 to "
@@ -153,6 +153,15 @@ def read_cut(cut: Any, sample_rate: int, longest: float = math.inf, allow_url: b
     except Exception as error:  # any part of Lhotse may raise
         reason = _reason(error)
         raise AudioError(reason if reason.startswith(name) else f"{name}: {reason}") from error
+
+
+def _seconds(cut: Any, field: str) -> float:
+    """Return the start or the duration of a cut. A recording has no start, which then is 0."""
+    value = getattr(cut, field, 0.0)
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise AudioError(f"{field} is {shorten(value)!r}; expected a number of seconds.") from error
 
 
 def forbid_programs() -> None:

@@ -101,7 +101,6 @@ def kind_of(path: Path) -> str | None:
             return "features"
         if "recording_id" in item and "start" in item:
             return "supervisions"
-        return None
     return None
 
 

@@ -290,13 +290,18 @@ def test_the_reason_of_a_failure_is_kept(wav, tmp_path):
         read_cut(replace(cut, recording=None), RATE)
 
 
-TIMES = [{"start": math.nan}, {"start": -1.0}, {"duration": math.inf}, {"duration": 1e300}, {"duration": "x"}]
+# Change of a cut -> message.
+TIMES = {
+    "start": {math.nan: "starts at nan s", -1.0: "starts at -1 s", "x": "start is 'x'; expected a number of seconds"},
+    "duration": {math.inf: "lasts inf s", 1e300: r"lasts 1e\+300 s", "x": "duration is 'x'; expected a number"},
+}
 
 
-@pytest.mark.parametrize("change", TIMES)
-def test_absurd_times_fail_only_their_cut(change, wav, tmp_path):
+@pytest.mark.parametrize(("field", "value"), [(field, value) for field, values in TIMES.items() for value in values])
+def test_absurd_times_fail_only_their_cut(field, value, wav, tmp_path):
+    change = {field: value}
     path = write(tmp_path / "c.jsonl.gz", [cut_of(recording("file", str(wav)), **change)])
-    with pytest.raises(AudioError, match="cut a"):
+    with pytest.raises(AudioError, match=f"cut a: .*{TIMES[field][value]}"):
         clips_of(path, tmp_path)["a"].audio(RATE, 100)
 
 
@@ -336,6 +341,12 @@ def test_urls_are_read_on_request_without_foreign_redirects(wav, tmp_path):
     finally:
         server.shutdown()
         server.server_close()
+
+
+@pytest.mark.parametrize("first", ['{"id": "half", "sta', '{"id": "no type"}', '{"id": "b", "type": "Other"}', "7"])
+def test_kind_of_a_cuts_file_is_that_of_its_first_valid_line(first, wav, tmp_path):
+    path = write(tmp_path / "c.jsonl", [first, cut_of(recording("file", str(wav)), "good")])
+    assert len(clips_of(path, tmp_path)["good"].audio(RATE, 100)) == RATE
 
 
 def test_invalid_line_of_a_cuts_file_fails_only_its_clip(wav, tmp_path):
