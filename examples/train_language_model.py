@@ -14,6 +14,7 @@ small enough to read, and meant as a starting point.
 """
 
 import argparse
+import gc
 import itertools
 import json
 import math
@@ -445,7 +446,7 @@ def main(arguments: list[str] | None = None) -> int:
     is_parallel = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     if is_parallel:
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    handlers = {}
+    handlers, trainer = {}, None
     try:
         trainer = Trainer(read_config(args.config, args.overrides))
         handlers = {number: signal.signal(number, trainer.stop) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -464,6 +465,10 @@ def main(arguments: list[str] | None = None) -> int:
         for number, handler in handlers.items():
             signal.signal(number, handler)
         if is_parallel:
+            # DistributedDataParallel keeps the process group alive. If it is freed last, its destructor waits for the
+            # threads of Gloo and holds the GIL, which these threads may need: a deadlock. So free it first.
+            trainer = None
+            gc.collect()
             dist.destroy_process_group()
     return 0
 

@@ -1,5 +1,6 @@
 """Tests of the example language model: it learns, resumes exactly, trains on several ranks, and makes sound."""
 
+import gc
 import importlib.util
 import json
 import os
@@ -198,6 +199,12 @@ def load_example() -> ModuleType:
     return module
 
 
+def destroy_without_wrappers(destroy: Callable[[], None] = torch.distributed.destroy_process_group) -> None:
+    """Destroy the process group, which may deadlock if `DistributedDataParallel` still refers to it."""
+    assert not any(isinstance(each, torch.nn.parallel.DistributedDataParallel) for each in gc.get_objects())
+    destroy()
+
+
 def run_rank(number: int, ports: list[int], runs: list[tuple[list[str], int | None]], out: Path) -> None:
     """Take part in several distributed runs; the second rank receives SIGTERM in a step."""
     torch.set_num_threads(1)
@@ -205,6 +212,7 @@ def run_rank(number: int, ports: list[int], runs: list[tuple[list[str], int | No
     for port, (arguments, stop_at) in zip(ports, runs, strict=True):
         os.environ |= {"RANK": str(number), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         with pytest.MonkeyPatch.context() as monkeypatch:
+            monkeypatch.setattr(torch.distributed, "destroy_process_group", destroy_without_wrappers)
             if number == 1 and stop_at is not None:
                 disturbed(example, monkeypatch, stop_at, terminate)
             codes.append(example.main(arguments))

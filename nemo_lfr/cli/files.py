@@ -238,7 +238,7 @@ def pending_tasks(tasks: Sequence[FileTask], overwrite: bool, skip_existing: boo
     if kept:
         note(f"nemo-lfr: {len(kept)} of {len(tasks)} results already exist and are kept.")
     left = [
-        replace(task, replaces_link=skip_existing and task.target.is_symlink() and not os.path.exists(task.target))
+        replace(task, replaces_link=skip_existing and os.path.islink(task.target) and not os.path.exists(task.target))
         for task in tasks
         if task not in kept
     ]

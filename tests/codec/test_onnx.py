@@ -452,7 +452,7 @@ class Unconvertible:
 )
 def test_both_backends_reject_values_that_are_not_audio(bundled, audio):
     for codec in (nemo_lfr.load(bundled), cached_codec("symmetric")):
-        with pytest.raises(AudioError, match=r"^audio is (a |)"):
+        with pytest.raises(AudioError, match=r"^audio (is an? |has type )"):
             codec.encode(audio)
 
 
