@@ -133,9 +133,9 @@ def _folder(path: Path) -> Identity:
         return Identity("corpus", "a folder of Lhotse cuts", "nemo-lfr tokenize reads it")
     if any(name.endswith(".nemo") for name in names):
         return Identity("checkpoint", "a folder with a checkpoint", "pass it as --model")
-    count, tokens = (
-        len(find_files(path, kinds, report=lambda _: None, unread=[])) for kinds in (AUDIO_SUFFIXES, {TOKEN_SUFFIX})
-    )
+    found = find_files(path, AUDIO_SUFFIXES | {TOKEN_SUFFIX}, report=lambda _: None, unread=[])
+    tokens = sum(file.suffix.lower() == TOKEN_SUFFIX for file in found)
+    count = len(found) - tokens
     if count or tokens:
         readers = ["nemo-lfr encode, tokenize and prepare read the audio files"] if count else []
         readers += ["nemo-lfr decode reads the token files"] if tokens else []
