@@ -128,6 +128,11 @@ def shorten(text: object, length: int = 80) -> str:
     return printable(text[:length]) + ("..." if len(text) > length else "")
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an exception's message, or the name of its class if the line is empty."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
+
+
 def quoted(value: object, length: int = 80) -> str:
     """Return a value for an error message, shortened, and in quotes if it is a string.
 

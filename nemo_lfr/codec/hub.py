@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 from nemo_lfr.codec.arrays import Array
 from nemo_lfr.codec.backends import open_backend
 from nemo_lfr.codec.base import CodecBase
-from nemo_lfr.errors import CheckpointError, NemoLfrError, shorten
+from nemo_lfr.errors import CheckpointError, NemoLfrError, first_line, shorten
 from nemo_lfr.io.locate import MODEL_SUFFIXES, PREPROCESSOR, SAFETENSORS, SAFETENSORS_CONFIG, check_path, resolve
 
 if TYPE_CHECKING:
@@ -202,7 +202,7 @@ def _snapshot(repository: str, download: dict[str, Any]) -> str:
     try:
         path: str = snapshot_download(repository, allow_patterns=names, **download)
     except Exception as error:  # the Hub client's transport (requests, httpx, ...) depends on its version
-        reason = shorten(str(error).partition("\n")[0] or type(error).__name__, 200)
+        reason = shorten(first_line(error), 200)
         raise CheckpointError(
             f"{shorten(repository, 300)}: could not be downloaded from the Hub ({reason}); check the name, the "
             "revision and the network connection."

@@ -12,8 +12,8 @@ from nemo_lfr.corpus.orphans import family
 from nemo_lfr.corpus.records import ShardRecord
 from nemo_lfr.corpus.shard import QUEUED, Task, Worker
 from nemo_lfr.corpus.sources.base import ShardSpec
-from nemo_lfr.corpus.worker_failures import WorkerFailures, first_line, last_line
-from nemo_lfr.errors import NemoLfrError
+from nemo_lfr.corpus.worker_failures import WorkerFailures, last_line
+from nemo_lfr.errors import NemoLfrError, first_line
 from nemo_lfr.io.shortage import require
 
 logger = logging.getLogger(__name__)

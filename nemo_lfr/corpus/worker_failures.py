@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 from nemo_lfr.corpus.config import TokenizeConfig
-from nemo_lfr.errors import NemoLfrError, shorten
+from nemo_lfr.errors import NemoLfrError, first_line, shorten
 
 # Maximum number of workers that may die while they tokenize the same shard, or without any shard being completed.
 MAX_DEATHS = 20
@@ -52,11 +52,6 @@ class WorkerFailures:
                 f"workers died {self.since_record} times and finished no shard ({first_line(error)}); the machine may "
                 "not have enough memory: use fewer --workers."
             ) from error
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of an exception's message, or the name of its class if the message is empty."""
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def last_line(error: Exception) -> str:

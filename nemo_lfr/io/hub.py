@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from nemo_lfr.bundled import LFR, bundled_checkpoint
-from nemo_lfr.errors import CheckpointError, shorten
+from nemo_lfr.errors import CheckpointError, first_line, shorten
 from nemo_lfr.io.locate import (
     MODEL_SUFFIXES,
     check_path,
@@ -163,8 +163,7 @@ def _download(repository: str, refresh: bool) -> Path:
                 f"{repository}: the Hub cannot be reached, and its cache contains {len(cached_files)} .nemo files in "
                 f"{cached_files[0].parent} ({listing}); pass the path of one of these files."
             ) from error
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
             f"{repository}: the repository could not be downloaded from the Hub and is not in the local cache "
-            f"({reason}); check the name and the network, or pass the path of a downloaded .nemo file."
+            f"({first_line(error)}); check the name and the network, or pass the path of a downloaded .nemo file."
         ) from error

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nemo_lfr.errors import ConfigError, install_command
+from nemo_lfr.errors import ConfigError, first_line, install_command
 from nemo_lfr.io.locate import check_model_name, looks_local
 from nemo_lfr.io.shortage import missing_extra
 
@@ -71,7 +71,7 @@ class WavLM:
         except (OSError, ValueError) as error:
             weights = self.fallback() if self.fallback is not None else {}
             if not weights:
-                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                reason = first_line(error)
                 is_local = looks_local(self.name) or os.path.exists(os.path.expanduser(self.name))
                 problem = "could not be loaded" if is_local else "could not be loaded from the Hub"
                 raise ConfigError(

@@ -8,7 +8,7 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError
 
-from nemo_lfr.errors import CheckpointError, shorten
+from nemo_lfr.errors import CheckpointError, first_line, shorten
 from nemo_lfr.io.hub import HUB_ID, files_on_hub
 
 
@@ -35,7 +35,7 @@ def check_hub(
     except HfHubHTTPError:  # the Hub has answered, so transformers gets the same answer and explains it
         return
     except Exception as error:  # the Hub client's transport (requests, httpx, ...) depends on its version
-        reason = shorten(str(error).partition("\n")[0] or type(error).__name__, 200)
+        reason = shorten(first_line(error), 200)
         raise CheckpointError(
             f"{name}: could not be downloaded from the Hub and is not in its cache ({reason}); check the name and the "
             "network, or pass the path of a folder."
