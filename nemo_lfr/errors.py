@@ -7,7 +7,8 @@ import re
 from functools import cache
 from typing import TypedDict
 
-# Packages of the NeMo integration. NeMo installs the last two; they are listed because some releases are excluded.
+# Packages of the NeMo integration. NeMo installs the last two itself. They are listed because `pyproject.toml`
+# excludes some of their releases.
 NEMO_PACKAGES = ("nemo_toolkit[tts]", "lightning", "pytorch-lightning")
 
 
@@ -16,8 +17,8 @@ class NemoLfrError(ValueError):
 
     Control characters in the message are replaced, because it may contain untrusted file names (see `printable`).
 
-    When a worker process of PyTorch's data loader raises an error, PyTorch raises it again in the main process, with
-    the worker's traceback as its message. Only the last line of such a message is kept.
+    PyTorch's data loader raises an error of a worker process again in the main process, with the worker's traceback as
+    the message. Only the last line of such a message is kept.
     """
 
     def __init__(self, *args: object) -> None:
@@ -83,10 +84,10 @@ class ServerLostError(ServerError):
 
 
 class Failure(TypedDict):
-    """Record of one failure, such as an input file that cannot be read, in JSON output and in `failures.jsonl`.
+    """Record of one failure, for JSON output and for `failures.jsonl`.
 
     Attributes:
-        input: path or name of the input file, or of the model or output if the failure concerns one of these.
+        input: path or name of the input, model or output that the failure concerns.
         error: the message, on one line.
         type: name of the exception's class, such as "AudioError".
     """
@@ -136,7 +137,7 @@ def first_line(error: BaseException) -> str:
 def quoted(value: object, length: int = 80) -> str:
     """Return a value for an error message, shortened, and in quotes if it is a string.
 
-    Without the quotes, a message about the string "1.0" would say that the value is 1.0, which looks like a number.
+    Quotes show that the string "1.0" is not the number 1.0.
 
     Args:
         value: any object.
@@ -146,9 +147,9 @@ def quoted(value: object, length: int = 80) -> str:
 
 
 def printable(text: str) -> str:
-    """Replace control characters, line ends and bidirectional overrides by "?".
+    """Replace control characters, line ends and bidirectional overrides with "?".
 
-    A terminal would interpret these characters rather than show them.
+    A terminal would obey these characters instead of showing them.
     """
     return "".join(char if char.isprintable() else "?" for char in text)
 
@@ -156,8 +157,8 @@ def printable(text: str) -> str:
 def install_command(*packages: str) -> str:
     """Return the pip command that installs optional packages.
 
-    The command names the packages rather than an extra such as `nemo_lfr[eval]`. It therefore also works if nemo_lfr
-    was installed from a clone or a local file. Each package has the version limits that nemo_lfr requires.
+    The command names the packages instead of an extra such as `nemo_lfr[eval]`, so that it also works if nemo_lfr was
+    installed from a clone or a local file. It includes the version limits of nemo_lfr.
 
     Args:
         packages: names on the package index, with their extras, such as "nemo_toolkit[tts]".

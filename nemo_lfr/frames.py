@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 def num_frames(num_samples: int, samples_per_frame: int) -> int:
-    """Return the number of frames that cover `num_samples`, rounded up."""
+    """Return how many frames `num_samples` samples fill, rounded up."""
     return -(-num_samples // samples_per_frame)
 
 
@@ -55,9 +55,8 @@ class Window:
 def plan_windows(total: int, chunk: int, context: Context) -> Iterator[Window]:
     """Split `total` frames into chunks and yield a window with context for each.
 
-    Every window contains the context of its chunk, so the results equal those of processing the recording at once.
-    The padding of the network's convolutions affects only windows that reach an end of the recording, and has the same
-    effect there as without windows. A last chunk that is not longer than the future context is merged into the
+    Each window includes the context of its chunk. The output for the kept frames is therefore the same as if the whole
+    recording were processed at once. A last chunk that is not longer than the future context is merged into the
     previous one.
 
     Args:

@@ -8,7 +8,7 @@ from nemo_lfr import frames
 from nemo_lfr.errors import shorten
 
 MAX_TEXT = 200  # maximum number of characters in a text field of a file
-# The fingerprint of the bundled codec, and the ones that older versions computed on other kinds of CPU.
+# Fingerprint of the bundled codec, and fingerprints that older versions of this package computed for it on other CPUs.
 BUNDLED = "5b64da27f63acf8e"
 BUNDLED_OLDER = frozenset(("c0f0d7d8b4576f2b", "54c43a1d06a541eb"))
 
@@ -57,7 +57,7 @@ class CodecSpec:
 
     @property
     def bytes_per_frame(self) -> int:
-        """Number of bytes of a frame that is packed as one mixed-radix number."""
+        """Number of bytes in a packed frame; see `frames.bytes_per_frame`."""
         return frames.bytes_per_frame(self.levels, self.num_codebooks)
 
     def validate(self) -> None:

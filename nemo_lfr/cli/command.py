@@ -39,11 +39,11 @@ def common_options() -> list[click.Parameter]:
 
 
 class Command(click.Command):
-    """Click command whose callback returns the result of the command as a dict.
+    """Click command whose callback returns a dict, which is printed if --json was passed.
 
     The dict has all keys of `result` except `failures`, which this class adds. A callback that wrote binary data to
-    stdout returns None. The callback also prints human-readable lines with `print_line`; with --json, the dict is
-    printed instead. The exit code is 1 if the callback recorded failures (`session.fail`).
+    stdout returns None. For users without --json, the callback prints lines with `print_line`. The exit code is 1 if
+    the callback recorded failures (`session.fail`).
 
     Args:
         result: TypedDict that describes the JSON output, from `nemo_lfr.cli.results`.

@@ -82,8 +82,8 @@ def decode(
         streams = inputs[0] == "-" and kind == "wav" and not (start or duration is not None or recover)
         if lookahead is not None and not streams:
             raise NemoLfrError(
-                "--lookahead only works when a whole token file from stdin is decoded to WAV on stdout (decode - -); "
-                "remove --lookahead, or the other options."
+                "--lookahead only works if all of a token file from stdin is decoded to WAV on stdout (decode - -); "
+                "remove --lookahead, or remove --start, --duration, --recover and --format."
             )
         if streams:
             from nemo_lfr.cli.pipes import decode_pipe
@@ -99,8 +99,8 @@ def decode(
         return None
     if lookahead is not None:
         raise NemoLfrError(
-            "--lookahead only works with pipes (decode - -), because files are always decoded with the full "
-            "lookahead; remove it."
+            "--lookahead only works with pipes (decode - -); files are always decoded with the full lookahead. Remove "
+            "--lookahead."
         )
     kind = output_format(kind, out)
     tasks = tasks_to_run(inputs, out, {TOKEN_SUFFIX}, f".{kind}", overwrite, skip_existing)

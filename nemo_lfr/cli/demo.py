@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 def demo(out: Path, model: str | None, device: str | None, precision: str) -> dict[str, Any]:
     """Encode and decode a speech clip, and measure the result.
 
-    The command writes the clip, its tokens, the decoded audio, and a picture with a spectrogram of the clip and one of
+    The command writes the clip, its tokens, the decoded audio, and a picture with the spectrograms of the clip and of
     the decoded audio. Existing files are replaced.
     """
     codec = open_codec(model, device, precision)
@@ -50,7 +50,7 @@ def demo(out: Path, model: str | None, device: str | None, precision: str) -> di
     return values
 
 
-# Dictionary from keys of the JSON output to names of metrics in `measure`.
+# For each key in the JSON output, the name of the metric in `measure`.
 QUALITY = {"pesq_wb": "PESQ-WB", "estoi": "ESTOI", "si_sdr_db": "SI-SDR"}
 
 

@@ -88,7 +88,7 @@ def encode(
     if lookahead is not None:
         raise NemoLfrError(
             "--lookahead only works if the token file is written to stdout (encode - - or encode FILE -); other files "
-            "are always encoded with the full lookahead. Remove it."
+            "are always encoded with the full lookahead. Remove --lookahead."
         )
     from nemo_lfr.io.entropy.find import model_to_write
 

@@ -48,7 +48,7 @@ def fit(
 
     TOKENS are .lfr files, folders of .lfr files, or folders that `tokenize` wrote. About an hour of speech is enough.
     Fitting takes some minutes on a CPU. 4 % of the utterances are held out to evaluate the model. Tokens that cannot
-    be read are skipped; the exit code is then 1.
+    be read are skipped, and the exit code is then 1.
     """
     from nemo_lfr.io.atomic import check_overwrite
     from nemo_lfr.io.entropy.fit import FitSettings

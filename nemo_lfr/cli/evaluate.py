@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 class RegistryOption(click.Option):
     """Option whose help text lists all registered codecs or metrics.
 
-    The modules that register codecs and metrics are slow to import. They are imported only when the help is shown.
+    The modules that register them are slow to import, so they are imported only when the help is shown.
     """
 
     def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
@@ -161,11 +161,11 @@ def evaluate(
 
 
 def _record_failures(evaluation: "Evaluation", requested: dict[str, str]) -> None:
-    """Record failures: recordings that a codec failed on, and requested metrics that were not measured.
+    """Record the recordings on which a codec failed, and the requested metrics that were not measured.
 
     Args:
         evaluation: the finished evaluation.
-        requested: dictionary from the kinds of the requested models to their names; see `_requested_models`.
+        requested: name of the model for each requested kind; see `_requested_models`.
     """
     for result in evaluation.results:
         for key, reason in result.failures.items():
@@ -185,7 +185,7 @@ def _record_failures(evaluation: "Evaluation", requested: dict[str, str]) -> Non
 
 
 def _requested_models(asr: str | None, speaker_model: str | None, model_metrics: tuple[str, ...]) -> dict[str, str]:
-    """Return a dictionary from each requested kind, such as "asr", to the name of its model; "" for the default."""
+    """Return the name of the model for each requested kind, such as "asr". The default model has the name ""."""
     models = {kind: model for kind, _, model in (text.partition(":") for text in model_metrics)}
     named = {"asr": asr, "speaker": speaker_model}
     return models | {kind: model for kind, model in named.items() if model is not None}

@@ -39,7 +39,7 @@ class FileTask:
     Attributes:
         source: path of the input file.
         target: path of the output file.
-        replaces_link: whether the output replaces a link to a missing file, even without --overwrite.
+        replaces_link: whether `target` is a link to a missing file. The output replaces it even without --overwrite.
     """
 
     source: Path
@@ -157,11 +157,10 @@ def names_a_file(out: Path | None, suffix: str) -> bool:
 
 
 def check_input(path: Path, suffixes: Collection[str], *, is_only: bool = False) -> None:
-    """Raise an error if an input is a file for another command, or if the only input is not a file for this command.
+    """Check that an input is a file for this command. The content decides, not the suffix.
 
-    Such an input is a usage error. Without this check, it would be reported as damaged. The content decides, not the
-    suffix. If there are other inputs, an input that no command reads is not checked here, so that the other
-    inputs are processed.
+    Without this check, a file for another command would be reported as damaged. A file that no command reads is an
+    error only if it is the only input. Otherwise, it fails later, while the other inputs are processed.
 
     Args:
         path: input from the command line.
@@ -169,8 +168,7 @@ def check_input(path: Path, suffixes: Collection[str], *, is_only: bool = False)
         is_only: whether this is the only input.
 
     Raises:
-        NemoLfrError: if the command does not read the file. If another command or option reads it, the message names
-            this command or option.
+        NemoLfrError: if this command does not read the file. The message names the command or option that does.
     """
     wanted = TOKENS if TOKEN_SUFFIX in suffixes else AUDIO
     identity = identify_content(path) if path.is_file() else None
@@ -186,7 +184,7 @@ def check_input(path: Path, suffixes: Collection[str], *, is_only: bool = False)
 
 
 def _opens_as_audio(path: Path) -> bool:
-    """Return whether a file with an audio suffix is audio; the first bytes of MP3 frames do not identify them."""
+    """Return whether a file has an audio suffix and can be opened as audio, even if its first bytes are not known."""
     if not path.is_file() or identify_suffix(path).kind != AUDIO.kind:
         return False
     with contextlib.suppress(NemoLfrError, OSError):
@@ -196,7 +194,7 @@ def _opens_as_audio(path: Path) -> bool:
 
 
 def _try_to_open(path: Path, wanted: Identity) -> None:
-    """Open a file as audio or as tokens; the first bytes of some audio files do not identify them."""
+    """Open a file as a token file or as audio, depending on `wanted`. Raise the reader's error if this fails."""
     if wanted.kind == TOKENS.kind:
         from nemo_lfr.io.token_file import TokenReader
 
@@ -223,8 +221,8 @@ def pending_tasks(tasks: Sequence[FileTask], overwrite: bool, skip_existing: boo
     Args:
         tasks: planned tasks.
         overwrite: value of --overwrite.
-        skip_existing: value of --skip-existing; if True, tasks whose output exists are dropped. A link to a missing
-            file counts as missing: the output replaces the link, and nothing is written to the link's target.
+        skip_existing: value of --skip-existing; if True, tasks whose output exists are dropped. An output that is a
+            link to a missing file does not exist. It is replaced, and nothing is written to the target of the link.
 
     Raises:
         NemoLfrError: if both options are set, if an output exists and neither option is set, or if an output folder is
@@ -258,9 +256,8 @@ def tasks_to_run(
 ) -> list[FileTask]:
     """Plan the tasks, and drop the tasks whose output exists and is kept.
 
-    Skipped files in input folders are reported. Folders that cannot be read are recorded as failures.
-
-    See `plan_tasks` and `pending_tasks` for the arguments.
+    Skipped files in input folders are reported, and folders that cannot be read are recorded as failures. See
+    `plan_tasks` and `pending_tasks` for the arguments.
 
     Raises:
         NemoLfrError: as in `plan_tasks` and `pending_tasks`.

@@ -88,7 +88,7 @@ def identify_content(path: Path) -> Identity | None:
         path: existing file or folder.
 
     Returns:
-        The kind of file or folder; None for a file that starts with other bytes, such as raw MP3 frames.
+        The kind of file or folder; None if the first bytes do not identify a file, as for some MP3 files.
 
     Raises:
         NemoLfrError: for a pipe, a device or a socket, because reading from it could block forever.

@@ -91,8 +91,8 @@ def _stopped_by_signals() -> Iterator[None]:
 def _prepare_streams() -> None:
     """Replace closed standard streams with the null device, and let stdout print any file name.
 
-    If stdout or stderr is closed, the next file that is opened gets the closed descriptor. This file would then
-    receive the output of `print` and of native libraries.
+    If stdout or stderr is closed, the next file that is opened gets its descriptor. The output of `print` and of
+    native libraries would then be written to this file.
     """
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
@@ -165,7 +165,7 @@ def _run(arguments: Sequence[str] | None) -> None:
 
 
 def _exit_for_usage(error: click.UsageError, session: Session) -> NoReturn:
-    """Print a usage error that mentions --help; if the command of a group is missing, print the help of the group."""
+    """Print a usage error that mentions --help. If a group was called without a command, print the group's help."""
     no_arguments = getattr(click.exceptions, "NoArgsIsHelpError", ())  # since click 8.2
     if isinstance(error, no_arguments):
         click.echo(error.format_message(), err=True)
@@ -179,7 +179,7 @@ def _exit_for_usage(error: click.UsageError, session: Session) -> NoReturn:
 def _exit_for(error: Exception, session: Session) -> NoReturn:
     """Print an error that a command raised, and exit with the code for this error.
 
-    An error that is raised before the work begins (`session.begin_work`) counts as a usage error.
+    An error before the work begins (`session.begin_work`) counts as a usage error.
     """
     code = FAILED if session.started else USAGE
     if isinstance(error, NemoLfrError):

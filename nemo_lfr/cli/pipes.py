@@ -201,10 +201,10 @@ def _feed(
 def _woken_by_signals() -> Iterator[int | None]:
     """Yield a descriptor that becomes readable when a signal arrives or the context ends.
 
-    Yield None if signals cannot be watched here, as in a thread other than the main thread.
+    Yield None on Windows and outside the main thread, where signals cannot be watched.
 
-    Python handles a signal only when the main thread returns to the interpreter. The thread does not return while
-    libsndfile waits for data from the pipe. Therefore the feeding thread watches this descriptor, and closes the pipe
+    Python handles a signal only when the main thread executes Python code. While libsndfile waits for data from the
+    pipe, the main thread does not. The thread that runs `_feed` therefore watches this descriptor, and closes the pipe
     on a signal.
     """
     if os.name == "nt" or threading.current_thread() is not threading.main_thread():

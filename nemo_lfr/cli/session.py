@@ -54,7 +54,7 @@ class Session:
             total: number of inputs, for the last line.
             shown: maximum number of failures to print.
             see: name of the file that lists all failures; "" for none.
-            failed: number of inputs that failed, if it is larger than the number of failures.
+            failed: number of inputs that failed; None if each failure concerns one input.
         """
         failures = self.failures[self.reported :]
         self.reported = len(self.failures)
@@ -141,9 +141,9 @@ class _StderrHandler(logging.Handler):
 
 @contextmanager
 def output_rules(session: Session) -> Iterator[None]:
-    """Return a context that prints the package's log messages on stderr and, with --json, reserves stdout for JSON.
+    """Print the package's log messages on stderr while the context is active.
 
-    With --json, text that other packages (such as NeMo) print on stdout goes to stderr.
+    With --json, text that other packages (such as NeMo) print on stdout also goes to stderr.
     """
     handler = _StderrHandler(session.verbose)
     if session.quiet:

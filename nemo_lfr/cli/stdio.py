@@ -40,7 +40,7 @@ def check_pipe(inputs: Sequence[str], out: Path | None) -> None:
 def spooled(source: str, suffix: str, new_suffix: str) -> Iterator[FileTask]:
     """Copy stdin to a temporary file, and copy a temporary output file to stdout when the context ends.
 
-    This is for work that needs complete files. If the context ends with an error, nothing is written to stdout.
+    Use it for work that needs complete files. If the context ends with an error, nothing is written to stdout.
 
     Args:
         source: path of the input, or "-" for stdin.

@@ -56,8 +56,8 @@ class FormatName(click.Choice):  # type: ignore[type-arg]  # generic in recent r
     type=click.Choice(["encode", "magpie"]),
     default="encode",
     show_default=True,
-    help="Padding. magpie adds a frame of silence to clips whose length is a whole number of frames, as in Magpie's "
-    "datasets.",
+    help="Padding of clips: encode fills the last frame with zeros. magpie also adds a frame of silence to a clip "
+    "whose length is a whole number of frames, as in Magpie's datasets.",
 )
 @click.option("--context", is_flag=True, help="Also tokenize the context audio that the corpus lists for its clips.")
 @click.option(
@@ -191,7 +191,7 @@ def _report(out: Path, done: dict[str, Any], failures: list[dict[str, str]]) -> 
 
 
 def _failure(record: dict[str, str]) -> Failure:
-    """Convert a line of failures.jsonl to a `Failure`; earlier versions wrote lines without a type."""
+    """Convert a line of failures.jsonl to a `Failure`. Lines of earlier versions have no type."""
     return {"input": record["input"], "error": record["error"], "type": record.get("type", "NemoLfrError")}
 
 
