@@ -1,4 +1,4 @@
-// Decode a compressed .lfr file as docs/concepts/lfr-format.md says: node entropy_reference.mjs MODEL.lfrm FILE.lfr
+// Decode a compressed .lfr file as docs/concepts/lfr-compressed.md says: node entropy_reference.mjs MODEL.lfrm FILE.lfr
 // Prints the tokens of each frame as JSON. Plain JavaScript, as a browser runs it: no sum reaches 2^53, no shift 2^31.
 import { readFileSync } from "node:fs";
 

@@ -1,4 +1,4 @@
-"""Slow decoder of compressed `.lfr` files, written from docs/concepts/lfr-format.md alone.
+"""Slow decoder of compressed `.lfr` files, written from docs/concepts/lfr-compressed.md alone.
 
 It uses Python's integers, does not import `nemo_lfr`, and validates only what it needs.
 """

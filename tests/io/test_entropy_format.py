@@ -296,7 +296,7 @@ def test_blocks_of_one_frame_are_read_back(tmp_path):
 
 
 def test_the_documents_example_is_what_is_written_and_read(tmp_path):
-    text = (ROOT / "docs" / "concepts" / "lfr-format.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "concepts" / "lfr-compressed.md").read_text(encoding="utf-8")
     text = text[text.index("## A compressed file, byte by byte") :]
     dumps = [bytes.fromhex(dump) for dump in re.findall(r"^```\n((?:[0-9a-f]+\n)+)```$", text, re.MULTILINE)]
     model = EntropyModel.from_bytes(dumps[0], "docs")

@@ -11,7 +11,7 @@ from nemo_lfr.io.packing import check_range, pack, unpack
 
 CODING = 1
 MAX_BLOCK_FRAMES = 1024
-BLOCK_FRAMES = 256  # for files that are not written live; `docs/concepts/lfr-format.md` compares other sizes
+BLOCK_FRAMES = 256  # for files that are not written live; `docs/concepts/lfr-compressed.md` compares other sizes
 LEAST_BLOCK_FRAMES = 2  # compressing a single frame would save less than the length field costs
 SIZE = struct.Struct("<I")
 

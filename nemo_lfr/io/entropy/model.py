@@ -1,7 +1,7 @@
 """Entropy model (`.lfrm` file): a small network with integer weights that predicts the tokens of the next frame.
 
 The network predicts FSQ values. A token is split into its digits, which are the indices of the chosen levels in the
-FSQ dimensions. `docs/concepts/lfr-format.md` specifies the file and the arithmetic.
+FSQ dimensions. `docs/concepts/lfr-compressed.md` specifies the file and the arithmetic.
 
 All values are integers, but are computed in float32. This is exact because no sum of absolute values reaches 2^24. A
 model whose sums could reach 2^24 is rejected when it is loaded. The order of summation therefore does not matter, and
@@ -144,7 +144,7 @@ class ModelSpec:
 
 @dataclass(frozen=True, eq=False)
 class EntropyModel:
-    """Entropy model with integer weights; `docs/concepts/lfr-format.md` describes each tensor.
+    """Entropy model with integer weights; `docs/concepts/lfr-compressed.md` describes each tensor.
 
     Args:
         spec: sizes of the model.
