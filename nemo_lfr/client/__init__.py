@@ -11,9 +11,9 @@ package `websockets`.
 The clients validate every answer of the server and count the results, so a faulty server causes a `ServerError` and
 never wrong data. A server that makes no progress for `timeout` seconds causes a `ServerLostError`.
 
-A stream cannot be resumed after its connection is lost, because the server then discards the state of the stream. The
-methods of the stream then raise `ServerLostError`. Open another stream, and send the recording again. If `retry_s` is
-set, a client tries again for that many seconds to open a stream or to send a file.
+If the connection of a stream is lost, the server discards the state of the stream, and the stream's methods raise
+`ServerLostError`. Open another stream, and send the recording again. With `retry_s`, a client keeps trying for that
+many seconds to open a stream or to send a file.
 """
 
 from nemo_lfr.client.asynchronous import AsyncClient, AsyncDecodeStream, AsyncEncodeStream

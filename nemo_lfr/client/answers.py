@@ -1,6 +1,6 @@
-"""Validate the answers and messages of a server, because the address may belong to a program other than our server.
+"""Validate what a server sends, because the program at an address may not be `nemo-lfr serve`.
 
-The tables of this module list every key that the clients read, and the valid values. Other keys are ignored.
+The tables of this module list every key that the clients read, and its valid values. Other keys are ignored.
 """
 
 import io
@@ -94,7 +94,7 @@ def parse_object(text: bytes | str) -> dict[str, Any] | None:
 
 
 def problem_of(values: Mapping[str, Any], schema: Mapping[str, Kind]) -> str | None:
-    """Return which value of a JSON object is missing or invalid; None if the object has all keys of the schema.
+    """Describe the first missing or invalid value of a JSON object; return None if all values are valid.
 
     Args:
         values: the JSON object.
@@ -109,7 +109,7 @@ def problem_of(values: Mapping[str, Any], schema: Mapping[str, Kind]) -> str | N
 
 
 def message_type(values: Mapping[str, Any]) -> str:
-    """Return the type of a stream's text message, as in `MESSAGES`; "" if `type` is not a valid name."""
+    """Return the type of a stream's text message, which is a key of `MESSAGES`; "" if `type` is not a valid name."""
     if "type" not in values:
         return "tokens"
     name = values["type"]
@@ -145,7 +145,7 @@ def parse_tokens(frames: list[Any], num_codebooks: int, codebook_size: int) -> n
 
 
 def audio_problem(content: bytes, audio_format: str, sample_rate: int, num_samples: int) -> str | None:
-    """Return why a response is not the requested audio file; None if the response is this file.
+    """Describe what is wrong with an audio file from the server; return None if nothing is.
 
     Args:
         content: content of the file.
@@ -183,7 +183,7 @@ def _flac_figures(content: bytes) -> tuple[int, int] | None:
 
 
 def _ogg_problem(content: bytes) -> str | None:
-    """Return why a file is not a complete Ogg Opus file; None if the file is complete.
+    """Describe what is wrong with an Ogg Opus file; return None if it is complete.
 
     The last page of a complete file has the end-of-stream flag.
     """

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class AsyncClient:
-    """Client of a server, for asyncio; see `Client` for the arguments."""
+    """Client of `nemo-lfr serve`, for asyncio; see `Client` for the arguments."""
 
     def __init__(
         self, url: str = "http://127.0.0.1:8000", *, token: str | None = None, timeout: float = 60, retry_s: float = 0
@@ -50,7 +50,7 @@ class AsyncClient:
     ) -> "AsyncDecodeStream":
         """Return a stream that decodes one recording; see `Client.decode_stream` for the arguments and the errors.
 
-        Open the stream with `async with`. Only then does it connect to the server.
+        The stream connects to the server when you open it with `async with`.
         """
         return AsyncDecodeStream(
             self._server, Conversation.decoding(self._server, lookahead, first_lookahead, ramp, sample_type)
@@ -59,19 +59,19 @@ class AsyncClient:
     def encode_stream(self, *, sample_rate: int | None = None, lookahead: int | None = None) -> "AsyncEncodeStream":
         """Return a stream that encodes one recording; see `Client.encode_stream` for the arguments and the errors.
 
-        Open the stream with `async with`. Only then does it connect to the server.
+        The stream connects to the server when you open it with `async with`.
         """
         return AsyncEncodeStream(self._server, Conversation.encoding(self._server, sample_rate, lookahead))
 
 
 class _AsyncStream(CodecProperties):
-    """Base class of streams. `async with` opens a stream, and raises the same errors as `Client.decode_stream`.
+    """Base class of the streams of `AsyncClient`. A stream can be used once.
+
+    `async with` opens a stream, and raises the same errors as `Client.decode_stream`. After an error, all methods
+    except `close` raise this error again.
 
     Send the input in one task and receive the results in another one, or use `through`, which does both. If the client
-    does not receive results, the server stops reading the input. After 20 s (by default), the server disconnects
-    the client.
-
-    A stream can be used once. After an error, all methods except `close` raise this error again.
+    does not receive results, the server stops reading input, and disconnects the client after 20 s (by default).
     """
 
     def __init__(self, server: Server, conversation: Conversation) -> None:
@@ -91,17 +91,14 @@ class _AsyncStream(CodecProperties):
         return self._conversation._property(name)
 
     async def close(self) -> None:
-        """Close the connection; results that have not arrived are lost. A second call has no effect.
-
-        The stream then accepts no input and returns no results.
-        """
+        """Close the connection; results that have not arrived are lost. A second call has no effect."""
         await self._connection.close()
 
     def __aiter__(self) -> AsyncIterator[np.ndarray]:
-        """Return an iterator over the results, which yields them as they arrive, until the last one.
+        """Return an iterator that yields the results as they arrive, until the last one.
 
-        Before the end of the input, the time to wait for a result is not limited, because a result may depend on later
-        input.
+        Before the end of the input, the iterator waits for a result without a time limit, because the server may need
+        more input.
 
         Returns:
             Iterator over samples [n] when decoding, or tokens [C, k] when encoding. No result is empty.
@@ -166,7 +163,7 @@ class AsyncDecodeStream(_AsyncStream):
     """Stream that decodes one recording; see `AsyncClient.decode_stream`."""
 
     async def send(self, tokens: Any) -> None:
-        """Send tokens; wait while the server has enough input.
+        """Send tokens. If the server has too much unprocessed input, wait.
 
         Args:
             tokens: integers of shape [C, k], or [C] for one frame.
@@ -183,7 +180,8 @@ class AsyncDecodeStream(_AsyncStream):
 
         Args:
             num_samples: length of the recording in samples. The audio is trimmed to this length; None for no trimming.
-                With a lookahead of 0, the server has already sent the last frame, so you must trim it.
+                With a lookahead of 0, the server has already sent the last frame untrimmed, so trim the audio
+                yourself.
 
         Raises:
             NemoLfrError: if the stream is not open, or its input has ended.
@@ -196,7 +194,7 @@ class AsyncEncodeStream(_AsyncStream):
     """Stream that encodes one recording; see `AsyncClient.encode_stream`."""
 
     async def send(self, samples: Any) -> None:
-        """Send samples; wait while the server has enough input.
+        """Send samples. If the server has too much unprocessed input, wait.
 
         Args:
             samples: floating point in [-1, 1] or int16, shape [n].

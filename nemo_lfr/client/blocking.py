@@ -27,17 +27,17 @@ T = TypeVar("T")
 
 
 class Client:
-    """Client of a server.
+    """Client of `nemo-lfr serve`.
 
-    Several threads may use one client, but only one thread may use a stream.
+    Several threads may use one client, but each stream belongs to one thread.
 
     Args:
         url: address of the server.
         token: access token, if the server requires one.
-        timeout: maximum time in seconds to wait for a connection, for a response, or for progress in a stream (the
-            server reads input or sends a result). A large file may take longer if at least 64 kB arrive per second.
-        retry_s: time in seconds for which the client keeps trying to open a stream or to send a file while the server
-            is full, is shutting down or cannot be reached.
+        timeout: maximum time in seconds to wait for a connection or a response, or until the server reads input of a
+            stream or sends a result. A large response may take longer if at least 64 kB arrive per second.
+        retry_s: number of seconds for which the client keeps trying to open a stream or to send a file while the
+            server is full, is shutting down or cannot be reached.
 
     Raises:
         NemoLfrError: if an argument is not valid.
@@ -98,9 +98,9 @@ class Client:
                 gives the same audio as decoding the whole recording.
             first_lookahead: a smaller lookahead for the first frames, so that the audio starts sooner; see
                 `Codec.stream_decoder`.
-            ramp: numbers of frames in the first chunks that the server decodes, such as (1, 2, 4). Small first chunks
-                give the first audio sooner. By default, the first chunk has all frames that the first audio depends
-                on.
+            ramp: numbers of frames in the first chunks that the server decodes, such as (1, 2, 4). With small first
+                chunks, the audio starts sooner. By default, the first chunk contains all frames that the first audio
+                depends on.
             sample_type: type of the samples that the client receives, "float32" or "int16".
 
         Raises:
@@ -127,10 +127,9 @@ class Client:
 
 
 class _Stream(CodecProperties):
-    """Base class of streams. The constructor connects to the server.
+    """Base class of the streams of `Client`. The constructor connects to the server.
 
-    The connection runs in an event loop in a thread of its own. Results are therefore received, and time limits are
-    enforced, whatever the calling thread does.
+    A separate thread receives results and enforces time limits, even while the calling thread is busy.
 
     A stream can be used once. After an error, all methods except `close` raise this error again.
     """
@@ -183,7 +182,7 @@ class _Stream(CodecProperties):
         return result
 
     def _call(self, send: Callable[[Any], Coroutine[Any, Any, None]], argument: Any) -> None:
-        """Send a message. If this fails, raise the error that the server reports."""
+        """Run a method that sends input. If sending fails, raise the error that the server reported, if any."""
         self._conversation.check_input()
         try:
             self._loop.run(send(argument))
@@ -228,7 +227,8 @@ class DecodeStream(_Stream):
 
         Args:
             num_samples: length of the recording in samples. The audio is trimmed to this length; None for no trimming.
-                With a lookahead of 0, the server has already sent the last frame, so you must trim it.
+                With a lookahead of 0, the server has already sent the last frame untrimmed, so trim the audio
+                yourself.
 
         Raises:
             NemoLfrError: if the stream is closed.

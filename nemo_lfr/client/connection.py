@@ -106,9 +106,10 @@ class Connection:
             raise
 
     async def _check_end(self) -> None:
-        """Wait until the server closes the connection, and check that it sends nothing more.
+        """Wait a few seconds until the server closes the connection.
 
-        If it does not close the connection, `close` does so.
+        Raises:
+            ServerError: if the server sends another message instead.
         """
         try:
             message = await asyncio.wait_for(self._socket.recv(), min(CLOSE_S, self._server.timeout))
@@ -144,7 +145,7 @@ class Connection:
     @contextmanager
     def _receiving(self) -> Iterator[None]:
         if self._is_receiving:
-            raise NemoLfrError("two tasks receive the results of this stream; let only one task do so.")
+            raise NemoLfrError("two tasks receive the results of this stream; receive them in one task only.")
         self._is_receiving = True
         self._watch()
         try:
@@ -163,7 +164,7 @@ class Connection:
         return message
 
     def _watch(self) -> None:
-        """Limit the time while the server must either read input or send a message."""
+        """Start the watchdog if the server must read input or send a message; otherwise stop it."""
         must_answer = not self.conversation.opened or self.conversation.ended  # else it may have nothing to send
         self._watchdog.set(bool(self._num_sending) or (self._is_receiving and must_answer))
 
@@ -187,7 +188,7 @@ class _Watchdog:
         self._timer: asyncio.TimerHandle | None = None
 
     def set(self, is_running: bool) -> None:
-        """Start the timer, unless it is running; or stop it."""
+        """Start the timer if it is not running, or stop it."""
         if is_running and self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(self._seconds, self._end)
         elif not is_running and self._timer is not None:

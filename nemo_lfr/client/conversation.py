@@ -59,7 +59,7 @@ _REASONS = {
 
 
 class Conversation(CodecProperties):
-    """Parser and formatter for the messages of one stream. `decoding` and `encoding` create an instance.
+    """Parser and formatter for the messages of one stream. Create it with `decoding` or `encoding`.
 
     Every message of the server is validated, and the results are counted. A faulty server therefore causes an error,
     and never a result that is too short, too long or not valid.
@@ -73,7 +73,7 @@ class Conversation(CodecProperties):
     Attributes:
         kind: "encode" or "decode".
         address: URL of the stream.
-        failure: the first error in the messages of the server, or the loss of the connection; None without an error.
+        failure: error that ended the stream; None if there is none.
         ended: whether the client has ended the input.
         done: whether all results have arrived.
         closed: whether the client has closed the stream.
@@ -238,8 +238,8 @@ class Conversation(CodecProperties):
             results.
 
         Raises:
-            ServerError: if the message reports an error or is not valid, or if it shows that the server has lost or
-                invented results.
+            ServerError: if the message reports an error or is not valid, or if there are too many or too few results
+                for the input.
         """
         if self.done:
             raise self.invalid('sent a message after the message of type "done"')
@@ -279,10 +279,10 @@ class Conversation(CodecProperties):
         return tokens
 
     def _check_total(self, reported: int) -> None:
-        """Check the number of results that the last message reports.
+        """Check the number of frames or samples that the server's last message reports.
 
         Raises:
-            ServerError: if another number of results has arrived, or if this is not the number for the whole input.
+            ServerError: if a different number has arrived, or is expected for the input.
         """
         units_in, units_out = self._units
         if not self.ended:
@@ -324,7 +324,7 @@ class Conversation(CodecProperties):
 
         Args:
             message: message of the server.
-            types: valid types of the message.
+            types: message types that are valid now.
 
         Raises:
             ServerError: if the message reports an error, has another type or is not valid.
@@ -362,7 +362,7 @@ class Conversation(CodecProperties):
         )
 
     def fail(self, error: ServerError) -> ServerError:
-        """Record an error as `failure`, unless the stream has failed or was closed before, and return the error."""
+        """Return an error, and record it as `failure` if the stream is open and has not failed before."""
         if self.opened and not self.closed and self.failure is None:
             self.failure = error
         return error

@@ -129,9 +129,9 @@ def encode_file(server: Server, audio: bytes | str | os.PathLike[str]) -> Encode
 
 
 def _read(server: Server, audio: object) -> tuple[bytes, ServerInfo]:
-    """Read an audio file, check its size, and return its content and the description of the server.
+    """Read an audio file, and return its content and the server's description.
 
-    The file is opened before the server is asked for its limit, so that a wrong path is reported first.
+    The file is opened before the first request to the server, so that a wrong path is reported first.
     """
     if not isinstance(audio, str | os.PathLike):
         raise AudioError(f"audio has type {type(audio).__name__}; pass the path or the content of a file.")

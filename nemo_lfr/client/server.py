@@ -39,10 +39,8 @@ class Server:
         url: address of the server, such as "http://127.0.0.1:8000". If a reverse proxy puts the server below a path,
             include this path: "https://example.org/codec".
         token: access token; None if the server does not require one.
-        timeout: maximum time in seconds to wait for a connection, for a response, or for progress in a stream. A large
-            file may take longer if at least 64 kB arrive per second.
-        retry_s: time in seconds for which the client keeps trying to open a stream or to send a file while the server
-            is full, is shutting down or cannot be reached.
+        timeout: maximum time in seconds to wait for the server; see `Client`.
+        retry_s: number of seconds for which the client keeps trying; see `Client`.
     """
 
     url: str

@@ -114,8 +114,8 @@ export class Client {
    * @param {string} url of the server
    * @param {{token?: string | null, timeoutSeconds?: number, WebSocket?: typeof globalThis.WebSocket,
    *   fetch?: typeof globalThis.fetch}} options access token, maximum time to wait for a connection, for a response or
-   *   for progress in a stream (the transfer of a large file may take longer), and replacements for the functions of
-   *   the browser
+   *   for progress in a stream (a large response may take longer), and replacements for the WebSocket class and the
+   *   fetch function of the browser
    */
   constructor(
     url,
@@ -182,7 +182,7 @@ export class Client {
       message = { body, headers: { "Content-Type": "application/json" } };
       limit = maxAudio(tokens.length);
     } else {
-      limit = maxAudio(sizeOf("token file", tokens)); // at least one byte per frame, or little less
+      limit = maxAudio(sizeOf("token file", tokens)); // a frame takes about one byte or more
       if (numSamples !== null) throw new InputError("numSamples is only for a list of frames; leave it out.");
       message = { body: tokens };
     }
@@ -366,7 +366,7 @@ export class Stream {
    * @param {WebSocket} socket
    * @param {"decode" | "encode"} kind
    * @param {number | null} sampleRate of the samples that are pushed, Hz; null for the sample rate of the codec
-   * @param {number} timeoutSeconds maximum time to wait for the server, when it has something to send
+   * @param {number} timeoutSeconds maximum time to wait for a message that the server must send
    */
   constructor(socket, kind, sampleRate = null, timeoutSeconds = 60) {
     this.#socket = socket;
@@ -381,7 +381,7 @@ export class Stream {
    * @param {WebSocket} socket
    * @param {"decode" | "encode"} kind
    * @param {number | null} sampleRate of the samples that are pushed, Hz; null for the sample rate of the codec
-   * @param {number} timeoutSeconds maximum time to wait for the server, when it has something to send
+   * @param {number} timeoutSeconds maximum time to wait for a message that the server must send
    * @returns {Promise<Stream<any>>}
    */
   static open(socket, kind, sampleRate = null, timeoutSeconds = 60) {
@@ -485,7 +485,7 @@ export class Stream {
     return Math.ceil(Math.ceil(this.#numSent * factor) / size); // the server rounds both lengths up
   }
 
-  /** Start the timer unless it is running, or stop it while the server may have nothing to send. */
+  /** Run the timer while the server must send a message; stop it while the server may be waiting for input. */
   #watch() {
     const mustAnswer = !this.#isReady || this.#hasEnded;
     if (!mustAnswer || this.#isDone || this.#error) this.#timer.stop();
@@ -756,7 +756,7 @@ function problemOf(values, shape) {
 /**
  * @param {EncodedFile} encoded
  * @param {ServerInfo} info
- * @returns {string} why the tokens cannot be those of a file; empty if they can
+ * @returns {string} what is wrong with the tokens; empty if nothing is
  */
 function tokensProblem({ tokens, num_samples, sample_rate, samples_per_frame }, info) {
   const { num_codebooks: count, codebook_size: size } = info;
@@ -777,7 +777,7 @@ function tokensProblem({ tokens, num_samples, sample_rate, samples_per_frame }, 
  * @param {ServerInfo} info
  * @param {number | null} numFrames number of decoded frames; null if unknown
  * @param {number | null} numSamples length to which the audio was trimmed
- * @returns {string} why the content is not the requested audio file; empty if it is
+ * @returns {string} what is wrong with the audio file; empty if nothing is
  */
 function audioProblem(content, format, { sample_rate, samples_per_frame }, numFrames, numSamples) {
   const view = new DataView(content);

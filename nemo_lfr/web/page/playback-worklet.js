@@ -1,8 +1,9 @@
 /**
  * Audio worklet that plays the samples that are posted to it, and posts the number of samples that it has played.
  *
- * After a gap, the worklet waits for `hold` samples, so that audio that arrives unevenly plays evenly. If more than `limit`
- * samples wait, for example after a pause of the server, the worklet skips the oldest ones to reduce the delay again.
+ * After a gap, the worklet waits until `hold` samples have arrived, so that audio that arrives unevenly does not stutter.
+ * If more than `limit` samples wait, for example after a pause of the server, the worklet skips the oldest ones to reduce
+ * the delay again.
  */
 
 class Playback extends AudioWorkletProcessor {

@@ -38,7 +38,7 @@
  * @property {number} numFrames
  * @property {number} numSamples length of the recording at the codec's rate
  *
- * What runs the codec: a server (server.js) or ONNX Runtime in this browser (browser.js). Both exchange token files.
+ * A backend runs the codec on a server (server.js) or with ONNX Runtime in this browser (browser.js).
  *
  * @typedef {object} Backend
  * @property {CodecInfo} info
