@@ -86,7 +86,7 @@ class KnownCodec(Protocol):
 
     @property
     def name(self) -> str:
-        """Source of the weights, for messages."""
+        """Name of the codec for messages: usually the path or Hub name of its checkpoint."""
 
     @property
     def spec(self) -> CodecSpec:

@@ -73,7 +73,7 @@ def spell_as(expected: Collection[str], state: Mapping[str, torch.Tensor]) -> di
 
     Args:
         expected: names in the other state dict. A weight that matches none of them stays unchanged.
-        state: tensors by name. The names do not contain the parts that wrappers insert.
+        state: tensors by name, without the name components that wrappers insert.
     """
     spelled: dict[str, torch.Tensor] = {}
     for key, value in state.items():

@@ -1,9 +1,10 @@
 """Run the codec independently of the caller's PyTorch settings, such as autocast and the default device.
 
-Some of these settings are per thread (autocast, default device, inference and grad mode), others per process (default
-dtype, precision of fp32 matrix products). `reference_state` turns off the settings that change results. The default
-dtype is not one of them, because the codec passes a dtype for every tensor that it creates. `building_state` is for
-code that builds modules. It also sets the default dtype, which the constructors of PyTorch's modules use.
+Some settings belong to a thread (autocast, default device, inference mode, grad mode), others to the process (default
+dtype, precision of fp32 matrix products). `reference_state`, for inference, turns off the settings that change
+results. It ignores the default dtype, because inference code passes a dtype for every tensor that it creates.
+`building_state`, for code that builds modules, also sets the default dtype, because the constructors of PyTorch's
+modules use it.
 """
 
 import os
@@ -23,10 +24,10 @@ _MKLDNN: Any = torch.backends.mkldnn
 
 
 class ProcessSetting:
-    """Process-wide setting that several threads can change temporarily.
+    """Process-wide setting that several threads can change temporarily, in `with setting.at(value)` blocks.
 
-    The first thread that enters `at` saves the caller's value, and the last thread that leaves `at` restores it. A
-    thread that needs a different value waits until no other thread is inside `at`.
+    The first thread that enters such a block saves the caller's value, and the last thread that leaves one restores
+    it. A thread that needs a different value waits until no other thread is in such a block.
 
     Args:
         get: returns the current value.
@@ -70,10 +71,10 @@ class ProcessSetting:
                     self._changed.notify_all()
 
     def differs(self, wanted: Any) -> bool:
-        """Return whether `at(wanted)` is needed.
+        """Return whether a `with setting.at(wanted)` block is needed.
 
-        This is the case if the current value differs from `wanted`, or if a thread is inside `at` and may restore
-        another value.
+        It is not needed if the current value is `wanted` and no thread is in a block, which would restore another
+        value.
         """
         return self._users > 0 or self._get() != wanted
 
@@ -98,10 +99,10 @@ def _put_cudnn_tf32(value: Any) -> None:
 
 
 def _attribute(owner: Any) -> ProcessSetting:
-    """Return the setting for oneDNN's precision in fp32 matrix products or convolutions.
+    """Return the `ProcessSetting` for oneDNN's precision in fp32 matrix products or convolutions.
 
-    A setting whose value is "none" inherits the value of a more general setting: oneDNN's own, or the one for all
-    backends. Such a setting is restored to "none", so that later changes to the general setting still take effect.
+    The value "none" means that a more general setting applies: oneDNN's own, or the one for all backends. It is
+    restored as "none", so that later changes to the general setting still take effect.
 
     Args:
         owner: `torch.backends.mkldnn.matmul` or `torch.backends.mkldnn.conv`.
@@ -187,7 +188,9 @@ def convolutions(tf32: bool) -> Iterator[None]:
 
 
 def check_weights(module: nn.Module, name: str) -> None:
-    """Check that all weights of a network are fp32. Weights of another dtype would give other tokens.
+    """Check that a network has dense fp32 weights and unchanged convolutions.
+
+    Weights of another dtype would give other tokens.
 
     Args:
         module: encoder or decoder.

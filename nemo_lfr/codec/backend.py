@@ -89,10 +89,10 @@ class Batching:
 
 
 def check_backend(backend: Any) -> None:
-    """Check that a backend is an object and describes its tokens and batches with the classes of this package.
+    """Check that a backend is an object, not a class, and has a `CodecSpec` and a `Batching`.
 
     Raises:
-        NemoLfrError: if it is a class, or an attribute is missing or has another type.
+        NemoLfrError: if it is a class, or if `spec` or `batching` is missing or has another type.
     """
     if isinstance(backend, type):
         raise NemoLfrError(
@@ -108,7 +108,7 @@ def check_backend(backend: Any) -> None:
 
 
 def check_result(backend: Any, operation: Operation, result: Any, inputs: Any, num_frames: Sequence[int]) -> None:
-    """Check the type and the shape of what `encode_frames` or `decode_frames` of a backend returns.
+    """Check the type and shape of the result of a backend's `encode_frames` or `decode_frames`.
 
     Only the metadata of the array is read, so a GPU does not have to finish the computation.
 
@@ -120,8 +120,8 @@ def check_result(backend: Any, operation: Operation, result: Any, inputs: Any, n
         num_frames: valid frames in each example.
 
     Raises:
-        NemoLfrError: if the result is not an array like `inputs`, has another shape than `Backend` specifies, or
-            contains neither integers (tokens) nor floating-point numbers (audio).
+        NemoLfrError: if the result is not an array of the same library as `inputs`, if its shape is not the one that
+            `Backend` specifies, or if tokens are not integers or audio is not floating point.
     """
     spec, kinds = backend.spec, {"encode": "integers", "decode": "floating-point numbers"}
     expected: list[int] = [len(inputs), max(num_frames) * spec.samples_per_frame]
@@ -148,7 +148,7 @@ class Backend(Protocol[Array]):
 
     @property
     def name(self) -> str:
-        """Source of the weights, for messages."""
+        """Name of the codec for messages: usually the path or Hub name of its checkpoint."""
 
     @property
     def spec(self) -> CodecSpec:
@@ -156,11 +156,11 @@ class Backend(Protocol[Array]):
 
     @property
     def encoder(self) -> Limits:
-        """Limits of the encoder, or the encoder itself."""
+        """The encoder, or an object that only has its limits."""
 
     @property
     def decoder(self) -> Limits:
-        """Limits of the decoder, or the decoder itself."""
+        """The decoder, or an object that only has its limits."""
 
     @property
     def arrays(self) -> Arrays[Array]:

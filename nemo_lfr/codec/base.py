@@ -44,7 +44,7 @@ class CodecBase(Generic[Array]):
 
     @property
     def name(self) -> str:
-        """Source of the weights, for messages."""
+        """Name of the codec for messages: usually the path or Hub name of its checkpoint."""
         return self.backend.name
 
     @property
@@ -93,7 +93,7 @@ class CodecBase(Generic[Array]):
         return next(iter(self.backend.fingerprints()), "")
 
     def made(self, fingerprint: str) -> bool:
-        """Return whether this codec made the tokens that have this fingerprint.
+        """Return whether tokens with this fingerprint come from this codec.
 
         Fingerprints that older versions of this package computed for this codec are also accepted.
         """

@@ -27,7 +27,7 @@ from nemo_lfr.io.pcm import check_channels, samples_to_float
 
 logger = logging.getLogger(__name__)
 
-MAX_FIRST = 8  # an array with at most this many rows is [channels, T_audio], even if it has fewer columns
+MAX_FIRST = 8  # an array with at most this many rows is [channels, T_audio], even if it has fewer columns than rows
 
 
 class _Recording(NamedTuple):

@@ -37,7 +37,7 @@ def weights_digest(weights: Iterable[tuple[str, torch.Tensor]]) -> str:
 
 
 def fingerprint(digest: str, settings: Any) -> str:
-    """Return a codec's fingerprint: a hash of its weights' digest and of its settings from `settings_of`."""
+    """Return a codec's fingerprint: a hash of `digest` (from `weights_digest`) and `settings` (from `settings_of`)."""
     text = json.dumps([digest, settings], sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:LENGTH]
 
@@ -51,7 +51,7 @@ def settings_of(
     """Return the settings that tokens and audio depend on, as values that JSON can store.
 
     Raises:
-        NemoLfrError: if the levels in a buffer of the quantizer were changed.
+        NemoLfrError: if the levels of the quantizer were changed after it was built.
     """
     groups = list(quantizer.fsqs) if isinstance(quantizer, GroupFiniteScalarQuantizer) else [quantizer]
     for group in groups:

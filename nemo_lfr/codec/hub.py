@@ -1,8 +1,8 @@
 """Methods of `Codec` that load from and save to the Hugging Face Hub.
 
-The methods have the same names as those of `huggingface_hub.ModelHubMixin`, and take most of its arguments; other
-arguments are refused. `Codec` does not inherit from this mixin, because the mixin takes a second to import and changes
-the arguments of the constructor. It is imported only for uploads and to check their arguments.
+They have the names of the methods of `huggingface_hub.ModelHubMixin` and accept most of the same arguments; other
+arguments are refused. `Codec` does not inherit from this mixin, because importing it takes a second and it changes the
+arguments of the constructor. The mixin is imported only for uploads, and to check their arguments.
 """
 
 import inspect

@@ -76,8 +76,8 @@ class LazyModule(Generic[M]):
 
         Args:
             order: order of summation for the norms when weight norm is folded. Loaded weights are already folded in
-                the default order. For another order, the checkpoint is read again. If it was removed, or now contains
-                other weights, the loaded weights are returned.
+                the default order, so another order requires reading the checkpoint again. If the checkpoint no longer
+                contains these weights, the loaded weights are returned.
 
         Raises:
             CheckpointError: if the weights cannot be read.

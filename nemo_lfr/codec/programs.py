@@ -33,7 +33,7 @@ class Graph(NamedTuple):
 
 
 class Programs(NamedTuple):
-    """Result of `export_programs`."""
+    """Result of `export_programs`: the exported encoder and decoder."""
 
     encoder: torch.export.ExportedProgram
     decoder: torch.export.ExportedProgram

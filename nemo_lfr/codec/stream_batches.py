@@ -29,7 +29,7 @@ class BaseStream:
         modules: modules and settings of the codec's backend.
         context: number of later frames that the result of a frame depends on.
         min_frames: shortest valid input of the network, in frames.
-        items: numbers of input and output items (samples or tokens) in one frame.
+        items: numbers of input and output items in one frame. An item is an audio sample, or the tokens of one frame.
         lookahead: number of later frames to wait for; None for `context`.
         first_lookahead: number of later frames to wait for at the start of the recording; None for `lookahead`.
     """
@@ -73,7 +73,7 @@ class BaseStream:
         return 1000 * self.delay_frames / self.codec.frame_rate
 
     def _num_due(self) -> int:
-        """Return how many output items (tokens or samples) can be returned, because their lookahead has arrived."""
+        """Return the number of output items, from the start of the recording, whose lookahead has arrived."""
         # The first frames only wait for the first lookahead. They play while the lookahead of later frames arrives.
         early_frames = min(self.delay_frames - self.first_delay_frames, self._num_in - self.first_delay_frames)
         return max(self._num_in - self.delay_frames, early_frames) * self._items_out

@@ -20,7 +20,7 @@ class StreamModules(Protocol):
 
     @property
     def name(self) -> str:
-        """Source of the weights, for messages."""
+        """Name of the codec for messages: usually the path or Hub name of its checkpoint."""
 
     @property
     def device(self) -> torch.device:

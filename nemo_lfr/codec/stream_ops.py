@@ -57,14 +57,14 @@ class State(NamedTuple):
 
 
 class StreamOps:
-    """Operations on one chunk, which read and update the state of each layer.
+    """Implementation of `nemo_lfr.modules.network.Ops` for one chunk, which updates the state of each layer.
 
     Signals are tensors [B, n, H] with the n time steps that have become available; n may be 0.
 
     Args:
         state: state of each layer; changed in place.
         last: whether the recordings end with this chunk.
-        weights: weights of the layers; its methods run the convolutions.
+        weights: weights of the layers, with methods that run the convolutions.
     """
 
     def __init__(self, state: dict[Hashable, LayerState], last: bool, weights: StreamWeights) -> None:
@@ -123,7 +123,7 @@ class StreamOps:
         return self._add_available(block, [signal, added])
 
     def _add_available(self, key: Hashable, terms: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Add the time steps that all terms have produced, and keep later ones for the next chunk."""
+        """Add the terms at the time steps that all of them have; keep later time steps for the next chunk."""
         joined = [self._join((key, number), term)[0] for number, term in enumerate(terms)]
         ready = min(term.shape[1] for term in joined)
         for number, term in enumerate(joined):

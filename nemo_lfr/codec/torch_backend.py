@@ -59,9 +59,9 @@ class TorchBackend:
         sample_rate: sample rate of the audio, Hz.
         precision: "fp32" gives the reference tokens: TF32 is off, whatever PyTorch's settings are. "tf32" drops 13 of
             23 mantissa bits in convolutions on a GPU, as stock NeMo with PyTorch's defaults does; on a CPU it equals
-            "fp32". "bf16" and "fp16" run the convolutions at that precision, which changes about 16 % (bf16) or
-            1.5 % (fp16) of the bundled codec's tokens. FSQ runs in fp32 at every precision.
-        name: source of the weights, for messages.
+            "fp32". "bf16" and "fp16" run the convolutions at that precision, which changes about 16 % (bf16) or 1.5 %
+            (fp16) of the bundled codec's tokens. FSQ runs in fp32 at every precision.
+        name: name of the codec for messages, such as the path of its checkpoint.
         config: model config of the modules, which `Codec.save_pretrained` writes; None if there is no config.
 
     Raises:
@@ -193,7 +193,10 @@ class TorchBackend:
         check_weights(self._decoder.module, f"the decoder of {self.name}")
 
     def check_described(self, consequence: str) -> None:
-        """Check that the modules are those that the codec's config describes, before the config is saved.
+        """Check that the codec's config describes its modules, before the config is saved.
+
+        Args:
+            consequence: end of the message, as in `nemo_lfr.modules.altered.check_unaltered`.
 
         Raises:
             NemoLfrError: if a module has hooks, replaced layers or changed settings.
@@ -304,7 +307,7 @@ class TorchBackend:
 
 @cache
 def _warn_about_fp16() -> None:
-    """Log once that fp16 is not for CPUs. It works there, so that results for a GPU can be compared with."""
+    """Log a warning, once, that fp16 is slow on CPUs. It is allowed there for comparisons with GPU results."""
     logger.warning(
         'precision "fp16" is for GPUs. On most CPUs it takes about ten times as long as "fp32"; use "fp32".'
     )

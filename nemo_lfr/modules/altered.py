@@ -1,9 +1,9 @@
 """Detect networks that a caller has altered with hooks or replaced layers, and run them without packed weights.
 
 Fast inference (packed weights on a CPU, plans on CUDA) uses copies of the weights and does not call the modules.
-Forward hooks would not run. Weights that a hook recomputes before each call would not be updated;
-`torch.nn.utils.prune` and the older `weight_norm` and `spectral_norm` work this way. Altered networks are therefore
-run by calling their modules.
+Forward hooks would not run, and weights that a hook recomputes before each call would not be updated (as with
+`torch.nn.utils.prune` and the older `weight_norm` and `spectral_norm`). Altered networks are therefore run by calling
+their modules.
 """
 
 import functools
@@ -37,7 +37,7 @@ def _is_patched(module: nn.Module) -> bool:
 
 
 def must_be_called(layer: nn.Module, kind: type[nn.Module]) -> bool:
-    """Return whether a layer must be run by calling it.
+    """Return whether a layer must be run by calling it, because a kernel that only uses its weights would be wrong.
 
     This is the case if the layer has hooks, or if its `forward` method is not the `forward` of `kind`.
     """

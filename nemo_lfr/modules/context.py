@@ -17,15 +17,15 @@ from nemo_lfr.modules.residual import ResidualBlock, ResidualLayer
 class Field:
     """Receptive field of a signal inside a network, in time steps of the network's input.
 
-    Time step t of the signal depends on the inputs from floor((t * stride - past) / split) to
-    floor((t * stride + future) / split).
+    Time step t of the signal depends on the inputs from floor((t * stride - past) / split) to floor((t * stride +
+    future) / split).
 
     Attributes:
         stride: number of inputs per time step of the signal; more than 1 after down-sampling.
         split: number of time steps of the signal per input; more than 1 after up-sampling.
         past: number of earlier inputs that a time step depends on, multiplied by `split`.
         future: number of later inputs that a time step depends on, multiplied by `split`.
-        shortest: length of the shortest input that is long enough for the padding of every layer.
+        shortest: length of the shortest network input that is long enough for the padding of every layer.
     """
 
     stride: int = 1
@@ -36,7 +36,7 @@ class Field:
 
 
 class ContextOps:
-    """Operations that return the receptive field of a signal instead of its values."""
+    """Implementation of `nemo_lfr.modules.network.Ops` that returns the receptive field of a signal."""
 
     def conv(self, layer: Conv1d, signal: Field, activation: CodecActivation | None = None) -> Field:
         """Widen the receptive field by the span of a convolution."""

@@ -144,7 +144,7 @@ class Conv1d(nn.Module):
         """Whether the settings of `conv` still match the settings of this layer; a caller may have changed `conv`."""
         conv = self.conv
         if not isinstance(conv, nn.Conv1d):
-            return True  # replaced by a module that is called
+            return True  # the caller has replaced `conv`, and this layer calls the new module
         span = (conv.kernel_size[0] - 1) * conv.dilation[0] + 1
         kept = (conv.stride[0], span, conv.padding, conv.groups) == (self.stride, self.span, (0,), 1)
         return kept and self.pad_mode in PAD_MODES.values()

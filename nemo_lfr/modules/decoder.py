@@ -135,7 +135,7 @@ class HiFiGANDecoder(NeuralModule):
 
     @property
     def context(self) -> Context:
-        """Numbers of earlier and later frames that decoded audio depends on; both are 13 in NVIDIA's codec."""
+        """Numbers of earlier and later frames that the audio of a frame depends on; both are 13 in NVIDIA's codec."""
         return Context(
             num_frames(self._field.past, self.samples_per_frame),
             num_frames(self._field.future, self.samples_per_frame),

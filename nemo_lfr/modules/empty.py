@@ -9,7 +9,7 @@ from torch.overrides import TorchFunctionMode
 
 
 class _NoInitialization(TorchFunctionMode):
-    """Return tensors as they are from all functions of `torch.nn.init`."""
+    """Mode in which the functions of `torch.nn.init` return their tensor unchanged."""
 
     def __torch_function__(
         self,

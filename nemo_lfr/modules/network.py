@@ -95,7 +95,7 @@ def decode(decoder: DecoderLayers, ops: Ops[Signal], dequantized: Signal) -> Sig
 
 
 class ModuleOps:
-    """Operations that call the modules, for training and export. Signals are tensors [B, H, T]."""
+    """Implementation of `Ops` that calls the modules, for training and export. Signals are tensors [B, H, T]."""
 
     def conv(self, layer: Conv1d, signal: torch.Tensor, activation: CodecActivation | None = None) -> torch.Tensor:
         """Return `layer(activation(signal))`."""

@@ -58,7 +58,7 @@ def _check_tokens(
 
 
 def _check_indices(indices: torch.Tensor, num_codebooks: int, codebook_size: int, length: torch.Tensor | None) -> None:
-    """Raise an error if tokens to decode have the wrong shape, or a valid one is outside the codebook.
+    """Raise an error if tokens to decode have the wrong shape or are outside the codebook.
 
     The check of the values synchronizes a GPU. They are not checked while a graph is traced or captured.
 
@@ -260,6 +260,9 @@ class GroupFiniteScalarQuantizer(NeuralModule):
         num_groups: number of codebooks C.
         num_levels_per_group: number of levels in each dimension of one codebook; all codebooks have the same levels.
         eps: see `FiniteScalarQuantizer`.
+
+    Raises:
+        ConfigError: as in `FiniteScalarQuantizer`.
     """
 
     input_names = FiniteScalarQuantizer.input_names

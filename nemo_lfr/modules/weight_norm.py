@@ -35,7 +35,8 @@ class SumOrder(NamedTuple):
 
 
 CANONICAL = SumOrder(8, True)
-IN_FP64 = SumOrder(4, False)  # order of these kernels for fp64; fp64 norms always use it, whatever order is requested
+# Order of PyTorch's kernels for fp64. Norms in fp64 always use it, whatever order is requested.
+IN_FP64 = SumOrder(4, False)
 # Orders of PyTorch's kernels for other CPUs: x86 without AVX2, and 128-bit NEON. Old fingerprints depend on them.
 OTHERS = (SumOrder(8, False), SumOrder(4, True))
 

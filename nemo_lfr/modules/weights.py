@@ -5,11 +5,10 @@ values are also compared, by a checksum that reads every byte once. On one CPU c
 million fp32 weights. Encoding one second of audio takes 25 to 100 times as long as the checksum of the encoder.
 `Codec` uses `checksum_once`, so the checksum is computed once per call instead of once per batch.
 
-The checksum misses some changes that PyTorch does not count. It reads the weights as integers in rows of 509. It sums
-each of the 509 columns, multiplies each column sum by a factor of its own, and adds the products. A change that leaves
-every column sum unchanged, such as a swap of two values in one column, is missed. A change of a single integer is
-never missed, and the probability that another change is missed by chance is about 2^-64. An integer is 8 bytes on a
-CPU, and one element of the tensor on a GPU.
+The checksum reads the weights as integers in rows of 509. (An integer is 8 bytes on a CPU, and one element of the
+tensor on a GPU.) It sums each of the 509 columns, multiplies each column sum by a factor of its own, and adds the
+products. It always detects a change of a single integer. It misses changes that leave every column sum unchanged, such
+as a swap of two values in one column. Other changes are missed with a probability of about 2^-64.
 """
 
 import operator
@@ -63,10 +62,10 @@ def checksum_once() -> Iterator[None]:
 
 @contextmanager
 def unchanged_networks() -> Iterator[None]:
-    """Skip checks that have succeeded before inside a `with` block, which must not change networks.
+    """Inside a `with` block, run each `check_once` check of a network only until it has succeeded once.
 
-    A check by `check_once` takes a few milliseconds. Skipping checks saves this time in a server that runs its streams
-    every few milliseconds.
+    The block must not change networks. A check takes a few milliseconds, which is too long for a server that runs its
+    streams every few milliseconds.
     """
     token = _CHECKED.set({})
     try:

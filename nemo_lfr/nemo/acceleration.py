@@ -89,7 +89,8 @@ def _replacement(name: str, config: Mapping[str, Any], stock: Any) -> torch.nn.M
     differ = [key for key, value in levels.items() if key in tensors and not torch.equal(tensors[key].cpu(), value)]
     try:
         if differ:
-            raise ConfigError(f"{differ[0]} is {shorten(tensors[differ[0]].flatten().tolist())}")
+            wanted = shorten(levels[differ[0]].flatten().tolist())
+            raise ConfigError(f"{differ[0]} is {shorten(tensors[differ[0]].flatten().tolist())} instead of {wanted}")
         part.load_state_dict(tensors, assign=True)
     except (RuntimeError, ConfigError) as error:
         reason = shorten(" ".join(str(error).split()), 200)

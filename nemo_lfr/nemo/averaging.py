@@ -26,7 +26,7 @@ class RestoreTrainedWeights(Callback):
 
 
 class WeightAveraging(BaseModel):
-    """Mixin with Lightning hooks that validate with averaged weights, and store these weights in checkpoints."""
+    """Mixin with Lightning hooks that use averaged weights for validation and store them in checkpoints."""
 
     @property
     def _generator(self) -> torch.nn.ModuleList:
@@ -38,9 +38,9 @@ class WeightAveraging(BaseModel):
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Use the averaged weights of the encoder and decoder within this context.
+        """Use the averaged weights of the encoder and decoder inside a `with` block.
 
-        The context has no effect if the model does not average its weights.
+        The block has no effect if the model does not average its weights.
         """
         before = self._average is not None and self._average.in_use
         self._use_average(True)
@@ -50,7 +50,7 @@ class WeightAveraging(BaseModel):
             self._use_average(before)
 
     def on_train_start(self) -> None:
-        """Switch to the trained weights, because a validation that failed may have left the averaged ones in use."""
+        """Switch to the trained weights, because a failed validation may have left the averaged ones in use."""
         self._use_average(False)
         super().on_train_start()
 

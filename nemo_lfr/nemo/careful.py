@@ -1,9 +1,9 @@
 """Iterators over NeMo and Lhotse manifests that skip malformed lines.
 
-If a line of a manifest is malformed, only its clip is skipped, and training continues. NeMo still interprets the data
-config, because such configs have many forms (lists, weights, groups, buckets). `make_careful` then searches the object
-that NeMo returns, and replaces the class of each iterator over lines by one of the classes below. Tar files are still
-read by NeMo's own iterator. Where that iterator cannot skip a malformed line, an error names the line.
+NeMo interprets the data config, because such configs have many forms (lists, weights, groups, buckets). `make_careful`
+then searches the object that NeMo returns, and replaces the class of each iterator over lines by one of the classes
+below. If a line is malformed, only its clip is skipped, and training continues. Tar files are still read by NeMo's own
+iterator; where it cannot skip a malformed line, an error names the line.
 """
 
 import copy
@@ -35,7 +35,7 @@ _reported: set[str] = set()
 
 @contextmanager
 def careful_iterators() -> Iterator[None]:
-    """Make NeMo build data loaders that skip malformed lines, within this context."""
+    """Make NeMo build data loaders that skip malformed lines, inside a `with` block."""
     stock = nemo_dataloader.read_cutset_from_config
     nemo_dataloader.read_cutset_from_config = partial(_read, stock)
     try:

@@ -67,7 +67,7 @@ def check_training(cfg: DictConfig, num_codebooks: int) -> None:
 
 
 def check_precision(trainer: Trainer | None) -> None:
-    """Raise ConfigError if a trainer's precision would convert the weights of the codec from fp32."""
+    """Raise ConfigError if a trainer's precision would convert the codec's weights from fp32 to another dtype."""
     if trainer is not None and (precision := str(trainer.precision)) not in PRECISIONS:
         raise ConfigError(
             f"trainer.precision is {precision}, but the weights of the codec must be fp32; use one of "

@@ -204,7 +204,7 @@ class NemoFiles(BaseModel):
         strict: bool = True,
         **kwargs: Any,
     ) -> Any:
-        """Load a training checkpoint (`.ckpt`) of Lightning, with NeMo's method.
+        """Load a Lightning training checkpoint (`.ckpt`), with NeMo's method.
 
         Pickled objects in the file may run code, as in NeMo. `restore_from` opens `.ckpt` files without running code.
 
@@ -229,7 +229,7 @@ class NemoFiles(BaseModel):
             )
         except (CheckpointError, ConfigError) as error:
             raise CheckpointError(f"{shorten(checkpoint_path, 300)}: {error}") from error
-        except Exception as error:  # of Lightning, PyTorch and fsspec, whose classes and messages vary
+        except Exception as error:  # Lightning, PyTorch and fsspec raise many classes
             if (problem := _problem_of_training_checkpoint(checkpoint_path)) is not None:
                 raise problem from error
             raise
@@ -357,7 +357,10 @@ def _without_folders(config: DictConfig) -> DictConfig:
 
 
 def _problem_of_training_checkpoint(checkpoint: Any) -> CheckpointError | None:
-    """Return why a file cannot be loaded as a training checkpoint of the codec; None if it can, or is not local."""
+    """Return the error for a file that cannot be loaded as a training checkpoint of the codec.
+
+    The result is None if the file can be loaded, or is not local.
+    """
     if not isinstance(checkpoint, str | os.PathLike) or "://" in str(checkpoint):
         return None
     path = Path(os.path.expanduser(checkpoint))

@@ -64,8 +64,8 @@ def check_optimizers(checkpoint: Mapping[str, Any], optimizers: Sequence[torch.o
             raise _differs(
                 path,
                 "optim",
-                f"the optimizer in the checkpoint is not {type(optimizer).__name__}, because these settings of it "
-                f"are missing or unknown: {missing + unknown}",
+                f"the optimizer in the checkpoint is not {type(optimizer).__name__}, because only one of the two "
+                f"has the settings {missing + unknown}",
             )
 
 

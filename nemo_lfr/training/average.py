@@ -12,8 +12,8 @@ class Average:
             weights do not dominate.
 
     Attributes:
-        weights: the averaged weights. While `in_use` is True, these weights are in the module, and this attribute
-            holds the trained weights.
+        weights: the averaged weights. While `in_use` is True, the averaged weights are in the module, and this
+            attribute holds the trained weights instead.
         in_use: whether the averaged weights are in the module.
     """
 

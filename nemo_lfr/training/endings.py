@@ -35,13 +35,13 @@ CONFIG_ERRORS = {"HydraException", "MisconfigurationException", "NeMoBaseExcepti
 def ending_in_one_line(*folders: str | os.PathLike[str] | None) -> Iterator[None]:
     """Exit with one line on stderr if a run fails for a reason that the user can fix.
 
-    Such reasons are invalid input, an invalid config, a full disk, and a path that cannot be written to. Inside this
-    context, a log record that cannot be written, for example because the disk is full, causes no traceback either.
+    Such reasons are invalid input, an invalid config, a full disk, and a file or folder that cannot be created or
+    written. Inside this context, a log record that cannot be written, for example on a full disk, causes no traceback
+    either.
 
     Args:
         folders: folders that the run writes to; None is ignored. The message contains the first one if the error does
-            not name a file. A folder that does not exist and cannot be created, such as one in /proc, is also such a
-            reason.
+            not name a file.
 
     Raises:
         SystemExit: if such an error occurs. Other exceptions are not changed.
@@ -79,7 +79,7 @@ def _line(error: BaseException, folders: list[Path]) -> str | None:
 
 
 def _is_not_created(path: object, folders: list[Path]) -> bool:
-    """Return whether a missing path is a missing folder of the run, or one of the folders that contain it."""
+    """Return whether a path is a folder of the run that does not exist yet, or a parent of such a folder."""
     if not isinstance(path, str | os.PathLike):
         return False
     missing = Path(os.path.abspath(path))

@@ -334,9 +334,9 @@ def _unusable(corpus: Path, name: str, error: Exception) -> Failure:
 
 
 def _fitted(utterance: CorpusUtterance, found: dict[str, float | Failure]) -> CorpusUtterance:
-    """Return an utterance with a duration that does not exceed the length of the file.
+    """Limit an utterance's duration to the length of its file.
 
-    If the file ends before the section that the corpus lists, the returned utterance is marked as a problem.
+    If the file is too short for the section that the corpus lists, the returned utterance is marked as a problem.
     """
     total = found.get(str(utterance.path))
     if utterance.problem or not isinstance(total, float | int):

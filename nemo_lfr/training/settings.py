@@ -172,7 +172,7 @@ def check_model(config: Mapping[str, Any]) -> None:
     if (1 if updates is None else updates) > (1 if period is None else period):
         raise ConfigError(
             f"disc_updates_per_period is {1 if updates is None else updates}, but disc_update_period is only "
-            f"{1 if period is None else period} steps; set disc_updates_per_period to this number or less."
+            f"{1 if period is None else period} steps; set disc_updates_per_period to disc_update_period or less."
         )
     check_resolutions(config.get("loss_resolutions"), "loss_resolutions")
     check_counts(config.get("mel_loss_dims"), "mel_loss_dims")

@@ -1,13 +1,13 @@
 """Run encoders and decoders on a CPU, with the same results as their modules but fewer passes over memory.
 
-- An activation or a sum after a convolution is fused into the convolution where oneDNN supports it. An activation
-  before a convolution is written directly into the convolution's padded input.
+- An activation or a sum after a convolution is fused into the convolution where oneDNN supports it. The result of an
+  activation before a convolution is written directly into the convolution's padded input.
 - The branches of a residual layer share one padded input.
 - Residual layers do most of the work. They process long signals in pieces with context on both sides, which limits
   memory.
 - The examples in a batch may have different lengths. They are stored in a buffer of one width, and every layer writes
-  its padding directly after the end of each example, so each result is the same as for the example alone. Since few
-  widths then cover all lengths, oneDNN can reuse the kernels that it compiles for each shape.
+  its padding directly after the end of each example, so each result is the same as for the example alone. Batches of
+  many lengths thus share a few widths, and oneDNN can reuse the kernels that it compiles for each shape.
 """
 
 from collections.abc import Iterator
@@ -81,14 +81,14 @@ class Batch(NamedTuple):
 
 
 class PackedOps:
-    """Operations that run an encoder or decoder on a CPU, for the argument `ops` of its method `run`.
+    """Implementation of `nemo_lfr.modules.network.Ops` for CPUs.
 
-    The operations use packed weights, or `ModuleWeights` if the weights cannot be packed. Within
+    It uses packed weights, or the weights of the modules (`ModuleWeights`) if these cannot be packed. Within
     `torch.autocast("cpu", torch.bfloat16)` packed weights are bf16.
 
     Args:
         network: encoder or decoder.
-        num_frames: total number of frames in the batch.
+        num_frames: total number of frames in the batch; it decides where Winograd convolution is used.
     """
 
     def __init__(self, network: nn.Module, num_frames: int) -> None:
@@ -176,7 +176,7 @@ class PackedOps:
         behind = slack(1, max(conv.conv.kernel_size[0] for conv in convs))
         shared = _padded(signal, pad, convs[0].pad_mode, blocks[0].input_activation, behind)
         starts = [pad[0] - conv.pad[0] for conv in convs]
-        after = blocks[0].skip_activation  # the same for all branches, since it has no parameters either
+        after = blocks[0].skip_activation  # the same for all branches, as `_can_share` has checked
         done = self._shared_winograd(convs, shared, starts, after)
         for number, (conv, start) in enumerate(zip(convs, starts, strict=True)):
             if number in done:
@@ -209,7 +209,8 @@ class PackedOps:
             signal: input, [B, H_in, T].
             before: activation before the convolution; None for none.
             after: activation after the convolution; None for none.
-            residual: tensor to add to the result, [B, H_out, T // stride]; not changed. Only if `after` is None.
+            residual: tensor to add to the result, [B, H_out, T // stride]; not changed. Must be None if `after` is
+                set.
 
         Returns:
             [B, H_out, T // stride].
@@ -290,7 +291,7 @@ def _padded(
         pad: numbers of time steps to add before and after each example.
         mode: padding mode of the layer.
         activation: activation before padding; None for none.
-        behind: number of rows of zeros in memory after the last example.
+        behind: number of time steps of zeros to append in memory after the last example.
 
     Returns:
         [B, H, before + T + after], channels innermost in memory.

@@ -30,7 +30,7 @@ _MKLDNN: Any = torch.backends.mkldnn
 WINOGRAD_MIN_FRAMES = 48
 # Smallest product of channels and taps for which Winograd convolution is faster (measured on Zen 4).
 WINOGRAD_MIN_PRODUCTS = 1000
-MAX_BF16_ERROR = 0.05  # rms error relative to the rms of the output; rounding to 8 bits causes 0.003 to 0.01
+MAX_BF16_ERROR = 0.05  # rms error relative to the rms of the output; bf16's 8 significant bits cause 0.003 to 0.01
 
 
 class Packed(NamedTuple):
@@ -55,7 +55,7 @@ class Weights(Protocol):
     def cast(self, hidden: torch.Tensor, layer: Conv1d | None = None) -> torch.Tensor:
         """Convert the input of `layer` to the dtype of its weights.
 
-        If `layer` is None, use the dtype that all layers except the first and the last one have.
+        None stands for any layer except the first and the last one of the network.
         """
 
     def convolve(
@@ -70,7 +70,7 @@ class Weights(Protocol):
             residual: tensor to add to the output, [B, H_out, T_out]; only with slope 1.
 
         Returns:
-            [B, H_out, T_out], T_out = (T - span) // stride + 1.
+            [B, H_out, T_out], T_out = (T - layer.span) // layer.stride + 1.
         """
 
     def overlap(self, layer: ConvTranspose1d, padded: torch.Tensor) -> torch.Tensor:
@@ -92,7 +92,7 @@ class Weights(Protocol):
             slope: slope of a leaky ReLU after the convolution; 1 for none.
 
         Returns:
-            For each layer, the output [B, H_out, n] with n >= T - start - span + 1.
+            For each layer, the output [B, H_out, n] with n >= T - start - layer.span + 1.
         """
 
 
@@ -237,7 +237,7 @@ def weights_of(network: nn.Module, dtype: torch.dtype) -> Weights:
 def has_bf16() -> bool:
     """Return whether this CPU has bf16 instructions.
 
-    On x86, these are AMX and AVX512-bf16. On other CPUs, the result is whether oneDNN can use bf16.
+    On x86, these are AMX or AVX512-bf16. On other CPUs, oneDNN reports whether it can use bf16.
     """
     if torch.backends.cpu.get_cpu_capability().startswith("AVX"):
         return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
@@ -286,7 +286,7 @@ def _exact(layer: Conv1d | ConvTranspose1d, padded: torch.Tensor) -> torch.Tenso
 def _error(layer: Conv1d | ConvTranspose1d, padded: torch.Tensor, result: torch.Tensor) -> float:
     """Return the rms error of a result, relative to the rms of the fp32 result.
 
-    Both are measured at 16 time steps of the first example.
+    Both rms values are measured at 16 time steps of the first example.
     """
     weight, _ = fold(layer)
     stride = layer.conv.stride[0] if isinstance(layer, Conv1d) else 1

@@ -2,8 +2,9 @@
 
 Seven samples of the input and four taps of the kernel are treated as polynomials and evaluated at 7 points. The
 products at these points are transformed back to four outputs, so four outputs need 7 multiplications instead of 16. A
-longer kernel is split into groups of four taps whose results are added. All groups and layers share the transformed
-input. In fp32 the rounding error is 1e-6 of the output's rms, 4 times as large as for an ordinary convolution.
+longer kernel is split into groups of four taps whose results are added. All groups, and all layers with the same
+input, share the transformed input. In fp32 the rounding error is 1e-6 of the output's rms, 4 times as large as for an
+ordinary convolution.
 """
 
 from collections.abc import Sequence
@@ -134,7 +135,10 @@ def _sum_of_products(
 
 
 def _kernel_transform(like: torch.Tensor) -> torch.Tensor:
-    """Return the kernel transform [POINTS, 4], divided by the scale of the input transform."""
+    """Return the kernel transform [POINTS, 4], divided by the scale of the input transform.
+
+    Its dtype and device are those of `like`.
+    """
     rows = []
     for a, total, product in PAIRS:
         scale = 2 * a * (a**4 - total * a**2 + product)

@@ -28,9 +28,9 @@ class Autotuner:
     """Autotuner with a table of the fastest candidate for each layer and shape.
 
     Attributes:
-        benchmark: function that returns the seconds a candidate takes.
+        benchmark: function that runs a candidate several times and returns its run time in seconds.
         chosen: name of the fastest candidate for each key of `run`.
-        measured: seconds that each valid candidate took, for each key; for reports.
+        measured: for each key, the run time in seconds of each valid candidate by name; for reports.
         force: name of a candidate to use wherever it exists, without measuring; for benchmarks and tests.
     """
 
@@ -88,9 +88,14 @@ def _is_capturing() -> bool:
 
 
 def gpu_seconds(candidate: Candidate, repeats: int = 5, rounds: int = 3) -> float:
-    """Return the seconds that a candidate takes on the GPU.
+    """Return the run time of a candidate on the GPU in seconds, the shortest of several measurements.
 
     A fast candidate is timed in a CUDA graph if possible, so that launch overhead is not included.
+
+    Args:
+        candidate: function to measure.
+        repeats: number of runs in the CUDA graph.
+        rounds: number of measurements.
     """
 
     def fastest(run: Callable[[], object]) -> float:

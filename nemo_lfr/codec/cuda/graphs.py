@@ -2,7 +2,7 @@
 
 A graph is captured when a shape occurs for the second time. It can be replayed for all later batches of this shape,
 whatever the lengths of the clips in them. Plans and graphs are dropped when the weights of their network change or
-move.
+move to another device.
 """
 
 import logging

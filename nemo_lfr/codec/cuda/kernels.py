@@ -19,8 +19,8 @@ class Tile(NamedTuple):
     """Sizes of the blocks into which a convolution is divided for the GPU.
 
     Attributes:
-        time: output time steps per program.
-        channels: output channels per program.
+        time: output time steps per Triton program.
+        channels: output channels per Triton program.
         sums: products per step of the reduction loop.
         warps: Triton's `num_warps`.
         stages: Triton's `num_stages`.

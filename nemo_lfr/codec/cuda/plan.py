@@ -77,7 +77,7 @@ class Step:
         run: function that takes a signal [B, T, H_in] and the number of valid time steps in each example [B], and
             returns [B, T_out, H_out].
         layers: folded layers of the step.
-        rate: number of time steps of the input per frame.
+        rate: number of input time steps per frame.
     """
 
     name: str
@@ -129,7 +129,7 @@ class Recording(NamedTuple):
 
     Attributes:
         steps: steps of the plan that together compute the signal.
-        rate: number of time steps of the signal per frame.
+        rate: number of time steps per frame in the signal.
     """
 
     steps: tuple[Step, ...]
@@ -137,9 +137,7 @@ class Recording(NamedTuple):
 
 
 class CudaOps:
-    """Operations that record the layers of a network as steps instead of running them.
-
-    They are passed to the method `run` of the encoder or decoder.
+    """Implementation of `nemo_lfr.modules.network.Ops` that records layers as steps instead of running them.
 
     Each operation copies and prepares the weights of its layer.
 

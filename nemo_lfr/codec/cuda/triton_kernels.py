@@ -10,9 +10,9 @@ import triton.language as tl
 
 @triton.jit
 def _inside(at, end, mode: tl.constexpr):
-    """Return the row of the signal to read for each padded position, and whether to read it.
+    """Return the row of the signal to read for each position `at`, and whether to read it.
 
-    With zero padding, nothing is read for positions outside the signal.
+    Positions below 0 and from `end` on are padding. With zero padding, nothing is read for them.
     """
     if mode == "reflect":
         at = tl.where(at < 0, -at, at)  # not tl.abs, after which the compiler no longer sees the alignment
@@ -44,7 +44,7 @@ def _activated(values, channel, alpha, num_snake, kind: tl.constexpr, slope: tl.
     return values
 
 
-# Arguments that differ between layers, but for whose values Triton should not compile separate kernels.
+# Arguments that differ between layers. Triton should not compile a separate kernel for each of their values.
 FREE = ["ends", "num_in", "num_out", "dilation", "before", "num_snake", "num_snake_after", "alpha", "alpha_after"]
 
 
@@ -91,8 +91,8 @@ def convolution_kernel(
 ):
     """Write after(scale * (conv(activation(signal)) + bias + residual + total)) to `out`.
 
-    This is a matrix product of [time, taps * inputs] and the weight. The values of the left matrix are not stored, but
-    loaded from the signal as they are needed.
+    The convolution is a matrix product of the inputs, [time, taps * inputs], and the weight. The matrix of inputs is
+    not stored; its values are loaded from the signal as needed.
     """
     tiles = tl.cdiv(outputs, tile_channels)
     time = (tl.program_id(0) // tiles) * tile_time + tl.arange(0, tile_time)
