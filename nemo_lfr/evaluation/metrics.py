@@ -33,7 +33,7 @@ class NotMeasured(str):
 class Undefined(NotMeasured):
     """Placeholder for a metric that is not defined for this pair of recordings.
 
-    A later run would give the same result, so the placeholder is stored like a value.
+    It is stored like a value, because another run would not change it.
     """
 
 
@@ -73,7 +73,7 @@ class Signal:
 
     @cached_property
     def spectra(self) -> Any:
-        """Return the `Spectra` of the audio, with batch size 1."""
+        """Return the audio as `Spectra` (audio [1, T] with cached STFTs)."""
         import torch
 
         from nemo_lfr.signal.spectra import Spectra
@@ -336,7 +336,7 @@ def measure(
 
 
 def checked(value: Value) -> Value:
-    """Return the value of a metric as a `float` or `NotMeasured`. NaN and infinity become `Undefined`."""
+    """Convert a metric value to `float`. NaN and infinity become `Undefined`, and a `NotMeasured` is unchanged."""
     if isinstance(value, NotMeasured):
         return value
     return float(value) if np.isfinite(value) else Undefined("not a number")

@@ -42,7 +42,7 @@ def metric_plots(evaluation: Evaluation, keys: Sequence[str], metrics: Mapping[s
         metrics: descriptions of the metrics by name.
 
     Returns:
-        Title and SVG of each figure. The figures do not show the identity codec "original".
+        For each figure, a dictionary with the keys "title" and "svg". The figures leave out the codec "original".
     """
     codecs = [result for result in evaluation.results if result.name != "original"]
     means = [tables.means(result, keys) for result in codecs]

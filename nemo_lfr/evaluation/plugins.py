@@ -47,8 +47,7 @@ def load_plugins() -> None:
 def add_entry(table: dict[str, Any], name: str, value: Any, kind: str) -> None:
     """Add an entry to a table of codecs or metrics.
 
-    An entry replaces an earlier one that was defined in the same module with the same name, so that a notebook cell
-    can be run again.
+    An entry with the same name, module and class (or function) is replaced, so that a notebook cell can be run again.
 
     Args:
         table: the table.

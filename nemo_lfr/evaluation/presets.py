@@ -1,7 +1,7 @@
-"""Test sets from the data sets that NVIDIA's model card names, read from the extracted public archives.
+"""Test sets from the public corpora that NVIDIA's model card names.
 
-The model card does not list the recordings that NVIDIA used, so the selections in this module are our own. With the
-same seed, a selection is always the same. The values from the card are those of the released checkpoint (170k steps).
+The model card does not list the recordings that NVIDIA used, so the selections in this module are our own. A selection
+depends only on the seed. The values from the card are those of the released checkpoint (170k steps).
 """
 
 import random

@@ -18,7 +18,7 @@ from nemo_lfr.io.manifests import Recording
 from nemo_lfr.io.reading import check_end
 from nemo_lfr.io.regular import open_regular
 
-CLAIMS = "recordings.json"  # file in the output folder with a description for each recording key
+CLAIMS = "recordings.json"  # file in the output folder that describes the recording of each key
 SOURCE = "source"  # key of the entry for the source; the keys of recordings start with digits
 
 
@@ -31,8 +31,8 @@ def choose(recordings: Sequence[Recording], limit: int | None, seed: int) -> dic
         seed: random seed of the selection.
 
     Returns:
-        The selected recordings, in the order of the manifest. The key of a recording is unique, and does not depend on
-        `limit`.
+        A dictionary from unique keys to the selected recordings, in the order of the manifest. The key of a recording
+        does not depend on `limit`.
     """
     indices = range(len(recordings))
     if limit is not None and limit < len(recordings):
@@ -62,10 +62,10 @@ def read(path: Path, rate: int, offset: float, duration: float) -> np.ndarray:
 
 
 def claim(out: Path, recordings: dict[str, Recording], rate: int, source: str = "") -> None:
-    """Write a file in the folder of an evaluation that maps each key to its recording.
+    """Write `recordings.json`, which describes the recording of each key, to the folder of an evaluation.
 
-    All recordings in a folder must come from the same source, such as one manifest. Otherwise, stored results could be
-    attributed to the wrong recordings.
+    All recordings of an evaluation must come from the same source, such as one manifest. Otherwise, stored results
+    could be attributed to the wrong recordings.
 
     Args:
         out: folder of the evaluation.

@@ -1,9 +1,9 @@
 """Evaluate several codecs, and resume an interrupted evaluation.
 
 Each codec has a folder OUT/codecs/NAME-IDENTITY/. For each recording, the folder contains KEY.wav (float samples) and
-KEY.npy (tokens). The results are in journals: `sent.jsonl` (sizes and times), `metrics.jsonl`, and one file for each
-model that computes metrics. If a run is repeated after an interruption, or with more codecs or recordings, only the
-missing results are computed.
+KEY.npy (tokens). The results are in journals (JSON-lines files): `sent.jsonl` with sizes and times, `metrics.jsonl`,
+and one file for each model that computes metrics. If a run is repeated after an interruption, or with more codecs or
+recordings, only the missing results are computed.
 """
 
 import hashlib
@@ -51,13 +51,13 @@ def evaluate(
     Args:
         recordings: recordings by key, from `choose`.
         codecs: codecs to compare, from `open_codec`.
-        out: existing folder for the outputs of the codecs and the journals. The caller must hold the lock of the
-            folder until it has written the report; see `nemo_lfr.io.exclusive`.
+        out: existing folder for the codecs' outputs and journals. The caller must hold the lock of this folder until
+            the report is written; see `nemo_lfr.io.exclusive`.
         rate: sample rate of the comparison in Hz. The output of a codec with another sample rate is resampled.
         device: PyTorch device for models that compute metrics; chosen automatically if None.
         jobs: number of processes that compute metrics. The codecs themselves process one recording at a time
             with all threads, so that their times are comparable.
-        models: Hub id or path of the model for each kind of metric that needs a model, such as
+        models: for each kind of model metric, the Hub id or path of the model, such as
             {"asr": "openai/whisper-base"}; an empty string for the default model. See `open_model_metrics`.
         source: text that identifies the source of the recordings; see `claim`.
         progress: progress callback; see `nemo_lfr.io.journal`.

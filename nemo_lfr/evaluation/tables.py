@@ -115,7 +115,7 @@ def shorten_name(name: str, length: int) -> str:
 
 
 def means(result: Result, keys: Iterable[str]) -> dict[str, Mean]:
-    """Return a dictionary from metric names to means over the recordings in `keys` that have a value of the metric."""
+    """Return the mean of each metric, by name, over the recordings in `keys` that have a value of the metric."""
     columns: dict[str, list[float]] = {}
     for key in keys:
         for name, value in result.values.get(key, {}).items():
@@ -133,11 +133,11 @@ def quality(
         evaluation: results to tabulate.
         keys: keys of the recordings to include.
         title: title of the table.
-        card: dictionary from metric names to the values for this test set in NVIDIA's model card, which become the
-            last row; None for no such row.
+        card: values of metrics for this test set in NVIDIA's model card, by metric name. They become the last row.
+            None for no such row.
 
     Returns:
-        A table. It has a column for each metric for which at least one codec has a value.
+        A table with a column for each metric that has a value in at least one row.
     """
     found = [means(result, keys) for result in evaluation.results]
     metrics = all_metrics()
@@ -171,10 +171,10 @@ def differences(evaluation: Evaluation, keys: Sequence[str]) -> Table | None:
         keys: keys of the recordings to compare.
 
     Returns:
-        A table, or None if there are fewer than two codecs besides "original". Each cell contains a mean difference
-        (first codec minus second codec) over the recordings for which both codecs have a value, or "-" if there is no
-        such recording. With two or more recordings, the confidence interval follows. If it excludes zero and the
-        metric has a better direction, a mark (FIRST or SECOND) shows which codec is better.
+        A table, or None if there are fewer than two codecs besides "original". A cell contains the mean difference
+        (first codec minus second codec) over the recordings for which both codecs have a value, and its confidence
+        interval if there are several such recordings; "-" if there are none. If the interval excludes zero, a mark
+        (FIRST or SECOND) shows which codec is better.
     """
     metrics = all_metrics()
     codecs = [result for result in evaluation.results if result.name not in REFERENCES]

@@ -68,11 +68,11 @@ Measured = tuple[str, list[tuple[int, dict[str, Value]]]]
 def measure_all(
     recordings: dict[str, Recording], results: Sequence[Result], rate: int, jobs: int, progress: Progress
 ) -> None:
-    """Compute the metrics that are missing from the journals of the codecs, and add them to the journals.
+    """Compute the metrics that the codecs' journals do not contain yet, and add them to the journals.
 
     Args:
         recordings: recordings by key.
-        results: results of each codec. All metrics are added to their `values`.
+        results: results of each codec. Stored and new metrics are added to their `values`.
         rate: sample rate of the comparison in Hz.
         jobs: number of processes.
         progress: progress callback; see `nemo_lfr.io.journal`.
@@ -98,7 +98,7 @@ def measure_all(
 
 
 def are_values(values: Any) -> bool:
-    """Return whether a journal entry is a dictionary from metric names to values, or to reasons for missing values."""
+    """Return whether a journal entry is a dictionary of metric values. A string is the reason for a missing value."""
     return isinstance(values, dict) and all(isinstance(value, str) or is_number(value) for value in values.values())
 
 
@@ -146,8 +146,8 @@ def _load_values(result: Result, recordings: dict[str, Recording]) -> None:
 def _store_values(result: Result, journal: Journal, key: str, values: dict[str, Value]) -> None:
     """Store the metrics of a recording.
 
-    A metric that failed, for example because a package is missing, is not written to the journal, so that the next run
-    computes it.
+    A metric that failed, for example because a package is missing, is not written to the journal. The next run tries
+    again.
     """
     result.values.setdefault(key, {}).update(values)
     final = {name: value for name, value in values.items() if isinstance(value, Undefined | float)}

@@ -108,7 +108,8 @@ def regroup(tokens: Any, levels: Levels, new_levels: Levels) -> Any:
         Tokens, int64, shape [..., C_new, T].
 
     Raises:
-        TokensError: if the levels of all dimensions differ between `levels` and `new_levels`.
+        TokensError: if `new_levels` does not contain the same levels in the same order as `levels`, or if the tokens
+            do not fit `levels`.
     """
     tokens = as_integers(tokens, "tokens")
     groups = _groups(tokens, levels, "tokens")

@@ -200,7 +200,7 @@ class Layout(ABC):
         return at < 0
 
     def _is_end(self, at: Any, length: Any, steps: Any) -> Any:
-        """Return a mask of the positions `at` [1, 1, L] whose id is EOS."""
+        """Return a mask of the positions `at` [1, 1, L] whose id is EOS; `steps` is from `_num_steps`."""
         return at == steps
 
     @abstractmethod

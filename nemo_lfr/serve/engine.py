@@ -41,7 +41,7 @@ SHUTTING_DOWN = "the server is shutting down; connect to another one."
 class OverloadedError(NemoLfrError):
     """Raised for a new stream or file if the server is at its limit of streams or files.
 
-    The subclass `ShutdownError` is raised if the engine is shutting down, for open streams and files too.
+    The subclass `ShutdownError` is raised if the engine is shutting down.
     """
 
 
@@ -56,7 +56,7 @@ class Step:
     Attributes:
         kind: "encode" or "decode".
         num_streams: number of streams in the batch.
-        num_frames: total number of input frames of these streams.
+        num_frames: number of input frames that the step processed, summed over the streams.
         seconds: duration of the step.
     """
 
@@ -82,8 +82,8 @@ class Engine:
     Attributes:
         draining: whether new sessions are refused. The server sets this attribute when it shuts down.
         num_opened: number of sessions opened so far.
-        fault: text of the last unexpected error that ended all streams of a step. None if there was no such error, or
-            if a later step has processed at least one stream without an error.
+        fault: text of the last unexpected error that ended all streams of a step. It is None again after a step in
+            which at least one stream succeeded.
     """
 
     def __init__(

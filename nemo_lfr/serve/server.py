@@ -26,16 +26,14 @@ _CLOSE_S = 3  # seconds at the end of the drain time that are reserved for closi
 
 
 class _WebSockets(WebSocketsSansIOProtocol):
-    """Subclass of uvicorn's WebSocket protocol that disconnects some faulty clients.
+    """Subclass of uvicorn's WebSocket protocol that limits what a faulty client can do.
 
-    These are clients that stop reading, and clients that send too many small frames.
+    It disconnects clients that stop reading. uvicorn would wait for them indefinitely, even after the application has
+    closed the stream, because the close frame waits behind data that the client has not read.
 
-    uvicorn itself waits indefinitely for a client that stops reading, even after the application has closed the
-    stream. The close frame is queued behind data that the client has not read.
-
-    Pings and fragments never reach the application, so its limits do not apply to them. Without a limit, one client
-    that sends them in a loop would keep the event loop busy, so other clients would wait. Empty fragments would also
-    fill the memory.
+    It also disconnects clients that send too many pings or small fragments. These never reach the application, whose
+    limits therefore do not apply. A client that sends them in a loop would keep the event loop busy, and empty
+    fragments would fill the memory.
     """
 
     send_s = 20.0

@@ -84,12 +84,12 @@ class Session:
 
     @property
     def _frame(self) -> int:
-        """Length of one frame of input: in samples when encoding, 1 when decoding."""
+        """Length of one frame in the input: `samples_per_frame` when encoding, 1 when decoding."""
         return self._codec.samples_per_frame if self.kind == "encode" else 1
 
     @property
     def _frame_out(self) -> int:
-        """Length of one frame of output: 1 when encoding, in samples when decoding."""
+        """Length of one frame in the results: 1 when encoding, `samples_per_frame` when decoding."""
         return 1 if self.kind == "encode" else self._codec.samples_per_frame
 
     @property
@@ -98,7 +98,7 @@ class Session:
         return self._ended and not self._num_pending
 
     async def feed(self, items: np.ndarray) -> None:
-        """Queue input, and wait while too much of it is unprocessed.
+        """Queue input. If more than `max_pending_s` is unprocessed, wait.
 
         Args:
             items: valid samples [n] or tokens [C, k] of this stream's codec.
@@ -163,11 +163,11 @@ class Session:
         return self._ramp[0] if self._ramp else 1
 
     def _urgency(self) -> tuple[bool, float]:
-        """Return a sort key.
+        """Return a sort key. The stream with the smallest key is the most urgent.
 
-        Live streams come first, in the order in which their clients run out of audio. Before a stream's first result,
-        the time of its first input counts instead. Background streams come last: first those without a step so far,
-        then the one whose last step was longest ago.
+        Live streams come before background sessions. The key of a live stream is the time at which its client runs out
+        of audio, or, before the first result, the time of the first input. The key of a background session is the time
+        of its last step.
         """
         return (False, self._played_until or self._started or 0.0) if self._live else (True, self._taken_at)
 
@@ -185,7 +185,7 @@ class Session:
     def _take(self, frames: int) -> np.ndarray:
         """Remove the next chunk from the queue and return it.
 
-        The chunk has `frames` frames, or the number that the ramp requires while the ramp lasts.
+        The chunk has `frames` frames. While the stream has a ramp, the ramp determines the number instead.
         """
         self._taken_at = time.monotonic()
         wanted = (self._ramp.popleft() if self._ramp else frames) * self._frame

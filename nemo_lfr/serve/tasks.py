@@ -31,8 +31,8 @@ async def within(seconds: float, step: Awaitable[T], problem: str) -> T:
 async def stop_tasks(tasks: Iterable["asyncio.Task[Any]"]) -> None:
     """Cancel tasks and wait until all of them have ended; their results and errors are discarded.
 
-    A task that has not ended after a while is canceled again. In Python 3.10 and 3.11, `asyncio.wait_for` ignores a
-    cancellation that arrives together with the result that it waits for.
+    A task that has not ended after a while is canceled again, because `asyncio.wait_for` in Python 3.10 and 3.11 may
+    ignore a cancellation.
     """
     stopped = pending = set(tasks)
     while pending:

@@ -155,8 +155,8 @@ def build_codec(config: dict[str, Any] | None = None, seed: int = 7) -> Codec[An
     """Build a codec with random weights, on the CPU.
 
     Args:
-        config: model config, see `codec_config`. The default is `codec_config(**TWO_STAGES)`: with it, the codec
-            needs only a few milliseconds per second of audio.
+        config: model config, see `codec_config`. The default is `codec_config(**TWO_STAGES)`, with which a second of
+            audio takes only a few milliseconds.
         seed: seed of the weights.
     """
     from nemo_lfr.codec.torch_backend import TorchBackend

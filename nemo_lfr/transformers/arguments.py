@@ -23,7 +23,7 @@ def check_hub(
 ) -> None:
     """Raise CheckpointError if a model must be downloaded and the Hub cannot be reached.
 
-    Without this check, the Hub client of transformers tries again for half a minute. The arguments are those of
+    Without this check, transformers would retry for half a minute. The arguments are those of
     `PreTrainedModel.from_pretrained`.
     """
     if not isinstance(name, str) or not HUB_ID.fullmatch(name) or os.path.exists(name) or local_files_only:

@@ -1,4 +1,4 @@
-"""Config of the codec for `transformers`, with the keys of a checkpoint's config that describe the modules."""
+"""Config of the codec for `transformers`: the keys of a NeMo model config that describe the modules."""
 
 import json
 import math

@@ -18,7 +18,7 @@ logger = logging.get_logger(__name__)
 
 
 class NemoLfrFeatureExtractor(SequenceFeatureExtractor):
-    """Feature extractor that pads clips and stacks them in a batch, `input_values`, with a `padding_mask`.
+    """Feature extractor that pads clips, stacks them in a batch, and returns a mask of their samples.
 
     Args:
         feature_size: number of channels, which must be 1.

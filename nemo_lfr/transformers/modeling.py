@@ -144,8 +144,8 @@ class NemoLfrModel(PreTrainedAudioTokenizerBase):
     ) -> None:
         """Save the model; the arguments are those of `PreTrainedModel.save_pretrained`.
 
-        `config.json` states the SHA-256 of `model.safetensors`, or of each shard, so that other weights in the folder
-        are refused.
+        `config.json` contains the SHA-256 of `model.safetensors`, or of each shard. If the weights in the folder are
+        replaced, loading fails.
 
         Raises:
             NemoLfrError: if the model has hooks, replaced layers, changed settings or converted weights, because the

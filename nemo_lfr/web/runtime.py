@@ -1,6 +1,6 @@
 """Read the files of onnxruntime-web from its npm package, and check their SHA-512.
 
-This module does not download the package. The user installs it with npm, or passes an archive from `npm pack`.
+This module downloads nothing. The user installs the package with npm, or passes an archive from `npm pack`.
 """
 
 import hashlib

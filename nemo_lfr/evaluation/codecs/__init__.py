@@ -32,7 +32,7 @@ def register_codec(codec: "type[ComparedCodec]") -> "type[ComparedCodec]":
 
 
 def codec_kinds() -> "dict[str, type[ComparedCodec]]":
-    """Return the classes of all registered codecs by `kind`, including those of installed packages."""
+    """Return all registered codec classes by `kind`, including those of other installed packages."""
     import_submodules(__name__)
     load_plugins()
     return in_order(_registered, __name__)

@@ -8,7 +8,7 @@ from nemo_lfr.evaluation.codecs.base import ComparedCodec, RoundTrip
 
 @register_codec
 class Original(ComparedCodec):
-    """Identity codec, which shows the best value that each metric can have. Sizes are computed for 16-bit PCM."""
+    """Identity codec, which shows the best value of each metric. Its sizes are those of 16-bit PCM in a WAV file."""
 
     kind = usage = "original"
     name, identity = "original", "original"

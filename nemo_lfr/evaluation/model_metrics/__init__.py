@@ -20,8 +20,8 @@ class OpenedModels(NamedTuple):
 
     Attributes:
         models: the loaded models.
-        absent: dictionary from metric names to reasons, for the metrics that are not available.
-        failed: dictionary from kinds to reasons, for the requested models that could not be loaded.
+        absent: for each metric that is not available, the reason.
+        failed: for the kind of each requested model that could not be loaded, the reason.
     """
 
     models: list[ModelMetric]
@@ -63,7 +63,7 @@ def all_metrics() -> dict[str, Metric]:
 
 
 def open_model_metrics(sources: Mapping[str, str], device: str) -> OpenedModels:
-    """Load the models of all requested kinds, and of the kinds that are loaded automatically.
+    """Load the requested models, and the models that are loaded automatically.
 
     If a model cannot be loaded, the result contains the reason.
 
