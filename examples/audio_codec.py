@@ -1,6 +1,6 @@
 r"""Train or fine-tune the codec with NeMo.
 
-The script has the options of the training script in NeMo's audio codec tutorial, and trains the model of this package.
+The script has the same options as the training script in NeMo's audio codec tutorial.
 
     python examples/audio_codec.py max_epochs=100 weighted_sampling_steps_per_epoch=1000 batch_size=16 \
         log_dir=logs exp_manager.exp_dir=runs \
@@ -32,7 +32,7 @@ from nemo_lfr.nemo.resume import tidy_experiment
 
 @hydra_runner(config_path="../conf", config_name="audio_codec_low_frame_rate_22050")
 def main(cfg: DictConfig) -> None:
-    """Train. A full disk, an unwritable folder or an error in the config is reported in one line."""
+    """Train, and report an error in the config or on the disk in one line."""
     with ending_in_one_line((cfg.get("exp_manager") or {}).get("exp_dir"), cfg.get("log_dir")):
         train(cfg)
 

@@ -6,8 +6,8 @@
     python examples/microphone_to_speaker.py --input talk.wav --output heard.wav    use files instead of devices
 
 Use headphones. The delay is the sum of the encoder's and the decoder's lookahead (`--lookahead`), one block and the
-buffers of the devices. If no audio is ready when the speaker needs it, silence is played. The program prints how many
-samples of silence were played.
+buffers of the devices. If no audio is ready when the speaker needs it, silence is played; the program prints the
+number of samples of silence at the end.
 """
 
 import argparse

@@ -6,11 +6,11 @@
     python examples/serve_ray.py --replicas 2 --max-replicas 8 --gpus 1 --address auto --detach   # scale with the load
 
 Each replica is a process that runs the application of `nemo-lfr serve`, on a GPU or on a few cores. Ray's proxy
-assigns each stream to a replica, where it stays. With `--max-replicas`, Ray adds replicas when the average number of
-open streams in a replica exceeds half of `--max-streams`, and removes replicas when fewer are enough. A removed
-replica gets no new streams, and its open streams have `--drain` seconds to end. If you deploy again, Ray replaces all
-replicas in the same way, even if only their number has changed. A deployment with a single replica is then down until
-the new replica has started.
+assigns each stream to one replica. With `--max-replicas`, Ray adds replicas when the average number of open streams in
+a replica exceeds half of `--max-streams`, and removes replicas when fewer are enough. A removed replica gets no new
+streams, and its open streams have `--drain` seconds to end. If you deploy again, Ray replaces all replicas in the same
+way, even if only their number has changed. A deployment with a single replica is then down until the new replica has
+started.
 
 If a replica dies, its clients get an error (`ServerLostError` in `nemo_lfr.errors`) and have to open another stream,
 which another replica serves. Ray starts a new replica.
@@ -93,13 +93,16 @@ def main() -> None:
     parser.add_argument("--replicas", type=int, default=2, help="number of replicas")
     parser.add_argument("--max-replicas", type=int, help="scale from --replicas up to this number with the load")
     parser.add_argument(
-        "--scale-delay", type=float, default=30, help="seconds that the load must last to add or remove a replica"
+        "--scale-delay",
+        type=float,
+        default=30,
+        help="seconds of high or low load before Ray adds or removes a replica",
     )
     parser.add_argument("--cpus", type=float, default=1, help="cores per replica")
     parser.add_argument("--gpus", type=float, default=0, help="GPUs per replica")
     parser.add_argument("--max-streams", type=int, default=64, help="maximum number of open streams per replica")
     parser.add_argument(
-        "--drain", type=float, default=600, help="seconds for the open streams of a removed replica to end"
+        "--drain", type=float, default=600, help="seconds in which the open streams of a removed replica must end"
     )
     parser.add_argument("--model", help="checkpoint or Hub id (default: the bundled codec)")
     parser.add_argument("--host", default="127.0.0.1", help="address to bind")

@@ -94,7 +94,7 @@ class LanguageModel(nn.Module):
 
 
 def loss_of(model: nn.Module, layout: DelayLayout, tokens: torch.Tensor, tokens_len: torch.Tensor) -> torch.Tensor:
-    """Return the negative log-likelihood of all tokens and EOS ids, summed, in nats.
+    """Return the sum of the negative log-likelihoods of all tokens and EOS ids, in nats.
 
     Args:
         model: a `LanguageModel`.
@@ -163,7 +163,7 @@ def speak(frames: Iterator[torch.Tensor], server: str) -> tuple[np.ndarray, int]
 
 
 def check_server(url: str, codec: Metadata) -> None:
-    """Check before the training that a server answers and can decode the tokens.
+    """Check, before training starts, that a server answers and can decode the tokens.
 
     Args:
         url: URL of `nemo-lfr serve`.
@@ -176,8 +176,8 @@ def check_server(url: str, codec: Metadata) -> None:
     info = Client(url, timeout=10, retry_s=SERVER_WAIT_S).info()
     if not same_fingerprint(info.fingerprint, codec.fingerprint):
         raise NemoLfrError(
-            f"{url}: the tokens were made by another codec than that of this server ({info.model}); start the server "
-            "with --model and the codec of the tokens."
+            f"{url}: the tokens were not made by the codec of this server ({info.model}); start the server with "
+            "--model and the codec that made the tokens."
         )
 
 
@@ -405,7 +405,7 @@ def read_config(path: Path, overrides: list[str]) -> DictConfig:
 
 
 def check_numbers(config: Any, defaults: Any, prefix: str = "") -> None:
-    """Raise NemoLfrError if an option that must be a positive number has another value."""
+    """Raise NemoLfrError if an option must be a positive number and is not."""
     for key, default in defaults.items():
         value = config[key]
         if isinstance(default, dict):

@@ -66,16 +66,16 @@ class SpeechSegments:
     def draw(self, size: int, seed: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Draw random segments and gains.
 
-        The probability of an utterance is proportional to its duration. Starts are drawn uniformly, and gains
-        uniformly in dB.
+        The probability of an utterance is proportional to its duration. The start in the utterance is uniformly
+        distributed, and so is the gain in dB.
 
         Args:
             size: number of segments, B.
             seed: seed of the draw.
 
         Returns:
-            Index in `samples` of the first sample of each segment, and gain of each segment. Both have shape [B], and
-            are on the CPU.
+            The start of each segment, as an index into `samples`, and the gain of each segment. Both have shape [B]
+            and are on the CPU.
         """
         rng = np.random.default_rng(list(seed))
         utterances = rng.choice(len(self.offsets), size, p=self.probabilities)
@@ -87,7 +87,7 @@ class SpeechSegments:
         """Cut segments and apply their gains. A gain is reduced if the segment would clip.
 
         Args:
-            starts: index in `samples` of the first sample of each segment, shape [B].
+            starts: start of each segment, as an index into `samples`, shape [B].
             gains: gain of each segment, shape [B].
 
         Returns:

@@ -32,16 +32,15 @@ class DiscriminatorConfig:
     """Settings of the discriminators, which are used only if `from_update` is set.
 
     Attributes:
-        from_update: update from which the discriminators are trained. Choose an update at which the log-mel distance
-            no longer falls.
-        lr: learning rate of the discriminators, which is constant.
-        learn_alone: number of updates for which the discriminators train before the generator uses their gradients.
-        ramp: number of updates, after the discriminators have trained alone, over which the weight of the score term
-            grows from zero. The feature-matching term has its full weight from the start.
+        from_update: first update with discriminators. Choose an update at which the log-mel distance no longer falls.
+        lr: constant learning rate of the discriminators.
+        learn_alone: number of updates in which the discriminators train before the generator uses their gradients.
+        ramp: number of updates in which the weight of the score term then grows from zero. The feature-matching term
+            has its full weight at once.
         feature: weight of the generator's feature-matching term.
         score: weight of the generator's score term.
         batch_size: number of segments in a batch that the discriminators process; None for all.
-        generator_rate: factor of the generator's learning rate while the generator uses the discriminators.
+        generator_rate: factor by which the generator's learning rate is multiplied while it uses the discriminators.
         period_channels: number of channels in the multi-period discriminator; 0 for no such discriminator.
         custom: sections of additional discriminators, each with a `_target_`; see `nemo_lfr.training.components`.
     """
@@ -99,8 +98,8 @@ class Adversary:
     def step(self, real: Spectra, gen: Spectra, heard: bool) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
         """Update the discriminators, and compute the gradient for the generator.
 
-        Both use the same forward pass. The gradient for the generator therefore comes from the discriminators before
-        their update.
+        Both gradients come from the same forward pass. The generator's gradient is therefore that of the
+        discriminators before their update.
 
         Args:
             real: recordings [B, T_audio] with cached STFTs.
@@ -108,8 +107,8 @@ class Adversary:
             heard: whether to compute the gradient for the generator.
 
         Returns:
-            A dictionary from the name of each loss term to a scalar, and the gradient of the weighted sum of the
-            generator's two terms with respect to `gen.audio`. The gradient is None if `heard` is False.
+            The loss terms by name, as scalars, and the gradient for the generator, [B, T_audio]: that of its score and
+            feature-matching terms with respect to `gen.audio`. The gradient is None if `heard` is False.
         """
         lower = self.dtype != torch.float32
         with torch.autocast(self.device.type, dtype=self.dtype, enabled=lower), parametrize.cached():

@@ -28,7 +28,7 @@ CLOSE_CENTS = 50
 # Number of decimal places of each metric in the table
 METRICS = {"pesq": 2, "estoi": 3, "log_mel": 3, "f0_error": 0, "within_50_cents": 1, "voicing_error": 1}
 
-# Names of the other values in a line of the curve
+# Keys in a line of `curve.jsonl` that are not metrics
 CURVE_KEYS = ("step", "minutes", "seconds_per_update", "parts", "training")
 
 
@@ -39,8 +39,7 @@ class Evaluator:
 
     Args:
         clips: one array of int16 samples [T_audio] at 22.05 kHz per recording.
-        custom: for the name of each additional metric, a section with a `_target_`; see
-            `nemo_lfr.training.components`.
+        custom: config sections of additional metrics by name; see `nemo_lfr.training.components`.
 
     Raises:
         ConfigError: if a metric in `custom` cannot be built.
@@ -60,8 +59,7 @@ class Evaluator:
             generator: generator to evaluate.
 
         Returns:
-            For each recording, a dictionary from the name of each metric to its value. The value is NaN if the metric
-            is not defined for the recording.
+            For each recording, the metrics by name. A metric that is not defined for the recording is NaN.
         """
         return [self._compare(original, _reconstruct(generator, original)) for original in self.originals]
 

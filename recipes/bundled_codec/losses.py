@@ -1,8 +1,7 @@
 """Distances between recordings and reconstructions, which training minimizes.
 
-The arguments of a distance are two signals, in most cases as `Spectra` (audio [B, T_audio] with cached STFTs), and the
-results are scalars. Gradients flow to the second signal. Unless stated otherwise, the hop of an STFT is a quarter of
-its window.
+A distance compares two batches, in most cases as `Spectra` (audio [B, T_audio] with cached STFTs), and returns a
+scalar. The gradient flows to the second batch. Unless stated otherwise, the hop of an STFT is a quarter of its window.
 """
 
 import math
@@ -31,8 +30,8 @@ class LogMelDistance(nn.Module):
     Args:
         windows: window lengths in samples.
         num_mels: number of mel bands for each window.
-        floor: lower bound for magnitudes at a window of 1024 samples. For other windows, it is scaled in proportion to
-            the square root of the window length, like the magnitudes of noise.
+        floor: lower bound for magnitudes at a window of 1024 samples. For other windows, it is proportional to the
+            square root of the window length, like the magnitudes of noise.
     """
 
     def __init__(self, windows: Sequence[int], num_mels: Sequence[int], floor: float = 1e-2) -> None:
@@ -60,8 +59,8 @@ class LogMelDistance(nn.Module):
 def compressed_distance(real: Spectra, gen: Spectra, windows: Sequence[int], power: float = 0.3) -> torch.Tensor:
     """Return the relative squared error of compressed STFT magnitudes |X|^power.
 
-    This distance resolves harmonics that mel bands cannot resolve. Above about 1 kHz, a mel band is wider than the
-    distance between the harmonics of a voice, whereas an STFT with a window of 1024 samples or more separates them.
+    This distance resolves the harmonics of a voice. Above about 1 kHz, mel bands are wider than the distance between
+    harmonics, but an STFT with a window of 1024 samples or more separates them.
 
     Args:
         real: recordings [B, T_audio] with cached STFTs.
@@ -90,9 +89,9 @@ WAVEFORM_FRAME, WAVEFORM_HOP = 441, 220  # samples: frames of 20 ms with 50 % ov
 def waveform_distance(real: torch.Tensor, gen: torch.Tensor) -> torch.Tensor:
     """Return the waveform error in low-frequency bands. Minimizing this error preserves the phase.
 
-    The error in each band and 20 ms frame is log(1 + error energy / signal energy). If the phase of a band is lost,
-    the logarithm limits the error and its gradient. A thousandth of the mean energy in the segment is added to the
-    signal energy of each frame, so pauses have little influence.
+    The error in each band and 20 ms frame is log(1 + error energy / signal energy). The logarithm limits the error and
+    its gradient in bands whose phase is lost. So that pauses have little influence, a thousandth of the mean energy of
+    the segment is added to the signal energy of each frame.
 
     Args:
         real: recordings, shape [B, T_audio].
@@ -138,7 +137,7 @@ class PerceptualDistance(nn.Module):
     LEVEL_DB = 65.0  # assumed playback level of active speech
     EXPONENT = 0.23  # exponent of loudness as a function of power
     DEAD_ZONE = 0.25  # width of the dead zone as a fraction of the smaller loudness
-    # Weight of the asymmetric disturbance: 0 below the first value, and at most the second value.
+    # The weight of the asymmetric disturbance is 0 if it is below the first value, and is limited to the second value.
     ADDED_RATIO = (3.0, 12.0)
 
     def __init__(self, window: int = 704, bands: int = 42, top_hz: float = 8000.0) -> None:
@@ -204,7 +203,7 @@ def _bad_frames_mean(disturbance: torch.Tensor) -> torch.Tensor:
     return (disturbance.square().mean(-1) + 1e-6).sqrt().mean()
 
 
-# Names of the values that an update returns in addition to the reconstruction terms
+# Names of the values that an update returns besides the reconstruction terms
 OTHER_TERMS = ("score", "feature", "discriminator", "adversarial_share", "variance", "gradient_norm", "tokens")
 
 
@@ -260,7 +259,7 @@ class ReconstructionTerms(nn.Module):
         self.perceptual = PerceptualDistance()
 
     def forward(self, real: Spectra, gen: Spectra) -> dict[str, torch.Tensor]:
-        """Return a dictionary from the name of each term to a scalar."""
+        """Return the terms by name, as scalars."""
         log_mel = self.log_mel(real, gen)
         symmetric, asymmetric = self.perceptual(real, gen)
         return {

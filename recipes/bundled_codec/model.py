@@ -62,7 +62,7 @@ class Generator(nn.Module):
     """Encoder, FSQ and decoder for training.
 
     The network has no weight norm, which would double the cost of small convolutions on a CPU. It pads with zeros,
-    which has no cost inside a convolution, whereas reflection copies the signal in every layer.
+    because a convolution does this for free, whereas reflection padding copies the signal in every layer.
 
     Args:
         config: sizes of the network.

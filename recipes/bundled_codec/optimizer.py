@@ -25,8 +25,8 @@ class Muon:
     """Muon optimizer (Jordan et al., 2024), scaled to the RMS of an AdamW update.
 
     Muon orthogonalizes the momentum of each matrix, and uses the result as the update. `torch.optim.Muon` processes
-    one matrix at a time, which takes 2,000 small products per update, and cannot be captured in a CUDA graph. This
-    class processes matrices of the same shape as a batch, and keeps the learning rate in a tensor.
+    one matrix at a time, which takes 2,000 small products per update, and a CUDA graph cannot capture it. This class
+    processes matrices of the same shape as a batch, and keeps the learning rate in a tensor.
 
     Args:
         matrices: matrices [H_out, H_in], which are updated in place.
@@ -35,8 +35,8 @@ class Muon:
         dtype: dtype in which the momentum is orthogonalized.
     """
 
-    # Coefficients of the Newton-Schulz iteration. The singular values do not converge to 1, but are close to 1 after
-    # five iterations.
+    # Coefficients of the Newton-Schulz iteration. After five iterations, the singular values are close to 1; they do
+    # not converge to 1.
     COEFFICIENTS = (3.4445, -4.775, 2.0315)
     ITERATIONS = 5
 
@@ -86,7 +86,7 @@ class Muon:
 def adamw(parameters: list[nn.Parameter], lr: torch.Tensor) -> torch.optim.AdamW:
     """Build an AdamW optimizer whose learning rate is a tensor.
 
-    An update that was captured in a CUDA graph then uses the current value of the tensor.
+    A captured CUDA graph then uses the current value of the tensor.
 
     Args:
         parameters: parameters to optimize.
@@ -101,12 +101,12 @@ def adamw(parameters: list[nn.Parameter], lr: torch.Tensor) -> torch.optim.AdamW
 
 
 def load_adamw(optimizer: torch.optim.AdamW, state: Mapping[str, Any], lr: torch.Tensor) -> None:
-    """Load the state of an AdamW optimizer, which keeps its learning-rate tensor.
+    """Load the state of an AdamW optimizer, but keep its learning-rate tensor.
 
     Args:
         optimizer: optimizer to change in place.
         state: state dict that was saved on any device.
-        lr: learning rate, a scalar tensor.
+        lr: learning-rate tensor of the optimizer, a scalar.
     """
     optimizer.load_state_dict(dict(state))
     optimizer.param_groups[0]["capturable"] = lr.is_cuda
@@ -114,7 +114,7 @@ def load_adamw(optimizer: torch.optim.AdamW, state: Mapping[str, Any], lr: torch
 
 
 class GeneratorOptimizer:
-    """Optimizer of a generator, which combines Muon and AdamW with gradient clipping.
+    """Optimizer of a generator: Muon and AdamW, with gradient clipping.
 
     Muon updates the weights of convolutions that have more than one input channel and more than one output channel.
     AdamW updates the other weights and the biases, with a third of Muon's learning rate. If a gradient is not finite,

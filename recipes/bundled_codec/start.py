@@ -247,7 +247,7 @@ def _out_in_taps(conv: nn.Conv1d | nn.ConvTranspose1d) -> torch.Tensor:
 def _fill_orthogonal(conv: nn.Conv1d | nn.ConvTranspose1d, *, mirror_in: bool = True, mirror_out: bool = True) -> None:
     """Fill a layer with random orthogonal filters for mirrored channels, and set the bias to zero.
 
-    Without `mirror_in` or `mirror_out`, the channels at the input or output are not mirrored.
+    If `mirror_in` or `mirror_out` is False, the input or output channels are not mirrored.
     """
     weight = _out_in_taps(conv)
     num_out, num_in = weight.shape[0] // (1 + mirror_out), weight.shape[1] // (1 + mirror_in)
@@ -272,7 +272,7 @@ def _put(
 ) -> None:
     """Set the filters of a layer for the signal channels and their mirror images, in place.
 
-    These output channels do not read any other input channels.
+    The weights from all other input channels to these output channels are set to zero.
 
     Args:
         conv: layer to change.

@@ -1,4 +1,4 @@
-"""Read and write training states, and read generators from training states and `.nemo` files.
+"""Read and write training states, and load generators from training states or `.nemo` files.
 
 A state of this recipe is a dictionary with the keys "format" (1), "settings", "step", "seconds", "generator",
 "average" and "trainer". `torch.load` reads it with `weights_only=True`.
@@ -117,8 +117,8 @@ def trial_network(args: Mapping[str, Any]) -> NetworkConfig:
     )
 
 
-# For each argument of the older training script: the corresponding setting. If their values are equal, a run that
-# starts from an imported state makes the same updates as the older script would have made.
+# For each argument of the older training script: the corresponding setting. With equal values, a run that starts from
+# an imported state makes the same updates as the older script.
 TRIAL_SETTINGS: dict[str, tuple[str, ...]] = {
     "seed": ("seed",),
     "batch": ("batch_size",),
@@ -187,14 +187,13 @@ def import_trial(path: Path, settings: Mapping[str, Any]) -> tuple[dict[str, Any
 def read_generator(path: Path) -> tuple[Generator, NetworkConfig, int]:
     """Read a generator from a `.nemo` file or a training state.
 
-    From a training state, the averaged weights are read. The state may be from this recipe or from the older script.
+    A training state may be from this recipe or from the older script. Its averaged weights are read.
 
     Args:
         path: file to read.
 
     Returns:
-        The generator in fp32, its config, and the number of updates after which it was saved. The number is 0 for a
-        `.nemo` file, which does not contain it.
+        The generator in fp32, its config, and the number of updates with which it was trained (0 for a `.nemo` file).
 
     Raises:
         ValueError: if the file is neither a `.nemo` file nor a training state.

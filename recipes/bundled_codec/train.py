@@ -109,7 +109,7 @@ class Run:
         log.info("initialized the network as a filter bank, SNR %.2f dB", transform_start_(generator, batch))
 
     def _trim_curve(self) -> None:
-        """Remove evaluations after the last saved update from the curve, since they will be repeated."""
+        """Remove lines of `curve.jsonl` after the last saved update, since these evaluations will be repeated."""
         path = self.out / "curve.jsonl"
         if path.exists():
             lines = path.read_text().splitlines(keepends=True)
@@ -118,7 +118,7 @@ class Run:
 
     @property
     def progress(self) -> float:
-        """Return the completed fraction of the run, counted in updates or in time, whichever is larger."""
+        """Return the completed fraction of the run, in updates or in time, whichever is larger."""
         by_time = self.seconds / 60 / self.settings.minutes if self.settings.minutes else 0.0
         return max(self.step / self.settings.updates, by_time)
 
@@ -229,7 +229,7 @@ class Run:
         used = [codebook.unique().numel() for codebook in terms["tokens"]]
         values = " ".join(f"{name} {term.item():.3f}" for name, term in terms.items() if term.dim() == 0)
         log.info(
-            "update %d  %s  tokens per codebook %d to %d  %.3f s/update",
+            "update %d  %s  different tokens per codebook %d to %d  %.3f s/update",
             self.step, values, min(used), max(used), seconds_per_update,
         )  # fmt: skip
 
@@ -237,9 +237,13 @@ class Run:
 def _read_state(settings: Settings, imported: Path | None) -> dict[str, Any] | None:
     """Return the state from which to resume, or None for a new run.
 
+    Args:
+        settings: settings of the run.
+        imported: value of --import-state, if it was passed.
+
     Raises:
-        ValueError: if a state cannot be read or belongs to another network, or if a state is imported although the
-            folder of the run contains one.
+        ValueError: if a state cannot be read or has another network, or if --import-state was passed although the
+            folder of the run contains a state.
     """
     path = Path(settings.out) / "state.pt"
     if path.exists():
@@ -255,7 +259,7 @@ def _read_state(settings: Settings, imported: Path | None) -> dict[str, Any] | N
             )
         for key in ours:
             if theirs.get(key) != ours[key]:
-                log.warning("%s is %s, but was %s before", key, ours[key], theirs.get(key))
+                log.warning("%s is %s, but was %s when the state was saved", key, ours[key], theirs.get(key))
         log.info("resuming from update %d", state["step"])
         return state
     if imported is None:

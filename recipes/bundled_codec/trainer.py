@@ -82,7 +82,7 @@ class Trainer:
         self._result: dict[str, torch.Tensor] = {}
 
     def add_adversary(self, adversary: Adversary) -> None:
-        """Add discriminators, which are part of all further updates."""
+        """Add discriminators to all further updates."""
         self.adversary = adversary
         self._forget_graph()
 
@@ -94,8 +94,8 @@ class Trainer:
             seed: seed of the batch.
 
         Returns:
-            A dictionary with the loss terms, the norm of the gradients, and the tokens [C, B, T_encoded]. The next
-            call may overwrite these tensors.
+            The loss terms, the norm of the gradients, and the tokens [C, B, T_encoded], by name. The next call may
+            overwrite these tensors.
         """
         drawn = self.segments.draw(len(self._starts), seed)
         for place, value in zip((self._starts, self._gains), drawn, strict=True):
@@ -161,9 +161,9 @@ class Trainer:
     def _judge(
         adversary: Adversary, real: Spectra, gen: Spectra
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
-        """Run the discriminators on the first segments of a batch, or on all of them.
+        """Update the discriminators with the first `batch_size` segments of a batch.
 
-        The gradient of the other segments is zero.
+        The generator's gradient is zero for the other segments.
         """
         size = adversary.config.batch_size or len(real.audio)
         if size >= len(real.audio):
