@@ -168,7 +168,8 @@ def check_input(path: Path, suffixes: Collection[str], *, is_only: bool = False)
         is_only: whether this is the only input.
 
     Raises:
-        NemoLfrError: if this command does not read the file. The message names the command or option that does.
+        NemoLfrError: if this command does not read the file. The message names the command or option that does, if
+            there is one.
     """
     wanted = TOKENS if TOKEN_SUFFIX in suffixes else AUDIO
     identity = identify_content(path) if path.is_file() else None

@@ -91,7 +91,7 @@ def _stopped_by_signals() -> Iterator[None]:
 def _prepare_streams() -> None:
     """Replace closed standard streams with the null device, and let stdout print any file name.
 
-    If stdout or stderr is closed, the next file that is opened gets its descriptor. The output of `print` and of
+    If stdout or stderr is closed, the next file that is opened gets the free descriptor. The output of `print` and of
     native libraries would then be written to this file.
     """
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:

@@ -97,9 +97,9 @@ class TokenFileFigures(TypedDict):
 
     Attributes:
         bit_rate_bps: bits per second of audio, counting the whole file.
-        payload_bit_rate_bps: bits per second of audio, counting only the payloads of the blocks, without lengths,
-            checksums and header.
-        payload_bits_per_frame: bits per frame, counting only the payloads.
+        payload_bit_rate_bps: bits per second of audio, counting only the packed or compressed tokens, without header,
+            lengths and checksums.
+        payload_bits_per_frame: bits per frame, counting only the packed or compressed tokens.
         entropy_model: hash of the entropy model that the file was compressed with; None if it is not compressed.
     """
 
@@ -239,7 +239,7 @@ class PrepareResult(Result):
     """Output of `prepare`.
 
     Attributes:
-        splits: manifests by the name of their split (train, valid or test).
+        splits: manifest of each split (train, valid or test).
         failures_file: path of failures.jsonl; None if nothing failed.
         held_out_by: kind of group that was held out for validation: "speaker", "folder" or "file". Several kinds are
             joined by "or". Empty if nothing was held out.

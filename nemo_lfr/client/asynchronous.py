@@ -105,7 +105,7 @@ class _AsyncStream(CodecProperties):
 
         Raises:
             NemoLfrError: if the stream is not open, or if another task receives its results.
-            ServerError: if the server ends the stream, sends a message that is not valid or does not answer, or if the
+            ServerError: if the server ends the stream, sends an invalid message or does not answer in time, or if the
                 connection is lost.
         """
         return self._connection.results()
@@ -123,7 +123,7 @@ class _AsyncStream(CodecProperties):
 
         Raises:
             NemoLfrError: if the stream is not open, its input has ended, or another task receives its results.
-            ServerError: if the server ends the stream, sends a message that is not valid or does not answer, or if the
+            ServerError: if the server ends the stream, sends an invalid message or does not answer in time, or if the
                 connection is lost.
             Exception: any error that `source` raises.
         """
@@ -171,7 +171,7 @@ class AsyncDecodeStream(_AsyncStream):
         Raises:
             TokensError: if the tokens are not valid.
             NemoLfrError: if the stream is not open, or its input has ended.
-            ServerError: if the server ends the stream or does not answer, or if the connection is lost.
+            ServerError: if the server ends the stream or does not answer in time, or if the connection is lost.
         """
         await self._connection.send(tokens)
 
@@ -185,7 +185,7 @@ class AsyncDecodeStream(_AsyncStream):
 
         Raises:
             NemoLfrError: if the stream is not open, or its input has ended.
-            ServerError: if the server ends the stream or does not answer, or if the connection is lost.
+            ServerError: if the server ends the stream or does not answer in time, or if the connection is lost.
         """
         await self._connection.end(num_samples)
 
@@ -202,7 +202,7 @@ class AsyncEncodeStream(_AsyncStream):
         Raises:
             AudioError: if the samples are not valid.
             NemoLfrError: if the stream is not open, or its input has ended.
-            ServerError: if the server ends the stream or does not answer, or if the connection is lost.
+            ServerError: if the server ends the stream or does not answer in time, or if the connection is lost.
         """
         await self._connection.send(samples)
 
@@ -211,6 +211,6 @@ class AsyncEncodeStream(_AsyncStream):
 
         Raises:
             NemoLfrError: if the stream is not open, or its input has ended.
-            ServerError: if the server ends the stream or does not answer, or if the connection is lost.
+            ServerError: if the server ends the stream or does not answer in time, or if the connection is lost.
         """
         await self._connection.end()

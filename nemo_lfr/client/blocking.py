@@ -217,8 +217,8 @@ class DecodeStream(_Stream):
         Raises:
             TokensError: if the tokens are not valid.
             NemoLfrError: if the stream is closed.
-            ServerError: if the server ends the stream, sends a message that is not valid or does not read, or if the
-                connection is lost.
+            ServerError: if the server ends the stream, sends an invalid message or stops reading, or if the connection
+                is lost.
         """
         return self._push(tokens)
 
@@ -232,7 +232,7 @@ class DecodeStream(_Stream):
 
         Raises:
             NemoLfrError: if the stream is closed.
-            ServerError: if the server ends the stream, sends a message that is not valid or does not answer, or if the
+            ServerError: if the server ends the stream, sends an invalid message or does not answer in time, or if the
                 connection is lost.
         """
         return self._flush(num_samples)
@@ -255,8 +255,8 @@ class EncodeStream(_Stream):
         Raises:
             AudioError: if the samples are not valid.
             NemoLfrError: if the stream is closed.
-            ServerError: if the server ends the stream, sends a message that is not valid or does not read, or if the
-                connection is lost.
+            ServerError: if the server ends the stream, sends an invalid message or stops reading, or if the connection
+                is lost.
         """
         return self._push(samples)
 
@@ -265,14 +265,14 @@ class EncodeStream(_Stream):
 
         Raises:
             NemoLfrError: if the stream is closed.
-            ServerError: if the server ends the stream, sends a message that is not valid or does not answer, or if the
+            ServerError: if the server ends the stream, sends an invalid message or does not answer in time, or if the
                 connection is lost.
         """
         return self._flush()
 
 
 async def _receive_all(connection: Connection, results: "deque[np.ndarray]") -> None:
-    """Move all results of a stream to a queue. An error is recorded by the conversation."""
+    """Move all results of a stream to a queue. The conversation records an error."""
     with suppress(NemoLfrError):
         async for result in connection.results():
             results.append(result)
@@ -287,7 +287,7 @@ class _LoopThread:
     """Event loop in a daemon thread.
 
     Raises:
-        OSError: if the operating system does not allow another event loop.
+        OSError: if the event loop cannot be created, for example because too many files are open.
     """
 
     def __init__(self) -> None:

@@ -28,7 +28,7 @@ class Preset:
     Attributes:
         recordings: function that selects the recordings. Its arguments are the folder with the extracted archives and
             a random seed.
-        card: dictionary from metric names to the values in NVIDIA's model card.
+        card: values of metrics in NVIDIA's model card, by metric name.
         selection: description of the selection for the report.
     """
 

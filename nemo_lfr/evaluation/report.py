@@ -58,7 +58,7 @@ def check_packages() -> None:
 
 
 def check_keys(recordings: Iterable[Recording], keys: Iterable[str]) -> None:
-    """Raise NemoLfrError if no recording has a value for one of the manifest keys in `keys`."""
+    """Raise NemoLfrError if a manifest key in `keys` has no value in any recording."""
     known = {key for recording in recordings for key, value in recording.labels.items() if value is not None}
     for key in keys:
         if key not in known:
@@ -91,14 +91,13 @@ def write_report(
         by: manifest keys, such as "lang". For each value of such a key, the report contains a quality table.
         examples: number of recordings for which the page has players and spectrograms. These recordings are
             spaced evenly over the evaluation.
-        card: dictionary from metric names to the values for this test set in NVIDIA's model card; None if there are
-            no such values.
+        card: values of metrics for this test set in NVIDIA's model card, by metric name; None if there are none.
 
     Returns:
         Paths of the files.
 
     Raises:
-        NemoLfrError: if no recording has one of the keys in `by`.
+        NemoLfrError: if a key in `by` has no value in any recording.
     """
     check_keys(evaluation.recordings.values(), by)
     keys = list(evaluation.recordings)

@@ -16,12 +16,12 @@ class Result:
         delay: delay of the codec's output in seconds; the stored audio is already shifted by this delay.
         levels: number of FSQ levels of each dimension; see `ComparedCodec`.
         folder: folder that contains the codec's outputs and journals.
-        round_trips: dictionary from recording keys to dictionaries with the duration in seconds ("seconds"), the sizes
-            in bytes ("num_bytes", "file_bytes") and the times in seconds ("encode_seconds", "decode_seconds"). If an
-            entropy model is available, they also contain the number of frames ("frames") and the sizes
-            "compressed_bytes" and "compressed_file_bytes".
-        values: dictionary from recording keys to dictionaries from metric names to values.
-        failures: dictionary from recording keys to error messages, for the recordings that failed.
+        round_trips: for each recording key, a dictionary with the duration in seconds ("seconds"), the sizes in bytes
+            ("num_bytes", "file_bytes") and the times in seconds ("encode_seconds", "decode_seconds"). If an entropy
+            model is available, it also contains the number of frames ("frames") and the sizes in bytes after
+            compression ("compressed_bytes", "compressed_file_bytes").
+        values: for each recording key, the values of the metrics by name.
+        failures: for the key of each recording that failed, the error message.
     """
 
     name: str
@@ -49,10 +49,9 @@ class Evaluation:
         recordings: recordings by key.
         rate: sample rate of the comparison in Hz.
         results: results of each codec.
-        absent: dictionary from metric names to reasons, for the metrics that are not available.
-        models: dictionary from the names of metrics to the names of the models that compute them.
-        failed_models: dictionary from kinds, such as "asr", to reasons, for the requested models that could not be
-            loaded.
+        absent: for each metric that is not available, the reason.
+        models: for each metric that a model computes, the name of the model.
+        failed_models: for the kind, such as "asr", of each requested model that could not be loaded, the reason.
     """
 
     recordings: dict[str, Recording]

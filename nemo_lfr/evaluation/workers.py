@@ -184,7 +184,7 @@ def _check_functions(table: Mapping[str, Metric]) -> None:
 def _start(driver: int) -> None:
     """Initialize a worker process.
 
-    Workers ignore SIGINT, since the driver handles Ctrl-C for the process group.
+    A worker ends when the process with the id `driver` ends. It ignores SIGINT, since the driver handles Ctrl-C.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     die_with(driver)

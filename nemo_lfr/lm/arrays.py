@@ -42,7 +42,7 @@ def as_integers(value: Any, name: str) -> Any:
 
 
 def arange(stop: int, like: Array) -> Array:
-    """Return the integers from 0 to stop - 1 as an int64 vector of the same kind as `like`.
+    """Return the integers from 0 to stop - 1 as an int64 vector.
 
     The vector is a NumPy array if `like` is one, else a PyTorch tensor on the device of `like`.
     """
@@ -54,7 +54,7 @@ def arange(stop: int, like: Array) -> Array:
 
 
 def constant(values: Sequence[int], like: Array) -> Array:
-    """Return `values` as an int64 vector of the same kind as `like`; see `arange`."""
+    """Return `values` as an int64 NumPy array or PyTorch tensor, depending on `like`; see `arange`."""
     if isinstance(like, np.ndarray):
         return np.asarray(values, np.int64)
     import torch

@@ -192,7 +192,7 @@ class Engine:
     def close(self) -> None:
         """Stop the thread.
 
-        Open sessions still return the results that have been computed. Then `collect` raises `ShutdownError`.
+        In open sessions, `collect` returns the results that have been computed, and then raises `ShutdownError`.
         """
         with self._changed:
             self._closing = True
@@ -256,7 +256,7 @@ class Engine:
         return None
 
     def _choose(self) -> list[Session]:
-        """Return the streams of the next step: the most urgent one and others of its kind.
+        """Return the streams of the next step: the most urgent one, and others of the same kind (encode or decode).
 
         Background sessions are chosen only if no live stream is ready.
         """

@@ -68,7 +68,7 @@ def open_model_metrics(sources: Mapping[str, str], device: str) -> OpenedModels:
     If a model cannot be loaded, the result contains the reason.
 
     Args:
-        sources: dictionary from each requested `kind` to the model to load; an empty string for the default model.
+        sources: for each requested `kind`, the model to load; an empty string for the default model.
         device: PyTorch device.
 
     Returns:

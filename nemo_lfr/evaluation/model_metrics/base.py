@@ -12,7 +12,7 @@ class ModelMetric(ABC):
 
     Attributes:
         kind: name of this class in `--model-metric`, such as "asr".
-        metrics: dictionary from the names of the metrics that the model computes to their descriptions.
+        metrics: descriptions of the metrics that the model computes, by name.
         automatic: whether the model is loaded even if it is not requested.
         option: command-line option that requests the model, such as "--asr"; an empty string if there is only
             `--model-metric`.
