@@ -108,7 +108,7 @@ def _stored_claims(path: Path) -> dict[str, object]:
         if not isinstance(stored, dict):
             raise ValueError("expected a JSON object")
     except (OSError, ValueError, RecursionError) as error:
-        raise NemoLfrError(f"{path}: file is damaged ({shorten(error, 200)}); choose another --out.") from error
+        raise NemoLfrError(f"{path}: the file is damaged ({shorten(error, 200)}); choose another --out.") from error
     return stored
 
 
