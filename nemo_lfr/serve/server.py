@@ -108,7 +108,7 @@ class _HeaderLimit(asyncio.Protocol):
     send_400_response: Callable[[str], None]
     cycle: Any  # the latest request; None before the first request
     _limit: asyncio.TimerHandle | None = None
-    _in_headers = False  # whether the headers of a request have begun and are not complete; never with h11
+    _in_headers = False  # whether the headers of a request have begun and are not complete; always False with h11
     _num_bytes = 0  # size of these headers, without their first piece
 
     def on_message_begin(self) -> None:
