@@ -254,7 +254,11 @@ def _sources(tensors: Tensors, prefix: str) -> Iterator[tuple[str, tuple[str, ..
 def _match(tensors: Tensors, prefix: str, part: nn.Module, strict: bool) -> dict[str, tuple[str, ...]]:
     """Map each weight of a module to the keys in the checkpoint that define the weight, and check their shapes.
 
-    With `strict=False`, missing and unknown weights are accepted, but a wrong shape is still an error.
+    Args:
+        tensors: tensors of the checkpoint.
+        prefix: name of the module in the checkpoint, such as "audio_encoder".
+        part: the module.
+        strict: whether missing and unknown weights are errors; a wrong shape always is.
     """
     path, expected = tensors.path, _expected(part)
     sources: dict[str, tuple[str, ...]] = {}
@@ -305,7 +309,20 @@ def _read(
     has_norm: bool = False,
     order: SumOrder = CANONICAL,
 ) -> dict[str, torch.Tensor]:
-    """Read one weight, or its gain and direction if `has_norm` is set, and validate every value."""
+    """Read one weight, or its gain and direction if `has_norm` is set, and validate every value.
+
+    Args:
+        tensors: tensors of the checkpoint.
+        prefix: name of the module in the checkpoint, such as "audio_encoder".
+        key: name of the weight in the module.
+        names: keys in the checkpoint: the weight itself, or its gain and direction.
+        want: tensor with the expected dtype and shape. For FSQ's buffers, also with the expected values.
+        has_norm: whether to return the gain and the direction.
+        order: order of summation for the norms when weight norm is folded.
+
+    Returns:
+        The tensors by their names in the module.
+    """
     kept = has_norm or len(names) == 1
     *gains, direction = (_finite(tensors, name, want, kept or name != names[-1]) for name in names)
     # FSQ's buffers follow from the config; other values would produce other tokens.
@@ -355,7 +372,10 @@ def _check_entry(tensors: Tensors, name: str, want: torch.Tensor, shape: tuple[i
 
 
 def _finite(tensors: Tensors, name: str, want: torch.Tensor, kept: bool) -> torch.Tensor:
-    """Read a tensor, convert it to the module's dtype (from fp16, for instance), and check that it is finite."""
+    """Read a tensor, convert it to the dtype of `want` (from fp16, for instance), and check that it is finite.
+
+    If `kept` is false, the result is only valid until the next tensor is read.
+    """
     value = (tensors[name] if kept else tensors.temporary(name)).to(want.dtype)
     if not _is_finite(value):
         raise CheckpointError(f"{tensors.path}: {name} contains NaN or infinite values; use another checkpoint.")

@@ -3,8 +3,9 @@
 A safetensors file consists of the length of a header (8 bytes, little-endian), the header, and the values of all
 tensors. The header is a JSON object with the dtype, the shape and the byte range of each tensor. The format has no
 checksum. When this package writes a file, it therefore adds entries to the header's metadata: the SHA-256 of the
-values, the SHA-256 of the list of tensors and, for an exported codec, the config. Reading a file verifies them. The
-config of an exported codec also contains the SHA-256 of the values, so other weights in its folder are detected.
+values, the SHA-256 of the list of tensors and, for an exported codec, the config. These entries are verified when a
+file is read. The `config.json` of an exported codec also contains the SHA-256 of the values, so weights from another
+export are detected.
 """
 
 import hashlib
@@ -40,7 +41,8 @@ DTYPES = {
 }
 CHECKSUM = "sha256_of_values"  # keys in the metadata of the header
 LIST_CHECKSUM, CONFIG = "sha256_of_tensor_list", "config"
-WEIGHTS_CHECKSUM = "weights_sha256"  # key in config.json, with CHECKSUM, or with a dict from shards to their CHECKSUM
+# Key in config.json. Its value is the CHECKSUM of the weights file, or a dict from each shard to its CHECKSUM.
+WEIGHTS_CHECKSUM = "weights_sha256"
 PIECE = 1 << 20  # bytes to read at a time for the checksum
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 

@@ -119,8 +119,8 @@ _NAMES: dict[tuple[str, str], Any] = {
 class _Unpickler(pickle.Unpickler):
     """Unpickler that creates only dictionaries and tensor entries.
 
-    In the pickle of a `.nemo`, any other class is an error. A training checkpoint contains objects of many other
-    classes; each of them is replaced by an `Inert` placeholder.
+    In the pickle of a `.nemo`, any other class is an error. In a training checkpoint, each object of another class is
+    replaced by an `Inert` placeholder.
     """
 
     def __init__(self, raw: bytes, training: bool) -> None:

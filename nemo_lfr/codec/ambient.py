@@ -128,7 +128,10 @@ else:
 
 @contextmanager
 def reference_state(device: torch.device) -> Iterator[None]:
-    """Run networks in full fp32 and without gradients inside a `with` block, whatever the caller's settings are.
+    """Run networks independently of the caller's settings inside a `with` block.
+
+    Autocast, gradients and inference mode are off, and the default device is the CPU. On a CPU, fp32 products run in
+    full fp32; on a GPU, `convolutions` decides whether TF32 is allowed.
 
     Args:
         device: device of the codec. Autocast is turned off for this device and for the CPU.

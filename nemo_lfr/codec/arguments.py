@@ -134,7 +134,7 @@ def check_flag(value: object, name: str) -> bool:
 
 
 def check_num_codebooks(spec: CodecSpec, num_codebooks: object) -> int:
-    """Return `num_codebooks`, or the codec's number of codebooks if it is None.
+    """Return `num_codebooks`, or the codec's number of codebooks if the argument is None.
 
     Raises:
         TokensError: if `num_codebooks` is not an integer from 1 to the number of codebooks in `spec`.
@@ -166,7 +166,8 @@ def check_tokens(
         Tokens [B, C, T] with all codebooks, and the number of frames in each utterance.
 
     Raises:
-        TokensError: for an unsupported shape or type, or a token outside the codebook.
+        TokensError: for an unsupported shape or type, a token outside the codebook, or an invalid `tokens_len` or
+            `num_codebooks`.
     """
     check_not_empty(tokens, "tokens", "utterance", TokensError)
     ids = arrays.convert(tokens, "tokens", TokensError)

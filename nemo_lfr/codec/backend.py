@@ -92,7 +92,7 @@ def check_backend(backend: Any) -> None:
     """Check that a backend is an object, not a class, and has a `CodecSpec` and a `Batching`.
 
     Raises:
-        NemoLfrError: if it is a class, or if `spec` or `batching` is missing or has another type.
+        NemoLfrError: if the backend is a class, or if its `spec` or `batching` is missing or has another type.
     """
     if isinstance(backend, type):
         raise NemoLfrError(
@@ -156,15 +156,15 @@ class Backend(Protocol[Array]):
 
     @property
     def encoder(self) -> Limits:
-        """The encoder, or an object that only has its limits."""
+        """The encoder itself, or an object with only its `context` and `min_frames`."""
 
     @property
     def decoder(self) -> Limits:
-        """The decoder, or an object that only has its limits."""
+        """The decoder itself, or an object with only its `context` and `min_frames`."""
 
     @property
     def arrays(self) -> Arrays[Array]:
-        """Array library of arguments and results."""
+        """Array operations for arguments and results."""
 
     @property
     def batching(self) -> Batching:
@@ -202,7 +202,7 @@ class Backend(Protocol[Array]):
         """Return the fingerprints of the weights and settings, the current one first.
 
         A codec has several fingerprints if older versions of this package computed them differently. The first one is
-        written to new token files. Token files with any of them are accepted.
+        written to new token files. Token files with any of these fingerprints are accepted.
         """
 
     def load(self, operation: Operation) -> None:

@@ -56,7 +56,7 @@ Open = Callable[[Path, OpenOptions], Backend[Any]]
 
 @dataclass(frozen=True)
 class Opener:
-    """Functions that `nemo_lfr.load` calls to open a backend, and texts for its messages.
+    """Functions that `nemo_lfr.load` calls to open a backend, and texts for messages.
 
     Attributes:
         open: function that opens the model at a local path and returns its backend. The model is a checkpoint, or a

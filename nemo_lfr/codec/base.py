@@ -39,7 +39,7 @@ class CodecBase(Generic[Array]):
 
     @property
     def spec(self) -> CodecSpec:
-        """Description of the tokens, including the fingerprint, as it is stored in token files."""
+        """Description of the tokens, including the fingerprint, as stored in token files."""
         return replace(self.backend.spec, fingerprint=self.fingerprint)
 
     @property

@@ -149,10 +149,10 @@ class Codec(HubMethods[Array]):
         Args:
             tokens: integers, [C, T_encoded] or [B, C, T_encoded].
             tokens_len: frames in each utterance, [B]; default: the full length.
-            audio_len: samples to keep from each utterance, [B], usually its length before encoding. Default: all
-                samples of all frames.
-            num_codebooks: number of codebooks to decode, starting with the first; `tokens` may leave out the others.
-                Default: all.
+            audio_len: samples to keep from each utterance, [B], usually the length of the recording before it was
+                encoded. Default: all samples of all frames.
+            num_codebooks: number of codebooks to decode, starting with the first; `tokens` may leave out the other
+                codebooks. Default: all.
 
         Returns:
             Audio [B, T_audio] in [-1, 1], which is zero after the end of an utterance, and the number of samples in
@@ -336,9 +336,9 @@ class Codec(HubMethods[Array]):
             duration: length of the segment in seconds. A segment that extends beyond the end of the recording is
                 shortened. Default: up to the end of the recording.
             overwrite: replace an existing `target`.
-            recover: decode the intact part of a damaged `source`, up to the damage, and log its duration.
-            entropy_model: entropy model that `source` was compressed with, or its path. Only needed if this model is
-                neither bundled nor in the folder of `source`.
+            recover: decode the part of a damaged `source` before the damage, and log the duration of this part.
+            entropy_model: entropy model that `source` was compressed with, or the path of its `.lfrm` file. Only
+                needed if this model is neither bundled nor in the folder of `source`.
 
         Returns:
             Number of samples that were written.
@@ -346,8 +346,8 @@ class Codec(HubMethods[Array]):
         Raises:
             TokenFileError: if `source` is damaged or from another codec, `start` is outside the recording, or
                 `duration` is negative or not finite. With `recover`, also if no block of `source` is intact.
-            NemoLfrError: if `target` is the same file as `source`, has another suffix, or exists while `overwrite`
-                is not set.
+            NemoLfrError: if `target` is the same file as `source`, has another suffix, or exists while `overwrite` is
+                not set.
             AudioError: if the format of `target` does not support the codec's sample rate.
         """
         source, target = expand_home(source), expand_home(target)

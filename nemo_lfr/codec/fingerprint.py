@@ -72,7 +72,7 @@ def settings_of(
 
 
 def check_described(config: Mapping[str, Any], settings: Mapping[str, Any], name: str) -> None:
-    """Check that a config matches the settings of the modules, before it is saved with their weights.
+    """Check that a config matches the settings of the modules, before config and weights are saved.
 
     Args:
         config: model config, resolved.

@@ -1,8 +1,9 @@
 """Methods of `Codec` that load from and save to the Hugging Face Hub.
 
 They have the names of the methods of `huggingface_hub.ModelHubMixin` and accept most of the same arguments; other
-arguments are refused. `Codec` does not inherit from this mixin, because importing it takes a second and it changes the
-arguments of the constructor. The mixin is imported only for uploads, and to check their arguments.
+arguments are refused. `Codec` does not inherit from this mixin, because importing the mixin takes a second, and the
+mixin changes the arguments of the constructor. It is imported only when a codec is uploaded or the arguments of an
+upload are checked.
 """
 
 import inspect

@@ -235,7 +235,15 @@ def run_step(
     step: Step,
     check: Callable[[np.ndarray], None],
 ) -> list[np.ndarray]:
-    """Process the new input of every stream, and return the new output items of each stream."""
+    """Run a network on the new input of every stream, and return the new output items of each stream.
+
+    Args:
+        streams: streams whose state is updated.
+        inputs: new input of each stream.
+        last: whether the recordings end with this input.
+        step: function that runs the network on a batch.
+        check: function that raises an error for results that are not finite.
+    """
     states, results = run_batched([stream._state for stream in streams], inputs, last, step)
     for stream, state in zip(streams, states, strict=True):
         stream._state = state

@@ -73,7 +73,7 @@ class StreamOps:
     def conv(
         self, layer: Conv1d, signal: torch.Tensor, activation: CodecActivation | None = None, slope: float = 1.0
     ) -> torch.Tensor:
-        """Apply an activation, a convolution and a leaky ReLU; return the outputs for which all inputs are known."""
+        """Apply an activation, a convolution and a leaky ReLU, and return the outputs whose inputs are all known."""
         hidden, started = self._join(layer, signal if activation is None else _activate(activation, signal))
         stride = layer.conv.stride[0]
         if not started and (self.last or hidden.shape[1] >= layer.min_length):

@@ -44,7 +44,7 @@ class StreamEncoder(BaseStream):
 
         Raises:
             AudioError: for an unsupported shape or type, or NaN values.
-            NemoLfrError: after `flush`.
+            NemoLfrError: after `flush`, or if the encoder returns NaN or infinite values.
         """
         return push_encoders([self], [samples])[0]
 
@@ -122,7 +122,7 @@ class StreamDecoder(BaseStream):
 
         Raises:
             TokensError: for an unsupported shape or type, or a token outside the codebook.
-            NemoLfrError: after `flush`.
+            NemoLfrError: after `flush`, or if the decoder returns NaN or infinite values.
         """
         return push_decoders([self], [tokens])[0]
 

@@ -1,8 +1,8 @@
 """Errors for PyTorch's tracers and function transforms, under which the codec cannot run.
 
 The codec branches on values in tensors, such as lengths and peaks. Within `torch.compile`, each call of the codec
-therefore breaks the graph (`nemo_lfr.codec.compiling`). Within other tracers, the codec raises an error: some of them
-would record only one branch, and others provide tensors without values.
+therefore breaks the graph (`nemo_lfr.codec.compiling`). Within other tracers, the codec raises an error: some tracers
+would record only one branch, and other tracers provide tensors without values.
 """
 
 from typing import Any

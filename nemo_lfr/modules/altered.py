@@ -37,9 +37,10 @@ def _is_patched(module: nn.Module) -> bool:
 
 
 def must_be_called(layer: nn.Module, kind: type[nn.Module]) -> bool:
-    """Return whether a layer must be run by calling it, because a kernel that only uses its weights would be wrong.
+    """Return whether a layer must be run by calling it.
 
-    This is the case if the layer has hooks, or if its `forward` method is not the `forward` of `kind`.
+    This is the case if the layer has hooks, or if its `forward` method is not the `forward` of `kind`. A kernel that
+    only uses the weights of such a layer would give other results.
     """
     if layer._forward_hooks or layer._forward_pre_hooks or not isinstance(layer, kind):
         return True
@@ -82,7 +83,7 @@ def check_unaltered(network: nn.Module, name: str, consequence: str) -> None:
 
 
 def run_encoder(encoder: nn.Module, audio: torch.Tensor, num_frames: list[int], width: int) -> torch.Tensor:
-    """Encode each clip of a batch [B, T_audio] separately by calling the module; return frames [B, D, width]."""
+    """Encode each clip of a batch [B, T_audio] alone by calling the module; return frames [B, D, width]."""
     frame = audio.shape[1] // width
     results = []
     for clip, count in zip(audio, num_frames, strict=True):
@@ -92,7 +93,14 @@ def run_encoder(encoder: nn.Module, audio: torch.Tensor, num_frames: list[int], 
 
 
 def run_decoder(decoder: nn.Module, inputs: torch.Tensor, num_frames: list[int], frame: int) -> torch.Tensor:
-    """Decode each utterance of a batch [B, D, T] separately by calling the module; return audio [B, T * frame]."""
+    """Decode each utterance of a batch [B, D, T] alone by calling the module; return audio [B, T * frame].
+
+    Args:
+        decoder: the decoder.
+        inputs: dequantized frames.
+        num_frames: valid frames in each utterance.
+        frame: number of samples per frame.
+    """
     results = []
     for codes, count in zip(inputs, num_frames, strict=True):
         length = torch.tensor([count], device=inputs.device)

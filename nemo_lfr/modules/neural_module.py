@@ -47,7 +47,10 @@ class NeuralModule(nn.Module):
         return None
 
     def freeze(self) -> None:
-        """Switch to evaluation mode, and disable gradients. The module remembers which parameters required them."""
+        """Switch to evaluation mode, and disable gradients.
+
+        The module remembers which parameters required gradients.
+        """
         grad_map = {name: parameter.requires_grad for name, parameter in self.named_parameters()}
         self._frozen_grad_map = {**getattr(self, "_frozen_grad_map", {}), **grad_map}
         self.requires_grad_(False)
@@ -57,7 +60,7 @@ class NeuralModule(nn.Module):
         """Switch to training mode with gradients.
 
         Args:
-            partial: whether to enable gradients only for parameters that required them before `freeze`.
+            partial: whether to enable gradients only for parameters that required gradients before `freeze`.
 
         Raises:
             ValueError: if `partial` is set and the module was not frozen.

@@ -205,7 +205,10 @@ class FiniteScalarQuantizer(NeuralModule):
         return self.decode_unchecked(indices, input_len)
 
     def decode_unchecked(self, indices: torch.Tensor, input_len: torch.Tensor | None = None) -> torch.Tensor:
-        """Dequantize tokens that were checked before; a token outside the codebook is taken modulo its size."""
+        """Dequantize tokens that were checked before.
+
+        A token outside the codebook is taken modulo the codebook size.
+        """
         digits = (indices.squeeze(0).unsqueeze(1) // self.dim_base_index) % self.num_levels
         return _mask(self.nonnegative_to_codes(digits), input_len)
 
@@ -327,7 +330,10 @@ class GroupFiniteScalarQuantizer(NeuralModule):
         return self.decode_unchecked(indices, input_len)
 
     def decode_unchecked(self, indices: torch.Tensor, input_len: torch.Tensor | None = None) -> torch.Tensor:
-        """Dequantize tokens that were checked before; a token outside the codebook is taken modulo its size."""
+        """Dequantize tokens that were checked before.
+
+        A token outside the codebook is taken modulo the codebook size.
+        """
         batch, frames = indices.shape[1:]
         quantizer = self.fsqs[0]
         assert isinstance(quantizer, FiniteScalarQuantizer)
@@ -335,7 +341,7 @@ class GroupFiniteScalarQuantizer(NeuralModule):
         return _mask(codes.reshape(batch, self.codebook_dim, frames), input_len)
 
     def dropout_codebooks(self, encoded: torch.Tensor, num_codebooks: torch.Tensor) -> torch.Tensor:
-        """Keep the first codebooks of each example, and set the dimensions of the others to zero.
+        """Keep the first codebooks of each example, and set the dimensions of the other codebooks to zero.
 
         Args:
             encoded: output of the encoder, or the values after FSQ, [B, D, T].

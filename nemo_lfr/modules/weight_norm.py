@@ -110,7 +110,7 @@ def _in_sequence(rows: np.ndarray) -> np.ndarray:
 
 
 def fold_weight_norm(direction: torch.Tensor, gain: torch.Tensor, order: SumOrder = CANONICAL) -> torch.Tensor:
-    """Return the weight of a layer with weight norm, without gradient.
+    """Fold weight norm: return the weight of a layer as one tensor, without gradient.
 
     Each row of `direction` is scaled so that its L2 norm is the corresponding `gain`.
 
@@ -127,7 +127,7 @@ def fold_weight_norm(direction: torch.Tensor, gain: torch.Tensor, order: SumOrde
 
 
 def folded_weight(conv: nn.Module, order: SumOrder = CANONICAL) -> torch.Tensor:
-    """Return the weight of a convolution, without gradient, and with weight norm folded if it is in use."""
+    """Return the weight of a convolution without gradient; weight norm, if the layer has it, is folded."""
     if parametrize.is_parametrized(conv, "weight"):
         weight: Any = conv.parametrizations["weight"]  # type: ignore[index]
         if len(weight) == 1 and type(weight[0]).__name__ == "_WeightNorm" and weight[0].dim == 0:

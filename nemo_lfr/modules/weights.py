@@ -194,7 +194,7 @@ class _Entry(Generic[Form]):
 
 @torch.no_grad()
 def _checksums(tensors: list[torch.Tensor]) -> tuple[int, ...]:
-    """Return checksums of `tensors`; if a single byte changes, at least one of them changes."""
+    """Return checksums of `tensors`; if a single byte changes, at least one checksum changes."""
     kinds: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
     for tensor in tensors:
         if tensor.numel() and not tensor.is_meta:

@@ -37,8 +37,8 @@ def checked_values(cfg: DictConfig) -> dict[str, Any]:
     """Return the config values that determine the codec; see `codec_values`.
 
     Raises:
-        ConfigError: if the config enables a loss that would open a file or access the network, if a value cannot be
-            resolved, or if a key belongs to a codec of another family.
+        ConfigError: if the config sets `use_scl_loss` or `use_slm_loss`, or a key of another codec family, or if a
+            value cannot be resolved.
     """
     for key in ("use_scl_loss", "use_slm_loss"):
         if cfg.get(key):

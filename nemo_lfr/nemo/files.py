@@ -1,4 +1,4 @@
-"""Restore the NeMo model from `.nemo` files, and save it to them."""
+"""Save the NeMo model to `.nemo` files, and restore it from checkpoints."""
 
 import copy
 import os
@@ -38,7 +38,7 @@ READ_PARTS: ContextVar[CodecModules | None] = ContextVar("parts", default=None)
 
 
 class NemoFiles(BaseModel):
-    """Mixin with the methods that restore a model from a `.nemo` file and save it."""
+    """Mixin with the methods that save a model to a `.nemo` file and restore it from checkpoints."""
 
     @classmethod
     def restore_from(
@@ -329,8 +329,8 @@ def _extracted_folder(connector: Any) -> Any:
 def _stock(cls: type[BaseModel], name: str) -> Any:
     """Return a class method of NeMo's model, bound to `cls`.
 
-    `super()` is not used because it adds `__class__` to the frame of the calling method. Lightning's
-    `save_hyperparameters` would then mistake that method for a constructor.
+    `super()` is not used: it would add `__class__` to the frame of the calling method, and Lightning's
+    `save_hyperparameters` would mistake this method for a constructor.
     """
     return getattr(NeMoAudioCodecModel, name).__func__.__get__(cls)
 

@@ -148,7 +148,8 @@ class Inference(BaseModel):
     def dequantize(self, tokens: torch.Tensor, tokens_len: torch.Tensor) -> torch.Tensor:
         """Convert tokens to the frames that `decode_audio` takes.
 
-        As in NeMo, a token outside the codebook is taken modulo the codebook's size. `decode` raises an error for it.
+        As in NeMo, a token outside the codebook is taken modulo the codebook's size. `decode` raises an error for such
+        a token.
 
         Args:
             tokens: ids in [0, codebook_size), shape [B, C, T_encoded].

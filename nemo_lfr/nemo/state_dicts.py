@@ -124,7 +124,7 @@ def _check_state_dict(state_dict: Any) -> None:
     """
     if not isinstance(state_dict, Mapping):
         raise CheckpointError(
-            f"the state dict is {shorten(type(state_dict).__name__)}; pass a mapping from names to tensors."
+            f"the state dict has the type {shorten(type(state_dict).__name__)}; pass a mapping from names to tensors."
         )
     for key, value in state_dict.items():
         if not isinstance(key, str):

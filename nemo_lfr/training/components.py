@@ -126,9 +126,10 @@ def _targets(config: Mapping[str, Any], own: bool = False) -> Iterator[tuple[str
 
 
 def _plain_section(config: Mapping[str, Any], key: str, own: bool) -> Any:
-    """Return a section as Python values, or None if the section cannot be resolved.
+    """Return a section of a config as Python values.
 
-    If it cannot be resolved, an error is raised later, when the component is built.
+    The result is None if the section cannot be resolved, or if `own` is set and the section was read from a
+    checkpoint. A section that cannot be resolved causes an error later, when the component is built.
     """
     try:
         section = config.get(key)

@@ -1,7 +1,7 @@
 """Initialize the weights of a codec from data.
 
-With the default initialization, the output of the encoder is almost constant, so FSQ uses a single code for the
-first 1,000 steps of training.
+With the default initialization, the output of the encoder is almost constant, so FSQ uses a single code for the first
+1,000 steps of training. Weights that are initialized from data avoid this.
 """
 
 import torch

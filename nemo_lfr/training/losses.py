@@ -225,7 +225,14 @@ class CodecLosses(nn.Module):
 def _score_loss(
     config: Mapping[str, Any], key: str, table: Mapping[str, Callable[..., torch.Tensor]], arguments: Sequence[str]
 ) -> Callable[..., torch.Tensor]:
-    """Return the function or module for the adversarial loss that a section of the config names."""
+    """Return the function or module for the adversarial loss that a section of the config names.
+
+    Args:
+        config: model config.
+        key: key of the section, such as "generator_loss".
+        table: functions that replace NeMo's losses, by `_target_`.
+        arguments: names of the keyword arguments of a custom loss.
+    """
     section = config[key]
     if isinstance(section, Mapping) and section.get("_target_") in table:
         return table[section["_target_"]]

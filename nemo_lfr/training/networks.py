@@ -21,8 +21,8 @@ class Conv2d(nn.Module):
         in_channels: number of input channels.
         out_channels: number of output channels.
         kernel_size: height and width of the kernel.
-        stride: stride in both dimensions.
-        dilation: dilation in both dimensions.
+        stride: stride along height and width.
+        dilation: dilation along height and width.
         pad_mode: "reflect" or "zeros".
 
     Raises:
@@ -109,7 +109,8 @@ class Network(nn.Module):
             view: representation of the audio, shape [B, C, H, W].
 
         Returns:
-            Scores [B, W, H], and a list of feature maps, each [B, C, H, W].
+            Scores [B, W, H], and a list with the feature map of each layer, [B, C, H, W] (C, H and W depend on the
+            layer).
         """
         feature_maps = []
         hidden = view

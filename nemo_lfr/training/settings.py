@@ -21,7 +21,7 @@ class Range(NamedTuple):
         is_whole: whether the value must be a whole number.
         least: smallest valid value.
         most: largest valid value.
-        is_open: whether `least` itself is not a valid value.
+        is_open: whether values must be greater than `least`, instead of at least `least`.
     """
 
     is_whole: bool

@@ -187,7 +187,14 @@ class PackedOps:
     def _shared_winograd(
         self, convs: list[Conv1d], shared: torch.Tensor, starts: list[int], after: CodecActivation
     ) -> dict[int, torch.Tensor]:
-        """Run all layers that can share one Winograd transform; return their outputs by index in `convs`."""
+        """Run all layers that can share one Winograd transform; return their outputs by index in `convs`.
+
+        Args:
+            convs: first convolution of each branch.
+            shared: padded input of all layers, [B, H_in, T].
+            starts: for each layer, the index of the first time step in `shared` that its first output depends on.
+            after: activation after the convolutions.
+        """
         numbers = [n for n, conv in enumerate(convs) if self._use_winograd(conv) and conv.conv.dilation[0] == 1]
         if not numbers:
             return {}

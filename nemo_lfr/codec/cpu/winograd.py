@@ -24,9 +24,9 @@ PAIRS = ((0.5, 5.0, 4.0), (1.0, 4.25, 1.0), (2.0, 1.25, 0.25))
 
 
 def slack(dilation: int, kernel_size: int = 11) -> int:
-    """Return the number of rows past the end of the padded input that the last tiles may read.
+    """Return the number of time steps past the end of the padded input that the last tiles may read.
 
-    The values in these rows must be finite. They do not change valid outputs beyond rounding.
+    The values there must be finite. They do not change valid outputs beyond rounding.
     """
     return TILE * dilation * (-(-kernel_size // TILE) + 3)
 
@@ -110,7 +110,7 @@ def convolve(
 
 
 def _multiply(layer: Transformed, seen: torch.Tensor, out: torch.Tensor) -> None:
-    """Convolve the transformed input [POINTS, n, H_in], and write tiles of four outputs [tiles, 4, W] to `out`."""
+    """Convolve a transformed input [POINTS, n, H_in], and write the result to `out`, [tiles, 4, dilation * H_out]."""
     products = [
         # The bias is added at the point 1 only. Because 1 ** n = 1, every output then contains it once.
         _sum_of_products(seen[point], layer.bank[point], layer.bias if point == 2 else None, layer.dilation)
@@ -147,9 +147,9 @@ def _kernel_transform(like: torch.Tensor) -> torch.Tensor:
 
 
 def _evaluate(rows: torch.Tensor) -> torch.Tensor:
-    """Evaluate each tile and the first three samples of the next tile at all points.
+    """Evaluate the polynomials of n tiles at all points: [n + 1, 4, W] -> [POINTS, n, W].
 
-    [n + 1, 4, W] -> [POINTS, n, W].
+    A polynomial has seven coefficients: the four samples of a tile, and the first three of the next tile.
     """
     count = rows.shape[0] - 1
     sample = [rows[:count, number] for number in range(TILE)] + [rows[1:, number] for number in range(TILE - 1)]

@@ -165,7 +165,7 @@ class Layer:
 def _plane(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Rearrange [H_out, H_in, K] to [H_out, H_in, 1, K] with H_in innermost in memory.
 
-    The strides are set explicitly, because PyTorch might choose others if there is only one channel.
+    The strides are set explicitly, because PyTorch might choose other strides if there is only one channel.
     """
     outputs, inputs, taps = weight.shape
     rows = weight.permute(0, 2, 1).to(dtype=dtype, memory_format=torch.contiguous_format, copy=True).contiguous()

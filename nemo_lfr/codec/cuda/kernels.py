@@ -25,8 +25,8 @@ class Tile(NamedTuple):
         warps: Triton's `num_warps`.
         stages: Triton's `num_stages`.
         pairs: whether a leaky ReLU before the convolution processes two 16-bit values at a time, on GPUs that support
-            this. The kernel activates each value once per tap. If it processed one value at a time, the activation
-            would take as long as the matrix product.
+            this. The kernel activates each value once per tap. With one value at a time, the activation would take as
+            long as the matrix product.
     """
 
     time: int
@@ -185,7 +185,7 @@ def pointwise(
 
     Args:
         signal: [B, T, H].
-        ends: number of valid time steps in each example, [B]. The padding starts directly after them.
+        ends: number of valid time steps in each example, [B]. The padding starts directly after these time steps.
         pad: numbers of time steps to add before and after each example; None for no padding.
         mode: padding mode: "constant" (zeros), "reflect" or "replicate".
         bias: tensor to add to the signal, [H].

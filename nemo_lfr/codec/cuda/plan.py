@@ -1,9 +1,9 @@
 """Execution plan of an encoder or decoder on CUDA: the list of its layers, each with the fastest implementation.
 
 There are several implementations of a layer, called candidates: a cuDNN convolution between two pointwise kernels, or
-one fused Triton kernel with different tile sizes. The autotuner measures them for each shape and chooses the fastest
-one. Without Triton, the layer runs in plain PyTorch. In bf16 and fp16, the first and the last layer of the network run
-in fp32: they are cheap, and tokens and audio depend on them directly.
+one fused Triton kernel with different tile sizes. The autotuner measures the candidates for each shape and chooses the
+fastest one. Without Triton, the layer runs in plain PyTorch. In bf16 and fp16, the first and the last layer of the
+network run in fp32: these layers are cheap, and their errors affect tokens and audio directly.
 """
 
 import functools
@@ -267,7 +267,7 @@ class LayerRunner:
     def _may_fuse(self, layer: Layer) -> bool:
         """Return whether fused kernels are candidates for a layer.
 
-        In fp32 they are not candidates: reference tokens must not depend on which candidate happens to be the fastest.
+        In fp32, they are not: reference tokens must not depend on which candidate happens to be the fastest.
         """
         return (self.precision.dtype, self.precision.tf32) != (torch.float32, False) and (
             max(layer.inputs, layer.outputs // layer.upsample_stride) <= FUSED_CHANNELS

@@ -27,7 +27,7 @@ def _inside(at, end, mode: tl.constexpr):
 def _activated(values, channel, alpha, num_snake, kind: tl.constexpr, slope: tl.constexpr, pairs: tl.constexpr):
     """Apply snake to the first `num_snake` channels and leaky ReLU to the others, in fp32.
 
-    If `pairs` is PTX code, it is run instead, on pairs of 16-bit values.
+    If `pairs` is not empty, this PTX code is run instead, on pairs of 16-bit values.
     """
     if kind != "none":
         if pairs != "":

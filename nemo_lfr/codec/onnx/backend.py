@@ -83,7 +83,7 @@ class OnnxBackend(NumpyBackend):
         return self._run(DECODER, inputs, (len(tokens), tokens.shape[2] * self.spec.samples_per_frame))
 
     def _run(self, file: str, inputs: dict[str, np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
-        """Run one of the ONNX files and check the shape of its output."""
+        """Run one of the ONNX files and check that its output has the shape `shape`."""
         session = self._session(file)
         try:
             result = session.run(None, inputs)[0]
