@@ -26,7 +26,7 @@ def bytes_per_frame(levels: Sequence[int], num_codebooks: int) -> int:
 
 @dataclass(frozen=True)
 class Context:
-    """Context of a frame: the numbers of earlier and later frames that its output depends on."""
+    """Numbers of earlier and later frames that the output for a frame depends on."""
 
     past: int
     future: int
@@ -62,7 +62,7 @@ def plan_windows(total: int, chunk: int, context: Context) -> Iterator[Window]:
     Args:
         total: number of frames in the recording.
         chunk: number of frames to keep from each window; the last window may keep fewer or more.
-        context: numbers of earlier and later frames that the output for a frame depends on.
+        context: context of each frame.
 
     Yields:
         Windows in order; their kept frames cover the recording exactly once.

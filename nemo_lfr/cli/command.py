@@ -41,9 +41,9 @@ def common_options() -> list[click.Parameter]:
 class Command(click.Command):
     """Click command whose callback returns a dict, which is printed if --json was passed.
 
-    The dict has all keys of `result` except `failures`, which this class adds. A callback that wrote binary data to
-    stdout returns None. For users without --json, the callback prints lines with `print_line`. The exit code is 1 if
-    the callback recorded failures (`session.fail`).
+    The dict has all keys of `result` except `failures`, which this class adds. Without --json, the output consists of
+    the lines that the callback prints with `print_line`. A callback that writes binary data to stdout returns None.
+    The exit code is 1 if the callback recorded failures (`session.fail`).
 
     Args:
         result: TypedDict that describes the JSON output, from `nemo_lfr.cli.results`.

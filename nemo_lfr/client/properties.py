@@ -4,14 +4,14 @@ from abc import ABC, abstractmethod
 
 
 class CodecProperties(ABC):
-    """Base class of objects that know the codec of a stream.
+    """Base class with the properties of a stream's codec.
 
     Each property raises `NemoLfrError` while the stream is not open.
     """
 
     @abstractmethod
     def _property(self, name: str) -> int:
-        """Return a value of the server's first message."""
+        """Return the value of a key in the server's first message."""
 
     @property
     def sample_rate(self) -> int:

@@ -101,12 +101,12 @@ def si_sdr(original: Signal, output: Signal) -> Value:
 
 
 def mel_distance(original: Signal, output: Signal) -> Value:
-    """Compute the multi-resolution log-mel distance."""
+    """Compute the L1 log-mel distance (NeMo's MultiResolutionMelLoss) with `RESOLUTIONS`."""
     return _reconstruction(original, output, "mel_l1")
 
 
 def stft_distance(original: Signal, output: Signal) -> Value:
-    """Compute the multi-resolution log-magnitude STFT distance."""
+    """Compute the log-magnitude STFT distance (NeMo's MultiResolutionSTFTLoss) with `RESOLUTIONS`."""
     return _reconstruction(original, output, "stft")
 
 
@@ -145,12 +145,12 @@ def pesq_wb(original: Signal, output: Signal) -> Value:
 
 
 def stoi(original: Signal, output: Signal) -> Value:
-    """Compute the short-time objective intelligibility (STOI)."""
+    """Compute the short-time objective intelligibility (STOI), at most 1."""
     return _intelligibility(original, output, extended=False)
 
 
 def estoi(original: Signal, output: Signal) -> Value:
-    """Compute the extended short-time objective intelligibility (ESTOI)."""
+    """Compute the extended short-time objective intelligibility (ESTOI), at most 1."""
     return _intelligibility(original, output, extended=True)
 
 

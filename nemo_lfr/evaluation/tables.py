@@ -26,7 +26,7 @@ REFERENCES = ("original", CARD)  # names of rows that are never marked as best
 
 @dataclass(frozen=True)
 class Mean:
-    """Mean over `count` recordings with its 95 % confidence interval (percentile bootstrap)."""
+    """Mean over `count` recordings, with the bounds of its 95 % confidence interval (percentile bootstrap)."""
 
     value: float
     low: float

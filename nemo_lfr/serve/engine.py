@@ -51,7 +51,7 @@ class ShutdownError(OverloadedError):
 
 @dataclass(frozen=True)
 class Step:
-    """Measurements of one step, for metrics.
+    """Measurements of one step of the engine, which processes one batch.
 
     Attributes:
         kind: "encode" or "decode".

@@ -176,7 +176,7 @@ class Session:
         return min(self._num_pending // self._frame, self._limits.chunk_frames)
 
     def _next_frames(self) -> int:
-        """Return the maximum number of frames that the next step takes from this stream."""
+        """Return the maximum number of frames of this stream that the next step processes."""
         frames = self._ramp[0] if self._ramp else max(1, self._available())
         # The last step also processes the frames that were waiting for their lookahead.
         ends = self._ended and self._num_pending <= frames * self._frame
