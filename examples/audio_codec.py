@@ -55,7 +55,7 @@ def train(cfg: DictConfig) -> None:
     except (TypeError, ValueError) as error:  # an unknown key or an invalid value
         raise ConfigError(f"trainer: {error}") from error
     if is_global_rank_zero():
-        tidy_experiment(cfg.get("exp_manager"))  # removes a checkpoint that a killed run left unfinished
+        tidy_experiment(cfg.get("exp_manager"))  # locks the folder, and removes an unfinished checkpoint
     exp_manager(trainer, cfg.get("exp_manager"))
     model = AudioCodecModel(cfg=cfg.model, trainer=trainer)
     model.maybe_init_from_pretrained_checkpoint(cfg=cfg)

@@ -14,6 +14,7 @@ small enough to read, and meant as a starting point.
 """
 
 import argparse
+import contextlib
 import gc
 import itertools
 import json
@@ -43,6 +44,7 @@ from nemo_lfr.client import Client
 from nemo_lfr.client.server import require_websockets
 from nemo_lfr.corpus.dataset import TokenDataset, collate
 from nemo_lfr.errors import NemoLfrError
+from nemo_lfr.io.exclusive import exclusive
 from nemo_lfr.io.locate import expand_home
 from nemo_lfr.io.token_file import Metadata
 from nemo_lfr.lm import DelayLayout
@@ -204,12 +206,6 @@ class Trainer:
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.out = expand_home(config.out)
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise NemoLfrError(
-                f"{self.out}: cannot be used as a folder ({error.strerror}); choose another out=."
-            ) from error
         self.data = self._open(config.tokens, shuffle=True)
         self.valid = None if config.valid is None else self._open(config.valid, shuffle=False)
         codec = self.data.tokens.codec
@@ -417,6 +413,25 @@ def check_numbers(config: Any, defaults: Any, prefix: str = "") -> None:
                 raise NemoLfrError(f"{prefix}{key} is {value!r}; pass a positive {type(default).__name__}.")
 
 
+@contextlib.contextmanager
+def output_folder(path: str) -> Iterator[None]:
+    """Create the output folder, and lock it while this context manager is active.
+
+    Only rank 0 locks the folder, because the other ranks do not write to it.
+
+    Raises:
+        NemoLfrError: if the folder cannot be created, or another run is using it.
+    """
+    out = expand_home(path)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise NemoLfrError(f"{out}: cannot be used as a folder ({error.strerror}); choose another out=.") from error
+    is_first = not dist.is_initialized() or dist.get_rank() == 0
+    with exclusive(out) if is_first else contextlib.nullcontext():
+        yield
+
+
 def plot(metrics: Path, picture: Path) -> None:
     """Draw the losses in `metrics.jsonl`."""
     import matplotlib
@@ -447,8 +462,11 @@ def main(arguments: list[str] | None = None) -> int:
     if is_parallel:
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     handlers, trainer = {}, None
+    locks = contextlib.ExitStack()
     try:
-        trainer = Trainer(read_config(args.config, args.overrides))
+        config = read_config(args.config, args.overrides)
+        locks.enter_context(output_folder(config.out))
+        trainer = Trainer(config)
         handlers = {number: signal.signal(number, trainer.stop) for number in (signal.SIGINT, signal.SIGTERM)}
         trainer.train()
         if trainer.signal is not None:
@@ -464,6 +482,7 @@ def main(arguments: list[str] | None = None) -> int:
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+        locks.close()
         if is_parallel:
             # DistributedDataParallel keeps the process group alive. If it is freed last, its destructor waits for the
             # threads of Gloo and holds the GIL, which these threads may need: a deadlock. So free it first.

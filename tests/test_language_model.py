@@ -18,6 +18,7 @@ import torch
 from nemo_lfr import load
 from nemo_lfr.corpus.config import TokenizeConfig
 from nemo_lfr.corpus.run import tokenize
+from nemo_lfr.io.exclusive import exclusive
 from nemo_lfr.lm import DelayLayout
 from tests.corpora import write_tokens
 from tests.crash import ROOT
@@ -272,6 +273,14 @@ def test_a_user_error_is_a_one_line_error(overrides, message, example, undisturb
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and re.search(message, error), error
     assert all(torch.equal(value, before[name]) for name, value in weights_of(out).items())
+
+
+@pytest.mark.skipif(os.name == "nt", reason="folders have no locks")
+def test_a_second_run_in_the_same_folder_is_refused(example, undisturbed, tmp_path, capsys):
+    with exclusive(tmp_path):
+        assert example.main([*undisturbed[0].split(), f"out={tmp_path}"]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path}: another run is writing to this folder")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_damaged_checkpoint_is_named(example, undisturbed, tmp_path, capsys):

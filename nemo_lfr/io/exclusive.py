@@ -4,11 +4,47 @@ import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import ClassVar
 
 from nemo_lfr.errors import NemoLfrError
 from nemo_lfr.io.atomic import lock
 
 LOCK_FILE = ".lock"
+
+
+class _LockedFile:
+    """Descriptor of a locked file.
+
+    Forked children close the descriptors that they inherit. Otherwise, a child that outlives a killed run, such as a
+    worker of a data loader, would still hold the lock.
+
+    Args:
+        path: file or folder.
+        flags: flags of `os.open`.
+    """
+
+    _opened: ClassVar[set["_LockedFile"]] = set()
+
+    def __init__(self, path: Path, flags: int) -> None:
+        self.descriptor: int | None = os.open(path, flags, 0o666)
+        self._opened.add(self)
+
+    def close(self) -> None:
+        """Close the descriptor, which releases its lock. Further calls have no effect."""
+        self._opened.discard(self)
+        descriptor, self.descriptor = self.descriptor, None
+        if descriptor is not None:
+            os.close(descriptor)
+
+    @classmethod
+    def close_all(cls) -> None:
+        """Close all descriptors. In a forked child, this does not release the locks of the parent."""
+        for file in list(cls._opened):
+            file.close()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_LockedFile.close_all)
 
 
 @contextmanager
@@ -29,7 +65,10 @@ def exclusive(folder: Path, shared: bool = False) -> Iterator[None]:
     """
     with ExitStack() as stack:
         if os.name != "nt" and _lock(folder, stack, shared) is False:
-            raise NemoLfrError(f"{folder}: another run is writing to this folder; wait until it ends, or stop it.")
+            raise NemoLfrError(
+                f"{folder}: another run is writing to this folder; wait until it ends, stop it, or choose another "
+                "folder."
+            )
         yield
 
 
@@ -61,6 +100,7 @@ def _lock(folder: Path, stack: ExitStack, shared: bool) -> bool | None:
 
 
 def _lock_path(path: Path, flags: int, stack: ExitStack, shared: bool) -> bool | None:
-    descriptor = os.open(path, flags, 0o666)
-    stack.callback(os.close, descriptor)
-    return lock(descriptor, shared)
+    file = _LockedFile(path, flags)
+    stack.callback(file.close)
+    assert file.descriptor is not None
+    return lock(file.descriptor, shared)

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from torch.nn.parallel import DistributedDataParallel
 
 from nemo_lfr.checkpoint import codec_values
 from nemo_lfr.errors import ConfigError, quoted, shorten
@@ -72,6 +73,23 @@ def check_precision(trainer: Trainer | None) -> None:
         raise ConfigError(
             f"trainer.precision is {precision}, but the weights of the codec must be fp32; use one of "
             f"{', '.join(PRECISIONS)}."
+        )
+
+
+def check_strategy(trainer: Trainer, has_discriminator: bool) -> None:
+    """Raise ConfigError if DDP would expect a gradient of each weight in each backward pass.
+
+    With discriminators, no backward pass reaches all weights.
+
+    Args:
+        trainer: trainer that is about to fit a model.
+        has_discriminator: whether discriminators are trained too.
+    """
+    wrapper = trainer.strategy.model
+    if has_discriminator and isinstance(wrapper, DistributedDataParallel) and not wrapper.find_unused_parameters:
+        raise ConfigError(
+            "trainer.strategy is DDP without the search for unused parameters, but the generator and the "
+            "discriminators are updated in turn; pass trainer.strategy=ddp_find_unused_parameters_true."
         )
 
 

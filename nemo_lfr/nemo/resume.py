@@ -13,6 +13,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from nemo_lfr.errors import ConfigError
 from nemo_lfr.io.atomic import replacing, sweep
 from nemo_lfr.io.tensor_file import save_tensors
+from nemo_lfr.nemo.run_lock import lock_run
 
 logger = logging.getLogger(__name__)
 
@@ -68,27 +69,31 @@ def tidy_experiment(settings: Mapping[str, Any] | None) -> None:
     while it writes a checkpoint may leave a file that you must delete by hand before NeMo resumes. A hook of the model
     would be too late, because `exp_manager` looks for the last checkpoint before the model exists.
 
+    The function also locks the folder of the checkpoints until training or the process ends. The folder is created if
+    it does not exist.
+
     Args:
         settings: settings of `exp_manager`, such as `cfg.exp_manager`. The function does nothing unless
             `resume_if_exists` is set.
 
     Raises:
         ConfigError: if the checkpoint that NeMo would resume from is damaged, or if there are several.
+        NemoLfrError: if another run is using the folder, or its path is a file.
     """
     if not settings or not settings.get("resume_if_exists"):
         return
     folder = (settings.get("checkpoint_callback_params") or {}).get("dirpath")
-    if folder:
-        if "://" not in str(folder):
-            _tidy(Path(folder))
-            _check_last(Path(folder))
+    if not folder:
+        run = settings.get("explicit_log_dir")
+        if not run:
+            run = Path(settings.get("exp_dir") or "nemo_experiments", settings.get("name") or "default")
+            run /= str(settings.get("version") or "")
+        folder = Path(run, "checkpoints")
+    if "://" in str(folder):
         return
-    run = settings.get("explicit_log_dir")
-    if not run:
-        run = Path(settings.get("exp_dir") or "nemo_experiments", settings.get("name") or "default")
-        run /= str(settings.get("version") or "")
-    _tidy(Path(run, "checkpoints"))
-    _check_last(Path(run, "checkpoints"))
+    lock_run(Path(folder))
+    _tidy(Path(folder))
+    _check_last(Path(folder))
 
 
 def _check_last(folder: Path) -> None:

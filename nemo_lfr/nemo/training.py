@@ -20,10 +20,11 @@ from nemo_lfr.errors import ConfigError, shorten
 from nemo_lfr.nemo.artifacts import SpectrogramGenerator
 from nemo_lfr.nemo.averaging import RestoreTrainedWeights
 from nemo_lfr.nemo.base import DISCRIMINATOR, WAVLM
-from nemo_lfr.nemo.config import check_precision, check_segments, check_training
+from nemo_lfr.nemo.config import check_precision, check_segments, check_strategy, check_training
 from nemo_lfr.nemo.cuts import cut_loader, uses_lhotse
 from nemo_lfr.nemo.optimizers import Optimizers
 from nemo_lfr.nemo.resume import WholeCheckpoints
+from nemo_lfr.nemo.run_lock import RunLock
 from nemo_lfr.signal.codebooks import CodebookUse
 from nemo_lfr.signal.spectra import Spectra
 from nemo_lfr.training.audio_discriminator import Views, preprocess_audio, score_views
@@ -157,7 +158,7 @@ class TrainingSteps(Optimizers):
             super().setup_validation_data(cfg)
 
     def configure_callbacks(self) -> list[Callback]:
-        """Return `RestoreTrainedWeights` and, for training, NeMo's logging callback.
+        """Return `RestoreTrainedWeights` and, for training, `RunLock` and NeMo's logging callback.
 
         The logging callback also logs spectrograms if `log_config.log_spectrograms` is set in the config. The
         trainer's `validate` and `test` run without this callback: it needs the absolute paths of the clips to log,
@@ -168,7 +169,7 @@ class TrainingSteps(Optimizers):
         callbacks: list[Callback] = super().configure_callbacks()
         if callbacks and self.log_config.get("log_spectrograms"):
             callbacks[0].generators.append(SpectrogramGenerator())
-        return [*callbacks, RestoreTrainedWeights()]
+        return [RunLock(), *callbacks, RestoreTrainedWeights()]
 
     def maybe_init_from_pretrained_checkpoint(self, cfg: DictConfig, map_location: str = "cpu") -> None:
         """Load initial weights as configured by NeMo's `init_from_*` keys.
@@ -187,6 +188,11 @@ class TrainingSteps(Optimizers):
         if isinstance(path := cfg.get("init_from_nemo_model"), str):
             self._restored_from = Path(path)  # set in every process, although NeMo reads the file on rank 0 only
         super().maybe_init_from_pretrained_checkpoint(cfg, map_location)
+
+    def on_fit_start(self) -> None:
+        """Check that the trainer's strategy suits two optimizers that are stepped in turn."""
+        super().on_fit_start()
+        check_strategy(self.trainer, has_discriminator=self.discriminator is not None)
 
     def on_train_start(self) -> None:
         """Initialize random weights from data, compile modules and start the moving average.

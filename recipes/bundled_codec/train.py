@@ -9,6 +9,7 @@ seed and the number of the update.
 """
 
 import argparse
+import contextlib
 import copy
 import json
 import logging
@@ -23,6 +24,7 @@ import torch
 from omegaconf import OmegaConf
 
 from nemo_lfr.io.atomic import sweep
+from nemo_lfr.io.exclusive import exclusive
 from nemo_lfr.io.journal import write_text
 from nemo_lfr.io.locate import expand_home
 from nemo_lfr.training.discriminators import build_discriminator
@@ -283,26 +285,28 @@ def main() -> None:
     )
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    try:
-        settings = read_settings(args.config, args.overrides)
-        Path(settings.out).mkdir(parents=True, exist_ok=True)
-        sweep(Path(settings.out), ("state.pt", "settings.yaml", "curve.jsonl"))
-        if settings.threads:
-            torch.set_num_threads(settings.threads)
-        torch.backends.cudnn.benchmark = True
-        state = _read_state(settings, args.import_state)
-        audio_dir = Path(settings.audio_dir) if settings.audio_dir else None
-        log.info("reading %s", ", ".join(settings.train))
-        utterances = [clip for path in settings.train for clip in read_speech(Path(path), audio_dir)]
-        clips = spread_evenly(read_speech(Path(settings.valid), audio_dir), settings.evaluate_clips)
-        for name, found in ((", ".join(settings.train), utterances), (settings.valid, clips)):
-            if not found:
-                raise ValueError(f"{name}: no usable recordings; write manifests with `nemo-lfr prepare`.")
-        run = Run(settings, utterances, clips, state)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
-    with ending_in_one_line(settings.out):
-        run.train()
+    with contextlib.ExitStack() as locks:
+        try:
+            settings = read_settings(args.config, args.overrides)
+            Path(settings.out).mkdir(parents=True, exist_ok=True)
+            locks.enter_context(exclusive(Path(settings.out)))
+            sweep(Path(settings.out), ("state.pt", "settings.yaml", "curve.jsonl"))
+            if settings.threads:
+                torch.set_num_threads(settings.threads)
+            torch.backends.cudnn.benchmark = True
+            state = _read_state(settings, args.import_state)
+            audio_dir = Path(settings.audio_dir) if settings.audio_dir else None
+            log.info("reading %s", ", ".join(settings.train))
+            utterances = [clip for path in settings.train for clip in read_speech(Path(path), audio_dir)]
+            clips = spread_evenly(read_speech(Path(settings.valid), audio_dir), settings.evaluate_clips)
+            for name, found in ((", ".join(settings.train), utterances), (settings.valid, clips)):
+                if not found:
+                    raise ValueError(f"{name}: no usable recordings; write manifests with `nemo-lfr prepare`.")
+            run = Run(settings, utterances, clips, state)
+        except (ValueError, OSError) as error:
+            parser.error(str(error))
+        with ending_in_one_line(settings.out):
+            run.train()
 
 
 if __name__ == "__main__":

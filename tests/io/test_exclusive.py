@@ -1,6 +1,7 @@
 """Tests of two simultaneous runs in one output folder: the second one is refused, and changes nothing."""
 
 import os
+import signal
 import stat
 import subprocess
 import sys
@@ -40,6 +41,27 @@ def test_a_lock_ends_with_its_process(tmp_path):
     with exclusive(tmp_path), pytest.raises(NemoLfrError, match="another run"), exclusive(tmp_path):
         pass
     assert not list(tmp_path.iterdir())
+
+
+def test_a_forked_child_does_not_keep_the_lock(tmp_path):
+    """The child, such as a worker of a data loader, may live a few seconds longer than a killed run."""
+    read, write = os.pipe()
+    with exclusive(tmp_path):
+        child = os.fork()
+        if not child:
+            os.write(write, b"x")
+            signal.pause()
+        os.read(read, 1)
+        with pytest.raises(NemoLfrError, match="another run"), exclusive(tmp_path):
+            pass
+    try:
+        with exclusive(tmp_path):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        os.close(read)
+        os.close(write)
 
 
 def test_a_file_is_locked_where_folders_cannot_be(tmp_path, monkeypatch):

@@ -8,12 +8,20 @@ import sys
 import pytest
 import torch
 
-from nemo_lfr.errors import ConfigError
+from nemo_lfr.errors import ConfigError, NemoLfrError
+from nemo_lfr.io.exclusive import exclusive
 from nemo_lfr.nemo.resume import WholeCheckpoints, tidy_checkpoints, tidy_experiment
+from nemo_lfr.nemo.run_lock import unlock_runs
+
+
+@pytest.fixture(autouse=True)
+def unlocked():
+    yield
+    unlock_runs()
 
 
 def make(folder, *names):
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for age, name in enumerate(names):
         (folder / name).write_bytes(name.encode())
         os.utime(folder / name, (age, age))
@@ -140,7 +148,27 @@ def test_a_last_checkpoint_that_cannot_be_resumed_is_refused_in_one_line(kind, t
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
-@pytest.mark.parametrize("settings", [None, {}, {"resume_if_exists": True}])
+@pytest.mark.skipif(os.name == "nt", reason="folders have no locks")
+def test_a_folder_in_use_is_refused_and_not_changed(tmp_path):
+    make(tmp_path, "e=0-last.ckpt", "e=1-last.ckpt", "e=1-last-unfinished")
+    settings = {"resume_if_exists": True, "checkpoint_callback_params": {"dirpath": str(tmp_path)}}
+    with exclusive(tmp_path), pytest.raises(NemoLfrError, match=f"{tmp_path}: another run is writing to this folder"):
+        tidy_experiment(settings)
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_the_folder_stays_locked_until_training_ends(tmp_path):
+    settings = {"resume_if_exists": True, "explicit_log_dir": str(tmp_path)}
+    for _ in range(2):
+        tidy_experiment(settings)
+    with pytest.raises(NemoLfrError, match="another run"), exclusive(tmp_path / "checkpoints"):
+        pass
+    unlock_runs()
+    with exclusive(tmp_path / "checkpoints"):
+        pass
+
+
+@pytest.mark.parametrize("settings", [None, {}, {"resume_if_exists": False, "exp_dir": "E"}])
 def test_nothing_happens_without_a_run_to_resume(settings, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tidy_experiment(settings)

@@ -19,8 +19,10 @@ from nemo.collections.tts.models.audio_codec import AudioCodecModel as StockMode
 from omegaconf import OmegaConf, open_dict
 
 from nemo_lfr import AudioCodecModel, CheckpointError, ConfigError
+from nemo_lfr.io.exclusive import exclusive
 from nemo_lfr.modules.quantizer import FiniteScalarQuantizer, GroupFiniteScalarQuantizer
 from nemo_lfr.nemo.config import check_training
+from nemo_lfr.nemo.run_lock import lock_run
 from nemo_lfr.pretrained import bundled_checkpoint
 from nemo_lfr.signal import spectra
 from nemo_lfr.training.average import Average
@@ -546,12 +548,23 @@ def test_initialization_takes_no_batch_from_persistent_workers():
 # runs, with the environment variables that torchrun sets.
 DISTRIBUTED = """
 import os, socket, sys
-import torch, lightning.pytorch as pl
+import pytest, torch, lightning.pytorch as pl
 from omegaconf import OmegaConf
-from nemo_lfr import AudioCodecModel
+from nemo_lfr import AudioCodecModel, ConfigError
 from tests.nemo.test_training_with_nemo import batch
 
+def refused(processes):
+    # Check that a strategy with which DDP would fail is refused in all processes
+    model = AudioCodecModel(OmegaConf.load("config.yaml"))
+    loader = torch.utils.data.DataLoader([batch(2, 8)], batch_size=None)
+    options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = pl.Trainer(accelerator="cpu", devices=processes, strategy="ddp", max_epochs=1, **options)
+    with pytest.raises(ConfigError, match="pass trainer.strategy=ddp_find_unused_parameters_true"):
+        trainer.fit(model, loader)
+
 def run(processes, rank):
+    if processes > 1:
+        refused(processes)
     torch.manual_seed(0)
     model = AudioCodecModel(OmegaConf.load("config.yaml"))
     model._is_random = rank != 0  # weights are read in the first process, for all
@@ -613,13 +626,30 @@ def test_a_validation_before_the_first_step_leaves_nothing_that_training_cannot_
     fitted(tmp_path)  # Lightning's sanity check validates in inference mode
 
 
+@pytest.mark.skipif(os.name == "nt", reason="folders have no locks")
+def test_a_second_training_in_a_folder_of_checkpoints_is_refused(tmp_path):
+    """A notebook may train several times in one folder, and another process when the notebook has finished."""
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    options = {"enable_checkpointing": True, "callbacks": [pl.callbacks.ModelCheckpoint(folder)]}
+    with exclusive(folder), pytest.raises(ConfigError, match=f"{folder}: another run is writing to this folder"):
+        fitted(tmp_path, **options)
+    assert not list(folder.iterdir())
+    lock_run(folder)
+    for _ in range(2):
+        fitted(tmp_path, **options)
+        with exclusive(folder):
+            pass
+
+
 def fitted(tmp_path, lr: float = 1e-3, **trainer_options: Any) -> tuple[Any, pl.Trainer]:
     """Return our model after two steps and a validation."""
     config = training_config([SMALL_STFT], optim={"_target_": "torch.optim.SGD", "lr": lr})
     _, model = models(tmp_path, config)
+    options = {"enable_checkpointing": False, **trainer_options}
     trainer = pl.Trainer(
-        accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, log_every_n_steps=1, **trainer_options,
+        accelerator="cpu", max_epochs=1, logger=False, enable_progress_bar=False, enable_model_summary=False,
+        log_every_n_steps=1, **options,
     )  # fmt: skip
     batches = torch.utils.data.DataLoader([batch(frames=8)] * 2, batch_size=None)
     trainer.fit(model, batches, batches)

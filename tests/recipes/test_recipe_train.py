@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import sys
 
@@ -11,6 +12,7 @@ import soundfile
 import torch
 
 from nemo_lfr.evaluation.metrics import Signal
+from nemo_lfr.io.exclusive import exclusive
 from nemo_lfr.pretrained import load
 from recipes.bundled_codec import evaluate, export, plot, train
 from recipes.bundled_codec.data import read_speech
@@ -362,6 +364,14 @@ def test_finished_run_is_reported_and_unchanged(manifest, tmp_path, caplog):
         run.train()
     assert "complete at update 1" in caplog.text and run.step == 1
     assert_equal(before, weights(run))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="folders have no locks")
+def test_a_second_run_in_the_same_folder_is_refused(manifest, tmp_path, monkeypatch, capsys):
+    with exclusive(tmp_path), pytest.raises(SystemExit):
+        command(monkeypatch, train, *TINY, f"train={manifest}", f"valid={manifest}", f"out={tmp_path}")
+    assert f"{tmp_path}: another run is writing to this folder" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_of_another_network_is_not_continued(manifest, tmp_path, monkeypatch, capsys):
