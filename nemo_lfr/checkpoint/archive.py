@@ -2,21 +2,25 @@
 
 import bz2
 import gzip
+import json
 import lzma
 import os
 import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import IO, Any, cast
 
 from nemo_lfr.checkpoint.source import ByteSource, FileSource, MemorySource, file_state
-from nemo_lfr.errors import CheckpointError
+from nemo_lfr.errors import CheckpointError, quoted
 from nemo_lfr.io.locate import (
     CONFIG_MEMBER,
     FOLDERS,
     SAFETENSORS,
     SAFETENSORS_CONFIG,
+    SAFETENSORS_INDEX,
+    SHARDS,
     WEIGHTS_MEMBER,
     folder_files,
 )
@@ -26,6 +30,7 @@ ZIP_MAGIC = b"PK\x03\x04"
 LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # PyTorch's magic number as a pickle
 # Limits against malicious archives. NVIDIA's released checkpoint has 7 kB of config and 620 MB of weights.
 MAX_MEMBERS = 64
+MAX_SHARDS = 10_000
 MAX_CONFIG_BYTES = 1 << 20
 MAX_WEIGHTS_BYTES = 8 << 30
 MAX_READ = 4 << 20
@@ -45,12 +50,13 @@ class Members:
 
     Attributes:
         config: text of the config; None for a training checkpoint, in which the config is a pickled object.
-        weights: file or member with the weights; for a training checkpoint, the whole file.
-        is_safetensors: whether the checkpoint is a folder with `config.json` and `model.safetensors`.
+        weights: file or member with the weights; for a training checkpoint, the whole file. If the weights are in
+            several safetensors files, the name of the file of each tensor.
+        is_safetensors: whether the checkpoint is a folder with `config.json` and one or more safetensors files.
     """
 
     config: bytes | None
-    weights: ByteSource
+    weights: ByteSource | dict[str, str]
     is_safetensors: bool = False
 
     @property
@@ -69,7 +75,7 @@ def read_members(path: Path) -> Members:
 
     Args:
         path: a `.nemo` file, a `.ckpt` file, or a folder. The folder contains either the files of an unpacked
-            `.nemo`, or `config.json` and `model.safetensors`.
+            `.nemo`, or `config.json` and the weights: `model.safetensors`, or several files and their index.
 
     Raises:
         CheckpointError: if the file is missing, damaged or not a checkpoint.
@@ -99,17 +105,43 @@ def _read_folder(folder: Path) -> Members:
     for name in names:
         if not os.path.exists(folder / name):
             raise CheckpointError(f"{folder}: the folder has no {name}; pass a .nemo or .ckpt file.")
-    with open_regular(config, CheckpointError) as file:
-        text = file.read(MAX_CONFIG_BYTES + 1)
-    if len(text) > MAX_CONFIG_BYTES:
-        raise CheckpointError(
-            f"{config}: the file is larger than {MAX_CONFIG_BYTES} bytes, the limit for a config; check the path."
-        )
+    text = _read_text(config)
+    if weights.name == SAFETENSORS_INDEX:
+        return Members(text, _shards(weights, _read_text(weights)), is_safetensors=True)
     with open_regular(weights, CheckpointError) as file:
         state = file_state(file.fileno())
         if not state[0]:
             raise CheckpointError(f"{weights}: the file is empty; download it again.")
         return Members(text, FileSource(weights, file, 0, state[0], state), is_safetensors=weights.name == SAFETENSORS)
+
+
+def _read_text(path: Path) -> bytes:
+    with open_regular(path, CheckpointError) as file:
+        text = file.read(MAX_CONFIG_BYTES + 1)
+    if len(text) > MAX_CONFIG_BYTES:
+        raise CheckpointError(
+            f"{path}: the file is larger than {MAX_CONFIG_BYTES} bytes, the limit for a config; check the path."
+        )
+    return text
+
+
+def _shards(index: Path, text: bytes) -> dict[str, str]:
+    """Return the name of the safetensors file of each tensor, as listed in an index of transformers."""
+    try:
+        shards = json.loads(text)["weight_map"]
+        names = set(shards.values())
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{index}: the file is not an index of safetensors files; download it again.") from error
+    for name in names:
+        # A path would lead out of the folder.
+        if not isinstance(name, str) or not fnmatchcase(name, SHARDS) or "/" in name or "\\" in name or "\0" in name:
+            raise CheckpointError(
+                f"{index}: the file lists {quoted(name)}, but the weights must be in files of the same folder, with "
+                f"names like {SHARDS}; save the model again."
+            )
+    if not names or len(names) > MAX_SHARDS:
+        raise CheckpointError(f"{index}: the file lists {len(names)} files; from 1 to {MAX_SHARDS} are allowed.")
+    return dict(shards)
 
 
 def _read_members(path: Path, file: IO[bytes]) -> Members:

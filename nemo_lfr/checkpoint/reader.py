@@ -17,7 +17,7 @@ from nemo_lfr.checkpoint.config import CodecModules, build_part, build_parts, co
 from nemo_lfr.checkpoint.lightning import config_text
 from nemo_lfr.checkpoint.names import DIRECTION, GAIN, gain_of
 from nemo_lfr.checkpoint.pair import check_pair
-from nemo_lfr.checkpoint.safetensors import WEIGHTS_CHECKSUM, SafeTensors, open_files, recorded_checksum
+from nemo_lfr.checkpoint.safetensors import WEIGHTS_CHECKSUM, SafeTensors, open_files, open_shards, recorded_checksum
 from nemo_lfr.checkpoint.tensors import Tensors
 from nemo_lfr.errors import CheckpointError, ConfigError, shorten
 from nemo_lfr.io.locate import SAFETENSORS, SAFETENSORS_CONFIG
@@ -208,6 +208,8 @@ def read_weights(files: Sequence[str | os.PathLike[str]], config: Mapping[str, A
 
 
 def _tensors(path: Path, members: Members) -> Tensors:
+    if isinstance(members.weights, dict):
+        return open_shards(path, members.weights)
     if members.is_safetensors:
         return SafeTensors(path / SAFETENSORS, members.weights)
     return Tensors(path, members.weights, training=members.config is None)

@@ -22,7 +22,7 @@ from nemo_lfr.checkpoint.source import ByteSource, FileSource, file_state
 from nemo_lfr.checkpoint.tensors import MAX_DIMENSIONS, MAX_PICKLE_BYTES, Entry, Tensors
 from nemo_lfr.errors import CheckpointError, shorten
 from nemo_lfr.io.atomic import replacing
-from nemo_lfr.io.locate import SAFETENSORS_CONFIG
+from nemo_lfr.io.locate import SAFETENSORS_CONFIG, SAFETENSORS_INDEX
 from nemo_lfr.io.regular import open_regular
 from nemo_lfr.modules.weights import contiguous_values
 
@@ -169,6 +169,10 @@ class _Joined(Tensors):
         """Return the SHA-256 of the values of each file, in hex, by the name of the file."""
         return {file.path.name: file.checksum() for file in dict.fromkeys(self._files.values())}
 
+    def names_of_files(self) -> dict[str, str]:
+        """Return the name of the file of each tensor."""
+        return {key: file.path.name for key, file in self._files.items()}
+
     def _read_tensor(self, key: str, kept: bool) -> torch.Tensor:
         return self._files[key]._read_tensor(key, kept)
 
@@ -181,6 +185,34 @@ def open_files(paths: Sequence[Path]) -> Tensors:
     """
     files = [_open_file(path) for path in paths]
     return files[0] if len(files) == 1 else _Joined(files)
+
+
+def open_shards(folder: Path, shards: Mapping[str, str]) -> Tensors:
+    """Open the safetensors files that an index lists.
+
+    Args:
+        folder: folder of the files.
+        shards: name of the file of each tensor, which must be in `folder`.
+
+    Raises:
+        CheckpointError: if a file is missing, cannot be read or is damaged, or if the files contain other tensors than
+            `shards` lists.
+    """
+    index = folder / SAFETENSORS_INDEX
+    paths = [folder / name for name in sorted(set(shards.values()))]
+    for path in paths:
+        if not path.exists():
+            raise CheckpointError(f"{path}: no such file, but {SAFETENSORS_INDEX} lists it; download it again.")
+    tensors = _Joined([_open_file(path) for path in paths])
+    expected = plain_keys(shards.items(), str(index))
+    stored = tensors.names_of_files()
+    if different := sorted(key for key in {*stored, *expected} if stored.get(key) != expected.get(key)):
+        key = different[0]
+        raise CheckpointError(
+            f"{index}: the file lists {shorten(key)} in {expected.get(key, 'no file')}, but this tensor is in "
+            f"{stored.get(key, 'no file')}; download or save the folder again."
+        )
+    return tensors
 
 
 def recorded_checksum(weights: Path) -> Any:

@@ -66,6 +66,7 @@ MEMBERS = (
     ("encoder.onnx", Identity("onnx", "a folder of ONNX files", "pass it as --model")),
     ("model_config.yaml", Identity("checkpoint", "an unpacked checkpoint", "pass it as --model")),
     ("model.safetensors", Identity("checkpoint", "a folder with a safetensors file", "pass it as --model")),
+    ("model.safetensors.index.json", Identity("checkpoint", "a folder with safetensors files", "pass it as --model")),
     ("tokens.json", Identity("corpus_tokens", "a tokenized corpus", "nemo-lfr detokenize reads it")),
     ("recordings.json", Identity("evaluation", "the folder of an evaluation", "open its report.html")),
     ("state.json", Identity("corpus", "a saved Hugging Face dataset", "nemo-lfr tokenize reads it")),

@@ -32,7 +32,7 @@ from nemo_lfr.cli.session import begin_work, fail, print_line
 from nemo_lfr.cli.table import print_table
 from nemo_lfr.errors import NemoLfrError
 from nemo_lfr.io.folders import AUDIO_SUFFIXES
-from nemo_lfr.io.locate import expand_home, folder_files
+from nemo_lfr.io.locate import SAFETENSORS_INDEX, SHARDS, expand_home, folder_files
 
 
 @click.command(cls=Command, result=InfoResult, short_help="Describe files, folders and codecs.")
@@ -169,6 +169,8 @@ def _describe_codec(text: str | None) -> CodecFigures:
     if text is None or not is_exported(text):
         path = find_checkpoint(text)
         files = [path / name for name in folder_files(os.listdir(path)) or ()] if path.is_dir() else [path]
+        if files[-1].name == SAFETENSORS_INDEX:
+            files += path.glob(SHARDS)
         size = sum(file.stat().st_size for file in files)
         parameters = tuple(sum(p.numel() for p in part.parameters()) for part in (codec.encoder, codec.decoder))
     quality = BUNDLED_QUALITY if text is None else {}

@@ -16,7 +16,16 @@ from nemo_lfr.codec.arrays import Array
 from nemo_lfr.codec.backends import open_backend
 from nemo_lfr.codec.base import CodecBase
 from nemo_lfr.errors import CheckpointError, NemoLfrError, first_line, shorten
-from nemo_lfr.io.locate import MODEL_SUFFIXES, PREPROCESSOR, SAFETENSORS, SAFETENSORS_CONFIG, check_path, resolve
+from nemo_lfr.io.locate import (
+    MODEL_SUFFIXES,
+    PREPROCESSOR,
+    SAFETENSORS,
+    SAFETENSORS_CONFIG,
+    SAFETENSORS_INDEX,
+    SHARDS,
+    check_path,
+    resolve,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -199,7 +208,7 @@ def _snapshot(repository: str, download: dict[str, Any]) -> str:
 
     if os.path.splitext(repository)[1].lower() in MODEL_SUFFIXES:
         raise CheckpointError(f"{shorten(repository, 300)}: no such file.")
-    names = [SAFETENSORS_CONFIG, SAFETENSORS, PREPROCESSOR, "*.nemo"]
+    names = [SAFETENSORS_CONFIG, SAFETENSORS, SAFETENSORS_INDEX, SHARDS, PREPROCESSOR, "*.nemo"]
     try:
         path: str = snapshot_download(repository, allow_patterns=names, **download)
     except Exception as error:  # the Hub client's transport (requests, httpx, ...) depends on its version

@@ -10,6 +10,8 @@ from nemo_lfr.bundled import LFR, bundled_checkpoint
 from nemo_lfr.errors import CheckpointError, first_line, shorten
 from nemo_lfr.io.locate import (
     MODEL_SUFFIXES,
+    SAFETENSORS_INDEX,
+    SHARDS,
     check_path,
     folder_files,
     is_unpacked,
@@ -146,7 +148,8 @@ def _download(repository: str, refresh: bool) -> Path:
             logger.warning("%s: the license of these weights is %s.", repository, LICENSES[repository])
         found = [file for file in names if file.endswith(".nemo")]
         if not found and (files := folder_files(names)):
-            return Path(snapshot_download(repository, allow_patterns=list(files), force_download=refresh))
+            patterns = [*files, SHARDS] if SAFETENSORS_INDEX in files else list(files)
+            return Path(snapshot_download(repository, allow_patterns=patterns, force_download=refresh))
         usual = _usual_name(repository)
         if usual not in found and len(found) != 1:
             raise CheckpointError(

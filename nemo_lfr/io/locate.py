@@ -14,10 +14,16 @@ WEIGHTS_MEMBER = "model_weights.ckpt"
 # Files in a folder that `nemo-lfr export safetensors` wrote.
 SAFETENSORS_CONFIG = "config.json"
 SAFETENSORS = "model.safetensors"
-SAFETENSORS_INDEX = "model.safetensors.index.json"  # only transformers writes weights in several files
+# If transformers writes the weights to several files (shards), this file lists the shard of each tensor.
+SAFETENSORS_INDEX = "model.safetensors.index.json"
+SHARDS = "model-*-of-*.safetensors"
 PREPROCESSOR = "preprocessor_config.json"  # only transformers reads this file
 # A folder is a checkpoint if it contains both files of a pair. The first pair takes precedence.
-FOLDERS = ((CONFIG_MEMBER, WEIGHTS_MEMBER), (SAFETENSORS_CONFIG, SAFETENSORS))
+FOLDERS = (
+    (CONFIG_MEMBER, WEIGHTS_MEMBER),
+    (SAFETENSORS_CONFIG, SAFETENSORS),
+    (SAFETENSORS_CONFIG, SAFETENSORS_INDEX),
+)
 # Suffixes of files that are not a checkpoint by themselves, but part of a checkpoint folder.
 FOLDER_SUFFIXES = frozenset([".onnx", ".safetensors", ".yaml", ".json"])
 # Suffixes of model files. A name with such a suffix is taken for a path, not for a repository on the Hub.
@@ -114,8 +120,8 @@ def locate_checkpoint(source: str | os.PathLike[str]) -> Path:
 
     Args:
         source: one of: a `.nemo` or `.ckpt` file; the folder of an unpacked `.nemo`; a folder with `config.json` and
-            `model.safetensors`; a folder with one `.nemo` file, as `huggingface_hub.snapshot_download` returns; the
-            folder of a repository in the Hub's cache.
+            `model.safetensors`, or with the shards and the index that transformers writes; a folder with one `.nemo`
+            file, as `huggingface_hub.snapshot_download` returns; the folder of a repository in the Hub's cache.
 
     Returns:
         Path of the checkpoint file, or of the folder that contains config and weights.
@@ -142,6 +148,8 @@ def locate_checkpoint(source: str | os.PathLike[str]) -> Path:
 def folder_files(names: Collection[str]) -> tuple[str, str] | None:
     """Return the names of the config and of the weights in a checkpoint folder; None if one is missing.
 
+    If the weights are in several files, the second name is that of their index.
+
     Args:
         names: names of the files in the folder.
     """
@@ -149,7 +157,7 @@ def folder_files(names: Collection[str]) -> tuple[str, str] | None:
 
 
 def is_unpacked(folder: Path) -> bool:
-    """Return whether a folder contains an unpacked `.nemo`, or `config.json` and `model.safetensors`."""
+    """Return whether a folder contains a config and weights, such as `config.json` and `model.safetensors`."""
     return any(all(os.path.exists(folder / name) for name in pair) for pair in FOLDERS)
 
 
@@ -206,9 +214,9 @@ def _in_folder(folder: Path) -> Path:
         raise CheckpointError(
             f"{folder}: the folder has {members[0]}, but no {missing}; unpack or download the checkpoint again."
         )
-    if SAFETENSORS in names:
+    if weights := next((name for name in (SAFETENSORS, SAFETENSORS_INDEX) if name in names), None):
         raise CheckpointError(
-            f"{folder}: the folder has {SAFETENSORS}, but no {SAFETENSORS_CONFIG}; download the checkpoint again."
+            f"{folder}: the folder has {weights}, but no {SAFETENSORS_CONFIG}; download the checkpoint again."
         )
     if any(name.endswith(".onnx") for name in names):
         raise CheckpointError(

@@ -165,25 +165,73 @@ def test_buffers_stay_int32_whatever_the_dtype_of_the_file_and_of_the_call(folde
     assert torch.equal(model.encode(CLIP[None]).audio_codes, tokens.long())
 
 
-def test_weights_in_several_files_are_validated(folder, tmp_path):
+DOORS = {
+    "transformers": lambda path: transformers.AutoModel.from_pretrained(path),
+    "load": lambda path: nemo_lfr.load(path, "cpu"),
+}
+
+
+@pytest.fixture
+def sharded(folder, tmp_path):
+    """Return a folder with weights in several files, and the fingerprint of the codec."""
     model = transformers.AutoModel.from_pretrained(folder)
     model.save_pretrained(tmp_path / "saved", max_shard_size="20KB")
-    files = sorted((tmp_path / "saved").glob("model-*.safetensors"))
-    again = transformers.AutoModel.from_pretrained(tmp_path / "saved")
-    assert len(files) > 1 and again.codec.fingerprint == model.codec.fingerprint
-    for file in files:
+    assert len(list((tmp_path / "saved").glob("model-*.safetensors"))) > 1
+    return tmp_path / "saved", model.codec.fingerprint
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_weights_in_several_files_are_validated(door, sharded):
+    folder, fingerprint = sharded
+    loaded = DOORS[door](folder)
+    assert (loaded if door == "load" else loaded.codec).fingerprint == fingerprint
+    for file in sorted(folder.glob("model-*.safetensors")):
         tensors = load_file(file)
         if BASE in tensors:
             save_file(tensors | {BASE: tensors[BASE] + 1}, file, metadata={"format": "pt"})
             changed = file.name
     with pytest.raises(CheckpointError, match=f"{changed} do not belong together: weights_sha256 is '"):
-        transformers.AutoModel.from_pretrained(tmp_path / "saved")
-    edit_config(tmp_path / "saved", lambda config: config["weights_sha256"].pop(changed))
+        DOORS[door](folder)
+    edit_config(folder, lambda config: config["weights_sha256"].pop(changed))
     with pytest.raises(CheckpointError, match=f"{changed} do not belong together: weights_sha256 is None"):
-        transformers.AutoModel.from_pretrained(tmp_path / "saved")
-    edit_config(tmp_path / "saved", lambda config: config.pop("weights_sha256"))
+        DOORS[door](folder)
+    edit_config(folder, lambda config: config.pop("weights_sha256"))
     with pytest.raises(CheckpointError, match="but the config requires"):
-        transformers.AutoModel.from_pretrained(tmp_path / "saved")
+        DOORS[door](folder)
+
+
+def swap_shards(index):
+    shards = index["weight_map"]
+    first, last = min(shards.values()), max(shards.values())
+    index["weight_map"] = {key: {first: last, last: first}.get(name, name) for key, name in shards.items()}
+
+
+OUTSIDE = "model-/../../model-1-of-2.safetensors"
+# Change of the index, and the error
+INDEXES = {
+    "another folder": (lambda index: index["weight_map"].update({BIAS: OUTSIDE}), f"lists '{OUTSIDE}'"),
+    "another name": (lambda index: index["weight_map"].update({BIAS: "weights.bin"}), "lists 'weights.bin'"),
+    "a number": (lambda index: index["weight_map"].update({BIAS: 3}), "lists 3"),
+    "no names": (lambda index: index.update(weight_map=[]), "not an index of safetensors files"),
+    "no files": (lambda index: index.update(weight_map={}), "lists 0 files"),
+    "a missing file": (
+        lambda index: index["weight_map"].update({BIAS: "model-9-of-9.safetensors"}),
+        "model-9-of-9.safetensors: no such file, but .* lists it",
+    ),
+    "swapped files": (swap_shards, "but this tensor is in model-"),
+    "a missing tensor": (lambda index: index["weight_map"].pop(BIAS), f"lists {BIAS} in no file"),
+}
+
+
+@pytest.mark.parametrize("name", INDEXES)
+def test_an_index_that_does_not_match_its_files_is_refused(name, sharded):
+    folder, _ = sharded
+    change, message = INDEXES[name]
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    change(index)
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=message):
+        nemo_lfr.load(folder, "cpu")
 
 
 def test_a_state_dict_of_the_caller_is_used(folder):
