@@ -62,7 +62,7 @@ def check_claim(state: Path, text: str) -> None:
 
 
 def holds_claim(state: Path, text: str) -> bool:
-    """Return whether the state folder contains this claim."""
+    """Return whether the state folder contains the claim `text`."""
     return _read(state) == text
 
 

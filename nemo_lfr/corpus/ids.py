@@ -43,7 +43,7 @@ def clean_id(name: str) -> str:
 
 
 def numbered_id(clip_id: str, number: int) -> str:
-    """Return the id of the `number`-th clip with the same name: "a" for the first, "a~2" for the second."""
+    """Return the id of the `number`-th clip with the clean id `clip_id`: "a" for the first, "a~2" for the second."""
     if number < 2:
         return clip_id
     folder, slash, last = clip_id.rpartition("/")

@@ -78,6 +78,8 @@ class EpochOrder:
     def _grouped(self, skip: int, size: int) -> Iterator[TokenizedUtterance]:
         """Sort the utterances in each full buffer by length, and yield them in groups of `size`.
 
+        The first `skip` utterances are not yielded.
+
         With `shuffle`, the order of the groups is random, but the same on every rank. All ranks therefore have batches
         of similar length in the same training step.
         """

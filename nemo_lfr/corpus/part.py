@@ -189,8 +189,8 @@ def reserve(out: Path, state: Path, part: Part | None) -> Iterator[None]:
 def _check_free(state: Path, out: Path) -> None:
     """Raise NemoLfrError if a part is being tokenized, possibly on another machine.
 
-    Other machines may not see a lock on the output folder. This function therefore checks the lock files of the parts,
-    since locks on files are visible to other machines.
+    This function checks the lock files of the parts. Unlike a lock on the output folder, they are visible to all
+    machines.
     """
     for path in sorted((state / FOLDER).glob("*.lock")):
         message = f"{out}: part {path.stem.replace('-of-', '/')} is being tokenized; wait until it ends, or stop it."

@@ -114,7 +114,7 @@ def open_plan(config: TokenizeConfig, on_cpu: bool) -> Iterator[Plan]:
 
 
 def _withdraw(config: TokenizeConfig, out: Path, is_new: bool) -> None:
-    """Remove the files of a run that ends before its plan is stored, so that the folder does not look like a run.
+    """Remove the files of a run that ends before its plan is stored, so that its folder can be used again.
 
     Nothing is removed if the folder belongs to another run, or if other parts of this run may use it.
 
@@ -188,7 +188,7 @@ def load_or_create_plan(
 
 
 def _check_not_empty(corpus: CorpusReader, shards: list[ShardSpec], source: str) -> None:
-    """Raise ConfigError if a corpus has no clips at all, which is most likely a mistake. No audio is decoded."""
+    """Raise ConfigError if a corpus has no clips, which is most likely a mistake. No audio is decoded."""
     for shard in shards:
         clips = corpus.read(shard)
         try:
@@ -200,9 +200,14 @@ def _check_not_empty(corpus: CorpusReader, shards: list[ShardSpec], source: str)
 
 
 def _older_fingerprint(stored: Any, spec: dict[str, Any], made: Callable[[str], bool]) -> str | None:
-    """Return the stored fingerprint if an older version of this package computed it for the same codec.
+    """Return the fingerprint in a stored plan if an older version of this package computed it; otherwise None.
 
-    Return None if the stored description of the codec equals the current one, or differs in more than the fingerprint.
+    The descriptions of the codec must differ only in the fingerprint, and both must be from the same codec.
+
+    Args:
+        stored: description of the codec in the stored plan.
+        spec: current description of the codec.
+        made: see `load_or_create_plan`.
     """
     if not isinstance(stored, dict) or stored == spec or stored | {"fingerprint": spec["fingerprint"]} != spec:
         return None
@@ -238,10 +243,10 @@ def _shards_digest(shards: list[ShardSpec]) -> str:
 def _load_codec(
     config: TokenizeConfig, on_cpu: bool
 ) -> tuple[dict[str, Any], EntropyModel | None, "Codec[Any] | None", Callable[[str], bool]]:
-    """Load the codec, and return the description of the tokens, the entropy model, the codec and its method `made`.
+    """Load the codec, and return its description, the entropy model, the codec and its method `made`.
 
-    The entropy model is None without compression. If `on_cpu` is not set, the returned codec is None. Each worker then
-    loads the codec itself, and checks that its device supports the precision.
+    The entropy model is None without compression. The codec is None unless `on_cpu` is set, since each worker then
+    loads it for its own device.
     """
     from nemo_lfr.io.token_file import Metadata
     from nemo_lfr.pretrained import load
@@ -258,7 +263,7 @@ def _remove_leftovers(config: TokenizeConfig, out: Path, output: type[OutputForm
     """Remove temporary files of killed runs, without following links.
 
     The caller must hold the lock of the output folder, so that no other run is writing to the folder. If this run
-    tokenizes only a part of the corpus, only temporary files of shards in this part are removed.
+    tokenizes only a part of the corpus, temporary files of other parts are kept.
     """
     staging = config.state / "staging"
     if staging.is_symlink():

@@ -79,7 +79,7 @@ def run_ray(
 
 
 def _collect(ray: Any, pool: "_Actors", tasks: Sequence[Task], failures: WorkerFailures) -> Iterator[ShardRecord]:
-    """Assign all shards to the actors, and yield their records."""
+    """Assign all shards to the actors, and yield the record of each completed shard."""
     remaining, waiting = dict(tasks), deque(dict(tasks))
     while remaining:
         done = _wait(ray, [*pool.running, *pool.starting])
@@ -174,7 +174,7 @@ class _Actors:
         return [number for number in sorted(self.ready) if loads[number] <= depth]
 
     def run(self, number: int, index: int, shard: ShardSpec) -> None:
-        """Assign a shard to an actor."""
+        """Assign the shard `index` to the actor `number`."""
         self.running[self._actors[number].run.remote(index, shard)] = index, number
 
     def kill(self) -> None:
@@ -190,9 +190,9 @@ def _lost_worker_errors(ray: Any) -> tuple[type[Exception], ...]:
 
 
 def _room(ray: Any, cores: int, gpu: bool, address: str) -> int:
-    """Return the number of workers for which the cluster currently has resources.
+    """Return the number of workers with `cores` CPU cores (and a GPU if `gpu`) for which the cluster has resources.
 
-    If the resources do not suffice for any worker, a warning is logged, because nodes may join the cluster later.
+    If it is 0, a warning is logged, because nodes may join the cluster later.
 
     Raises:
         NemoLfrError: if Ray runs only on this machine, and the machine lacks the resources for a worker.
@@ -209,7 +209,7 @@ def _room(ray: Any, cores: int, gpu: bool, address: str) -> int:
 
 
 def _connect(ray: Any, address: str) -> str:
-    """Connect to Ray and return the address. For "auto", it is "local" if Ray was started on this machine."""
+    """Connect to Ray and return the address. "auto" becomes "local" if no cluster was found and Ray was started."""
     options: dict[str, Any] = {"logging_level": "error", "log_to_driver": False, "include_dashboard": False}
     try:
         if address == "auto":

@@ -203,7 +203,7 @@ def finish(plan: Plan, records: list[ShardRecord]) -> dict[str, Any]:
 
 
 def _counts(plan: Plan, records: list[ShardRecord]) -> dict[str, Any]:
-    """Return the description of the tokens, and the counts for the shards with these records."""
+    """Return the content of `tokens.json` for shards with these records."""
     config = plan.config
     samples = sum(record.samples for record in records)
     return {
@@ -243,10 +243,15 @@ def command(config: TokenizeConfig) -> str:
 def _check_inputs(
     plan: Plan, computed: Iterator[ShardRecord], tasks: Mapping[int, ShardSpec]
 ) -> Iterator[ShardRecord]:
-    """Yield the records of shards, after checking that the files of the corpus have not changed.
+    """Yield the records of completed shards, after checking that the files of the corpus have not changed.
+
+    Args:
+        plan: the plan.
+        computed: records of the shards, in the order of completion.
+        tasks: dictionary from index to shard.
 
     Raises:
-        NemoLfrError: if a file has changed. The records of all shards in progress are removed.
+        NemoLfrError: if a file has changed. The records of all shards in progress are then removed.
     """
     waiting = dict(tasks)
     for record in computed:

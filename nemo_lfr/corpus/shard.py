@@ -192,7 +192,7 @@ def prefetch(
 
 
 def _read(clip: Clip, config: TokenizeConfig, sample_rate: int) -> list[np.ndarray]:
-    """Load a clip's samples and, if context audio is tokenized and the clip has any, the samples of that audio."""
+    """Load a clip's samples [T] and, if context audio is tokenized and the clip has any, those of this audio."""
     loaders: list[AudioLoader] = [clip.audio]
     if config.context and clip.context is not None:
         loaders.append(clip.context)
@@ -292,5 +292,5 @@ class Worker:
         """Do nothing. In Ray, the result of this call arrives when the worker is ready."""
 
     def run(self, index: int, shard: ShardSpec) -> dict[str, Any]:
-        """Tokenize a shard and return its record as a JSON-compatible dictionary."""
+        """Tokenize the shard `index`, and return its record as a JSON-compatible dictionary."""
         return asdict(tokenize_shard(self.config, self.codec, self.corpus, shard, index))

@@ -26,7 +26,7 @@ from nemo_lfr.io.locate import expand_home
 from nemo_lfr.io.token_file import Metadata
 
 MAX_SHARDS, MAX_CLIPS = 10_000_000, 2**48
-# If about this many shards or fewer are missing from a folder, the other shards can still be read.
+# A folder may lack at least this many of the shards in `tokens.json`; the other shards can still be read.
 SPARE_SHARDS = 1000
 
 
@@ -238,7 +238,10 @@ class TokenFolder:
     def _tokens(self, value: Any, num_frames: int | None, what: str) -> torch.Tensor:
         """Validate tokens and convert them to int64 [C, T].
 
-        `value` may be a tensor, an array, or a list of lists. `what` is the subject of error messages.
+        Args:
+            value: tensor, array, or list of lists.
+            num_frames: expected number of frames; None for any number.
+            what: plural subject of error messages.
         """
         if isinstance(value, torch.Tensor):
             is_integer = not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)

@@ -24,8 +24,8 @@ END_MARKS = (b"\xff\xff\xff\xff\x00\x00\x00\x00", b"\x00\x00\x00\x00")
 def check_stream(path: Path) -> None:
     """Check that an Arrow stream is complete, and that it does not expand to an implausible size.
 
-    A stream without a marker at its end was truncated. If it was truncated between two batches, `datasets` and pyarrow
-    would read the batches that are left without an error.
+    A stream without a marker at its end was truncated. `datasets` and pyarrow do not report this if the last batch is
+    complete.
 
     Only the headers of the record batches, and the declared size of each buffer, are read. No buffer is decompressed.
 
@@ -64,8 +64,8 @@ def check_stream(path: Path) -> None:
 def _claims(message: Any) -> tuple[int, int]:
     """Return the number of rows and the decompressed size in bytes of the record batch in an Arrow message.
 
-    Both values are those that the message declares. They are 0 if the message contains no batch. The size is also 0 if
-    the batch is not compressed.
+    Both values are as declared. They are 0 if the message contains no batch. The size is also 0 if the batch is not
+    compressed.
     """
     data = bytes(message.metadata)
     root = _follow(data, 0)

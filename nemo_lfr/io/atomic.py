@@ -73,8 +73,7 @@ def check_distinct(source: str | os.PathLike[str], target: str | os.PathLike[str
 def open_temporary(path: Path) -> IO[bytes]:
     """Open a new temporary file in the folder of `path`. The file is locked until it is closed.
 
-    The caller must rename the file to `path`. Other users may read the file if the umask allows it, unlike a file from
-    `tempfile`.
+    The caller must rename the file to `path`. Unlike a file from `tempfile`, its permissions follow the umask.
 
     Raises:
         NemoLfrError: if `path` is a pipe, device or socket, since renaming would replace it.
@@ -87,7 +86,7 @@ def open_temporary(path: Path) -> IO[bytes]:
             file = open(aside, "x+b")  # noqa: SIM115
             if lock(file.fileno()) is not False and os.path.lexists(aside):
                 return file
-            file.close()  # another process found the file before it was locked, and removes it as a leftover
+            file.close()  # before the file was locked, another process took it for a leftover and removed it
 
 
 @contextlib.contextmanager
@@ -179,7 +178,7 @@ def writing_folder(parent: Path) -> Iterator[Path]:
         descriptor = _open_folder(folder)
         if descriptor is None or os.path.exists(folder):
             break
-        os.close(descriptor)  # another process removed the folder as a leftover before it was locked
+        os.close(descriptor)  # before the folder was locked, another process took it for a leftover and removed it
     try:
         yield Path(folder)
     finally:
@@ -279,8 +278,8 @@ def _is_leftover(entry: "os.DirEntry[str]", names: Collection[str] | None) -> bo
 def _remove_free_file(path: str) -> None:
     """Remove a temporary file unless another process holds its lock.
 
-    This function holds the lock until the file is removed. Another process may have created the file without having
-    locked it yet. When that process gets the lock, it notices that the file is gone, and creates another one.
+    This function holds the lock until the file is removed. If another process has just created the file and not locked
+    it yet, that process notices that the file is gone, and creates another one.
     """
     if os.name == "nt":  # Windows has no such locks, but does not remove open files
         os.unlink(path)

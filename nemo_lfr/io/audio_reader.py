@@ -22,7 +22,7 @@ from nemo_lfr.io.resampling import Resampler, check_peak, check_rate, count_samp
 logger = logging.getLogger(__name__)
 
 BLOCK_SECONDS = 10
-# First bytes of formats that libsndfile reads. If it fails on such a file, FFmpeg is tried: it supports more codecs.
+# First bytes of formats that libsndfile reads. If libsndfile fails, FFmpeg is tried, since it supports more codecs.
 FFMPEG_FALLBACK_MAGIC = (b"OggS", b"fLaC", b"RIFF", b"FORM", b".snd", b"caff", b"riff", b"NIST")
 PIPE_LENGTH = "the length of a pipe is not known in advance; write the audio to a file"
 TO_WAV = "convert it to WAV, for example with ffmpeg"
@@ -34,12 +34,10 @@ MAX_BLOCK = 1 << 24
 class AudioReader:
     """Read an audio file as mono float32 blocks at `sample_rate`.
 
-    All samples that can be decoded are read, even if the header declares fewer. If several files were joined with
-    `cat`, the recordings of all of them are read. A truncated file raises an error. A warning is logged instead if
-    only the last frame is incomplete, as is common in MPEG or AAC audio that was recorded from a stream. If the last
-    block of ADPCM audio is shorter than the others, the samples in it are read. If the header of a format other than
-    WAV, AIFF, AU and CAF declares no length, a warning says that the file may be incomplete. For files that
-    FFmpeg decodes, a warning reports gaps in the time stamps and an end before the declared duration.
+    All samples in the file are read, even if the header declares fewer, and so are further recordings that were
+    appended with `cat`. A truncated file raises an error. Smaller faults are logged as warnings: an incomplete last
+    frame, as in MPEG or AAC audio that was recorded from a stream; a header without a length; gaps in the time stamps
+    of a file that FFmpeg decodes, or an end before its declared duration.
 
     Args:
         path: the file.
@@ -52,8 +50,8 @@ class AudioReader:
         native_rate: sample rate in Hz of the first recording in the file.
         channels: number of channels in the first recording.
         samples_read: number of samples that `blocks` has yielded.
-        problem_at_end: function that `blocks` calls at the end of the audio. If it returns an error message instead of
-            None, `blocks` raises AudioError. The caller can set it to check the data that came through a pipe.
+        problem_at_end: function that returns an error message or None. `blocks` calls it at the end of the audio, and
+            raises AudioError with the message. Set it to check the data from a pipe.
 
     Raises:
         AudioError: if the file is missing, is not audio, is truncated, or contains NaN.
@@ -77,8 +75,8 @@ class AudioReader:
         self._decoder: Decoder | None = None
         self._spooled: tempfile.TemporaryDirectory[str] | None = None
         self._index = 0
-        self._extents: dict[int, tuple[int, int]] = {}  # cache: number of samples and sample rate by stream
-        self._notes: dict[int, str | None] = {}  # warning by stream, if its samples were counted
+        self._extents: dict[int, tuple[int, int]] = {}  # cache: from stream to number of samples and sample rate
+        self._notes: dict[int, str | None] = {}  # from stream to warning, for streams whose samples were counted
         try:
             if isinstance(data, int):
                 self._pipe: int | None = data
@@ -162,9 +160,8 @@ class AudioReader:
     def _is_misnamed(self, stream: Stream) -> bool:
         """Return whether the suffix of a file would mislead the decoder.
 
-        If a file of unknown format is named .mp3, libsndfile uses libmpg123, which searches it for MPEG frames and
-        prints messages to stderr. For a file named .raw, soundfile requires a sample rate, although the file may be
-        WAV.
+        If a file in another format is named .mp3, libmpg123 searches it for MPEG frames and prints messages to stderr.
+        For a file named .raw, soundfile requires a sample rate.
         """
         suffix = self.path.suffix.lower()
         return suffix == ".raw" or (suffix == ".mp3" and not stream.is_checked)
@@ -185,7 +182,7 @@ class AudioReader:
         """Copy a stream to a temporary file and return its name."""
         if self._spooled is not None:
             self._spooled.cleanup()
-        # A temporary folder, since on Windows libsndfile cannot open a NamedTemporaryFile that is still open.
+        # A temporary folder, since libsndfile on Windows cannot open a NamedTemporaryFile that is still open.
         self._spooled = tempfile.TemporaryDirectory(prefix="nemo-lfr-")
         path = os.path.join(self._spooled.name, "audio")
         with open(path, "wb") as file:
@@ -314,7 +311,7 @@ class AudioReader:
         return np.concatenate(blocks).T
 
     def _read_seconds(self, start: float, duration: float) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield the sample rate and the samples [n, channels] of each recording that overlaps a segment."""
+        """Yield the sample rate and the samples [n, channels] of each recording that overlaps a segment in seconds."""
         for index in range(len(self._streams)):
             count, rate = self._extent(index)
             first = min(count_samples(start, rate), count) if start > 0 else 0
@@ -388,7 +385,7 @@ class AudioReader:
             yield wave
 
     def _check_count(self, decoder: Decoder, num_read: int) -> None:
-        """Raise AudioError if fewer samples were read than the header declares or the frames contain."""
+        """Raise AudioError if fewer samples were read than the header declares, or than the frames contain."""
         expected = decoder.num_frames
         share = 1.0 if decoder.is_exact else 0.99
         if expected is not None and num_read < share * expected:

@@ -16,7 +16,7 @@ LABELS: dict[str, tuple[str, ...]] = {
 LABEL_COLUMNS = frozenset(column for columns in LABELS.values() for column in columns)
 # Columns whose values, if they are bytes, are decoded as text.
 TEXT_COLUMNS = LABEL_COLUMNS | {"id"}
-# Columns that may contain audio or the path of an audio file. The first one that a table has is used.
+# Columns that may contain audio or the path of an audio file. The first of them that exists in a table is used.
 AUDIO = (
     "audio",
     "target_audio",
@@ -60,7 +60,7 @@ KNOWN = (
 def known_names(columns: Iterable[str]) -> dict[str, str]:
     """Return the known name of each column whose name differs from it only in case, such as {"Path": "path"}.
 
-    A column that has exactly the known name takes precedence over other spellings, which then have no meaning.
+    If a column has exactly the known name, its other spellings are ignored.
 
     Raises:
         ConfigError: if two columns are spellings of the same known name, and no column has exactly this name.

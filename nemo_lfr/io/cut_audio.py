@@ -4,8 +4,8 @@ Lhotse itself starts a shell for sources of type "command", for URLs that begin 
 end in ".sph", and opens any URL in a manifest. This module accepts only regular files, bytes in memory and, if the
 caller allows it, http(s) URLs. The module reads these sources itself and passes only samples to Lhotse.
 
-`check_cut` checks the manifest of a cut. `read_cut` opens only sources that `check_source` accepts, even if the cut
-was not checked before. Relative paths in cuts start from the current folder, as in Lhotse, and `~` is expanded.
+`check_cut` checks the manifest of a cut. `read_cut` also checks each source, with `check_source`, before it opens it.
+Relative paths in cuts start from the current folder, as in Lhotse, and `~` is expanded.
 """
 
 import dataclasses
@@ -156,7 +156,7 @@ def read_cut(cut: Any, sample_rate: int, longest: float = math.inf, allow_url: b
 
 
 def _seconds(cut: Any, field: str) -> float:
-    """Return the start or the duration of a cut. A recording has no start, which then is 0."""
+    """Return the start or the duration of a cut in seconds; 0 for the start of a recording."""
     value = getattr(cut, field, 0.0)
     try:
         return float(value)
@@ -259,7 +259,7 @@ def _with_own_sources(item: Any, allow_url: bool) -> Any:
 def _check_numbers(item: Any) -> None:
     """Raise AudioError for implausible sample rates and speed factors.
 
-    With such a value, a few seconds of audio could become days.
+    Such values could turn a few seconds of audio into days.
     """
     for name in RATE_ATTRIBUTES:
         if (rate := getattr(item, name, None)) is not None:
@@ -273,7 +273,7 @@ def _check_numbers(item: Any) -> None:
 
 
 def _open(source: Any, allow_url: bool) -> Path | bytes:
-    """Check an audio source, and return the path of its file, or the bytes of audio in memory or at a URL."""
+    """Check an audio source, and return its path, or its bytes if it is in memory or at a URL."""
     check_source(source.type, source.source, allow_url)
     if source.type == "file":
         return resolve_audio_path("", source.source)
@@ -311,7 +311,7 @@ def _download(url: str) -> bytes:
 
 
 def _read_all(answer: Any, url: str) -> bytes:
-    """Read a response in pieces, with limits on its size and on the time that it takes."""
+    """Read an HTTP response in pieces, with limits on its size and on the time that it takes."""
     end = time.monotonic() + MAX_DOWNLOAD_SECONDS
     pieces, size = [], 0
     while piece := answer.read1(1 << 16):

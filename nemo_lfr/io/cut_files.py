@@ -1,7 +1,7 @@
-"""Read the cuts in Lhotse manifests and Shar folders, even if some of them are malformed.
+"""Read cuts from Lhotse manifests and Shar folders, even if some cuts are malformed.
 
-The cuts are read one by one. A cut that is malformed or not allowed does not affect other cuts. Lhotse's own readers
-stop at the first cut that they cannot read, and end without an error if a file of a Shar is truncated.
+A cut that is malformed or not allowed does not affect other cuts. Lhotse's own readers stop at the first cut that they
+cannot read, and end without an error if a file of a Shar is truncated.
 """
 
 import codecs
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 CUT_TYPES = ("MonoCut", "MultiCut", "MixedCut", "PaddingCut", "Cut")
 # Attributes of a cut that a field of a Shar may set.
 CUT_FIELDS = ("recording", "features")
-# Number of lines at the start of a file that are searched to find its kind.
+# Maximum number of lines that are read to find the kind of a file.
 FIRST_LINES = 100
 
 
@@ -158,7 +158,7 @@ def check_fields(folder: Path, fields: Iterable[str]) -> None:
 
 
 def read_shar(cuts: Path, fields: Mapping[str, Path], allow_url: bool = False) -> Iterator[CutItem]:
-    """Yield the cuts in one shard of a Lhotse Shar, each with its data from the other fields of the Shar.
+    """Yield the cuts in one shard of a Lhotse Shar, with their data from the other fields of the Shar.
 
     Args:
         cuts: `cuts.*.jsonl.gz` file of the shard.
@@ -249,7 +249,7 @@ def _is_manifest(value: Mapping[str, Any]) -> bool:
 def _field(path: Path, name: str) -> Iterator[tuple[str, Any]]:
     """Yield the items in the file of one field of a Shar.
 
-    Each item is a pair of a cut id and a value. The value is a tuple (manifest, data, name of the tar member), or None
+    Each item is a pair (id of the cut, value). The value is a tuple (manifest, data, name of the tar member), or None
     if the cut has no value for this field.
     """
     if not re.search(r"\.tar(\.gz)?$", path.name):
@@ -298,7 +298,7 @@ def _item(manifest: Any, allow_url: bool) -> CutItem:
 
 
 def _cut_of(recording: Any, supervisions: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
-    """Return the manifest of a cut that consists of an entire recording."""
+    """Return the manifest of a cut that consists of an entire recording and its supervisions."""
     channels = recording.get("channel_ids")
     if channels is None:
         channels = sorted(channel for source in recording["sources"] for channel in source["channels"])

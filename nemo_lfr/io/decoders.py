@@ -94,7 +94,7 @@ class SndfileDecoder:
         """Return up to `count` float32 samples, shape [n, channels]; n is 0 at the end."""
         if self._stops_at_end and self.num_frames is not None:
             count = min(count, self.num_frames - self._file.tell())
-        # Without a buffer to fill, soundfile would return at most the number of samples that the header claims.
+        # `out`, since soundfile would otherwise return at most the number of samples that the header declares.
         samples: np.ndarray = self._file.read(out=np.empty((count, self.channels), np.float32))
         self._position += len(samples)
         return samples

@@ -69,7 +69,7 @@ MEDIA_SUFFIXES = frozenset(
 )
 AUDIO_SUFFIXES = SOUND_SUFFIXES | MEDIA_SUFFIXES
 WRITABLE_FORMATS = ("wav", "flac")  # lossless formats that keep the number of samples; the first is the default
-# How to read files with certain suffixes. This is for messages about a folder without files of the wanted kind.
+# How to read files with certain suffixes, for messages about a folder without files of the wanted kind.
 ADVICE = (
     (
         frozenset({".tar", ".gz", ".tgz", ".zip", ".bz2", ".xz", ".zst", ".7z", ".rar"}),
@@ -117,14 +117,14 @@ def find_files(
 
     Hidden files and folders and system files (`._*`, `__MACOSX`, `@eaDir` ...) are skipped. Links are followed. A
     folder that is reached more than once, for example through a link to its parent, is read once. Broken links are
-    returned too, so that the caller's attempt to open one raises an error with the name of the link.
+    returned too, so that the caller notices them when it opens the files.
 
     Args:
         root: folder to search; it may itself be hidden.
         suffixes: suffixes in lower case, with the dot; the comparison ignores case.
         silent_suffixes: suffixes of companion files, such as transcripts, which are not reported as skipped.
         report: function that is called at most once, with one line that says how many files were skipped and why.
-        unread: list to which the errors of folders below `root` that cannot be read are added. Their files are
+        unread: list to which the error of each unreadable folder below `root` is added. The files in such a folder are
             missing in the result. None raises the first of these errors.
 
     Returns:
@@ -261,7 +261,7 @@ class _Walk:
     def _take(self, entry: "os.DirEntry[str]") -> None:
         suffix = os.path.splitext(entry.name)[1].lower()
         hidden = entry.name.startswith(".")
-        # Most entries are regular files. The folder listing contains their type, so most need no `stat` call.
+        # The folder listing contains the type of each entry, so regular files need no `stat` call.
         is_file, status = entry.is_file(follow_symlinks=False), None
         if not is_file:
             try:

@@ -1,7 +1,7 @@
 """List the utterances of a speech corpus on disk: a published corpus, a folder of audio files, or a table.
 
-Each function of `LAYOUTS` lists the utterances of one kind of corpus without opening the audio files, so that the
-caller can skip unreadable ones. Lhotse's recipes for the same corpora stop at the first unreadable file.
+`LAYOUTS` has a function for each kind of corpus. These functions do not open the audio files, so an unreadable file
+does not stop them, unlike Lhotse's recipes for the same corpora.
 """
 
 import logging
@@ -20,7 +20,7 @@ from nemo_lfr.io.text import decode, read_lines
 
 logger = logging.getLogger(__name__)
 
-# Maximum number of characters in a field. A longer field is not a sentence, but the result of a missing line end.
+# Maximum number of characters in a field. A longer field is not one sentence: a line end is missing.
 MAX_FIELD = 1 << 17
 
 
@@ -29,12 +29,13 @@ class CorpusUtterance:
     """One utterance that a corpus lists.
 
     Attributes:
-        path: path of the audio file, relative to the folder of the corpus. For an utterance with a problem, it may
-            instead say where the problem is, such as "train.tsv, line 3".
+        path: path of the audio file, relative to the folder of the corpus. If there is a `problem`, this may be its
+            location instead, such as "train.tsv, line 3".
         speaker: name of the speaker in the corpus; empty if unknown.
         split: one of `nemo_lfr.io.splits.SPLITS`; None if the corpus does not assign the utterance to a split.
         labels: the labels "lang" and "text", if the corpus provides them.
-        problem: reason why the utterance cannot be used, such as a transcript that is not UTF-8; None if it can.
+        problem: reason why the utterance cannot be used, such as a transcript that is not UTF-8; None if it can be
+            used.
         offset: start of the utterance in the file, in seconds; None for the beginning of the file.
         duration: duration of the utterance in seconds; None for the rest of the file.
     """
@@ -101,11 +102,12 @@ def commonvoice(corpus: Path) -> Iterator[CorpusUtterance]:
 
     Scripted Speech has tables LANGUAGE/{train,dev,test}.tsv with the columns `client_id`, `path`, `sentence` and
     `locale`; the audio is in clips/*.mp3. Spontaneous Speech has tables ss-corpus-*.tsv with the columns `client_id`,
-    `audio_file`, `transcription`, `language` and `split`; the audio is in audios/*. A row with more or fewer fields
-    than the header becomes an utterance with a problem.
+    `audio_file`, `transcription`, `language` and `split`; the audio is in audios/*. If a row is invalid, for instance
+    because it has more fields than the header, its utterance has a `problem`.
 
     Raises:
-        ValueError: if a table lacks the column of speakers, audio files or texts, or has two columns of the same name.
+        ValueError: if a table lacks the column of speakers, audio files or texts, or has two columns with the same
+            name.
     """
     for table in find_named(corpus, "*.tsv"):
         spontaneous = table.name.startswith("ss-corpus-")
@@ -123,9 +125,9 @@ def commonvoice(corpus: Path) -> Iterator[CorpusUtterance]:
             ("audio_file", "transcription", "audios") if "audio_file" in columns else ("path", "sentence", "clips")
         )
         if missing := sorted({"client_id", audio, text} - set(columns)):
-            raise ValueError(f"{place} lacks the columns {missing}; it has {columns}")
+            raise ValueError(f"{place} lacks the columns {missing}; it has the columns {columns}")
         if name := repeated_column(columns):
-            raise ValueError(f"{place} has two columns that are named {shorten(repr(name))}")
+            raise ValueError(f"{place} has two columns with the name {shorten(repr(name))}")
         for number, line in enumerate(rows, start=2):
             if not line.strip():
                 continue
@@ -155,15 +157,14 @@ def vctk(corpus: Path) -> Iterator[CorpusUtterance]:
 def folder(corpus: Path, speaker_level: int | None = None) -> Iterator[CorpusUtterance]:
     """Read the audio files below a folder.
 
-    A .txt file beside an audio file contains the text. If there is a table `metadata.csv`, `metadata.tsv` or
-    `metadata.jsonl`, as in Hugging Face's AudioFolder, its labels take precedence. If folders are named after splits,
-    such as `train` and `test`, each file gets the split of its folder, unless all files would get the same one. If
-    there is a validation set, the files in other folders are training data.
+    The transcript of an audio file is a .txt file with the same name. The labels of an AudioFolder table
+    (`metadata.csv`, `metadata.tsv` or `metadata.jsonl`) take precedence. Splits come from folder names such as `train`
+    and `test`; see `nemo_lfr.io.splits.splits_of_folders`.
 
     Args:
         corpus: the folder.
-        speaker_level: depth of the folders that are named after speakers; 1 is directly below the corpus. With None,
-            folder names are not used as speakers, because a folder may also be a split, a chapter or a microphone.
+        speaker_level: depth of the folders that are named after speakers; 1 is directly below `corpus`. None if folder
+            names are not speakers.
     """
     rows: dict[Path, list[CorpusUtterance]] = {}
     for row in _metadata(corpus):
@@ -190,14 +191,14 @@ def folder(corpus: Path, speaker_level: int | None = None) -> Iterator[CorpusUtt
 
 
 def table(path: Path, *, by_file: bool = False) -> Iterator[CorpusUtterance]:
-    """Read a CSV, TSV or metadata.jsonl file with a column of audio paths, which are relative to the file's folder.
+    """Read a CSV, TSV or metadata.jsonl file with a column of audio paths.
 
     Args:
-        path: the table.
-        by_file: whether the `path` of an utterance with a problem is its audio file. By default, and if the row names
-            no audio file, `path` is the line of the table.
+        path: the table. Paths of audio files in it are relative to its folder.
+        by_file: for an invalid row, whether `CorpusUtterance.path` is the audio file, if the row names one. By
+            default, it is the number of the row, such as "train.tsv, line 3".
     """
-    # This import loads the audio readers, so it is not at the top of the file: `--help` does not need them.
+    # Imported late: this loads the audio readers, which `--help` does not need.
     from nemo_lfr.io.manifests import resolve_audio_path, seconds
 
     for row in read_table(path):
@@ -224,19 +225,19 @@ def table(path: Path, *, by_file: bool = False) -> Iterator[CorpusUtterance]:
 
 
 def _as_text(value: object) -> str:
-    """Return a label as text. A label that is neither text nor a number becomes empty."""
+    """Return a label as text; empty for a label that is neither text nor a number."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)  # pandas converts integer columns with missing values to float
     return str(value) if isinstance(value, str | int | float) and not isinstance(value, bool) else ""
 
 
 def _metadata(corpus: Path) -> Iterator[CorpusUtterance]:
-    """Yield the rows of all AudioFolder tables (metadata.csv and others) in a folder and its subfolders."""
+    """Yield the rows of all AudioFolder tables, such as metadata.csv, in a folder and its subfolders."""
     # `folder`, the caller, reports the folders that cannot be read.
     for path in [path for name in METADATA_NAMES for path in find_named(corpus, name, unread=[]) if is_table(path)]:
         folder_name = path.parent.relative_to(corpus)
         try:
-            # A file whose row is invalid must not be used without the labels in that row.
+            # `by_file`, since a file with an invalid row must not be used without the labels in that row.
             for row in table(path, by_file=True):
                 yield replace(row, path=Path(os.path.normpath(folder_name / row.path)))
         except RepeatedColumnError:
@@ -258,14 +259,14 @@ LAYOUTS: dict[str, Callable[[Path], Iterator[CorpusUtterance]]] = {
 def hold_out(utterances: list[CorpusUtterance], share: float) -> list[CorpusUtterance]:
     """Assign each utterance without a split to "train" or "valid".
 
-    All utterances of a speaker get the same split. If there is only one speaker, single files are held out. If no
-    speakers are known, whole folders are held out, or single files if `share` amounts to less than one folder. The
-    choice depends on a hash of the name, so that a growing corpus keeps its validation set. Each split gets at least
-    one speaker, folder or file, unless `share` is 0 or 1. If there is only one, it is used for training.
+    The units to assign are speakers, or files if there is only one speaker. If speakers are unknown, they are folders,
+    or files if `share` amounts to less than one folder. A hash of the unit's name decides, so that a growing corpus
+    keeps its validation set. Unless `share` is 0 or 1, "train" gets at least one unit and, if there are several units,
+    so does "valid".
 
     Args:
-        utterances: utterances that can be used. Some of them may have a split already.
-        share: fraction of the speakers, folders or files to assign to "valid".
+        utterances: utterances without a `problem`; those with a split keep it.
+        share: fraction of the units to assign to "valid".
 
     Returns:
         The utterances in the same order, all with a split.
@@ -294,10 +295,10 @@ def hold_out(utterances: list[CorpusUtterance], share: float) -> list[CorpusUtte
 
 
 def held_out_by(utterances: list[CorpusUtterance], share: float) -> str:
-    """Return which units `hold_out` assigns to splits: "speaker", "folder" or "file".
+    """Return the kind of unit that `hold_out` assigns to splits: "speaker", "folder" or "file".
 
-    If several kinds of units are used, the result names all of them, as in "speaker or file". The result is empty if
-    all utterances have a split already. The arguments are those of `hold_out`.
+    The result names several kinds if they are mixed, as in "speaker or file". It is empty if all utterances have a
+    split already. The arguments are those of `hold_out`.
     """
     unit = _units(utterances, share)
     units = {unit(utterance) for utterance in utterances if utterance.split is None and not utterance.problem}
@@ -305,7 +306,7 @@ def held_out_by(utterances: list[CorpusUtterance], share: float) -> str:
 
 
 def _units(utterances: list[CorpusUtterance], share: float) -> Callable[[CorpusUtterance], str]:
-    """Return a function that maps an utterance to the unit that is held out: "speaker", "folder" or "file"."""
+    """Return a function from an utterance to its kind of unit: "speaker", "folder" or "file". See `hold_out`."""
     speakers = {utterance.speaker for utterance in utterances}
     folders = {utterance.path.parent for utterance in utterances}
 
@@ -326,8 +327,8 @@ def text_of(transcript: Path) -> tuple[dict[str, str], str | None]:
     """Read the text file beside a recording.
 
     Returns:
-        A dictionary with the label "text", and an error message. The dictionary is empty if the file does not exist or
-        cannot be read. The message is None unless the file exists but cannot be read.
+        A dictionary with the label "text", and an error message or None. If the file exists but cannot be read, the
+        dictionary is empty. If there is no file, the dictionary is empty and the message is None.
     """
     try:
         if not os.path.lexists(transcript):  # a broken link counts as an unreadable transcript
@@ -339,9 +340,9 @@ def text_of(transcript: Path) -> tuple[dict[str, str], str | None]:
 
 
 def _transcripts(path: Path, corpus: Path, separator: bytes) -> Iterator[tuple[str | None, str, str | None]]:
-    """Yield a tuple (name, text, error message or None) for each line of a transcript.
+    """Yield (name, text, error message or None) for each line of a transcript, in which `separator` follows the name.
 
-    If the file cannot be read, the only item is (None, path of the file, error message).
+    If the file cannot be read, yield only (None, path relative to `corpus`, error message).
     """
     try:
         lines = read_lines(path)
@@ -359,7 +360,7 @@ def _transcripts(path: Path, corpus: Path, separator: bytes) -> Iterator[tuple[s
 
 
 def _row(line: bytes, columns: list[str]) -> dict[str, str]:
-    """Split one line of a table into its fields, and return them by the names of their columns.
+    """Split one line of a TSV table, and return a dict from each column to its field.
 
     Quotes have no special meaning.
 
@@ -378,7 +379,7 @@ def _row(line: bytes, columns: list[str]) -> dict[str, str]:
 
 
 def _below(name: str) -> Path:
-    """Return the path of an audio file that a table lists.
+    """Return the path of an audio file that a table lists, relative to the folder of audio files.
 
     Raises:
         ValueError: if the path is empty, absolute, or contains `..`.

@@ -71,7 +71,7 @@ def expand_home(path: str | os.PathLike[str], error: type[NemoLfrError] = NemoLf
 def resolve(path: str | os.PathLike[str]) -> Path:
     """Return an absolute path without symbolic links. The path need not exist.
 
-    If links form a loop, `Path.resolve` raises a RuntimeError up to Python 3.12, and no exception in later versions.
+    This function raises the same error for a loop of links in all versions of Python, unlike `Path.resolve`.
 
     Raises:
         OSError: if the links form a loop; the error names `path`.
@@ -162,10 +162,11 @@ def is_unpacked(folder: Path) -> bool:
 
 
 def _snapshot(folder: Path) -> Path:
-    """Return the snapshot of `main` in a repository's folder in the Hub's cache (`models--OWNER--NAME`).
+    """Return the current snapshot in a folder of the Hub's cache (`models--OWNER--NAME`).
 
     Raises:
-        CheckpointError: if there is no snapshot, or there are several and `main` refers to none of them.
+        CheckpointError: if there is no snapshot, or if there are several and the folder does not say which one is
+            current.
     """
     try:
         snapshots = sorted(path for path in (folder / "snapshots").iterdir() if path.is_dir())

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 MAX_SECONDS = 1e7  # maximum offset and duration; a larger value in a manifest is an error
 ID_DIGITS = 12  # number of hex digits in the hash that identifies a line
-UNUSABLE = "this line cannot be used"  # start of the message about a malformed manifest line
+UNUSABLE = "this line cannot be used"  # beginning of the message about a malformed manifest line
 # Exceptions that reading a malformed manifest line may raise.
 NOT_A_LINE = (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError)
 
@@ -61,9 +61,8 @@ def read_manifest(
 ) -> list[Recording]:
     """Read a NeMo manifest (JSON lines), or a table that `nemo_lfr.io.tables` reads.
 
-    An entry has `audio_filepath`, and `offset` and `duration` in seconds. If an entry has no duration, the duration of
-    the audio file is used. An invalid entry (malformed JSON, an infinite duration, an impossible file name) is skipped
-    and reported.
+    Each entry has `audio_filepath` and, in seconds, `offset` (default 0) and `duration` (default: the duration of the
+    whole audio file). An invalid entry, such as malformed JSON or an infinite duration, is skipped and reported.
 
     Args:
         path: path of the manifest or table; `~` is expanded.
@@ -76,7 +75,7 @@ def read_manifest(
         The recordings, in the order of the manifest.
 
     Raises:
-        ConfigError: if the manifest cannot be read, or has lines but no valid one.
+        ConfigError: if the manifest cannot be read, or if none of its entries is valid. An empty manifest is accepted.
     """
     path = expand_home(path)
     folder = path.parent if audio_dir is None else expand_home(audio_dir)
@@ -114,10 +113,10 @@ def read_manifest(
 def _usable(
     recordings: list[Recording], problems: list[str], kind: str, on_bad_line: Callable[[str], None]
 ) -> list[Recording]:
-    """Report the problems and return the recordings.
+    """Call `on_bad_line` with each problem, and return the recordings.
 
     Raises:
-        ConfigError: if there are problems but no recordings.
+        ConfigError: if there are problems but no recordings. `kind` says what was expected.
     """
     if problems and not recordings:
         first = problems[0].replace("skipped: ", f"{UNUSABLE}: ", 1)
@@ -155,7 +154,7 @@ def resolve_audio_path(folder: str | os.PathLike[str], name: object) -> Path:
 
 
 def seconds(labels: dict[str, Any], key: str) -> float | None:
-    """Return a time in seconds from an entry of a manifest; None if the entry has no time for this key.
+    """Return a time in seconds from an entry of a manifest; None if the entry lacks the key.
 
     Args:
         labels: values of the entry.
@@ -193,7 +192,7 @@ def parse_entry(line: bytes) -> dict[str, Any]:
 
     Raises:
         ValueError: if the line is not a JSON object in UTF-8.
-        RecursionError: if the line is nested too deeply.
+        RecursionError: if the JSON is nested too deeply.
     """
     text = decode(line)
     entry = json.loads(text)

@@ -17,7 +17,7 @@ DEMUXERS = (
 )
 # Demuxers for frames without a container. FFmpeg estimates their duration from the bit rate of the first frames.
 _ESTIMATED = {"aac", "ac3", "eac3", "dts", "loas", "mp3", "amr"}
-# Decoders of frames with checksums. By default, FFmpeg ignores a wrong checksum or replaces the frame by silence.
+# Decoders of frames with checksums. By default, FFmpeg ignores wrong checksums, or replaces such frames by silence.
 _CHECKED = {"ac3", "eac3", "dca", "flac", "mlp", "truehd", "tta", "wavpack"}
 # Demuxers of streams whose time stamps need not begin at 0. FFmpeg determines their duration from the time stamps.
 _RELATIVE = {"mpegts", "mpeg"}
@@ -34,7 +34,7 @@ _PACKETED = {"aac", "alac", "mp3", "mp3float", "opus", "libopus", "ac3", "eac3",
 _RESTART = 1.0
 # Maximum number of packets at the end of a recorded stream that may be incomplete.
 _MAX_SUSPECTS = 32
-# Reasons for errors, by the class of PyAV's exception, for classes whose messages say nothing about the file.
+# From classes of PyAV's exceptions, whose messages say nothing about the file, to the reason for the error.
 _REASONS = {
     "InvalidDataError": "invalid data",
     "PermissionError": "invalid data",
@@ -232,10 +232,9 @@ class MediaDecoder:
                 raise AudioError("the audio is damaged: a packet is incomplete")
 
     def _pre_skip(self, track: Any, packet: Any) -> int:
-        """Return the number of samples at the beginning of Opus audio in Matroska that FFmpeg fails to skip.
+        """Return the number of samples that FFmpeg should skip at the start of Opus audio in Matroska, but does not.
 
-        The decoder's output at 48 kHz begins with samples that must be skipped. FFmpeg 8 skips too few if the sample
-        rate in the header is lower.
+        The count is at 48 kHz. FFmpeg 8 skips too few samples if the sample rate in the header is lower.
         """
         codec = track.codec_context
         if codec.name not in ("opus", "libopus") or not self._container.format.name.startswith("matroska"):
@@ -248,7 +247,7 @@ class MediaDecoder:
         return max(0, int.from_bytes(head[10:12], "little") - skip) if skip else 0
 
     def _tail(self, suspects: list[Any], size_of: FrameSize) -> Iterator[Any]:
-        """Yield the frames of the complete packets among the last packets of a file.
+        """Yield the frames of the complete packets in `suspects`, the last packets of a file.
 
         The header of a packet states its size. If packets are incomplete, a warning is stored in `note`.
         """
@@ -297,8 +296,7 @@ class MediaDecoder:
 def _reason(error: Exception) -> str:
     """Return the reason for an error without the file name.
 
-    FFmpeg's decoders return some error codes of the operating system. Their usual messages, which are about files and
-    permissions, would be misleading.
+    Some error codes of FFmpeg's decoders are those of the operating system, whose messages would be misleading.
     """
     if type(error).__module__.startswith("av.") and (reason := _REASONS.get(type(error).__name__)):
         return reason

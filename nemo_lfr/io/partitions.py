@@ -1,6 +1,6 @@
 """Read columns from the names of folders, such as the column `lang` from `lang=de/part-0.parquet`.
 
-If a table is partitioned by columns, Spark, Hive, pandas and polars store these columns only in the names of folders.
+Spark, Hive, pandas and polars store the columns by which a table is partitioned only in folder names.
 """
 
 from pathlib import Path
@@ -12,8 +12,8 @@ MISSING = "__HIVE_DEFAULT_PARTITION__"  # stands for a missing value in a folder
 def partition_of(file: Path, root: Path) -> dict[str, str]:
     """Return the columns that are stored in the names of a file's folders, with their values as text.
 
-    Folders inside the table's folder are searched first. The table's folder and its parents are searched too, up to
-    the first one whose name is not `COLUMN=VALUE`. If only one partition is read, it therefore keeps its columns.
+    The folders between `root` and the file count, and so do `root` and its parents, up to the first one whose name is
+    not `COLUMN=VALUE`. A partition that is read alone therefore keeps its columns.
 
     Args:
         file: the file.

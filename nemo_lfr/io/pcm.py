@@ -4,8 +4,8 @@ import numpy as np
 
 from nemo_lfr.errors import AudioError
 
-# Full scale of each type of samples. 64-bit audio does not exist: int64 is what Python, JSON and pandas make of 16-bit
-# samples. Unsigned types other than uint8 do not occur in audio formats either.
+# Full scale of each type of samples. There is no 64-bit audio: int64 samples are 16-bit samples that were converted by
+# Python, JSON or pandas. Audio formats have no unsigned types other than uint8.
 FULL_SCALE = {"int8": 2**7, "uint8": 2**7, "int16": 2**15, "int32": 2**31, "int64": 2**15}
 # The peak of 24-bit samples that were stored as int32 without a shift is at most this.
 LARGEST_24_BIT = 2**23
@@ -14,7 +14,7 @@ MAX_CHANNELS = 32
 
 
 def check_channels(shape: tuple[int, ...], name: str) -> None:
-    """Raise AudioError if neither axis of a two-dimensional array can contain channels, as in a spectrogram."""
+    """Raise AudioError if neither axis of an array can contain channels, as in a spectrogram."""
     if min(shape) > MAX_CHANNELS:
         raise AudioError(
             f"{name} has the shape {tuple(shape)}, so it is unclear which axis contains the channels; expected [T], "

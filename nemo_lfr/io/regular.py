@@ -49,7 +49,7 @@ def open_regular(
 
 
 def check_replaceable(path: str | os.PathLike[str], error: type[NemoLfrError] = NemoLfrError) -> None:
-    """Check that an output path is not a pipe, a device or a socket, which a file would replace.
+    """Check that an output path is not a pipe, a device or a socket, which the output file would replace.
 
     Args:
         path: output file; it need not exist.

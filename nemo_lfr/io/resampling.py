@@ -53,7 +53,8 @@ class Resampler:
             last: whether this is the last block.
 
         Returns:
-            The next output samples [k]: those that do not depend on later input, or all the rest if `last` is set.
+            The next output samples [k]: those that do not depend on later input, or all remaining ones if `last` is
+            set.
         """
         self._num_input += len(wave)
         resampled: np.ndarray = self._stream.resample_chunk(wave.astype(np.float32, copy=False), last=last)
@@ -79,7 +80,7 @@ def num_resampled(num_samples: int, from_rate: float, to_rate: int) -> int:
 def count_samples(seconds: float, rate: float) -> int:
     """Convert a time in seconds to the nearest number of samples, as Lhotse does.
 
-    Half a sample is rounded up. Manifests contain rounded times, but the exact time is a whole number of samples.
+    Half a sample is rounded up. Times in manifests are rounded, so they are rarely a whole number of samples.
 
     Args:
         seconds: time in seconds, at least 0.

@@ -1,4 +1,4 @@
-"""Base class of file objects that read their bytes from another object, such as several ranges of a file."""
+"""File objects that get their bytes from another object, such as several ranges of a file."""
 
 import io
 from typing import Any
@@ -30,7 +30,7 @@ class SeekableBytes(io.RawIOBase):
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         """Move to a position and return it.
 
-        A position before the first byte becomes 0. No exception is raised, since libsndfile's callback would lose it.
+        A position before the first byte becomes 0. It raises no exception, which libsndfile would lose.
         """
         base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._length}[whence]
         self._position = max(0, base + offset)

@@ -9,7 +9,7 @@ from typing import Any
 
 from nemo_lfr.errors import MissingExtraError, NemoLfrError, install_command, shorten
 
-# Phrases in the messages of RuntimeError and ImportError, by which PyTorch and the C++ library report lack of memory.
+# PyTorch and the C++ library report a lack of memory as RuntimeError or ImportError with one of these phrases.
 NO_MEMORY = (
     "can't allocate memory",
     "Cannot allocate memory",
@@ -21,8 +21,8 @@ NO_MEMORY = (
 )
 NO_THREAD = ("can't start new thread", "Resource temporarily unavailable")
 
-# Address space in bytes that PyTorch needs: for its import, to run at all, and for each thread (stack and heap). The
-# values were measured with the bundled codec on long files, and rounded up.
+# Address space in bytes that PyTorch needs to be imported, to run, and for each thread (stack and heap). Measured with
+# the bundled codec on long files, and rounded up.
 _IMPORTED, _COMPUTING, _PER_THREAD = 600 << 20, 256 << 20, 64 << 20
 _MAX_THREADS = 16
 
@@ -30,7 +30,7 @@ _MAX_THREADS = 16
 def check_address_space() -> None:
     """Raise an error if the limit on address space is too low to load and run PyTorch.
 
-    Without this check, the process could crash: oneDNN does not check all of its memory allocations.
+    Without this check, the process could crash, since oneDNN does not check all of its memory allocations.
 
     Raises:
         NemoLfrError: if the limit (`ulimit -v`) is too low.
@@ -89,10 +89,9 @@ def missing_extra(error: Exception, package: str, message: str) -> MissingExtraE
     """Return the error for an optional package that could not be imported.
 
     Args:
-        error: exception that the import raised. It may have any class, since an installed package may fail, too.
+        error: exception of any class that the import raised.
         package: name of the package.
-        message: message to use if the package or one of its dependencies is not installed. It should contain the
-            command that installs the package.
+        message: message for a package that is not installed, or lacks a dependency, with the command that installs it.
     """
     if isinstance(error, ModuleNotFoundError | MissingExtraError):
         return MissingExtraError(message)

@@ -1,4 +1,4 @@
-"""Recognize the splits of a corpus by names of files and folders, and by the values of table columns."""
+"""Recognize the splits of a corpus from names of files and folders, and from values of table columns."""
 
 import logging
 import re
@@ -59,7 +59,7 @@ def splits_of_folders(
         del parts[level]
         splits[names] = split_of_parts(parts)
     values = set(splits.values())
-    if len(values) == 1:  # a split that contains all files is not a division of the corpus
+    if len(values) == 1:  # one split that contains all files does not divide the corpus
         return dict.fromkeys(splits)
     if None in values and (held_out := sorted(values - {None, "train"}, key=str)):
         text = (

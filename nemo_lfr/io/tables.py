@@ -19,7 +19,7 @@ from nemo_lfr.io.text import GZIP, decode, is_missing, read_lines
 TABLE_SUFFIXES = frozenset((".csv", ".tsv"))
 # Characters that may separate the columns of a CSV file. The first one that gives an audio column is used.
 DELIMITERS = ",;\t|"
-# First line in which a CSV file declares its delimiter for Excel.
+# A first line like this declares the delimiter of a CSV file for Excel.
 DECLARATION = re.compile(r'"?sep=(?P<delimiter>\\t|.*?)"?', re.IGNORECASE)
 SPREADSHEETS = frozenset((".xlsx", ".xlsm", ".xlsb", ".xls", ".ods", ".numbers"))
 SAVE_AS_CSV = "save it as CSV (UTF-8), and pass the CSV file"
@@ -41,7 +41,7 @@ class TableRow:
         line: number of the row's first line in the file, counted from 1.
         values: values by column; empty if there is a problem. In the rows of `read_table`, the audio column is named
             `audio_filepath`, the standard labels are added, and empty cells are left out.
-        problem: reason why the row cannot be used; None if it can.
+        problem: reason why the row cannot be used; None if it can be used.
     """
 
     line: int
@@ -91,8 +91,8 @@ def read_table(path: Path) -> Iterator[TableRow]:
             Common Voice. Known names of columns are recognized in upper and lower case.
 
     Raises:
-        ConfigError: if the file cannot be read, the header of a CSV or TSV file has no audio column, or two columns
-            have the same name, or known names that differ only in case.
+        ConfigError: if the file cannot be read, if a CSV or TSV file has no audio column, or if two columns have the
+            same name; see also `known_names`.
     """
     try:
         lines = read_lines(path, ConfigError)
@@ -116,7 +116,7 @@ def _entry(row: TableRow) -> TableRow:
     if not isinstance(name, str):
         value = "empty" if name is None else shorten(name)
         return TableRow(row.line, {}, f"the column {column!r} is {value}; expected the path of an audio file")
-    if column != "audio_filepath":  # in tables that are not NeMo's, these columns may have another meaning
+    if column != "audio_filepath":  # only in NeMo's tables do these columns have a known meaning
         values = {key: value for key, value in values.items() if key not in ("offset", "duration")}
     return TableRow(row.line, {"audio_filepath": name, **standard_labels(values, strict=False)})
 
@@ -188,7 +188,7 @@ def _declared_delimiter(path: Path, line: bytes) -> str | None:
 
 
 def _header(path: Path, line: bytes, declared: str | None) -> tuple[str, list[str]]:
-    """Return the delimiter of a table and the known names of its columns.
+    """Return the delimiter of a table and the names of its columns, spelled as in `known_names`.
 
     Args:
         path: path of the table.
@@ -225,10 +225,10 @@ def _has_audio(columns: Sequence[str]) -> bool:
 
 
 def _fields(lines: Sequence[bytes], delimiter: str, expected: int) -> tuple[list[str], int]:
-    """Return the fields of the row that begins in the first line, and the number of lines that the row spans.
+    """Return the fields of the row that begins in `lines[0]`, and the number of lines that the row spans.
 
     Raises:
-        ValueError: if the row is not UTF-8, or has a different number of fields than the header.
+        ValueError: if the row is not UTF-8, or does not have `expected` fields, as the header has.
         csv.Error: if a quote is not closed, or a field is too long.
     """
     texts: list[str] = []
@@ -247,7 +247,7 @@ def _fields(lines: Sequence[bytes], delimiter: str, expected: int) -> tuple[list
 
 
 def _split(texts: list[str], delimiter: str) -> list[str]:
-    """Split the lines of one row into fields. A field that is not quoted may contain quotes."""
+    """Split one row, which may span several lines, into fields. A field that is not quoted may contain quotes."""
     if delimiter == "\t":
         return texts[0].rstrip("\r\n").split("\t")
     try:

@@ -19,8 +19,8 @@ All integers are little-endian. Every CRC is a CRC-32 as in zlib. Version 2 of t
              4 bytes   outline: CRC of the header's CRC field, followed by N and the CRC field of each block, in order
              4 bytes   CRC of the end section up to this field
 
-The metadata contains `sample_rate`, `samples_per_frame`, `levels` (of one codebook), `num_codebooks`, `fingerprint`
-(of the codec's weights and settings), `precision` and `written_by`.
+The metadata contains `sample_rate`, `samples_per_frame`, `levels` (of the FSQ dimensions of one codebook),
+`num_codebooks`, `fingerprint` (of the codec's weights and settings), `precision` and `written_by`.
 
 In coding 1 (`nemo_lfr/io/entropy/`), N is at most 1024, and 4 additional bytes after N contain the length of the
 payload. The metadata is a list of the same values in the same order, followed by the hash of the entropy model.
@@ -32,10 +32,10 @@ frame whose number is not below codebook_size ^ num_codebooks, an invalid compre
 number of samples that does not match the number of frames, and bytes after the end section. The position of a block
 follows from the lengths of the blocks before it, so a reader can seek without reading all blocks.
 
-A block's CRC also covers the previous CRC field, in the four bytes in front of the block. If a block was moved,
-repeated, omitted or taken from another file, a check therefore fails when blocks are read in order, as from a pipe or
-with `recover`. A reader that seeks uses the outline instead: when it opens a file, it detects such changes from the
-lengths and CRC fields alone. The same tokens and metadata always give the same bytes.
+A block's CRC also covers the four bytes before the block, which are the previous CRC field. The CRC is therefore wrong
+if a block was moved, repeated, omitted or taken from another file. A reader that seeks does not read all blocks. It
+uses the outline instead, which detects such changes from the lengths and CRC fields alone. The same metadata, and the
+same tokens in the same blocks, always give the same bytes.
 
 Files are written to a temporary name, `NAME.????????.part`, and renamed when they are complete. Each block is written
 to the file system immediately. After a crash, the `.part` file can be read with `recover=True` up to its last complete
@@ -109,7 +109,7 @@ class Metadata(CodecSpec):
         """Parse the metadata of an uncompressed file.
 
         Raises:
-            ValueError: if the metadata is invalid. TypeError and KeyError are possible, too.
+            ValueError: if the metadata is invalid. The error may also be a TypeError or KeyError.
         """
         return cls._from_values(json.loads(raw))
 
@@ -120,7 +120,7 @@ class Metadata(CodecSpec):
         The metadata is a list of values. Their names are omitted, since they would take 5% of a short file.
 
         Raises:
-            ValueError: if the metadata is invalid. TypeError and KeyError are possible, too.
+            ValueError: if the metadata is invalid. The error may also be a TypeError or KeyError.
         """
         values = json.loads(raw)
         if not isinstance(values, list):
@@ -147,7 +147,7 @@ class TokenStreamWriter:
     Args:
         file: binary file or pipe.
         metadata: metadata of the tokens.
-        model: entropy model to compress with; None for packed frames.
+        model: entropy model that compresses the tokens; None for packed frames.
         gather: number of frames per block; the last block may have up to 1.5 times as many. If None, each call of
             `write` writes a block.
 
@@ -284,7 +284,7 @@ class TokenWriter(TokenStreamWriter):
         path: output file; missing folders are created.
         metadata: metadata of the tokens.
         overwrite: whether to replace an existing file.
-        model: entropy model to compress with, in blocks of 256 frames; None for packed frames.
+        model: entropy model that compresses the tokens in blocks of 256 frames; None for packed frames.
 
     Raises:
         NemoLfrError: if the file exists and `overwrite` is not set.
@@ -328,7 +328,7 @@ class TokenWriter(TokenStreamWriter):
             path: the token file.
             codec: codec whose metadata is written into the header.
             overwrite: whether to replace an existing file.
-            model: entropy model that compresses the tokens; None to write them uncompressed.
+            model: entropy model that compresses the tokens; None for packed frames.
 
         Raises:
             NemoLfrError: if the file exists and `overwrite` is not set.
@@ -368,7 +368,7 @@ class TokenWriter(TokenStreamWriter):
 
 
 class _Sections:
-    """Base class for readers of token files, with methods that read and check each section.
+    """Base class of the readers of token files, with methods that read and check each section.
 
     Args:
         file: binary file, open for reading.
@@ -410,7 +410,10 @@ class _Sections:
         return data
 
     def _check(self, section: bytes, what: str, before: bytes = b"") -> bytes:
-        """Read, verify and return the CRC field of a section. The CRC covers `before` and the section."""
+        """Read, verify and return the CRC field of a section, which is named `what` in messages.
+
+        The CRC covers `before` and the section.
+        """
         return self._compare(self._take(4), section, what, before)
 
     def _compare(self, checksum: bytes, section: bytes, what: str, before: bytes) -> bytes:
@@ -474,7 +477,10 @@ class _Sections:
         return model
 
     def _read_size(self, count: int) -> tuple[int, bytes]:
-        """Return the length of a block's payload, and the length field (no bytes if the file is not compressed)."""
+        """Return the length of a block's payload in bytes, and its field in the file.
+
+        An uncompressed file has no such field; it is then empty.
+        """
         if self.coding == CODING:
             return count * self._bytes_per_frame, b""
         field = self._take(4)
@@ -484,7 +490,7 @@ class _Sections:
         return size, field
 
     def _read_tokens(self, count: int, first: int, before: bytes) -> tuple[np.ndarray, int, bytes]:
-        """Read the rest of a block, after its number of frames was read.
+        """Read a block, whose number of frames was read already.
 
         Args:
             count: number of frames in the block.
@@ -528,7 +534,7 @@ class _Sections:
             raise self._fail(str(error).rstrip(".")) from error
 
     def _add_to_outline(self, count: int, checksum: bytes) -> None:
-        """Update the outline with the number of frames and the CRC field of a block."""
+        """Update the outline with a block's number of frames and CRC field."""
         self._checksum = checksum
         self._outline = zlib.crc32(struct.pack("<I", count) + checksum, self._outline)
 
@@ -660,7 +666,7 @@ class TokenReader(_Sections):
         """Record the position of each block up to the end section, and return the number of samples.
 
         Args:
-            check: whether to read and verify the blocks, so that a damaged or misplaced block raises an error.
+            check: whether to read and verify each block, so that a damaged or misplaced one raises an error.
         """
         position = self._file.tell()
         while count := self._read_count():
@@ -682,7 +688,7 @@ class TokenReader(_Sections):
         payloads = []
         for number in indices:
             first, count = self._firsts[number], self._firsts[number + 1] - self._firsts[number]
-            # The data consists of the previous section's CRC field, the block's count and body, and its CRC field.
+            # `data`: the CRC field of the previous section, and the block's number of frames, body and CRC field.
             begin = self._positions[number]
             end = self._positions[number + 1] if number + 1 < len(self._positions) else self._end
             data = self._read_at(begin - 4, 4 + end - begin)
@@ -692,7 +698,7 @@ class TokenReader(_Sections):
         return self._decode(payloads)
 
     def _read_at(self, position: int, size: int) -> bytes:
-        """Read bytes without using the file position, which threads and forked processes share."""
+        """Read `size` bytes without using the file position, which threads and forked processes share."""
         if hasattr(os, "pread"):
             data = os.pread(self._file.fileno(), size, position)
         else:

@@ -63,5 +63,5 @@ class LfrFormat(ManifestFormat):
 
     @classmethod
     def current_lines(cls, lines: bytes, out: Path) -> bytes:
-        """Return the lines of a shard unchanged, since their paths are relative."""
+        """Return the manifest lines of a shard unchanged, since their paths are relative."""
         return lines

@@ -133,10 +133,12 @@ class ManifestReader(FormatReader):
         return {"id": labels["id"], "labels": labels} | values
 
     def _tensor(self, files: ShardFiles, name: str, text: Any) -> Any:
-        """Read a tensor of a clip.
+        """Read a `.pt` file of a clip, even if the output folder was moved after the manifest was written.
 
-        `text` is the absolute path that the file had when the manifest was written. The output folder may have been
-        moved since then.
+        Args:
+            files: files of the shard.
+            name: "target" or "context".
+            text: path of the file, as stored in the manifest.
         """
         if not isinstance(text, str):
             raise TokenFileError(

@@ -117,7 +117,10 @@ class ParquetReader(FormatReader):
 
 
 def _layers(row: dict[str, Any], prefix: str) -> list[list[int]]:
-    """Return all layers of a row. Their number is checked later, so a layer that should not exist is not dropped."""
+    """Return the tokens in the columns `PREFIX_1`, `PREFIX_2` and so on of a row.
+
+    Their number is checked later, so a surplus column is not dropped.
+    """
     names = (f"{prefix}_{number}" for number in count(1))
     return [row[name] for name in takewhile(lambda name: row.get(name) is not None, names)]
 

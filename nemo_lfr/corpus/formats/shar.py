@@ -64,7 +64,7 @@ class Layout:
         return f"{self.cuts_folder}/cuts.{number}.jsonl.gz"
 
     def tar(self, field: str, number: str) -> str:
-        """Return the name of the tar file with a shard's arrays for one field, such as "target_codes"."""
+        """Return the name of a shard's tar file for one field, such as "target_codes"; see `cuts` for `number`."""
         return f"{field}/codes.{number}.tar" if self._is_earlier else f"shar/{field}.{number}.tar"
 
 
@@ -82,7 +82,7 @@ class ArrayTar:
         self._tar = tarfile.open(path, "w")  # noqa: SIM115  closed by `close`
 
     def add(self, name: str, array: np.ndarray, manifest: dict[str, Any]) -> None:
-        """Append the array of the clip `name`, and its description."""
+        """Append the array of the clip `name`, and its description `manifest`."""
         data = io.BytesIO()
         np.save(data, array, allow_pickle=False)
         self._append(f"{name}.npy", data.getvalue())
@@ -145,8 +145,8 @@ class SharWriter(FormatWriter):
     def _cut(self, clip: Clip, num_samples: int) -> dict[str, Any]:
         """Return a Lhotse cut with the clip's labels.
 
-        If the clip was read from a cut, the result is a copy of that cut. The text and speaker of the cut take
-        precedence over the clip's labels. The speaker is in Magpie's notation; see `SPEAKER`.
+        If the clip was read from a cut, the result is a copy of that cut, whose text and speaker take precedence over
+        the labels. The speaker is written in Magpie's notation; see `SPEAKER`.
         """
         duration = self._duration(num_samples)
         default = {"start": 0, "channel": 0, "type": "MonoCut", "supervisions": []}
@@ -173,10 +173,9 @@ class SharWriter(FormatWriter):
         return cut
 
     def _recording(self, path: Path, num_samples: int) -> dict[str, Any]:
-        """Return the cut's field `target_audio`, which refers to the clip's audio file.
+        """Return {"target_audio": ...}, with which Magpie's speaker model reads the clip's audio file.
 
-        Magpie's speaker model reads this file. The result is {} if the clip is only an excerpt from the file, or
-        if the file is not mono or not readable.
+        The result is {} if the clip is only an excerpt from the file, or if the file is not mono or not readable.
         """
         try:
             info = soundfile.info(str(path))

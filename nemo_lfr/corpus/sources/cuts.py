@@ -132,7 +132,10 @@ def cut_to_clip(cut: Any, origin: str, number: int = 1, allow_url: bool = False)
 
 
 def _joined(supervisions: Sequence[Any], text: str | None) -> dict[str, Any]:
-    """Join supervisions, which are sorted by start time, and return the manifest of the result."""
+    """Return the manifest of one supervision with the time span of all `supervisions` and the joined `text`.
+
+    The supervisions are sorted by start time.
+    """
     joined = {key: value for key, value in supervisions[0].to_dict().items() if not is_missing(value)}
     joined |= {} if text is None else {"text": text}
     if isinstance(joined.get("custom"), dict):

@@ -43,7 +43,10 @@ class TextTable(Folder):
 
 
 def _problem(values: dict[str, Any], audio_dir: Path) -> str | None:
-    """Return why no clip can be made of a row; None if one can. The message of a later error has no line number."""
+    """Return the reason why a row does not describe a clip; None if it does.
+
+    It is checked now because the message of a later error could not name the line.
+    """
     try:
         entry_clip("", values, audio_dir)
     except NOT_A_LINE as error:

@@ -1,11 +1,11 @@
 """Find the audio in a file, and correct wrong headers.
 
-Decoders trust headers, but killed recorders, pipes and `cat` leave headers with a wrong length: the length is 0, too
-short, or covers only the first of several recordings. `find_streams` compares the header with the bytes in the file.
-It returns a `Stream` for each recording, from which libsndfile decodes the whole recording.
+Decoders rely on the length in the header. It is wrong in files of recorders that were killed, in files that were
+written to a pipe, and in files that were concatenated with `cat`. `find_streams` compares the header with the bytes in
+the file, and returns a `Stream` for each recording, from which a decoder reads the whole recording.
 
 Each module handles some formats. Functions `is_FORMAT` recognize a format, and functions `FORMAT_streams` return the
-recordings of a file. If a recording is truncated or damaged, these functions raise no error, but store a message in
+recordings in a file. They do not raise errors for truncated or damaged recordings, but store a message in
 `Stream.problem`.
 """
 
@@ -89,7 +89,7 @@ def _mpeg_size(head: bytes) -> int | None:
     return None if frame is None else frame.length
 
 
-# Functions that return the size of a frame. The keys are FFmpeg's names of decoders.
+# From the name of a decoder in FFmpeg to the function that returns the size of its frames.
 PACKET_SIZES: dict[str, FrameSize] = {
     **FRAME_SIZES,
     "eac3": FRAME_SIZES["ac3"],

@@ -1,7 +1,7 @@
 """Check that AVI files are complete, chunk by chunk.
 
-FFmpeg skips everything in an AVI file that it does not understand, and stops at the end of the `movi` list, without
-an error. If the name or size of a chunk is damaged, audio may therefore be lost without notice.
+FFmpeg skips the parts of an AVI file that it does not understand, and stops at the end of the `movi` list. If the name
+or size of a chunk is damaged, audio is therefore lost without an error.
 """
 
 import re
@@ -32,12 +32,12 @@ def avi_streams(window: Window) -> list[Stream]:
 
 @dataclass
 class _Avi:
-    """Information from the chunks that were read so far, which is needed to check the next chunks.
+    """Information from the chunks that were read so far, for checking the next chunks.
 
     Attributes:
         kinds: type of each stream, such as b"auds".
         movi_end: end of the current `movi` list; 0 outside of these lists.
-        data: for each stream name, the sizes in bytes of the audio chunks in the first RIFF chunk.
+        data: sizes in bytes of the audio chunks in the first RIFF chunk, by their name, such as b"01wb".
     """
 
     kinds: list[bytes] = field(default_factory=list)
@@ -45,7 +45,7 @@ class _Avi:
     data: dict[bytes, list[int]] = field(default_factory=dict)
 
     def fits(self, name: bytes, start: int, end: int) -> bool:
-        """Return whether a chunk with this name may be at this position."""
+        """Return whether a chunk with this name may be at bytes [start, end) of the file."""
         if start >= self.movi_end:
             return _DATA.fullmatch(name) is None and CHUNK_NAME.fullmatch(name) is not None
         if end > self.movi_end:
@@ -85,14 +85,14 @@ def _parts(window: Window) -> Iterator[int]:
 
 
 def _chunk(window: Window, position: int, end: int, avi: _Avi, is_first: bool) -> int | None:
-    """Return the size of the section at a position in a RIFF chunk, or None if no valid section starts there.
+    """Return the size of a section of a RIFF chunk in bytes; None if no valid section starts at `position`.
 
     Args:
         window: the file.
         position: position of the section.
         end: end of the RIFF chunk.
         avi: information from earlier chunks, which is updated.
-        is_first: whether this is the first RIFF chunk, the only one whose contents the index lists.
+        is_first: whether this is the first RIFF chunk. The index lists only the chunks in it.
     """
     head = window.at(position, _LIST_HEAD)
     name, size = head[:4], int.from_bytes(head[4:_HEAD], "little")
@@ -128,7 +128,7 @@ def _index_fits(window: Window, start: int, size: int, data: dict[bytes, list[in
         window: the file.
         start: position of the first entry of the index.
         size: size of the index in bytes.
-        data: for each stream name, the sizes in bytes of the audio chunks in the file, in order.
+        data: sizes in bytes of the audio chunks in the file, by their name, such as b"01wb".
     """
     listed: dict[bytes, list[int]] = {name: [] for name in data}
     for position in range(start, start + size, _INDEX_ENTRY):

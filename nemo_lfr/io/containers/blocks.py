@@ -1,7 +1,7 @@
 """Count the samples of codecs that store audio in blocks, and handle a last block that is shorter than the others.
 
-Many programs write a short last block. libsndfile drops the samples in it, or decodes bytes that are not in the file.
-Therefore zeros are appended to the block, and only the samples that are in the file are read.
+Many programs write a short last block. libsndfile drops its samples, or decodes bytes that are not in the file. We
+therefore pad the block with zeros, and read only the samples that are in the file.
 """
 
 import struct
@@ -18,8 +18,8 @@ class BlockCodec:
     Attributes:
         size: size of a block in bytes.
         samples: number of samples per channel in a block.
-        samples_in: function that returns the number of samples per channel in the first n bytes of a block, and the
-            number of bytes that contain these samples.
+        samples_in: function of a number of bytes n. It returns the number of samples per channel in the first n bytes
+            of a block, and the number of bytes that these samples use.
     """
 
     size: int
@@ -27,7 +27,7 @@ class BlockCodec:
     samples_in: Callable[[int], tuple[int, int]] = lambda _: (0, 0)
 
     def fit(self, stream: Stream, length: int) -> Stream:
-        """Return a stream that ends with the last sample in the file.
+        """Return a stream from which a decoder reads exactly the samples in the file.
 
         Args:
             stream: stream whose byte ranges end with the last block.
@@ -48,14 +48,11 @@ class BlockCodec:
 
 
 def wav_codec(form: bytes, order: str) -> BlockCodec | None:
-    """Return the block codec in a WAV file.
+    """Return the block codec of a WAV file; None for other codecs and for those that libsndfile does not decode.
 
     Args:
         form: content of the `fmt ` chunk.
         order: byte order in the notation of `struct`.
-
-    Returns:
-        The codec. None for other codecs, and for block codecs that libsndfile does not decode.
     """
     if len(form) < 16:
         return None
@@ -72,7 +69,10 @@ def wav_codec(form: bytes, order: str) -> BlockCodec | None:
 
 
 def _ms_adpcm(channels: int, size: int) -> BlockCodec:
-    """Return the codec MS ADPCM. A block begins with two samples and the state of the predictor."""
+    """Return the codec MS ADPCM with blocks of `size` bytes.
+
+    A block begins with two samples per channel, and the state of the predictor.
+    """
 
     def samples_in(count: int) -> tuple[int, int]:
         codes = count - 7 * channels
@@ -82,7 +82,11 @@ def _ms_adpcm(channels: int, size: int) -> BlockCodec:
 
 
 def _ima_adpcm(channels: int, size: int) -> BlockCodec:
-    """Return the codec IMA ADPCM. After one sample, each group of four bytes contains eight samples of a channel."""
+    """Return the codec IMA ADPCM with blocks of `size` bytes.
+
+    A block begins with one sample per channel. Each following group of four bytes contains eight samples of a
+    channel.
+    """
 
     def samples_in(count: int) -> tuple[int, int]:
         groups = count // (4 * channels)
@@ -92,7 +96,7 @@ def _ima_adpcm(channels: int, size: int) -> BlockCodec:
 
 
 def sample_codec(bits: int) -> BlockCodec:
-    """Return a codec with a fixed number of bits per sample, which libsndfile decodes in blocks of 120 samples."""
+    """Return a codec with `bits` bits per sample, which libsndfile decodes in blocks of 120 samples."""
 
     def samples_in(count: int) -> tuple[int, int]:
         return 8 * count // bits, count

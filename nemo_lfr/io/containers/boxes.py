@@ -1,4 +1,4 @@
-"""Use the outermost elements of Matroska and MP4 files to check that the files are complete.
+"""Check the outermost elements of Matroska and MP4 files for truncation and damage.
 
 FFmpeg, which decodes these files, reads the available part of a truncated file, or only the first of several
 concatenated files, without an error.
@@ -16,7 +16,7 @@ _BOX = re.compile(rb"\0.{3}(?:moof|moov|mdat)", re.DOTALL)  # beginning of a box
 # Names of boxes that may precede the media data in a fragmented file.
 _FRAGMENTS = frozenset(b"moof mdat moov ftyp styp sidx ssix emsg prft free skip wide uuid meta".split())
 _EBML, _SEGMENT, _CLUSTER = 0x1A45DFA3, 0x18538067, 0x1F43B675
-# Beginning of a Cluster, or of a SimpleBlock in one of the first tracks.
+# Beginning of a Cluster, or of a SimpleBlock of one of the first tracks.
 _AUDIO = re.compile(rb"\x1f\x43\xb6\x75|\xa3(?:[\x80-\xff]|[\x40-\x7f].)[\x81-\x84]..[\0\x80]", re.DOTALL)
 # Ids of the elements that may occur in a Segment and in a Cluster of Matroska and WebM.
 _IN_SEGMENT = {_CLUSTER, 0x114D9B74, 0x1549A966, 0x1654AE6B, 0x1C53BB6B, 0x1941A469, 0x1043A770, 0x1254C367}
@@ -33,8 +33,7 @@ def is_matroska(head: bytes, _: Window) -> bool:
 def matroska_streams(window: Window) -> list[Stream]:
     """Find the recordings in a Matroska or WebM file, and check the sizes of its elements.
 
-    Elements are nested, and the outer ones may have an unknown size. In a concatenated file, each recording begins
-    with an EBML element.
+    Outer elements may have an unknown size. In a concatenated file, each recording begins with an EBML element.
     """
     position, start = 0, 0
     streams: list[Stream] = []

@@ -1,4 +1,4 @@
-"""Remember in memory where the recordings in each file are, since training opens a file again for each segment.
+"""Cache the positions of the recordings in each file, since training opens a file again for each segment.
 
 To find the recordings in a FLAC, MP3 or Ogg file, the whole file must be read. That takes 0.2 to 1 s for an hour of
 audio, far longer than reading a segment.
@@ -13,10 +13,10 @@ from nemo_lfr.io.containers.stream import Stream
 
 MAX_FILES = 4096
 MAX_STREAMS = 64
-# A file that changed less than this many nanoseconds ago may change again without a new modification time.
+# A file that changed less than this many nanoseconds ago may change again and keep its modification time.
 SETTLED_NS = 2_000_000_000
 
-# No lock protects the dictionary, since a forked process could inherit it locked. Each operation is atomic.
+# There is no lock, since a forked process could inherit it in the locked state. Each operation on the dict is atomic.
 _found: dict[tuple[int, ...], list[Stream]] = {}
 
 
@@ -24,7 +24,7 @@ def cached_streams(file: BinaryIO) -> list[Stream]:
     """Find the recordings in a file with `find_streams`, or use the cached result if the file is unchanged.
 
     Args:
-        file: seekable file, open for reading. The result for an object in memory is not cached.
+        file: seekable file, open for reading. For an object in memory, the result is not cached.
 
     Returns:
         The recordings in the file, in order.

@@ -28,7 +28,7 @@ def flac_streams(window: Window) -> list[Stream]:
 
 
 def _stream(window: Window, start: int, stop: int) -> Stream:
-    """Return a FLAC stream as a `Stream`. If its header and frames disagree, the header is corrected."""
+    """Return bytes [start, stop) as a `Stream`. If the FLAC header and frames disagree, the header is corrected."""
     info = window.at(start + 8, 34)
     if len(info) < 34 or _after_metadata(window, start, stop) is None:
         return Stream([(start, stop)], problem=HEADER_CUT)
@@ -89,7 +89,7 @@ def _before_others(window: Window, stream: Stream, total: int, block_size: int) 
 
 
 def _frame_ends(data: bytes) -> Iterator[int]:
-    """Yield positions where the frame at the start of `data` may end.
+    """Yield positions at which the frame at the start of `data` may end.
 
     At the end of a frame, the CRC of all its bytes, including the CRC field, is 0. It may be 0 elsewhere by chance.
     """
@@ -103,8 +103,7 @@ def _frame_ends(data: bytes) -> Iterator[int]:
 def _last_sample(window: Window, start: int, stop: int, block_size: int) -> tuple[int | None, bool]:
     """Return the number of samples in a FLAC stream, and whether the stream ends with a complete frame.
 
-    Frames store the position of their first sample, so the first and the last frame determine the number of samples.
-    The number is None if the frames store no position.
+    The number follows from the positions that the first and last frames store. It is None if they store none.
     """
     first = _after_metadata(window, start, stop)
     if first is not None and first == stop:
@@ -124,7 +123,7 @@ def _last_sample(window: Window, start: int, stop: int, block_size: int) -> tupl
 
 
 def _counted(window: Window, first: int | None, end: int, block_size: int) -> int | None:
-    """Return the number of samples from the first frame up to `end`.
+    """Return the number of samples from the first frame up to sample `end`.
 
     The first frame need not begin at sample 0, because the stream may be an excerpt of a longer one.
     """
@@ -171,7 +170,7 @@ def _frame_span(frame: bytes, block_size: int) -> tuple[int, int] | None:
 
 
 def _crc(data: bytes, bits: int, polynomial: int) -> int:
-    """Return a CRC, most significant bit first, with initial value 0."""
+    """Return the CRC of `data` with a width of `bits` bits, most significant bit first, initial value 0."""
     table, mask, value = _crc_table(bits, polynomial), (1 << bits) - 1, 0
     for byte in data:
         value = (value << 8 ^ table[value >> (bits - 8) ^ byte]) & mask

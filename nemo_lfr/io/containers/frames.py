@@ -53,8 +53,7 @@ def _walk(window: Window, size_of: FrameSize) -> list[Stream]:
 def _file_follows(window: Window, position: int, size_of: FrameSize) -> bool:
     """Return whether another file begins at a position or after the tags that begin there.
 
-    Frames of the same codec after a gap without tags do not count as another file. The gap is damage, such as zeros in
-    place of frames, since two files without tags would be joined without a gap.
+    Frames of the same codec without tags before them do not count as another file, but continue a damaged file.
     """
     start = next_file(window, position)
     is_tagged = window.at(position, 11).startswith(TAGS)
@@ -62,7 +61,7 @@ def _file_follows(window: Window, position: int, size_of: FrameSize) -> bool:
 
 
 def _resumed(window: Window, position: int, size_of: Callable[[bytes], int | None]) -> int | None:
-    """Return the position at which frames continue after other bytes; None if no frames follow."""
+    """Return the position at which frames continue after unrecognized bytes; None if no frames follow."""
     sync = window.at(0, 1)
     while (position := window.find(sync, position + 1)) >= 0:
         start = position

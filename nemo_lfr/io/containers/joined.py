@@ -17,7 +17,7 @@ from nemo_lfr.io.containers.stream import (
 )
 
 _NO_LENGTH = "its header declares no length, so it is unknown whether the file is complete"
-# Number of bytes that suffice to recognize MPEG audio and AAC: three of their largest frames fit.
+# Number of bytes that suffice to recognize MPEG audio and AAC: they hold three frames of the maximum size.
 LOOK_BYTES = 1 << 15
 # Beginnings of files with at least eight constant bytes, which samples are unlikely to contain by chance.
 _HEADERS = re.compile(
@@ -34,7 +34,7 @@ def next_file(window: Window, position: int) -> int | None:
 
     Args:
         window: the file.
-        position: end of the first audio file. Before the next one, there may be a padding byte, or tags and zeros.
+        position: end of the first audio file. A padding byte, or tags and zeros, may precede the next file.
 
     Returns:
         The start of the next audio file; None if no audio file follows.
@@ -76,7 +76,7 @@ def find_pattern(window: Window, pattern: re.Pattern[bytes], position: int, long
 
 
 def find_header(window: Window, position: int) -> int | None:
-    """Search for the header of another file in the samples of a file that does not state their length.
+    """Search the samples of a file of unknown length for the header of another file.
 
     Args:
         window: the file.
@@ -89,20 +89,21 @@ def find_header(window: Window, position: int) -> int | None:
 
 
 def until_end(window: Window, position: int) -> int | None:
-    """Return the end of samples that extend to the end of the file or to its tags.
+    """Return the end of the samples of a file that does not declare their length.
 
     Args:
         window: the file.
         position: start of the samples.
 
     Returns:
-        The position after the last sample; None if the header of another audio file follows.
+        The end of the file, or the start of the tags there; None if the file contains the header of another audio
+        file.
     """
     return None if find_header(window, position) is not None else without_tags(window, position, window.size)
 
 
 def compare_end(window: Window, end: int) -> list[Stream]:
-    """Return a file as one `Stream` that ends at a position.
+    """Return a file whose audio ends at a position as one `Stream`.
 
     Args:
         window: the file.
@@ -119,13 +120,13 @@ def compare_end(window: Window, end: int) -> list[Stream]:
 
 
 def damage_after(window: Window, end: int, section: re.Pattern[bytes]) -> str | None:
-    """Return an error message if audio follows after bytes that are not audio.
+    """Return an error message if the audio continues after bytes that are not audio.
 
     This check is for formats that consist of sections, such as packets, and do not state how many there are.
 
     Args:
         window: the file.
-        end: end of the last section before the bytes that are not audio.
+        end: end of the last section before the other bytes.
         section: pattern that matches the beginning of a section, and is unlikely to match other bytes.
 
     Returns:
@@ -166,10 +167,10 @@ def compare_size(window: Window, start: int, promised: int) -> list[Stream]:
 
 
 def of_unknown_length(window: Window, start: int, block: int) -> list[Stream]:
-    """Return one `Stream` for a file whose header stores no length, after checking that the last block is complete.
+    """Return a file whose header stores no length as one `Stream`, after checking that the last block is complete.
 
-    A file that is truncated between two blocks looks complete, so the stream always has a warning (`note`). Tags at
-    the end of the file are not part of the stream.
+    The stream always has a `note`, since a file that is truncated between two blocks looks complete. Tags at the end
+    of the file are excluded.
 
     Args:
         window: the file.

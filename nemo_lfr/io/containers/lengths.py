@@ -1,4 +1,4 @@
-"""Find the audio in AU, AIFF, CAF and Wave64 files, and correct the length in their headers."""
+"""Find the audio in AU, AIFF, CAF and Wave64 files, and correct the lengths in their headers."""
 
 import re
 import struct
@@ -26,8 +26,8 @@ from nemo_lfr.io.containers.wav_header import WavHeader
 
 AU_HEADER = 24  # size in bytes
 _AU_BITS = {23: 4, 25: 3, 26: 5}  # bits per sample in G.721 and G.723, by the encoding in the header
-# An AIFC header declares a number of samples or blocks. This is the size of one of these in bytes per channel, by
-# codec. None means that the number of bits in the header determines the size.
+# An AIFC header declares a number of samples or of blocks. Size of a sample or block in bytes per channel, by codec.
+# None: determined by the number of bits in the header.
 _AIFC_BYTES = {
     **dict.fromkeys((b"NONE", b"sowt", b"twos", b"raw ", b"in24", b"in32")),
     **dict.fromkeys((b"ulaw", b"ULAW", b"alaw", b"ALAW"), 1),
@@ -38,18 +38,18 @@ _CAF_CHUNKS = frozenset(b"chan edct free info inst kuki mark midi ovvw pakt peak
 # Name of a Wave64 chunk, a GUID of 16 bytes: four letters, digits or spaces, four constant bytes, and eight others.
 _W64_CHUNK = re.compile(rb"[a-zA-Z0-9 ]{4}\xf3\xac\xd3\x11.{8}", re.DOTALL)
 _W64_FORMAT = 1 << 16  # maximum size in bytes of the description of the samples
-# A length field in a header, as a tuple: position of the field, format in the notation of `struct`, a number to add
-# to the length, and the unit of the length in bytes.
+# A length field in a header: position, format in the notation of `struct`, number to add to the length, and unit of
+# the length in bytes.
 Field = tuple[int, str, int, int]
 
 
 def _beyond_end(begin: int, size: int) -> str:
-    """Return the error message for a file whose samples should begin after its end."""
+    """Return the error message for a file whose header says that the samples begin after its end."""
     return f"the audio is damaged: its header says that samples begin at byte {begin}, but the file has {size} bytes"
 
 
 def _to_end(window: Window, begin: int, fields: Sequence[Field], note: str | None = None) -> list[Stream]:
-    """Return one `Stream`, whose header has the true length, for a file whose samples extend to its end.
+    """Return a file whose samples extend to its end as one `Stream`, with the true length in the header.
 
     Args:
         window: the file.
@@ -147,7 +147,7 @@ def _aiff_samples(window: Window, common: int, position: int, length: int) -> li
             return [_aifc_whole(stream, kind, channels, count, length - 8 - offset) for stream in streams]
     note = longer(length, available) if is_known else None
     if kind not in _AIFC_BYTES:
-        # Without the size of a sample, the number of samples is unknown.
+        # If the size of a sample is unknown, so is the number of samples.
         damage = f"the audio is damaged: its header declares {length} bytes, but there are {available}"
         return [whole_file(window.size, damage if is_known else NO_LENGTH if available > 8 else None)]
     block = channels * (_AIFC_BYTES[kind] or -(-bits // 8))
@@ -159,7 +159,7 @@ def _aiff_samples(window: Window, common: int, position: int, length: int) -> li
 
 
 def _aifc_whole(stream: Stream, kind: bytes, channels: int, count: int, size: int) -> Stream:
-    """Limit a stream of an AIFF or AIFC file to the samples that are in the file, and return the result.
+    """Return a stream limited to the samples that an AIFF or AIFC file contains.
 
     Args:
         stream: stream of the file.
@@ -189,7 +189,7 @@ def caf_streams(window: Window) -> list[Stream]:
 
 
 def _caf_packets_problem(window: Window, to_end: bool) -> str | None:
-    """Return an error message if a CAF file has fewer bytes of audio than its table of packets declares.
+    """Return an error message if a CAF file has less audio than its table of packets declares; otherwise None.
 
     Args:
         window: the file.
@@ -199,7 +199,7 @@ def _caf_packets_problem(window: Window, to_end: bool) -> str | None:
     while position + 12 <= window.size:
         name, length = struct.unpack(">4sq", window.at(position, 12))
         if name == b"desc":
-            # If packets differ in size, but not in their number of samples, the table contains only sizes.
+            # If packets differ only in size, and not in their number of samples, the table contains only sizes.
             size, samples = struct.unpack(">II", window.at(position + 28, 8).ljust(8, b"\0"))
             is_variable = not size and samples > 0
         if name == b"data":
@@ -270,7 +270,7 @@ def _w64_samples(window: Window, header: WavHeader, position: int, length: int) 
 
     Args:
         window: the file.
-        header: the description of the samples, which has the same form as in WAV.
+        header: description of the samples, in the same form as in WAV.
         position: position of the chunk with the samples.
         length: declared size of this chunk in bytes.
     """
@@ -292,7 +292,7 @@ def _w64_samples(window: Window, header: WavHeader, position: int, length: int) 
 
 
 def _after_w64_chunks(window: Window, position: int) -> int:
-    """Return the end of the Wave64 chunks that begin at a position, after optional padding."""
+    """Return the end of the Wave64 chunks that begin at a position, or after the padding there."""
     padded = position + -position % 8
     position = padded if window.is_zero(position, padded) else position
     while _W64_CHUNK.fullmatch(window.at(position, 16)) and not has_magic(window, position):

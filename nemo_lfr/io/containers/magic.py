@@ -23,7 +23,7 @@ _MEDIA = (
     *(b"\x0b\x77", b"\x7f\xfe\x80\x01", b"wvpk", b"TTA1", b"\x56\xe0", b"\x56\xe1", b"\x56\xe2", b".RMF"),
     *(b".SoX", b"XoS."),
 )
-# Formats that are refused: FFmpeg decodes them, but truncated files cannot be detected.
+# Formats that are refused: FFmpeg decodes them, but a truncated file looks like a complete one.
 _UNCHECKED = (
     ((b"nut/multimed",), "NUT"),
     ((b"MAC ",), "Monkey's Audio"),
@@ -38,9 +38,9 @@ _UNCHECKED = (
 
 
 def unchecked_format(head: bytes) -> str | None:
-    """Return the name of the file's format if truncation cannot be detected in this format; otherwise None.
+    """Return the name of a file's format if we refuse this format; None for other formats.
 
-    Files in such a format are refused.
+    In a refused format, a truncated file looks like a complete one.
 
     Args:
         head: first 16 bytes of a file.
@@ -53,7 +53,7 @@ def unchecked_format(head: bytes) -> str | None:
 
 
 def looks_like_media(head: bytes) -> bool:
-    """Return whether the first 16 bytes of a file are those of a container or codec that FFmpeg decodes."""
+    """Return whether the first 16 bytes of a file match a container or codec that FFmpeg decodes."""
     return (
         head[4:8] in (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip")
         or head.startswith(_MEDIA)

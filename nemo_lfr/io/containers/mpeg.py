@@ -14,7 +14,7 @@ from nemo_lfr.io.containers.stream import FEW_BYTES, HEADER_CUT, JOINED, TAGS, S
 MAX_LEAD = 1 << 16  # maximum number of bytes before the first frame
 CRC = 2  # bytes that may follow the header of a frame
 # Maximum numbers of samples that a layer 3 decoder may drop: its own delay plus one frame, and the delay plus padding
-# that the Xing header declares in two fields of 12 bits.
+# that two 12-bit fields of the Xing header declare.
 DECODER_TRIM, XING_TRIM = 529 + 1152, 2 * 4095
 MAX_PADDING = 4096  # number of bytes of tags and zeros after the audio that are ignored without a warning
 
@@ -42,9 +42,9 @@ class Frame:
 
     @property
     def kind(self) -> Kind:
-        """Return the properties that are the same in all frames of a recording.
+        """Return the layer, sample rate and bytes of side information, which all frames of a recording share.
 
-        In layer 3, `side` also distinguishes mono from stereo.
+        In layer 3, the side information also distinguishes mono from stereo.
         """
         return self.layer, self.rate, self.side
 
@@ -81,7 +81,7 @@ class Piece:
     first: bytes = b""  # header of the first frame
     first_length: int = 0  # bytes of the first frame
     problem: str | None = None  # error message
-    is_certain: bool = False  # whether the problem also exists if the number of frames is as declared
+    is_certain: bool = False  # whether the problem remains even if the number of frames is as declared
     note: str | None = None  # warning about an irregularity that costs little or no audio
 
     def add(self, start: int, stop: int) -> None:
@@ -115,7 +115,7 @@ def is_late(_: bytes, window: Window) -> bool:
 def frames_follow(window: Window, position: int, least: int = 3) -> bool:
     """Return whether MPEG audio begins at a position.
 
-    At least `least` consecutive frames of one kind are required. Two are enough if the file ends after them.
+    `least` consecutive frames of one kind are required, or two if the file ends after them.
     """
     position = after_id3(window, position)
     kind: Kind | None = None
@@ -169,7 +169,7 @@ def _pieces(window: Window) -> Iterator[Piece]:
         elif skipped is not None and not window.at(skipped, 11).startswith(TAGS):
             hole = f"the audio is damaged: {position - skipped} bytes at position {skipped} are not MPEG frames"
             piece.problem = piece.problem or hole
-            # Bytes that were inserted usually split a frame. Zeros may also be padding that the encoder wrote.
+            # Inserted bytes usually split a frame. Zeros may also be padding that the encoder wrote.
             piece.is_certain |= not window.is_zero(skipped, position)
         skipped = None
         if promised is None:
@@ -182,7 +182,7 @@ def _pieces(window: Window) -> Iterator[Piece]:
 
 
 def _before(window: Window, start: int, frame: Frame) -> str | None:
-    """Return a warning about bytes before the first frame; None for tags, zeros and a part of one frame."""
+    """Return a warning about bytes before the first frame, at `start`; None for tags, zeros and part of a frame."""
     begin = min(after_tags(window, 0), start)
     if start - begin < frame.length or window.is_zero(begin, start):
         return None
@@ -204,7 +204,7 @@ def _left_out(window: Window, start: int | None, stop: int) -> str | None:
 
 
 def _confirmed(window: Window, position: int, frame: Frame) -> bool:
-    """Return whether a frame is followed by another frame of the same kind, or by the end of the file.
+    """Return whether another frame of the same kind, or the end of the file, follows the frame at a position.
 
     Other bytes may look like a frame by chance, but are very unlikely to look like two consecutive frames.
     """
@@ -270,14 +270,14 @@ def mpeg_streams(window: Window) -> list[Stream]:
             stream.is_file = len(pieces) == 1 and _is_plain(window, piece)
             if not stream.is_file:
                 stream.header, stream.spans = _true_header(window, piece)
-        else:  # without the right number of frames, libsndfile would estimate the length, and stop there
+        else:  # without the right number of frames, libsndfile would stop at an estimated length
             stream.header = _xing_header(piece.first, piece.count)
         streams.append(stream)
     return streams
 
 
 def _least_samples(piece: Piece) -> int:
-    """Return the minimum number of samples that a decoder returns for the frames of a recording."""
+    """Return the minimum number of samples that a decoder produces from the frames of a recording."""
     frame = read_frame(piece.first)
     if frame is None:
         return 0
@@ -286,11 +286,10 @@ def _least_samples(piece: Piece) -> int:
 
 
 def _is_plain(window: Window, piece: Piece) -> bool:
-    """Return whether a file consists only of ID3v2 tags, frames and an ID3v1 tag.
+    """Return whether libmpg123 reads a file completely and without messages on stderr.
 
-    If the file declares the size of its audio, the size must also be correct within 0.5%. For any other file,
-    libmpg123 would print messages to stderr. It would also overlook a Xing header whose side information is not zero,
-    and stop at an estimated length.
+    Such a file consists only of ID3v2 tags, frames and an ID3v1 tag. If its Xing header declares a size, the size is
+    correct within 0.5%.
     """
     (start, stop), *others = piece.spans
     tag = window.size - 128
@@ -323,10 +322,7 @@ def _xing_tag(window: Window, piece: Piece) -> bytes:
 
 
 def _true_header(window: Window, piece: Piece) -> tuple[bytes, list[Span]]:
-    """Return the corrected Xing header, and the byte ranges of the other frames.
-
-    The declared size becomes the true one, and the side information becomes zero.
-    """
+    """Return a Xing header with the true size and zero side information, and the byte ranges of the other frames."""
     (start, stop), *others = piece.spans
     header = bytearray(window.at(start, piece.first_length))
     frame = read_frame(piece.first)

@@ -68,8 +68,8 @@ _REVERSED = bytes(int(f"{value:08b}"[::-1], 2) for value in range(256))
 def _checksum(page: bytes) -> int:
     """Return the CRC of a page, computed with zeros in the checksum field.
 
-    Ogg's CRC differs from zlib's in two ways: the bits of each byte and of the result are in reverse order, and the
-    CRC is not inverted at the start and the end.
+    Unlike in zlib's CRC, the bits of each byte and of the result are reversed, and the CRC is not inverted at the
+    start and the end.
     """
     cleared = page[:22] + bytes(4) + page[26:]
     inverted = zlib.crc32(cleared.translate(_REVERSED), 0xFFFFFFFF) ^ 0xFFFFFFFF

@@ -20,7 +20,7 @@ _ASF_FILE = bytes.fromhex("a1dcab8c")  # first four bytes of the object that dec
 # In bytes: position of the flags in that object, end of the last field that is read, size of a data object's header.
 _ASF_FLAGS, _ASF_FILE_END, _ASF_PACKETS = 88, 100, 50
 _ASF_HEAD, _FLV_HEAD, _FLV_TAG = 24, 13, 15  # sizes in bytes; an FLV tag includes the size field after it
-# If a data object declares a size below this, its size is unknown, as in FFmpeg.
+# A data object with a smaller declared size has an unknown size, as in FFmpeg.
 _ASF_LEAST_DATA = 100
 _ASF_PACKET = 0x82  # first byte of a packet with error correction data, which encoders write
 _AMR = (b"#!AMR\n", b"#!AMR-WB\n")
@@ -29,7 +29,7 @@ _AMR_SIZES = {  # frame size in bytes by frame type, including the type byte
     b"#!AMR-WB\n": (18, 24, 33, 37, 41, 47, 51, 59, 61, 6, 1, 1, 1, 1, 1, 1),
 }
 _TTA_HEAD = 22
-# Patterns of the beginnings of sections. A match after other bytes shows that the audio continues after damage.
+# Patterns of the beginnings of sections. A match after unrecognized bytes shows that audio continues after damage.
 _SECTION = {
     "asf": re.compile(rb"\x82\0\0"),
     "flv": re.compile(rb"[\x08\x09\x12].{7}\0\0\0", re.DOTALL),
@@ -212,8 +212,8 @@ def walked(window: Window, parts: Iterator[int], section: re.Pattern[bytes] | No
     Args:
         window: the file.
         parts: size of each section in bytes, in order; 0 if the size is unknown.
-        section: pattern of the beginning of a section. If bytes after the last section match, the file is damaged,
-            since audio follows after other bytes. None if a header states the number of sections.
+        section: pattern of the beginning of a section. A match after the last section shows that the file is damaged
+            in the middle. None if a header states the number of sections.
 
     Returns:
         The file as one `Stream`. The stream has a `problem` if the file is truncated or damaged, or if several files

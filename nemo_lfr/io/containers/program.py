@@ -1,7 +1,7 @@
 """Check that MPEG program streams (MPG, VOB) and transport streams (TS, M2TS) are complete.
 
-Both consist of packets, each of which names its track. FFmpeg reads the available part of a truncated file without an
-error. If several files were joined, FFmpeg reads only the tracks that the first one has.
+Both kinds consist of packets, each of which stores the number of its track. FFmpeg reads the available part of a
+truncated file without an error. If several files were joined, it reads only the tracks of the first one.
 """
 
 import numpy as np
@@ -16,13 +16,14 @@ _HEAD, _LONGEST_HEAD = 14, 266  # size in bytes of the header of a pack, and of 
 _LEAST = 0xBB  # packets with this or a larger id have a length field
 _SYNC, _PACKET = 0x47, 188
 _PACKETS = 1 << 13  # number of packets to read at a time
-# Number of bytes before each packet, and distance between packets. In order: plain, with a time code, with a checksum.
+# (bytes before each packet, distance between packets in bytes) of packets without and with a time code, and with a
+# checksum.
 _LAYOUTS = ((0, _PACKET), (4, _PACKET + 4), (0, _PACKET + 16))
 _AUDIO_IDS = (*range(0xC0, 0xE0), _PRIVATE, 0xFD)
 # First byte of AC-3 data in a private packet. In program streams, a byte of 0x80 or more precedes AC-3, DTS and PCM.
 _AC3 = 0x0B
 
-Extents = dict[int, tuple[int, int]]  # for each track, where its first and its last packet are
+Extents = dict[int, tuple[int, int]]  # from each track to the positions of its first and last packets
 
 
 def is_program(head: bytes, _: Window) -> bool:
@@ -86,9 +87,9 @@ def _note_track(extents: Extents, track: int, position: int) -> None:
 
 
 def _joined(window: Window, extents: Extents) -> list[Stream]:
-    """Return a list with one stream, which has a `problem`, if a track ends before another one begins.
+    """Return a stream with a `problem` if several files were joined; otherwise an empty list.
 
-    Such a file was joined from several files. For any other file, the list is empty.
+    In a joined file, a track ends before another one begins.
     """
     last = min((last for _, last in extents.values()), default=0)
     is_joined = any(first > last for first, _ in extents.values())
@@ -131,9 +132,15 @@ def transport_streams(window: Window) -> list[Stream]:
 
 
 def _note_tracks(extents: Extents, packets: np.ndarray, index: int) -> None:
-    """Record the track of each packet in which an audio frame begins."""
+    """Record in `extents` the track of each packet in which an audio frame begins.
+
+    Args:
+        extents: dictionary to update.
+        packets: bytes of the packets, uint8 [N, bytes per packet].
+        index: index of the first packet in the file.
+    """
     ids = (packets[:, 1] & 0x1F).astype(int) << 8 | packets[:, 2]
-    # A flag marks packets in which a frame begins. The frame follows an optional adaptation field.
+    # A flag marks a packet in which a frame begins. The frame follows an optional adaptation field.
     for row in np.flatnonzero(packets[:, 1] & 0x40):
         packet = packets[row]
         start = 4 + (1 + int(packet[4]) if packet[3] & 0x20 else 0)
@@ -143,7 +150,7 @@ def _note_tracks(extents: Extents, packets: np.ndarray, index: int) -> None:
 
 
 def _resumes(window: Window, position: int, lead: int, step: int) -> bool:
-    """Return whether more packets follow after other bytes."""
+    """Return whether packets continue somewhere after a position."""
     while (position := window.find(bytes([_SYNC]), position + 1)) >= 0:
         if all(window.at(position + step * index, 1) == bytes([_SYNC]) for index in range(1, 6)):
             return True

@@ -1,7 +1,7 @@
 """Check the size of IRCAM, PAF, PVF, WVE, XI, MPC 2000, MAT 4 and 5, SDS, SoX and HTK files.
 
-libsndfile reads a truncated file in one of these formats up to its end without an error. IRCAM, PAF and PVF store no
-length, so a truncated file is detected only if its last sample or block is incomplete.
+libsndfile reads truncated files in these formats without an error. IRCAM, PAF and PVF store no length, so a truncated
+file is detected only if its last sample or block is incomplete.
 """
 
 import re
@@ -24,7 +24,7 @@ _PVF = re.compile(rb"PVF1\n(\d{1,9}) \d{1,9} (\d{1,2})\n")
 _WVE, _WVE_HEADER = b"ALawSoundFile**\0", 32
 _XI, _XI_HEADER, _XI_SAMPLE = b"Extended Instrument: ", 298, 40
 _MPC, _MPC_HEADER = b"\x01\x04", 42
-_MAT4_SIZES = (8, 4, 4, 2, 2, 1)  # bytes per value, by the tens digit of the matrix type
+_MAT4_SIZES = (8, 4, 4, 2, 2, 1)  # bytes per value, indexed by the tens digit of the matrix type
 _MAT4_NAME, _MAT4_MATRICES = b"samplerate", 2
 _MAT5, _MAT5_HEADER = b"MATLAB 5.0 MAT-file", 128
 _MAT5_MATRIX, _MAT5_LAST = 14, 18  # element types
@@ -128,10 +128,7 @@ def is_mat4(_: bytes, window: Window) -> bool:
 
 
 def mat4_streams(window: Window) -> list[Stream]:
-    """Return a MATLAB 4 file as one `Stream`, after checking the sizes of its two matrices.
-
-    One matrix contains the sample rate, and the other one contains the samples.
-    """
+    """Return a MATLAB 4 file as one `Stream`, after checking its sample rate and the size of its samples."""
     position = 0
     order = "<" if window.at(0, 4) == bytes(4) else ">"
     for _ in range(_MAT4_MATRICES):
@@ -183,9 +180,9 @@ def mat5_streams(window: Window) -> list[Stream]:
 
 
 def _mat5_element(window: Window, position: int, order: str) -> int:
-    """Return the size of an element in bytes.
+    """Return the size of an element in bytes, with its header and padding.
 
-    An element with up to four bytes of data stores its size and type in one word.
+    In an element with up to four bytes of data, one word contains both size and type.
     """
     head = window.at(position, 8)
     if len(head) < 8:

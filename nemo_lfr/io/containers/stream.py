@@ -8,7 +8,7 @@ from typing import Any, BinaryIO
 
 from nemo_lfr.io.seekable import SeekableBytes
 
-# Programs that do not know the length of the audio yet write this value or a larger one into the header.
+# While the length of the audio is unknown, programs write this value or a larger one into the header.
 UNKNOWN_BYTES = 0x7FFF0000
 # Name of a chunk. Samples rarely match, since each of their four bytes must be one of these characters.
 CHUNK_NAME = re.compile(rb"[A-Za-z0-9_ -]{4}")
@@ -173,8 +173,8 @@ def cut_short(promised: int, available: int) -> str:
     """Return the error message for a file that has fewer bytes than its header declares.
 
     Args:
-        promised: number of bytes of audio in the header.
-        available: number of bytes of audio in the file.
+        promised: number of bytes of audio that the header declares.
+        available: number of bytes of audio that the file contains.
     """
     return f"the audio was truncated: its header declares {promised} bytes, but there are {available}"
 
@@ -230,7 +230,7 @@ def goes_on(rest: bytes, left: int | None = None, order: str = "<") -> bool:
 
 
 def moved(stream: Stream, spans: Sequence[Span]) -> Stream:
-    """Return a copy of a stream that was found in an excerpt of a file, with byte ranges as positions in the file.
+    """Convert a stream's byte ranges from positions in an excerpt to positions in the file.
 
     An excerpt is, for example, the content of the `data` chunk of a WAV file.
 

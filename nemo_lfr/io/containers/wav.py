@@ -39,9 +39,9 @@ LINEAR = (b"\x01\0", b"\xfe\xff")  # tags in the `fmt ` chunk
 
 
 class WavSamples:
-    """Filter that extracts the samples from WAV data in a pipe.
+    """Filter that extracts the samples from WAV data that arrives in pieces, as from a pipe.
 
-    The rules are the same as in `wav_streams`, which finds the samples in a file.
+    The rules are those of `wav_streams`, which finds the samples in a file.
 
     Args:
         header: the header before the first sample.
@@ -60,7 +60,7 @@ class WavSamples:
         self._held = b""
         self._zeros: int | None = None
         self._skip = 0
-        self._unknown: bytes | None = None  # name of the last chunk, if it may have been samples
+        self._unknown: bytes | None = None  # name of the last chunk, if its bytes may be samples
         self._done = False
         self._look = LOOK_BYTES
         self._at_samples = True  # whether the last chunk contained samples
@@ -114,10 +114,10 @@ class WavSamples:
         return b"".join(samples)
 
     def _before_header(self, data: bytes, last: bool) -> bytes:
-        """Return the samples in `data` before the header of another file, or all samples if there is no header.
+        """Return the samples in `data`, which end before the header of another file if there is one.
 
-        This method is used if the length of the samples is unknown. The last bytes are kept until more data arrives,
-        since a header may begin in them.
+        This method is for samples of unknown length. The last bytes are kept until more data arrives, since a header
+        may begin in them.
         """
         if (found := header_in(data)) is not None:
             self._done, self.problem = True, SEVERAL
@@ -127,9 +127,9 @@ class WavSamples:
         return data[:count]
 
     def _next_chunk(self, data: bytes, last: bool) -> bytes:
-        """Identify what follows samples or a chunk, and return the unprocessed data.
+        """Read the header of the next chunk, if there is one, and return the rest of the data.
 
-        If more bytes are needed for this, all data is kept until more data arrives.
+        If more bytes are needed to tell a chunk from samples, all data is kept until more data arrives.
         """
         window = Window(io.BytesIO(data), len(data))
         if not last and len(data) < MAX_HELD and self._is_open(window):
@@ -186,7 +186,7 @@ def wav_streams(window: Window) -> list[Stream]:
 
 
 def _recording(window: Window, start: int) -> tuple[list[Stream], int | None]:
-    """Return the streams of the recording at `start`, and the start of the next recording or None."""
+    """Return the streams of the recording at `start`, and the start of the next recording (None if there is none)."""
     size = window.size
     header = WavHeader(window.at(start, 12))
     spans: list[Span] = []
@@ -228,7 +228,7 @@ def _recording(window: Window, start: int) -> tuple[list[Stream], int | None]:
             problem
             or "the audio contains DTS or AC-3, although its header says linear PCM; convert it to WAV with ffmpeg"
         )
-    # libsndfile does not read BW64, which differs from RF64 by its name only.
+    # libsndfile does not read BW64, which differs from RF64 only in its name.
     is_file = exact and start == 0 and following is None and header.magic != b"BW64"
     stream = samples_stream(header, spans)
     if is_file and stream.num_samples is None:
@@ -237,7 +237,7 @@ def _recording(window: Window, start: int) -> tuple[list[Stream], int | None]:
 
 
 def samples_stream(header: WavHeader, spans: list[Span]) -> Stream:
-    """Return byte ranges that contain the samples of a WAV file as one `Stream` with a new header."""
+    """Return one `Stream` of the samples of a WAV file, with a new header."""
     length = sum(stop - begin for begin, stop in spans)
     codec = wav_codec(header.format, header.order)
     stream = Stream(spans) if codec is None else codec.fit(Stream(spans), length)
@@ -250,7 +250,7 @@ def _is_tag(name: bytes) -> bool:
 
 
 def _no_samples(window: Window, start: int, stop: int, header: WavHeader, spans: list[Span]) -> str:
-    """Return the error message for a WAV file that lacks a `data` or `fmt ` chunk. Its chunks end at `stop`."""
+    """Return the error message for a WAV file that lacks a `data` or `fmt ` chunk and whose chunks end at `stop`."""
     declared = int.from_bytes(window.at(start + 4, 4), "big" if header.order == ">" else "little")
     is_whole = stop == window.size and declared in (stop - start, stop - start - 8)
     if not spans and stop + 8 > window.size and not is_whole:
@@ -272,7 +272,7 @@ def _mpeg_inside(window: Window, spans: list[Span], problem: str | None) -> list
 
 
 def _wav_data(window: Window, header: WavHeader, start: int, begin: int) -> tuple[int, str | None, bool]:
-    """Return the end of the samples, an error message or None, and whether the header has the correct length."""
+    """Return the end of the samples, an error message (or None), and whether the length in the header is correct."""
     available, declared = window.size - begin, header.declared
     if header.is_unknown(available):
         return *_to_end(window, begin), False
@@ -288,7 +288,7 @@ def _wav_data(window: Window, header: WavHeader, start: int, begin: int) -> tupl
 def _to_end(window: Window, position: int) -> tuple[int, str | None]:
     """Return where samples of unknown length end: at the next recording or at the end of the file.
 
-    The second value is an error message, or None.
+    The second value is an error message; None if there is no error.
     """
     found = find_header(window, position)
     if found is None:
@@ -297,7 +297,7 @@ def _to_end(window: Window, position: int) -> tuple[int, str | None]:
 
 
 def _samples_follow(window: Window, stop: int, declared: int, order: str) -> bool:
-    """Return whether more samples follow those that a header declares, rather than chunks, tags or padding."""
+    """Return whether the bytes after the declared samples are samples too, rather than chunks, tags or padding."""
     rest, left, odd = window.at(stop, 256), window.size - stop, declared % 2
     more = goes_on(rest, left, order) and goes_on(rest[odd:], left - odd, order)
     if not more and not any(_is_mock_chunk(window, start, order) for start in (stop, stop + odd)):
@@ -309,8 +309,8 @@ def _samples_follow(window: Window, stop: int, declared: int, order: str) -> boo
 def _is_mock_chunk(window: Window, position: int, order: str) -> bool:
     """Return whether bytes that look like a chunk are samples.
 
-    They are samples if the chunk's name is unknown, and if its length leads beyond the end of the file or to bytes
-    that are not recognized.
+    They are samples if the name of the chunk is unknown, and the next chunk would begin beyond the end of the file or
+    at unrecognized bytes.
     """
     end = _end_of_chunks(window, position, order)
     is_beyond = end > max(window.size + 1, position) and not window.at(position, 11).startswith(TAGS)
@@ -318,7 +318,7 @@ def _is_mock_chunk(window: Window, position: int, order: str) -> bool:
 
 
 def _is_broken_chain(window: Window, position: int, order: str) -> bool:
-    """Return whether unrecognized bytes follow the chunks with unknown names at a position.
+    """Return whether one or more chunks with unknown names are followed by unrecognized bytes.
 
     Known chunks, another file, tags and padding are recognized.
     """
@@ -331,7 +331,7 @@ def _is_broken_chain(window: Window, position: int, order: str) -> bool:
 
 
 def _end_of_chunks(window: Window, position: int, order: str) -> int:
-    """Return the end of consecutive chunks with unknown names."""
+    """Return the end of the consecutive chunks with unknown names that begin at a position."""
     while position + 8 <= window.size:
         head = window.at(position, 8)
         if not CHUNK_NAME.match(head) or head[:4] in KNOWN_CHUNKS:
@@ -341,9 +341,9 @@ def _end_of_chunks(window: Window, position: int, order: str) -> int:
 
 
 def _after(window: Window, begin: int, length: int) -> int:
-    """Return the position of the next chunk.
+    """Return the position of the next chunk, after the padding byte of a chunk of odd size.
 
-    Some writers omit the padding byte after a chunk of odd size.
+    Some writers omit the padding byte.
     """
     position = begin + length
     padded = position + length % 2

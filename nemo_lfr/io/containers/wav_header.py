@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from nemo_lfr.io.containers.stream import UNKNOWN_BYTES, Window
 
-# Tags in the `fmt ` chunk of formats whose samples each have a fixed size: integers, floats, A-law, mu-law, and the
-# extended description of such a format.
+# Tags in the `fmt ` chunk of formats with a fixed size per sample: integers, floats, A-law, mu-law, and the extended
+# description of such a format.
 _PLAIN_TAGS = (0x01, 0x03, 0x06, 0x07, 0xFFFE)
 # Tags in the `fmt ` chunk for MPEG audio: layers 1 and 2, and layer 3.
 MPEG_TAGS = (b"\x50\0", b"\x55\0")
@@ -25,9 +25,9 @@ class WavHeader:
     Attributes:
         start: the first twelve bytes of the file.
         format: content of the `fmt ` chunk.
-        data_size: size of the samples in bytes, as the `data` chunk declares it.
-        long_size: size of the samples in bytes, as the `ds64` chunk of RF64 declares it; None without this chunk.
-        long_total: size of the RIFF chunk in bytes, as the `ds64` chunk declares it; None without this chunk.
+        data_size: size of the samples in bytes that the `data` chunk declares.
+        long_size: size of the samples in bytes that the `ds64` chunk of RF64 declares; None without this chunk.
+        long_total: size of the RIFF chunk in bytes that the `ds64` chunk declares; None without this chunk.
     """
 
     start: bytes
@@ -54,10 +54,9 @@ class WavHeader:
         return self.data_size
 
     def includes_header(self, begin: int, available: int) -> bool:
-        """Return whether the declared size of the samples includes the header, as some recorders write it.
+        """Return whether the declared size of the samples includes the header, as in files of some recorders.
 
-        A truncated file that lacks as many bytes as its header has would look the same. The two cases differ in the
-        declared size of the RIFF chunk, which is larger than the file if the file is truncated.
+        If the file were truncated instead, the declared size of the RIFF chunk would be larger than the file.
 
         Args:
             begin: position of the first sample.
@@ -71,7 +70,7 @@ class WavHeader:
 
     @property
     def is_plain(self) -> bool:
-        """Return whether each sample has a fixed size, as in PCM."""
+        """Return whether all samples have the same size, as in PCM."""
         return len(self.format) >= 2 and struct.unpack_from(f"{self.order}H", self.format)[0] in _PLAIN_TAGS
 
     @property
@@ -95,7 +94,7 @@ class WavHeader:
         """Return whether the header does not state the length of the samples.
 
         Args:
-            available: number of bytes between the header and the end of the file; None if unknown.
+            available: number of bytes after the header; None if unknown.
         """
         declared = self.declared
         if declared == 0 and self.magic in (b"RF64", b"BW64") and self.data_size == 0xFFFFFFFF:
@@ -103,7 +102,7 @@ class WavHeader:
         return declared >= UNKNOWN_BYTES and (available is None or declared > available)
 
     def rebuilt(self, size: int | None) -> bytes:
-        """Return a header for `size` bytes of samples; None means an unknown length."""
+        """Return a header for `size` bytes of samples; None if the size is unknown."""
         magic, order, long = (b"RIFX", ">", b"") if self.magic == b"RIFX" else (b"RIFF", "<", b"")
         pad = b"\0" * (len(self.format) % 2)
         chunk = struct.pack(f"{order}4sI", b"fmt ", len(self.format)) + self.format + pad
@@ -125,8 +124,8 @@ def read_wav_header(read: Callable[[int], bytes]) -> tuple[WavHeader | None, byt
         read: function that returns the requested number of bytes, or fewer at the end of the file.
 
     Returns:
-        The header, and all bytes that were read. The header is None if it is invalid, or if no `data` chunk was
-        found near the beginning.
+        The header, and all bytes that were read. The header is None if it is invalid, or if there is no `data` chunk
+        near the beginning.
     """
     taken = bytearray(read(12))
     header = WavHeader(bytes(taken))

@@ -1,7 +1,7 @@
 """Encode blocks of tokens to bytes with an entropy model, and decode them.
 
-A block is the tokens of consecutive frames. Each block is encoded independently of the others. The model predicts FSQ
-values: a token is split into its digits, which are the indices of the chosen levels in the FSQ dimensions.
+A block is the tokens of consecutive frames, and is encoded independently of other blocks. The model predicts FSQ
+values, called digits in the code: the index of the level that a token has in each FSQ dimension.
 """
 
 from collections.abc import Sequence
@@ -194,7 +194,7 @@ class _Tape:
         self._positions = self._ends - [len(part) - STATE_BYTES for part in data]
 
     def take(self, table: np.ndarray) -> np.ndarray:
-        """Return the next symbol of each of the first B blocks.
+        """Return the next symbol of each of the first B blocks, shape [B].
 
         Args:
             table: frequencies of all possible symbols, shape [B, levels].

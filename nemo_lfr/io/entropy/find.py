@@ -40,7 +40,7 @@ def model_to_write(
 
 
 def as_model(model: EntropyModel | str | os.PathLike[str] | None) -> EntropyModel | None:
-    """Return an entropy model. If a path is passed, the model is read from this file.
+    """Return an entropy model. If `model` is a path, read the model from this file.
 
     Raises:
         EntropyModelError: if the file cannot be read.
@@ -80,7 +80,7 @@ def model_if_any(codec: KnownCodec) -> EntropyModel | None:
 
 
 def check_layout(model: EntropyModel, levels: tuple[int, ...], num_codebooks: int, name: object) -> None:
-    """Check that an entropy model has the codebooks of some tokens.
+    """Check that an entropy model has the same levels and number of codebooks as some tokens.
 
     Args:
         model: the entropy model.
@@ -107,9 +107,10 @@ def find_model(
 
     Args:
         wanted: hash of the model, as stored in the token file.
-        beside: path of the token file. The function looks for `HASH.lfrm` in the file's folder and its parent folder.
+        beside: path of the token file. `HASH.lfrm` is searched for in the folder of this file and in the parent
+            folder.
         written_by: program that wrote the token file, for messages.
-        passed: entropy model or its path. If it is not None, the function does not search for another model.
+        passed: entropy model or its path. If it is not None, no other model is searched for.
 
     Raises:
         EntropyModelError: if no model is found, or the model is damaged or has another hash.

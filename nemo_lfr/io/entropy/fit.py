@@ -21,8 +21,8 @@ from nemo_lfr.io.entropy.predict import block_features, tokens_to_digits
 BLOCK_FRAMES = 256
 BATCH = 192
 WEIGHT_DECAY = 0.03
-# Live streams have short blocks, whose frames have little context. To fit these too, a random block of 8 frames is
-# added for every 40 frames.
+# In the short blocks of live streams, frames have few past frames. To fit such blocks too, a random block of 8 frames
+# is added for every 40 frames.
 START_FRAMES, START_EVERY = 8, 40
 
 

@@ -1,11 +1,11 @@
 """Entropy model (`.lfrm` file): a small network with integer weights that predicts the tokens of the next frame.
 
-The network predicts FSQ values. A token is split into its digits, which are the indices of the chosen levels in the
-FSQ dimensions. `docs/concepts/lfr-compressed.md` specifies the file and the arithmetic.
+The network predicts FSQ values, called digits in the code: the index of the level that a token has in each FSQ
+dimension. `docs/concepts/lfr-compressed.md` specifies the file and the arithmetic.
 
-All values are integers, but are computed in float32. This is exact because no sum of absolute values reaches 2^24. A
-model whose sums could reach 2^24 is rejected when it is loaded. The order of summation therefore does not matter, and
-every BLAS library on every machine gives the same result.
+All values are integers, but are computed in float32. This is exact because a model whose sums of absolute values could
+reach 2^24 is rejected when it is loaded. The order of summation therefore does not matter, and all BLAS libraries give
+the same result.
 """
 
 import hashlib
@@ -190,7 +190,7 @@ class EntropyModel:
 
     @cached_property
     def offsets(self) -> list[int]:
-        """Return the offset of the rows of each FSQ dimension in `digit_weight`, then the total number of rows.
+        """Return the index of each FSQ dimension's first row in `digit_weight`, then the number of rows.
 
         The tensor has one row for each level: first all rows of dimension 0 of the frame, then those of dimension 1,
         and so on. `output_weight` and `output_bias` have the same rows.
@@ -292,7 +292,8 @@ class Layers:
     Attributes:
         first: weights of the first layer [F + 1, H1].
         second: weights of the second layer [H1 + F + 1, H2].
-        digits: for each FSQ dimension, the vectors [levels, H2] that its levels add to the sums of the second layer.
+        digits: for each FSQ dimension, vectors [levels, H2]. The vector of the known FSQ value is added to the sums of
+            the second layer.
         outputs: for each FSQ dimension, the weights of the output layer [H2 + 1, levels].
         scales: 2^-shift for each of the three layers; multiplication by a power of two is exact.
     """

@@ -78,7 +78,7 @@ class _Ordinal(nn.Module):
         width: size H of the layer.
     """
 
-    values: torch.Tensor  # [D, L, 1], the levels from -1 to 1
+    values: torch.Tensor  # [D, L, 1], the positions of the levels, from -1 to 1
 
     def __init__(self, levels: Sequence[int], width: int) -> None:
         super().__init__()
@@ -194,12 +194,12 @@ class Network(nn.Module):
         rows = [slice(0, level) for level in spec.digit_levels]
 
         def integers(name: str, dtype: str) -> np.ndarray:
-            """Return a weight in integers."""
+            """Return a weight as integers, scaled by its power of two."""
             return np.rint(self.weight(name).numpy().astype(np.float64) * 2.0 ** scale[name]).astype(dtype)
 
         def bias(values: torch.Tensor, unit: int, shift: int) -> np.ndarray:
-            """Return a bias in integers."""
-            # Right shifts round down. With half a unit added to the bias, they round to the nearest integer.
+            """Return a bias times 2^`unit` as integers, with half a unit of a right shift by `shift` bits added."""
+            # Right shifts round down. With this half, they round to the nearest integer.
             half = (1 << shift) >> 1
             return (np.rint(values.numpy().astype(np.float64) * 2.0**unit) + half).astype("<i4")
 

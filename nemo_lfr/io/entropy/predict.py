@@ -1,4 +1,4 @@
-"""Predict the frequencies of the levels in the next FSQ dimension from the FSQ values before it, with integers.
+"""Predict the frequency of each level in the next FSQ dimension, in integer arithmetic.
 
 All functions process a batch. Its rows are all frames of one block, or the frames with the same index in several
 blocks. Arrays are float32 with integer values. `EntropyModel` has verified that the arithmetic is exact.
@@ -66,7 +66,7 @@ class History:
         self._frames = 0
 
     def push(self, digits: np.ndarray) -> None:
-        """Append one frame of each block.
+        """Append one frame of each block, and update `features`.
 
         Args:
             digits: FSQ values [B, D] of the frames.
@@ -117,10 +117,9 @@ def block_features(spec: ModelSpec, digits: np.ndarray) -> np.ndarray:
 
 
 def hidden_sums(model: EntropyModel, features: np.ndarray) -> np.ndarray:
-    """Compute the part of the second hidden layer's sums that depends on past frames.
+    """Compute the inputs of the second hidden layer's activation function from past frames.
 
-    A sum is the value of a hidden unit before the activation function. The FSQ values of the current frame change the
-    sums later, one by one, as they become known.
+    Each FSQ value of the current frame is added to these sums later, when it is known.
 
     Args:
         model: entropy model.
@@ -136,7 +135,7 @@ def hidden_sums(model: EntropyModel, features: np.ndarray) -> np.ndarray:
 
 
 def _activate(sums: np.ndarray, scale: np.float32) -> np.ndarray:
-    """Shift sums right and clip them to [0, 255], in place."""
+    """Scale sums down, and clip them to [0, 255], in place."""
     sums *= scale
     np.floor(sums, out=sums)
     np.maximum(sums, 0, out=sums)
