@@ -55,7 +55,7 @@ def _is_alive(parent: int) -> bool:
 
 @contextmanager
 def family() -> Iterator[None]:
-    """Context manager: if this process is killed inside it, all processes that were started inside it are killed too.
+    """Context manager that, if this process is killed, also kills all processes that were started inside it.
 
     A watcher process in its own session waits for this process to end. The watcher recognizes the processes by an
     environment variable, which child processes inherit. The watcher scans for new processes continuously, because some
@@ -89,7 +89,7 @@ def family() -> Iterator[None]:
 
 
 class _Kin:
-    """Tracker of the processes of a run: those with the run's token in their environment, and their descendants.
+    """Tracker of the processes of a run: those with the run's random id in their environment, and their descendants.
 
     A process stays known after it was found once, even if it overwrites its environment or its parent ends.
     """

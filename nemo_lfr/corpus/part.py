@@ -115,7 +115,7 @@ def _has_step(environment: Mapping[str, str], has_array: bool) -> bool:
 
 
 def _array(environment: Mapping[str, str]) -> Part:
-    """Return the position of a task in its job array."""
+    """Return the part for a task of a Slurm job array, according to its index in the array."""
     index = _integer(environment, "SLURM_ARRAY_TASK_ID")
     low, high = _integer(environment, "SLURM_ARRAY_TASK_MIN"), _integer(environment, "SLURM_ARRAY_TASK_MAX")
     count = _integer(environment, "SLURM_ARRAY_TASK_COUNT")

@@ -46,7 +46,7 @@ class Plan:
         out: the output folder.
         output: the output format.
         corpus: reader of the corpus.
-        inputs: watcher that detects changes to the corpus's files since the run was planned.
+        inputs: watcher that detects whether files of the corpus have changed since the run was planned.
         spec: description of the codec for `tokens.json`.
         shards: specifications of all shards; see `CorpusReader.shards`.
         codec: the codec on the CPU, in the precision of the run, for a worker in this process; None if the codec does

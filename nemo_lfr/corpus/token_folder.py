@@ -265,9 +265,7 @@ class TokenFolder:
         tokens = value.long() if isinstance(value, torch.Tensor) else torch.from_numpy(value.astype(np.int64))
         low, high = int(tokens.min()), int(tokens.max())
         if low < 0 or high >= self.codec.codebook_size:
-            raise TokenFileError(
-                f"{what} range from {low} to {high}; a codebook has {self.codec.codebook_size} entries."
-            )
+            raise TokenFileError(f"{what} range from {low} to {high}; expected [0, {self.codec.codebook_size}).")
         return tokens.contiguous()
 
 

@@ -68,7 +68,8 @@ class AudioWriter:
         """Append samples [T].
 
         Raises:
-            OSError: if the disk is full.
+            OSError: if the file cannot be written, for instance on a full disk.
+            AudioError: if libsndfile cannot write the samples.
         """
         try:
             self._file.write(wave)

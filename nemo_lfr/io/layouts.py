@@ -34,8 +34,7 @@ class CorpusUtterance:
         speaker: name of the speaker in the corpus; empty if unknown.
         split: one of `nemo_lfr.io.splits.SPLITS`; None if the corpus does not assign the utterance to a split.
         labels: the labels "lang" and "text", if the corpus provides them.
-        problem: reason why the utterance cannot be used, such as a transcript that is not UTF-8; None if it can be
-            used.
+        problem: reason why the utterance cannot be used, such as a transcript that is not UTF-8, or None.
         offset: start of the utterance in the file, in seconds; None for the beginning of the file.
         duration: duration of the utterance in seconds; None for the rest of the file.
     """
@@ -106,8 +105,7 @@ def commonvoice(corpus: Path) -> Iterator[CorpusUtterance]:
     because it has more fields than the header, its utterance has a `problem`.
 
     Raises:
-        ValueError: if a table lacks the column of speakers, audio files or texts, or has two columns with the same
-            name.
+        ValueError: if a table lacks the column of speakers, audio files or texts, or repeats the name of a column.
     """
     for table in find_named(corpus, "*.tsv"):
         spontaneous = table.name.startswith("ss-corpus-")

@@ -33,8 +33,8 @@ def lhotse_recipe(name: str) -> Callable[[Path], Iterator[CorpusUtterance]]:
         name: name of the recipe, such as "ljspeech" for `lhotse.recipes.prepare_ljspeech`.
 
     Raises:
-        NemoLfrError: if Lhotse has no such recipe, if the recipe needs more than the folder of the corpus, or if it
-            starts other programs (a shell could run parts of file names as commands).
+        NemoLfrError: if Lhotse has no such recipe, if the recipe needs other arguments besides the folder of the
+            corpus, or if it starts other programs (a shell could run parts of file names as commands).
         MissingExtraError: if Lhotse is not installed.
     """
     recipes = require("lhotse.recipes")

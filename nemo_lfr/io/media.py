@@ -126,7 +126,9 @@ class MediaDecoder:
             # The tracks of an Ogg file were already counted by `find_streams`.
             self.note = None if self._container.format.name == "ogg" else several_tracks(len(tracks))
             if track.codec_context is None:
-                raise AudioError("FFmpeg has no decoder for the audio track; convert it to WAV")
+                raise AudioError(
+                    "FFmpeg has no decoder for the audio track; convert the file to WAV with another program"
+                )
             track.thread_type = "NONE"
             if track.codec_context.name in _CHECKED:
                 track.codec_context.options = {"err_detect": "crccheck+explode"}

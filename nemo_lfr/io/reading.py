@@ -106,7 +106,7 @@ def read_samples(
         AudioError: if `samples` are not audio, `rate` is invalid, or the clip lasts more than `longest` seconds.
     """
     if rate is None:
-        raise AudioError(f"{name}: the decoded samples have no sampling rate.")
+        raise AudioError(f"{name}: the decoded samples have no sampling rate; add `sampling_rate` to the table.")
     try:
         check_rate(rate)
     except AudioError as error:

@@ -477,9 +477,9 @@ class _Sections:
         return model
 
     def _read_size(self, count: int) -> tuple[int, bytes]:
-        """Return the length of a block's payload in bytes, and its field in the file.
+        """Return the length of a block's payload in bytes, and the bytes of the file that store this length.
 
-        An uncompressed file has no such field; it is then empty.
+        An uncompressed file does not store it.
         """
         if self.coding == CODING:
             return count * self._bytes_per_frame, b""

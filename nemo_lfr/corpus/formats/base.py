@@ -29,7 +29,7 @@ REPAIR = "run the same tokenize command again to repair the folder"
 
 
 class FormatWriter(ABC):
-    """Base class for writers of one shard.
+    """Base class for writers, each of which writes the tokens of one shard.
 
     Args:
         folder: an empty folder to write to. The caller moves the files to `final` when the shard is complete.
@@ -169,7 +169,7 @@ class ShardFiles:
 
 
 class FormatReader(ABC):
-    """Base class for readers of one format.
+    """Base class for readers of a folder of tokens.
 
     Args:
         folder: the output folder of the run.

@@ -45,7 +45,7 @@ class _Avi:
     data: dict[bytes, list[int]] = field(default_factory=dict)
 
     def fits(self, name: bytes, start: int, end: int) -> bool:
-        """Return whether a chunk with this name may be at bytes [start, end) of the file."""
+        """Return whether the format allows a chunk with this name at bytes [start, end) of the file."""
         if start >= self.movi_end:
             return _DATA.fullmatch(name) is None and CHUNK_NAME.fullmatch(name) is not None
         if end > self.movi_end:

@@ -308,7 +308,7 @@ def _after_chunks(window: Window, position: int, form: str, names: frozenset[byt
         window: the file.
         position: end of the samples.
         form: format of the length field, in the notation of `struct`.
-        names: names of chunks; by default, all names that consist of letters and digits.
+        names: names of the chunks to pass over; by default, all names that consist of letters and digits.
     """
     head = 4 + struct.calcsize(form)
     while position + head <= window.size and not has_magic(window, position):

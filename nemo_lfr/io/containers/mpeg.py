@@ -85,7 +85,7 @@ class Piece:
     note: str | None = None  # warning about an irregularity that costs little or no audio
 
     def add(self, start: int, stop: int) -> None:
-        """Add a frame."""
+        """Add a frame at bytes [start, stop) of the file."""
         if self.spans and self.spans[-1][1] == start:
             start = self.spans.pop()[0]
         self.spans.append((start, stop))
@@ -182,7 +182,10 @@ def _pieces(window: Window) -> Iterator[Piece]:
 
 
 def _before(window: Window, start: int, frame: Frame) -> str | None:
-    """Return a warning about bytes before the first frame, at `start`; None for tags, zeros and part of a frame."""
+    """Return a warning about the bytes before the first frame, which begins at `start`.
+
+    Tags, zeros and a part of one frame cause no warning (None).
+    """
     begin = min(after_tags(window, 0), start)
     if start - begin < frame.length or window.is_zero(begin, start):
         return None

@@ -239,7 +239,7 @@ def moved(stream: Stream, spans: Sequence[Span]) -> Stream:
         spans: byte ranges of the file whose concatenation is the excerpt.
 
     Returns:
-        The copy. Its `is_file` is False.
+        A copy of the stream with the converted ranges, whose `is_file` is False.
     """
     found: list[Span] = []
     for start, stop in stream.spans:

@@ -138,5 +138,6 @@ def find_model(
     raise EntropyModelError(
         f"{beside}: the file was compressed with the entropy model {wanted}, which was not found. Get "
         f"{wanted}{SUFFIX} from the author of the file and pass it as --entropy-model, or put it beside the file. If "
-        f"the file was written with the bundled codec of {written_by}, the model is weights/{BUNDLED} in that version."
+        f"the file was written with the bundled codec of {written_by}, that version contains the model as "
+        f"weights/{BUNDLED}."
     )

@@ -198,8 +198,8 @@ class Network(nn.Module):
             return np.rint(self.weight(name).numpy().astype(np.float64) * 2.0 ** scale[name]).astype(dtype)
 
         def bias(values: torch.Tensor, unit: int, shift: int) -> np.ndarray:
-            """Return a bias times 2^`unit` as integers, with half a unit of a right shift by `shift` bits added."""
-            # Right shifts round down. With this half, they round to the nearest integer.
+            """Return `values` times 2^`unit` as integers, plus half of 2^`shift`."""
+            # A right shift by `shift` bits rounds down. With this half, it rounds to the nearest integer.
             half = (1 << shift) >> 1
             return (np.rint(values.numpy().astype(np.float64) * 2.0**unit) + half).astype("<i4")
 

@@ -119,7 +119,7 @@ def block_features(spec: ModelSpec, digits: np.ndarray) -> np.ndarray:
 def hidden_sums(model: EntropyModel, features: np.ndarray) -> np.ndarray:
     """Compute the inputs of the second hidden layer's activation function from past frames.
 
-    Each FSQ value of the current frame is added to these sums later, when it is known.
+    The contributions of the current frame's FSQ values are added later, one by one, when the values are known.
 
     Args:
         model: entropy model.
@@ -135,7 +135,7 @@ def hidden_sums(model: EntropyModel, features: np.ndarray) -> np.ndarray:
 
 
 def _activate(sums: np.ndarray, scale: np.float32) -> np.ndarray:
-    """Scale sums down, and clip them to [0, 255], in place."""
+    """Multiply sums by `scale`, round them down, and clip them to [0, 255], in place."""
     sums *= scale
     np.floor(sums, out=sums)
     np.maximum(sums, 0, out=sums)
