@@ -203,6 +203,59 @@ def _bad_frames_mean(disturbance: torch.Tensor) -> torch.Tensor:
     return (disturbance.square().mean(-1) + 1e-6).sqrt().mean()
 
 
+class IntelligibilityDistance(nn.Module):
+    """One minus a differentiable ESTOI (Jensen and Taal, 2016).
+
+    ESTOI is the correlation of two spectrograms in third-octave bands, over segments of 0.38 s that are normalized in
+    time and in frequency. Unlike the original, this class computes the STFT without resampling to 10 kHz, and instead
+    of removing pauses, it ignores segments that are 30 dB below the loudest one.
+    """
+
+    BANDS, LOWEST_HZ = 15, 150.0  # number of third-octave bands, and the center of the lowest one
+    WINDOW = 564  # samples: 25.6 ms, as in ESTOI
+    SEGMENT_FRAMES, SEGMENT_HOP = 30, 3
+    QUIET = 1e-3  # energy relative to the loudest segment
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.resolution = (2 * self.WINDOW, self.WINDOW // 2, self.WINDOW)
+        hertz = np.fft.rfftfreq(self.resolution[0], 1 / SAMPLE_RATE)
+        centers = self.LOWEST_HZ * 2 ** (np.arange(self.BANDS)[:, None] / 3)
+        filters = (hertz >= centers * 2 ** (-1 / 6)) & (hertz < centers * 2 ** (1 / 6))
+        self.register_buffer("filters", torch.from_numpy(filters.astype(np.float32)), persistent=False)
+
+    def forward(self, real: Spectra, gen: Spectra) -> torch.Tensor:
+        """Return the distance, a scalar between 0 and 2.
+
+        Audio that is shorter than a segment has the distance 0.
+        """
+        if real.audio.shape[-1] // self.resolution[1] + 1 < self.SEGMENT_FRAMES:
+            return torch.zeros((), device=gen.audio.device)
+        with torch.no_grad():
+            segments_real = self._segments(real)
+            energies = segments_real.square().mean((2, 3))  # [B, segments]
+            loud = (energies > self.QUIET * energies.amax(1, keepdim=True)).float()
+            normal_real = self._normalize(segments_real)
+        correlations = (normal_real * self._normalize(self._segments(gen))).sum((2, 3)) / self.SEGMENT_FRAMES
+        return 1 - (correlations * loud).sum() / loud.sum()
+
+    def _segments(self, spectra: Spectra) -> torch.Tensor:
+        """Return the magnitudes in third-octave bands, [B, segments, BANDS, SEGMENT_FRAMES]."""
+        powers = self.get_buffer("filters") @ torch.view_as_real(spectra.stft(self.resolution)).square().sum(-1)
+        return (powers + 1e-9).sqrt().unfold(-1, self.SEGMENT_FRAMES, self.SEGMENT_HOP).transpose(1, 2)
+
+    @staticmethod
+    def _normalize(segments: torch.Tensor) -> torch.Tensor:
+        """Remove the mean and the scale of each band, then of each frame."""
+        for axis in (3, 2):
+            segments = segments - segments.mean(axis, keepdim=True)
+            segments = segments / (segments.square().sum(axis, keepdim=True) + 1e-8).sqrt()
+        return segments
+
+
+# Names of the reconstruction terms, and of their weights in `LossConfig`
+TERMS = ("log_mel", "symmetric", "asymmetric", "compressed", "waveform", "intelligibility")
+
 # Names of the values that an update returns besides the reconstruction terms
 OTHER_TERMS = ("score", "feature", "discriminator", "adversarial_share", "variance", "gradient_norm", "tokens")
 
@@ -232,6 +285,7 @@ class LossConfig:
     symmetric: float = 1.0
     asymmetric: float = 0.3
     waveform: float = 0.3
+    intelligibility: float = 0.5
     custom: dict[str, dict[str, Any]] = field(default_factory=dict)
     variance: float = 2.0
 
@@ -249,14 +303,13 @@ class ReconstructionTerms(nn.Module):
     def __init__(self, config: LossConfig) -> None:
         super().__init__()
         self.config = config
-        self.weights = {
-            name: getattr(config, name) for name in ("log_mel", "symmetric", "asymmetric", "compressed", "waveform")
-        }
+        self.weights = {name: getattr(config, name) for name in TERMS}
         sections, scales = split_scales(config.custom)
         self.custom = AudioTerms(sections, "losses", reserved=(*self.weights, *OTHER_TERMS))
         self.weights |= scales
         self.log_mel = LogMelDistance(config.windows, config.num_mels)
         self.perceptual = PerceptualDistance()
+        self.intelligibility = IntelligibilityDistance()
 
     def forward(self, real: Spectra, gen: Spectra) -> dict[str, torch.Tensor]:
         """Return the terms by name, as scalars."""
@@ -268,6 +321,7 @@ class ReconstructionTerms(nn.Module):
             "asymmetric": asymmetric,
             "compressed": compressed_distance(real, gen, self.config.compressed_windows),
             "waveform": waveform_distance(real.audio, gen.audio),
+            "intelligibility": self.intelligibility(real, gen),
             **self.custom(real, gen, None),
         }
 

@@ -10,6 +10,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from nemo_lfr.training.components import import_components
 from nemo_lfr.training.discriminators import BUILT_IN
+from recipes.bundled_codec.data import AugmentConfig
 from recipes.bundled_codec.discriminators import DiscriminatorConfig
 from recipes.bundled_codec.losses import LossConfig
 from recipes.bundled_codec.model import NetworkConfig
@@ -45,6 +46,7 @@ class Settings:
     evaluate_clips: int = 10
     evaluate_seconds: float = 6.0
     start_segments: int = 16
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
     network: NetworkConfig = field(default_factory=NetworkConfig)
     losses: LossConfig = field(default_factory=LossConfig)
     discriminators: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)

@@ -73,7 +73,7 @@ class Run:
         torch.manual_seed(settings.seed)
         generator = Generator(settings.network)
         length = settings.segment_frames * generator.samples_per_frame
-        segments = SpeechSegments(utterances, length, self.device)
+        segments = SpeechSegments(utterances, length, self.device, settings.augment)
         if state is None:
             self._initialize(generator, segments)
         else:
@@ -106,8 +106,7 @@ class Run:
                 raise ValueError(f"{path} has another network: {network}; change network in the settings.")
             generator.load_state_dict(other.state_dict())
             return
-        drawn = segments.draw(self.settings.start_segments, [self.settings.seed, 1])
-        batch = segments.cut(*(value.to(self.device) for value in drawn)).cpu()
+        batch = segments.batch(self.settings.start_segments, [self.settings.seed, 1]).cpu()
         log.info("initialized the network as a filter bank, SNR %.2f dB", transform_start_(generator, batch))
 
     def _trim_curve(self) -> None:

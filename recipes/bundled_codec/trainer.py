@@ -48,7 +48,7 @@ class Trainer:
     """Trainer of a generator and, if they are added, of discriminators.
 
     The optimizer updates fp32 weights. The network runs in `dtype`, with a copy of the weights that is cast once per
-    update instead of layer by layer. Values that change between updates (segments, gains and learning rates) are in
+    update instead of layer by layer. Values that change between updates (segments and learning rates) are in
     tensors with fixed addresses, as CUDA graphs require.
 
     Args:
@@ -75,8 +75,7 @@ class Trainer:
         self._fast = copy.deepcopy(generator).to(dtype)
         self._parameters: list[torch.Tensor] = list(generator.parameters())
         self._fast_parameters: list[torch.Tensor] = list(self._fast.parameters())
-        self._starts = torch.zeros(batch_size, dtype=torch.int64, device=self.device)
-        self._gains = torch.ones(batch_size, device=self.device)
+        self._batch = torch.zeros(batch_size, segments.length, device=self.device)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._eager_left = EAGER_UPDATES
         self._result: dict[str, torch.Tensor] = {}
@@ -97,9 +96,7 @@ class Trainer:
             The loss terms, the norm of the gradients, and the tokens [C, B, T_encoded], by name. The next call may
             overwrite these tensors.
         """
-        drawn = self.segments.draw(len(self._starts), seed)
-        for place, value in zip((self._starts, self._gains), drawn, strict=True):
-            place.copy_(value, non_blocking=True)
+        self._batch.copy_(self.segments.batch(len(self._batch), seed))
         self.optimizer.set_rate(lr)
         if self.adversary is not None:
             if self.adversary.updates == self.adversary.config.learn_alone:
@@ -133,10 +130,9 @@ class Trainer:
         with self.stopwatch("network"):
             with torch.no_grad():
                 torch._foreach_copy_(self._fast_parameters, self._parameters)
-            batch = self.segments.cut(self._starts, self._gains)
-            output, encoded, tokens = self._fast(batch.to(self.dtype))
+            output, encoded, tokens = self._fast(self._batch.to(self.dtype))
         heard = output.detach().requires_grad_()
-        real, gen = Spectra(batch), Spectra(heard)
+        real, gen = Spectra(self._batch), Spectra(heard)
         with self.stopwatch("losses"):
             terms = self.terms(real, gen)
             total = self.terms.total(terms)

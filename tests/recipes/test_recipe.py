@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from nemo_lfr.signal.spectra import Spectra
-from recipes.bundled_codec.data import SpeechSegments
+from recipes.bundled_codec.data import AugmentConfig, SpeechSegments
 from recipes.bundled_codec.losses import (
+    IntelligibilityDistance,
     LogMelDistance,
     LossConfig,
     PerceptualDistance,
@@ -59,7 +60,11 @@ def asymmetric(real: torch.Tensor, gen: torch.Tensor) -> torch.Tensor:
     return perceptual_distance()(Spectra(real), Spectra(gen))[1]
 
 
-DISTANCES = [log_mel, compressed, symmetric, asymmetric, waveform_distance]
+def intelligibility(real: torch.Tensor, gen: torch.Tensor) -> torch.Tensor:
+    return IntelligibilityDistance()(Spectra(real), Spectra(gen))
+
+
+DISTANCES = [log_mel, compressed, symmetric, asymmetric, waveform_distance, intelligibility]
 
 
 def noise(scale: float) -> torch.Tensor:
@@ -132,13 +137,13 @@ def test_the_asymmetric_disturbance_is_of_what_was_added():
 
 
 def test_terms_add_up_by_their_weights():
-    config = LossConfig([256], [20], [1024], log_mel=1, compressed=2, symmetric=3, asymmetric=4, waveform=5)
+    names = ("log_mel", "compressed", "symmetric", "asymmetric", "waveform", "intelligibility")
+    config = LossConfig(
+        [256], [20], [1024], log_mel=1, compressed=2, symmetric=3, asymmetric=4, waveform=5, intelligibility=6
+    )
     terms = ReconstructionTerms(config)
     values = terms(Spectra(SPEECH), Spectra(SPEECH + noise(0.1)))
-    expected = sum(
-        weight * float(values[name])
-        for weight, name in enumerate(("log_mel", "compressed", "symmetric", "asymmetric", "waveform"), start=1)
-    )
+    expected = sum(weight * float(values[name]) for weight, name in enumerate(names, start=1))
     assert float(terms.total(values)) == pytest.approx(expected, rel=1e-5)
 
 
@@ -221,15 +226,59 @@ def test_a_network_that_cannot_hold_the_filter_bank_is_refused(change, message):
         transform_start_(Generator(network), SPEECH)
 
 
-def test_a_batch_depends_on_its_seed_alone_and_never_clips():
+@pytest.mark.parametrize("augment", [None, AugmentConfig()], ids=["plain", "augmented"])
+def test_a_batch_depends_on_its_seed_alone_and_never_clips(augment):
     clips = [(30000 * np.sin(np.arange(length) / 7)).astype(np.int16) for length in (3000, 9000, 500)]
-    segments = SpeechSegments(clips, 1024, torch.device("cpu"))
-    batches = [segments.cut(*segments.draw(64, seed)) for seed in ([0, 1], [0, 2], [0, 1])]
+    segments = SpeechSegments(clips, 1024, torch.device("cpu"), augment)
+    batches = [segments.batch(64, seed) for seed in ([0, 1], [0, 2], [0, 1])]
     assert torch.equal(batches[0], batches[2]) and not torch.equal(batches[0], batches[1])
-    assert batches[0].shape == (64, 1024) and batches[0].abs().max() <= 0.981
-    starts, _ = segments.draw(2000, [5])
-    shares = np.histogram(starts, [0, 3000, 12000, 12001])[0] / 2000
+    assert batches[0].shape == (64, 1024) and 0.9 < batches[0].abs().max() <= 0.981
+    shares = np.bincount(segments.draw(2000, [5]).utterances) / 2000
     assert shares == pytest.approx([3000 / 12500, 9000 / 12500, 500 / 12500], abs=0.04)
+
+
+def test_a_plain_segment_is_the_recording_times_a_gain():
+    clip = np.random.default_rng(0).integers(-9999, 9999, 5000).astype(np.int16)
+    segments = SpeechSegments([clip], 1024, torch.device("cpu"))
+    draw = segments.draw(8, [3])
+    for start, segment in zip(draw.starts, segments.cut(draw), strict=True):
+        recorded = torch.from_numpy(clip[start : start + 1024] / 32768).float()
+        gain = segment.norm() / recorded.norm()
+        torch.testing.assert_close(segment, gain * recorded)
+
+
+def test_augmentation_changes_the_pitch_and_the_level_of_a_tone():
+    hertz = 1000.0
+    clip = (3000 * np.sin(2 * np.pi * hertz * np.arange(3 * RATE) / RATE)).astype(np.int16)
+    segments = SpeechSegments([clip], 8192, torch.device("cpu"), AugmentConfig(speed=1.3, equalizer_db=6.0))
+    draw = segments.draw(20, [0])
+    speeds = draw.sizes / segments.full_length
+    assert speeds.min() < 0.85 and speeds.max() > 1.15 and draw.gains.min() < 0 < draw.gains.max()
+    time = np.arange(8192) / RATE
+    levels = []
+    for speed, gain, segment in zip(speeds, draw.gains, segments.cut(draw).numpy(), strict=True):
+        tone = np.exp(2j * np.pi * hertz * speed * time)
+        # Half of the amplitude in each half of the segment, so that its ends do not differ from its middle.
+        halves = [2 * abs((segment * tone)[part].mean()) for part in (slice(None, 4096), slice(4096, None))]
+        assert halves[0] == pytest.approx(halves[1], rel=0.02)
+        remainder = segment - 2 * ((segment * tone.conj()).mean() * tone).real
+        assert np.abs(remainder).max() < 0.03 * halves[0]  # no other frequency, and no step at an end
+        levels.append(20 * np.log10(halves[0] / abs(gain) / (3000 / 32768)))
+    assert -6 <= min(levels) < -1 and 1 < max(levels) <= 6
+
+
+def test_a_recording_shorter_than_a_segment_is_padded():
+    segments = SpeechSegments([np.full(100, 9999, np.int16)], 1024, torch.device("cpu"), AugmentConfig())
+    assert segments.batch(4, [0])[:, 300:].abs().max() < 0.1 * segments.batch(4, [0]).abs().max()
+
+
+def test_the_intelligibility_distance_agrees_with_estoi():
+    stoi = pytest.importorskip("pystoi").stoi
+    real = speech_like(3 * RATE, 0)
+    for scale in (0.02, 0.1, 0.3):
+        gen = real + scale * torch.randn(real.shape, generator=torch.Generator().manual_seed(0))
+        expected = stoi(real.numpy(), gen.numpy(), RATE, extended=True)
+        assert 1 - float(intelligibility(real[None], gen[None])) == pytest.approx(expected, abs=0.06)
 
 
 @pytest.mark.parametrize(
