@@ -198,7 +198,9 @@ def _find_members(path: Path, stream: "_Bounded") -> dict[str, tarfile.TarInfo]:
             found[name] = member
     for name in (CONFIG_MEMBER, WEIGHTS_MEMBER):
         if name not in found:
-            raise CheckpointError(f"{path}: no {name} in the archive, so this is not a .nemo checkpoint.")
+            raise CheckpointError(
+                f"{path}: no {name} in the archive, so this is not a .nemo checkpoint; pass a .nemo file."
+            )
     return found
 
 

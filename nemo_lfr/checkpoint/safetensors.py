@@ -111,7 +111,7 @@ class SafeTensors(Tensors):
             raise ValueError("the SHA-256 of its values differs from the one in its header")
 
     def checksum(self) -> str:
-        """Return the SHA-256 of the values of all tensors, in hex, in the order of the file."""
+        """Return the SHA-256, in hex, of the values of all tensors in the order of the file."""
         if self._values_checksum is None:
             self._values_checksum = self._hash_values()
         return self._values_checksum

@@ -191,7 +191,7 @@ def _read(
     target_rate: int,
     name: str,
 ) -> _Recording:
-    """Read and resample an audio file, or the bytes of one, as `Codec.encode_file` does."""
+    """Read and resample an audio file, or the bytes of an audio file, as `Codec.encode_file` does."""
     if audio_len is not None:
         raise AudioError(f"{name} is a file, which has its own length; omit audio_len.")
     with AudioReader(expand_home(path, AudioError), target_rate, data) as reader:

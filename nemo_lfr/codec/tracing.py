@@ -47,7 +47,7 @@ def check_plain_tensor(tensor: torch.Tensor, name: str, error: type[NemoLfrError
     """Raise an error for a wrapper around a tensor, such as a DTensor, MaskedTensor or FakeTensor.
 
     Raises:
-        NemoLfrError: of the type `error`.
+        NemoLfrError: of the type `error`, for such a tensor.
     """
     kind = type(tensor)
     is_wrapper = getattr(kind, "__torch_dispatch__", None) is not getattr(torch.Tensor, "__torch_dispatch__", None)

@@ -273,7 +273,10 @@ class NemoFiles(BaseModel):
         try:
             self._save_aside(path, *args, **kwargs)
         except OSError as error:
-            raise CheckpointError(f"{path}: the file cannot be written ({error.strerror or error}).") from error
+            reason = error.strerror or error
+            raise CheckpointError(
+                f"{path}: the file cannot be written ({reason}); write it to another folder."
+            ) from error
 
     def _check_described(self) -> None:
         """Check that the modules are those that the config describes; see `TorchBackend.check_described`.

@@ -77,7 +77,8 @@ class StateDicts(BaseModel):
         if judged := [key for key in other if key.partition(".")[0] in PARTS]:
             raise CheckpointError(
                 f"the state dict belongs to another codec: {len(judged)} weights have other shapes, for example "
-                f"{judged[0]}: {list(state_dict[judged[0]].shape)} instead of {list(shapes[judged[0]])}."
+                f"{judged[0]}: {list(state_dict[judged[0]].shape)} instead of {list(shapes[judged[0]])}; build "
+                "the model from the config of that codec."
             )
         levels = [key for key, value in own.items() if key.startswith("vector_quantizer.")]
         for key in levels:
@@ -85,7 +86,8 @@ class StateDicts(BaseModel):
                 raise CheckpointError(
                     f"the state dict belongs to another codec: {key} is "
                     f"{shorten(state_dict[key].flatten().tolist())} in the state dict, but "
-                    f"{shorten(own[key].flatten().tolist())} in the model."
+                    f"{shorten(own[key].flatten().tolist())} in the model; build the model from the config of that "
+                    "codec."
                 )
         state = {key: value for key, value in state_dict.items() if WAVLM not in key and key not in other}
         if getattr(self, "discriminator", None) is None:

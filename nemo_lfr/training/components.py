@@ -51,7 +51,7 @@ def register_component(component: Any = None, *, name: str | None = None) -> Any
     """
     if component is None:
         return lambda decorated: register_component(decorated, name=name)
-    _check_class(component, f"register_component({described(component)})")
+    _check_class(component, "the component")
     _REGISTERED[name or f"{component.__module__}.{component.__qualname__}"] = component
     return component
 
@@ -236,9 +236,9 @@ def described(value: Any) -> str:
     if isinstance(value, torch.Tensor):
         return f"a tensor of shape {list(value.shape)}"
     if isinstance(value, type):
-        return f"class {value.__qualname__}"
+        return f"the class {value.__qualname__}"
     if inspect.isroutine(value):
-        return f"function {getattr(value, '__qualname__', value)}"
+        return f"the function {getattr(value, '__qualname__', value)}"
     if isinstance(value, list | tuple):
         return f"a {type(value).__name__} of {', '.join(described(item) for item in value[:3]) or 'nothing'}"
     return f"a value of type {type(value).__name__}"

@@ -136,25 +136,27 @@ def prepare(
         read = partial(folder, speaker_level=speaker_level)
     refuse_spreadsheet(corpus)
     if kind == "table" and not is_table(corpus):
-        problem = "not a .csv, .tsv or metadata.jsonl file" if corpus.exists() else "no such file"
+        problem = "this is not a .csv, .tsv or metadata.jsonl file" if corpus.exists() else "no such file"
         raise NemoLfrError(f"{corpus}: {problem}.")
     if kind != "table" and not corpus.is_dir():
-        problem = "not a folder; unpack an archive first" if corpus.exists() else "no such folder"
+        problem = "this is not a folder; unpack an archive first" if corpus.exists() else "no such folder"
         if is_table(corpus):
-            problem = "a table, not a folder; use `nemo-lfr prepare table`"
+            problem = "this is a table, not a folder; use `nemo-lfr prepare table`"
         raise NemoLfrError(f"{corpus}: {problem}.")
     try:
         utterances = list(read(resolve(corpus)))
     except NemoLfrError:
         raise
     except (KeyError, TypeError, ValueError) as error:
-        raise NemoLfrError(f"{corpus}: not the published layout of {kind} ({error}); {_expected(kind)}") from error
+        raise NemoLfrError(
+            f"{corpus}: this is not the published layout of {kind} ({error}); {_expected(kind)}"
+        ) from error
     if kind == "table":
         corpus = corpus.parent
     if kind not in ("folder", "table") and utterances and all(utterance.problem for utterance in utterances):
         first = utterances[0]
         raise NemoLfrError(
-            f"{corpus}: not the published layout of {kind} ({first.path}: {first.problem}); {_expected(kind)}"
+            f"{corpus}: this is not the published layout of {kind} ({first.path}: {first.problem}); {_expected(kind)}"
         )
     if not utterances:
         raise NemoLfrError(f"{corpus}: no utterance of {kind} in this {_contents(kind, corpus)}; {_expected(kind)}")

@@ -192,7 +192,7 @@ def test_copies_and_pickles_train(tmp_path):
     [
         ({"discriminator": {"_target_": "no_such_package.Discriminator"}}, "discriminator: .* cannot be imported"),
         ({"losses": {"a": {"_target_": OWN + "Absent"}}}, "losses.a: .* cannot be imported"),
-        ({"metrics": {"a": {"_target_": OWN + "NotAModule"}}}, "metrics.a: .* is class NotAModule"),
+        ({"metrics": {"a": {"_target_": OWN + "NotAModule"}}}, "metrics.a: .* is the class NotAModule"),
     ],
 )
 def test_what_cannot_be_imported_is_named_when_the_model_is_built(changes, message):

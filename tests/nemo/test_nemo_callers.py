@@ -295,9 +295,9 @@ STRANGE = {
     "numpy": (lambda state: {key: value.numpy() for key, value in state.items()}, "not a tensor but ndarray"),
     "meta": (lambda state: {key: value.to("meta") for key, value in state.items()}, "is a meta tensor"),
     "name": (lambda state: state | {5: torch.zeros(1)}, "has the key 5"),
-    "none": (lambda state: None, "is NoneType"),
-    "path": (lambda state: "codec.nemo", "is str"),
-    "list": (lambda state: list(state.items()), "is list"),
+    "none": (lambda state: None, "has the type NoneType"),
+    "path": (lambda state: "codec.nemo", "has the type str"),
+    "list": (lambda state: list(state.items()), "has the type list"),
     "empty": (lambda state: {}, "lacks weights"),
     "levels": (other_codebook, "belongs to another codec: vector_quantizer.fsqs.3.num_levels"),
 }

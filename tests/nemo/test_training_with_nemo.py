@@ -374,7 +374,7 @@ def test_wavlm_of_another_size_is_refused(wavlm):
 
 
 def test_an_unknown_discriminator_is_refused_by_name():
-    with pytest.raises(ConfigError, match=r"'os\.system' is function system; pass a subclass"):
+    with pytest.raises(ConfigError, match=r"'os\.system' is the function system; pass a subclass"):
         AudioCodecModel(OmegaConf.create(training_config([{"_target_": "os.system"}])))
 
 

@@ -181,9 +181,9 @@ WRONG = {
     "no such package": ("losses", "no_such_package.Loss", {}, "'no_such_package.Loss' cannot be imported"),
     "no such class": ("losses", OWN + "Absent", {}, "cannot be imported .*has no attribute 'Absent'.*PYTHONPATH"),
     "no path": ("metrics", "Loss", {}, "'Loss' is not registered"),
-    "function": ("losses", OWN + "a_function", {}, "is function a_function; pass a subclass of torch.nn"),
-    "program": ("discriminator", "os.system", {}, "is function system; pass a subclass"),
-    "no module": ("metrics", OWN + "NotAModule", {}, "is class NotAModule; pass a subclass"),
+    "function": ("losses", OWN + "a_function", {}, "is the function a_function; pass a subclass of torch.nn"),
+    "program": ("discriminator", "os.system", {}, "is the function system; pass a subclass"),
+    "no module": ("metrics", OWN + "NotAModule", {}, "is the class NotAModule; pass a subclass"),
     "constructor's arguments": ("losses", OWN + "EnvelopeLoss", {"size": 3}, "losses.mine.*unexpected.*'size'"),
     "constructor": (
         "losses",

@@ -75,13 +75,13 @@ def read_manifest(folder: Path) -> Manifest:
             f"{path}: the file cannot be read ({shorten(error.strerror or error)}); check its permissions."
         ) from error
     if len(raw) > MAX_BYTES:
-        raise CheckpointError(f"{path}: file is larger than {MAX_BYTES} bytes, the limit for manifests; {AGAIN}.")
+        raise CheckpointError(f"{path}: the file is larger than {MAX_BYTES} bytes, the limit for manifests; {AGAIN}.")
     try:
         return parse_manifest(json.loads(raw.decode("utf-8")))
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error} {AGAIN[0].upper()}{AGAIN[1:]}.") from None
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: file is not valid JSON ({shorten(error)}); {AGAIN}.") from error
+        raise CheckpointError(f"{path}: the file is not valid JSON ({shorten(error)}); {AGAIN}.") from error
 
 
 def parse_manifest(values: Any) -> Manifest:
