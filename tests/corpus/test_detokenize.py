@@ -176,7 +176,7 @@ CASES: dict[str, tuple[str, Damage, int, str]] = {
             save_first(f, torch.full((8, 3), 2016, dtype=torch.int16)),
         ),
         2,
-        "2016 entries",
+        "range from 2016 to 2016; expected [0, 2016)",
     ),
     "pt: a folder": (
         "manifest",
