@@ -26,7 +26,7 @@ from nemo_lfr.cli.results import FileFigures, FilesResult
 from nemo_lfr.cli.session import begin_work
 from nemo_lfr.cli.stdio import check_pipe, spooled
 from nemo_lfr.errors import NemoLfrError
-from nemo_lfr.io.folders import WRITABLE_FORMATS
+from nemo_lfr.io.folders import WRITABLE_FORMATS, WRITABLE_SUFFIXES
 
 if TYPE_CHECKING:
     from nemo_lfr.codec.codec import Codec
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 @click.option(
     "--out",
     type=UserPath(),
-    help="Folder for the audio, or NAME.wav for one input (default: beside the input).",
+    help="Folder for the audio, or NAME.wav or NAME.flac for one input (default: beside the input).",
 )
 @click.option(
     "--format",
@@ -102,8 +102,9 @@ def decode(
             "--lookahead only works with pipes (decode - -); files are always decoded with the full lookahead. Remove "
             "--lookahead."
         )
+    possible = WRITABLE_SUFFIXES if kind is None else (f".{kind}",)
     kind = output_format(kind, out)
-    tasks = tasks_to_run(inputs, out, {TOKEN_SUFFIX}, f".{kind}", overwrite, skip_existing)
+    tasks = tasks_to_run(inputs, out, {TOKEN_SUFFIX}, f".{kind}", overwrite, skip_existing, possible)
     if not tasks:
         return {"files": []}
     codec = open_codec(options["model"], options["device"], options["precision"])

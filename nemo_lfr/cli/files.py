@@ -54,6 +54,7 @@ def plan_tasks(
     new_suffix: str,
     report: Callable[[str], None] = note,
     unread: list[OSError] | None = None,
+    possible: Sequence[str] | None = None,
 ) -> list[FileTask]:
     """Expand files, folders and globs into tasks.
 
@@ -68,6 +69,7 @@ def plan_tasks(
         report: function that is called after all checks have passed, with one line for each folder in which files
             were skipped.
         unread: list to which the errors of folders that cannot be read are added; see `find_files`.
+        possible: all suffixes that an output file may have, for messages; None if `new_suffix` is the only one.
 
     Returns:
         Tasks without duplicates.
@@ -77,7 +79,7 @@ def plan_tasks(
             have the same output.
     """
     passed_over: list[str] = []
-    single = names_a_file(out, new_suffix)
+    single = names_a_file(out, new_suffix, possible)
     tasks: list[FileTask] = []
     for text in inputs:
         text = str(expand_home(text)) if text.startswith("~") and not os.path.lexists(text) else text
@@ -133,12 +135,13 @@ def _not_found(text: str, inputs: Sequence[str], new_suffix: str) -> str:
     return f"{missing}."
 
 
-def names_a_file(out: Path | None, suffix: str) -> bool:
+def names_a_file(out: Path | None, suffix: str, possible: Sequence[str] | None = None) -> bool:
     """Return whether --out names an output file rather than a folder.
 
     Args:
         out: value of --out, if it was passed.
         suffix: suffix of the outputs in lower case, such as ".lfr".
+        possible: all suffixes that an output file may have, for messages; None if `suffix` is the only one.
 
     Raises:
         NemoLfrError: if --out has the suffix of another kind of output, or is an existing file with another suffix.
@@ -147,12 +150,13 @@ def names_a_file(out: Path | None, suffix: str) -> bool:
         return False
     if out.suffix.lower() == suffix:
         return True
+    suffixes = " or ".join(possible or (suffix,))
     if out.suffix.lower() in AUDIO_SUFFIXES | {TOKEN_SUFFIX}:
         raise NemoLfrError(
-            f"--out {out}: the result is a {suffix} file; pass a folder, or a name that ends in {suffix}."
+            f"--out {out}: the result is a {suffixes} file; pass a folder, or a name that ends in {suffixes}."
         )
     if out.exists():
-        raise NemoLfrError(f"--out {out} is a file; pass a folder, or a name that ends in {suffix} for one input.")
+        raise NemoLfrError(f"--out {out} is a file; pass a folder, or a name that ends in {suffixes} for one input.")
     return False
 
 
@@ -253,7 +257,13 @@ def pending_tasks(tasks: Sequence[FileTask], overwrite: bool, skip_existing: boo
 
 
 def tasks_to_run(
-    inputs: Sequence[str], out: Path | None, suffixes: Collection[str], suffix: str, overwrite: bool, skip: bool
+    inputs: Sequence[str],
+    out: Path | None,
+    suffixes: Collection[str],
+    suffix: str,
+    overwrite: bool,
+    skip: bool,
+    possible: Sequence[str] | None = None,
 ) -> list[FileTask]:
     """Plan the tasks, and drop the tasks whose output exists and is kept.
 
@@ -265,7 +275,8 @@ def tasks_to_run(
     """
     passed_over: list[str] = []
     unread: list[OSError] = []
-    tasks = pending_tasks(plan_tasks(inputs, out, suffixes, suffix, passed_over.append, unread), overwrite, skip)
+    planned = plan_tasks(inputs, out, suffixes, suffix, passed_over.append, unread, possible)
+    tasks = pending_tasks(planned, overwrite, skip)
     for line in passed_over:
         note(line)
     for error in unread:

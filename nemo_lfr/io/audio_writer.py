@@ -13,7 +13,7 @@ import soundfile
 from nemo_lfr.errors import AudioError, NemoLfrError, quoted
 from nemo_lfr.io.atomic import check_overwrite, naming, open_temporary
 from nemo_lfr.io.decoders import sndfile_reason
-from nemo_lfr.io.folders import WRITABLE_FORMATS
+from nemo_lfr.io.folders import WRITABLE_FORMATS, WRITABLE_SUFFIXES
 
 
 def pcm16(wave: np.ndarray) -> bytes:
@@ -41,7 +41,7 @@ class AudioWriter:
         kind = self.path.suffix[1:]
         if kind.lower() not in WRITABLE_FORMATS:
             # Lossy formats would change the audio, and some of them the number of samples.
-            formats = " or ".join(f".{name}" for name in WRITABLE_FORMATS)
+            formats = " or ".join(WRITABLE_SUFFIXES)
             raise NemoLfrError(
                 f"{path}: audio is not written as {quoted(self.path.suffix)}; use {formats}, and convert the file."
                 if self.path.suffix

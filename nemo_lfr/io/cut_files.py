@@ -4,12 +4,9 @@ A cut that is malformed or not allowed does not affect other cuts. Lhotse's own 
 cannot read, and end without an error if a file of a Shar is truncated.
 """
 
-import codecs
-import gzip
 import json
 import logging
 import re
-import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -17,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from nemo_lfr.errors import AudioError, ConfigError, shorten
-from nemo_lfr.io.bounded import lines, member_bytes, open_tar
+from nemo_lfr.io.bounded import member_bytes, open_tar
 from nemo_lfr.io.cut_audio import check_cut
 from nemo_lfr.io.manifests import NOT_A_LINE, describe, line_id
-from nemo_lfr.io.text import UTF16_MARKS
+from nemo_lfr.io.text import iter_lines
 
 logger = logging.getLogger(__name__)
 
@@ -58,24 +55,21 @@ def json_lines(path: Path) -> Iterator[bytes]:
     Raises:
         ConfigError: if the file cannot be read or is UTF-16, or its gzip data is damaged or truncated.
     """
-    try:
-        with open(path, "rb") as raw:
-            packed = raw.peek(2)[:2] == b"\x1f\x8b"
-        with gzip.open(path, "rb") if packed else open(path, "rb") as file:
-            for number, line in enumerate(lines(file, truncate=True)):
-                if number == 0:
-                    if line.startswith(UTF16_MARKS):
-                        raise ConfigError(f"{path}: the file is UTF-16 text; save it as UTF-8.")
-                    line = line.removeprefix(codecs.BOM_UTF8)
-                if line.strip():
-                    yield line
-    except EOFError as error:
-        raise ConfigError(
-            f"{path}: the file was truncated: its compressed data ends too early; download it again."
-        ) from error
-    except (OSError, zlib.error) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ConfigError(f"{path}: the file cannot be read ({shorten(reason, 200)}).") from error
+    lines = iter_lines(path, ConfigError, truncate=True)
+    while True:
+        # The caller's exceptions are not those of the file, so the `yield` is outside of the `try`.
+        try:
+            line = next(lines, None)
+        except ConfigError:
+            raise
+        except OSError as error:
+            raise ConfigError(f"{path}: the file cannot be read ({error.strerror or error}).") from error
+        except ValueError as error:
+            raise ConfigError(f"{path}: the file cannot be read: {error}.") from error
+        if line is None:
+            return
+        if line.strip():
+            yield line
 
 
 def kind_of(path: Path) -> str | None:

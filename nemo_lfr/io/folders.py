@@ -69,6 +69,7 @@ MEDIA_SUFFIXES = frozenset(
 )
 AUDIO_SUFFIXES = SOUND_SUFFIXES | MEDIA_SUFFIXES
 WRITABLE_FORMATS = ("wav", "flac")  # lossless formats that keep the number of samples; the first is the default
+WRITABLE_SUFFIXES = tuple(f".{name}" for name in WRITABLE_FORMATS)
 # How to read files with certain suffixes, for messages about a folder without files of the wanted kind.
 ADVICE = (
     (

@@ -5,7 +5,9 @@ import json
 import logging
 import math
 import os
+import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -163,15 +165,30 @@ def seconds(labels: dict[str, Any], key: str) -> float | None:
     Raises:
         ValueError: if the value is not a number from 0 to MAX_SECONDS.
     """
-    if labels.get(key) is None:
+    if (written := labels.get(key)) is None:
         return None
-    try:
-        value = float(labels[key])
-    except (OverflowError, TypeError, ValueError):
-        value = math.nan
+    value, advice = math.nan, ""
+    with suppress(OverflowError, TypeError):
+        try:
+            if not isinstance(written, bool) and "_" not in str(written):  # Python accepts 1_5 as 15, and True as 1
+                value = float(written)
+        except ValueError:
+            advice = _advice(written)
     if not 0 <= value <= MAX_SECONDS:
-        raise ValueError(f"{key} is {quoted(labels[key])}; expected a number of seconds from 0 to {MAX_SECONDS:g}")
+        raise ValueError(f"{key} is {quoted(written)}; expected a number of seconds from 0 to {MAX_SECONDS:g}{advice}")
     return value
+
+
+def _advice(written: Any) -> str:
+    """Return advice for a time that is not written as a number of seconds; empty if there is none."""
+    text = written.strip() if isinstance(written, str) else ""
+    if re.fullmatch(r"[\d.,'\u2019\s]*\d[.,'\u2019\s][\d.,'\u2019\s]*", text):
+        return ", with a decimal point and without thousands separators, such as 1234.5"
+    if re.fullmatch(r"[\d:.,]*\d:\d[\d:.,]*", text):
+        return "; convert hours and minutes to seconds, such as 61.5 for 1:01.5"
+    if re.fullmatch(r"[\d.,]*\d\s*[^\W\d_]+", text):
+        return "; convert the value to seconds if necessary, and leave out the unit"
+    return ""
 
 
 def describe(error: BaseException) -> str:

@@ -23,6 +23,9 @@ DELIMITERS = ",;\t|"
 DECLARATION = re.compile(r'"?sep=(?P<delimiter>\\t|.*?)"?', re.IGNORECASE)
 SPREADSHEETS = frozenset((".xlsx", ".xlsm", ".xlsb", ".xls", ".ods", ".numbers"))
 SAVE_AS_CSV = "save it as CSV (UTF-8), and pass the CSV file"
+# Columns with a time in seconds. In a table whose delimiter is not a comma, a comma in a time is a decimal comma.
+TIMES = ("offset", "duration", "context_audio_duration")
+DECIMAL_COMMA = re.compile(r"\d+,\d+", re.ASCII)
 # Names of AudioFolder's tables, which are in the same folder as the audio.
 METADATA_NAMES = ("metadata.csv", "metadata.tsv", "metadata.jsonl")
 # Maximum number of lines that a row with quoted fields may span.
@@ -88,7 +91,8 @@ def read_table(path: Path) -> Iterator[TableRow]:
         path: CSV, TSV or JSON lines in UTF-8, with or without a byte order mark. CSV and TSV may be compressed (.gz).
             The delimiter of CSV is a comma, semicolon, tab or vertical bar, whichever gives the header an audio
             column. A first line such as `sep=;` declares another one. In TSV, quotes have no special meaning, as in
-            Common Voice. Known names of columns are recognized in upper and lower case.
+            Common Voice. Times may have a decimal comma if the delimiter is not a comma. Known names of columns are
+            recognized in upper and lower case.
 
     Raises:
         ConfigError: if the file cannot be read, if a CSV or TSV file has no audio column, or if two columns have the
@@ -166,7 +170,14 @@ def _delimited(path: Path, lines: Sequence[bytes]) -> Iterator[TableRow]:
             continue
         index += count
         if any(fields):
-            yield TableRow(number, dict(zip(columns, fields, strict=True)))
+            values = dict(zip(columns, fields, strict=True))
+            if delimiter != ",":
+                values |= {key: values[key].replace(",", ".") for key in TIMES if _has_decimal_comma(values.get(key))}
+            yield TableRow(number, values)
+
+
+def _has_decimal_comma(cell: str | None) -> bool:
+    return cell is not None and DECIMAL_COMMA.fullmatch(cell.strip()) is not None
 
 
 def _declared_delimiter(path: Path, line: bytes) -> str | None:

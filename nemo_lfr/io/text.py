@@ -13,7 +13,7 @@ from nemo_lfr.errors import NemoLfrError
 from nemo_lfr.io import bounded
 from nemo_lfr.io.regular import open_regular
 
-GZIP = ".gz"
+GZIP, GZIP_MAGIC = ".gz", b"\x1f\x8b"
 UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
@@ -33,8 +33,37 @@ def decode(data: bytes) -> str:
         raise ValueError(f"not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from error
 
 
+def iter_lines(path: Path, error: type[NemoLfrError] = NemoLfrError, *, truncate: bool = False) -> Iterator[bytes]:
+    """Yield the lines of a file as bytes, with their line ends. Gzip data is decompressed, whatever the file's name.
+
+    Args:
+        path: the file.
+        error: exception class for a path that is not a regular file.
+        truncate: as in `bounded.lines`.
+
+    Yields:
+        Each line. A byte order mark is removed.
+
+    Raises:
+        ValueError: if the file is UTF-16, a line is too long for `bounded.lines`, or the compressed data is damaged
+            or expands too much.
+        NemoLfrError: of class `error`, if `path` is not a regular file.
+        OSError: if the file cannot be read.
+    """
+    with open_regular(path, error) as file:
+        is_packed = file.read(len(GZIP_MAGIC)) == GZIP_MAGIC
+        file.seek(0)
+        lines = _decompressed(file, truncate) if is_packed else bounded.lines(file, truncate=truncate)
+        for number, line in enumerate(lines):
+            if number == 0:
+                if line.startswith(UTF16_MARKS):
+                    raise ValueError("UTF-16 text; save it as UTF-8")
+                line = line.removeprefix(codecs.BOM_UTF8)
+            yield line
+
+
 def read_lines(path: Path, error: type[NemoLfrError] = NemoLfrError) -> list[bytes]:
-    """Return the lines of a file as bytes, without line ends. A file whose name ends in .gz is decompressed.
+    """Return the lines of a file as bytes, without line ends. Gzip data is decompressed.
 
     The caller decodes each line separately, so one invalid line does not affect the others. As in JSON lines,
     only a line feed ends a line, since a text may contain other Unicode line separators.
@@ -44,29 +73,23 @@ def read_lines(path: Path, error: type[NemoLfrError] = NemoLfrError) -> list[byt
         error: exception class for a path that is not a regular file.
 
     Raises:
-        ValueError: if the file is UTF-16, a line is too long for `bounded.lines`, or the compressed data is damaged
-            or expands too much.
+        ValueError: as in `iter_lines`.
         NemoLfrError: of class `error`, if `path` is not a regular file.
         OSError: if the file cannot be read.
     """
-    with open_regular(path, error) as file:
-        lines = list(_decompressed(file) if path.name.lower().endswith(GZIP) else bounded.lines(file))
-    if lines and lines[0].startswith(UTF16_MARKS):
-        raise ValueError("UTF-16 text; save it as UTF-8")
-    if lines:
-        lines[0] = lines[0].removeprefix(codecs.BOM_UTF8)
+    lines = list(iter_lines(path, error))
     if not lines or lines[-1].endswith(b"\n"):
         lines.append(b"")  # the empty line after the last line feed
     return [line.removesuffix(b"\n").removesuffix(b"\r") for line in lines]
 
 
-def _decompressed(file: IO[bytes]) -> Iterator[bytes]:
+def _decompressed(file: IO[bytes], truncate: bool) -> Iterator[bytes]:
     """Yield the lines of a gzip file."""
     size = os.fstat(file.fileno()).st_size
     total = 0
     try:
         with gzip.open(file) as stream:
-            for line in bounded.lines(stream):
+            for line in bounded.lines(stream, truncate=truncate):
                 total += len(line)
                 if bounded.is_implausible(0, total, size, free_bytes=bounded.FREE_BYTES):
                     raise ValueError(f"its {size} bytes expand to more than {total} bytes; it is damaged or malicious")

@@ -150,6 +150,12 @@ CONTENT = {
         (["encode", "{folder}/a.wav", "{folder}/deep/b.flac", "--out", "t.lfr"], "the input is not a single file"),
         (["decode", "{folder}/a.wav"], "a.wav: this is an audio file, not a token file; nemo-lfr encode reads it"),
         (["decode", "{folder}/junk.wav"], "junk.wav: not a .lfr token file"),
+        (
+            ["decode", "x.lfr", "--out", "b.mp3"],
+            "is a .wav or .flac file; pass a folder, or a name that ends in .wav or",
+        ),
+        (["decode", "x.lfr", "--out", "b.MP3", "--format", "flac"], "pass a folder, or a name that ends in .flac."),
+        (["decode", "x.lfr", "--out", "{folder}/notes.txt"], "or a name that ends in .wav or .flac for one input"),
         (["encode", "{folder}/junk.wav"], "junk.wav: not an audio file that libsndfile reads"),
         (
             ["encode", "{folder}/tokens.wav"],

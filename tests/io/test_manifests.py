@@ -84,6 +84,36 @@ def test_invalid_line_skips_only_its_recording(kind, tmp_path, caplog):
         ('{"audio_filepath": 5}', "the path of the audio file is 5, not text"),
         ('{"audio_filepath": ""}', "'' is not a valid file name"),
         ('{"audio_filepath": "a", "duration": "x"}', "duration is 'x'; expected a number of seconds from 0 to 1e+07"),
+        (
+            '{"audio_filepath": "a", "duration": "1,25"}',
+            "duration is '1,25'; expected a number of seconds from 0 to 1e+07, with a decimal point",
+        ),
+        (
+            '{"audio_filepath": "a", "duration": "1.234,5"}',
+            "duration is '1.234,5'; expected a number of seconds from 0 to "
+            "1e+07, with a decimal point and without thousands separators",
+        ),
+        (
+            '{"audio_filepath": "a", "duration": "1 234.5"}',
+            "duration is '1 234.5'; expected a number of seconds from 0 to "
+            "1e+07, with a decimal point and without thousands separators",
+        ),
+        (
+            '{"audio_filepath": "a", "duration": "1.2 s"}',
+            "duration is '1.2 s'; expected a number of seconds from 0 to 1e+07; "
+            "convert the value to seconds if necessary, and leave out the unit",
+        ),
+        (
+            '{"audio_filepath": "a", "duration": "00:01.5"}',
+            "duration is '00:01.5'; expected a number of seconds from 0 to "
+            "1e+07; convert hours and minutes to seconds",
+        ),
+        ('{"audio_filepath": "a", "duration": "1_5"}', "duration is '1_5'; expected a number of seconds"),
+        ('{"audio_filepath": "a", "duration": true}', "duration is True; expected a number of seconds"),
+        (
+            '{"audio_filepath": "a", "duration": "99999999.5"}',
+            "duration is '99999999.5'; expected a number of seconds from 0 to 1e+07",
+        ),
         ('{"audio_filepath": "a", "duration": [1]}', "duration is [1]; expected a number of seconds"),
         ('{"audio_filepath": "a", "duration": -1}', "duration is -1; expected a number of seconds"),
         ('{"audio_filepath": "a", "duration": 1, "offset": 1e30}', "offset is 1e+30; expected a number of seconds"),
