@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 POLL_SECONDS = 0.5
-# The watcher ends when it has found no process to kill for this long. Processes that were starting when the driver was
+# The watcher ends when it has found no process to kill for this long. Processes that were starting when the run was
 # killed appear within this time.
 QUIET_SECONDS = 3.0
 VARIABLE = "NEMO_LFR_RUN"

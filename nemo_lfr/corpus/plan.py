@@ -165,7 +165,7 @@ def load_or_create_plan(
             return shards  # otherwise another part of this run has stored its plan in the meantime
     stored = _read_plan(path, config)
     if (older := _older_fingerprint(stored.get("codec"), spec, made)) is not None:
-        # Token files contain the fingerprint, and their reader accepts older fingerprints of the bundled codec only.
+        # Token files contain the fingerprint, and their reader accepts older fingerprints only for the bundled codec.
         if config.kind == "lfr" and not same_fingerprint(older, spec["fingerprint"]):
             raise NemoLfrError(
                 f"{config.out}: an older version of nemo_lfr started this run, with the fingerprint {older} for this "

@@ -43,7 +43,7 @@ BATCH_SECONDS = {"cpu": 60.0, "cuda": 600.0}
 # fill the default of 1,024 entries within minutes, and an entry takes half a megabyte. The smaller cache was measured
 # to be as fast.
 KERNELS = 384
-# Number of shards that are queued for each worker, so that workers do not wait for the driver.
+# Number of shards that are queued for each worker, so that it need not wait for its next shard.
 QUEUED = 2
 # Maximum number of nested lists and objects in the labels of a clip. JSON libraries differ in how many they can read.
 MAX_DEPTH = 100
@@ -114,7 +114,10 @@ def tokenize_shard(
 def _tokenize(
     config: TokenizeConfig, codec: "Codec[Any]", clips: Iterator[Clip], record: ShardRecord
 ) -> Iterator[tuple[Clip, np.ndarray, int, np.ndarray | None]]:
-    """Yield clips with their tokens, in order. Clips that cannot be read are added to the failures of the record."""
+    """Yield (clip, tokens [C, T], number of samples, tokens of the context audio or None) in order.
+
+    Clips that cannot be read are added to the failures of the record.
+    """
     limit = BATCH_SECONDS.get(str(codec.device).partition(":")[0], BATCH_SECONDS["cpu"]) * codec.sample_rate
     with ThreadPoolExecutor(config.readers) as readers:
         loaded = skip_failures(config, prefetch(readers, config, codec.sample_rate, clips), record)

@@ -97,7 +97,7 @@ def _follow(data: bytes, position: int) -> int:
 
 
 def _field(data: bytes, table: int, slot: int) -> int | None:
-    """Return the position of a field in a flatbuffers table; None if the table omits the field."""
+    """Return the position of the field in a slot of a flatbuffers table; None if the table omits the field."""
     layout = table - struct.unpack_from("<i", data, table)[0]
     if 4 + 2 * slot >= struct.unpack_from("<H", data, layout)[0]:
         return None

@@ -14,7 +14,7 @@ LABELS: dict[str, tuple[str, ...]] = {
     "lang": ("lang", "language", "locale"),
 }
 LABEL_COLUMNS = frozenset(column for columns in LABELS.values() for column in columns)
-# Columns whose values, if they are bytes, are decoded as text.
+# Columns whose values are decoded as text if they are bytes.
 TEXT_COLUMNS = LABEL_COLUMNS | {"id"}
 # Columns that may contain audio or the path of an audio file. The first of them that exists in a table is used.
 AUDIO = (

@@ -20,7 +20,7 @@ from nemo_lfr.io.text import decode, read_lines
 
 logger = logging.getLogger(__name__)
 
-# Maximum number of characters in a field. A longer field is not one sentence: a line end is missing.
+# Maximum number of characters in a field. A longer field is not one sentence, but the result of a missing line end.
 MAX_FIELD = 1 << 17
 
 

@@ -75,7 +75,7 @@ def _refuse(path: str | os.PathLike[str], mode: int, error: type[NemoLfrError], 
 
 
 def not_a_file(path: Path) -> str | None:
-    """Return why audio cannot be read from a path; None if it is a regular file."""
+    """Return the reason why audio cannot be read from a path; None if the path is a regular file."""
     try:
         if path.is_file():
             return None

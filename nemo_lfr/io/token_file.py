@@ -126,7 +126,7 @@ class Metadata(CodecSpec):
         if not isinstance(values, list):
             raise TypeError(f"expected a list, found {shorten(repr(values))}")
         named = dict(zip((*cls.__dataclass_fields__, "entropy"), values, strict=False))
-        # The hash of the model becomes part of a file name, so it must not contain other characters.
+        # The hash of the model becomes part of a file name, so only hex digits are allowed.
         if not isinstance(named["entropy"], str) or not HASH.fullmatch(named["entropy"]):
             raise ValueError(f"entropy is {shorten(repr(named['entropy']))}, not the hash of a model")
         return cls._from_values(named), named["entropy"]

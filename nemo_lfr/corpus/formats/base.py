@@ -202,10 +202,10 @@ class FormatReader(ABC):
         """
 
     def _shard_counts(self, count: Callable[[ShardFiles], int]) -> list[int]:
-        """Return the number of utterances in each shard.
+        """Return the number of utterances in each shard, according to `count`.
 
-        If some shards cannot be read, the number of utterances that is missing from the total in `tokens.json` is
-        divided evenly among these shards.
+        If `count` fails for some shards, the remaining utterances, up to the total in `tokens.json`, are divided
+        evenly among them.
         """
         counts: list[int | None] = []
         for shard in range(self.summary["shards"]):

@@ -16,8 +16,7 @@ _HEAD, _LONGEST_HEAD = 14, 266  # size in bytes of the header of a pack, and of 
 _LEAST = 0xBB  # packets with this or a larger id have a length field
 _SYNC, _PACKET = 0x47, 188
 _PACKETS = 1 << 13  # number of packets to read at a time
-# (bytes before each packet, distance between packets in bytes) of packets without and with a time code, and with a
-# checksum.
+# Pairs (bytes before each packet, distance between packets in bytes): plain, with a time code, with a checksum.
 _LAYOUTS = ((0, _PACKET), (4, _PACKET + 4), (0, _PACKET + 16))
 _AUDIO_IDS = (*range(0xC0, 0xE0), _PRIVATE, 0xFD)
 # First byte of AC-3 data in a private packet. In program streams, a byte of 0x80 or more precedes AC-3, DTS and PCM.

@@ -190,7 +190,7 @@ class EntropyModel:
 
     @cached_property
     def offsets(self) -> list[int]:
-        """Return the index of each FSQ dimension's first row in `digit_weight`, then the number of rows.
+        """Return the first row of each FSQ dimension in `digit_weight`, and at the end the number of rows.
 
         The tensor has one row for each level: first all rows of dimension 0 of the frame, then those of dimension 1,
         and so on. `output_weight` and `output_bias` have the same rows.
