@@ -38,7 +38,8 @@ lint: $(VENV)/.full
 	$(VENV)/bin/python -m codespell_lib
 	$(VENV)/bin/python -m mypy nemo_lfr
 
-PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist worksteal
+# Tests start many processes, which would all compile the modules if Python might not write bytecode.
+PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(VENV)/bin/python -m pytest -n 2 --dist worksteal
 
 check: lint
 	$(PYTEST) --hypothesis-profile=dev -m "not slow and not nemo and not network"

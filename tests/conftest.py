@@ -2,6 +2,7 @@
 
 import gc
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -24,10 +25,17 @@ from nemo_lfr.codec.codec import Codec
 from tests.models import build_codec, cached_codec, synthesize
 from tests.tiers import ALL_KINDS
 
+MEMORY = Path("/dev/shm")
+
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Compile librosa's kernels once, in the process that starts the workers."""
-    if hasattr(config, "workerinput") or not find_spec("librosa"):
+    """Compile librosa's kernels once, and choose a folder for files, in the process that starts the workers."""
+    if hasattr(config, "workerinput"):
+        return
+    # Fast tests flush thousands of small files, which takes 10 ms each on a disk.
+    if "not slow" in config.option.markexpr and MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > 4 << 30:
+        os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
+    if not find_spec("librosa"):
         return
     compiled = Path(os.environ["NUMBA_CACHE_DIR"], "compiled")
     if not compiled.exists():

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from nemo_lfr.frames import Context, bits_per_frame, bytes_per_frame, num_frames, plan_windows
 from tests.models import KINDS, cached_codec
+from tests.tiers import ALL_KINDS
 
 
 @given(st.integers(0, 10**12), st.integers(1, 5000))
@@ -48,7 +49,7 @@ def test_windows_cover_every_frame_exactly_once_with_its_context(total, chunk, p
         assert window.num_frames <= chunk + past + 2 * future or total <= chunk + future
 
 
-@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize("kind", ALL_KINDS)
 def test_properties_agree_with_the_definition_of_each(kind):
     codec = cached_codec(kind)
     assert codec.samples_per_frame == codec.decoder.samples_per_frame

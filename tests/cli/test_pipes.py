@@ -316,7 +316,7 @@ def test_ambiguous_data_after_the_samples_of_a_pipe_is_reported(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name", slow_after(3, ["data size 0", "cut WAV", "ADPCM", "data size of a quarter", "list after"])
+    "name", slow_after(2, ["data size 0", "cut WAV", "ADPCM", "data size of a quarter", "list after"])
 )
 def test_pipe_gives_the_tokens_of_the_file_or_its_error(piped, tmp_path, name):
     data = PIPED[name] if name in PIPED else shortened(by_name("WAV", "MS_ADPCM"), "WAV", 100)

@@ -102,7 +102,7 @@ def test_both_clients_decode_like_the_codec(server, tokens, size, options):
 
 
 @pytest.mark.parametrize("rate", [22050, 16000])
-@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.int16])
+@pytest.mark.parametrize("dtype", slow_after(2, [np.float32, np.int16, np.float64]))
 def test_both_clients_encode_like_the_codec(server, audio, rate, dtype):
     samples = np.rint(audio * 32767).astype(np.int16) if dtype == np.int16 else audio.astype(dtype)
     expected, _ = server.codec.encode(samples, sample_rate=rate)

@@ -1,6 +1,7 @@
 """Tests of the JavaScript client in Node.js, against our server and against servers that break the protocol."""
 
 import contextlib
+import functools
 import json
 import math
 import re
@@ -33,6 +34,7 @@ from tests.serve.running import running
 NODE = shutil.which("node")
 
 
+@functools.cache
 def version() -> int:
     return int(subprocess.run([NODE, "--version"], capture_output=True, text=True).stdout[1:].split(".")[0])
 

@@ -363,7 +363,8 @@ def test_a_copied_codec_works_in_any_state(state):
         pytest.skip("PyTorch copies onto the default device, and into tensors of inference mode")
     with STATES[state]():
         codec = copy.deepcopy(cached_codec("two_stages"))
-    assert torch.equal(codec.encode(WAVE)[0], cached_codec("two_stages").encode(WAVE)[0])
+    wave = WAVE[:3000]
+    assert torch.equal(codec.encode(wave)[0], cached_codec("two_stages").encode(wave)[0])
 
 
 # --- NeMo's model

@@ -111,7 +111,7 @@ def test_min_frames_is_the_shortest_input_that_the_network_can_pad(codec):
 def test_a_clip_has_the_same_tokens_in_a_ragged_batch_with_any_padding_as_alone(codec, fill):
     rng = np.random.default_rng(3)
     frame = codec.samples_per_frame
-    lengths = [0, 1, frame - 1, frame, frame + 1, 40 * frame, *rng.integers(2, 40 * frame, size=8).tolist()]
+    lengths = [0, 1, frame - 1, frame, frame + 1, 24 * frame, *rng.integers(2, 24 * frame, size=6).tolist()]
     clips = [synthesize(2, seed)[:n] for seed, n in enumerate(lengths)]
     tokens, tokens_len = codec.encode(*padded(clips, fill))
     assert tokens.dtype == torch.int32 and tokens_len.dtype == torch.int64
@@ -219,7 +219,8 @@ def test_tokens_in_ragged_batches_equal_single_clips_except_for_rounding_ties():
 
 
 def test_a_batch_of_more_clips_than_run_at_once_keeps_their_order(small):
-    clips = [synthesize(0.3, seed)[:6000] for seed in range(60)]
+    wave = synthesize(2)
+    clips = [wave[at : at + 6000] for at in range(0, 60 * 600, 600)]
     tokens, _ = small.encode(np.stack(clips))
     for row in (0, 17, 59):
         assert_same_tokens(small, clips[row], tokens[row])
@@ -228,7 +229,7 @@ def test_a_batch_of_more_clips_than_run_at_once_keeps_their_order(small):
 # --- chunks and streams
 
 
-@pytest.mark.parametrize("chunk", slow_if([1, 7, 20, 128], [1, 20]))
+@pytest.mark.parametrize("chunk", slow_if([1, 7, 20, 128], [1, 20, 128]))
 @pytest.mark.parametrize("kind", slow_if(["symmetric", "nano", "causal", "two_stages"], ["nano", "causal"]))
 def test_any_chunk_size_gives_the_same_result(kind, chunk):
     codec = cached_codec(kind)

@@ -255,6 +255,7 @@ def test_batches_share_a_graph_whatever_their_lengths():
     assert fast.backend.capture.captures <= 4
 
 
+@pytest.mark.slow
 def test_low_precision_keeps_the_quantizer_and_the_first_and_last_layers_in_fp32(monkeypatch):
     monkeypatch.setattr(torch_backend, "has_bf16", lambda: True)  # a CPU without bf16 instructions emulates them
     codec = cached_codec("symmetric")

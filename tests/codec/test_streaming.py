@@ -68,13 +68,13 @@ def test_streams_equal_the_whole_recording_for_any_pieces(kind):
     codec = cached_codec(kind)
     rng = np.random.default_rng(0)
     for number in range(CHUNKINGS):
-        num_samples = int(rng.integers(30_000, 80_000)) // (8 if kind == "two_stages" else 1)
+        num_samples = int(rng.integers(30_000, 80_000)) // (20 if kind == "two_stages" else 1)
         assert_streams_as_whole(codec, synthesize(4, seed=number)[:num_samples], rng)
 
 
 @pytest.mark.parametrize("kind", ALL_KINDS)
 @pytest.mark.parametrize(
-    "length", slow_after(9, [0, 1, 1023, 1024, 1025, 2048, 3072, 4096, 4097, 6 * 1024, 13 * 1024 + 5, 20 * 1024])
+    "length", slow_after(5, [0, 1, 1023, 1024, 1025, 2048, 3072, 4096, 4097, 6 * 1024, 13 * 1024 + 5, 20 * 1024])
 )
 def test_short_recordings_stream_as_whole(kind, length):
     codec = cached_codec(kind)
@@ -89,7 +89,7 @@ def test_bundled_codec_streams_equal_offline(bundled):
         assert_streams_as_whole(bundled, synthesize(3, seed=number), rng)
 
 
-@pytest.mark.parametrize("kind", ALL_KINDS)
+@pytest.mark.parametrize("kind", slow_except(KINDS, "two_stages"))
 def test_frame_is_returned_when_its_lookahead_is_complete(kind):
     codec = cached_codec(kind)
     wave = synthesize(1.3)
@@ -114,7 +114,7 @@ def test_frame_is_returned_when_its_lookahead_is_complete(kind):
 @pytest.mark.parametrize("first", slow_after(1, [0, 2, 100]))
 def test_first_lookahead_gives_the_first_audio_sooner_and_the_rest_exactly(kind, first):
     codec = cached_codec(kind)
-    tokens = codec.encode(synthesize(1.5))[0][0].numpy()
+    tokens = codec.encode(synthesize(1))[0][0].numpy()
     expected = codec.decode(tokens)[0][0].numpy()
     decoder = codec.stream_decoder(first_lookahead=first)
     frame, delay = codec.samples_per_frame, codec.decoder.context.future

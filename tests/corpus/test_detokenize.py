@@ -128,7 +128,7 @@ IDS += ["s0/CLIP1", "s0/clip1", "s0/clip1.wav/inner", "\x1b[2Jred", "new\nline",
 
 
 @pytest.mark.parametrize("kind", by_kind)
-@pytest.mark.parametrize("clip_id", slow_after(6, IDS), ids=[ascii(name[:20]) for name in IDS])
+@pytest.mark.parametrize("clip_id", slow_after(3, IDS), ids=[ascii(name[:20]) for name in IDS])
 def test_ids_stay_inside_the_folder_and_unique(kind, clip_id, whole, model, tmp_path, capsys):
     if kind == "parquet" and "\ud800" in clip_id:
         pytest.skip("Parquet has no text that is not UTF-8")

@@ -186,17 +186,25 @@ def test_the_shuffle_buffer_is_bounded(size, tmp_path):
     assert all(in_order.index(name) < place + size for place, name in enumerate(shuffled))
 
 
+@pytest.fixture(scope="module")
+def many(tmp_path_factory) -> tuple[Path, list[str]]:
+    """Return two shards of 40 and 24 clips, and the ids of the clips."""
+    folder = tmp_path_factory.mktemp("many")
+    return folder, sorted(write_tokens(folder, "lfr", [40, 24]))
+
+
 @pytest.mark.parametrize("shuffle", [False, True])
 @pytest.mark.parametrize("bucket_size", [1, 3, 4])
 @pytest.mark.parametrize("workers", slow_except([0, 2], 0))
-def test_groups_hold_utterances_of_similar_length(workers, bucket_size, shuffle, tmp_path):
+def test_groups_hold_utterances_of_similar_length(workers, bucket_size, shuffle, many):
+    folder, everything = many
+
     def waste(size):
-        dataset = TokenDataset(tmp_path, shuffle=shuffle, buffer_size=24, bucket_size=size)
+        dataset = TokenDataset(folder, shuffle=shuffle, buffer_size=24, bucket_size=size)
         batches = list(DataLoader(dataset, batch_size=bucket_size, num_workers=workers))
         assert sorted(name for batch in batches for name in batch["id"]) == everything
         return sum(int((~batch["mask"]).sum()) for batch in batches)
 
-    everything = sorted(write_tokens(tmp_path, "lfr", [40, 24]))
     assert waste(bucket_size) <= waste(None) * (0.6 if bucket_size > 1 else 1)
 
 

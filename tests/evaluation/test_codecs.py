@@ -15,7 +15,6 @@ from nemo_lfr.evaluation.metrics import Signal, measure
 from nemo_lfr.pretrained import bundled_checkpoint, load
 from tests.models import RATE, synthesize
 from tests.reference import assert_same_tokens
-from tests.tiers import slow_after
 
 opus_tools = pytest.mark.skipif(not shutil.which("opusenc"), reason="needs Debian's opus-tools")
 codec2 = pytest.mark.skipif(not shutil.which("c2enc"), reason="needs Debian's codec2")
@@ -66,6 +65,7 @@ def test_the_output_has_the_rate_of_the_recording():
     check(open_codec("lfr", "cpu").round_trip(wave, 16000), 32000)
 
 
+@pytest.mark.slow
 @opus_tools
 def test_opus_is_aligned_improves_with_bit_rate_and_is_counted_without_its_container(speech):
     distances = []
@@ -122,9 +122,8 @@ def tiny(kind: str, folder) -> None:
         transformers.MimiModel(config).save_pretrained(folder)
 
 
-@pytest.mark.parametrize(
-    ("kind", "setting", "codebooks"), slow_after(1, [("dac", "2", 2), ("encodec", "3", None), ("mimi", "4", 4)])
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "setting", "codebooks"), [("dac", "2", 2), ("encodec", "3", None), ("mimi", "4", 4)])
 def test_codecs_of_transformers_run_from_a_folder(tmp_path, speech, kind, setting, codebooks):
     pytest.importorskip("transformers", reason="comes with NeMo")
     tiny(kind, tmp_path)

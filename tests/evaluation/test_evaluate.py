@@ -27,7 +27,6 @@ from nemo_lfr.io.exclusive import exclusive
 from nemo_lfr.io.manifests import read_manifest
 from tests.cli.test_cli import run as command
 from tests.models import RATE, synthesize
-from tests.tiers import slow_after
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -62,6 +61,7 @@ def rows(path):
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_the_summary_holds_means_of_the_recordings(report):
     original, ours = rows(report / "summary.csv")
     assert float(original["PESQ-WB"]) == pytest.approx(4.64, abs=0.01) and float(original["mel distance"]) == 0
@@ -77,6 +77,7 @@ def test_the_summary_holds_means_of_the_recordings(report):
     assert float(ours["kbit/s"]) == pytest.approx(8 * size / seconds / 1000, abs=0.005)
 
 
+@pytest.mark.slow
 def test_markdown_has_every_table_and_says_what_is_missing(report):
     text = (report / "report.md").read_text()
     for part in ("| nemo_lfr (bundled) | ", "### Cost", "### Codebooks", "### lang: de", "8 x 2016", "nemo-lfr 0."):
@@ -85,6 +86,7 @@ def test_markdown_has_every_table_and_says_what_is_missing(report):
     assert "CER" not in text.partition("### Cost")[0]  # a metric without values has no column
 
 
+@pytest.mark.slow
 def test_page_loads_nothing_and_escapes_manifest_labels(report):
     page = re.sub(r"<meta http-equiv=[^>]*>", "", (report / "report.html").read_text())
     sources = re.findall(r"""(?:src|href|url\()\s*=?\s*["']?([^"'\s>)]+)""", page)
@@ -93,6 +95,7 @@ def test_page_loads_nothing_and_escapes_manifest_labels(report):
     assert page.count("<script") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not CHROMIUM, reason="needs Debian's chromium")
 def test_a_browser_shows_every_picture_and_plays_every_recording(report, tmp_path):
     """Add a script to a copy of the report that sends what the browser has rendered."""
@@ -247,7 +250,8 @@ def test_a_model_metric_is_computed_again_if_it_failed_or_the_text_has_changed(c
     assert len(LetterCount.texts) == 5
 
 
-@pytest.mark.parametrize("option", slow_after(1, ["--asr", "--speaker-model", "--model-metric"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("option", ["--asr", "--speaker-model", "--model-metric"])
 def test_a_requested_model_that_cannot_be_loaded_gives_exit_code_1(capsys, corpus, tmp_path, option):
     model = tmp_path / "folder without a model"
     model.mkdir()
@@ -279,6 +283,7 @@ def test_user_errors_are_one_line_errors(capsys, corpus, tmp_path, arguments, wo
     assert not out and words in err.splitlines()[-1] and "Traceback" not in err
 
 
+@pytest.mark.slow
 def test_a_clip_that_ends_after_its_file_fails_alone(capsys, corpus, tmp_path):
     clips = [(0, 1.55), (0.5, 1.0), (0, 30), (1.0, 1.0), (9, 1)]  # the files last 1.5 s; durations are rounded
     lines = [{"audio_filepath": str(corpus / "0.wav"), "offset": at, "duration": length} for at, length in clips]
@@ -330,6 +335,7 @@ def test_a_claim_on_other_recordings_is_kept(corpus, tmp_path, stored):
     assert json.loads((tmp_path / "recordings.json").read_text()) == stored
 
 
+@pytest.mark.slow
 def test_run_locks_its_folder_until_the_report_is_written(capsys, corpus, tmp_path, monkeypatch):
     locked = []
 
@@ -368,6 +374,7 @@ def test_report_includes_the_model_cards_values(capsys, tmp_path):
         assert f" {value} |" in line
 
 
+@pytest.mark.slow
 def test_changed_recordings_refuse_an_existing_evaluation(capsys, corpus, tmp_path):
     copy = tmp_path / "corpus"
     shutil.copytree(corpus, copy)

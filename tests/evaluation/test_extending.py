@@ -12,7 +12,6 @@ from nemo_lfr.evaluation import codecs, model_metrics, plugins
 from nemo_lfr.evaluation.metrics import METRICS, Metric, register_metric
 from tests.cli.test_cli import run as command
 from tests.models import RATE, synthesize
-from tests.tiers import slow_except
 
 MODULES = {
     "dummy_codec": '''
@@ -99,7 +98,8 @@ def manifest(tmp_path):
     return tmp_path / "manifest.json"
 
 
-@pytest.mark.parametrize("jobs", slow_except([1, 2], 1))
+@pytest.mark.slow
+@pytest.mark.parametrize("jobs", [1, 2])
 def test_an_evaluation_uses_a_codec_and_metrics_of_another_package(plugin, manifest, tmp_path, capsys, caplog, jobs):
     arguments = ["--codec", "eightbits", "--model-metric", "letters:ab", "--workers", jobs, "--examples", 1]
     code, _, err = command(capsys, "evaluate", manifest, "--out", tmp_path / "out", *arguments)

@@ -51,6 +51,7 @@ def test_si_sdr_equals_torchmetrics(pair):
     assert measure(*pair, ["SI-SDR"])["SI-SDR"] == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_pesq_and_stoi_equal_their_reference_libraries(pair):
     from pesq import pesq
     from pystoi import stoi
@@ -64,6 +65,7 @@ def test_pesq_and_stoi_equal_their_reference_libraries(pair):
     assert measure(*pair, expected) == pytest.approx(expected, rel=1e-9)
 
 
+@pytest.mark.slow
 def test_identical_recordings_score_as_identical(speech):
     values = measure(Signal(speech, RATE), Signal(speech.copy(), RATE))
     assert values.keys() == METRICS.keys()
@@ -74,6 +76,7 @@ def test_identical_recordings_score_as_identical(speech):
         assert values[name] == 0
 
 
+@pytest.mark.slow
 def test_a_delay_of_one_sample_lowers_only_si_sdr(speech):
     values = measure(Signal(speech[1:], RATE), Signal(speech[:-1], RATE))
     assert values["SI-SDR"] < 40
@@ -81,6 +84,7 @@ def test_a_delay_of_one_sample_lowers_only_si_sdr(speech):
     assert values["mel distance"] < 0.01
 
 
+@pytest.mark.slow
 def test_a_gain_raises_only_the_distances(speech):
     values = measure(Signal(speech, RATE), Signal(0.5 * speech, RATE))
     assert values["SI-SDR"] > 90 and values["PESQ-WB"] > 4.6 and values["ESTOI"] == pytest.approx(1)
@@ -95,6 +99,7 @@ def test_the_lag_is_found(speech, milliseconds):
     assert measure(Signal(speech, RATE), Signal(late, RATE), ["lag"])["lag"] == pytest.approx(milliseconds, abs=0.6)
 
 
+@pytest.mark.slow
 def test_pitch_is_that_of_the_tone():
     time = np.arange(2 * RATE) / RATE
     low, high = (sum(np.sin(2 * np.pi * f0 * n * time) / n for n in range(1, 8)) / 4 for f0 in (110.0, 123.47))
@@ -103,6 +108,7 @@ def test_pitch_is_that_of_the_tone():
     assert values["voicing error"] < 5
 
 
+@pytest.mark.slow
 def test_silent_original_has_only_distances(speech):
     values = measure(Signal(np.zeros_like(speech), RATE), Signal(speech, RATE))
     for name in ("PESQ-WB", "STOI", "ESTOI", "SI-SDR", "F0 error", "lag"):
@@ -110,6 +116,7 @@ def test_silent_original_has_only_distances(speech):
     assert values["mel distance"] > 0 and values["STFT distance"] > 0
 
 
+@pytest.mark.slow
 def test_a_silent_output_is_not_rewarded(speech):
     values = measure(Signal(speech, RATE), Signal(np.zeros_like(speech), RATE))
     for name in ("SI-SDR", "PESQ-WB", "F0 error", "lag"):
@@ -118,6 +125,7 @@ def test_a_silent_output_is_not_rewarded(speech):
     assert isinstance(values["ESTOI"], NotMeasured) or values["ESTOI"] < 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("samples", [1, 100, 1024, 3000])
 def test_clip_that_is_too_short_is_reported_as_not_measured(speech, samples):
     clip = Signal(speech[5000 : 5000 + samples], RATE)

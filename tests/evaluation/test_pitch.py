@@ -25,6 +25,7 @@ assert abs(np.median(f0[voiced]) - 200) < 2, f0
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hertz", [80, 200, 400])
 def test_the_pitch_of_a_tone_is_found_and_silence_is_unvoiced(hertz):
     pytest.importorskip("librosa")
@@ -44,6 +45,7 @@ def test_processes_that_compile_at_the_same_time_leave_a_cache_that_works(tmp_pa
     assert subprocess.run([*command, "0"], env=environment).returncode == 0
 
 
+@pytest.mark.slow
 def test_missing_cache_folder_is_tolerated(tmp_path):
     pytest.importorskip("librosa")
     (tmp_path / "file").touch()

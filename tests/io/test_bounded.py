@@ -21,7 +21,6 @@ from nemo_lfr.io.arrow_streams import check_stream
 from nemo_lfr.io.cut_audio import read_cut
 from nemo_lfr.io.cut_files import read_cuts, read_shar
 from tests.corpora import write_tokens
-from tests.tiers import slow_after
 
 pa = pytest.importorskip("pyarrow", reason="pip install '.[corpus]'")
 pq = pytest.importorskip("pyarrow.parquet", reason="pip install '.[corpus]'")
@@ -188,7 +187,8 @@ def saved_rows(kind: str) -> tuple["pa.Table", int]:
     return pa.table({"audio": pa.nulls(1 << 30)}), 2  # rows without any bytes
 
 
-@pytest.mark.parametrize("kind", slow_after(1, ["text that expands", "dictionary that expands", "rows of nulls"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["text that expands", "dictionary that expands", "rows of nulls"])
 def test_an_arrow_stream_that_expands_is_refused_before_it_does(kind, tmp_path):
     path = tmp_path / "state.arrow"
     table, batches = saved_rows(kind)

@@ -159,7 +159,11 @@ def test_invalid_table_is_refused(tmp_path, data, message):
     [
         (lambda data: data[:-9], "compressed data ends too early; download it again"),
         (lambda data: data[:10] + b"\xff" * 20 + data[30:], "compressed data is damaged"),
-        (lambda data: gzip.compress(b"file_name,text\n" + (b"x" * (1 << 20) + b"\n") * 120), "expand to more than"),
+        pytest.param(
+            lambda data: gzip.compress(b"file_name,text\n" + (b"x" * (1 << 20) + b"\n") * 120),
+            "expand to more than",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_damaged_compressed_table_is_refused(tmp_path, damage, message):

@@ -161,6 +161,7 @@ def test_codes_outside_the_levels_are_refused(num_groups, code):
         quantizer.codes_to_indices(codes)
 
 
+@pytest.mark.slow
 def test_token_checks_do_not_break_a_graph():
     class Tokens(torch.nn.Module):
         def __init__(self) -> None:

@@ -10,8 +10,6 @@ import urllib.request
 import numpy as np
 import pytest
 
-from tests.tiers import slow_after
-
 pytest.importorskip("starlette", reason='the server: pip install starlette "uvicorn[standard]" prometheus_client')
 pytest.importorskip("uvicorn")
 pytest.importorskip("websockets")
@@ -55,7 +53,8 @@ def resources(server):
     }
 
 
-@pytest.mark.parametrize("kind", slow_after(1, misbehave.KINDS))
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", misbehave.KINDS)
 def test_a_good_stream_is_not_disturbed_and_nothing_is_left(server, target, expected, kind):
     wait_for(lambda: len(server.app.state.engine) == 0)
     before = resources(server)

@@ -54,7 +54,8 @@ def batch(folder):
     return extractor([FIRST.numpy(), SECOND.numpy()], sampling_rate=RATE, return_tensors="pt")
 
 
-@pytest.mark.parametrize("kind", slow_after(1, ["nano", "causal"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["nano", "causal"])
 def test_tokens_audio_and_fingerprint_equal_those_of_load(kind, tmp_path):
     folder = export(tmp_path, kind)
     codec = nemo_lfr.load(folder, "cpu")
@@ -69,6 +70,7 @@ def test_tokens_audio_and_fingerprint_equal_those_of_load(kind, tmp_path):
     assert (model.config.sampling_rate, model.config.frame_rate) == (codec.sample_rate, codec.frame_rate)
 
 
+@pytest.mark.slow
 def test_every_auto_class_knows_the_codec(folder, model):
     assert type(model) is ours.NemoLfrModel and model.main_input_name == "input_values"
     assert type(transformers.AutoModelForAudioTokenization.from_pretrained(folder)) is ours.NemoLfrModel
@@ -117,6 +119,7 @@ def test_fewer_codebooks_are_encoded_and_decoded(model):
     assert model.decode(codes).audio_values.isfinite().all()
 
 
+@pytest.mark.slow
 def test_saved_models_and_extractors_are_loaded_again_by_both(model, folder, tmp_path):
     model.save_pretrained(tmp_path)
     transformers.AutoFeatureExtractor.from_pretrained(folder).save_pretrained(tmp_path)
@@ -253,7 +256,7 @@ COPIES = {
 }
 
 
-@pytest.mark.parametrize("kind", COPIES)
+@pytest.mark.parametrize("kind", slow_after(1, COPIES))
 def test_copies_and_pickled_models_have_the_same_tokens_and_can_be_saved(folder, tmp_path, kind):
     model = transformers.AutoModel.from_pretrained(folder)
     model.audio_decoder.pre_conv.conv.bias.requires_grad_(False)
