@@ -235,13 +235,19 @@ def _open_file(path: Path) -> SafeTensors:
         raise CheckpointError(f"{path}: the file cannot be opened ({error.strerror}); check the path.") from error
 
 
-def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> str:
+def write_tensors(
+    path: Path,
+    tensors: Mapping[str, torch.Tensor],
+    metadata: Mapping[str, str] | None = None,
+    overwrite: bool = True,
+) -> str:
     """Write a safetensors file atomically, with the tensors sorted by name.
 
     Args:
-        path: output file; an existing file is replaced.
+        path: output file.
         tensors: tensors by name, on any device.
         metadata: additional entries for the metadata of the header.
+        overwrite: whether an existing file may be replaced.
 
     Returns:
         SHA-256 of the values of all tensors, in hex.
@@ -261,7 +267,7 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
     details |= dict(metadata or {})
     header = json.dumps({"__metadata__": details} | entries, separators=(",", ":")).encode()
     header += b" " * (-len(header) % LENGTH_BYTES)
-    with replacing(path) as file:
+    with replacing(path, overwrite) as file:
         file.write(len(header).to_bytes(LENGTH_BYTES, "little") + header)
         for _, tensor in sorted(tensors.items()):
             file.write(_values(tensor))

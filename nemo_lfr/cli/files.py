@@ -23,7 +23,7 @@ from nemo_lfr.cli.progress import progress
 from nemo_lfr.cli.results import FileFigures
 from nemo_lfr.cli.session import current, fail, note, print_line
 from nemo_lfr.errors import NemoLfrError
-from nemo_lfr.io.atomic import sweep
+from nemo_lfr.io.atomic import OutputExistsError, check_overwrite, sweep
 from nemo_lfr.io.folders import AUDIO_SUFFIXES, describe_contents, find_files, find_matches
 from nemo_lfr.io.locate import expand_home
 from nemo_lfr.io.shortage import shortage_of
@@ -40,11 +40,13 @@ class FileTask:
         source: path of the input file.
         target: path of the output file.
         replaces_link: whether `target` is a link to a missing file. The output replaces it even without --overwrite.
+        keeps_existing: whether the task is done if another process has written `target` (--skip-existing).
     """
 
     source: Path
     target: Path
     replaces_link: bool = False
+    keeps_existing: bool = False
 
 
 def plan_tasks(
@@ -233,15 +235,17 @@ def pending_tasks(tasks: Sequence[FileTask], overwrite: bool, skip_existing: boo
         NemoLfrError: if both options are set, if an output exists and neither option is set, or if an output folder is
             a file.
     """
-    from nemo_lfr.io.atomic import check_overwrite
-
     if overwrite and skip_existing:
         raise NemoLfrError("--overwrite and --skip-existing are mutually exclusive; remove one of them.")
     kept = {task for task in tasks if skip_existing and os.path.isfile(task.target)}
     if kept:
         note(f"nemo-lfr: {len(kept)} of {len(tasks)} results already exist and are kept.")
     left = [
-        replace(task, replaces_link=skip_existing and os.path.islink(task.target) and not os.path.exists(task.target))
+        replace(
+            task,
+            replaces_link=skip_existing and os.path.islink(task.target) and not os.path.exists(task.target),
+            keeps_existing=skip_existing,
+        )
         for task in tasks
         if task not in kept
     ]
@@ -251,7 +255,8 @@ def pending_tasks(tasks: Sequence[FileTask], overwrite: bool, skip_existing: boo
     for folder, own in names.items():
         sweep(folder, own)
     for task in left:
-        check_overwrite(task.target, overwrite or task.replaces_link)
+        with contextlib.suppress(*[OutputExistsError] if skip_existing else []):  # written since it was listed
+            check_overwrite(task.target, overwrite or task.replaces_link)
         _refuse_file_as_folder(task.target)
     return left
 
@@ -334,6 +339,9 @@ def _attempts(batch: list[FileTask], work: Work) -> Iterator[FileFigures]:
         return
     except (NemoLfrError, OSError) as error:
         if len(batch) == 1:
+            if batch[0].keeps_existing and isinstance(error, OutputExistsError):
+                note(f"nemo-lfr: {batch[0].target} was written by another process, and is kept.")
+                return
             if isinstance(error, OSError) and error.filename is None and not isinstance(error, NemoLfrError):
                 error.filename = str(batch[0].target)
             fail(batch[0].source, error)

@@ -75,7 +75,7 @@ def export_golden(codec: Codec[Any], path: str | os.PathLike[str], *, overwrite:
         "tensors": list(tensors),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_tensors(path, tensors, {METADATA: json.dumps(values)})
+    write_tensors(path, tensors, {METADATA: json.dumps(values)}, overwrite)
     return path
 
 

@@ -1,13 +1,16 @@
 """Decode a folder of tokens to one audio file for each utterance."""
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from nemo_lfr.codec.arrays import to_numpy
+from nemo_lfr.codec.codec import Codec
 from nemo_lfr.corpus.ids import UniqueIds, path_inside
 from nemo_lfr.corpus.token_folder import TokenFolder, TokenizedUtterance
 from nemo_lfr.errors import NemoLfrError, shorten
-from nemo_lfr.io.atomic import Sweeper
+from nemo_lfr.io.atomic import OutputExistsError, Sweeper
 from nemo_lfr.io.audio import AudioWriter
 from nemo_lfr.io.locate import expand_home
 from nemo_lfr.pretrained import load
@@ -83,13 +86,18 @@ def decode_folder(
                     raise NemoLfrError(f"{path}: not a regular file; remove it, or choose another --out.")
                 leftovers.sweep(path)
                 if overwrite or not path.exists():
-                    audio, _ = codec.decode(utterance.tokens)
-                    # A link to a missing file does not count as existing. The audio file replaces the link.
-                    replace = overwrite or path.is_symlink()
-                    with AudioWriter(path, codec.sample_rate, overwrite=replace) as writer:
-                        writer.write(to_numpy(audio[0, : utterance.num_samples]))
+                    _decode(utterance, codec, path, overwrite)
                 yield path
             except NemoLfrError as error:
                 yield error
             except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
                 yield NemoLfrError(f"{error.filename}: {error.strerror}.")
+
+
+def _decode(utterance: TokenizedUtterance, codec: Codec[Any], path: Path, overwrite: bool) -> None:
+    """Decode an utterance to a file, unless another process writes the file in the meantime."""
+    audio, _ = codec.decode(utterance.tokens)
+    # A link to a missing file does not count as existing. The audio file replaces the link.
+    replace = overwrite or path.is_symlink()
+    with suppress(OutputExistsError), AudioWriter(path, codec.sample_rate, overwrite=replace) as writer:
+        writer.write(to_numpy(audio[0, : utterance.num_samples]))

@@ -28,6 +28,10 @@ KEPT = 60
 NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK)
 
 
+class OutputExistsError(NemoLfrError):
+    """Error for an output file that exists and may not be replaced."""
+
+
 def check_overwrite(path: Path, overwrite: bool) -> None:
     """Check that an output path does not exist yet or may be overwritten.
 
@@ -38,13 +42,53 @@ def check_overwrite(path: Path, overwrite: bool) -> None:
         overwrite: whether an existing file may be replaced.
 
     Raises:
-        NemoLfrError: if `path` is a folder, pipe, device or socket, or exists and `overwrite` is not set.
+        OutputExistsError: if `path` exists and `overwrite` is not set.
+        NemoLfrError: if `path` is a folder, pipe, device or socket.
     """
     if os.path.isdir(path):
         raise NemoLfrError(f"{path} is a folder, not an output file; choose another name.")
     check_replaceable(path)
     if os.path.lexists(path) and not overwrite:
-        raise NemoLfrError(f"{path} exists; pass --overwrite (overwrite=True) to replace it.")
+        raise OutputExistsError(f"{path} exists; pass --overwrite (overwrite=True) to replace it.")
+
+
+def publish(temporary: Path, path: Path, overwrite: bool) -> None:
+    """Give a complete temporary file its final name.
+
+    If `overwrite` is not set, a file that another process wrote under this name in the meantime is kept. On file
+    systems without hard links, such a file may be replaced if it appears in the last moment.
+
+    Args:
+        temporary: temporary file in the folder of `path`. It may still exist afterwards.
+        path: output file.
+        overwrite: whether an existing file may be replaced.
+
+    Raises:
+        OutputExistsError: if `path` exists and `overwrite` is not set.
+        OSError: if the file cannot be renamed.
+    """
+    if overwrite:
+        os.replace(temporary, path)
+    elif not _link(temporary, path):
+        raise OutputExistsError(
+            f"{path} was written by another program in the meantime, and is kept; pass --overwrite (overwrite=True) "
+            "to replace it."
+        )
+
+
+def _link(temporary: Path, path: Path) -> bool:
+    """Give a file the name `path` unless this name exists, and return whether it did not exist."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        if os.path.lexists(path):
+            return False
+        os.replace(temporary, path)
+    return True
 
 
 def make_folder(path: Path) -> None:
@@ -90,10 +134,15 @@ def open_temporary(path: Path) -> IO[bytes]:
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
+def replacing(path: Path, overwrite: bool = True) -> Iterator[IO[bytes]]:
     """Yield a temporary file that replaces `path` on success and is removed on error.
 
+    Args:
+        path: output file.
+        overwrite: whether an existing file may be replaced.
+
     Raises:
+        OutputExistsError: if `path` exists at the end, and `overwrite` is not set.
         OSError: if the file cannot be written, for instance on a full disk; the error names `path`.
     """
     with naming(path), open_temporary(path) as file, naming(path, Path(file.name)):
@@ -103,24 +152,26 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
             os.fsync(file.fileno())
             if os.name == "nt":  # Windows cannot rename an open file; the file is not locked there
                 file.close()
-            os.replace(file.name, path)
+            publish(Path(file.name), path, overwrite)
         finally:
             Path(file.name).unlink(missing_ok=True)
 
 
-def write_bytes(path: Path, data: bytes | Iterable[bytes]) -> Path:
+def write_bytes(path: Path, data: bytes | Iterable[bytes], overwrite: bool = True) -> Path:
     """Write a file atomically and return its path.
 
     This function does not remove leftovers of killed runs. Commands call `sweep` for this, once for all their files.
 
     Args:
-        path: output file; an existing file is replaced.
+        path: output file.
         data: content, as one piece or several.
+        overwrite: whether an existing file may be replaced.
 
     Raises:
+        OutputExistsError: if `path` exists and `overwrite` is not set.
         OSError: if the file cannot be written, for instance on a full disk; the error names `path`.
     """
-    with replacing(path) as file:
+    with replacing(path, overwrite) as file:
         file.writelines([data] if isinstance(data, bytes) else data)
     return path
 
@@ -146,18 +197,9 @@ def write_new(path: Path, data: bytes) -> bool:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-            os.link(file.name, path)
-        except FileExistsError:
-            return False
-        except OSError as error:
-            if error.errno not in NO_LINKS:
-                raise
-            if os.path.lexists(path):
-                return False
-            os.replace(file.name, path)
+            return _link(Path(file.name), path)
         finally:
             Path(file.name).unlink(missing_ok=True)
-    return True
 
 
 @contextlib.contextmanager

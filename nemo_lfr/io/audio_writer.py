@@ -11,7 +11,7 @@ import numpy as np
 import soundfile
 
 from nemo_lfr.errors import AudioError, NemoLfrError, quoted
-from nemo_lfr.io.atomic import check_overwrite, naming, open_temporary
+from nemo_lfr.io.atomic import check_overwrite, naming, open_temporary, publish
 from nemo_lfr.io.decoders import sndfile_reason
 from nemo_lfr.io.folders import WRITABLE_FORMATS, WRITABLE_SUFFIXES
 
@@ -31,12 +31,14 @@ class AudioWriter:
         overwrite: whether to replace an existing file.
 
     Raises:
-        NemoLfrError: if the file exists and `overwrite` is not set, or if its suffix is not in `WRITABLE_FORMATS`.
+        OutputExistsError: if the file exists, at the start or at the end, and `overwrite` is not set.
+        NemoLfrError: if its suffix is not in `WRITABLE_FORMATS`.
         AudioError: if the format does not support the sample rate.
     """
 
     def __init__(self, path: str | os.PathLike[str], sample_rate: int, *, overwrite: bool = False) -> None:
         self.path = Path(path)
+        self._overwrite = overwrite
         check_overwrite(self.path, overwrite)
         kind = self.path.suffix[1:]
         if kind.lower() not in WRITABLE_FORMATS:
@@ -90,7 +92,7 @@ class AudioWriter:
                     self._raw.flush()
                     os.fsync(self._raw.fileno())
                 if kind is None:
-                    temporary.replace(self.path)
+                    publish(temporary, self.path, self._overwrite)
         finally:
             temporary.unlink(missing_ok=True)
 

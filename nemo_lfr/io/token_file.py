@@ -68,7 +68,7 @@ import numpy as np
 from nemo_lfr import frames
 from nemo_lfr._version import __version__
 from nemo_lfr.errors import EntropyModelError, TokenFileError, TokensError, shorten
-from nemo_lfr.io.atomic import check_overwrite, naming, open_temporary
+from nemo_lfr.io.atomic import check_overwrite, naming, open_temporary, publish
 from nemo_lfr.io.entropy import coding as compressed
 from nemo_lfr.io.entropy.find import check_layout, find_model
 from nemo_lfr.io.entropy.model import HASH, EntropyModel
@@ -287,7 +287,7 @@ class TokenWriter(TokenStreamWriter):
         model: entropy model that compresses the tokens in blocks of 256 frames; None for packed frames.
 
     Raises:
-        NemoLfrError: if the file exists and `overwrite` is not set.
+        OutputExistsError: if the file exists, at the start or at the end, and `overwrite` is not set.
         EntropyModelError: if `model` has different levels or codebooks than `metadata`.
     """
 
@@ -299,6 +299,7 @@ class TokenWriter(TokenStreamWriter):
         model: EntropyModel | None = None,
     ) -> None:
         self.path = expand_home(path)
+        self._overwrite = overwrite
         check_overwrite(self.path, overwrite)
         self._finished = False
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -362,7 +363,7 @@ class TokenWriter(TokenStreamWriter):
                         f"{self.path}: `finish` was not called, so the file was not written; call it after `write`."
                     )
                 if kind is None:
-                    temporary.replace(self.path)
+                    publish(temporary, self.path, self._overwrite)
         finally:
             temporary.unlink(missing_ok=True)
 

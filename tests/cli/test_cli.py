@@ -278,6 +278,33 @@ def test_skip_existing_keeps_existing_results(capsys, folder, tmp_path):
     ]
 
 
+@pytest.mark.parametrize(
+    ("options", "expected", "message", "is_kept"),
+    [
+        ([], 1, "was written by another program in the meantime, and is kept; pass --overwrite", True),
+        (["--skip-existing"], 0, "was written by another process, and is kept", True),
+        (["--overwrite"], 0, "", False),
+    ],
+)
+@pytest.mark.parametrize("name", ["encode", "decode"])
+def test_an_output_that_appears_in_the_meantime(
+    name, options, expected, message, is_kept, capsys, folder, tmp_path, monkeypatch
+):
+    run(capsys, "encode", folder / "a.wav", "--out", tmp_path)
+    source, suffix = (folder / "a.wav", ".lfr") if name == "encode" else (tmp_path / "a.lfr", ".wav")
+    target = tmp_path / "out" / f"a{suffix}"
+    original = os.fsync
+
+    def fsync(descriptor):
+        target.write_bytes(b"precious")
+        original(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    code, _, err = run(capsys, name, source, "--out", tmp_path / "out", *options)
+    assert code == expected and message in err
+    assert (target.read_bytes() == b"precious") == is_kept and len(list(target.parent.iterdir())) == 1
+
+
 @pytest.mark.skipif(os.name == "nt", reason="links need a privilege")
 @pytest.mark.parametrize("name", slow_after(1, ["encode", "decode"]))
 def test_skip_existing_replaces_a_link_to_a_missing_file(name, capsys, folder, tmp_path):

@@ -17,6 +17,7 @@ import torch
 
 from nemo_lfr.cli.main import main
 from nemo_lfr.corpus.formats import BUILT_IN
+from nemo_lfr.io.atomic import OutputExistsError
 from tests.corpora import write_codec, write_tokens
 from tests.crash import on_a_full_disk
 from tests.tiers import slow_after, slow_except, slow_if
@@ -418,6 +419,17 @@ def test_audio_is_not_written_into_the_folder_of_the_tokens(name, whole, model, 
     code, lines = run(tmp_path / "tokens", tmp_path / name, model, capsys)
     assert code == 2 and len(lines) == 1 and "choose another --out" in lines[0]
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_audio_that_another_process_writes_in_the_meantime_is_no_failure(whole, model, tmp_path, capsys, monkeypatch):
+    def publish(temporary, path, overwrite):
+        path.write_bytes(b"precious")
+        raise OutputExistsError(f"{path} was written by another program")
+
+    monkeypatch.setattr("nemo_lfr.io.audio_writer.publish", publish)
+    code, _ = run(whole["lfr"], tmp_path / "out", model, capsys)
+    written = [path.read_bytes() for path in (tmp_path / "out").rglob("*.wav")]
+    assert code == 0 and written and set(written) == {b"precious"}
 
 
 @pytest.mark.skipif(os.name == "nt", reason="links")

@@ -15,6 +15,7 @@ import torch
 
 from nemo_lfr.checkpoint import write_checkpoint
 from nemo_lfr.checkpoint.folder import write_folder
+from nemo_lfr.codec.golden import export_golden
 from nemo_lfr.errors import NemoLfrError
 from nemo_lfr.io.atomic import (
     check_overwrite,
@@ -26,6 +27,9 @@ from nemo_lfr.io.atomic import (
     write_new,
     writing_folder,
 )
+from nemo_lfr.io.audio import AudioWriter
+from nemo_lfr.io.entropy.find import bundled_model
+from nemo_lfr.io.entropy.model import write_model
 from nemo_lfr.io.tensor_file import save_tensors
 from tests.models import cached_codec, codec_config
 
@@ -145,17 +149,51 @@ def test_temporary_folders_of_killed_runs_are_removed(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def refuse_links(*_):
+    raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+
 @pytest.mark.parametrize("has_links", [True, False])
 def test_a_new_file_is_written_once_with_and_without_hard_links(tmp_path, monkeypatch, has_links):
     if not has_links:
-
-        def refuse(*_):
-            raise OSError(errno.EPERM, os.strerror(errno.EPERM))
-
-        monkeypatch.setattr(os, "link", refuse)
+        monkeypatch.setattr(os, "link", refuse_links)
     path = tmp_path / "a"
     assert write_new(path, b"first") and not write_new(path, b"second")
     assert path.read_bytes() == b"first" and os.listdir(tmp_path) == ["a"]
+
+
+def write_audio(path):
+    with AudioWriter(path, 22050) as writer:
+        writer.write(np.zeros(10))
+
+
+NEW_FILES = {
+    "a.wav": write_audio,
+    "a.lfr": lambda path: cached_codec().encode_file("a.wav", path),
+    "a.lfrm": lambda path: write_model(bundled_model(), path),
+    "a.safetensors": lambda path: export_golden(cached_codec(), path),
+}
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+@pytest.mark.parametrize("name", NEW_FILES)
+def test_a_file_that_another_program_writes_in_the_meantime_is_kept(name, has_links, tmp_path, monkeypatch):
+    if not has_links:
+        monkeypatch.setattr(os, "link", refuse_links)
+    monkeypatch.chdir(tmp_path)
+    soundfile.write("a.wav", np.zeros(2000), 22050)
+    (tmp_path / "new").mkdir()
+    path = tmp_path / "new" / name
+    original = os.fsync
+
+    def fsync(descriptor):
+        path.write_bytes(b"precious")
+        original(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(NemoLfrError, match=f"{name} was written by another program in the meantime, and is kept"):
+        NEW_FILES[name](path)
+    assert path.read_bytes() == b"precious" and os.listdir(tmp_path / "new") == [name]
 
 
 def bind(path):

@@ -333,4 +333,4 @@ def write_model(model: EntropyModel, path: str | os.PathLike[str], overwrite: bo
     path = expand_home(path)
     check_overwrite(path, overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes(path, model.to_bytes())
+    write_bytes(path, model.to_bytes(), overwrite)
