@@ -235,8 +235,8 @@ class Tensors:
     def checksum(self) -> str | dict[str, str] | None:
         """Return None. Subclasses for safetensors files override this method.
 
-        They return the SHA-256 of the values of all tensors or, for several files, the SHA-256 of each file by its
-        name.
+        These methods return the SHA-256 of the values of all tensors or, for several files, a dict from each file name
+        to the SHA-256 of the file's values.
         """
         return None
 

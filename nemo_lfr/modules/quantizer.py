@@ -60,7 +60,7 @@ def _check_tokens(
 def _check_indices(indices: torch.Tensor, num_codebooks: int, codebook_size: int, length: torch.Tensor | None) -> None:
     """Raise an error if tokens to decode have the wrong shape or are outside the codebook.
 
-    The check of the values synchronizes a GPU. They are not checked while a graph is traced or captured.
+    Checking the values synchronizes a GPU. The values are not checked while a graph is traced or captured.
 
     Args:
         indices: tokens, which should be [C, B, T].

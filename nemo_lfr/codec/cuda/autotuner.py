@@ -1,6 +1,7 @@
 """Autotuner that chooses among several implementations of the same layer (the candidates).
 
-For each shape it measures all candidates once, and keeps the fastest one whose result matches the reference.
+For each shape, the autotuner measures all candidates once, and keeps the fastest one whose result matches the
+reference.
 """
 
 import logging
