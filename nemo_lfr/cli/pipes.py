@@ -143,6 +143,8 @@ def _open_audio(source: Path | io.BufferedReader, sample_rate: int) -> Iterator[
                 yield reader
         return
     head += source.read(SNIFFED_BYTES)
+    if not head:
+        raise AudioError("stdin: the input is empty; check the program that writes to this pipe.")
     if not _may_be_audio(head):
         raise AudioError("stdin: not an audio file of a known format; pipe in WAV, FLAC, Ogg or MP3.")
     with tempfile.TemporaryDirectory(prefix="nemo-lfr-") as folder:

@@ -424,6 +424,8 @@ class _Sections:
 
     def _read_header(self) -> tuple[int, int, Metadata]:
         head = self._file.read(5)
+        if not head:
+            raise TokenFileError(f"{self.path}: the input is empty; check the program or copy that wrote it.")
         if head[:4] != MAGIC:
             raise TokenFileError(f"{self.path}: not a .lfr token file.")
         if len(head) < 5:

@@ -17,6 +17,7 @@ import soundfile
 from nemo_lfr.errors import AudioError
 from nemo_lfr.io.audio import AudioReader
 from nemo_lfr.io.containers import cache, find_streams
+from nemo_lfr.io.containers.ogg import _checksum as ogg_checksum
 from nemo_lfr.io.resampling import count_samples
 from tests.models import synthesize
 
@@ -517,6 +518,20 @@ def test_recordings_joined_by_cat_are_read_one_after_the_other(kind, rates):
         np.testing.assert_allclose(part, joined[len(alone[0]) - 240 :][:480], rtol=0, atol=1e-6)
 
 
+def without_rate(data):
+    """Return Opus audio whose header declares no input rate."""
+    at, end = data.index(b"OpusHead") + 12, data.index(b"OggS", 1)
+    page = patched(data[:end], (at, bytes(4)))
+    return patched(page, (22, struct.pack("<I", ogg_checksum(page)))) + data[end:]
+
+
+def test_opus_without_an_input_rate_is_decoded_at_the_full_rate():
+    """libsndfile alone would decode it at 8 kHz."""
+    data = written(rate=48000, format="OGG", subtype="OPUS")
+    assert np.array_equal(read(without_rate(data)), read(data))
+    assert np.array_equal(read(without_rate(data) * 2), read(data * 2))
+
+
 def test_mp3_without_a_header_of_its_encoder_is_read_to_the_end():
     data = written(synthesize(6), format="MP3", bitrate_mode="VARIABLE")
     whole = read(data)
@@ -682,9 +697,10 @@ def test_coded_audio_in_linear_pcm_is_not_read_as_samples(sync):
         read(wav(chunk(b"data", bytes(400) + sync + pcm())))
 
 
-def test_au_whose_samples_begin_beyond_its_end_is_refused():
-    with pytest.raises(AudioError, match="says that samples begin at byte"):
-        read(patched(au(SIZE), (4, b"\xff\xff\0\0")))
+@pytest.mark.parametrize("offset", [0, 23, 0xFFFF0000])
+def test_au_whose_samples_begin_in_its_header_or_beyond_its_end_is_refused(offset):
+    with pytest.raises(AudioError, match=f"says that samples begin at byte {offset}, but the"):
+        read(patched(au(SIZE), (4, struct.pack(">I", offset))))
 
 
 def test_sphere_of_8_bits_is_read_completely():

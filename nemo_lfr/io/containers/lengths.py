@@ -89,6 +89,14 @@ def _au_streams(window: Window) -> list[Stream]:
     order = ">" if window.at(0, 4) == b".snd" else "<"
     offset, length = struct.unpack(f"{order}II", window.at(4, 8))
     available = window.size - offset
+    if offset < AU_HEADER:
+        return [
+            whole_file(
+                window.size,
+                f"the audio is damaged: its header says that samples begin at byte {offset}, but the header has "
+                f"{AU_HEADER} bytes",
+            )
+        ]
     if available < 0:
         return [whole_file(window.size, _beyond_end(offset, window.size))]
     if 0 < length < available and next_file(window, offset + length) is not None:

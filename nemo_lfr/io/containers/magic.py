@@ -3,7 +3,7 @@
 import re
 import struct
 
-from nemo_lfr.io.containers.stream import TAGS, Window
+from nemo_lfr.io.containers.stream import TAGS, Window, is_zero
 
 # Beginnings of files, at most 16 bytes. They are long enough that samples are unlikely to contain them by chance.
 _MAGIC = re.compile(
@@ -107,7 +107,7 @@ def after_zeros(window: Window, position: int) -> int:
     """Return the end of the run of zeros that begins at a position."""
     while position < window.size:
         block = window.at(position, Window.BLOCK)
-        rest = block.lstrip(b"\0")
+        rest = b"" if is_zero(block) else block.lstrip(b"\0")
         position += len(block) - len(rest)
         if rest or not block:
             break

@@ -7,7 +7,13 @@ from nemo_lfr.io.containers.joined import next_file
 from nemo_lfr.io.containers.stream import JOINED, TAGS, Stream, Window, several_tracks
 
 # Beginning of the first packet of an audio codec.
-_AUDIO = (b"\x01vorbis", b"OpusHead", b"\x7fFLAC", b"Speex   ", b"fLaC")
+_OPUS = b"OpusHead"
+_AUDIO = (b"\x01vorbis", _OPUS, b"\x7fFLAC", b"Speex   ", b"fLaC")
+
+
+# Opus is decoded at the input rate in its header. If this rate is 0, which means "unknown" (RFC 7845), libsndfile
+# decodes at 8 kHz and loses the upper band, so the full rate of Opus is written into the header.
+_OPUS_RATE, _RATE_AT = 48000, 12
 
 
 def ogg_streams(window: Window) -> list[Stream]:
@@ -16,7 +22,7 @@ def ogg_streams(window: Window) -> list[Stream]:
     open_serials: set[int] = set()
     numbers: dict[int, int] = {}
     position, start, in_heads = 0, 0, True
-    problem, tracks = None, 0
+    problem, tracks, header = None, 0, b""
     while position < window.size:
         page = window.at(position, 27)
         if page[:4] != b"OggS":
@@ -42,12 +48,14 @@ def ogg_streams(window: Window) -> list[Stream]:
         flags, serial, number = page[5], *struct.unpack_from("<II", page, 14)
         if flags & 2:  # the page begins a logical stream
             if not in_heads:  # after pages of other streams: the next recording
-                links.append(_link(start, position, problem, open_serials, tracks))
-                start, problem, tracks = position, None, 0
+                links.append(_link(start, position, problem, open_serials, tracks, header))
+                start, problem, tracks, header = position, None, 0, b""
                 open_serials, numbers = set(), {}
             in_heads = True
             open_serials.add(serial)
             tracks += window.at(position + 27 + len(table), 8).startswith(_AUDIO)
+            if position == start:
+                header = _with_rate(window.at(position, length), 27 + len(table))
         else:
             in_heads = False
             if serial in numbers and number != (numbers[serial] + 1) & 0xFFFFFFFF:
@@ -56,8 +64,8 @@ def ogg_streams(window: Window) -> list[Stream]:
         if flags & 4:
             open_serials.discard(serial)
         position += length
-    links.append(_link(start, position, problem, open_serials, tracks))
-    if len(links) == 1:
+    links.append(_link(start, position, problem, open_serials, tracks, header))
+    if len(links) == 1 and not header:
         links[0].is_file = True
     return links
 
@@ -76,7 +84,31 @@ def _checksum(page: bytes) -> int:
     return int(f"{inverted:032b}"[::-1], 2)
 
 
-def _link(start: int, stop: int, problem: str | None, open_serials: set[int], tracks: int) -> Stream:
+def _with_rate(page: bytes, begin: int) -> bytes:
+    """Return the first page of Opus audio with an input rate, if it has none; b"" for other pages.
+
+    Args:
+        page: the page.
+        begin: position of the first packet.
+    """
+    at = begin + _RATE_AT
+    if page[begin : begin + len(_OPUS)] != _OPUS or page[at : at + 4] != bytes(4):
+        return b""
+    page = page[:at] + struct.pack("<I", _OPUS_RATE) + page[at + 4 :]
+    return page[:22] + struct.pack("<I", _checksum(page)) + page[26:]
+
+
+def _link(start: int, stop: int, problem: str | None, open_serials: set[int], tracks: int, header: bytes) -> Stream:
+    """Return a recording.
+
+    Args:
+        start: position of its first page.
+        stop: position after its last page.
+        problem: error message if the recording is damaged.
+        open_serials: logical streams whose last page is missing.
+        tracks: number of audio tracks.
+        header: bytes that replace the first page; b"" to keep it.
+    """
     if open_serials:
         problem = problem or "the audio was truncated: its last page is missing"
-    return Stream([(start, stop)], problem=problem, note=several_tracks(tracks))
+    return Stream([(start + len(header), stop)], header, problem=problem, note=several_tracks(tracks))

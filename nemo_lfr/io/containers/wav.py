@@ -22,6 +22,7 @@ from nemo_lfr.io.containers.stream import (
     cut_short,
     goes_on,
     is_chunk,
+    is_zero,
     longer,
     moved,
     whole_file,
@@ -93,7 +94,7 @@ class WavSamples:
                 skipped = min(self._skip, len(data))
                 data, self._skip = data[skipped:], self._skip - skipped
             elif self._zeros is not None:
-                if not data.strip(b"\0"):
+                if is_zero(data):
                     self._zeros += len(data)
                     break
                 samples.append(bytes(self._zeros))
