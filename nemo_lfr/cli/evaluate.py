@@ -10,6 +10,7 @@ import click
 
 from nemo_lfr.bundled import bundled_quality
 from nemo_lfr.cli.command import Command, RenamedOption
+from nemo_lfr.cli.identify import refuse_other_kind
 from nemo_lfr.cli.options import PathText, UserPath, count_option, device_option
 from nemo_lfr.cli.progress import progress
 from nemo_lfr.cli.results import EvaluateResult
@@ -128,6 +129,7 @@ def evaluate(
     from nemo_lfr.io.exclusive import exclusive
 
     report.check_packages()
+    refuse_other_kind(source, "a manifest or a table")
     recordings, look = _read_recordings(source, preset, audio_dir, seed)
     chosen = choose(recordings, limit, seed)
     report.check_keys(chosen.values(), by)

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
+from nemo_lfr.errors import NemoLfrError
 from nemo_lfr.io.folders import AUDIO_SUFFIXES, find_files
 from nemo_lfr.io.regular import open_regular
 from nemo_lfr.io.tables import SAVE_AS_CSV, SPREADSHEETS, table_suffix
@@ -74,6 +75,30 @@ MEMBERS = (
 )
 
 
+# Files in the folder of a codec, which are of no use alone.
+PART_NAMES = frozenset(
+    {
+        *("config.json", "preprocessor_config.json", "model.safetensors", "model.safetensors.index.json"),
+        *("codec.json", "encoder.onnx", "decoder.onnx", "model_config.yaml"),
+    }
+)
+
+
+def refuse_other_kind(path: Path, wanted: str) -> None:
+    """Raise an error if an input that is not audio or tokens is an audio file, a token file or an entropy model.
+
+    Args:
+        path: input from the command line; it need not exist.
+        wanted: description of the expected input, for the message.
+
+    Raises:
+        NemoLfrError: if the file has one of these kinds. The message names the command or option that reads it.
+    """
+    identity = identify_content(path) if path.is_file() else None
+    if identity in (AUDIO, TOKENS, ENTROPY_MODEL):
+        raise NemoLfrError(f"{path}: this is {identity.text}, not {wanted}; {identity.advice}.")
+
+
 def identify_suffix(path: Path) -> Identity:
     """Return the kind of file that a suffix stands for; `UNKNOWN` for other suffixes."""
     suffix = path.suffix.lower()
@@ -100,6 +125,8 @@ def identify_content(path: Path) -> Identity | None:
     with open_regular(path) as file:
         head = file.read(HEAD_BYTES)
     suffix = path.suffix.lower()
+    if path.name in PART_NAMES and _folder(path.parent).kind in (CHECKPOINT.kind, "onnx"):
+        return Identity("codec_part", "a part of a codec", f"pass its folder as --model: {path.parent}")
     if suffix in SPREADSHEETS:
         return Identity(UNKNOWN.kind, "a spreadsheet", SAVE_AS_CSV)
     for offset, magic, identity in MAGIC:

@@ -79,9 +79,15 @@ def open_codec(model: str | None, device: str | None, precision: str) -> "Codec[
         model: checkpoint, folder of ONNX files or Hub id; None for the bundled codec.
         device: device to run on; None for the default.
         precision: as in `nemo_lfr.load`.
+
+    Raises:
+        NemoLfrError: as in `nemo_lfr.load`, or if `model` is an audio file, a token file or an entropy model.
     """
+    from nemo_lfr.cli.identify import refuse_other_kind
     from nemo_lfr.pretrained import load
 
+    if model:
+        refuse_other_kind(expand_home(model), "a checkpoint")
     configure_malloc()
     return load(model, device, precision)
 

@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from nemo_lfr.cli.command import Command
+from nemo_lfr.cli.identify import refuse_other_kind
 from nemo_lfr.cli.options import (
     UserPath,
     count_option,
@@ -120,6 +121,7 @@ def tokenize(
     from nemo_lfr.corpus.part import parse_part
     from nemo_lfr.corpus.run import tokenize
 
+    refuse_other_kind(corpus, "a manifest, a table, cuts or a folder")
     config = TokenizeConfig(
         str(corpus),
         str(out),

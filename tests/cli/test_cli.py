@@ -177,6 +177,18 @@ CONTENT = {
         (["encode", "{folder}/a.wav", "--precision", "int4"], "int4"),
         (["encode", "{folder}/a.wav", "--model", "nowhere.nemo"], "nowhere.nemo: no such file"),
         (["encode", "{folder}/a.wav", "--model", "{folder}/notes.txt"], "not a .nemo archive"),
+        (
+            ["encode", "{folder}/a.wav", "--model", "{folder}/a.wav"],
+            "this is an audio file, not a checkpoint; nemo-lfr",
+        ),
+        (
+            ["tokenize", "{folder}/a.wav", "--out", "{folder}/t"],
+            "this is an audio file, not a manifest, a table, cuts",
+        ),
+        (
+            ["evaluate", "{folder}/a.wav", "--out", "{folder}/t"],
+            "this is an audio file, not a manifest or a table; nem",
+        ),
         (["encode", "{folder}/a.wav", "--device", "abacus"], "abacus"),
         (["decode", "{folder}"], "no .lfr file in this folder (3 skipped: 1 .flac, 1 .txt, 1 .wav); nemo-lfr encode"),
         (["decode", "{folder}/a.wav", "--start", "soon"], "'soon' is not a valid float"),
@@ -235,7 +247,12 @@ def test_info_identifies_files_and_names_the_command_for_them(capsys, folder):
     run(capsys, "encode", folder / "a.wav", "--out", folder / "B.LFR")
     assert "frames " in run(capsys, "info", folder / "B.LFR")[1]
     (folder / "m.json").write_text('{"audio_filepath": "a.wav"}\n')
+    (folder / "codec").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (folder / "codec" / name).write_text("{}")
     expected = {
+        "codec/config.json": ("a part of a codec", f"pass its folder as --model: {folder / 'codec'}"),
+        "codec/model.safetensors": ("a part of a codec", "pass its folder as --model"),
         "a.wav": ("kind         audio", "nemo-lfr encode reads it"),
         "m.json": ("a manifest", "nemo-lfr tokenize reads"),
         "": (
