@@ -2,7 +2,7 @@
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, SupportsIndex
 
 import numpy as np
@@ -62,6 +62,48 @@ def check_audio(
     for row, peak in enumerate(arrays.peaks(clips, lengths), first):
         check_peak(peak, f"clip {row}")
     return clips, lengths
+
+
+def check_chunk(arrays: Arrays[Any], samples: object) -> np.ndarray:
+    """Check consecutive samples [n] of one recording, n >= 0, and convert them to float32.
+
+    Raises:
+        AudioError: for another shape, an unsupported type, or NaN values.
+    """
+    chunk = arrays.convert(samples, "audio", AudioError)
+    if chunk.ndim != 1:
+        raise AudioError(f"samples have shape {list(chunk.shape)}; pass chunks of one recording, each of shape [n].")
+    if not len(chunk):
+        return np.zeros(0, np.float32)
+    return to_numpy(check_audio(arrays, chunk)[0][0])
+
+
+def check_token_chunk(arrays: Arrays[Any], spec: CodecSpec, tokens: object) -> Any:
+    """Check consecutive tokens [C, k] of one recording, k >= 0, and convert them to int64.
+
+    Raises:
+        TokensError: for another shape, an unsupported type, or a token outside the codebook.
+    """
+    ids = arrays.convert(tokens, "tokens", TokensError)
+    if ids.ndim != 2:
+        raise TokensError(f"tokens have shape {list(ids.shape)}; pass chunks of one recording, each of shape [C, k].")
+    return check_tokens(arrays, spec, ids)[0][0]
+
+
+def check_blocks(blocks: object, name: str, error: type[NemoLfrError]) -> Iterable[Any]:
+    """Return an argument that must be an iterable of arrays.
+
+    Args:
+        blocks: the argument.
+        name: what the arrays contain: "samples" or "tokens".
+        error: type of the error to raise.
+
+    Raises:
+        NemoLfrError: of the type `error`, if the argument is not iterable, or is a single array.
+    """
+    if hasattr(blocks, "ndim") or isinstance(blocks, str | bytes) or not isinstance(blocks, Iterable):
+        raise error(f"blocks has type {type(blocks).__name__}; pass an iterable of arrays, such as [{name}].")
+    return blocks
 
 
 def resample_clips(

@@ -23,11 +23,11 @@ class CodecBase(Generic[Array]):
             backend's choice.
 
     Raises:
-        NemoLfrError: if `backend` is not a backend object; see `check_backend`.
+        NemoLfrError: if `backend` is not a backend object (see `check_backend`), or `chunk_frames` is not an integer
+            of at least 1.
 
     Attributes:
         backend: backend that runs the encoder and the decoder.
-        chunk_frames: frames in one window of long audio. It may be changed at any time; results do not depend on it.
     """
 
     backend: Backend[Array]
@@ -35,7 +35,19 @@ class CodecBase(Generic[Array]):
     def __init__(self, backend: Backend[Array], *, chunk_frames: int | None = None) -> None:
         check_backend(backend)
         self.backend = backend
-        self.chunk_frames = chunk_frames or backend.batching.chunk_frames
+        self.chunk_frames = backend.batching.chunk_frames if chunk_frames is None else chunk_frames
+
+    @property
+    def chunk_frames(self) -> int:
+        """Frames in one window of long audio, not counting the context around them.
+
+        It may be changed at any time; results do not depend on it.
+        """
+        return self._chunk_frames
+
+    @chunk_frames.setter
+    def chunk_frames(self, frames: int) -> None:
+        self._chunk_frames = arguments.check_whole_number(frames, "chunk_frames", 1)
 
     @property
     def spec(self) -> CodecSpec:
@@ -146,6 +158,14 @@ class CodecBase(Generic[Array]):
     def check_tokens(self, tokens: object, tokens_len: object = None) -> tuple[Array, list[int]]:
         """Check tokens and convert them to int64 [B, C, T]; see `nemo_lfr.codec.arguments.check_tokens`."""
         return arguments.check_tokens(self.backend.arrays, self.backend.spec, tokens, tokens_len)
+
+    def check_chunk(self, samples: object) -> np.ndarray:
+        """Check samples [n] and convert them to float32; see `nemo_lfr.codec.arguments.check_chunk`."""
+        return arguments.check_chunk(self.backend.arrays, samples)
+
+    def check_token_chunk(self, tokens: object) -> Any:
+        """Check tokens [C, k] and convert them to int64; see `nemo_lfr.codec.arguments.check_token_chunk`."""
+        return arguments.check_token_chunk(self.backend.arrays, self.backend.spec, tokens)
 
     def check_encoded(self, tokens: Array | np.ndarray) -> None:
         """Raise NemoLfrError if a token [B, C, T] is outside the codebook.

@@ -3,7 +3,7 @@
 Results are tensors or numpy arrays, depending on the backend. This module does not import torch.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from os import PathLike
 from typing import Any, NamedTuple
 
@@ -55,7 +55,6 @@ class Codec(HubMethods[Array]):
 
     Attributes:
         backend: backend that runs the encoder and the decoder.
-        chunk_frames: frames in one window of long audio. It may be changed at any time; results do not depend on it.
     """
 
     def __repr__(self) -> str:
@@ -196,14 +195,19 @@ class Codec(HubMethods[Array]):
         """Encode one recording block by block, in constant memory.
 
         Args:
-            blocks: consecutive float samples at the codec's rate, each of shape [n] with any n.
+            blocks: consecutive samples at the codec's rate, each of shape [n] with any n; floating point in [-1, 1],
+                or int16.
 
         Yields:
             Consecutive tokens [C, k] as int32. Joined, they equal the tokens of the whole recording.
+
+        Raises:
+            AudioError: for an unsupported shape or type, or NaN values.
         """
         frame, cutter = self.samples_per_frame, self._audio_cutter()
+        chunks = self._checked(arguments.check_blocks(blocks, "samples", AudioError), self.check_chunk)
         for wave, window in trim_between_windows(
-            rolling_windows(blocks, frame, self.chunk_frames, cutter.limits.context)
+            rolling_windows(chunks, frame, self.chunk_frames, cutter.limits.context)
         ):
             padding = cutter.width(window.num_frames) * frame - len(wave)
             with self.backend.computing():  # ends before the `yield`, so the caller's settings are restored there
@@ -222,10 +226,18 @@ class Codec(HubMethods[Array]):
 
         Yields:
             Consecutive float32 samples of whole frames. Joined, they equal the decoded audio of the whole recording.
+
+        Raises:
+            TokensError: for an unsupported shape or type, or a token outside the codebook.
         """
         frame, cutter = self.samples_per_frame, self._token_cutter()
+
+        def checked(tokens: object) -> np.ndarray:
+            return to_numpy(self.check_token_chunk(tokens))
+
+        chunks = self._checked(arguments.check_blocks(blocks, "tokens", TokensError), checked)
         for piece, window in trim_between_windows(
-            rolling_windows(blocks, 1, self.chunk_frames, cutter.limits.context)
+            rolling_windows(chunks, 1, self.chunk_frames, cutter.limits.context)
         ):
             missing = cutter.width(window.num_frames) - window.num_frames
             with self.backend.computing():
@@ -368,6 +380,13 @@ class Codec(HubMethods[Array]):
                     writer.write(piece)
                     remaining -= len(piece)
         return last - first
+
+    def _checked(self, blocks: Iterable[Any], check: Callable[[object], np.ndarray]) -> Iterator[np.ndarray]:
+        """Yield the result of `check` for each block."""
+        for block in blocks:
+            with self.backend.computing():  # ends before the `yield`
+                chunk = check(block)
+            yield chunk
 
     def _audio_cutter(self) -> Cutter:
         backend = self.backend

@@ -19,7 +19,7 @@ from nemo_lfr.codec.cpu.products import stream_weights
 from nemo_lfr.codec.stream_batches import BaseStream, flush, push, run_step
 from nemo_lfr.codec.stream_modules import StreamModules, check_network
 from nemo_lfr.codec.stream_ops import LayerState, StreamOps
-from nemo_lfr.errors import AudioError, TokensError
+from nemo_lfr.errors import TokensError
 from nemo_lfr.modules.finite import quantize, to_audio
 
 
@@ -71,12 +71,7 @@ class StreamEncoder(BaseStream):
     def _check(self, samples: np.ndarray) -> np.ndarray:
         """Validate samples [n] and convert them to float32."""
         self._check_open()
-        clip = self.codec.backend.arrays.convert(samples, "audio", AudioError)
-        if clip.ndim != 1:
-            raise AudioError(f"samples have shape {list(clip.shape)}; pass one recording of shape [n].")
-        if not len(clip):
-            return np.zeros(0, np.float32)
-        return self.codec.check_audio(clip)[0][0].cpu().numpy()
+        return self.codec.check_chunk(samples)
 
     def _has_frame(self, num_samples: int) -> bool:
         """Return whether `num_samples` more samples complete a frame."""
@@ -160,10 +155,7 @@ class StreamDecoder(BaseStream):
     def _check(self, tokens: np.ndarray) -> torch.Tensor:
         """Validate tokens [C, k] and convert them to int64."""
         self._check_open()
-        ids = self.codec.backend.arrays.convert(tokens, "tokens", TokensError)
-        if ids.ndim != 2:
-            raise TokensError(f"tokens have shape {list(ids.shape)}; pass one recording of shape [C, k].")
-        return self.codec.check_tokens(ids)[0][0]
+        return self.codec.check_token_chunk(tokens)
 
     def _has_frame(self, num_frames: int) -> bool:
         return num_frames > 0

@@ -410,11 +410,66 @@ def test_audio_of_another_rate_is_resampled_clip_by_clip(small):
     assert torch.equal(same, small.encode(clips[0])[0])
 
 
-def test_bad_tokens_in_a_stream_are_refused(small):
-    with pytest.raises(TokensError, match="token 2016"):
-        list(small.decode_blocks([np.full((8, 3), 2016)]))
-    with pytest.raises(TokensError, match="float32"):
-        list(small.decode_blocks([np.zeros((8, 3), np.float32)]))
+@pytest.mark.parametrize("streams", [False, True], ids=["blocks", "stream"])
+@pytest.mark.parametrize(
+    ("samples", "message"),
+    [
+        (np.zeros((1, 700), np.float32), r"shape \[1, 700\]; pass chunks of one recording"),
+        (np.float32(0.5), r"shape \[\]; pass chunks"),
+        (np.full(700, np.nan, np.float32), "NaN"),
+        (np.full(700, 9000.0), "reaches 9000"),
+        (np.zeros(700, np.int32), "int32"),
+        (["a"], "type list"),
+    ],
+    ids=str,
+)
+def test_bad_chunks_of_samples_are_refused(small, samples, message, streams):
+    with pytest.raises(AudioError, match=message):
+        small.stream_encoder().push(samples) if streams else list(small.encode_blocks([samples]))
+
+
+@pytest.mark.parametrize("streams", [False, True], ids=["blocks", "stream"])
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (np.full((8, 3), 2016), "token 2016"),
+        (np.zeros((8, 3), np.float32), "float32"),
+        (np.zeros((1, 8, 3), np.int64), r"shape \[1, 8, 3\]; pass chunks of one recording"),
+        (np.zeros(8, np.int64), r"shape \[8\]; pass chunks"),
+        (np.zeros((7, 3), np.int64), "tokens have shape"),
+    ],
+    ids=["codebook", "dtype", "batch", "frame", "layers"],
+)
+def test_bad_chunks_of_tokens_are_refused(small, tokens, message, streams):
+    with pytest.raises(TokensError, match=message):
+        small.stream_decoder().push(tokens) if streams else list(small.decode_blocks([tokens]))
+
+
+@pytest.mark.parametrize("blocks", [np.zeros(700, np.float32), "a.wav", None, 3], ids=str)
+def test_blocks_that_are_no_iterable_of_arrays_are_refused(small, blocks):
+    with pytest.raises(AudioError, match="pass an iterable of arrays, such as \\[samples\\]"):
+        list(small.encode_blocks(blocks))
+    with pytest.raises(TokensError, match="pass an iterable of arrays, such as \\[tokens\\]"):
+        list(small.decode_blocks(blocks))
+
+
+def test_int16_blocks_have_the_tokens_of_the_clip(small):
+    wave = (20000 * synthesize(0.5)).astype(np.int16)
+    expected = small.encode(wave)[0][0]
+    blocks = list(small.encode_blocks([wave[:3000], wave[3000:3000], wave[3000:]]))
+    assert np.array_equal(np.concatenate(blocks, axis=1), expected)
+
+
+@pytest.mark.parametrize("frames", [0, -1, 1.5, "5", True, None])
+def test_invalid_chunk_frames_are_refused(small, frames):
+    message = "chunk_frames is .*; pass an integer of 1 or more"
+    if frames is not None:
+        with pytest.raises(NemoLfrError, match=message):
+            same_parts(small, chunk_frames=frames)
+    codec = same_parts(small, chunk_frames=np.int64(7))
+    with pytest.raises(NemoLfrError, match=message):
+        codec.chunk_frames = frames
+    assert codec.chunk_frames == 7
 
 
 # --- precision and fingerprints
