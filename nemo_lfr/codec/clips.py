@@ -3,7 +3,7 @@
 | form | channels | sample rate |
 | --- | --- | --- |
 | array [T_audio], [B, T_audio] or [B, 1, T_audio] | mono | `sample_rate` |
-| list of clips in these forms, of any lengths | depends on the clip | declared by the clip, else `sample_rate` |
+| list or column of clips in these forms, of any lengths | depends on the clip | declared by the clip, else `sample_rate` |
 | path | mixed to mono | declared by the file |
 | `datasets` item: {"array", "sampling_rate"} or {"path", "bytes"} | mixed to mono | from the item or the file |
 | `AudioDecoder` of `datasets` or TorchCodec, or `AudioSamples` | mixed to mono | from the object |
@@ -11,6 +11,7 @@
 
 import logging
 import os
+from array import array
 from collections.abc import Mapping, Sequence
 from functools import cache
 from numbers import Number
@@ -65,6 +66,7 @@ def to_batch(
     Raises:
         AudioError: for audio in another form, a rate that contradicts the source, or a file that cannot be read.
     """
+    audio, sample_rate = as_list(audio), plain_number(sample_rate)
     check_not_empty(audio, "audio", "clip", AudioError)
     if not is_list_of_clips(audio):
         return _clip(arrays, audio, audio_len, sample_rate, target_rate)
@@ -83,6 +85,26 @@ def to_batch(
     for row, (clip, length) in enumerate(zip(clips, lengths, strict=True)):
         batch[row, :length] = clip[:length]
     return batch, lengths
+
+
+def as_list(audio: Any) -> Any:
+    """Return a column of a table as a list, and any other argument unchanged.
+
+    Columns are sequences such as the `Column` of `datasets`, arrays of objects such as a `Series` of pandas, and arrays
+    of Arrow.
+    """
+    if callable(getattr(audio, "to_pylist", None)):
+        return audio.to_pylist()
+    if isinstance(audio, array):
+        return np.asarray(audio)  # keeps int16
+    is_other_sequence = isinstance(audio, Sequence) and not isinstance(audio, str | bytes | list | tuple)
+    return list(audio) if is_other_sequence or getattr(audio, "dtype", None) == np.dtype(object) else audio
+
+
+def plain_number(value: Any) -> Any:
+    """Return the number in an array or tensor that contains only one, and any other value unchanged."""
+    is_scalar = getattr(value, "ndim", None) == 0 and callable(getattr(value, "item", None))
+    return value.item() if is_scalar else value
 
 
 def is_list_of_clips(audio: object) -> bool:
@@ -146,7 +168,7 @@ def _recording(
         return _read(audio, None, audio_len, sample_rate, target_rate, name)
     if isinstance(audio, Mapping):
         if audio.get("array") is not None:
-            rate = audio.get("sampling_rate")
+            rate = plain_number(audio.get("sampling_rate"))
             _check_rates(rate, sample_rate, name)
             return _Recording(_mono(arrays, audio["array"], name), rate)
         path, data = audio.get("path"), audio.get("bytes")

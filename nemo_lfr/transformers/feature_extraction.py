@@ -10,7 +10,7 @@ from transformers.utils import logging
 
 from nemo_lfr.codec.arguments import check_not_empty, float_audio
 from nemo_lfr.codec.arrays import NumpyArrays
-from nemo_lfr.codec.clips import is_list_of_clips
+from nemo_lfr.codec.clips import as_list, is_list_of_clips
 from nemo_lfr.errors import AudioError, quoted, shorten
 from nemo_lfr.io.audio import check_peak
 
@@ -78,6 +78,7 @@ class NemoLfrFeatureExtractor(SequenceFeatureExtractor):
                 f"sampling_rate is {shorten(repr(sampling_rate))}, but the codec runs at {self.sampling_rate} Hz; "
                 "resample the audio first."
             )
+        raw_audio = as_list(raw_audio)
         check_not_empty(raw_audio, "raw_audio", "clip", AudioError)
         is_batch = is_list_of_clips(raw_audio)
         clips = [_mono_samples(clip, f"clip {row}") for row, clip in enumerate(raw_audio if is_batch else [raw_audio])]

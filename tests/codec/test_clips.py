@@ -2,6 +2,8 @@
 
 import logging
 import pathlib
+from array import array
+from collections import deque
 from types import SimpleNamespace
 from typing import Any
 
@@ -65,10 +67,16 @@ FORMS: dict[str, tuple[Any, Any, Any, list[np.ndarray]]] = {
     "with an empty clip": ([FIRST, FIRST[:0]], None, RATE, [FIRST, FIRST[:0]]),
     "at another rate": ([AT_16K, FIRST], None, 16000, [resample(AT_16K, 16000, RATE), resample(FIRST, 16000, RATE)]),
     "of int16": ([INT16], None, RATE, [INT16 / np.float32(32768)]),
+    "a deque": (deque([FIRST, SECOND]), None, RATE, [FIRST, SECOND]),
+    "an array of objects": (np.array([FIRST, SECOND, None], object)[:2], None, RATE, [FIRST, SECOND]),
+    "array.array of int16": (array("h", INT16.tobytes()), None, RATE, [INT16 / np.float32(32768)]),
+    "a rate in a tensor": (AT_16K, None, torch.tensor(16000), [resample(AT_16K, 16000, RATE)]),
     "of several forms": ([FIRST, item(SECOND), Decoder(STEREO)], None, RATE, [FIRST, SECOND, MIXED]),
     "of several rates": ([item(AT_16K, 16000), item(SECOND)], None, None, [resample(AT_16K, 16000, RATE), SECOND]),
     # Items of datasets and decoders
     "an item": (item(FIRST), None, None, [FIRST]),
+    "an item of tensors": (item(torch.from_numpy(FIRST), torch.tensor(RATE)), None, None, [FIRST]),
+    "an item of numpy arrays": (item(FIRST, np.array(RATE)), None, RATE, [FIRST]),
     "an item and its rate": (item(FIRST), None, RATE, [FIRST]),
     "an item of float64": (item(FIRST.astype(np.float64)), None, None, [FIRST]),
     "an item of a list": (item(FIRST.tolist()), None, None, [FIRST]),
@@ -98,6 +106,7 @@ REFUSED: dict[str, tuple[Any, Any, Any, str]] = {
     "an item at another rate": (item(FIRST), None, 16000, "declares a sample rate of 22050 Hz.*sample_rate is 16000"),
     "the second item at another rate": ([FIRST, item(FIRST)], None, 16000, r"audio\[1\] declares .* 22050 Hz"),
     "an item at a rate in text": (item(FIRST, "22050"), None, RATE, "audio has the sample rate '22050', a string"),
+    "rates of several clips": (FIRST, None, torch.tensor([RATE, RATE]), r"sample_rate is .*; expected a number"),
     "a rate in text": (item(FIRST), None, "22050", "audio has the sample rate '22050', a string; pass a number"),
     "an item of a spectrogram": (item(np.zeros((80, 200), np.float32)), None, None, r"shape \(80, 200\), so it is u"),
     "an item at no rate": (item(FIRST, 0), None, None, "sample_rate is 0; expected a number"),
@@ -199,3 +208,16 @@ def test_audio_columns_of_datasets_are_encoded(tmp_path):
     column = datasets.Dataset.from_dict({"audio": [str(path)]}).cast_column("audio", datasets.Audio(decode=False))
     assert torch.equal(codec.encode(column[0]["audio"])[0], codec.encode(path)[0])
     assert torch.equal(codec.encode(column["audio"][:1])[0], codec.encode(path)[0])
+
+
+@pytest.mark.parametrize("form", [None, "numpy", "torch", "pandas", "arrow"])
+def test_decoded_audio_in_any_format_of_datasets_is_encoded(form):
+    datasets = pytest.importorskip("datasets", reason="pip install datasets")
+    codec = cached_codec()
+    rows = [{"array": clip, "sampling_rate": RATE} for clip in (FIRST, SECOND)]
+    dataset = datasets.Dataset.from_dict({"audio": rows}).with_format(form)
+    expected, lengths = codec.encode([FIRST, SECOND], sample_rate=RATE)
+    for audio in (dataset["audio"], dataset[:2]["audio"]):
+        tokens, tokens_len = codec.encode(audio)
+        assert torch.equal(tokens, expected) and torch.equal(tokens_len, lengths)
+    assert torch.equal(codec.encode(dataset[1]["audio"])[0][..., : lengths[1]], expected[1:, :, : lengths[1]])
