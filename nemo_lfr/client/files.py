@@ -19,10 +19,10 @@ from nemo_lfr.errors import (
     TokensError,
     printable,
     quoted,
-    shorten,
 )
 from nemo_lfr.frames import num_frames
 from nemo_lfr.io.arrays import numeric_array
+from nemo_lfr.io.locate import expand_home
 from nemo_lfr.io.regular import open_regular
 
 AudioFormat = Literal["wav", "flac", "opus"]
@@ -135,16 +135,15 @@ def _read(server: Server, audio: object) -> tuple[bytes, ServerInfo]:
     """
     if not isinstance(audio, str | os.PathLike):
         raise AudioError(f"audio has type {type(audio).__name__}; pass the path or the content of a file.")
+    path = expand_home(audio, AudioError)
     try:
-        file = open_regular(audio, AudioError, "pass the path or the content of an audio file")
-    except ValueError as error:
-        if isinstance(error, AudioError):
-            raise
-        raise AudioError(f"{shorten(repr(audio))} is not a path ({error}); pass the path of a file.") from None
+        file = open_regular(path, AudioError, "pass the path or the content of an audio file")
+    except OSError as error:
+        raise AudioError(f"{printable(str(path))}: {error.strerror}; pass the path of a file.") from None
     with file:
         info = get_info(server)
         size = os.fstat(file.fileno()).st_size
-        _check_size(server, info, size, printable(os.fspath(audio)))
+        _check_size(server, info, size, printable(str(path)))
         return file.read(size), info
 
 

@@ -3,7 +3,7 @@
 | form | channels | sample rate |
 | --- | --- | --- |
 | array [T_audio], [B, T_audio] or [B, 1, T_audio] | mono | `sample_rate` |
-| list or column of clips in these forms, of any lengths | depends on the clip | declared by the clip, else `sample_rate` |
+| list or column of such clips, of any lengths | depends on the clip | declared by the clip, else `sample_rate` |
 | path | mixed to mono | declared by the file |
 | `datasets` item: {"array", "sampling_rate"} or {"path", "bytes"} | mixed to mono | from the item or the file |
 | `AudioDecoder` of `datasets` or TorchCodec, or `AudioSamples` | mixed to mono | from the object |
@@ -90,8 +90,7 @@ def to_batch(
 def as_list(audio: Any) -> Any:
     """Return a column of a table as a list, and any other argument unchanged.
 
-    Columns are sequences such as the `Column` of `datasets`, arrays of objects such as a `Series` of pandas, and arrays
-    of Arrow.
+    Columns are sequences (the `Column` of `datasets`), arrays of objects (a `Series` of pandas), and Arrow arrays.
     """
     if callable(getattr(audio, "to_pylist", None)):
         return audio.to_pylist()

@@ -155,7 +155,8 @@ class StreamDecoder(BaseStream):
     def _check(self, tokens: np.ndarray) -> torch.Tensor:
         """Validate tokens [C, k] and convert them to int64."""
         self._check_open()
-        return self.codec.check_token_chunk(tokens)
+        ids: torch.Tensor = self.codec.check_token_chunk(tokens)
+        return ids
 
     def _has_frame(self, num_frames: int) -> bool:
         return num_frames > 0

@@ -3,7 +3,7 @@
 import contextlib
 import random
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -75,6 +75,7 @@ class TokenDataset(IterableDataset[TokenizedUtterance]):
         if rank is not None and world_size is not None:
             world_size = check_whole_number(world_size, "world_size", 1)
             rank = check_whole_number(rank, "rank", 0, world_size - 1)
+        seed = check_whole_number(seed, "seed", -(2**63), 2**63 - 1)
         shuffle, drop_last = check_flag(shuffle, "shuffle"), check_flag(drop_last, "drop_last")
         self.tokens = TokenFolder(folder, verify=check_flag(verify, "verify"))
         self.folder, self.metadata = self.tokens.path, self.tokens.metadata
@@ -266,12 +267,12 @@ class TokenDataset(IterableDataset[TokenizedUtterance]):
         return {"tokens": self.tokens.identity} | {name: getattr(self, name) for name in names}
 
     @staticmethod
-    def collate(utterances: Sequence[TokenizedUtterance], pad: int = 0) -> dict[str, Any]:
+    def collate(utterances: Iterable[TokenizedUtterance], pad: int = 0) -> dict[str, Any]:
         """Collate utterances into a batch; see the function `collate` of this module."""
         return collate(utterances, pad)
 
 
-def collate(utterances: Sequence[TokenizedUtterance], pad: int = 0) -> dict[str, Any]:
+def collate(utterances: Iterable[TokenizedUtterance], pad: int = 0) -> dict[str, Any]:
     """Collate utterances of different lengths into a padded batch.
 
     Args:
@@ -285,7 +286,9 @@ def collate(utterances: Sequence[TokenizedUtterance], pad: int = 0) -> dict[str,
 
     Raises:
         TokensError: if `utterances` is empty, or contains anything but tokenized utterances.
+        NemoLfrError: if `pad` is not an integer.
     """
+    utterances, pad = list(utterances), check_whole_number(pad, "pad", -(2**63), 2**63 - 1)
     if not utterances:
         raise TokensError("no utterances to collate; pass one or more.")
     for index, utterance in enumerate(utterances):

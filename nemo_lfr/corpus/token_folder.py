@@ -67,7 +67,7 @@ class TokenFolder:
     """
 
     def __init__(self, folder: str | Path, *, verify: bool = False) -> None:
-        self.path = expand_home(folder)
+        self.path = expand_home(folder).absolute()  # so that the working directory may change
         self.verify = verify
         name = self.path / METADATA
         if unfinished := describe_unfinished(self.path):

@@ -684,6 +684,8 @@ def test_a_bad_argument_of_a_client_is_an_error(arguments):
         (lambda client: client.decode([["a"]]), TokensError),
         (lambda client: client.encode_file(5), AudioError),
         (lambda client: client.encode_file("a\0.wav"), AudioError),
+        (lambda client: client.encode_file("nowhere.wav"), AudioError),
+        (lambda client: client.encode_file(""), AudioError),
         *(
             (lambda client, ramp=ramp: client.decode_stream(ramp=ramp), NemoLfrError)
             for ramp in (3, None, "124", (1, 2.5), (1, "2"))

@@ -170,6 +170,8 @@ def test_ranks_share_one_order_after_unequal_iteration(looks, world_size, shuffl
         {"rank": -1, "world_size": 2},
         {"rank": 0, "world_size": 0},
         {"buffer_size": 0},
+        {"seed": "abc"},
+        {"seed": None},
     ],
     ids=str,
 )
@@ -241,6 +243,17 @@ def test_batches_are_padded_and_masked(collate_fn, workers, tmp_path):
         collate([])
     with pytest.raises(NemoLfrError, match="utterance 1 is None; pass items of a TokenDataset"):
         collate([next(iter(TokenDataset(tmp_path))), None])
+    for pad in (None, 1.5, "0"):
+        with pytest.raises(NemoLfrError, match=r"pad is .*; pass an integer"):
+            collate(TokenDataset(tmp_path), pad)
+    assert torch.equal(collate(iter(TokenDataset(tmp_path)))["tokens"], batch["tokens"])
+
+
+def test_the_working_directory_may_change(folders, monkeypatch):
+    monkeypatch.chdir(folders["parquet"].parent)
+    dataset = TokenDataset(folders["parquet"].name, seed=np.int64(3), shuffle=True)
+    monkeypatch.chdir("/")
+    assert len(list(dataset)) == len(dataset)
 
 
 @pytest.mark.parametrize("name", ["shuffle", "drop_last", "verify"])
