@@ -2,7 +2,7 @@
 
 import math
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, SupportsIndex
 
 import numpy as np
@@ -88,22 +88,6 @@ def check_token_chunk(arrays: Arrays[Any], spec: CodecSpec, tokens: object) -> A
     if ids.ndim != 2:
         raise TokensError(f"tokens have shape {list(ids.shape)}; pass chunks of one recording, each of shape [C, k].")
     return check_tokens(arrays, spec, ids)[0][0]
-
-
-def check_blocks(blocks: object, name: str, error: type[NemoLfrError]) -> Iterable[Any]:
-    """Return an argument that must be an iterable of arrays.
-
-    Args:
-        blocks: the argument.
-        name: what the arrays contain: "samples" or "tokens".
-        error: type of the error to raise.
-
-    Raises:
-        NemoLfrError: of the type `error`, if the argument is not iterable, or is a single array.
-    """
-    if hasattr(blocks, "ndim") or isinstance(blocks, str | bytes) or not isinstance(blocks, Iterable):
-        raise error(f"blocks has type {type(blocks).__name__}; pass an iterable of arrays, such as [{name}].")
-    return blocks
 
 
 def resample_clips(

@@ -3,14 +3,16 @@
 Streams and exports only need this class. Its subclass `Codec` adds the methods that encode, decode, load and save.
 """
 
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any, Generic, cast
 
 import numpy as np
 
 from nemo_lfr.codec import arguments
-from nemo_lfr.codec.arrays import Array
+from nemo_lfr.codec.arrays import Array, to_numpy
 from nemo_lfr.codec.backend import Backend, check_backend, check_result
+from nemo_lfr.errors import NemoLfrError
 from nemo_lfr.spec import CodecSpec, same_fingerprint
 
 
@@ -166,6 +168,30 @@ class CodecBase(Generic[Array]):
     def check_token_chunk(self, tokens: object) -> Any:
         """Check tokens [C, k] and convert them to int64; see `nemo_lfr.codec.arguments.check_token_chunk`."""
         return arguments.check_token_chunk(self.backend.arrays, self.backend.spec, tokens)
+
+    def check_blocks(
+        self, blocks: object, name: str, error: type[NemoLfrError], check: Callable[[object], Any]
+    ) -> Iterator[np.ndarray]:
+        """Check the consecutive chunks of one recording.
+
+        Args:
+            blocks: iterable of chunks.
+            name: what the chunks contain: "samples" or "tokens".
+            error: type of the error to raise.
+            check: check of one chunk: `check_chunk` or `check_token_chunk`.
+
+        Yields:
+            The result of `check` for each chunk, as a numpy array.
+
+        Raises:
+            NemoLfrError: of the type `error`, if a chunk is invalid, or `blocks` is not an iterable of arrays.
+        """
+        if hasattr(blocks, "ndim") or isinstance(blocks, str | bytes) or not isinstance(blocks, Iterable):
+            raise error(f"blocks has type {type(blocks).__name__}; pass an iterable of arrays, such as [{name}].")
+        for block in blocks:
+            with self.backend.computing():  # ends before the `yield`
+                chunk = to_numpy(check(block))
+            yield chunk
 
     def check_encoded(self, tokens: Array | np.ndarray) -> None:
         """Raise NemoLfrError if a token [B, C, T] is outside the codebook.

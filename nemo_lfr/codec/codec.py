@@ -3,7 +3,7 @@
 Results are tensors or numpy arrays, depending on the backend. This module does not import torch.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from os import PathLike
 from typing import Any, NamedTuple
 
@@ -205,7 +205,7 @@ class Codec(HubMethods[Array]):
             AudioError: for an unsupported shape or type, or NaN values.
         """
         frame, cutter = self.samples_per_frame, self._audio_cutter()
-        chunks = self._checked(arguments.check_blocks(blocks, "samples", AudioError), self.check_chunk)
+        chunks = self.check_blocks(blocks, "samples", AudioError, self.check_chunk)
         for wave, window in trim_between_windows(
             rolling_windows(chunks, frame, self.chunk_frames, cutter.limits.context)
         ):
@@ -231,11 +231,7 @@ class Codec(HubMethods[Array]):
             TokensError: for an unsupported shape or type, or a token outside the codebook.
         """
         frame, cutter = self.samples_per_frame, self._token_cutter()
-
-        def checked(tokens: object) -> np.ndarray:
-            return to_numpy(self.check_token_chunk(tokens))
-
-        chunks = self._checked(arguments.check_blocks(blocks, "tokens", TokensError), checked)
+        chunks = self.check_blocks(blocks, "tokens", TokensError, self.check_token_chunk)
         for piece, window in trim_between_windows(
             rolling_windows(chunks, 1, self.chunk_frames, cutter.limits.context)
         ):
@@ -380,13 +376,6 @@ class Codec(HubMethods[Array]):
                     writer.write(piece)
                     remaining -= len(piece)
         return last - first
-
-    def _checked(self, blocks: Iterable[Any], check: Callable[[object], np.ndarray]) -> Iterator[np.ndarray]:
-        """Yield the result of `check` for each block."""
-        for block in blocks:
-            with self.backend.computing():  # ends before the `yield`
-                chunk = check(block)
-            yield chunk
 
     def _audio_cutter(self) -> Cutter:
         backend = self.backend
