@@ -31,6 +31,10 @@ def _one_line(message: str) -> str:
     return printable(message)
 
 
+class OutputExistsError(NemoLfrError):
+    """Output file that exists and may not be replaced."""
+
+
 class AudioError(NemoLfrError):
     """Waveform or audio file that cannot be encoded."""
 

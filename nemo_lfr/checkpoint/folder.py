@@ -99,10 +99,10 @@ def write_folder(
     values = codec_values(parse_config(json.dumps(config)))
     # The weights file contains the config too, so that a mix of old and new files is detected after an interruption.
     stored = {CONFIG: json.dumps({key: values[key] for key in CONFIG_KEYS if key in values})}
-    checksum = write_tensors(paths[1], tensors, stored)
-    write_bytes(paths[2], _json(_preprocessor(values)))
+    checksum = write_tensors(paths[1], tensors, stored, overwrite)
+    write_bytes(paths[2], _json(_preprocessor(values)), overwrite)
     kind = {"model_type": MODEL_TYPE, "architectures": ["NemoLfrModel"]}
-    write_bytes(paths[0], _json(kind | dict(config) | {WEIGHTS_CHECKSUM: checksum}))
+    write_bytes(paths[0], _json(kind | dict(config) | {WEIGHTS_CHECKSUM: checksum}), overwrite)
     return paths
 
 

@@ -22,8 +22,8 @@ from nemo_lfr.cli.identify import (
 from nemo_lfr.cli.progress import progress
 from nemo_lfr.cli.results import FileFigures
 from nemo_lfr.cli.session import current, fail, note, print_line
-from nemo_lfr.errors import NemoLfrError
-from nemo_lfr.io.atomic import OutputExistsError, check_overwrite, sweep
+from nemo_lfr.errors import NemoLfrError, OutputExistsError
+from nemo_lfr.io.atomic import check_overwrite, sweep
 from nemo_lfr.io.folders import AUDIO_SUFFIXES, describe_contents, find_files, find_matches
 from nemo_lfr.io.locate import expand_home
 from nemo_lfr.io.shortage import shortage_of

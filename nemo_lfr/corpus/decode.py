@@ -9,8 +9,8 @@ from nemo_lfr.codec.arrays import to_numpy
 from nemo_lfr.codec.codec import Codec
 from nemo_lfr.corpus.ids import UniqueIds, path_inside
 from nemo_lfr.corpus.token_folder import TokenFolder, TokenizedUtterance
-from nemo_lfr.errors import NemoLfrError, shorten
-from nemo_lfr.io.atomic import OutputExistsError, Sweeper
+from nemo_lfr.errors import NemoLfrError, OutputExistsError, shorten
+from nemo_lfr.io.atomic import Sweeper
 from nemo_lfr.io.audio import AudioWriter
 from nemo_lfr.io.locate import expand_home
 from nemo_lfr.pretrained import load

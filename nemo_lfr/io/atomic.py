@@ -6,7 +6,6 @@ left by a killed process, and the next run removes it. Symbolic links in place o
 """
 
 import contextlib
-import errno
 import os
 import re
 import secrets
@@ -17,19 +16,13 @@ from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
-from nemo_lfr.errors import NemoLfrError
+from nemo_lfr.errors import NemoLfrError, OutputExistsError
 from nemo_lfr.io.regular import check_replaceable
 
 PART = re.compile(r"(?P<name>.*)\.[0-9a-f]{8}\.part", re.DOTALL)
 WRITING = re.compile(r"\.writing-[a-z0-9_]{8}")
 # A temporary name keeps at most this many characters of the final name, since file systems limit the length of names.
 KEPT = 60
-# Error numbers that file systems without hard links report.
-NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK)
-
-
-class OutputExistsError(NemoLfrError):
-    """Error for an output file that exists and may not be replaced."""
 
 
 def check_overwrite(path: Path, overwrite: bool) -> None:
@@ -82,9 +75,7 @@ def _link(temporary: Path, path: Path) -> bool:
         os.link(temporary, path)
     except FileExistsError:
         return False
-    except OSError as error:
-        if error.errno not in NO_LINKS:
-            raise
+    except OSError:  # mostly a file system without hard links; after other errors, renaming fails, too
         if os.path.lexists(path):
             return False
         os.replace(temporary, path)

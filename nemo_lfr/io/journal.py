@@ -82,10 +82,16 @@ class Journal:
             os.fsync(self._file.fileno())
 
 
-def write_text(path: Path, text: str) -> Path:
-    """Write a text file in UTF-8 atomically, and return its path. An existing file is replaced.
+def write_text(path: Path, text: str, overwrite: bool = True) -> Path:
+    """Write a text file in UTF-8 atomically, and return its path.
+
+    Args:
+        path: output file.
+        text: content.
+        overwrite: whether an existing file may be replaced.
 
     Raises:
+        OutputExistsError: if `path` exists and `overwrite` is not set.
         OSError: if the file cannot be written. An existing file is kept.
     """
-    return write_bytes(path, text.encode("utf-8", ANY_NAME))
+    return write_bytes(path, text.encode("utf-8", ANY_NAME), overwrite)

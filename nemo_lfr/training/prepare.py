@@ -166,9 +166,10 @@ def prepare(
     out.mkdir(parents=True, exist_ok=True)
     with exclusive(out):
         interrupted = (out / JOURNAL).exists()  # the earlier run may have written some manifests
+        overwrite |= interrupted
         for name in sorted(WRITTEN):
-            check_overwrite(out / name, overwrite or interrupted)
-        return _write_all(kind, utterances, corpus, out, valid_share, workers, check, progress)
+            check_overwrite(out / name, overwrite)
+        return _write_all(kind, utterances, corpus, out, valid_share, workers, check, overwrite, progress)
 
 
 def _write_all(
@@ -179,6 +180,7 @@ def _write_all(
     valid_share: float,
     workers: int,
     check: bool,
+    overwrite: bool,
     progress: Progress,
 ) -> Prepared:
     """Open all files and write the manifests; see `prepare`."""
@@ -191,7 +193,7 @@ def _write_all(
             result.failures.append({"input": str(utterance.path), "error": utterance.problem, "type": "NemoLfrError"})
     result.failures += [value for value in found.values() if isinstance(value, dict)]
     if not any(_entry(utterance, found) for utterance in utterances):
-        _write(out / FAILURES, result.failures)
+        _write(out / FAILURES, result.failures, overwrite)
         raise NemoLfrError(
             f"{corpus}: none of {len(result.failures)} files can be used; see {out / FAILURES} for the reasons."
         )
@@ -203,15 +205,16 @@ def _write_all(
     for split in SPLITS:
         own = [entry for utterance in utterances if utterance.split == split and (entry := _entry(utterance, found))]
         if own:
-            path = _write(out / f"{split}.json", own)
+            path = _write(out / f"{split}.json", own, overwrite)
             seconds = sum(entry["duration"] for entry in own)
             speakers = len({entry["speaker"] for entry in own} - {""})
             result.splits[split] = Split(path, len(own), speakers, round(seconds, 4))
     if result.failures:
-        result.failures_file = _write(out / FAILURES, result.failures)
+        result.failures_file = _write(out / FAILURES, result.failures, overwrite)
     written = {f"{split}.json" for split in result.splits} | ({FAILURES} if result.failures else set())
-    for name in WRITTEN - written:
-        (out / name).unlink(missing_ok=True)
+    if overwrite:
+        for name in WRITTEN - written:
+            (out / name).unlink(missing_ok=True)
     (out / JOURNAL).unlink(missing_ok=True)
     return result
 
@@ -367,5 +370,5 @@ def _entry(utterance: CorpusUtterance, found: dict[str, float | Failure]) -> dic
     } | utterance.labels
 
 
-def _write(path: Path, entries: Sequence[Mapping[str, Any]]) -> Path:
-    return write_text(path, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries))
+def _write(path: Path, entries: Sequence[Mapping[str, Any]], overwrite: bool) -> Path:
+    return write_text(path, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries), overwrite)

@@ -64,7 +64,7 @@ def export_site(
     for parent in {path.parent for path in contents}:
         parent.mkdir(parents=True, exist_ok=True)
         sweep(parent, [path.name for path in contents if path.parent == parent])
-    return [*exported, *(write_bytes(path, data) for path, data in contents.items())]
+    return [*exported, *(write_bytes(path, data, overwrite) for path, data in contents.items())]
 
 
 def index(name: str) -> str:

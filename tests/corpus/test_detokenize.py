@@ -17,7 +17,7 @@ import torch
 
 from nemo_lfr.cli.main import main
 from nemo_lfr.corpus.formats import BUILT_IN
-from nemo_lfr.io.atomic import OutputExistsError
+from nemo_lfr.errors import OutputExistsError
 from tests.corpora import write_codec, write_tokens
 from tests.crash import on_a_full_disk
 from tests.tiers import slow_after, slow_except, slow_if

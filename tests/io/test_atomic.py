@@ -14,7 +14,7 @@ import soundfile
 import torch
 
 from nemo_lfr.checkpoint import write_checkpoint
-from nemo_lfr.checkpoint.folder import write_folder
+from nemo_lfr.checkpoint.folder import export_safetensors, write_folder
 from nemo_lfr.codec.golden import export_golden
 from nemo_lfr.errors import NemoLfrError
 from nemo_lfr.io.atomic import (
@@ -31,7 +31,8 @@ from nemo_lfr.io.audio import AudioWriter
 from nemo_lfr.io.entropy.find import bundled_model
 from nemo_lfr.io.entropy.model import write_model
 from nemo_lfr.io.tensor_file import save_tensors
-from tests.models import cached_codec, codec_config
+from nemo_lfr.training.prepare import prepare
+from tests.models import cached_codec, codec_config, write_nemo
 
 HOLD = """
 import sys
@@ -167,11 +168,16 @@ def write_audio(path):
         writer.write(np.zeros(10))
 
 
+# Functions that write the given file, or several files of which this is one.
 NEW_FILES = {
     "a.wav": write_audio,
     "a.lfr": lambda path: cached_codec().encode_file("a.wav", path),
     "a.lfrm": lambda path: write_model(bundled_model(), path),
     "a.safetensors": lambda path: export_golden(cached_codec(), path),
+    "model.safetensors": lambda path: export_safetensors("t.nemo", path.parent),
+    "config.json": lambda path: export_safetensors("t.nemo", path.parent),
+    "train.json": lambda path: prepare("folder", Path("in"), path.parent),
+    "failures.jsonl": lambda path: prepare("folder", Path("in"), path.parent),
 }
 
 
@@ -182,6 +188,10 @@ def test_a_file_that_another_program_writes_in_the_meantime_is_kept(name, has_li
         monkeypatch.setattr(os, "link", refuse_links)
     monkeypatch.chdir(tmp_path)
     soundfile.write("a.wav", np.zeros(2000), 22050)
+    write_nemo("t.nemo")
+    (tmp_path / "in").mkdir()
+    soundfile.write("in/a.wav", np.zeros(2000), 22050)
+    (tmp_path / "in" / "bad.wav").write_bytes(b"not audio")
     (tmp_path / "new").mkdir()
     path = tmp_path / "new" / name
     original = os.fsync
@@ -193,7 +203,8 @@ def test_a_file_that_another_program_writes_in_the_meantime_is_kept(name, has_li
     monkeypatch.setattr(os, "fsync", fsync)
     with pytest.raises(NemoLfrError, match=f"{name} was written by another program in the meantime, and is kept"):
         NEW_FILES[name](path)
-    assert path.read_bytes() == b"precious" and os.listdir(tmp_path / "new") == [name]
+    assert path.read_bytes() == b"precious"
+    assert not [file for file in os.listdir("new") if file.endswith(".part") or file.startswith(".writing")]
 
 
 def bind(path):

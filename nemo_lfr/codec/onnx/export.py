@@ -21,7 +21,7 @@ from nemo_lfr.codec.onnx import DECODER, ENCODER, MANIFEST, METADATA, VERSION
 from nemo_lfr.codec.programs import fp32_backend, graphs
 from nemo_lfr.codec.torch_backend import TorchBackend
 from nemo_lfr.errors import install_command
-from nemo_lfr.io.atomic import check_overwrite, make_folder, naming, writing_folder
+from nemo_lfr.io.atomic import check_overwrite, make_folder, naming, publish, writing_folder
 from nemo_lfr.io.locate import expand_home
 from nemo_lfr.io.shortage import missing_extra
 
@@ -63,11 +63,11 @@ def export_onnx(codec: CodecBase[Any], folder: str | os.PathLike[str], *, overwr
         check_overwrite(target, overwrite)
     make_folder(folder)
     with building_state(torch.device("cpu")), backend.computing():
-        _write(backend, targets)
+        _write(backend, targets, overwrite)
     return targets
 
 
-def _write(backend: TorchBackend, targets: list[Path]) -> None:
+def _write(backend: TorchBackend, targets: list[Path], overwrite: bool) -> None:
     import onnx
 
     folder, values = targets[0].parent, metadata(backend)
@@ -95,7 +95,7 @@ def _write(backend: TorchBackend, targets: list[Path]) -> None:
         _write_aside(Path(aside, MANIFEST), json.dumps(values | {"files": files}, indent=1).encode(), targets[2])
         for target in targets:
             with naming(target, aside):
-                Path(aside, target.name).replace(target)
+                publish(Path(aside, target.name), target, overwrite)
 
 
 def _write_aside(path: Path, data: bytes, target: Path) -> str:
