@@ -1,5 +1,6 @@
 """Replay of the findings of `tests/fuzz.py`, and a short fuzzing run of each reader."""
 
+import os
 import re
 import subprocess
 import sys
@@ -10,18 +11,22 @@ from tests.crash import ROOT
 from tests.fuzz import FINDINGS, TARGETS
 from tests.mutate import GUARDS
 
+FUZZ = int(os.environ.get("NEMO_LFR_FUZZ", "1"))
+
 
 @pytest.mark.parametrize("path", sorted(FINDINGS.glob("*-*")), ids=lambda path: path.name)
 def test_a_finding_raises_its_documented_exception(path):
     TARGETS[path.name.partition("-")[0]](path.read_bytes())
 
 
-# About a minute for each reader. The number of runs is fixed, since the speed depends on the machine's load.
+# Seconds for each reader, and more runs in the nightly workflow, which sets NEMO_LFR_FUZZ. The number is fixed,
+# since the speed depends on the machine's load.
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "runs"), [("lfr", 5000), ("lfrm", 3000), ("nemo", 500), ("pickle", 500), ("config", 500)]
+    ("name", "runs"), [("lfr", 2000), ("lfrm", 1200), ("nemo", 200), ("pickle", 200), ("config", 200)]
 )
 def test_fuzzing_finds_nothing(name, runs):
+    runs *= FUZZ
     pytest.importorskip("atheris", reason="the fuzzer: pip install atheris")
     # Run below a shell: a child inherits the peak memory of its parent, which libFuzzer compares with its limit.
     run = subprocess.run(
