@@ -20,9 +20,13 @@ from nemo_lfr.io.tensor_file import save_to_file
 
 
 def split_weight_norm(part: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the state dict of a module with plain weights, under the names that NeMo uses.
+    """Return a module's state dict with the weight-norm tensors that NeMo expects.
 
-    The weight of each convolution becomes the gain and the direction of weight norm.
+    Args:
+        part: module with plain weights (without weight norm).
+
+    Returns:
+        The state dict. The gain and the direction of weight norm replace the weight of each convolution.
     """
     state = {}
     for key, value in part.state_dict().items():

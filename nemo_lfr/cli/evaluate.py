@@ -167,7 +167,7 @@ def _record_failures(evaluation: "Evaluation", requested: dict[str, str]) -> Non
 
     Args:
         evaluation: the finished evaluation.
-        requested: name of the model for each requested kind; see `_requested_models`.
+        requested: model for each requested kind of model metric; see `_requested_models`.
     """
     for result in evaluation.results:
         for key, reason in result.failures.items():
@@ -187,7 +187,10 @@ def _record_failures(evaluation: "Evaluation", requested: dict[str, str]) -> Non
 
 
 def _requested_models(asr: str | None, speaker_model: str | None, model_metrics: tuple[str, ...]) -> dict[str, str]:
-    """Return the name of the model for each requested kind, such as "asr". The default model has the name ""."""
+    """Return a dict from each requested kind of model metric, such as "asr", to its Hub id or path.
+
+    An empty string stands for the default model of that kind.
+    """
     models = {kind: model for kind, _, model in (text.partition(":") for text in model_metrics)}
     named = {"asr": asr, "speaker": speaker_model}
     return models | {kind: model for kind, model in named.items() if model is not None}

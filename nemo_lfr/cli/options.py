@@ -131,8 +131,8 @@ def count_option(name: str, text: str, default: int | None = None, low: int | No
 
     Args:
         name: name of the option, such as "--workers".
-        text: help text; it must state the default unless `default` is set.
-        default: default value.
+        text: help text. If `default` is None, it must say what happens without the option.
+        default: default value, which is appended to the help text; None for no value.
         low: smallest value; None for any.
         options: other arguments of `click.option`.
     """
@@ -148,8 +148,8 @@ def seconds_option(name: str, text: str, default: float | None = None, low: floa
 
     Args:
         name: name of the option, such as "--duration".
-        text: help text; it must state the default unless `default` is set.
-        default: default value.
+        text: help text. If `default` is None, it must say what happens without the option.
+        default: default value, which is appended to the help text; None for no value.
         low: smallest value.
     """
     return click.option(

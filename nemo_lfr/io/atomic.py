@@ -70,7 +70,7 @@ def publish(temporary: Path, path: Path, overwrite: bool) -> None:
 
 
 def _link(temporary: Path, path: Path) -> bool:
-    """Give a file the name `path` unless this name exists, and return whether it did not exist."""
+    """Give a file the name `path`. Return False, without a change, if this name already exists."""
     try:
         os.link(temporary, path)
     except FileExistsError:

@@ -12,12 +12,14 @@ All integers are little-endian. Every CRC is a CRC-32 as in zlib. Version 2 of t
     block    4 bytes   number of frames N, 1 to 65536
              N * F     payload: N frames. Each frame is one number of F bytes, see `packing.py`; for 8 codebooks of
                        2016 entries, F is 11
-             4 bytes   CRC of the previous section's CRC field, followed by this block up to this field
+             4 bytes   one CRC over these bytes, concatenated: the CRC field of the previous section, and this block
+                       before this field
     ...      further blocks
     end      4 bytes   0
              8 bytes   number of samples that were encoded; ceil(samples / samples_per_frame) is the number of frames
-             4 bytes   outline: CRC of the header's CRC field, followed by N and the CRC field of each block, in order
-             4 bytes   CRC of the end section up to this field
+             4 bytes   outline: one CRC over these bytes, concatenated: the CRC field of the header; then, for each
+                       block in order, its N and its CRC field
+             4 bytes   CRC of the end section before this field
 
 The metadata contains `sample_rate`, `samples_per_frame`, `levels` (of the FSQ dimensions of one codebook),
 `num_codebooks`, `fingerprint` (of the codec's weights and settings), `precision` and `written_by`.

@@ -108,7 +108,7 @@ def _write_aside(path: Path, data: bytes, target: Path) -> str:
 
 
 def metadata(backend: TorchBackend) -> dict[str, Any]:
-    """Return the description of the codec that both ONNX files and the manifest contain."""
+    """Return the description of the codec, which is stored in each of the two ONNX files and in the manifest."""
     fingerprint, weights_fingerprint, *older_fingerprints = backend.fingerprints()
     spec = asdict(replace(backend.spec, fingerprint=fingerprint))
     del spec["precision"]  # left out, because ONNX files always run in fp32

@@ -292,8 +292,8 @@ class Layers:
     Attributes:
         first: weights of the first layer [F + 1, H1].
         second: weights of the second layer [H1 + F + 1, H2].
-        digits: for each FSQ dimension, vectors [levels, H2]. The vector of the known FSQ value is added to the sums of
-            the second layer.
+        digits: for each FSQ dimension of a frame, one vector for each level, [levels, H2]. Once the FSQ value of a
+            dimension is known, its vector is added to the sums of the second layer.
         outputs: for each FSQ dimension, the weights of the output layer [H2 + 1, levels].
         scales: 2^-shift for each of the three layers; multiplication by a power of two is exact.
     """
