@@ -22,6 +22,8 @@ pytest.importorskip("uvicorn")
 pytest.importorskip("websockets")
 pytest.importorskip("prometheus_client")
 
+from nemo_lfr.errors import AudioError
+from nemo_lfr.io.audio import AudioReader
 from nemo_lfr.serve.app import Settings
 from nemo_lfr.serve.session import EngineLimits
 from nemo_lfr.serve.streams import StreamLimits
@@ -616,6 +618,117 @@ def test_resampling_refuses_rates_that_are_not_rates_of_audio(tmp_path):
     assert len(errors) == 30 and length == 1378
     for error in errors:
         assert error[0] == "UserError" and error[2].endswith("Hz is not supported; use 100 to 1000000 Hz.")
+
+
+READ_WAV = """
+import { readFileSync } from "node:fs";
+import { resample } from "./page/resample.js";
+import { readWav } from "./page/wav.js";
+const results = {};
+for (const name of names) {
+  const bytes = new Uint8Array(readFileSync(name + ".wav"));
+  const error = await outcome(() => {
+    const { samples, sampleRate, note } = readWav(bytes.buffer, name);
+    const resampled = resample(samples, sampleRate, 22050).length;
+    results[name] = { samples: [...samples], sampleRate, note, resampled };
+  });
+  if (error) results[name] = error;
+}
+report(results);
+"""
+PCM = (synthesize(0.1) * 32767).astype("<i2").tobytes()
+
+
+def riff(*chunks: bytes, size: int | None = None) -> bytes:
+    body = b"WAVE" + b"".join(chunks)
+    return b"RIFF" + struct.pack("<I", len(body) if size is None else size) + body
+
+
+def part(name: bytes, body: bytes, size: int | None = None) -> bytes:
+    return name + struct.pack("<I", len(body) if size is None else size) + body + bytes(len(body) % 2)
+
+
+def form(rate: int = 22050, tag: int = 1, bits: int = 16, channels: int = 1) -> bytes:
+    block = channels * bits // 8
+    return part(b"fmt ", struct.pack("<HHIIHH", tag, channels, rate, rate * block, block, bits))
+
+
+def floats(*values: float) -> bytes:
+    return riff(form(tag=3, bits=32), part(b"data", np.array([0, *values, 0], "<f4").tobytes()))
+
+
+WAV_FILES = {
+    "whole": riff(form(), part(b"data", PCM)),
+    "stereo": riff(form(channels=2), part(b"data", PCM[:4000])),
+    "a chunk after the samples": riff(form(), part(b"data", PCM), part(b"LIST", b"INFOICMT")),
+    "a damaged chunk after the samples": riff(form(), part(b"data", PCM), part(b"cue ", bytes(range(40)), 1 << 30)),
+    "an unknown chunk after the samples": riff(form(), part(b"data", PCM), part(b"abcd", bytes(range(40)))),
+    "a tag after the samples": riff(form(), part(b"data", PCM)) + b"TAG" + bytes(range(125)),
+    "zeros after the samples": riff(form(), part(b"data", PCM)) + bytes(5000),
+    "an odd size without padding": riff(form(bits=8), part(b"data", PCM[:1001])[:-1], part(b"LIST", b"INFO")),
+    "format after the samples": riff(part(b"data", PCM), form()),
+    "two data chunks": riff(form(), part(b"data", PCM[:1000]), part(b"data", PCM[1000:])),
+    "joined": riff(form(), part(b"data", PCM[:1000])) + riff(form(), part(b"data", PCM[1000:])),
+    "joined without a size": riff(form(), part(b"data", PCM, 0xFFFFFFFF)) + riff(form(), part(b"data", PCM)),
+    "joined with a FLAC file": riff(form(), part(b"data", PCM)) + b"fLaC\0\0\0\x22" + bytes(range(40)),
+    "size 0": riff(form(), part(b"data", PCM, 0)),
+    "size of a stream": riff(form(), part(b"data", PCM, 0xFFFFFFFF), size=0xFFFFFFFF),
+    "size too small": riff(form(), part(b"data", PCM, 1000)),
+    "size with the header": riff(form(), part(b"data", PCM, len(PCM) + 44)),
+    "cut short": riff(form(), part(b"data", PCM))[:3000],
+    "cut in the header": riff(form(), part(b"data", PCM))[:30],
+    "no samples": riff(form(), part(b"data", b"")),
+    "no format": riff(part(b"data", PCM)),
+    "loud": floats(60.0),
+    "not scaled": floats(25269.0),
+    "infinite": floats(float("inf")),
+    "not a number": floats(float("nan")),
+    "rate 999983": riff(form(999983), part(b"data", PCM)),
+    "rate 7": riff(form(7), part(b"data", PCM)),
+}
+
+
+def test_the_page_reads_the_samples_of_wav_files_as_the_package_does(tmp_path, caplog):
+    for name, data in WAV_FILES.items():
+        (tmp_path / f"{name}.wav").write_bytes(data)
+    results = run(tmp_path, READ_WAV, names=list(WAV_FILES))
+    refused = set()
+    for name, data in WAV_FILES.items():
+        caplog.clear()
+        try:
+            with AudioReader(name, None, data) as reader:
+                expected = np.concatenate([np.zeros(0, np.float32), *reader.blocks()])
+        except AudioError:
+            refused.add(name)
+            assert results[name][0] == "UserError", name
+            continue
+        assert isinstance(results[name], dict), (name, results[name])
+        np.testing.assert_allclose(results[name]["samples"], expected, atol=1e-6, err_msg=name)
+        assert results[name]["sampleRate"] == reader.native_rate
+        assert bool(results[name]["note"]) == bool(caplog.messages), (name, caplog.messages)
+    assert results["cut short"][2] == (
+        f"cut short was cut short: its header declares {len(PCM)} bytes of audio, but there are 2956."
+    )
+    assert (
+        "declares 1000 bytes of audio, but there are 4410; all of them were read" in results["size too small"]["note"]
+    )
+    assert refused == {
+        *["cut short", "cut in the header", "no format", "joined with a FLAC file", "not scaled", "infinite"],
+        *["not a number", "rate 7"],
+    }
+
+
+# 22051 Hz has 22050 filters. They are interpolated, since all of them would take minutes at a high rate.
+TONE = """
+import { resample } from "./page/resample.js";
+const samples = Float32Array.from({ length: 22051 }, (_, index) => Math.sin((2 * Math.PI * 1000 * index) / 22051));
+report([...resample(samples, 22051, 22050)]);
+"""
+
+
+def test_a_rate_with_many_filters_is_resampled_exactly(tmp_path):
+    expected = np.sin(2 * np.pi * 1000 * np.arange(22050) / 22050)
+    np.testing.assert_allclose(run(tmp_path, TONE)[200:-200], expected[200:-200], atol=1e-5)
 
 
 def test_the_example_of_the_protocol_page_runs(server, tmp_path):

@@ -45,7 +45,8 @@ function run(backend) {
     if (!decoded.samples.length) throw new UserError(`${name} has no audio.`);
     const decodeSeconds = (performance.now() - started) / 1000;
     results.show({ name, original, decoded, file, tokens, encodeSeconds, decodeSeconds });
-    showStatus(original ? "Ready. Play both versions, or switch between them." : "Ready to play.");
+    const ready = original ? "Ready. Play both versions, or switch between them." : "Ready to play.";
+    showStatus(original?.note ? `${ready} ${original.note}` : ready);
   }
 
   /**

@@ -14,11 +14,11 @@ import { UserError } from "./types.js";
  * @param {string} name for display
  * @param {number} sampleRate of the codec, Hz
  * @returns {Promise<Recording>}
- * @throws {UserError} if the browser cannot read the file, or the file is empty
+ * @throws {UserError} if the browser cannot read the file, or the file is cut short or empty
  */
 export async function readRecording(file, name, sampleRate) {
   const buffer = await file.arrayBuffer();
-  const audio = readWav(buffer) ?? (await decode(buffer, name, sampleRate));
+  const audio = readWav(buffer, name) ?? (await decode(buffer, name, sampleRate));
   if (!audio.samples.length) throw new UserError(`${name} has no audio.`);
   return { name, ...audio, file };
 }

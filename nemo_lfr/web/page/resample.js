@@ -6,6 +6,8 @@ const MIN_RATE = 100; // Hz; both limits are those of the server
 const MAX_RATE = 1_000_000;
 const ZERO_CROSSINGS = 32; // on each side; the transition band is about 6 % of the band
 const ROLLOFF = 0.95; // cutoff as a fraction of the lower Nyquist frequency
+const MAX_PHASES = 512; // with more phases, the filters between some of them are interpolated
+const PHASES_PER_CROSSING = 1024; // interpolation with this many phases is exact to 100 dB
 const BETA = 10; // parameter of the Kaiser window, which gives 100 dB of attenuation
 
 /**
@@ -28,18 +30,32 @@ export function resample(samples, from, to) {
   const down = from / divisor;
   const cutoff = ROLLOFF * Math.min(1, to / from);
   const half = Math.ceil(ZERO_CROSSINGS / cutoff);
-  const phases = Array.from({ length: up }, (_, phase) => filter(phase / up, cutoff, half));
+  const count = up > MAX_PHASES ? Math.min(up, Math.ceil(PHASES_PER_CROSSING * cutoff)) : up;
+  const phases = Array.from({ length: count + 1 }, (_, phase) => filter(phase / count, cutoff, half));
   const out = new Float32Array(Math.round((samples.length * to) / from));
   for (let index = 0; index < out.length; index++) {
     const position = index * down;
     const first = Math.floor(position / up) - half + 1;
-    const taps = phases[position % up];
-    let sum = 0;
-    const end = Math.min(taps.length, samples.length - first);
-    for (let tap = Math.max(0, -first); tap < end; tap++) sum += taps[tap] * samples[first + tap];
-    out[index] = sum;
+    const phase = ((position % up) / up) * count;
+    const whole = count === up ? position % up : Math.floor(phase);
+    const rest = count === up ? 0 : phase - whole;
+    out[index] = (1 - rest) * product(phases[whole], samples, first);
+    if (rest) out[index] += rest * product(phases[whole + 1], samples, first);
   }
   return out;
+}
+
+/**
+ * @param {Float64Array} taps
+ * @param {Float32Array} samples
+ * @param {number} first index of the sample at the first tap; may lie before or after the samples
+ * @returns {number}
+ */
+function product(taps, samples, first) {
+  let sum = 0;
+  const end = Math.min(taps.length, samples.length - first);
+  for (let tap = Math.max(0, -first); tap < end; tap++) sum += taps[tap] * samples[first + tap];
+  return sum;
 }
 
 /**

@@ -26,7 +26,7 @@ export async function open(base, token) {
     encode: async (recording) => new Uint8Array(await (await encode(client, recording).catch(fail)).arrayBuffer()),
     decode: async (file) => {
       const wav = await client.decode(new Blob([file.slice()])).catch(fail);
-      const audio = readWav(await wav.arrayBuffer());
+      const audio = readWav(await wav.arrayBuffer(), "The audio from the server");
       if (!audio) throw new UserError("The server did not send audio.");
       return audio;
     },

@@ -18,10 +18,12 @@
  * @property {Float32Array} samples mono, in [-1, 1]
  * @property {number} sampleRate Hz, of `samples`
  * @property {Blob} file the audio file that `samples` come from
+ * @property {string} [note] warning about the file
  *
  * @typedef {object} Audio
  * @property {Float32Array} samples mono, in [-1, 1]
  * @property {number} sampleRate Hz
+ * @property {string} [note] warning about the file that `samples` come from
  *
  * @typedef {object} Metadata metadata of a token file, with the same keys as in the file
  * @property {number} sample_rate Hz
