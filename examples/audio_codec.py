@@ -32,7 +32,7 @@ from nemo_lfr.nemo.resume import tidy_experiment
 
 @hydra_runner(config_path="../conf", config_name="audio_codec_low_frame_rate_22050")
 def main(cfg: DictConfig) -> None:
-    """Train. Errors in the config and of the disk are reported in one line."""
+    """Train. Config errors and disk errors are reported in one line."""
     with ending_in_one_line((cfg.get("exp_manager") or {}).get("exp_dir"), cfg.get("log_dir")):
         train(cfg)
 

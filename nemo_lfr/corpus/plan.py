@@ -243,10 +243,10 @@ def _shards_digest(shards: list[ShardSpec]) -> str:
 def _load_codec(
     config: TokenizeConfig, on_cpu: bool
 ) -> tuple[dict[str, Any], EntropyModel | None, "Codec[Any] | None", Callable[[str], bool]]:
-    """Load the codec, and return its description, the entropy model, the codec and its method `made`.
+    """Load the codec, and return its description, the entropy model, the codec and the method `codec.made`.
 
-    The entropy model is None without compression. The codec is None unless `on_cpu` is set, since each worker then
-    loads it for its own device.
+    The entropy model is None without compression. The codec is None if `on_cpu` is not set: each worker then loads
+    the codec for its own device. See `load_or_create_plan` for `made`.
     """
     from nemo_lfr.io.token_file import Metadata
     from nemo_lfr.pretrained import load

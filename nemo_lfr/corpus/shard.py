@@ -151,7 +151,7 @@ def skip_failures(
 
 
 def _batches(clips: Iterator[LoadedClip], limit: float) -> Iterator[list[LoadedClip]]:
-    """Yield batches of clips with about `limit` samples in total.
+    """Yield batches whose clips have about `limit` samples in total.
 
     After padding to the longest clip, a batch of several clips has at most `2 * limit` samples.
     """

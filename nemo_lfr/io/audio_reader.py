@@ -36,8 +36,8 @@ class AudioReader:
 
     All samples in the file are read, even if the header declares fewer, and so are further recordings that were
     appended with `cat`. A truncated file raises an error. Smaller faults are logged as warnings: an incomplete last
-    frame, as in MPEG or AAC audio that was recorded from a stream; a header without a length; gaps in the time stamps
-    of a file that FFmpeg decodes, or an end before its declared duration.
+    frame, as in MPEG or AAC audio that was recorded from a stream; a header without a length; in a file that
+    FFmpeg decodes, gaps in the time stamps or an end before the declared duration.
 
     Args:
         path: the file.
@@ -311,7 +311,7 @@ class AudioReader:
         return np.concatenate(blocks).T
 
     def _read_seconds(self, start: float, duration: float) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield the sample rate and the samples [n, channels] of each recording that overlaps a segment in seconds."""
+        """Yield the sample rate and the samples [n, channels] of a segment, recording by recording."""
         for index in range(len(self._streams)):
             count, rate = self._extent(index)
             first = min(count_samples(start, rate), count) if start > 0 else 0

@@ -31,7 +31,7 @@ class AudioWriter:
         overwrite: whether to replace an existing file.
 
     Raises:
-        OutputExistsError: if the file exists, at the start or at the end, and `overwrite` is not set.
+        OutputExistsError: if the file exists when writing starts or ends, and `overwrite` is not set.
         NemoLfrError: if its suffix is not in `WRITABLE_FORMATS`.
         AudioError: if the format does not support the sample rate.
     """

@@ -156,7 +156,7 @@ def read_shar(cuts: Path, fields: Mapping[str, Path], allow_url: bool = False) -
 
     Args:
         cuts: `cuts.*.jsonl.gz` file of the shard.
-        fields: `.tar` or `.jsonl` file of each field, by name.
+        fields: a dict from the name of each field to its `.tar` or `.jsonl` file.
         allow_url: whether cuts may refer to http(s) URLs, see `check_cut`.
 
     Yields:

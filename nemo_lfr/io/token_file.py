@@ -289,7 +289,7 @@ class TokenWriter(TokenStreamWriter):
         model: entropy model that compresses the tokens in blocks of 256 frames; None for packed frames.
 
     Raises:
-        OutputExistsError: if the file exists, at the start or at the end, and `overwrite` is not set.
+        OutputExistsError: if the file exists when writing starts or ends, and `overwrite` is not set.
         EntropyModelError: if `model` has different levels or codebooks than `metadata`.
     """
 

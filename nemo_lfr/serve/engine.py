@@ -46,7 +46,7 @@ class OverloadedError(NemoLfrError):
 
 
 class ShutdownError(OverloadedError):
-    """Raised for a new or open stream or file if the engine is shutting down."""
+    """Raised for streams and files, both new and open, while the engine is shutting down."""
 
 
 @dataclass(frozen=True)

@@ -93,7 +93,7 @@ def _lacks_state(path: Path) -> bool:
 
 
 def _only_split(path: Path) -> Path:
-    """Return the folder of the only split of a saved `DatasetDict`; otherwise the folder itself."""
+    """Return the folder of the split if `path` is a saved `DatasetDict` with one split; otherwise `path`."""
     listing = path / "dataset_dict.json"
     if (path / "state.json").exists() or not listing.exists():
         return path

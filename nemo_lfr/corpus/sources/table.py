@@ -97,9 +97,9 @@ class Table(CorpusReader):
 
         Args:
             rows: the table or batch.
-            number: index in the corpus of the first row in `rows`.
+            number: index of the first row of `rows`, counted over the whole corpus.
             file: file that contains the rows, for messages; None for the corpus.
-            first: index in the corpus of the first row in `file`.
+            first: index of the first row of `file`, counted over the whole corpus.
             constants: values that are the same for all rows, such as {"lang": "de"} for a file in a folder `lang=de`.
         """
         names = known_names(rows.schema.names)

@@ -37,7 +37,8 @@ class _Avi:
     Attributes:
         kinds: type of each stream, such as b"auds".
         movi_end: end of the current `movi` list; 0 outside of these lists.
-        data: sizes in bytes of the audio chunks in the first RIFF chunk, by their name, such as b"01wb".
+        data: a dict from the name of audio chunks, such as b"01wb", to the sizes in bytes of all chunks with this
+            name in the first RIFF chunk.
     """
 
     kinds: list[bytes] = field(default_factory=list)
@@ -128,7 +129,7 @@ def _index_fits(window: Window, start: int, size: int, data: dict[bytes, list[in
         window: the file.
         start: position of the first entry of the index.
         size: size of the index in bytes.
-        data: sizes in bytes of the audio chunks in the file, by their name, such as b"01wb".
+        data: see `_Avi`.
     """
     listed: dict[bytes, list[int]] = {name: [] for name in data}
     for position in range(start, start + size, _INDEX_ENTRY):

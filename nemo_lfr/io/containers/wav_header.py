@@ -25,9 +25,9 @@ class WavHeader:
     Attributes:
         start: the first twelve bytes of the file.
         format: content of the `fmt ` chunk.
-        data_size: size of the samples in bytes that the `data` chunk declares.
-        long_size: size of the samples in bytes that the `ds64` chunk of RF64 declares; None without this chunk.
-        long_total: size of the RIFF chunk in bytes that the `ds64` chunk declares; None without this chunk.
+        data_size: size of the samples in bytes, as declared in the `data` chunk.
+        long_size: size of the samples in bytes, as declared in the `ds64` chunk of RF64; None without this chunk.
+        long_total: size of the RIFF chunk in bytes, as declared in the `ds64` chunk; None without this chunk.
     """
 
     start: bytes

@@ -84,7 +84,7 @@ def check_layout(model: EntropyModel, levels: tuple[int, ...], num_codebooks: in
 
     Args:
         model: the entropy model.
-        levels: number of FSQ levels in each dimension of a codebook of the tokens.
+        levels: number of levels in each FSQ dimension of one codebook of the tokens.
         num_codebooks: number of codebooks of the tokens.
         name: name of the tokens for the message, such as the path of their file.
 

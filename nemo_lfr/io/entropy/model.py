@@ -1,7 +1,7 @@
 """Entropy model (`.lfrm` file): a small network with integer weights that predicts the tokens of the next frame.
 
-The network predicts FSQ values, called digits in the code: the index of the level that a token has in each FSQ
-dimension. `docs/concepts/lfr-compressed.md` specifies the file and the arithmetic.
+The network predicts FSQ values, called digits in the code. The FSQ value of a token in an FSQ dimension is the index
+of its level there. `docs/concepts/lfr-compressed.md` specifies the file and the arithmetic.
 
 All values are integers, but are computed in float32. This is exact because a model whose sums of absolute values could
 reach 2^24 is rejected when it is loaded. The order of summation therefore does not matter, and all BLAS libraries give
@@ -190,7 +190,7 @@ class EntropyModel:
 
     @cached_property
     def offsets(self) -> list[int]:
-        """Return the first row of each FSQ dimension in `digit_weight`, and at the end the number of rows.
+        """Return the index of each FSQ dimension's first row in `digit_weight`, followed by the number of rows.
 
         The tensor has one row for each level: first all rows of dimension 0 of the frame, then those of dimension 1,
         and so on. `output_weight` and `output_bias` have the same rows.
