@@ -51,7 +51,7 @@ class Members:
     Attributes:
         config: text of the config; None for a training checkpoint, in which the config is a pickled object.
         weights: file or member with the weights; for a training checkpoint, the whole file. If the weights are in
-            several safetensors files, the name of the file of each tensor.
+            several safetensors files, a dict from the name of each tensor to the name of its file.
         is_safetensors: whether the checkpoint is a folder with `config.json` and one or more safetensors files.
     """
 

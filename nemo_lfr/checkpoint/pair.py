@@ -14,9 +14,9 @@ from nemo_lfr.io.locate import SAFETENSORS, SAFETENSORS_CONFIG
 def check_pair(tensors: Tensors, config: DictConfig) -> None:
     """Check that the weights in a safetensors file belong to a config.
 
-    The file may store a copy of its config, and the config may store a checksum of its weights. They differ after an
-    interrupted export or a partial copy, or if one of the files was edited or damaged. A missing copy or checksum is
-    accepted.
+    The file may store a copy of its config, and the config may store a checksum of its weights. One of them does not
+    match after an interrupted export or a partial copy, or if a file was edited or damaged. A missing copy or checksum
+    is accepted.
 
     Raises:
         CheckpointError: if the copy differs from `config`, or the checksum differs from that of the weights.

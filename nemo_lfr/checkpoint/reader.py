@@ -351,9 +351,10 @@ def _read(
 
 
 def _shapes(want: torch.Tensor, count: int) -> list[tuple[int, ...]]:
-    """Return the shapes of the tensors from which a weight is computed.
+    """Return the shapes of the `count` tensors from which a weight is computed.
 
-    One tensor is the weight itself; two tensors are the gain and the direction of weight norm.
+    If `count` is 1, the tensor is the weight itself. If it is 2, the tensors are the gain and the direction of weight
+    norm.
     """
     shape = tuple(want.shape)
     return [shape] if count == 1 else [(shape[0], *[1] * (len(shape) - 1)), shape]

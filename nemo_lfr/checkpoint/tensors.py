@@ -233,10 +233,10 @@ class Tensors:
         self.entries: Mapping[str, Entry] = plain_keys(entries, str(path) if is_file else what)
 
     def checksum(self) -> str | dict[str, str] | None:
-        """Return None. Subclasses for safetensors files override this method.
+        """Return None; only subclasses for safetensors files return checksums.
 
-        These methods return the SHA-256 of the values of all tensors or, for several files, a dict from each file name
-        to the SHA-256 of the file's values.
+        For one file, the checksum is the SHA-256 of the values of all tensors. For several files, the result is a dict
+        from each file name to the SHA-256 of the values in this file.
         """
         return None
 

@@ -73,8 +73,8 @@ class ProcessSetting:
     def differs(self, wanted: Any) -> bool:
         """Return whether a `with setting.at(wanted)` block is needed.
 
-        It is not needed if the current value is `wanted` and no thread is in a block, which would restore another
-        value.
+        It is not needed if the current value is `wanted` and no thread is inside a block. At its end, such a block
+        might restore another value.
         """
         return self._users > 0 or self._get() != wanted
 

@@ -101,7 +101,7 @@ def as_list(audio: Any) -> Any:
 
 
 def plain_number(value: Any) -> Any:
-    """Return the number in an array or tensor that contains only one, and any other value unchanged."""
+    """Convert a 0-d array or tensor to a Python number; return any other value unchanged."""
     is_scalar = getattr(value, "ndim", None) == 0 and callable(getattr(value, "item", None))
     return value.item() if is_scalar else value
 

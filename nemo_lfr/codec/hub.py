@@ -182,7 +182,7 @@ def _check_upload(arguments: Mapping[str, Any], method: str) -> None:
 
 
 def _check_names(arguments: Mapping[str, Any], method: str, function: Callable[..., Any], without: Any) -> None:
-    """Check that arguments are known to the Hub client, which otherwise might not notice a misspelled name.
+    """Check that the Hub client knows all arguments, because it may ignore misspelled names.
 
     Args:
         arguments: arguments by name.

@@ -89,7 +89,7 @@ class LazyModule(Generic[M]):
         return _plain_state(self.module, order)
 
     def _reopened(self) -> Checkpoint | None:
-        """Open the checkpoint of loaded weights again; return None if it no longer contains these weights."""
+        """Reopen the file that the weights were loaded from; return None if it no longer contains these weights."""
         if self._path is None:
             return None
         try:

@@ -88,7 +88,7 @@ class StreamOps:
         return self.weights.convolve(layer, hidden[:, : (num_outputs - 1) * stride + layer.span], slope)
 
     def upsample(self, layer: ConvTranspose1d, signal: torch.Tensor, activation: CodecActivation) -> torch.Tensor:
-        """Apply an activation and a transposed convolution, and return the outputs that no later input changes."""
+        """Apply an activation and a transposed convolution; return the outputs that do not depend on later inputs."""
         hidden, started = self._join(layer, _activate(activation, signal))
         if not started:
             if not hidden.shape[1]:
@@ -116,7 +116,7 @@ class StreamOps:
         return total / len(results)
 
     def _block(self, block: ResidualBlock, signal: torch.Tensor) -> torch.Tensor:
-        """Run a residual block. An input step is kept until the convolutions have produced the output to add it to."""
+        """Run a residual block. Inputs are kept until the outputs to which they are added are available."""
         slope = slope_of(block.skip_activation)  # a leaky ReLU is fused into the convolution before it
         hidden = self.conv(block.input_conv, signal, block.input_activation, 1.0 if slope is None else slope)
         added = self.conv(block.skip_conv, hidden, block.skip_activation if slope is None else None)

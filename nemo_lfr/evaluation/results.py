@@ -21,7 +21,7 @@ class Result:
             model is available, it also contains the number of frames ("frames") and the sizes in bytes after
             compression ("compressed_bytes", "compressed_file_bytes").
         values: for each recording key, the values of the metrics by name.
-        failures: for the key of each recording that failed, the error message.
+        failures: error message of each recording that failed, by key.
     """
 
     name: str
@@ -49,9 +49,9 @@ class Evaluation:
         recordings: recordings by key.
         rate: sample rate of the comparison in Hz.
         results: results of each codec.
-        absent: for each metric that is not available, the reason.
-        models: for each metric that a model computes, the name of the model.
-        failed_models: for the kind, such as "asr", of each requested model that could not be loaded, the reason.
+        absent: reason why each unavailable metric is missing, by metric name.
+        models: name of the model that computes the metric, by metric name; only for metrics that models compute.
+        failed_models: reason why each requested model could not be loaded, by kind of model, such as "asr".
     """
 
     recordings: dict[str, Recording]

@@ -266,7 +266,7 @@ def fold(layer: Conv1d | ConvTranspose1d) -> tuple[torch.Tensor, torch.Tensor | 
 
 
 def _phase_weight(weight: torch.Tensor, stride: int) -> torch.Tensor:
-    """Convert the weight of a transposed convolution for an ordinary convolution with two taps.
+    """Convert the weight of a transposed convolution to that of an ordinary convolution with two taps.
 
     Each of the `stride` outputs per input is a phase; the phases become output channels.
 

@@ -81,7 +81,7 @@ def _check_indices(indices: torch.Tensor, num_codebooks: int, codebook_size: int
 
 
 def _has_values(tokens: torch.Tensor) -> bool:
-    """Return whether the values of a tensor can be checked now: not while a graph is traced or captured."""
+    """Return whether a tensor has values that can be read. It has none while a graph is traced or captured."""
     is_plain = type(tokens) is torch.Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(tokens)
     is_captured = tokens.is_cuda and torch.cuda.is_current_stream_capturing()
     is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]

@@ -62,7 +62,7 @@ def checksum_once() -> Iterator[None]:
 
 @contextmanager
 def unchanged_networks() -> Iterator[None]:
-    """Inside a `with` block, run each `check_once` check of a network only until it has succeeded once.
+    """Skip `check_once` checks that have already succeeded inside this `with` block.
 
     The block must not change networks. A check takes a few milliseconds, which is too long for a server that runs its
     streams every few milliseconds.
@@ -229,8 +229,9 @@ def _joined(members: list[torch.Tensor], small: int) -> Iterator[torch.Tensor]:
 def _checksum(data: np.ndarray) -> int:
     """Return the checksum of bytes [n].
 
-    The bytes are read as rows of `COLUMNS` 64-bit integers. The checksum is the sum of the column sums, each times its
-    factor, modulo 2^64. The factors are odd, so a change of a single integer always changes the checksum.
+    The bytes are read as rows of `COLUMNS` 64-bit integers. Each column is summed, and each sum is multiplied by a
+    factor of its own. The checksum is the total modulo 2^64. The factors are odd, so a change of a single integer
+    always changes it.
     """
     row = COLUMNS * 8
     whole = len(data) // row * row

@@ -24,7 +24,7 @@ EQUALIZER_BANDS, EQUALIZER_START = 8, 60.0  # number of bands, equally spaced on
 
 @dataclass
 class AugmentConfig:
-    """Random changes of training segments, which stand for voices and microphones that the recordings lack."""
+    """Random changes of training segments, to imitate voices and microphones that are not in the recordings."""
 
     speed: float = (
         1.2  # segments play faster or slower by up to this factor, which shifts pitch and formants; 1 for none
@@ -74,7 +74,7 @@ class SpeechSegments:
             padded with zeros.
         length: number of samples per segment.
         device: device for the samples.
-        augment: random changes of the segments; None for none but a random gain.
+        augment: random changes of the segments; if None, only the gain is random.
     """
 
     def __init__(
@@ -167,7 +167,8 @@ class SpeechSegments:
 def _equalizer_bands(size: int) -> torch.Tensor:
     """Return the weight of each band at each frequency of a transform, shape [EQUALIZER_BANDS, size // 2 + 1].
 
-    A band has weight 1 at its center, and 0 from the centers of its neighbors on, with linear slopes on a log scale.
+    A band has weight 1 at its center. On a log scale, the weight falls linearly to 0 at the centers of the two
+    neighboring bands.
     """
     frequencies = np.fft.rfftfreq(size, 1 / SAMPLE_RATE).clip(EQUALIZER_START)
     place = np.log(frequencies / EQUALIZER_START) / np.log(SAMPLE_RATE / 2 / EQUALIZER_START) * (EQUALIZER_BANDS - 1)

@@ -3,8 +3,8 @@
     python -m recipes.bundled_codec.evaluate bundled.nemo runs/bundled/state.pt --valid speech/valid.json
 
 The command prints the mean of each metric over the recordings, with a 95 % bootstrap confidence interval. The same
-metrics are computed during training. To compare with other codecs, measure word error rates or listen to examples, use
-`nemo-lfr evaluate`.
+metrics are computed during training. Use `nemo-lfr evaluate` to compare with other codecs, to measure word error
+rates, or to listen to examples.
 """
 
 import argparse

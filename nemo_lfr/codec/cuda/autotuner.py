@@ -42,7 +42,7 @@ class Autotuner:
     _warned: set[str] = field(default_factory=set)
 
     def run(self, key: Hashable, candidates: Mapping[str, Candidate], ends: torch.Tensor) -> torch.Tensor:
-        """Return the result of the fastest candidate, which is measured on the first call with `key`.
+        """Return the result of the fastest candidate. The first call with `key` measures all candidates.
 
         Args:
             key: value that identifies the kind, the shapes and the dtype of the layer.

@@ -12,7 +12,7 @@ import triton.language as tl
 def _inside(at, end, mode: tl.constexpr):
     """Return the row of the signal to read for each position `at`, and whether to read it.
 
-    Positions below 0 and from `end` on are padding. With zero padding, nothing is read for them.
+    Positions below 0, and positions of `end` or above, are padding. With zero padding, nothing is read for them.
     """
     if mode == "reflect":
         at = tl.where(at < 0, -at, at)  # not tl.abs, after which the compiler no longer sees the alignment
