@@ -48,7 +48,7 @@ def lines(file: Any, *, truncate: bool = False) -> Iterator[bytes]:
 class _Requests:
     """File wrapper that refuses to read more than `MAX_MEMBER` bytes at a time.
 
-    A damaged header in a tar archive could cause such a read.
+    Without the limit, a damaged header in a tar archive could cause a huge read.
     """
 
     def __init__(self, file: Any, path: Path) -> None:

@@ -12,8 +12,8 @@ MISSING = "__HIVE_DEFAULT_PARTITION__"  # stands for a missing value in a folder
 def partition_of(file: Path, root: Path) -> dict[str, str]:
     """Return the columns that are stored in the names of a file's folders, with their values as text.
 
-    Columns come from the folders between `root` and the file, and from `root` and its parents up to the first name
-    that is not `COLUMN=VALUE`. A partition that is read alone therefore keeps its columns.
+    Columns come from folders named `COLUMN=VALUE`: all those between `root` and the file, then `root` and its parents
+    up to the first folder with another name. A partition that is read alone therefore keeps its columns.
 
     Args:
         file: the file.

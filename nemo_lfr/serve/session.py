@@ -98,7 +98,7 @@ class Session:
         return self._ended and not self._num_pending
 
     async def feed(self, items: np.ndarray) -> None:
-        """Queue input. If more than `max_pending_s` is unprocessed, wait.
+        """Queue input. If more than `max_pending_s` of audio is unprocessed, wait.
 
         Args:
             items: valid samples [n] or tokens [C, k] of this stream's codec.

@@ -44,8 +44,8 @@ class History:
     """Features for predicting the next frame.
 
     The features are the FSQ values of past frames, a flag for each past frame, and the running averages that
-    `ModelSpec` describes. A flag says whether the past frame exists: the first frames of a block have fewer past
-    frames.
+    `ModelSpec` describes. The flag says whether the past frame exists, since the first frames of a block have fewer
+    past frames.
 
     Args:
         spec: sizes of the model.
