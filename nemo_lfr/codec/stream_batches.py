@@ -53,7 +53,7 @@ class BaseStream:
         self._items_in, self._items_out = items  # in one frame
         self._piece = max(1, codec.chunk_frames // 2) * self._items_in  # items processed at a time
         self._state = State()
-        self._num_in = 0  # frames
+        self._num_in = 0  # complete frames of input
         self._num_computed = 0  # items of the output whose lookahead is complete
         self._num_out = 0  # items of the output that were returned
         self._finished, self._has_more = False, False  # flushed; more input of the same `push` call follows

@@ -143,7 +143,7 @@ class SpeechSegments:
             Audio in [-1, 1], shape [B, T_audio], on the device.
         """
         response = 10 ** (torch.from_numpy(draw.equalizer_db).float().to(self.device) @ self.bands / 20)
-        # The margin before a segment has the same share of the recorded samples as of the changed ones.
+        # The margin before a segment is the same fraction of the recorded samples as of the resampled ones.
         firsts = self.offsets[draw.utterances] + draw.starts - MARGIN * draw.sizes // self.full_length
         segments = torch.stack(
             [

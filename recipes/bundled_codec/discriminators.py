@@ -98,8 +98,8 @@ class Adversary:
     def step(self, real: Spectra, gen: Spectra, heard: bool) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
         """Update the discriminators, and compute the gradient for the generator.
 
-        Both gradients come from the same forward pass. The generator's gradient is therefore that of the
-        discriminators before their update.
+        The gradients for the discriminators and for the generator come from the same forward pass. The generator's
+        gradient is therefore computed with the discriminators before their update.
 
         Args:
             real: recordings [B, T_audio] with cached STFTs.
@@ -107,8 +107,8 @@ class Adversary:
             heard: whether to compute the gradient for the generator.
 
         Returns:
-            The loss terms by name, as scalars, and the gradient for the generator, [B, T_audio]: that of its score and
-            feature-matching terms with respect to `gen.audio`. The gradient is None if `heard` is False.
+            The loss terms by name, as scalars, and the gradient of the generator's score and feature-matching terms
+            with respect to `gen.audio`, [B, T_audio]. The gradient is None if `heard` is False.
         """
         lower = self.dtype != torch.float32
         with torch.autocast(self.device.type, dtype=self.dtype, enabled=lower), parametrize.cached():

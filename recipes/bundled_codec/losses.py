@@ -207,8 +207,8 @@ class IntelligibilityDistance(nn.Module):
     """One minus a differentiable ESTOI (Jensen and Taal, 2016).
 
     ESTOI is the correlation of two spectrograms in third-octave bands, over segments of 0.38 s that are normalized in
-    time and in frequency. Unlike the original, this class computes the STFT without resampling to 10 kHz, and instead
-    of removing pauses, it ignores segments that are 30 dB below the loudest one.
+    time and in frequency. Unlike the original, this class does not resample to 10 kHz before the STFT. Instead of
+    removing pauses, it ignores segments that are 30 dB or more below the loudest one.
     """
 
     BANDS, LOWEST_HZ = 15, 150.0  # number of third-octave bands, and the center of the lowest one

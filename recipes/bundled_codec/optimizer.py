@@ -25,7 +25,7 @@ class Muon:
     """Muon optimizer (Jordan et al., 2024), scaled to the RMS of an AdamW update.
 
     Muon orthogonalizes the momentum of each matrix, and uses the result as the update. `torch.optim.Muon` processes
-    one matrix at a time, which takes 2,000 small products per update, and a CUDA graph cannot capture it. This class
+    one matrix at a time, in 2,000 small products per update, and cannot be captured in a CUDA graph. This class
     processes matrices of the same shape as a batch, and keeps the learning rate in a tensor.
 
     Args:

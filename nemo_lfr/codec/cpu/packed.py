@@ -247,9 +247,9 @@ def has_bf16() -> bool:
 def _pack(weight: torch.Tensor, stride: int, dilation: int) -> torch.Tensor:
     """Reorder weights [H_out, H_in, 1, K] to the layout of oneDNN's kernel.
 
-    The layout depends on the length of the input. For kernels with more than one tap, all inputs of about 100 time
-    steps or more have the same layout (measured). For shorter inputs, and for kernels with one tap, oneDNN may reorder
-    the weights in each call.
+    oneDNN's layout depends on the length of the input. For kernels with more than one tap, it is the same for all
+    inputs of about 100 time steps or more (measured). For shorter inputs, and for kernels with one tap, oneDNN may
+    reorder the weights in each call.
     """
     span = (weight.shape[3] - 1) * dilation + 1
     shape = [1, weight.shape[1], 1, span + 1023 * stride]
