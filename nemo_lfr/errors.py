@@ -17,8 +17,8 @@ class NemoLfrError(ValueError):
 
     Control characters in the message are replaced, because it may contain untrusted file names (see `printable`).
 
-    PyTorch's data loader raises an error of a worker process again in the main process, with the worker's traceback as
-    the message. Only the last line of such a message is kept.
+    PyTorch's data loader raises errors of worker processes again in the main process. The message is then the worker's
+    traceback, of which only the last line is kept.
     """
 
     def __init__(self, *args: object) -> None:

@@ -1,9 +1,9 @@
 """Methods of `Codec` that load from and save to the Hugging Face Hub.
 
-They have the names of the methods of `huggingface_hub.ModelHubMixin` and accept most of the same arguments; other
+The methods have the same names as those of `huggingface_hub.ModelHubMixin`, and accept most of their arguments; other
 arguments are refused. `Codec` does not inherit from this mixin, because importing the mixin takes a second, and the
-mixin changes the arguments of the constructor. It is imported only when a codec is uploaded or the arguments of an
-upload are checked.
+mixin changes the arguments of the constructor. The mixin is imported only when a codec is uploaded or the arguments of
+an upload are checked.
 """
 
 import inspect

@@ -243,7 +243,7 @@ def _expected(kind: str) -> str:
 
 
 def _contents(kind: str, corpus: Path) -> str:
-    """Return the part of a message that says what a folder or table without utterances contains instead."""
+    """Describe what a folder or table without utterances contains; the text is part of a message."""
     if kind == "table":
         return "table"
     count = len(find_files(corpus, AUDIO_SUFFIXES, report=lambda _: None))

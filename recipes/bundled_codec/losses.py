@@ -90,8 +90,8 @@ def waveform_distance(real: torch.Tensor, gen: torch.Tensor) -> torch.Tensor:
     """Return the waveform error in low-frequency bands. Minimizing this error preserves the phase.
 
     The error in each band and 20 ms frame is log(1 + error energy / signal energy). The logarithm limits the error and
-    its gradient in bands whose phase is lost. So that pauses have little influence, a thousandth of the mean energy of
-    the segment is added to the signal energy of each frame.
+    its gradient in bands whose phase is lost. A thousandth of the mean energy of the segment is added to the signal
+    energy of each frame, so that pauses have little influence.
 
     Args:
         real: recordings, shape [B, T_audio].
