@@ -115,6 +115,16 @@ def test_every_code_block_runs(page: Path, workplace: Path, monkeypatch: pytest.
             assert done.returncode == 0, f"{name_of(page)}:{block.line}: {done.stderr}"
 
 
+def test_no_two_pages_write_to_the_same_output() -> None:
+    """Check that several pages can be followed in one folder. The README repeats other pages, so it is left out."""
+    pages: dict[str, set[str]] = {}
+    for page in PAGES[1:]:
+        for block in blocks(page):
+            for out in re.findall(r"--out[ =](\S+)", block.code):
+                pages.setdefault(out.strip("\"'").rstrip("/"), set()).add(name_of(page))
+    assert {out: names for out, names in pages.items() if len(names) > 1} == {} and len(pages) > 20
+
+
 def test_the_readme_is_one_page() -> None:
     text = README.read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 130
