@@ -15,7 +15,7 @@ from nemo_lfr.io.audio import AudioReader
 from nemo_lfr.io.journal import write_text
 from nemo_lfr.io.locate import resolve
 from nemo_lfr.io.manifests import Recording
-from nemo_lfr.io.reading import check_end
+from nemo_lfr.io.reading import check_end, check_listed
 from nemo_lfr.io.regular import open_regular
 
 CLAIMS = "recordings.json"  # file in the output folder that describes the recording of each key
@@ -56,6 +56,7 @@ def read(path: Path, rate: int, offset: float, duration: float) -> np.ndarray:
     Raises:
         AudioError: if the file cannot be read, or ends before the end of the segment.
     """
+    check_listed(path)
     with AudioReader(path, rate) as reader:
         check_end(reader, offset, duration, str(path))
         return reader.segment(offset, duration)

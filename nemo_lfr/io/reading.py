@@ -1,6 +1,7 @@
 """Read a clip of a corpus from an audio file, a section of a file, encoded bytes, or an array of samples."""
 
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -36,8 +37,26 @@ def read_file(
         AudioError: if the file cannot be read, is shorter than the manifest says, or if the clip lasts more than
             `longest` seconds.
     """
+    check_listed(path)
     with AudioReader(path, sample_rate) as reader:
         return _read(reader, offset, duration, longest, str(path))
+
+
+def check_listed(path: Path) -> None:
+    """Check that an audio file exists which a manifest or table lists.
+
+    Raises:
+        AudioError: if there is no such file. The message names the option for the folder that paths start from.
+    """
+    try:
+        os.lstat(path)
+    except FileNotFoundError as error:
+        raise AudioError(
+            f"{path}: no such file; if the paths in the manifest start from another folder, pass it as --audio-dir "
+            "(audio_dir)."
+        ) from error
+    except (OSError, ValueError):
+        pass  # the reader reports other problems
 
 
 def read_bytes(data: bytes, name: str, sample_rate: int, longest: float = math.inf) -> np.ndarray:

@@ -4,10 +4,11 @@ Reading a pipe or a device may block or never end. Git LFS pointers, which stand
 yet, are refused too.
 """
 
+import io
 import os
 import stat
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from nemo_lfr.errors import NemoLfrError, printable
 
@@ -29,7 +30,7 @@ def open_regular(
 
     Raises:
         NemoLfrError: of class `error`, if `path` is a pipe, device, socket or folder, or a Git LFS pointer.
-        OSError: if the file cannot be opened.
+        OSError: if the file cannot be opened. This error, and errors when the file is read, name `path`.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0))
@@ -39,13 +40,47 @@ def open_regular(
         raise
     try:
         _refuse(path, os.fstat(descriptor).st_mode, error, advice)
-        if os.read(descriptor, len(POINTER)) == POINTER:
-            raise error(f"{printable(os.fspath(path))}: {POINTER_PROBLEM}.")
-        os.lseek(descriptor, 0, os.SEEK_SET)
-        return os.fdopen(descriptor, "rb")
     except BaseException:
         os.close(descriptor)
         raise
+    file = io.BufferedReader(_NamedFile(descriptor, path))
+    try:
+        if file.read(len(POINTER)) == POINTER:
+            raise error(f"{printable(os.fspath(path))}: {POINTER_PROBLEM}.")
+        file.seek(0)
+        return file
+    except BaseException:
+        file.close()
+        raise
+
+
+class _NamedFile(io.FileIO):
+    """File whose read errors name its path, for instance on a damaged disk.
+
+    Args:
+        descriptor: descriptor of the open file; this object closes it.
+        path: path of the file.
+    """
+
+    def __init__(self, descriptor: int, path: str | os.PathLike[str]) -> None:
+        super().__init__(descriptor, "rb")
+        self._path = os.fspath(path)
+
+    def readinto(self, buffer: Any) -> int:
+        """Read into a buffer, and return the number of bytes."""
+        try:
+            return super().readinto(buffer)
+        except OSError as error:
+            error.filename = self._path
+            raise
+
+    def readall(self) -> bytes:
+        """Read the rest of the file."""
+        try:
+            return super().readall()
+        except OSError as error:
+            error.filename = self._path
+            raise
 
 
 def check_replaceable(path: str | os.PathLike[str], error: type[NemoLfrError] = NemoLfrError) -> None:

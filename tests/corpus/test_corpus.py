@@ -477,7 +477,7 @@ def bad_files(root: Path) -> dict[str, str]:
         "folder.wav": "not a file but a folder",
         "loop.wav": "",
         "dangling.wav": "a link to a missing file",
-        "missing.wav": "no such file",
+        "missing.wav": "no such file; if the paths in the manifest start from another folder, pass it as --audio-dir",
     }
     return reasons
 

@@ -281,6 +281,7 @@ def test_user_errors_are_one_line_errors(capsys, corpus, tmp_path, arguments, wo
     code, out, err = command(capsys, "evaluate", *filled, "--out", tmp_path / "out", "--workers", 1)
     assert code == (1 if "no codec processed" in words else 2)
     assert not out and words in err.splitlines()[-1] and "Traceback" not in err
+    assert ("gone.wav: no such file" in err) == ("pass it as --audio-dir" in err)
 
 
 @pytest.mark.slow

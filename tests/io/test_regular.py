@@ -1,5 +1,6 @@
 """Tests that every reader refuses a pipe, device, socket, folder or Git LFS pointer in place of a file."""
 
+import io
 import os
 import socket
 from pathlib import Path
@@ -19,7 +20,7 @@ from nemo_lfr.io.entropy.model import EntropyModel
 from nemo_lfr.io.journal import Journal
 from nemo_lfr.io.layouts import text_of
 from nemo_lfr.io.manifests import read_manifest
-from nemo_lfr.io.regular import open_regular
+from nemo_lfr.io.regular import _NamedFile, open_regular
 from nemo_lfr.io.text import read_lines
 from nemo_lfr.io.token_file import TokenReader
 
@@ -56,6 +57,25 @@ def test_non_regular_path_is_refused_without_blocking(kind, reader, tmp_path, mo
     link = reader == "journal" and kind == "a device"
     with pytest.raises(NemoLfrError, match="is a link" if link else rf"tokens\.json: not a regular file but {kind}"):
         READERS[reader](path)
+
+
+@pytest.mark.parametrize("read", [lambda file: file.read(), lambda file: file.read(8), list])
+def test_an_error_while_a_file_is_read_names_the_file(read, tmp_path):
+    path = tmp_path / "a"
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT)  # reading from it fails, as from a damaged disk
+    with (
+        io.BufferedReader(_NamedFile(descriptor, path)) as file,
+        pytest.raises(OSError, match="Bad file descriptor") as caught,
+    ):
+        read(file)
+    assert caught.value.filename == str(path)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/mem"), reason="this system has no such file")
+def test_an_error_while_a_file_is_opened_names_the_file():
+    with pytest.raises(OSError, match="Input/output error") as caught:
+        open_regular("/proc/self/mem")
+    assert caught.value.filename == "/proc/self/mem"
 
 
 @pytest.mark.parametrize("kind", KINDS)
