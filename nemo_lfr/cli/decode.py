@@ -89,10 +89,11 @@ def decode(
             from nemo_lfr.cli.pipes import decode_pipe
 
             codec = open_codec(options["model"], options["device"], options["precision"])
-            begin_work()
             decode_pipe(codec, sys.stdin.buffer, sys.stdout.buffer, lookahead, entropy_model)  # type: ignore[arg-type]
             return None
         with spooled(inputs[0], TOKEN_SUFFIX, f".{kind}") as task:
+            if inputs[0] == "-":
+                check_input(task.source, {TOKEN_SUFFIX}, is_only=True)
             codec = open_codec(options["model"], options["device"], options["precision"])
             begin_work()
             decode_task(task, codec, **wanted)

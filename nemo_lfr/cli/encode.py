@@ -23,7 +23,7 @@ from nemo_lfr.cli.options import (
     skip_existing_option,
 )
 from nemo_lfr.cli.results import FileFigures, FilesResult
-from nemo_lfr.cli.session import begin_work, note
+from nemo_lfr.cli.session import note
 from nemo_lfr.cli.stdio import check_pipe
 from nemo_lfr.errors import NemoLfrError
 from nemo_lfr.io.folders import AUDIO_SUFFIXES
@@ -78,7 +78,6 @@ def encode(
         codec = open_codec(options["model"], options["device"], options["precision"])
         source = sys.stdin.buffer if inputs[0] == "-" else Path(inputs[0])
         model = model_to_write(codec, compress, entropy_model)
-        begin_work()
         reader = encode_pipe(codec, source, sys.stdout.buffer, block, lookahead, model)  # type: ignore[arg-type]
         if reader.channels > 1:
             note(f"{reader.name}: {reader.channels} channels mixed to mono")

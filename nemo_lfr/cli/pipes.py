@@ -18,12 +18,13 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 import soundfile
 
+from nemo_lfr.cli.session import begin_work
 from nemo_lfr.errors import AudioError
 from nemo_lfr.io.audio import AudioReader, pcm16
 from nemo_lfr.io.containers import WavSamples, is_known, looks_like_media, read_wav_header
 from nemo_lfr.io.entropy.model import EntropyModel
 from nemo_lfr.io.seekable import SeekableFile
-from nemo_lfr.io.token_file import Metadata, TokenStreamReader, TokenStreamWriter
+from nemo_lfr.io.token_file import MAGIC, Metadata, TokenStreamReader, TokenStreamWriter
 
 if TYPE_CHECKING:
     from nemo_lfr.codec.codec import Codec
@@ -43,6 +44,8 @@ def encode_pipe(
     model: EntropyModel | None = None,
 ) -> AudioReader:
     """Encode a recording while it arrives.
+
+    Input that is not audio counts as a usage error, and all later errors as failures of the work.
 
     Args:
         codec: codec to use.
@@ -84,6 +87,8 @@ def decode_pipe(
     The length in the WAV header is first set to "unknown", as usual for WAV in a pipe. If `sink` is a regular file,
     the length is corrected at the end.
 
+    Input that is not a token file counts as a usage error, and all later errors as failures of the work.
+
     Args:
         codec: codec to use.
         source: token file, which is read block by block.
@@ -94,9 +99,12 @@ def decode_pipe(
     Raises:
         TokenFileError: if the token file is damaged or belongs to another codec.
     """
+    stream = codec.stream_decoder(lookahead)
+    start_of_file = source.peek(len(MAGIC))[: len(MAGIC)]
+    if start_of_file and MAGIC.startswith(start_of_file):
+        begin_work()
     reader = TokenStreamReader(source, "stdin", model)
     reader.check_codec(codec)
-    stream = codec.stream_decoder(lookahead)
     start = _position(sink)
     sink.write(_wav_header(codec.sample_rate, None))
     num_samples = 0
@@ -126,11 +134,13 @@ def decode_pipe(
 @contextmanager
 def _open_audio(source: Path | io.BufferedReader, sample_rate: int) -> Iterator[AudioReader]:
     if isinstance(source, Path):
+        begin_work()
         with AudioReader(source, sample_rate) as reader:
             yield reader
         return
     header, head = read_wav_header(source.read)
     if header is not None and header.is_plain:
+        begin_work()
         samples = WavSamples(header, len(head))
         rest = source.read(len(source.peek()))  # empties the buffer: `_feed` reads from the descriptor directly
         # libsndfile needs a descriptor, so a thread copies the header and the samples into a second pipe.
@@ -147,6 +157,7 @@ def _open_audio(source: Path | io.BufferedReader, sample_rate: int) -> Iterator[
         raise AudioError("stdin: the input is empty; check the program that writes to this pipe.")
     if not _may_be_audio(head):
         raise AudioError("stdin: not an audio file of a known format; pipe in WAV, FLAC, Ogg or MP3.")
+    begin_work()
     with tempfile.TemporaryDirectory(prefix="nemo-lfr-") as folder:
         path = Path(folder, "stdin")
         with open(path, "wb") as file:

@@ -278,7 +278,7 @@ class Codec(HubMethods[Array]):
         if isinstance(self.backend, StreamingBackend):
             return self.backend
         raise NemoLfrError(
-            f"{self.name}: {type(self.backend).__name__} does not support streaming; load the checkpoint with PyTorch."
+            f"{self.name}: the backend of this codec does not support streaming; load the checkpoint with PyTorch."
         )
 
     def encode_file(

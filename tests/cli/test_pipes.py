@@ -72,7 +72,7 @@ def test_a_bad_recording_on_a_pipe_that_stays_open_is_a_one_line_error_and_no_cr
     )  # fmt: skip
     assert encoder.stdin is not None
     encoder.stdin.write(b"RIFF" + bytes(200_000))
-    assert encoder.wait(60) == 1
+    assert encoder.wait(60) == 2
     said = encoder.stderr.read().decode()
     encoder.stdin.close()
     assert "stdin: not an audio file" in said.splitlines()[-1] and "Fatal" not in said
@@ -251,6 +251,31 @@ def test_a_broken_pipe_is_a_one_line_error(piped):
     assert "NaN" in said(piped("encode", "-", stdin=nan))
 
 
+@pytest.mark.parametrize(
+    ("arguments", "damage", "expected"),
+    [
+        (["encode"], lambda audio, tokens: b"", 2),
+        (["encode"], lambda audio, tokens: tokens, 2),
+        (["encode"], lambda audio, tokens: audio[:-100], 1),
+        (["decode"], lambda audio, tokens: b"", 2),
+        (["decode"], lambda audio, tokens: audio, 2),
+        (["decode"], lambda audio, tokens: tokens[:-3], 1),
+        (["decode", "--start", 0], lambda audio, tokens: audio, 2),
+        (["decode", "--start", 0], lambda audio, tokens: tokens[:-3], 1),
+    ],
+)
+def test_only_input_of_another_kind_is_a_usage_error_as_for_files(
+    piped, tmp_path, monkeypatch, arguments, damage, expected
+):
+    monkeypatch.chdir(tmp_path)
+    audio = wav(speech_like(3000))
+    data = damage(audio, piped("encode", "-", stdin=audio).stdout)
+    (tmp_path / "input").write_bytes(data)
+    assert piped(*arguments, "input", "--out", "out").returncode == expected
+    done = piped(*arguments, "-", "-", stdin=data)
+    assert done.returncode == expected and "stdin: " in said(done)
+
+
 def test_empty_recording_passes_through_pipes(piped):
     tokens = piped("encode", "-", stdin=wav(np.zeros(0)))
     assert tokens.returncode == 0, tokens.stderr
@@ -342,4 +367,4 @@ def test_non_audio_input_is_refused_before_it_is_spooled():
     encoder = subprocess.run(command, stdin=writer.stdout, capture_output=True, timeout=300)
     writer.kill()
     writer.wait()
-    assert encoder.returncode == 1 and b"stdin: not an audio file" in encoder.stderr
+    assert encoder.returncode == 2 and b"stdin: not an audio file" in encoder.stderr
