@@ -23,11 +23,13 @@ class Identity(NamedTuple):
         kind: identifier, such as "audio", "tokens" or "checkpoint".
         text: description for messages, such as "an audio file".
         advice: clause that names the command or option that accepts the file or folder.
+        counts: numbers of files in a folder, by the key under which `info --json` prints them.
     """
 
     kind: str
     text: str
     advice: str
+    counts: tuple[tuple[str, int], ...] = ()
 
 
 AUDIO = Identity("audio", "an audio file", "nemo-lfr encode reads it")
@@ -167,7 +169,8 @@ def _folder(path: Path) -> Identity:
     if count or tokens:
         readers = ["nemo-lfr encode, tokenize and prepare read the audio files"] if count else []
         readers += ["nemo-lfr decode reads the token files"] if tokens else []
-        return Identity("files", f"a folder of {count} audio files and {tokens} token files", "; ".join(readers))
+        text = f"a folder of {count} audio files and {tokens} token files"
+        return Identity("files", text, "; ".join(readers), (("audio_files", count), ("token_files", tokens)))
     return Identity(
         "unknown", "a folder without audio, token files, checkpoint or ONNX files", "nemo-lfr does not read it"
     )

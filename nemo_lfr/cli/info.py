@@ -89,7 +89,8 @@ def describe(text: str | None) -> InfoFigures:
         return _describe_codec(str(path))
     if identity.kind == UNKNOWN.kind:
         raise NemoLfrError(f"{path}: {identity.text}; {identity.advice}.")
-    return {"kind": identity.kind, "path": str(path), "description": identity.text, "use": identity.advice}  # type: ignore[typeddict-item]
+    described = {"kind": identity.kind, "path": str(path), "description": identity.text, "use": identity.advice}
+    return {**described, **dict(identity.counts)}  # type: ignore[return-value]
 
 
 def _describe_tokens(path: Path) -> TokenFileFigures:

@@ -167,13 +167,31 @@ class OtherFigures(TypedDict):
         use: text that says which command accepts the file or folder.
     """
 
-    kind: Literal["corpus", "corpus_tokens", "unfinished_tokens", "evaluation", "files"]
+    kind: Literal["corpus", "corpus_tokens", "unfinished_tokens", "evaluation"]
     path: str
     description: str
     use: str
 
 
-InfoFigures = CodecFigures | TokenFileFigures | EntropyModelFigures | AudioFigures | OtherFigures
+class FolderFigures(TypedDict):
+    """A folder of audio files and token files, as described by `info`.
+
+    Attributes:
+        description: text that says what the folder is.
+        use: text that says which commands accept the folder.
+        audio_files: number of audio files in the folder and its subfolders.
+        token_files: number of token files in the folder and its subfolders.
+    """
+
+    kind: Literal["files"]
+    path: str
+    description: str
+    use: str
+    audio_files: int
+    token_files: int
+
+
+InfoFigures = CodecFigures | TokenFileFigures | EntropyModelFigures | AudioFigures | OtherFigures | FolderFigures
 
 
 class InfoResult(Result):

@@ -265,6 +265,8 @@ def test_info_identifies_files_and_names_the_command_for_them(capsys, folder):
         assert code == 0, err
         for word in words:
             assert word in out
+    described = json.loads(run(capsys, "info", folder, "--json")[1])
+    assert (described["kind"], described["audio_files"], described["token_files"]) == ("files", 2, 1)
     code, _, err = run(capsys, "info", "~nobody-has-this-name/a")
     assert code == 2 and err.startswith("nemo-lfr: error: ~nobody-has-this-name/a: no such file")
 
