@@ -8,9 +8,8 @@ from nemo_lfr import frames
 from nemo_lfr.errors import shorten
 
 MAX_TEXT = 200  # maximum number of characters in a text field of a file
-# Fingerprint of the bundled codec, and fingerprints that older versions of this package computed for it on other CPUs.
-BUNDLED = "5b64da27f63acf8e"
-BUNDLED_OLDER = frozenset(("c0f0d7d8b4576f2b", "54c43a1d06a541eb"))
+# Fingerprints of version 3 of the bundled codec (docs/model-card.md), which depended on the CPU at first.
+VERSION_3 = frozenset(("5b64da27f63acf8e", "c0f0d7d8b4576f2b", "54c43a1d06a541eb"))
 
 
 @dataclass(frozen=True)
@@ -97,12 +96,8 @@ class KnownCodec(Protocol):
 
 
 def same_fingerprint(first: str, second: str) -> bool:
-    """Return whether two fingerprints are equal, or both belong to the bundled codec.
-
-    The bundled codec has several fingerprints, since older versions of this package computed different values; see
-    `BUNDLED_OLDER`.
-    """
-    return first == second or {first, second} <= {BUNDLED, *BUNDLED_OLDER}
+    """Return whether two fingerprints are equal, or both belong to version 3 of the bundled codec; see `VERSION_3`."""
+    return first == second or {first, second} <= VERSION_3
 
 
 def check_text(name: str, value: object) -> None:

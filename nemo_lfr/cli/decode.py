@@ -82,8 +82,8 @@ def decode(
         streams = inputs[0] == "-" and kind == "wav" and not (start or duration is not None or recover)
         if lookahead is not None and not streams:
             raise NemoLfrError(
-                "--lookahead only works if all of a token file from stdin is decoded to WAV on stdout (decode - -); "
-                "remove --lookahead, or remove --start, --duration, --recover and --format."
+                "--lookahead needs a complete token file on stdin and WAV on stdout; remove --lookahead, or run "
+                "`nemo-lfr decode - -` without --start, --duration, --recover and --format."
             )
         if streams:
             from nemo_lfr.cli.pipes import decode_pipe

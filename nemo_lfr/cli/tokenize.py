@@ -49,7 +49,7 @@ class FormatName(click.Choice):  # type: ignore[type-arg]  # generic in recent r
 @click.option(
     "--compress",
     is_flag=True,
-    help="Compress the files of --format lfr losslessly, to about two thirds of their size.",
+    help="Compress the files of --format lfr losslessly, to about 70 % of their size.",
 )
 @entropy_model_option("Entropy model (.lfrm) to compress with (default: the bundled codec's model).")
 @click.option(

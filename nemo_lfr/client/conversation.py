@@ -282,7 +282,7 @@ class Conversation(CodecProperties):
         """Check the number of frames or samples that the server's last message reports.
 
         Raises:
-            ServerError: if a different number has arrived, or is expected for the input.
+            ServerError: if `reported` is not the number received, or not the number expected for the input.
         """
         units_in, units_out = self._units
         if not self.ended:

@@ -67,7 +67,7 @@ BAD_AUDIO: dict[str, tuple[Any, Any, Any, str]] = {
     "dictionary": ({"audio": WAVE}, None, None, "audio is a dict with the keys"),
     "empty list": ([], None, None, "audio is an empty list; pass one clip or more"),
     "empty tuple with lengths": ((), [], 16000, "audio is an empty tuple"),
-    "objects": (np.array([None, 1.0]), None, None, "audio is an array of dtype object"),
+    "objects": (np.array([None, 1.0]), None, None, r"audio\[0\] has type NoneType"),
     "an array of text": (np.array(["a", "b"]), None, None, "audio is an array of dtype <U1"),
     "sparse": (torch.eye(8).to_sparse(), None, None, "plain"),
     "meta": (torch.empty(1, 100, device="meta"), None, None, "plain"),

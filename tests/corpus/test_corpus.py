@@ -35,7 +35,6 @@ from nemo_lfr.io.exclusive import exclusive
 from nemo_lfr.io.manifests import read_manifest
 from nemo_lfr.io.token_file import TokenReader, TokenWriter
 from nemo_lfr.pretrained import load
-from nemo_lfr.spec import BUNDLED_OLDER
 from tests.models import RATE, codec_config, synthesize, write_nemo
 from tests.tiers import slow_after, slow_except
 
@@ -293,26 +292,23 @@ def test_run_with_other_options_refuses_an_existing_output(audio, model, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("kind", "is_bundled", "error"),
+    ("kind", "error"),
     slow_after(
         1,
         [
-            ("shar", False, None),
-            ("parquet", False, None),
-            ("lfr", False, "older version of nemo_lfr"),  # the reader refuses files with two fingerprints
-            ("lfr", True, None),  # the reader knows all fingerprints of the bundled codec
+            ("shar", None),
+            ("parquet", None),
+            ("lfr", "older version of nemo_lfr"),  # the reader refuses files with two fingerprints
         ],
     ),
 )
-def test_a_run_that_an_older_version_began_is_resumed_or_refused(audio, model, tmp_path, kind, is_bundled, error):
+def test_a_run_that_an_older_version_began_is_resumed_or_refused(audio, model, tmp_path, kind, error):
     (tmp_path / "two.json").write_text("".join((audio / "manifest.json").read_text().splitlines(True)[1:3]))
     job_ = job(tmp_path / "two.json", tmp_path / "out", model, kind, shard_size=1, audio_dir=str(audio))
-    job_ = replace(job_, model=None) if is_bundled else job_
     tokenize(job_, device="cpu", workers=1)
     expected = read(tmp_path / "out")
     # State of an older version's run that was killed: one of the two shards is missing.
     now, *_, older = load(job_.model, "cpu").backend.fingerprints()
-    older = min(BUNDLED_OLDER) if is_bundled else older
     record = job_.state / "job.json"
     record.write_text(record.read_text().replace(now, older))
     for path in (tmp_path / "out").rglob("*.lfr"):

@@ -1,8 +1,8 @@
 """CUDA graphs for small batches, whose run time is dominated by kernel launches.
 
 A graph is captured when a shape occurs for the second time. It can be replayed for all later batches of this shape,
-whatever the lengths of the clips in them. Plans and graphs are dropped when the weights of their network change or
-move to another device.
+whatever the lengths of the clips in them. Graphs are dropped when the weights of their network change or move to
+another device.
 """
 
 import logging

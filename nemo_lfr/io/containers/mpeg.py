@@ -325,7 +325,10 @@ def _xing_tag(window: Window, piece: Piece) -> bytes:
 
 
 def _true_header(window: Window, piece: Piece) -> tuple[bytes, list[Span]]:
-    """Return a Xing header with the true size and zero side information, and the byte ranges of the other frames."""
+    """Return a new Xing header, and the byte ranges of the other frames.
+
+    The header states the true size, and its side information is all zeros.
+    """
     (start, stop), *others = piece.spans
     header = bytearray(window.at(start, piece.first_length))
     frame = read_frame(piece.first)
