@@ -255,8 +255,11 @@ def pending_tasks(tasks: Sequence[FileTask], overwrite: bool, skip_existing: boo
     for folder, own in names.items():
         sweep(folder, own)
     for task in left:
-        with contextlib.suppress(*[OutputExistsError] if skip_existing else []):  # written since it was listed
+        try:
             check_overwrite(task.target, overwrite or task.replaces_link)
+        except OutputExistsError:
+            if not skip_existing:  # otherwise, another process wrote the file after it was looked for
+                raise
         _refuse_file_as_folder(task.target)
     return left
 

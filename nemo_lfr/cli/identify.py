@@ -127,7 +127,7 @@ def identify_content(path: Path) -> Identity | None:
     with open_regular(path) as file:
         head = file.read(HEAD_BYTES)
     suffix = path.suffix.lower()
-    if path.name in PART_NAMES and _folder(path.parent).kind in (CHECKPOINT.kind, "onnx"):
+    if path.name in PART_NAMES and (folder := _by_names(path.parent)) and folder.kind in (CHECKPOINT.kind, "onnx"):
         return Identity("codec_part", "a part of a codec", f"pass its folder as --model: {path.parent}")
     if suffix in SPREADSHEETS:
         return Identity(UNKNOWN.kind, "a spreadsheet", SAVE_AS_CSV)
@@ -152,7 +152,8 @@ def _describe_unfinished(path: Path) -> Identity | None:
     return None if text is None else Identity("unfinished_tokens", f"an unfinished tokenize run: {text}", RESUME)
 
 
-def _folder(path: Path) -> Identity:
+def _by_names(path: Path) -> Identity | None:
+    """Identify a folder by the names of its files, without a search in its subfolders; None if they do not suffice."""
     names = set(os.listdir(path))
     for member, identity in MEMBERS:
         if member in names:
@@ -163,6 +164,12 @@ def _folder(path: Path) -> Identity:
         return Identity("corpus", "a folder of Lhotse cuts", "nemo-lfr tokenize reads it")
     if any(name.endswith(".nemo") for name in names):
         return Identity("checkpoint", "a folder with a checkpoint", "pass it as --model")
+    return None
+
+
+def _folder(path: Path) -> Identity:
+    if (named := _by_names(path)) is not None:
+        return named
     found = find_files(path, AUDIO_SUFFIXES | {TOKEN_SUFFIX}, report=lambda _: None, unread=[])
     tokens = sum(file.suffix.lower() == TOKEN_SUFFIX for file in found)
     count = len(found) - tokens
