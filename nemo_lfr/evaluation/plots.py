@@ -83,8 +83,9 @@ def _values(result: Result, keys: Sequence[str], name: str) -> list[float]:
 
 
 def _padded(low: float, high: float) -> tuple[float, float]:
-    """Return a range with a margin on both sides, even if `low` equals `high`."""
-    margin = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
+    """Return a range with a margin on both sides, even if `low` and `high` are equal or differ only by rounding."""
+    spread = 0.0 if math.isclose(low, high) else high - low
+    margin = 0.06 * spread or 0.05 * abs(high) or 1.0
     return low - margin, high + margin
 
 
@@ -145,6 +146,8 @@ def _distribution(name: str, names: Mapping[int, str], values: Mapping[int, Sequ
     The box shows the quartiles. The whiskers extend to the most distant values within 1.5 interquartile ranges of
     the box, and dots show the values beyond the whiskers.
     """
+    from matplotlib.cbook import boxplot_stats
+
     height = ROW * len(names) + 28
     bottom = height - 22
     limits = [limit(own) for own in values.values() for limit in (min, max)]
@@ -158,20 +161,19 @@ def _distribution(name: str, names: Mapping[int, str], values: Mapping[int, Sequ
         content += [_line(place(tick), 0, place(tick), bottom, "grid"), _text(place(tick), bottom + 16, f"{tick:.4g}")]
     content += [_line(RIGHT, bottom, WIDTH - RIGHT, bottom, "axis")]
     for row, (index, own) in enumerate(values.items()):
-        first, median, third = (float(value) for value in np.percentile(own, (25, 50, 75)))
-        reach = 1.5 * (third - first)
-        inside = [value for value in own if first - reach <= value <= third + reach]
+        box = boxplot_stats(own)[0]
+        first, third = box["q1"], box["q3"]
         y = ROW * row + 24
         label = tables.shorten_name(names[index], MAX_LABEL)
         content += [_marker(index, RIGHT + 5, y - 15), _text(RIGHT + 15, y - 11, label, "start")]
-        content += [_line(place(min(inside)), y, place(max(inside)), y, f"bar {_color(index)}")]
+        content += [_line(place(box["whislo"]), y, place(box["whishi"]), y, f"bar {_color(index)}")]
         content += [
             f'<rect class="box {_color(index)}" x="{place(first):.1f}" y="{y - 5}" '
             f'width="{max(place(third) - place(first), 0.5):.1f}" height="10"/>'
         ]
-        content += [_line(place(median), y - 5, place(median), y + 5, "median")]
-        outside = [value for value in own if not first - reach <= value <= third + reach]
-        content += [f'<circle class="{_color(index)}" cx="{place(value):.1f}" cy="{y}" r="1.8"/>' for value in outside]
+        content += [_line(place(box["med"]), y - 5, place(box["med"]), y + 5, "median")]
+        dots = [place(value) for value in box["fliers"]]
+        content += [f'<circle class="{_color(index)}" cx="{x:.1f}" cy="{y}" r="1.8"/>' for x in dots]
     return _svg(f"distribution of {name} over recordings", height, content)
 
 

@@ -145,6 +145,17 @@ def test_plots_of_any_number_of_codecs_and_equal_values(tmp_path, count):
     assert len(shapes) == count  # color and shape together are unique
 
 
+def test_a_box_plot_of_values_that_differ_only_by_rounding(tmp_path):
+    """Both quartiles of two such values are their mean, so neither value is in the box or within its whiskers."""
+    value = 76.75053894050713
+    own = result("codec", tmp_path, 0.0, 1000.0)
+    own.values = {key: {"ESTOI": value + 2 * np.spacing(value) * (index % 2)} for index, key in enumerate(KEYS[:2])}
+    (figure,) = plots.metric_plots(Evaluation(dict.fromkeys(KEYS[:2]), RATE, [own]), KEYS[:2], METRICS)
+    (drawing,) = svgs([figure])
+    ticks = [text for element in drawing.iter("text") if re.match(r"\d", text := element.text or "")]
+    assert "nan" not in figure["svg"] and len(ticks) == len(set(ticks)) > 2
+
+
 @pytest.mark.parametrize("length", [1, 100, 512, 22050])
 def test_spectrograms_of_any_length(length):
     drawing = ElementTree.fromstring(plots.spectrogram(np.zeros(length, np.float32), RATE, "a & <b>"))
