@@ -73,8 +73,8 @@ class ProcessSetting:
     def differs(self, wanted: Any) -> bool:
         """Return whether a `with setting.at(wanted)` block is needed.
 
-        It is not needed if the current value is `wanted` and no thread is inside a block. At its end, such a block
-        might restore another value.
+        It is not needed if the current value is `wanted` and no thread is inside a `with setting.at(...)` block. If a
+        thread is inside one, the end of that block might restore another value.
         """
         return self._users > 0 or self._get() != wanted
 
@@ -130,8 +130,8 @@ else:
 def reference_state(device: torch.device) -> Iterator[None]:
     """Run networks independently of the caller's settings inside a `with` block.
 
-    Autocast, gradients and inference mode are off, and the default device is the CPU. On a CPU, fp32 products run in
-    full fp32; on a GPU, `convolutions` decides whether TF32 is allowed.
+    Autocast, gradients and inference mode are off, and the default device is the CPU. On a CPU, fp32 matrix products
+    and convolutions run in full fp32; on a GPU, `convolutions` decides whether TF32 is allowed.
 
     Args:
         device: device of the codec. Autocast is turned off for this device and for the CPU.

@@ -268,7 +268,7 @@ def check_lengths(
         assert limit is not None
         return [limit] * batch
     if isinstance(lengths, list | tuple) and len(lengths) == batch and all(type(value) is int for value in lengths):
-        return _checked_lengths(lengths, limit, name, error, first)  # also integers that an array cannot store
+        return _checked_lengths(lengths, limit, name, error, first)  # no array: a value may exceed int64
     values = arrays.convert(lengths, name, error)
     if not arrays.kind(values).is_integer or tuple(values.shape) != (batch,):
         raise error(

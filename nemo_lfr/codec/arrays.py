@@ -20,8 +20,8 @@ class Kind(Enum):
     """Type of the elements of an array."""
 
     FLOAT = "floating point of any width"
-    INT16 = "16-bit integers"
-    INTEGER = "integers of another width"
+    INT16 = "signed 16-bit integers"
+    INTEGER = "other integers"
     OTHER = "anything else"
 
     @property
@@ -50,11 +50,11 @@ class Arrays(Protocol[Array]):
         """Convert an array to `dtype` and to the backend's device."""
 
     def peaks(self, audio: Array, lengths: Sequence[int]) -> list[float]:
-        """Return the largest magnitude in the first `lengths[i]` samples of each clip; 0 for an empty clip.
+        """Return the largest magnitude among the valid samples of each clip; 0 for an empty clip.
 
         Args:
             audio: clips, [B, T_audio].
-            lengths: samples in each clip.
+            lengths: valid samples in each clip.
         """
 
 

@@ -143,7 +143,7 @@ def check_result(backend: Any, operation: Operation, result: Any, inputs: Any, n
 class Backend(Protocol[Array]):
     """Interface of a backend: an encoder and a decoder that run on one device and use one array library.
 
-    The results of an example must not depend on the other examples in the batch or on the padding after its end.
+    The results of an example must not depend on the other examples in the batch, or on the padding after the example.
     """
 
     @property

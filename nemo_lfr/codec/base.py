@@ -178,7 +178,7 @@ class CodecBase(Generic[Array]):
             blocks: iterable of chunks.
             name: what the chunks contain: "samples" or "tokens".
             error: type of the error to raise.
-            check: check of one chunk: `check_chunk` or `check_token_chunk`.
+            check: function that checks one chunk: `check_chunk` or `check_token_chunk`.
 
         Yields:
             The result of `check` for each chunk, as a numpy array.

@@ -3,10 +3,12 @@
 | form | channels | sample rate |
 | --- | --- | --- |
 | array [T_audio], [B, T_audio] or [B, 1, T_audio] | mono | `sample_rate` |
-| list or column of such clips, of any lengths | depends on the clip | declared by the clip, else `sample_rate` |
+| list or column of clips in the other forms | depends on the clip | declared by the clip, else `sample_rate` |
 | path | mixed to mono | declared by the file |
 | `datasets` item: {"array", "sampling_rate"} or {"path", "bytes"} | mixed to mono | from the item or the file |
 | `AudioDecoder` of `datasets` or TorchCodec, or `AudioSamples` | mixed to mono | from the object |
+
+The clips of a list or column may have different lengths.
 """
 
 import logging
@@ -32,7 +34,7 @@ MAX_FIRST = 8  # an array with at most this many rows is [channels, T_audio], ev
 
 
 class _Recording(NamedTuple):
-    """Clip from a source that declares its sample rate.
+    """Clip from a source that can declare its sample rate: a file, a `datasets` item or a decoder.
 
     Attributes:
         audio: samples, [1, T_audio].
@@ -88,7 +90,7 @@ def to_batch(
 
 
 def as_list(audio: Any) -> Any:
-    """Return a column of a table as a list, and any other argument unchanged.
+    """Return a column of a table as a list, an `array.array` as a numpy array, and any other argument unchanged.
 
     Columns are sequences (the `Column` of `datasets`), arrays of objects (a `Series` of pandas), and Arrow arrays.
     """
@@ -162,7 +164,7 @@ def _warn_once(text: str) -> None:
 def _recording(
     arrays: Arrays[Any], audio: Any, audio_len: object, sample_rate: object, target_rate: int, name: str
 ) -> _Recording | None:
-    """Read a source that declares its rate and channels; return None for a plain array."""
+    """Read a file, a `datasets` item or a decoder; return None for a plain array."""
     if isinstance(audio, str | os.PathLike):
         return _read(audio, None, audio_len, sample_rate, target_rate, name)
     if isinstance(audio, Mapping):
@@ -193,7 +195,7 @@ def _recording(
 
 
 def _check_rates(declared: object, passed: object, name: str) -> None:
-    """Raise AudioError if a source declares a sample rate that differs from the argument `sample_rate`."""
+    """Raise AudioError if a declared sample rate differs from the argument `sample_rate`, or if either is a string."""
     for rate in (declared, passed):
         if isinstance(rate, str):
             raise AudioError(f"{name} has the sample rate {shorten(repr(rate))}, a string; pass a number, in Hz.")

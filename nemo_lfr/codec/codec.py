@@ -44,9 +44,10 @@ class Latents(NamedTuple):
 class Codec(HubMethods[Array]):
     """Speech codec: encodes audio to tokens and decodes tokens to audio, with any backend.
 
-    Arguments may be numpy arrays or arrays of the backend (tensors with PyTorch). Results are arrays of the backend.
-    Batching does not change results: every utterance gets the tokens that it would get alone. Long audio is cut into
-    windows. This does not change results either, because each window includes all frames that its results depend on.
+    Arguments may be numpy arrays or arrays of the backend (tensors with PyTorch). Results are arrays of the backend;
+    blocks and streams return numpy arrays. Batching does not change results: every utterance gets the tokens that it
+    would get alone. Long audio is cut into windows. This does not change results either, because each window includes
+    all frames that its results depend on.
 
     Args:
         backend: backend that runs the encoder and the decoder.
@@ -79,7 +80,7 @@ class Codec(HubMethods[Array]):
                 of these forms, of any lengths. Files and `datasets` items with several channels are mixed to mono.
             audio_len: samples in each clip, [B]; later samples are ignored. Default: the full length.
             sample_rate: sample rate of `audio`, Hz. Audio is resampled if this is not the codec's rate. Not needed
-                for files and `datasets` items, which declare their rate.
+                for files and `datasets` items, which declare their rate. Default for arrays: the codec's rate.
             num_codebooks: number of codebooks to return, starting with the first. Useful if the codec was trained with
                 codebook dropout. Default: all.
 
@@ -158,7 +159,8 @@ class Codec(HubMethods[Array]):
             each utterance, [B].
 
         Raises:
-            TokensError: for an unsupported shape or type, a token outside the codebook, or lengths that do not fit.
+            TokensError: for an unsupported shape or type, a token outside the codebook, lengths that do not fit, or an
+                invalid `num_codebooks`.
             NemoLfrError: if the decoder returns NaN or infinite values.
         """
         frame, arrays = self.samples_per_frame, self.backend.arrays
@@ -203,6 +205,7 @@ class Codec(HubMethods[Array]):
 
         Raises:
             AudioError: for an unsupported shape or type, or NaN values.
+            NemoLfrError: if the encoder returns NaN or infinite values.
         """
         frame, cutter = self.samples_per_frame, self._audio_cutter()
         chunks = self.check_blocks(blocks, "samples", AudioError, self.check_chunk)
@@ -229,6 +232,7 @@ class Codec(HubMethods[Array]):
 
         Raises:
             TokensError: for an unsupported shape or type, or a token outside the codebook.
+            NemoLfrError: if the decoder returns NaN or infinite values.
         """
         frame, cutter = self.samples_per_frame, self._token_cutter()
         chunks = self.check_blocks(blocks, "tokens", TokensError, self.check_token_chunk)
@@ -354,8 +358,8 @@ class Codec(HubMethods[Array]):
         Raises:
             TokenFileError: if `source` is damaged or from another codec, `start` is outside the recording, or
                 `duration` is negative or not finite. With `recover`, also if no block of `source` is intact.
-            NemoLfrError: if `target` is the same file as `source`, has another suffix, or exists while `overwrite` is
-                not set.
+            NemoLfrError: if `target` is the same file as `source`, has a suffix other than .wav and .flac, or exists
+                while `overwrite` is not set.
             AudioError: if the format of `target` does not support the codec's sample rate.
         """
         source, target = expand_home(source), expand_home(target)

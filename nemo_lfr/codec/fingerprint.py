@@ -92,7 +92,7 @@ def check_described(config: Mapping[str, Any], settings: Mapping[str, Any], name
         if isinstance(expected, list) and len(used) == len(expected):
             used, wanted = next(pair for pair in zip(used, wanted, strict=True) if pair[0] != pair[1])
         raise NemoLfrError(
-            f"{name}: {key} has the settings {shorten(used)}, but its config describes {shorten(wanted)}. The "
+            f"{name}: the {key} differs from the codec's config: {shorten(used)} instead of {shorten(wanted)}. The "
             "saved codec would give other results; restore the setting, or build the codec from a config that "
             "describes it."
         )

@@ -210,7 +210,7 @@ def _listed(values: Any, what: str) -> list[Any]:
     try:
         return list(values)
     except TypeError:
-        raise NemoLfrError(f"{what} are {shorten(type(values).__name__)}; pass a list of {what}.") from None
+        raise NemoLfrError(f"{what} have the type {shorten(type(values).__name__)}; pass a list of {what}.") from None
 
 
 def _push_checked(streams: Sequence[Any], inputs: Sequence[Any], advance: Advance) -> list[np.ndarray]:

@@ -19,7 +19,12 @@ from nemo_lfr.modules.residual import ResidualBlock, ResidualLayer
 
 
 class LayerState(NamedTuple):
-    """State of a layer: the inputs [B, n, H] that it still needs, and whether it has produced output."""
+    """State of a layer between two chunks.
+
+    Attributes:
+        items: inputs that the layer still needs, [B, n, H].
+        started: whether the padding before the first input was added.
+    """
 
     items: torch.Tensor
     started: bool = False

@@ -52,6 +52,9 @@ class StreamEncoder(BaseStream):
         """End the recording and return the remaining tokens [C, k].
 
         A partial frame is zero-padded.
+
+        Raises:
+            NemoLfrError: if the stream was flushed before, or if the encoder returns NaN or infinite values.
         """
         return flush_encoders([self])[0]
 
@@ -130,7 +133,7 @@ class StreamDecoder(BaseStream):
 
         Raises:
             TokensError: if `num_samples` does not match the number of frames.
-            NemoLfrError: if the stream was flushed before.
+            NemoLfrError: if the stream was flushed before, or if the decoder returns NaN or infinite values.
         """
         return flush_decoders([self], [num_samples])[0]
 

@@ -188,7 +188,7 @@ class TorchBackend:
             check_unaltered(module, f"the {name} of {self.name}", consequence)
 
     def check_weights(self) -> None:
-        """Raise NemoLfrError if weights of the encoder or the decoder were converted to another dtype than fp32."""
+        """Raise NemoLfrError if weights of the encoder or the decoder were converted to a dtype other than fp32."""
         check_weights(self._encoder.module, f"the encoder of {self.name}")
         check_weights(self._decoder.module, f"the decoder of {self.name}")
 

@@ -2,8 +2,10 @@
 
 A token combines the codes of all FSQ dimensions of a codebook in one mixed-radix number. The first dimension is the
 least significant, as in NeMo's `FiniteScalarQuantizer`. A frame of eight codebooks with levels [8, 7, 6, 6] therefore
-has 32 codes. Without a codec, these codes can be regrouped losslessly into 4 codebooks with 8 dimensions each, or into
-16 codebooks with 2 dimensions each.
+has 32 codes. They can be regrouped into 4 codebooks with 8 dimensions each, or into 16 codebooks with 2 dimensions
+each. Regrouping is lossless and does not need a codec.
+
+In this module, a code is the index of an FSQ level: an integer in [0, n) for a dimension with n levels.
 """
 
 import math
@@ -59,7 +61,8 @@ def fold(codes: Any, levels: Levels) -> Any:
         Tokens, int64, shape [..., C, T].
 
     Raises:
-        TokensError: if a code is outside the levels of its dimension, or `levels` has another number of dimensions.
+        TokensError: if a code is outside the levels of its dimension, or `levels` has another number of dimensions
+            than `codes`.
     """
     codes = as_integers(codes, "codes")
     if len(codes.shape) < 2:
@@ -120,8 +123,8 @@ def regroup(tokens: Any, levels: Levels, new_levels: Levels) -> Any:
     new_flat = [level for group in new_groups for level in group]
     if flat != new_flat:
         raise TokensError(
-            f"{len(groups)} codebooks with levels {_shown(groups)} cannot be regrouped into {len(new_groups)} with "
-            f"levels {_shown(new_groups)}; pass the same levels in the same order."
+            f"{len(groups)} codebooks with levels {_shown(groups)} cannot be regrouped into {len(new_groups)} "
+            f"codebooks with levels {_shown(new_groups)}; pass the same levels in the same order."
         )
     return fold(unfold(tokens, groups), new_groups)
 

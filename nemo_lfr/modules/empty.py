@@ -1,4 +1,4 @@
-"""Modules without weights."""
+"""Build modules without weights, on the meta device."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager

@@ -29,12 +29,18 @@ class NeuralModule(nn.Module):
 
     @property
     def input_types(self) -> dict[str, Any]:
-        """NeMo neural type of each argument of `forward`, by name; None unless `nemo_lfr.nemo` was imported."""
+        """Dict from each argument of `forward` to its NeMo neural type.
+
+        The values are None unless `nemo_lfr.nemo` was imported.
+        """
         return type_lookup(self, "input_types") if type_lookup else dict.fromkeys(self.input_names)
 
     @property
     def output_types(self) -> dict[str, Any]:
-        """NeMo neural type of each result of `forward`, by name; None unless `nemo_lfr.nemo` was imported."""
+        """Dict from each result of `forward` to its NeMo neural type.
+
+        The values are None unless `nemo_lfr.nemo` was imported.
+        """
         return type_lookup(self, "output_types") if type_lookup else dict.fromkeys(self.output_names)
 
     @property

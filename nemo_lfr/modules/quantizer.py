@@ -1,10 +1,10 @@
 """Finite scalar quantization, FSQ (Mentzer et al., arXiv 2309.15505): encoded frames <-> codes <-> tokens.
 
 Each dimension of an encoded frame is squashed into the range of its levels and rounded to one of them; the rounded
-value, scaled to [-1, 1], is a code. A codebook belongs to a group of dimensions. The token of a codebook is a
-mixed-radix number. Its digits are the indices of the chosen levels, with the first dimension as the lowest digit. The
-arithmetic and the state-dict keys are the same as in NeMo's classes with the same names. Quantization runs in fp32
-even under autocast, because tokens depend on its rounding.
+value, scaled to [-1, 1], is a code. Each codebook covers a group of dimensions, and gives one token per frame. The
+token is a mixed-radix number. Its digits are the indices of the chosen levels, with the first dimension as the lowest
+digit. The arithmetic and the state-dict keys are the same as in NeMo's classes with the same names. Quantization runs
+in fp32 even under autocast, because tokens depend on its rounding.
 """
 
 import math

@@ -101,7 +101,7 @@ def check_segments(cfg: DictConfig, min_samples: int) -> None:
         min_samples: length, in samples, of the shortest audio that the losses and discriminators can use.
 
     Raises:
-        ConfigError: if the segments are shorter than this, even when they are padded to whole frames.
+        ConfigError: if the segments are shorter than `min_samples`, even when they are padded to whole frames.
     """
     section, frame = cfg.get("train_ds"), cfg.samples_per_frame
     if not section:

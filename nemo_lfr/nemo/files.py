@@ -261,7 +261,7 @@ class NemoFiles(BaseModel):
         Raises:
             CheckpointError: if the file cannot be written.
             NemoLfrError: if a module has hooks, replaced layers or changed settings, which would not be saved. With a
-                trainer, this is a warning.
+                trainer, this is only a warning.
         """
         if not isinstance(save_path, str | os.PathLike) or not os.fspath(save_path):
             raise CheckpointError(f"save_path is {shorten(repr(save_path))}; pass the path of a .nemo file to write.")

@@ -13,7 +13,7 @@ from nemo_lfr.nemo.base import DISCRIMINATOR, WAVLM
 
 
 def check_discriminator(checkpoint: Mapping[str, Any], state: Mapping[str, torch.Tensor], path: Any) -> None:
-    """Check that a checkpoint contains the weights of a model's discriminators, and no others.
+    """Check that a checkpoint contains exactly the discriminator weights that a model has.
 
     Args:
         checkpoint: content of the checkpoint.
@@ -29,12 +29,10 @@ def check_discriminator(checkpoint: Mapping[str, Any], state: Mapping[str, torch
     theirs = {key: shape for key, shape in theirs.items() if WAVLM not in key}
     for key in [*ours, *theirs]:
         if ours.get(key) != theirs.get(key):
-            raise _differs(
-                path,
-                "discriminator",
-                f"{key} has the shape {theirs.get(key, 'none')} in the checkpoint, but {ours.get(key, 'none')} in the "
-                "model",
+            found, wanted = (
+                f"has the shape {shapes[key]}" if key in shapes else "is missing" for shapes in (theirs, ours)
             )
+            raise _differs(path, "discriminator", f"{key} {found} in the checkpoint, but {wanted} in the model")
 
 
 def check_optimizers(checkpoint: Mapping[str, Any], optimizers: Sequence[torch.optim.Optimizer], path: Any) -> None:
@@ -61,11 +59,12 @@ def check_optimizers(checkpoint: Mapping[str, Any], optimizers: Sequence[torch.o
         missing = sorted(set(optimizer.defaults) - {"fused", "foreach"} - set(theirs[0]))
         unknown = sorted(set(theirs[0]) - set(optimizer.defaults) - {"params", "initial_lr"})
         if missing or unknown:
+            faults = [f"{verb} {keys}" for verb, keys in (("lack", missing), ("also contain", unknown)) if keys]
             raise _differs(
                 path,
                 "optim",
-                f"the optimizer in the checkpoint is not {type(optimizer).__name__}, because only one of the two "
-                f"has the settings {missing + unknown}",
+                f"the optimizer in the checkpoint is not {type(optimizer).__name__}: its settings "
+                f"{' and '.join(faults)}",
             )
 
 

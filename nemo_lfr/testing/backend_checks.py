@@ -102,14 +102,14 @@ def check_lengths(codec: Codec[Any]) -> None:
         _require(
             tuple(tokens.shape) == shape, f"{length} samples: tokens have shape {tuple(tokens.shape)}, not {shape}"
         )
-        _require(tokens_len.tolist() == [num_frames], f"{length} samples: tokens_len is {tokens_len}")
+        _require(tokens_len.tolist() == [num_frames], f"{length} samples: tokens_len {tokens_len} is not {num_frames}")
         ids = to_numpy(tokens)
         _require(ids.dtype == np.int32, f"tokens have dtype {ids.dtype}, not int32")
-        _require(not ids.size or 0 <= ids.min() <= ids.max() < codec.codebook_size, "tokens outside the codebook")
+        _require(not ids.size or 0 <= ids.min() <= ids.max() < codec.codebook_size, "a token is outside the codebook")
         audio, audio_len = codec.decode(tokens, tokens_len, [length])
         samples = to_numpy(audio)
-        _require(samples.shape == (1, length), f"{length} samples: audio has shape {samples.shape}")
-        _require(audio_len.tolist() == [length], f"{length} samples: audio_len is {audio_len}")
+        _require(samples.shape == (1, length), f"{length} samples: audio has shape {samples.shape}, not (1, {length})")
+        _require(audio_len.tolist() == [length], f"{length} samples: audio_len is {audio_len}, not [{length}]")
         _require(samples.dtype == np.float32, f"audio has dtype {samples.dtype}, not float32")
         _require(not samples.size or abs(samples).max() <= 1, "audio is not in [-1, 1]")
 
@@ -152,7 +152,7 @@ def check_windows(codec: Codec[Any]) -> None:
 
 
 def check_files(codec: Codec[Any]) -> None:
-    """Check that a token file stores the spec of its codec, and that only this codec decodes the file."""
+    """Check that a token file stores the spec of its codec, and that the codec refuses the file of another codec."""
     clip = _speech(codec, 20.5)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -160,7 +160,7 @@ def check_files(codec: Codec[Any]) -> None:
         codec.encode_file(folder / "a.wav", folder / "a.lfr")
         with TokenReader(folder / "a.lfr") as reader:
             stored, tokens = reader.metadata, reader.read()
-        _require(stored == Metadata.of(codec), f"the file's spec {stored} is not {codec.spec}")
+        _require(stored == Metadata.of(codec), f"the file stores the spec {stored}, not {codec.spec}")
         assert_tokens_equal(tokens, _tokens(codec, clip))
         codec.decode_file(folder / "a.lfr", folder / "b.wav")
         audio, sample_rate = soundfile.read(folder / "b.wav", dtype="float32")
@@ -171,7 +171,7 @@ def check_files(codec: Codec[Any]) -> None:
             writer.write(np.zeros((other.num_codebooks, 3), np.int32))
             writer.finish(3 * codec.samples_per_frame)
         _check_raises(TokenFileError, lambda: codec.decode_file(folder / "other.lfr", folder / "c.wav"), "other codec")
-        _require(not (folder / "c.wav").exists(), "a rejected token file left an audio file behind")
+        _require(not (folder / "c.wav").exists(), "decode_file refused a token file but left an audio file")
 
 
 def check_invalid_arguments(codec: Codec[Any]) -> None:

@@ -34,7 +34,7 @@ class NemoLfrConfig(PreTrainedConfig):
     audio_decoder: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        """Use the modules of the released codec for modules that were not passed."""
+        """Use the released codec's config section for each module whose section was not passed."""
         for name, default in _released().items():
             if getattr(self, name) is None:
                 setattr(self, name, default)

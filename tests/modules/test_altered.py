@@ -256,7 +256,7 @@ def test_changed_settings_change_the_fingerprint_and_are_not_saved(loaded, chang
     before = loaded.fingerprint
     change(loaded)
     assert loaded.fingerprint != before
-    with pytest.raises(NemoLfrError, match=r"has the settings .* but its config describes"):
+    with pytest.raises(NemoLfrError, match=r"differs from the codec's config: .* instead of"):
         loaded.save_pretrained(tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -20,7 +20,7 @@ Candidate = Callable[[], torch.Tensor]
 
 # A candidate that runs longer than this (seconds) has negligible launch overhead.
 LONG_RUN = 2e-3
-# Largest allowed difference from the reference, relative to its largest magnitude: a few rounding errors of the dtype.
+# Largest allowed difference from the reference, relative to the reference's largest magnitude: a few rounding errors.
 TOLERANCES = {torch.bfloat16: 3e-2, torch.float16: 4e-3, torch.float32: 4e-3}
 
 
@@ -31,7 +31,8 @@ class Autotuner:
     Attributes:
         benchmark: function that runs a candidate several times and returns its run time in seconds.
         chosen: name of the fastest candidate for each key of `run`.
-        measured: for each key, the run time in seconds of each valid candidate by name; for reports.
+        measured: for each key, a dict from the name of each candidate that matches the reference to its run time in
+            seconds; for reports.
         force: name of a candidate to use wherever it exists, without measuring; for benchmarks and tests.
     """
 

@@ -86,7 +86,7 @@ class GraphCache:
     The first call with a shape runs without a graph, the second one captures a graph, and later ones replay it.
 
     Args:
-        capture: function that captures a function and its inputs as a graph.
+        capture: function that captures a call of a function as a graph.
         capacity: maximum number of shapes in the cache.
     """
 
