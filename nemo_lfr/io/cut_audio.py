@@ -21,7 +21,7 @@ import numpy as np
 from nemo_lfr.errors import AudioError, quoted, shorten
 from nemo_lfr.io.audio import AudioReader, check_peak, check_rate, resample
 from nemo_lfr.io.manifests import MAX_SECONDS, resolve_audio_path
-from nemo_lfr.io.reading import read_part
+from nemo_lfr.io.reading import count_missing, read_part
 
 # Types of storage in Lhotse for arrays and images in regular files, in memory, or in a Shar. Other types are refused:
 # they open URLs ("lilcom_url"), run programs ("kaldiio"), or unpickle data ("memory_raw").
@@ -115,8 +115,11 @@ def read_cut(cut: Any, sample_rate: int, longest: float = math.inf, allow_url: b
     """Read a Lhotse cut or recording as mono samples.
 
     If the cut is an excerpt of one file, with all channels of the file and without augmentation, the samples are the
-    same as for a NeMo manifest entry with this excerpt. For any other cut, this module reads the sources, and Lhotse
-    assembles the cut from their samples.
+    ones that Lhotse's `load_audio` returns, mixed to mono and resampled. For any other cut, this module reads the
+    sources, and Lhotse assembles the cut from their samples.
+
+    If a file ends before the cut does, the missing samples are filled by reflection, up to Lhotse's tolerance; see
+    `lhotse.audio.get_audio_duration_mismatch_tolerance`.
 
     Args:
         cut: cut of any type, or recording.
@@ -128,7 +131,8 @@ def read_cut(cut: Any, sample_rate: int, longest: float = math.inf, allow_url: b
         Mono float32 samples [T_audio].
 
     Raises:
-        AudioError: if the cut cannot be read, is not allowed, or lasts more than `longest` seconds.
+        AudioError: if the cut cannot be read, is not allowed, lasts more than `longest` seconds, or lasts longer than
+            its audio by more than Lhotse's tolerance.
     """
     name = f"cut {shorten(getattr(cut, 'id', cut))}"
     try:
@@ -142,7 +146,7 @@ def read_cut(cut: Any, sample_rate: int, longest: float = math.inf, allow_url: b
             raise AudioError(f"the cut lasts {duration:.1f} s, more than the limit of {longest:g} s.")
         source = _only_source(cut)
         if source is not None:
-            return read_part(_open(source, allow_url), name, start, duration, sample_rate)
+            return read_part(_open(source, allow_url), name, start, duration, sample_rate, _tolerance())
         channels = _with_own_sources(cut, allow_url).load_audio()
         if channels is None:
             raise AudioError("the cut has no audio.")
@@ -211,12 +215,11 @@ class OwnSource:
         with AudioReader(name, None, None if isinstance(self.audio, Path) else self.audio) as reader:
             if is_mono and not offset and duration is None:
                 return np.concatenate([np.zeros(0, np.float32), *reader.blocks()])[None]
-            rate = reader.native_rate
             if duration is None:
                 duration = reader.duration - offset
-            samples = reader.segment(offset, duration)[None] if is_mono else reader.channels_of(offset, duration)
-        _check_count(samples.shape[1], rate, duration)
-        return samples
+            else:
+                count_missing(reader, offset, duration, name, _tolerance())  # Lhotse fills the end
+            return reader.segment(offset, duration)[None] if is_mono else reader.channels_of(offset, duration)
 
 
 def _only_source(cut: Any) -> Any:
@@ -328,9 +331,11 @@ def _read_all(answer: Any, url: str) -> bytes:
     return b"".join(pieces)
 
 
-def _check_count(count: int, rate: int, duration: float) -> None:
-    if count / rate < duration - 0.025:  # Lhotse's tolerance
-        raise AudioError(f"the file has {count / rate:.2f} s of audio; expected {duration:.2f} s.")
+def _tolerance() -> float:
+    """Return by how many seconds a cut may be longer than its audio in Lhotse; 0.5 by default."""
+    from lhotse.audio import get_audio_duration_mismatch_tolerance
+
+    return float(get_audio_duration_mismatch_tolerance())
 
 
 def _reason(error: Exception) -> str:

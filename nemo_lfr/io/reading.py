@@ -1,5 +1,6 @@
 """Read a clip of a corpus from an audio file, a section of a file, encoded bytes, or an array of samples."""
 
+import logging
 import math
 import os
 from pathlib import Path
@@ -9,11 +10,12 @@ import numpy as np
 from nemo_lfr.errors import AudioError
 from nemo_lfr.io.audio import AudioReader, check_peak, check_rate, resample
 from nemo_lfr.io.pcm import check_channels, samples_to_float
+from nemo_lfr.io.resampling import count_samples
+
+logger = logging.getLogger(__name__)
 
 # Durations in manifests are rounded. A difference up to this value, or 2% of the duration if that is more, is ignored.
 DURATION_SLACK = 0.1  # seconds
-# Durations of cuts are rounded too. A cut that begins at 0 and ends this close to the end of a file is the whole file.
-ROUNDED = 0.01  # seconds
 
 
 def read_file(
@@ -79,9 +81,12 @@ def read_bytes(data: bytes, name: str, sample_rate: int, longest: float = math.i
 
 
 def read_part(
-    source: Path | bytes, name: str, offset: float, duration: float, sample_rate: int, longest: float = math.inf
+    source: Path | bytes, name: str, offset: float, duration: float, sample_rate: int, tolerance: float
 ) -> np.ndarray:
-    """Read a section of an audio file, such as a cut, from a path or from bytes in memory.
+    """Read a section of an audio file for a cut, from a path or from bytes in memory.
+
+    The section has as many samples as in Lhotse. If the audio ends at most `tolerance` seconds too early, the missing
+    samples are filled by reflection, as in Lhotse.
 
     Args:
         source: path of the audio file, or its content.
@@ -89,19 +94,58 @@ def read_part(
         offset: start of the section in seconds.
         duration: duration of the section in seconds.
         sample_rate: sample rate of the result in Hz.
-        longest: maximum duration of the clip in seconds.
+        tolerance: maximum number of seconds that may be missing at the end of the section.
 
     Returns:
         Mono float32 samples [T].
 
     Raises:
-        AudioError: if the audio cannot be read or ends before the section does, or if the section lasts more than
-            `longest` seconds.
+        AudioError: if the audio cannot be read, ends more than `tolerance` seconds before the section does, or has no
+            sample of the section.
     """
-    with AudioReader(
-        source if isinstance(source, Path) else name, sample_rate, None if isinstance(source, Path) else source
-    ) as reader:
-        return _read(reader, offset, duration, longest, name)
+    path, data = (source, None) if isinstance(source, Path) else (name, source)
+    with AudioReader(path, sample_rate, data) as reader:
+        missing = count_missing(reader, offset, duration, name, tolerance)
+        rate, count = reader.native_rate, count_samples(duration, reader.native_rate)
+        if missing <= 0:
+            is_whole = missing == 0 and count_samples(offset, rate) == 0
+            pieces = [np.zeros(0, np.float32), *reader.blocks()] if is_whole else [reader.segment(offset, duration)]
+            return np.concatenate(pieces)
+    with AudioReader(path, None, data) as reader:  # Lhotse adds the samples before it resamples
+        samples = reader.segment(offset, duration)
+        samples = np.pad(samples, (0, max(0, count - len(samples))), mode="reflect")
+    return resample(samples, rate, sample_rate) if rate != sample_rate else samples
+
+
+def count_missing(reader: AudioReader, offset: float, duration: float, name: str, tolerance: float) -> int:
+    """Return how many samples are missing at the end of a cut, at the rate of the file.
+
+    A warning is logged if the samples are too many to be due to a rounded duration.
+
+    Args:
+        reader: reader of the file.
+        offset: start of the cut in seconds.
+        duration: duration of the cut in seconds.
+        name: name of the clip for messages.
+        tolerance: maximum number of seconds that may be missing.
+
+    Returns:
+        The number of samples; negative if the cut ends before the file does.
+
+    Raises:
+        AudioError: if more than `tolerance` seconds are missing, or all samples of the cut.
+    """
+    rate = reader.native_rate
+    first, count, total = (count_samples(seconds, rate) for seconds in (offset, duration, reader.duration))
+    missing = first + count - total
+    if missing > tolerance * rate or (count and first >= total):
+        raise AudioError(
+            f"{name}: the audio lasts {total / rate:.2f} s, but the cut requires {offset + duration:.2f} s."
+        )
+    if missing > DURATION_SLACK * rate:
+        text = "%s: the audio ends %.2f s before the cut does; the end is filled by reflection, as in Lhotse."
+        logger.warning(text, name, missing / rate)
+    return missing
 
 
 def read_samples(
@@ -153,7 +197,7 @@ def read_samples(
 
 def _read(reader: AudioReader, offset: float | None, duration: float | None, longest: float, name: str) -> np.ndarray:
     slack = max(DURATION_SLACK, 0.02 * (duration or 0.0))
-    rounded, offset = slack if offset is None else ROUNDED, offset or 0.0
+    rounded, offset = slack if offset is None else 0.0, offset or 0.0
     if duration is not None:
         check_end(reader, offset, duration, name)
     _check_length(reader.duration - offset if duration is None else duration, longest, name)

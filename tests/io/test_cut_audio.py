@@ -238,6 +238,47 @@ def test_a_section_has_the_same_samples_everywhere(section, tmp_path):
     assert len(clip.context(rate, 100)) == count
 
 
+ENDS = {  # start and duration of a cut of 1 s of audio
+    "all of the audio": (0.0, 1.0),
+    "20 ms too long": (0.0, 1.02),
+    "one sample too long": (0.0, 1 + 1 / RATE),
+    "shorter by 5 ms": (0.0, 0.995),
+    "an excerpt that is too long": (0.35, 0.67),
+    "more than rounding": (0.25, 1.0),
+    "longer than the excerpt": (0.9, 0.55),
+    "beyond the tolerance": (0.0, 1.51),
+    "beyond the end": (1.01, 0.1),
+}
+
+
+@pytest.mark.parametrize("kind", ["mono", "two channels", "one channel", "memory", "mixed"])
+@pytest.mark.parametrize("end", ENDS)
+def test_a_cut_has_the_samples_of_lhotse_wherever_it_ends(end, kind, tmp_path, caplog):
+    from lhotse import MonoCut, MultiCut, Recording
+
+    start, duration = ENDS[end]
+    wave = WAVE if kind in ("mono", "memory", "mixed") else np.stack([WAVE, -WAVE / 2], axis=1)
+    soundfile.write(tmp_path / "a.wav", wave, RATE, subtype="FLOAT")
+    made = Recording.from_file(tmp_path / "a.wav")
+    longer = replace(made, num_samples=2 * RATE, duration=2.0)
+    channels = [0, 1] if kind == "two channels" else 0
+    cut = (MultiCut if kind == "two channels" else MonoCut)("a", start, duration, channels, recording=longer)
+    if kind == "memory":
+        longer.sources = [replace(longer.sources[0], type="memory", source=(tmp_path / "a.wav").read_bytes())]
+    if kind == "mixed":
+        cut = cut.append(made.to_cut())
+    if "beyond" in end:
+        with pytest.raises(AudioError, match=r"^cut .*: the audio lasts 1\.00 s, but the cut requires 1\.\d1 s"):
+            read_cut(cut, RATE)
+        return
+    expected = cut.load_audio().mean(axis=0)
+    found = read_cut(cut, RATE)
+    assert len(found) == cut.num_samples
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-7)
+    assert len(read_cut(cut, 16_000)) == math.ceil(len(expected) * 16_000 / RATE)
+    assert ("filled by reflection" in caplog.text) == (start + duration > 1.1)
+
+
 @pytest.mark.parametrize("source", ["file", "memory"])
 def test_one_channel_of_a_file_whose_header_is_wrong_is_read_whole(source, tmp_path):
     """The header of a killed recorder still states a length of 0."""
