@@ -187,7 +187,7 @@ def _record_failures(evaluation: "Evaluation", requested: dict[str, str]) -> Non
 
 
 def _requested_models(asr: str | None, speaker_model: str | None, model_metrics: tuple[str, ...]) -> dict[str, str]:
-    """Return a dict from each requested kind of model metric, such as "asr", to its Hub id or path.
+    """Return a dict from each requested kind of model metric, such as "asr", to the Hub id or path of its model.
 
     An empty string stands for the default model of that kind.
     """

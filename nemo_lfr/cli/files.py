@@ -40,7 +40,7 @@ class FileTask:
         source: path of the input file.
         target: path of the output file.
         replaces_link: whether `target` is a link to a missing file. The output replaces it even without --overwrite.
-        keeps_existing: whether the task is done if another process has written `target` (--skip-existing).
+        keeps_existing: whether the task counts as done if another process writes `target` first (--skip-existing).
     """
 
     source: Path
@@ -229,7 +229,7 @@ def pending_tasks(tasks: Sequence[FileTask], overwrite: bool, skip_existing: boo
         tasks: planned tasks.
         overwrite: value of --overwrite.
         skip_existing: value of --skip-existing; if True, tasks whose output exists are dropped. An output that is a
-            link to a missing file does not exist. It is replaced, and nothing is written to the target of the link.
+            link to a missing file counts as missing. The link is replaced, and nothing is written to its target.
 
     Raises:
         NemoLfrError: if both options are set, if an output exists and neither option is set, or if an output folder is

@@ -23,7 +23,7 @@ class Identity(NamedTuple):
         kind: identifier, such as "audio", "tokens" or "checkpoint".
         text: description for messages, such as "an audio file".
         advice: clause that names the command or option that accepts the file or folder.
-        counts: numbers of files in a folder, by the key under which `info --json` prints them.
+        counts: pairs (key, number of files) for a folder. `info --json` prints each number under its key.
     """
 
     kind: str
@@ -77,7 +77,7 @@ MEMBERS = (
 )
 
 
-# Files in the folder of a codec, which are of no use alone.
+# Files that are of no use without the other files in their codec's folder.
 PART_NAMES = frozenset(
     {
         *("config.json", "preprocessor_config.json", "model.safetensors", "model.safetensors.index.json"),
@@ -87,7 +87,9 @@ PART_NAMES = frozenset(
 
 
 def refuse_other_kind(path: Path, wanted: str) -> None:
-    """Raise an error if an input that is not audio or tokens is an audio file, a token file or an entropy model.
+    """Raise an error if an input is an audio file, a token file or an entropy model.
+
+    Commands that read another kind of input, such as a manifest, call this function first.
 
     Args:
         path: input from the command line; it need not exist.
@@ -102,7 +104,7 @@ def refuse_other_kind(path: Path, wanted: str) -> None:
 
 
 def identify_suffix(path: Path) -> Identity:
-    """Return the kind of file that a suffix stands for; `UNKNOWN` for other suffixes."""
+    """Return the kind of file that the suffix of a path stands for; `UNKNOWN` if the suffix stands for none."""
     suffix = path.suffix.lower()
     if suffix in CHECKPOINT_SUFFIXES:
         return CHECKPOINT
@@ -153,7 +155,7 @@ def _describe_unfinished(path: Path) -> Identity | None:
 
 
 def _by_names(path: Path) -> Identity | None:
-    """Identify a folder by the names of its files, without a search in its subfolders; None if they do not suffice."""
+    """Identify a folder by the names of its files, without a search in its subfolders; None if no name is known."""
     names = set(os.listdir(path))
     for member, identity in MEMBERS:
         if member in names:

@@ -15,10 +15,11 @@ def progress(total: int, unit: str = "files", *, prints_lines: bool = False) -> 
     Args:
         total: number of items.
         unit: noun for the items, in the plural.
-        prints_lines: whether the command prints a line on stdout for each item. If so, there is no bar on a terminal.
+        prints_lines: whether the command prints a line on stdout for each item. If so, no
+            bar is shown when both stdout and stderr are terminals.
 
     Yields:
-        A function to call after each finished item. Its argument is a line to print, or "".
+        A function to call after each finished item. Its argument is a line to print on stderr, or "".
     """
     begin_work()
     done = 0

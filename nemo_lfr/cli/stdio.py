@@ -38,9 +38,10 @@ def check_pipe(inputs: Sequence[str], out: Path | None) -> None:
 
 @contextmanager
 def spooled(source: str, suffix: str, new_suffix: str) -> Iterator[FileTask]:
-    """Copy stdin to a temporary file, and copy a temporary output file to stdout when the context ends.
+    """Write the output to a temporary file, and copy this file to stdout when the context ends.
 
-    Use it for work that needs complete files. If the context ends with an error, nothing is written to stdout.
+    If `source` is "-", stdin is first copied to a temporary file. Use this context manager for work that needs
+    complete files. If the context ends with an error, nothing is written to stdout.
 
     Args:
         source: path of the input, or "-" for stdin.
@@ -49,6 +50,9 @@ def spooled(source: str, suffix: str, new_suffix: str) -> Iterator[FileTask]:
 
     Yields:
         The task to run in the context. Its output is the temporary file.
+
+    Raises:
+        NemoLfrError: if the context ends with this error. The message names stdin instead of the temporary file.
     """
     with tempfile.TemporaryDirectory(prefix="nemo-lfr-") as folder:
         path = Path(source)

@@ -36,7 +36,7 @@ class FormatName(click.Choice):  # type: ignore[type-arg]  # generic in recent r
         super().__init__(BUILT_IN)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Return the name if it is the name of a format."""
+        """Return the name if a format has this name; otherwise, fail with the names of all formats."""
         if value not in BUILT_IN and value not in format_names():
             self.fail(f"{value!r} is unknown; use {', '.join(map(repr, format_names()))}.", param, ctx)
         return value

@@ -158,7 +158,7 @@ def audio_problem(content: bytes, audio_format: str, sample_rate: int, num_sampl
     name = audio_format.upper()
     figures = _wav_figures(content) if audio_format == "wav" else _flac_figures(content)
     if figures is None:
-        return f"not a complete {name} file"
+        return f"data that is not a complete {name} file"
     if figures != (sample_rate, num_samples):
         return f"{figures[1]} samples at {figures[0]} Hz, not {num_samples} at {sample_rate} Hz"
     return None
@@ -193,4 +193,4 @@ def _ogg_problem(content: bytes) -> str | None:
         count = content[position + 26]
         position += 27 + count + sum(content[position + 27 : position + 27 + count])
     is_whole = is_last and position == len(content) and content[28:36] == b"OpusHead"
-    return None if is_whole else "not a complete Ogg Opus file"
+    return None if is_whole else "data that is not a complete Ogg Opus file"

@@ -122,7 +122,8 @@ class _AsyncStream(CodecProperties):
             Samples [n] when decoding, tokens [C, k] when encoding.
 
         Raises:
-            NemoLfrError: if the stream is not open, its input has ended, or another task receives its results.
+            NemoLfrError: if the stream is not open, its input has ended, another task receives its results, or
+                `num_samples` is not valid.
             ServerError: if the server ends the stream, sends an invalid message or does not answer in time, or if the
                 connection is lost.
             Exception: any error that `source` raises.
@@ -184,7 +185,7 @@ class AsyncDecodeStream(_AsyncStream):
                 yourself.
 
         Raises:
-            NemoLfrError: if the stream is not open, or its input has ended.
+            NemoLfrError: if the stream is not open, its input has ended, or `num_samples` is not valid.
             ServerError: if the server ends the stream or does not answer in time, or if the connection is lost.
         """
         await self._connection.end(num_samples)

@@ -80,6 +80,7 @@ class Client:
 
         Raises:
             TokensError: if `tokens` is not a two-dimensional array of integers.
+            NemoLfrError: if another argument is not valid.
             ServerError: if the server refuses the tokens, fails or cannot be reached.
         """
         return decode_tokens(self._server, tokens, num_samples, audio_format)
@@ -105,6 +106,7 @@ class Client:
             sample_type: type of the samples that the client receives, "float32" or "int16".
 
         Raises:
+            NemoLfrError: if an argument is not valid.
             MissingExtraError: if websockets is not installed.
             ServerError: if the server refuses the stream, fails or cannot be reached.
         """
@@ -121,6 +123,7 @@ class Client:
                 gives the same tokens as encoding the whole recording.
 
         Raises:
+            NemoLfrError: if an argument is not valid.
             MissingExtraError: if websockets is not installed.
             ServerError: if the server refuses the stream, fails or cannot be reached.
         """
@@ -232,7 +235,7 @@ class DecodeStream(_Stream):
                 yourself.
 
         Raises:
-            NemoLfrError: if the stream is closed.
+            NemoLfrError: if the stream is closed, or `num_samples` is not valid.
             ServerError: if the server ends the stream, sends an invalid message or does not answer in time, or if the
                 connection is lost.
         """
@@ -273,7 +276,7 @@ class EncodeStream(_Stream):
 
 
 async def _receive_all(connection: Connection, results: "deque[np.ndarray]") -> None:
-    """Move all results of a stream to a queue. The conversation records an error."""
+    """Move all results of a stream to a queue. If receiving fails, the conversation records the error."""
     with suppress(NemoLfrError):
         async for result in connection.results():
             results.append(result)

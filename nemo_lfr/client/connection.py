@@ -188,7 +188,7 @@ class _Watchdog:
         self._timer: asyncio.TimerHandle | None = None
 
     def set(self, is_running: bool) -> None:
-        """Start the timer if it is not running, or stop it, depending on `is_running`."""
+        """Stop the timer if `is_running` is False; otherwise, start it unless it is running already."""
         if is_running and self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(self._seconds, self._end)
         elif not is_running and self._timer is not None:

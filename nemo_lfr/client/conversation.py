@@ -77,6 +77,9 @@ class Conversation(CodecProperties):
         ended: whether the client has ended the input.
         done: whether all results have arrived.
         closed: whether the client has closed the stream.
+
+    Raises:
+        NemoLfrError: if `sample_type` is unknown.
     """
 
     def __init__(

@@ -80,7 +80,7 @@ def _read(server: Server, response: Any, max_bytes: int) -> bytes:
     Raises:
         TimeoutError: if the body arrives too slowly.
         http.client.IncompleteRead: if the connection ends before the end of the body.
-        ServerError: if the body has more than `max_bytes`.
+        ServerError: if the body has more than `max_bytes` bytes.
     """
     start, size = time.monotonic(), 0
     pieces = []
@@ -98,7 +98,7 @@ def _read(server: Server, response: Any, max_bytes: int) -> bytes:
 
 
 def _refusal(server: Server, error: urllib.error.HTTPError) -> ServerError:
-    """Convert a response with an error status to our exception."""
+    """Convert a response with an error status to an exception of this package."""
     target, status = error.headers.get("Location"), error.code
     if target and 300 <= status < 400:
         return ServerRefusedError(f"{server.url} redirects to {shorten(target, 300)}; pass that address.")

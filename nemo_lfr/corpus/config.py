@@ -84,7 +84,8 @@ class TokenizeConfig:
         """Open the corpus.
 
         Args:
-            relist: whether to list the files of a folder again. Only the process that plans the run passes True.
+            relist: whether to list the clips of a folder or table again. Only the process that plans the run passes
+                True.
         """
         audio_dir = None if self.audio_dir is None else Path(self.audio_dir)
         return open_corpus(Path(self.source), audio_dir, self.listing, relist, self.allow_url)

@@ -76,7 +76,7 @@ class EpochOrder:
         yield from buffer[skip:]
 
     def _grouped(self, skip: int, size: int) -> Iterator[TokenizedUtterance]:
-        """Sort the utterances in each full buffer by length, and yield them in groups of `size`.
+        """Fill the buffer repeatedly, sort its utterances by length, and yield them in groups of `size`.
 
         The first `skip` utterances are not yielded.
 

@@ -45,7 +45,7 @@ BATCH_SECONDS = {"cpu": 60.0, "cuda": 600.0}
 KERNELS = 384
 # Number of shards that are queued for each worker, so that it need not wait for its next shard.
 QUEUED = 2
-# Maximum number of nested lists and objects in the labels of a clip. JSON libraries differ in how many they can read.
+# Maximum nesting depth of lists and objects in the labels of a clip. JSON libraries differ in the depth they can read.
 MAX_DEPTH = 100
 # Index and specification of a shard.
 Task = tuple[int, ShardSpec]
@@ -183,8 +183,7 @@ def prefetch(
         clips: clips to read. They are yielded in this order.
 
     Yields:
-        Each clip, and a future. The future's result is a list with the clip's samples [T] and, if context audio is
-        tokenized and the clip has any, the samples of that audio.
+        Each clip, and a future with the return value of `_read`.
     """
     waiting: list[tuple[Clip, Future[list[np.ndarray]]]] = []
     for clip in clips:
@@ -195,7 +194,15 @@ def prefetch(
 
 
 def _read(clip: Clip, config: TokenizeConfig, sample_rate: int) -> list[np.ndarray]:
-    """Load a clip's samples [T] and, if context audio is tokenized and the clip has any, those of this audio."""
+    """Load the audio of a clip.
+
+    Returns:
+        A list with the samples of the clip [T]. If context audio is tokenized and the clip has context audio, the
+        samples of the context audio [T] are the second item.
+
+    Raises:
+        AudioError: if the audio cannot be read or is silent, or the name or a label of the clip cannot be written.
+    """
     loaders: list[AudioLoader] = [clip.audio]
     if config.context and clip.context is not None:
         loaders.append(clip.context)

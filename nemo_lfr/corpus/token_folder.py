@@ -26,7 +26,8 @@ from nemo_lfr.io.locate import expand_home
 from nemo_lfr.io.token_file import Metadata
 
 MAX_SHARDS, MAX_CLIPS = 10_000_000, 2**48
-# A folder may lack at least this many of the shards in `tokens.json`; the other shards can still be read.
+# If the files of some shards are missing, the other shards can still be read. If `tokens.json` lists more shards than
+# SPARE_SHARDS + 2 * (number of shards with files), however, it counts as damaged.
 SPARE_SHARDS = 1000
 
 

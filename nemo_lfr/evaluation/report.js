@@ -1,4 +1,4 @@
-// Make the tables sortable: a button in each column header sorts ascending, then descending, then as at first.
+// Make the tables sortable: a button in each column header sorts ascending, then descending, then in the original order.
 "use strict";
 for (const table of document.querySelectorAll("table")) {
   const body = table.tBodies[0];

@@ -98,7 +98,10 @@ def measure_all(
 
 
 def are_values(values: Any) -> bool:
-    """Return whether a journal entry is a dictionary of metric values. A string is the reason for a missing value."""
+    """Return whether a journal entry is a dictionary of metric values.
+
+    A value is a number, null, or a string with the reason why the value is missing.
+    """
     return isinstance(values, dict) and all(isinstance(value, str) or is_number(value) for value in values.values())
 
 
@@ -108,7 +111,7 @@ def is_number(value: Any) -> bool:
 
 
 def values_from_json(values: dict[str, Any]) -> dict[str, Value]:
-    """Convert a journal entry to metric values. A string becomes `Undefined` with this reason."""
+    """Convert a journal entry to metric values. A string, the reason for a missing value, becomes `Undefined`."""
     return {name: Undefined(value) if isinstance(value, str) else value for name, value in values.items()}
 
 

@@ -164,7 +164,7 @@ class Engine:
 
         Raises:
             OverloadedError: as for `encoder`.
-            NemoLfrError: as for `encoder`.
+            NemoLfrError: if a lookahead is invalid, or the codec's backend cannot process streams in batches.
         """
         yield from self._open(lambda: self.codec.stream_decoder(lookahead, first_lookahead), tuple(ramp), live)
 

@@ -201,7 +201,7 @@ class _AudioFile:
         self._writer = soundfile.SoundFile(self._file, "w", rate, 1, subtype, format=container)
 
     def write(self, audio: np.ndarray, last: bool = False) -> None:
-        """Write samples [n]."""
+        """Write samples [n]. With `last`, also write the samples that the resampler holds back."""
         if self._resampler is not None:
             audio = self._resampler.push(audio, last=last)
         self._writer.write(audio.clip(-1, 1))

@@ -47,7 +47,7 @@ class CodecDataset(Dataset[dict[str, Any]]):
 
     Raises:
         ConfigError: if a manifest cannot be read, no recording has the required duration, or an argument is invalid.
-        AudioError: if `sample_rate` is not a sample rate.
+        AudioError: if `sample_rate` is not a valid sample rate.
     """
 
     def __init__(

@@ -188,6 +188,9 @@ class MultiBandDiscriminatorSTFT(_Networks):
     Args:
         resolution: (n_fft, hop, window) in samples.
         stft_bands: start and end of each band, as fractions of the number of bins.
+
+    Raises:
+        ConfigError: if an argument is invalid, or a band has too few bins.
     """
 
     def __init__(self, resolution: Sequence[int], stft_bands: Sequence[Sequence[float]]) -> None:
@@ -286,6 +289,9 @@ class MultiBandMultiResolutionDiscriminatorSTFT(Discriminator):
     Args:
         resolutions: (n_fft, hop, window) of each STFT, in samples.
         stft_bands: start and end of each band, as fractions of the number of bins.
+
+    Raises:
+        ConfigError: if an argument is invalid, or a band has too few bins.
     """
 
     def __init__(self, resolutions: Sequence[Sequence[int]], stft_bands: Sequence[Sequence[float]]) -> None:
@@ -346,7 +352,7 @@ def build_discriminator(config: Mapping[str, Any]) -> AudioDiscriminator:
     if ours is Discriminator and "discriminators" in arguments:
         sections = arguments["discriminators"]
         if not isinstance(sections, list) or not sections or not all(isinstance(item, Mapping) for item in sections):
-            raise ConfigError(f"discriminator: discriminators is {quoted(sections)}; pass a list of sections.")
+            raise ConfigError(f"discriminator.discriminators is {quoted(sections)}; pass a list of sections.")
         arguments["discriminators"] = [build_discriminator(section) for section in sections]
     try:
         return ours(**arguments)

@@ -15,8 +15,8 @@ from nemo_lfr.signal.distances import ReconstructionLoss
 from nemo_lfr.signal.spectra import Spectra
 from nemo_lfr.training.components import AudioTerms, ScoreLoss, split_scales
 
-Scores = Sequence[torch.Tensor]
-FeatureMaps = Sequence[Sequence[torch.Tensor]]
+Scores = Sequence[torch.Tensor]  # for each network, a tensor [B, ...]
+FeatureMaps = Sequence[Sequence[torch.Tensor]]  # for each network, a tensor [B, ...] for each layer
 
 
 def spread(encoded: torch.Tensor) -> torch.Tensor:

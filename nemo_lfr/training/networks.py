@@ -86,7 +86,7 @@ class Network(nn.Module):
         self.conv_post = conv_post
 
     def least_size(self, axis: int) -> int:
-        """Return the smallest view height (axis 0) or width (axis 1) that this network accepts."""
+        """Return the smallest height (axis 0) or width (axis 1) of a view that this network accepts."""
         return _least_size([*cast(Iterable[Conv2d], self.conv_layers), self.conv_post], axis)
 
     def check_bins(self, bins: int, what: str) -> None:

@@ -197,7 +197,7 @@ def _write_all(
         raise NemoLfrError(
             f"{corpus}: none of {len(result.failures)} files can be used; see {out / FAILURES} for the reasons."
         )
-    # Files that cannot be used are left out first. They could be all files of a split.
+    # First leave out the files that cannot be used, because these may be all files of a split.
     utterances = [utterance for utterance in utterances if _entry(utterance, found)]
     units = held_out_by(utterances, valid_share)
     utterances = hold_out(utterances, valid_share)

@@ -154,7 +154,7 @@ def check_counts(values: Any, name: str) -> None:
 
 
 def check_model(config: Mapping[str, Any]) -> None:
-    """Validate the numbers in a model config that only training uses.
+    """Validate those numbers in a model config that affect only training.
 
     Args:
         config: model config, as Python values.

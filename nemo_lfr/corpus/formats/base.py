@@ -87,7 +87,12 @@ class Damage(str):
 
 
 class Row:
-    """Utterance that is loaded when `load` is called, so that an error in its data affects no other utterance."""
+    """Utterance that is loaded when `load` is called, so that an error in its data affects no other utterance.
+
+    Args:
+        load: function that returns the utterance as a dictionary; see the method `load`.
+        *arguments: arguments of the function.
+    """
 
     def __init__(self, load: Callable[..., dict[str, Any]], *arguments: Any) -> None:
         self._load, self._arguments = load, arguments

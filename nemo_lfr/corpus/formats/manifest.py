@@ -95,7 +95,7 @@ class ManifestReader(FormatReader):
 
     @cached_property
     def _starts(self) -> np.ndarray:
-        """Return the byte offset of each line and the end of the last line, int64 [lines + 1]."""
+        """Return the byte offsets of the lines that are not blank and of the end of the file, int64 [lines + 1]."""
         starts, position = [], 0
         with open(self._path, "rb") as file:
             for line in read_lines(file, self._path, keep_empty=True):

@@ -173,7 +173,7 @@ class SharWriter(FormatWriter):
         return cut
 
     def _recording(self, path: Path, num_samples: int) -> dict[str, Any]:
-        """Return {"target_audio": ...}, with which Magpie's speaker model reads the clip's audio file.
+        """Return {"target_audio": ...}, the recording that Magpie's speaker model reads.
 
         The result is {} if the clip is only an excerpt from the file, or if the file is not mono or not readable.
         """

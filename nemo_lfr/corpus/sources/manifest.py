@@ -86,7 +86,8 @@ class Manifest(CorpusReader):
 
         Returns:
             For each shard, a dictionary with the byte offset of its first line ("start"), the number of its lines
-            ("count") and the entries of clips whose name has occurred before ("repeats"); see `repeat_number`.
+            ("count") and, for clips whose name has occurred before, the number of occurrences ("repeats"); see
+            `repeat_number`.
         """
         shards: list[ShardSpec] = []
         ids = UniqueIds()
@@ -132,7 +133,8 @@ def entry_clip(name: str, labels: dict[str, Any], audio_dir: Path) -> Clip:
         audio_dir: folder that relative paths are resolved against.
 
     Raises:
-        NOT_A_LINE: if a value is missing or invalid; see `describe`.
+        Exception: one of the exceptions in `NOT_A_LINE`, if a value is missing or invalid. `describe` returns the text
+            for an error message.
     """
     path = resolve_audio_path(audio_dir, labels["audio_filepath"])
     context = None

@@ -29,6 +29,11 @@ class Parquet(Table):
 
     A folder with a name such as `lang=de` adds a column to the files in it; see `partition_of`.
 
+    Args:
+        path: the file or folder.
+        audio_dir: folder that relative paths are resolved against; None for `path`, or for the folder that contains a
+            single file.
+
     Raises:
         ConfigError: if no file can be read, if no column contains audio, if a folder contains several splits of a
             dataset, or if a file of a numbered set is missing (see `check_numbered`).
@@ -97,7 +102,10 @@ class Parquet(Table):
         return [self.files[shard["file"]]]
 
     def shards(self, size: int) -> list[ShardSpec]:
-        """Split the row groups into shards of about `size` clips."""
+        """Split the row groups into shards of about `size` clips.
+
+        If a file cannot be used, its only shard has the key "problem", and yields a clip that raises AudioError.
+        """
         shards: list[ShardSpec] = []
         number = 0
         first_columns: list[str] = []

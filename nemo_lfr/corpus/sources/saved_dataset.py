@@ -20,6 +20,10 @@ class SavedDataset(Table):
 
     `datasets` reads the rows, but this package decodes the audio.
 
+    Args:
+        path: folder of the dataset, or of a `DatasetDict` with one split.
+        audio_dir: folder that relative paths are resolved against; None for the folder of the dataset.
+
     Raises:
         ConfigError: if the folder is not a valid dataset, contains several splits, or has no column of audio.
     """

@@ -8,7 +8,7 @@ from nemo_lfr.evaluation.codecs.transformers import TransformersCodec
 
 @register_codec
 class Dac(TransformersCodec):
-    """DAC. The setting is the number of codebooks."""
+    """DAC. `--codec dac:N` uses N codebooks."""
 
     kind = "dac"
     usage = "dac:CODEBOOKS"

@@ -9,7 +9,7 @@ from nemo_lfr.evaluation.codecs.transformers import TransformersCodec
 
 @register_codec
 class Encodec(TransformersCodec):
-    """EnCodec. The setting is the bit rate in kbit/s."""
+    """EnCodec. `--codec encodec:N` encodes at N kbit/s."""
 
     kind = "encodec"
     usage = "encodec:KBIT"

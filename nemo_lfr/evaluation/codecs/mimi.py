@@ -8,7 +8,7 @@ from nemo_lfr.evaluation.codecs.transformers import TransformersCodec
 
 @register_codec
 class Mimi(TransformersCodec):
-    """Mimi. The setting is the number of codebooks."""
+    """Mimi. `--codec mimi:N` uses N codebooks."""
 
     kind = "mimi"
     usage = "mimi:CODEBOOKS"

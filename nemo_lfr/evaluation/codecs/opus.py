@@ -14,7 +14,7 @@ from nemo_lfr.evaluation.codecs.programs import program_version, run_timed
 
 @register_codec
 class Opus(ComparedCodec):
-    """Opus with a variable bit rate. The options are the target bit rate in kbit/s.
+    """Opus with a variable bit rate. `--codec opus:N` has a target of N kbit/s.
 
     The programs opusenc and opusdec (Debian package opus-tools) encode and decode with default settings.
     """
@@ -44,6 +44,9 @@ def ogg_payload(data: bytes) -> int:
     """Count the bytes of the audio packets in an Ogg Opus file.
 
     The page headers (RFC 3533) and the first two packets, which contain a header and tags, are not counted.
+
+    Raises:
+        NemoLfrError: if the data is not an Ogg file.
     """
     position, packets, size = 0, 0, 0
     while position < len(data):

@@ -14,7 +14,15 @@ WEIGHTS = "squim_subjective_bvcc_daps.pth"
 
 @register_model_metric
 class Squim(ModelMetric):
-    """Mean opinion score that torchaudio's SQUIM_SUBJECTIVE estimates."""
+    """Mean opinion score that torchaudio's SQUIM_SUBJECTIVE estimates.
+
+    Args:
+        source: not used, since there is only one model.
+        device: PyTorch device.
+
+    Raises:
+        FileNotFoundError: if the weights were not downloaded before.
+    """
 
     kind = "squim"
     automatic = True

@@ -113,9 +113,9 @@ export class Client {
   /**
    * @param {string} url of the server
    * @param {{token?: string | null, timeoutSeconds?: number, WebSocket?: typeof globalThis.WebSocket,
-   *   fetch?: typeof globalThis.fetch}} options access token, maximum time to wait for a connection, for a response or
-   *   for progress in a stream (a large response may take longer), and replacements for the WebSocket class and the
-   *   fetch function of the browser
+   *   fetch?: typeof globalThis.fetch}} options `token` is the access token. `timeoutSeconds` is the maximum time to
+   *   wait for a connection, for a response or for progress in a stream; a large response may take longer. `WebSocket`
+   *   and `fetch` replace the class and the function of the browser.
    */
   constructor(
     url,
@@ -165,8 +165,9 @@ export class Client {
 
   /**
    * @param {Integers[] | FileContent} tokens list of frames, or a token file (`.lfr`)
-   * @param {{numSamples?: number | null, format?: AudioFormat}} options length to which the audio is trimmed, in
-   *   samples (only for a list of frames), and format of the audio file
+   * @param {{numSamples?: number | null, format?: AudioFormat}} options `numSamples` is the
+   *   length in samples to which the audio is trimmed, only for a list of frames. `format` is the format of the audio
+   *   file.
    * @returns {Promise<Blob>} audio file
    */
   async decode(tokens, { numSamples = null, format = "wav" } = {}) {
@@ -200,8 +201,9 @@ export class Client {
   /**
    * Open a stream that takes tokens, frame by frame, and yields samples.
    *
-   * @param {{ramp?: number[], lookahead?: number | null, firstLookahead?: number | null}} options numbers of
-   *   frames in the first chunks, lookahead in frames, and a smaller lookahead for the first frames
+   * @param {{ramp?: number[], lookahead?: number | null, firstLookahead?: number | null}} options
+   *   `ramp` contains the numbers of frames in the first chunks. `lookahead` is in frames. `firstLookahead` is a
+   *   smaller lookahead for the first frames.
    * @returns {Promise<Stream<Float32Array>>}
    */
   async decodeStream({ ramp = [], lookahead = null, firstLookahead = null } = {}) {
@@ -217,8 +219,8 @@ export class Client {
   /**
    * Open a stream that takes samples, and yields tokens, frame by frame.
    *
-   * @param {{sampleRate?: number | null, lookahead?: number | null}} options sample rate in Hz, and lookahead in
-   *   frames
+   * @param {{sampleRate?: number | null, lookahead?: number | null}} options `sampleRate` is in Hz, and
+   *   `lookahead` in frames.
    * @returns {Promise<Stream<Int16Array>>}
    */
   async encodeStream({ sampleRate = null, lookahead = null } = {}) {
@@ -525,7 +527,7 @@ export class Stream {
    * @returns {string} what is wrong with the message; empty if nothing is
    */
   #receiveResult(data) {
-    if (!this.#isReady) return "a result before the message ready";
+    if (!this.#isReady) return 'a result before the message of type "ready"';
     const { num_codebooks: count, codebook_size: size } = this.info;
     const isDecoder = this.#kind === "decode";
     const width = isDecoder ? 4 : 2 * count; // bytes of a sample or a frame
@@ -555,9 +557,9 @@ export class Stream {
     if (message === undefined) return "a text message is not JSON";
     const problem = problemOf(message, { type: "text" });
     if (problem) return problem;
-    if (!Object.hasOwn(shapes, message.type)) return `the type ${show(message.type)} is unknown`;
+    if (!Object.hasOwn(shapes, message.type)) return `a message of the unknown type ${show(message.type)}`;
     const fault = problemOf(message, shapes[message.type]);
-    if (fault) return `in the message ${message.type}, ${fault}`;
+    if (fault) return `in the message of type "${message.type}", ${fault}`;
     if (message.type === "error") {
       this.#fail(shorten(message.error, 500), KINDS[message.code] ?? "fault", message.code);
       return "";
@@ -570,7 +572,7 @@ export class Stream {
    * @returns {string} what is wrong with the message; empty if nothing is
    */
   #receiveReady(message) {
-    if (this.#isReady) return "a second message ready";
+    if (this.#isReady) return 'a second message of type "ready"';
     this.info = message;
     this.#isReady = true;
     if (message.codebook_size > MAX_CODEBOOK) {
@@ -585,7 +587,7 @@ export class Stream {
    * @returns {string} what is wrong with the message; empty if nothing is
    */
   #receiveDone(message) {
-    if (!this.#isReady || !this.#hasEnded) return "the message done before the end of the input";
+    if (!this.#isReady || !this.#hasEnded) return 'the message of type "done" before the end of the input';
     const reported = this.#kind === "decode" ? message.num_samples : message.num_frames;
     const received = `${this.#numReceived} ${this.#unit} arrived`;
     if (reported !== this.#numReceived) return `the last message reports ${reported} ${this.#unit}, but ${received}`;

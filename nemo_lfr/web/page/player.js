@@ -110,7 +110,7 @@ export class Player {
  * Move the playhead of a card.
  *
  * @param {HTMLElement} card
- * @param {number} part of the recording, in [0, 1]
+ * @param {number} part position as a fraction of the duration, in [0, 1]
  */
 export function showPart(card, part) {
   card.style.setProperty("--part", `${100 * part}%`);

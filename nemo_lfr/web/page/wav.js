@@ -20,7 +20,9 @@ const FEW_BYTES = 16; // fewer bytes after the audio are not samples
 const MAX_PEAK = 64; // float samples may exceed 1 slightly; integers that were not divided by 32768 exceed it by far
 
 /**
- * Read a WAV file. All samples are read, even if the header declares fewer, and so are further WAV files in the same file.
+ * Read a WAV file. All samples are read, even if the header declares fewer.
+ *
+ * If the file consists of several WAV files, one after the other, all of them are read.
  *
  * @param {ArrayBuffer} buffer
  * @param {string} name for messages
