@@ -30,8 +30,8 @@ class ProcessSetting:
     it. A thread that needs a different value waits until no other thread is in such a block.
 
     Args:
-        get: returns the current value.
-        put: sets the value.
+        get: function that returns the current value.
+        put: function that sets the value.
     """
 
     def __init__(self, get: Callable[[], Any], put: Callable[[Any], None]) -> None:

@@ -289,7 +289,7 @@ def _checked_lengths(
 
 
 def check_kept_samples(samples: Sequence[int], totals: Sequence[int], samples_per_frame: int) -> None:
-    """Check that the number of samples to keep from each utterance fits its number of frames.
+    """Check that the number of samples to keep from each utterance fits the utterance's number of frames.
 
     Args:
         samples: samples to keep from each utterance.

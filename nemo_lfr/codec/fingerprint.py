@@ -25,7 +25,7 @@ LENGTH = 16  # hex digits
 
 
 def weights_digest(weights: Iterable[tuple[str, torch.Tensor]]) -> str:
-    """Return the SHA-256 in hex of the names and the fp32 values of weights.
+    """Return the SHA-256, in hex, of the names and the fp32 values of weights.
 
     The first 16 digits are the fingerprint that older versions wrote.
     """

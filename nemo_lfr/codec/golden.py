@@ -124,7 +124,7 @@ def _compressed(quantizer: FiniteScalarQuantizer | GroupFiniteScalarQuantizer, e
 
 @contextmanager
 def _recorded(network: nn.Module, name: str, tensors: dict[str, torch.Tensor]) -> Iterator[None]:
-    """Add the output of every layer that runs inside a `with` block to `tensors`, by "`name`.LAYER"."""
+    """Add the output of every layer that runs inside a `with` block to `tensors`, under the key "{name}.LAYER"."""
     with ExitStack() as stack:
         for key, module in network.named_modules():
             if key and not key.endswith(WRAPPED):

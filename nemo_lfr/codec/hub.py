@@ -78,7 +78,7 @@ class HubMethods(CodecBase[Array]):
 
         Raises:
             CheckpointError: if the checkpoint cannot be found, downloaded or read.
-            NemoLfrError: for an unknown argument.
+            NemoLfrError: as in `nemo_lfr.load`, or for an unknown argument.
         """
         if download:  # the import takes a second
             from huggingface_hub import snapshot_download

@@ -182,8 +182,8 @@ def push_encoders(streams: Sequence[StreamEncoder], samples: Sequence[np.ndarray
 
     Raises:
         AudioError: as in `StreamEncoder.push`. All streams then remain unchanged.
-        NemoLfrError: if the streams belong to different codecs, a stream is passed twice or is in use by another
-            thread, or the numbers of streams and chunks differ.
+        NemoLfrError: as in `StreamEncoder.push`. Also if the streams belong to different codecs, a stream is passed
+            twice or is in use by another thread, or the numbers of streams and chunks differ.
     """
     return push(streams, samples, StreamEncoder, _advance_encoders)
 

@@ -1,8 +1,8 @@
 """Cut recordings into windows, and stack windows into batches.
 
-A frame depends on a limited number of frames around it, its context. A window consists of a chunk of consecutive
-frames and their context, so the results for the chunk equal those for the whole recording. The results for the context
-frames are discarded.
+A frame depends on a limited number of frames around it, which are its context. A window consists of a chunk of
+consecutive frames and their context, so the results for the chunk equal those for the whole recording. The results for
+the context frames are discarded.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -146,7 +146,7 @@ def place_windows(
 def rolling_windows(
     blocks: Iterable[np.ndarray], items_per_frame: int, chunk: int, context: Context
 ) -> Iterator[tuple[np.ndarray, Window]]:
-    """Cut a recording of unknown length into the same windows as `frames.plan_windows`.
+    """Cut a recording of unknown length into the windows that `frames.plan_windows` would return.
 
     Args:
         blocks: consecutive samples or tokens, [..., n] with any n.

@@ -1,11 +1,11 @@
 """Convert FSQ tokens to one code per dimension, or to another number of codebooks.
 
-A token combines the codes of all FSQ dimensions of a codebook in one mixed-radix number. The first dimension is the
-least significant, as in NeMo's `FiniteScalarQuantizer`. A frame of eight codebooks with levels [8, 7, 6, 6] therefore
-has 32 codes. They can be regrouped into 4 codebooks with 8 dimensions each, or into 16 codebooks with 2 dimensions
-each. Regrouping is lossless and does not need a codec.
+In this module, a code is the index of an FSQ level: an integer in [0, n) for a dimension with n levels. A token
+combines the codes of all FSQ dimensions of a codebook in one mixed-radix number. The first dimension is the least
+significant, as in NeMo's `FiniteScalarQuantizer`.
 
-In this module, a code is the index of an FSQ level: an integer in [0, n) for a dimension with n levels.
+For example, a frame of 8 codebooks with levels [8, 7, 6, 6] has 32 codes. They can be regrouped into 4 codebooks with
+8 dimensions each, or into 16 codebooks with 2 dimensions each. Regrouping is lossless and does not need a codec.
 """
 
 import math

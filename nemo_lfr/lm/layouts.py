@@ -42,7 +42,7 @@ class Layout(ABC):
         num_streams: number of parallel sequences, S.
 
     Raises:
-        ConfigError: if a size is not a positive integer, or `first_id` is not an integer of at least 0.
+        ConfigError: if `num_codebooks` or `codebook_size` is not a positive integer, or `first_id` is negative.
     """
 
     num_streams: int = 1
@@ -87,7 +87,7 @@ class Layout(ABC):
 
     @property
     def vocab_size(self) -> int:
-        """Number of rows in an embedding table, including the ids below `first_id`."""
+        """Number of rows of an embedding table for all ids, including the ids below `first_id`."""
         return self.pad_id + NUM_SPECIAL
 
     def arrange(self, tokens: Any, tokens_len: Any = None) -> tuple[Any, Any]:
@@ -103,7 +103,7 @@ class Layout(ABC):
             padding after them. For `tokens` without the dimension B, the results have no dimension B either.
 
         Raises:
-            TokensError: if `tokens` has another shape, or an id is outside the codebook.
+            TokensError: if `tokens` has another shape, an id is outside the codebook, or `tokens_len` is invalid.
         """
         tokens = as_integers(tokens, "tokens")
         batched = len(tokens.shape) == 3

@@ -37,7 +37,7 @@ class HalfSnake(nn.Module):
 
 
 class Clamp(nn.Module):
-    """Output activation that limits audio to [-1, 1] without distorting smaller values."""
+    """Output activation that limits audio to [-1, 1] without changing values in this range."""
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Clamp every value to [-1, 1]."""

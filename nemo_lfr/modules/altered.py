@@ -39,8 +39,8 @@ def _is_patched(module: nn.Module) -> bool:
 def must_be_called(layer: nn.Module, kind: type[nn.Module]) -> bool:
     """Return whether a layer must be run by calling it.
 
-    This is the case if the layer has hooks, or if its `forward` method is not the `forward` of `kind`. A kernel that
-    only uses the weights of such a layer would give other results.
+    This is the case if the layer has hooks, or if its `forward` method is not that of the class `kind`, such as
+    `nn.Conv1d`. A kernel that only uses the weights of such a layer would give other results.
     """
     if layer._forward_hooks or layer._forward_pre_hooks or not isinstance(layer, kind):
         return True

@@ -37,8 +37,8 @@ def _check_tokens(
     The check synchronizes a GPU. Nothing is checked while a graph is traced or captured.
 
     Args:
-        tokens: result, in any shape.
-        values: what the tokens were made from, [B, D, T].
+        tokens: the tokens, in any shape.
+        values: values that the tokens were made from, [B, D, T].
         codebook_size: number of entries.
         length: frames in each example, [B]; None for all frames.
         name: name of `values` in messages.
@@ -189,7 +189,7 @@ class FiniteScalarQuantizer(NeuralModule):
         """Quantize encoded frames to tokens: [B, D, T] -> [1, B, T].
 
         Raises:
-            TokensError: if a frame is NaN or infinite.
+            TokensError: if a frame contains NaN or infinite values.
         """
         tokens: torch.Tensor = self(inputs, input_len)[1]
         _check_tokens(tokens, inputs, self.codebook_size, input_len, "encoded frames", _FINITE)
@@ -314,7 +314,7 @@ class GroupFiniteScalarQuantizer(NeuralModule):
         """Quantize encoded frames to tokens: [B, D, T] -> [C, B, T].
 
         Raises:
-            TokensError: if a frame is NaN or infinite.
+            TokensError: if a frame contains NaN or infinite values.
         """
         tokens: torch.Tensor = self(inputs, input_len)[1]
         _check_tokens(tokens, inputs, self.codebook_size, input_len, "encoded frames", _FINITE)

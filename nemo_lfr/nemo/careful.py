@@ -35,7 +35,7 @@ _reported: set[str] = set()
 
 @contextmanager
 def careful_iterators() -> Iterator[None]:
-    """Make NeMo build data loaders that skip malformed lines, inside a `with` block."""
+    """Inside a `with` block, make NeMo build data loaders that skip malformed lines."""
     stock = nemo_dataloader.read_cutset_from_config
     nemo_dataloader.read_cutset_from_config = partial(_read, stock)
     try:

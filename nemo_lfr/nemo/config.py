@@ -77,9 +77,9 @@ def check_precision(trainer: Trainer | None) -> None:
 
 
 def check_strategy(trainer: Trainer, has_discriminator: bool) -> None:
-    """Raise ConfigError if DDP would expect a gradient of each weight in each backward pass.
+    """Raise ConfigError if discriminators are trained and DDP expects gradients of all weights in each backward pass.
 
-    With discriminators, no backward pass reaches all weights.
+    Each backward pass computes gradients either of the generator's or of the discriminators' weights.
 
     Args:
         trainer: trainer that is about to fit a model.

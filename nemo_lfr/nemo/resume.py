@@ -77,7 +77,8 @@ def tidy_experiment(settings: Mapping[str, Any] | None) -> None:
             `resume_if_exists` is set.
 
     Raises:
-        ConfigError: if the checkpoint that NeMo would resume from is damaged, or if there are several.
+        ConfigError: if the checkpoint that NeMo would resume from is damaged, or if several files are named
+            `*last.ckpt`.
         NemoLfrError: if another run is using the folder, or its path is a file.
     """
     if not settings or not settings.get("resume_if_exists"):

@@ -80,7 +80,7 @@ class TrainingSteps(Optimizers):
         return least if self.discriminator is None else max(least, self.discriminator.min_samples)
 
     def build_discriminator(self) -> None:
-        """Build the discriminators in the config, and load their weights from the checkpoint if it has any.
+        """Build the discriminators in the config, and load their weights if the restored checkpoint contains them.
 
         Lightning's `fit` calls this method. WavLM is loaded at the first training step that uses it.
 
@@ -190,7 +190,11 @@ class TrainingSteps(Optimizers):
         super().maybe_init_from_pretrained_checkpoint(cfg, map_location)
 
     def on_fit_start(self) -> None:
-        """Check that the trainer's strategy suits two optimizers that are stepped in turn."""
+        """Check that the trainer's strategy suits two optimizers that are stepped in turn.
+
+        Raises:
+            ConfigError: if it does not; see `check_strategy`.
+        """
         super().on_fit_start()
         check_strategy(self.trainer, has_discriminator=self.discriminator is not None)
 

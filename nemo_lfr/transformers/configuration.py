@@ -44,7 +44,7 @@ class NemoLfrConfig(PreTrainedConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Create a config from the content of `config.json`.
 
-        NeMo's other keys, such as losses and data, are left out. Interpolations are resolved.
+        Keys that do not describe the modules, such as losses and data, are left out. Interpolations are resolved.
 
         Raises:
             ConfigError: if the values are not a valid config.

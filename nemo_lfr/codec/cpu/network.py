@@ -1,12 +1,12 @@
 """Run encoders and decoders on a CPU, with the same results as their modules but fewer passes over memory.
 
-- An activation or a sum after a convolution is fused into the convolution where oneDNN supports it. The result of an
-  activation before a convolution is written directly into the convolution's padded input.
+- An activation or an addition after a convolution is fused into the convolution where oneDNN supports it. The result
+  of an activation before a convolution is written directly into the convolution's padded input.
 - The branches of a residual layer share one padded input.
 - Residual layers do most of the work. They process long signals in pieces with context on both sides, which limits
   memory.
 - The examples in a batch may have different lengths. They are stored in a buffer of one width, and every layer writes
-  its padding directly after the end of each example, so each result is the same as for the example alone. Batches of
+  its padding directly after the end of each example, so that every example gets the same result as alone. Batches of
   many lengths thus share a few widths, and oneDNN can reuse the kernels that it compiles for each shape.
 """
 
@@ -187,7 +187,7 @@ class PackedOps:
     def _shared_winograd(
         self, convs: list[Conv1d], shared: torch.Tensor, starts: list[int], after: CodecActivation
     ) -> dict[int, torch.Tensor]:
-        """Run all layers that can share one Winograd transform; return their outputs by index in `convs`.
+        """Run all layers that can share one Winograd transform; return a dict from index in `convs` to output.
 
         Args:
             convs: first convolution of each branch.

@@ -35,7 +35,7 @@ class Transformed(NamedTuple):
     """Weights of a layer, evaluated at each point.
 
     Attributes:
-        bank: weights, [POINTS, groups of four taps, H_out, H_in].
+        bank: weights, [POINTS, num_pieces, H_out, H_in]. A piece is a group of four taps.
         bias: [H_out]; None for none.
         span: number of input time steps from the first to the last one that an output depends on.
         dilation: dilation of the layer.
