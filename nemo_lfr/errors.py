@@ -36,7 +36,10 @@ class OutputExistsError(NemoLfrError):
 
 
 class AudioError(NemoLfrError):
-    """Waveform or audio file that cannot be encoded."""
+    """Waveform or audio file that cannot be read or encoded.
+
+    This class is also raised for an invalid Lhotse cut or label.
+    """
 
 
 class TokensError(NemoLfrError):
@@ -44,7 +47,7 @@ class TokensError(NemoLfrError):
 
 
 class TokenFileError(NemoLfrError):
-    """Token file that is damaged, has an unknown version, or was written by another codec."""
+    """Token file that is missing or damaged, has an unknown version, or was written by another codec."""
 
 
 class EntropyModelError(TokenFileError):
@@ -52,7 +55,7 @@ class EntropyModelError(TokenFileError):
 
 
 class CheckpointError(NemoLfrError):
-    """Checkpoint that cannot be read or does not match its own config."""
+    """Checkpoint that cannot be found, read or written, or that does not match its own config."""
 
 
 class ConfigError(NemoLfrError):
@@ -112,7 +115,11 @@ def failure(source: object, error: BaseException) -> Failure:
 
 
 def message_of(error: BaseException) -> str:
-    """Return an exception's message on one line. The message of an OSError starts with the name of its file."""
+    """Return an exception's message on one line.
+
+    The message of an OSError starts with the name of its file, if it has one. An empty message is replaced by the name
+    of the exception's class.
+    """
     text = str(error)
     if isinstance(error, OSError) and error.strerror:
         text = f"{error.filename}: {error.strerror}." if error.filename is not None else f"{error.strerror}."

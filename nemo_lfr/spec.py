@@ -8,7 +8,8 @@ from nemo_lfr import frames
 from nemo_lfr.errors import shorten
 
 MAX_TEXT = 200  # maximum number of characters in a text field of a file
-# Fingerprints of version 3 of the bundled codec (docs/model-card.md), which depended on the CPU at first.
+# Version 3 of the bundled codec has several fingerprints, because at first, they depended on the CPU; see
+# docs/model-card.md.
 VERSION_3 = frozenset(("5b64da27f63acf8e", "c0f0d7d8b4576f2b", "54c43a1d06a541eb"))
 
 
@@ -111,4 +112,6 @@ def check_text(name: str, value: object) -> None:
         ValueError: if the value is not a string of at most `MAX_TEXT` printable characters.
     """
     if not isinstance(value, str) or len(value) > MAX_TEXT or not value.isprintable():
-        raise ValueError(f"{name} is {shorten(repr(value))}; expected at most {MAX_TEXT} printable characters")
+        raise ValueError(
+            f"{name} is {shorten(repr(value))}; expected a string of at most {MAX_TEXT} printable characters"
+        )

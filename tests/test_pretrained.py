@@ -243,6 +243,7 @@ def test_a_repository_with_another_file_name_loads_its_only_nemo_file(tmp_path):
     path, wave = save(codec, tmp_path / "tiny.nemo"), synthesize(0.3)
     np.save(tmp_path / "wave.npy", wave)
     repositories = {"me/one": {"README.md": path, "codec.nemo": path}, "me/two": {"a.nemo": path, "b.nemo": path}}
+    repositories["me/empty"] = {"README.md": path}
     with HubServer(repositories) as hub:
         environment = hub.environment(tmp_path / "home")
         assert client("me/one", tmp_path / "wave.npy", environment)[0] == {"tokens": codec.encode(wave)[0].tolist()}
@@ -250,6 +251,8 @@ def test_a_repository_with_another_file_name_loads_its_only_nemo_file(tmp_path):
         asked = len(hub.requests)
         assert client("me/one", tmp_path / "wave.npy", environment)[0] == {"tokens": codec.encode(wave)[0].tolist()}
         assert len(hub.requests) == asked, "it is in the cache"
+        error = client("me/empty", tmp_path / "wave.npy", environment)[0]["error"]
+        assert "me/empty" in error and "neither a .nemo file, nor config.json" in error
         error = client("me/none", tmp_path / "wave.npy", environment)[0]["error"]
         assert "me/none" in error and "check the name" in error
     # The server has stopped, so only the cache can answer.

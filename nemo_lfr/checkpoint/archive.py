@@ -126,7 +126,7 @@ def _read_text(path: Path) -> bytes:
 
 
 def _shards(index: Path, text: bytes) -> dict[str, str]:
-    """Return the name of the safetensors file of each tensor, as listed in an index of transformers."""
+    """Return a dict from each tensor to the name of its safetensors file, as listed in an index of transformers."""
     try:
         shards = json.loads(text)["weight_map"]
         names = set(shards.values())

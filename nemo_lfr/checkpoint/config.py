@@ -77,8 +77,9 @@ def parse_config(text: str) -> DictConfig:
     """Parse a model config from YAML, without resolving interpolations.
 
     Raises:
-        ConfigError: if the config is not a mapping, is too large, or uses an OmegaConf resolver that NeMo does not
-            register.
+        ConfigError: if the text is not valid YAML, is not a mapping, uses YAML aliases, or is too large or too deeply
+            nested. Also if an interpolation refers to itself, is nested, expands to too many characters, or uses an
+            OmegaConf resolver that NeMo does not register.
     """
     try:
         _check_yaml(text)
@@ -274,7 +275,11 @@ def our_target(target: str) -> tuple[type[nn.Module], dict[str, Any], dict[str, 
 
 
 def nemo_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a module's config with NeMo's class name, so that NeMo can build the module without this package."""
+    """Return a module's config with NeMo's class name, so that NeMo can build the module without this package.
+
+    Raises:
+        ConfigError: if NeMo has no class for this module.
+    """
     config = dict(config)
     target = str(config["_target_"])
     if target in NEMO_CLASSES:
@@ -337,6 +342,10 @@ def _check_sizes(arguments: Mapping[str, Any]) -> None:
 
 def build_parts(config: Mapping[str, Any], *, weight_norm: bool = True) -> CodecModules:
     """Build the encoder, quantizer and decoder of a model config, and check that they fit together.
+
+    Args:
+        config: values by key, as `codec_values` returns them.
+        weight_norm: whether to build convolutions with weight norm, for training, or with plain weights.
 
     Raises:
         ConfigError: if a key is missing or has an invalid value.

@@ -89,7 +89,21 @@ def write_folder(
     *,
     overwrite: bool = False,
 ) -> list[Path]:
-    """Write a config and tensors to a folder; see `export_safetensors` for the arguments and errors."""
+    """Write a model config and the tensors of a codec to a folder.
+
+    Args:
+        folder: output folder, created if it does not exist.
+        config: model config.
+        tensors: tensors under the names that NeMo uses, such as those from `module_tensors`.
+        overwrite: whether to replace existing files.
+
+    Returns:
+        Paths of the three files that were written.
+
+    Raises:
+        ConfigError: if `config` is invalid.
+        NemoLfrError: if a file exists and `overwrite` is not set.
+    """
     folder = expand_home(folder)
     paths = [folder / name for name in (SAFETENSORS_CONFIG, SAFETENSORS, PREPROCESSOR)]
     for path in paths:

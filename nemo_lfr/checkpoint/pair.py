@@ -14,7 +14,7 @@ from nemo_lfr.io.locate import SAFETENSORS, SAFETENSORS_CONFIG
 def check_pair(tensors: Tensors, config: DictConfig) -> None:
     """Check that the weights in a safetensors file belong to a config.
 
-    The file may store a copy of its config, and the config may store a checksum of its weights. One of them does not
+    The file may store a copy of its config, and the config may store a checksum of the weights. One of them does not
     match after an interrupted export or a partial copy, or if a file was edited or damaged. A missing copy or checksum
     is accepted.
 

@@ -154,8 +154,8 @@ def load_parts(
     Args:
         path: a `.nemo` file, a Lightning `.ckpt`, or the folder of an unpacked or exported codec.
         config: model config (default: the one in the checkpoint).
-        strict: raise an error for missing and for unknown weights of the modules. Otherwise, missing weights are
-            initialized and unknown ones are ignored.
+        strict: whether to raise an error for missing and for unknown weights of the modules. Otherwise, missing
+            weights are initialized and unknown ones are ignored.
         others: prefix of the names of additional tensors to return (default: none).
 
     Returns:
@@ -182,7 +182,7 @@ def read_weights(files: Sequence[str | os.PathLike[str]], config: Mapping[str, A
 
     The weights are returned in the form with weight norm, even if the files contain plain weights. A single file
     `model.safetensors`, and the shards `model-00001-of-...`, must also match the SHA-256 in the `config.json` of their
-    folder.
+    folder, if it states one.
 
     Args:
         files: paths of the safetensors files: one path, or several if the weights were split into several files.

@@ -104,7 +104,7 @@ class SafeTensors(Tensors):
                 raise ValueError(f"its tensors overlap or leave a gap at byte {min(entry.offset, position)}")
             position += math.prod(entry.shape) * entry.dtype.itemsize
         if position != self._source.size:
-            raise ValueError(f"it has {self._source.size} bytes, but its tensors should end at byte {position}")
+            raise ValueError(f"it has {self._source.size} bytes, but its header describes a file of {position} bytes")
 
     def _check_values(self, expected: Any) -> None:
         if expected is not None and self._hash_values() != expected:
@@ -135,9 +135,12 @@ class SafeTensors(Tensors):
         dtype, shape, (first, end) = DTYPES[value["dtype"]], value["shape"], value["data_offsets"]
         if not all(type(count) is int and 0 <= count < 1 << 62 for count in (first, end, *shape)):
             raise ValueError("a size or an offset of a tensor is not a whole number from 0 to 2**62 - 1")
-        if len(shape) > MAX_DIMENSIONS or end - first != math.prod(shape) * dtype.itemsize:
+        if len(shape) > MAX_DIMENSIONS:
+            raise ValueError(f"a tensor has {len(shape)} dimensions; at most {MAX_DIMENSIONS} are allowed")
+        if end - first != (size := math.prod(shape) * dtype.itemsize):
             raise ValueError(
-                f"its header states {end - first} bytes for a {value['dtype']} tensor of shape {shorten(shape)}"
+                f"its header states {end - first} bytes for a {value['dtype']} tensor of shape {shorten(shape)}; "
+                f"expected {size}"
             )
         if self._begin + end > self._source.size:
             raise ValueError(f"it has only {self._source.size} bytes, but its tensors need {self._begin + end}")
@@ -166,11 +169,11 @@ class _Joined(Tensors):
         self.entries = plain_keys(entries, str(self.path))
 
     def checksum(self) -> dict[str, str]:
-        """Return the SHA-256 of the values of each file, in hex, by the name of the file."""
+        """Return a dict from the name of each file to the SHA-256, in hex, of the values in this file."""
         return {file.path.name: file.checksum() for file in dict.fromkeys(self._files.values())}
 
     def names_of_files(self) -> dict[str, str]:
-        """Return the name of the file of each tensor."""
+        """Return a dict from each tensor to the name of its file."""
         return {key: file.path.name for key, file in self._files.items()}
 
     def _read_tensor(self, key: str, kept: bool) -> torch.Tensor:
@@ -192,7 +195,7 @@ def open_shards(folder: Path, shards: Mapping[str, str]) -> Tensors:
 
     Args:
         folder: folder of the files.
-        shards: name of the file of each tensor, which must be in `folder`.
+        shards: a dict from each tensor to the name of its file, which must be in `folder`.
 
     Raises:
         CheckpointError: if a file is missing, cannot be read or is damaged, or if the files contain other tensors than
@@ -251,6 +254,10 @@ def write_tensors(
 
     Returns:
         SHA-256 of the values of all tensors, in hex.
+
+    Raises:
+        OutputExistsError: if `path` exists at the end, and `overwrite` is not set.
+        OSError: if the file cannot be written, for instance on a full disk; the error names `path`.
     """
     entries, offset = {}, 0
     for name, tensor in sorted(tensors.items()):

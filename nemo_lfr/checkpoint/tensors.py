@@ -52,7 +52,8 @@ _STORAGE_DTYPES = {
     "ComplexDoubleStorage": torch.complex128,
 }
 
-# Opcodes that `torch.save` writes for state dicts. Others are refused: some create an object of 200 bytes per byte.
+# Opcodes that `torch.save` writes for state dicts. Others are refused: some create an object of
+# 200 bytes from a single byte.
 _OPCODES = frozenset(
     """PROTO STOP MARK GLOBAL REDUCE BUILD BINPERSID EMPTY_DICT EMPTY_LIST EMPTY_TUPLE SETITEM SETITEMS APPEND APPENDS
     TUPLE TUPLE1 TUPLE2 TUPLE3 BINUNICODE BININT BININT1 BININT2 LONG1 BINFLOAT NEWTRUE NEWFALSE NONE BINPUT

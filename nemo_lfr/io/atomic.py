@@ -228,8 +228,8 @@ def sweep(folder: Path, names: Collection[str] | None = ()) -> None:
 
     Args:
         folder: folder to search; it need not exist.
-        names: names of output files whose `.part` files are removed. None removes all `.part` files, which is safe
-            only in a folder that this package created.
+        names: names of output files whose `.part` files are removed; by default, only temporary folders are removed.
+            If `names` is None, all `.part` files are removed. This is safe only in a folder that this package created.
     """
     shortened = None if names is None else {name[:KEPT] for name in names}
     try:

@@ -49,6 +49,7 @@ class AudioReader:
     Attributes:
         native_rate: sample rate in Hz of the first recording in the file.
         channels: number of channels in the first recording.
+        sample_rate: sample rate in Hz of the samples that `blocks` and `segment` return.
         samples_read: number of samples that `blocks` has yielded.
         problem_at_end: function that returns an error message or None. `blocks` calls it at the end of the audio, and
             raises AudioError with the message. Set it to check the data from a pipe.

@@ -72,6 +72,7 @@ def open_tar(path: Path) -> Iterator[tarfile.TarFile]:
     Raises:
         OSError: if the file cannot be opened.
         tarfile.TarError: if the file is not a tar archive.
+        NemoLfrError: if a header declares a size of more than `MAX_MEMBER` bytes.
     """
     with open(path, "rb") as file:
         packed = file.read(2) == b"\x1f\x8b"

@@ -4,7 +4,7 @@ Lhotse itself starts a shell for sources of type "command", for URLs that begin 
 end in ".sph", and opens any URL in a manifest. This module accepts only regular files, bytes in memory and, if the
 caller allows it, http(s) URLs. The module reads these sources itself and passes only samples to Lhotse.
 
-`check_cut` checks the manifest of a cut. `read_cut` also checks each source, with `check_source`, before it opens it.
+`check_cut` checks the manifest of a cut. `read_cut` also checks each source with `check_source` before opening it.
 Relative paths in cuts start from the current folder, as in Lhotse, and `~` is expanded.
 """
 

@@ -173,9 +173,8 @@ def read_shar(cuts: Path, fields: Mapping[str, Path], allow_url: bool = False) -
                 except StopIteration:
                     broken[name] = f"{fields[name].name} is truncated: it ends before this cut"
                 except Exception as error:  # raised by tarfile, gzip or JSON
-                    broken[name] = (
-                        f"{fields[name].name} is truncated ({shorten(str(error) or type(error).__name__, 200)})"
-                    )
+                    reason = shorten(str(error) or type(error).__name__, 200)
+                    broken[name] = f"{fields[name].name} is truncated or malformed ({reason})"
         try:
             manifest = json.loads(line)
             item = _item(manifest, allow_url)
@@ -195,7 +194,8 @@ def read_shar(cuts: Path, fields: Mapping[str, Path], allow_url: bool = False) -
         except Exception:  # the end of the file is damaged, but all cuts have been read
             continue
         if more is not None:
-            yield CutItem(more[0], problem=f"{fields[name].name} has more items than {cuts.name} has cuts.")
+            problem = f"{fields[name].name} has more items than {cuts.name} has cuts; create the Shar again."
+            yield CutItem(more[0], problem=problem)
             return
 
 

@@ -126,7 +126,7 @@ def find_files(
         silent_suffixes: suffixes of companion files, such as transcripts, which are not reported as skipped.
         report: function that is called at most once, with one line that says how many files were skipped and why.
         unread: list to which the error of each unreadable folder below `root` is added. The files in such a folder are
-            missing in the result. None raises the first of these errors.
+            missing from the result. If `unread` is None, the first of these errors is raised.
 
     Returns:
         The sorted paths.

@@ -10,6 +10,8 @@ from nemo_lfr.bundled import LFR, bundled_checkpoint
 from nemo_lfr.errors import CheckpointError, first_line, shorten
 from nemo_lfr.io.locate import (
     MODEL_SUFFIXES,
+    SAFETENSORS,
+    SAFETENSORS_CONFIG,
     SAFETENSORS_INDEX,
     SHARDS,
     check_path,
@@ -33,7 +35,7 @@ def find_checkpoint(source: str | os.PathLike[str] | None, refresh: bool = False
     Args:
         source: path (see `locate_checkpoint`), Hub id such as "OWNER/NAME", or NeMo's name of a model (see `ALIASES`);
             None for the bundled codec.
-        refresh: download the checkpoint again, even if it is in the Hub's cache.
+        refresh: whether to download the checkpoint again, even if it is in the Hub's cache.
 
     Returns:
         Path of a `.nemo` or `.ckpt` file, or of a folder with config and weights.
@@ -151,9 +153,14 @@ def _download(repository: str, refresh: bool) -> Path:
             patterns = [*files, SHARDS] if SAFETENSORS_INDEX in files else list(files)
             return Path(snapshot_download(repository, allow_patterns=patterns, force_download=refresh))
         usual = _usual_name(repository)
+        if not found:
+            raise CheckpointError(
+                f"{repository}: the repository contains no checkpoint, since it has neither a .nemo file, nor "
+                f"{SAFETENSORS_CONFIG} and {SAFETENSORS}; check the name."
+            )
         if usual not in found and len(found) != 1:
             raise CheckpointError(
-                f"{repository}: the repository contains {len(found)} .nemo files {found}, but one was expected; "
+                f"{repository}: the repository contains {len(found)} .nemo files {found}, but one is expected; "
                 "download one of them and pass its path."
             )
         return Path(hf_hub_download(repository, usual if usual in found else found[0], force_download=refresh))

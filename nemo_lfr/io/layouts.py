@@ -194,7 +194,7 @@ def table(path: Path, *, by_file: bool = False) -> Iterator[CorpusUtterance]:
     Args:
         path: the table. Paths of audio files in it are relative to its folder.
         by_file: for an invalid row, whether `CorpusUtterance.path` is the audio file, if the row names one. By
-            default, it is the number of the row, such as "train.tsv, line 3".
+            default, it is the location of the row, such as "train.tsv, line 3".
     """
     # Imported late: this loads the audio readers, which `--help` does not need.
     from nemo_lfr.io.manifests import resolve_audio_path, seconds

@@ -86,7 +86,10 @@ def _utterances(manifests: Any, corpus: Path, name: str, split: str | None = Non
     """
     if not isinstance(manifests, Mapping):
         kind = type(manifests).__name__
-        raise NemoLfrError(f"Lhotse's recipe {name} returns {kind}, not recordings and supervisions.")
+        raise NemoLfrError(
+            f"Lhotse's recipe {name} returns {kind}, not recordings and supervisions; run it yourself with `lhotse "
+            "prepare`, and pass the manifests that it writes to `nemo-lfr tokenize`."
+        )
     if "recordings" not in manifests:
         for key, part in manifests.items():
             yield from _utterances(part, corpus, name, split or split_of_name(str(key)))

@@ -1,4 +1,4 @@
-"""Resolve paths that users pass: expand `~`, and find the checkpoint in a file or folder."""
+"""Resolve paths that users pass: expand `~`, and find the checkpoint that a path refers to."""
 
 import errno
 import os
@@ -40,7 +40,8 @@ def check_path(path: object, error: type[NemoLfrError] = NemoLfrError) -> None:
         error: class of the exception.
 
     Raises:
-        NemoLfrError: of class `error`, if `path` is neither text nor a path-like object for text, or contains a NUL.
+        NemoLfrError: of class `error`, if `path` is neither a str nor a path-like object, if it is a
+            path as bytes, or if it contains a NUL character.
     """
     text = os.fspath(path) if isinstance(path, os.PathLike) else path
     if not isinstance(text, str):

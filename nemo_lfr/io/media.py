@@ -34,7 +34,8 @@ _PACKETED = {"aac", "alac", "mp3", "mp3float", "opus", "libopus", "ac3", "eac3",
 _RESTART = 1.0
 # Maximum number of packets at the end of a recorded stream that may be incomplete.
 _MAX_SUSPECTS = 32
-# From classes of PyAV's exceptions, whose messages say nothing about the file, to the reason for the error.
+# A dict from the name of an exception class of PyAV to the reason for the error. The messages of these exceptions say
+# nothing about the file.
 _REASONS = {
     "InvalidDataError": "invalid data",
     "PermissionError": "invalid data",
@@ -134,7 +135,7 @@ class MediaDecoder:
                 track.codec_context.options = {"err_detect": "crccheck+explode"}
             self.rate, self.channels = int(track.rate or 0), int(track.channels or 0)
             if not self.rate or not self.channels:
-                raise AudioError("the audio track has no sample rate")
+                raise AudioError("the audio track declares no sample rate, or no channels")
             layout = track.layout.name
             self._resampler = self._av.AudioResampler(format="flt", layout=layout, rate=self.rate)
         except (self._av.FFmpegError, ValueError, OSError, MemoryError) as error:

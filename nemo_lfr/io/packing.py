@@ -64,8 +64,7 @@ def unpack(data: bytes, codebook_size: int, num_codebooks: int, num_bytes: int) 
         The int32 tokens [C, T].
 
     Raises:
-        TokensError: if the last frame of `data` is incomplete, or a frame contains a number that does not represent
-            tokens.
+        TokensError: if the last frame of `data` is incomplete, or the number of a frame does not represent tokens.
     """
     if len(data) % num_bytes:
         raise TokensError(f"the data has {len(data)} bytes; expected a multiple of the frame size, {num_bytes} bytes.")
@@ -112,5 +111,5 @@ def _unpack_frame(data: bytes, codebook_size: int, num_codebooks: int) -> list[i
 
 def _too_large(codebook_size: int, num_codebooks: int) -> TokensError:
     return TokensError(
-        f"a frame contains a number of {codebook_size}^{num_codebooks} or more, which does not represent tokens."
+        f"a packed frame is not a number below {codebook_size}^{num_codebooks}, so it does not represent tokens."
     )

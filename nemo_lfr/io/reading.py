@@ -45,10 +45,11 @@ def read_file(
 
 
 def check_listed(path: Path) -> None:
-    """Check that an audio file exists which a manifest or table lists.
+    """Check that an audio file from a manifest or table exists.
 
     Raises:
-        AudioError: if there is no such file. The message names the option for the folder that paths start from.
+        AudioError: if there is no such file. The message suggests `--audio-dir`, the option for the folder that
+            paths start from.
     """
     try:
         os.lstat(path)
@@ -190,7 +191,7 @@ def read_samples(
             )
         wave = wave.mean(axis=int(np.argmin(wave.shape))) if wave.size else np.zeros(0, np.float32)
     _check_length(len(wave) / float(rate), longest, name)
-    check_peak(float(np.abs(wave).max(initial=0.0)), f"{name}:")
+    check_peak(float(np.abs(wave).max(initial=0.0)), f"{name}: the audio")
     wave = wave.astype(np.float32)
     return resample(wave, float(rate), sample_rate) if rate != sample_rate and len(wave) else wave
 

@@ -55,7 +55,7 @@ def open_regular(
 
 
 class _NamedFile(io.FileIO):
-    """File whose read errors name its path, for instance on a damaged disk.
+    """File whose read errors, for instance on a damaged disk, name its path.
 
     Args:
         descriptor: descriptor of the open file; this object closes it.

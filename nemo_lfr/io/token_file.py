@@ -27,7 +27,8 @@ The metadata contains `sample_rate`, `samples_per_frame`, `levels` (of the FSQ d
 In coding 1 (`nemo_lfr/io/entropy/`), N is at most 1024, and 4 additional bytes after N contain the length of the
 payload. The metadata is a list of the same values in the same order, followed by the hash of the entropy model.
 
-In version 1, H has 4 bytes, no coding byte follows, each CRC covers only its own section, and there is no outline.
+In version 1, the length H takes 4 bytes, no coding byte follows it, each CRC covers only its own section, and
+there is no outline.
 
 A reader rejects an unknown magic number or version, a wrong CRC or outline, a length out of range, invalid metadata, a
 frame whose number is not below codebook_size ^ num_codebooks, an invalid compressed payload, a missing end section, a
@@ -153,6 +154,10 @@ class TokenStreamWriter:
         gather: number of frames per block; the last block may have up to 1.5 times as many. If None, each call of
             `write` writes a block.
 
+    Attributes:
+        metadata: metadata of the tokens.
+        frames_written: number of frames in the blocks that were written.
+
     Raises:
         EntropyModelError: if `model` has different levels or codebooks than `metadata`.
     """
@@ -272,7 +277,8 @@ def _integers(tokens: Any) -> np.ndarray:
         array = np.asarray(tokens)
     except Exception as error:  # array classes of other libraries may raise anything, such as tensors on a GPU
         raise TokensError(
-            f"tokens are {shorten(type(tokens).__name__)}, not a numpy array ({shorten(error)})."
+            f"tokens have type {shorten(type(tokens).__name__)} and cannot be converted to a numpy array "
+            f"({shorten(error)}); pass an array of integers."
         ) from error
     if not np.issubdtype(array.dtype, np.integer):
         raise TokensError(f"tokens are an array of {array.dtype}; pass integers.")
@@ -334,7 +340,7 @@ class TokenWriter(TokenStreamWriter):
             model: entropy model that compresses the tokens; None for packed frames.
 
         Raises:
-            NemoLfrError: if the file exists and `overwrite` is not set.
+            OutputExistsError: if the file exists and `overwrite` is not set.
             EntropyModelError: if `model` has different levels or codebooks than `codec`.
         """
         return cls(path, Metadata.of(codec), overwrite, model)
@@ -427,7 +433,9 @@ class _Sections:
     def _read_header(self) -> tuple[int, int, Metadata]:
         head = self._file.read(5)
         if not head:
-            raise TokenFileError(f"{self.path}: the input is empty; check the program or copy that wrote it.")
+            raise TokenFileError(
+                f"{self.path}: the input is empty; check the program that wrote it, or copy it again."
+            )
         if head[:4] != MAGIC:
             raise TokenFileError(f"{self.path}: not a .lfr token file.")
         if len(head) < 5:
@@ -586,6 +594,7 @@ class TokenStreamReader(_Sections):
         model: entropy model for a compressed file, or the path of the model (default: see `find_model`).
 
     Attributes:
+        metadata: metadata in the header.
         num_samples: number of samples that were encoded; None until `blocks` has reached the end of the file.
 
     Raises:
@@ -612,12 +621,14 @@ class TokenReader(_Sections):
 
     Args:
         path: the file.
-        recover: read a truncated or damaged file up to the damage instead of raising an error.
+        recover: whether to read a truncated or damaged file up to the damage, instead of raising an error.
         model: entropy model for a compressed file, or the path of the model (default: see `find_model`).
 
     Attributes:
         metadata: metadata in the header.
         version: version of the format.
+        coding: coding of the blocks' payload, 0 for packed or 1 for compressed frames.
+        entropy_hash: hash of the entropy model that the file was compressed with; None for an uncompressed file.
         num_samples: number of samples that were encoded; for an incomplete file, num_frames * samples_per_frame.
         complete: whether the end section was read.
         payload_bytes: total size of the blocks' payloads in bytes.

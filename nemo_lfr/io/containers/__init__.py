@@ -89,7 +89,7 @@ def _mpeg_size(head: bytes) -> int | None:
     return None if frame is None else frame.length
 
 
-# From the name of a decoder in FFmpeg to the function that returns the size of its frames.
+# A dict from the name of a decoder in FFmpeg to the function that returns the size of its frames.
 PACKET_SIZES: dict[str, FrameSize] = {
     **FRAME_SIZES,
     "eac3": FRAME_SIZES["ac3"],

@@ -76,7 +76,7 @@ def find_pattern(window: Window, pattern: re.Pattern[bytes], position: int, long
 
 
 def find_header(window: Window, position: int) -> int | None:
-    """Search the samples of a file of unknown length for the header of another file.
+    """Search samples of unknown length for the header of another file.
 
     Args:
         window: the file.
@@ -158,7 +158,7 @@ def compare_size(window: Window, start: int, promised: int) -> list[Stream]:
 
     Returns:
         The file up to the end of the samples. The stream has a `problem` if the file is truncated or if another file
-        follows. It has a `note` if the header declares no length.
+        follows. It has a `note` if the header declares no length, or if other bytes follow the audio.
     """
     available, end = max(0, window.size - start), start + promised
     if available < promised < UNKNOWN_BYTES:

@@ -16,8 +16,8 @@ _MAGIC = re.compile(
 )
 _SYNC = re.compile(rb"\xff[\xe0-\xff]|\x0b\x77|\x47\x40|\x56[\xe0-\xff]", re.DOTALL)
 
-# Matroska and WebM, ASF, AMR, Flash video, MPEG transport and program streams, then codecs with their own file
-# formats.
+# First bytes of Matroska and WebM, ASF, AMR, Flash video, MPEG transport and program streams, then of codecs with
+# their own file formats.
 _MEDIA = (
     *(b"\x1a\x45\xdf\xa3", b"\x30\x26\xb2\x75", b"#!AMR", b"FLV\x01", b"\x47\x40", b"\0\0\x01\xba"),
     *(b"\x0b\x77", b"\x7f\xfe\x80\x01", b"wvpk", b"TTA1", b"\x56\xe0", b"\x56\xe1", b"\x56\xe2", b".RMF"),

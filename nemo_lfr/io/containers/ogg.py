@@ -85,7 +85,7 @@ def _checksum(page: bytes) -> int:
 
 
 def _with_rate(page: bytes, begin: int) -> bytes:
-    """Add an input rate to the first page of Opus audio that has none; return b"" for any other page.
+    """Add an input rate to the first page of an Opus stream without one; return b"" for any other page.
 
     Args:
         page: the page.

@@ -102,7 +102,7 @@ class WavHeader:
         return declared >= UNKNOWN_BYTES and (available is None or declared > available)
 
     def rebuilt(self, size: int | None) -> bytes:
-        """Return a header for `size` bytes of samples; None if the size is unknown."""
+        """Return a header for `size` bytes of samples. If `size` is None, the header declares an unknown size."""
         magic, order, long = (b"RIFX", ">", b"") if self.magic == b"RIFX" else (b"RIFF", "<", b"")
         pad = b"\0" * (len(self.format) % 2)
         chunk = struct.pack(f"{order}4sI", b"fmt ", len(self.format)) + self.format + pad

@@ -1,7 +1,7 @@
 """Entropy model (`.lfrm` file): a small network with integer weights that predicts the tokens of the next frame.
 
 The network predicts FSQ values, called digits in the code. The FSQ value of a token in an FSQ dimension is the index
-of its level there. `docs/concepts/lfr-compressed.md` specifies the file and the arithmetic.
+of its level in this dimension. `docs/concepts/lfr-compressed.md` specifies the file and the arithmetic.
 
 All values are integers, but are computed in float32. This is exact because a model whose sums of absolute values could
 reach 2^24 is rejected when it is loaded. The order of summation therefore does not matter, and all BLAS libraries give
@@ -127,7 +127,9 @@ class ModelSpec:
         for name in ("fingerprint", "written_by"):
             value = getattr(self, name)
             if not isinstance(value, str) or len(value) > 200 or not value.isprintable():
-                raise ValueError(f"{name} is {shorten(repr(value))}; expected at most 200 printable characters")
+                raise ValueError(
+                    f"{name} is {shorten(repr(value))}; expected a string of at most 200 printable characters"
+                )
 
     def tensors(self) -> Iterator[tuple[str, str, tuple[int, ...]]]:
         """Yield the name, dtype and shape of each tensor, in their order in the file."""
@@ -326,7 +328,8 @@ def write_model(model: EntropyModel, path: str | os.PathLike[str], overwrite: bo
         overwrite: whether to replace an existing file.
 
     Raises:
-        NemoLfrError: if the file exists and `overwrite` is not set.
+        OutputExistsError: if the file exists and `overwrite` is not set.
+        OSError: if the file cannot be written.
     """
     from nemo_lfr.io.atomic import check_overwrite, write_bytes
 

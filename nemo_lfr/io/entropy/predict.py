@@ -84,7 +84,7 @@ class History:
         for number, (average, time) in enumerate(zip(self._averages, self._times, strict=True)):
             if number == self._num_averages:
                 np.abs(values, out=values)
-            # The first frames have a plain mean, so that the features adapt to the recording quickly.
+            # For the first frames, the average is a plain mean, so that it adapts to the recording quickly.
             if self._frames < 1 << time:
                 average += (values - average) // self._frames
             else:
