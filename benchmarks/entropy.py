@@ -6,7 +6,7 @@ MANIFEST lists speech recordings that the entropy model was not trained on. Each
 file is written uncompressed and compressed, and must decode to the same tokens. The output shows:
 
 1. File sizes in bytes, including headers and checksums, for recordings of at least `--min-seconds` and for all.
-2. Block sizes: bits per frame of the payload, and with the overhead of a block, for each number of frames per block.
+2. Bits per frame for several block sizes: those of the payload alone, and those that include the overhead of a block.
 3. The size of incompressible tokens, drawn uniformly at random.
 4. Speed on one thread as seconds of audio per second of CPU time, which other load on the machine hardly affects.
    "Frame by frame" uses blocks of one frame that are written and read separately. "One after the other" decodes blocks

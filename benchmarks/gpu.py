@@ -498,7 +498,7 @@ def latency(bench: Bench, codec: Codec, stock: Stock) -> None:
                 print(_row(f"{who}, {name}", took, reference), flush=True)
         for precision in bench.precisions:
             if bench.left() < 45:
-                print(f"{precision}: not measured, the time is short")
+                print(f"{precision}: not measured, because too little time is left")
                 continue
             fast = with_precision(codec, precision)
             started = time.perf_counter()
@@ -558,7 +558,7 @@ def saturation(bench: Bench, codec: Codec, stock: Stock) -> None:
                 best = max(best, measure(f"{who}, {name}", encode, decode))
     for precision in bench.precisions:
         if bench.left() < 45:
-            print(f"{precision}: not measured, the time is short")
+            print(f"{precision}: not measured, because too little time is left")
             continue
         fast = with_precision(codec, precision)
         rate = measure(f"nemo_lfr {precision}", fast.encode, fast.decode)
@@ -586,9 +586,9 @@ def stages(bench: Bench, codec: Codec) -> None:
             plans["chosen"] = Plan(part, precision, kernels, AUTOTUNER)
         last = list(plans)[-1]
         print(
-            f"\n{side}, {batch} x {frames} frames, bf16; {' and '.join(plans)}; bytes are one read and one write of "
+            f"\n{side}, {batch} x {frames} frames, bf16; {' and '.join(plans)}; MB: the bytes of each layer's "
         )
-        print("each layer's signals, and its weights\n")
+        print("input, output and weights, each counted once\n")
         print("| stage | GFLOP | MB | " + " | ".join(f"{name}, ms" for name in plans), end="")
         print(
             f" | {last}: TFLOP/s, share of the peak | TB/s, share of a copy's |\n| --- "

@@ -9,9 +9,9 @@ is timed, its results are compared with those of NeMo for each clip alone. Token
 ties, and audio must agree within 1e-4. For bf16 the percentage of equal tokens and the SNR of the audio are printed
 instead. The other codecs also have random weights, which do not affect their speed.
 
-The last tables list the convolutions of the execution plan by their channels. They show the share of the time, the
-rate of the multiply-adds (Toom-Cook algorithms need a few times fewer than a direct convolution), and the rate
-relative to a large matrix product.
+The last tables list the convolutions of the execution plan, grouped by their numbers of channels. They show the share
+of the time, the rate of the multiply-adds (Toom-Cook algorithms need a few times fewer than a direct convolution), and
+this rate relative to that of a large matrix product.
 """
 
 import argparse
@@ -54,7 +54,7 @@ def pad(clips: list[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class Case:
-    """Test clips with NeMo's tokens and decoded audio of each clip alone."""
+    """Test clips, with the tokens and the decoded audio that NeMo computes for each clip alone."""
 
     def __init__(self, seconds: list[float], stock: Any, codec: Codec) -> None:
         self.clips = [synthesize(length, seed) for seed, length in enumerate(seconds)]
@@ -103,7 +103,7 @@ def compare_with_stock(stock: Any, codecs: dict[str, Codec], rounds: int) -> dic
     """Time all cases against NeMo, and print a table.
 
     Returns:
-        Speedups over NeMo of each round, by direction and precision, then by case.
+        A nested dict: from direction and precision, to the case, to the speedup over NeMo in each round.
     """
     names = list(codecs)
     found: dict[str, dict[str, list[float]]] = {}

@@ -16,11 +16,11 @@ def in_turns(ways: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, li
     """Time several functions in alternating rounds.
 
     Args:
-        ways: functions to time, by name.
+        ways: dict from names to the functions to time.
         rounds: number of timed rounds, after one warm-up round.
 
     Returns:
-        Seconds of each round, by name.
+        A dict from each name to the function's times in seconds, one per round.
     """
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(rounds + 1):

@@ -82,7 +82,8 @@ def main() -> None:
     from tests.models import FULL_SIZE, RATE, codec_config, synthesize, write_nemo
 
     print(machine())
-    print("\n| | seconds | beyond the loaded model | of the process | took |\n| --- | --- | --- | --- | --- |")
+    print("\n| | audio, s | peak memory beyond the loaded model | peak memory of the process | time |")
+    print("| --- | --- | --- | --- | --- |")
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         model = args.model or write_nemo(root / "full.nemo", codec_config(**FULL_SIZE))

@@ -48,7 +48,7 @@ class Target:
     """Server to test, which requires an access token.
 
     Attributes:
-        patience_s: time after which a connection that the server should close is a failure.
+        patience_s: time limit in seconds for the server to close a connection that it should close.
     """
 
     port: int
@@ -95,8 +95,8 @@ async def connection(target: Target, reset: bool = False, small: bool = False) -
 
     Args:
         target: the server.
-        reset: whether it is cut with a TCP reset.
-        small: whether the client's buffer is as small as possible.
+        reset: whether to cut it with a TCP reset.
+        small: whether the client has a small receive buffer, which soon fills if the client does not read.
     """
     with socket.socket() as raw:
         raw.setblocking(False)
@@ -280,7 +280,7 @@ async def beside(
     """Run `misbehave`, and decode the tokens again and again while it runs.
 
     Returns:
-        The result of `misbehave`, and the audio of each time.
+        The result of `misbehave`, and the decoded audio of each repetition.
     """
     bad = asyncio.create_task(misbehave(target, kinds, count))
     await asyncio.sleep(0)

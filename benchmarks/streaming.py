@@ -77,7 +77,7 @@ def check(codec: Codec, waves: list[np.ndarray], chunkings: int, seed: int) -> s
     Args:
         codec: codec to check.
         waves: recordings, each of shape [T_audio].
-        chunkings: number of random excerpts and chunkings.
+        chunkings: number of random excerpts, each of which is split into random chunks.
         seed: random seed.
 
     Returns:

@@ -40,7 +40,7 @@ class DiscriminatorConfig:
         feature: weight of the generator's feature-matching term.
         score: weight of the generator's score term.
         batch_size: number of segments in a batch that the discriminators process; None for all.
-        generator_rate: factor by which the generator's learning rate is multiplied while it uses the discriminators.
+        generator_rate: factor on the generator's learning rate once it uses the gradients of the discriminators.
         period_channels: number of channels in the multi-period discriminator; 0 for no such discriminator.
         custom: sections of additional discriminators, each with a `_target_`; see `nemo_lfr.training.components`.
     """
@@ -107,8 +107,8 @@ class Adversary:
             heard: whether to compute the gradient for the generator.
 
         Returns:
-            The loss terms by name, as scalars, and the gradient of the generator's score and feature-matching terms
-            with respect to `gen.audio`, [B, T_audio]. The gradient is None if `heard` is False.
+            A dict from the names of the loss terms to scalars, and the gradient of the generator's score and
+            feature-matching terms with respect to `gen.audio`, [B, T_audio]. The gradient is None if `heard` is False.
         """
         lower = self.dtype != torch.float32
         with torch.autocast(self.device.type, dtype=self.dtype, enabled=lower), parametrize.cached():

@@ -39,7 +39,7 @@ class Evaluator:
 
     Args:
         clips: one array of int16 samples [T_audio] at 22.05 kHz per recording.
-        custom: config sections of additional metrics by name; see `nemo_lfr.training.components`.
+        custom: dict from the name of each additional metric to its config section; see `nemo_lfr.training.components`.
 
     Raises:
         ConfigError: if a metric in `custom` cannot be built.
@@ -59,7 +59,8 @@ class Evaluator:
             generator: generator to evaluate.
 
         Returns:
-            For each recording, the metrics by name. A metric that is not defined for the recording is NaN.
+            One dict per recording, from names of metrics to values. A metric that is not defined for the recording is
+            NaN.
         """
         return [self._compare(original, _reconstruct(generator, original)) for original in self.originals]
 

@@ -30,8 +30,8 @@ class LogMelDistance(nn.Module):
     Args:
         windows: window lengths in samples.
         num_mels: number of mel bands for each window.
-        floor: lower bound for magnitudes at a window of 1024 samples. For other windows, it is proportional to the
-            square root of the window length, like the magnitudes of noise.
+        floor: lower bound for magnitudes at a window of 1024 samples. The bound for other windows is proportional to
+            the square root of the window length, like the magnitudes of noise.
     """
 
     def __init__(self, windows: Sequence[int], num_mels: Sequence[int], floor: float = 1e-2) -> None:
@@ -273,7 +273,8 @@ class LossConfig:
         symmetric: weight of the symmetric disturbance of `PerceptualDistance`.
         asymmetric: weight of the asymmetric disturbance of `PerceptualDistance`.
         waveform: weight of `waveform_distance`.
-        custom: config sections of custom losses by name; see `nemo_lfr.training.components`.
+        intelligibility: weight of `IntelligibilityDistance`.
+        custom: dict from the name of each custom loss to its config section; see `nemo_lfr.training.components`.
         variance: weight of `nemo_lfr.training.losses.spread`.
     """
 
@@ -312,7 +313,7 @@ class ReconstructionTerms(nn.Module):
         self.intelligibility = IntelligibilityDistance()
 
     def forward(self, real: Spectra, gen: Spectra) -> dict[str, torch.Tensor]:
-        """Return the terms by name, as scalars."""
+        """Return a dict from the names of the terms to scalars."""
         log_mel = self.log_mel(real, gen)
         symmetric, asymmetric = self.perceptual(real, gen)
         return {

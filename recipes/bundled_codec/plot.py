@@ -50,7 +50,7 @@ def draw(curves: Mapping[str, Sequence[Mapping[str, Any]]], out: Path, against: 
     """Plot every metric of every run.
 
     Args:
-        curves: evaluations of each run, by name of the run.
+        curves: dict from the name of each run to its evaluations.
         out: image file to write.
         against: quantity on the x axis, "step" or "minutes".
     """
