@@ -585,9 +585,7 @@ def stages(bench: Bench, codec: Codec) -> None:
         if kernels is not None and bench.on_gpu:
             plans["chosen"] = Plan(part, precision, kernels, AUTOTUNER)
         last = list(plans)[-1]
-        print(
-            f"\n{side}, {batch} x {frames} frames, bf16; {' and '.join(plans)}; MB: the bytes of each layer's "
-        )
+        print(f"\n{side}, {batch} x {frames} frames, bf16; {' and '.join(plans)}; MB: the bytes of each layer's ")
         print("input, output and weights, each counted once\n")
         print("| stage | GFLOP | MB | " + " | ".join(f"{name}, ms" for name in plans), end="")
         print(

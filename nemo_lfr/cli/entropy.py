@@ -36,7 +36,7 @@ def entropy() -> None:
 )
 @count_option(
     "--max-frames",
-    "Maximum number of frames to fit the model on. If the tokens have more, utterances are chosen at random.",
+    "Maximum number of frames to fit the model on. If there are more frames, utterances are chosen at random.",
     250_000,
 )
 @count_option("--seed", "Random seed.", 0, low=0)

@@ -92,7 +92,9 @@ def open_codec(model: str | None, device: str | None, precision: str) -> "Codec[
     return load(model, device, precision)
 
 
-def model_option(accepted: str = "checkpoint (.nemo or .ckpt), folder of ONNX files, or Hub id") -> Decorator:
+def model_option(
+    accepted: str = "checkpoint (.nemo or .ckpt), folder of safetensors or ONNX files, or Hub id",
+) -> Decorator:
     """Return the option --model.
 
     Args:

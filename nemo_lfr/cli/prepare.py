@@ -37,11 +37,13 @@ class Kind(click.Choice):  # type: ignore[type-arg]  # generic in recent release
     "--speaker-level",
     type=click.IntRange(min=1),
     metavar="N",
-    help="For KIND folder: depth of the folders that are named after speakers; 1 is directly in CORPUS (default: "
-    "none).",
+    help="For KIND folder: depth of the folders that are named after speakers, such as 1 for folders directly in "
+    "CORPUS (default: none).",
 )
 @count_option("--workers", "Number of files to read in parallel.", 4, cls=RenamedOption, earlier="--jobs")
-@click.option("--no-check", is_flag=True, help="Trust file headers (default: decode every file to its end).")
+@click.option(
+    "--no-check", is_flag=True, help="Read only the headers of the files instead of decoding every file to its end."
+)
 @click.option("--overwrite", is_flag=True, help="Replace all manifests and failures.jsonl of an earlier run in --out.")
 def prepare(
     kind: str,

@@ -34,10 +34,15 @@ LOCAL = ("127.0.0.1", "localhost", "::1")
 )
 @count_option("--max-streams", "Maximum number of open streams and files.", 64)
 @count_option("--chunk", "Maximum number of frames of a stream that are processed in one step.", 4)
-@seconds_option("--idle", "Timeout for idle clients, in seconds.", 60.0, low=1)
+@seconds_option("--idle", "Time after which a client that sends nothing is disconnected, in seconds.", 60.0, low=1)
 @seconds_option("--drain", "Timeout for open streams at shutdown, in seconds.", 30.0)
-@click.option("--allow-origin", multiple=True, metavar="URL", help="Allowed origin of web pages; repeatable.")
-@model_option("checkpoint (.nemo or .ckpt), or Hub id")
+@click.option(
+    "--allow-origin",
+    multiple=True,
+    metavar="URL",
+    help="Web site whose pages may use the server, such as https://example.org; repeatable.",
+)
+@model_option("checkpoint (.nemo, .ckpt or safetensors folder), or Hub id")
 @device_option()
 @precision_option
 def serve(

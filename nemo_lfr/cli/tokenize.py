@@ -60,7 +60,11 @@ class FormatName(click.Choice):  # type: ignore[type-arg]  # generic in recent r
     help="Padding of clips: encode fills the last frame with zeros. magpie also adds a frame of silence to a clip "
     "whose length is a whole number of frames, as in Magpie's datasets.",
 )
-@click.option("--context", is_flag=True, help="Also tokenize the context audio that the corpus lists for its clips.")
+@click.option(
+    "--context",
+    is_flag=True,
+    help="Also tokenize the context audio of each clip (a sample of its speaker's voice), which the corpus names.",
+)
 @click.option(
     "--audio-dir",
     type=UserPath(exists=True, file_okay=False),
@@ -91,7 +95,7 @@ class FormatName(click.Choice):  # type: ignore[type-arg]  # generic in recent r
     is_flag=True,
     help="Process shards with failed clips again, for example after you have repaired the files.",
 )
-@model_option("checkpoint (.nemo or .ckpt) or Hub id")
+@model_option("checkpoint (.nemo, .ckpt or safetensors folder) or Hub id")
 @device_option("all GPUs, else the CPU")
 @precision_option
 def tokenize(
