@@ -154,8 +154,8 @@ def test_an_invalid_backend_is_refused_in_one_line(kind):
 
 # name -> (method, change of its result, message)
 INVALID_RESULTS: dict[str, tuple[str, Callable[[np.ndarray], object], str]] = {
-    "no tokens": ("encode", lambda tokens: None, "encode_frames returned: NoneType object; expected integers of the"),
-    "a list": ("encode", lambda tokens: tokens.tolist(), "encode_frames returned: list object"),
+    "no tokens": ("encode", lambda tokens: None, "encode_frames returned an object of type NoneType; expected"),
+    "a list": ("encode", lambda tokens: tokens.tolist(), "encode_frames returned an object of type list"),
     "fractions": ("encode", lambda tokens: tokens + 0.5, "the dtype float64; expected integers"),
     "truth values": ("encode", lambda tokens: tokens > 0, "the dtype bool; expected integers"),
     "a frame less": (

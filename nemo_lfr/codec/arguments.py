@@ -23,7 +23,7 @@ def float_audio(arrays: Arrays[Any], audio: object, name: str = "audio") -> Any:
     clips = arrays.convert(audio, name, AudioError)
     kind = arrays.kind(clips)
     if kind not in (Kind.FLOAT, Kind.INT16):
-        raise AudioError(f"{name} has dtype {clips.dtype}; pass floating point in [-1, 1], or int16.")
+        raise AudioError(f"{name} has dtype {clips.dtype}; pass floating-point samples in [-1, 1], or int16 samples.")
     clips = arrays.cast(clips, np.float32)
     return clips / 32768 if kind is Kind.INT16 else clips
 

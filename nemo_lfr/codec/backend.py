@@ -127,15 +127,15 @@ def check_result(backend: Any, operation: Operation, result: Any, inputs: Any, n
     expected: list[int] = [len(inputs), max(num_frames) * spec.samples_per_frame]
     if operation == "encode":
         expected = [len(inputs), spec.num_codebooks, max(num_frames)]
-    found = f"{type(result).__name__} object"
+    found = f"an object of type {type(result).__name__}"
     if isinstance(result, type(inputs)) or isinstance(inputs, type(result)):
         shape, kind = list(result.shape), backend.arrays.kind(result)
         is_right_kind = kind.is_integer if operation == "encode" else kind is Kind.FLOAT
         if is_right_kind and len(shape) == len(expected) and shape[:-1] == expected[:-1] and shape[-1] >= expected[-1]:
             return
-        found = f"array of the shape {shape} and the dtype {result.dtype}"
+        found = f"an array of the shape {shape} and the dtype {result.dtype}"
     raise NemoLfrError(
-        f"{type(backend).__name__}.{operation}_frames returned: {found}; expected {kinds[operation]} of the shape "
+        f"{type(backend).__name__}.{operation}_frames returned {found}; expected {kinds[operation]} of the shape "
         f"{expected}."
     )
 

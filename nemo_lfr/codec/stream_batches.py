@@ -190,7 +190,8 @@ def _batch(streams: Sequence[Any], kind: type[BaseStream]) -> list[Any]:
     streams = _listed(streams, "streams")
     for stream in streams:
         if not isinstance(stream, kind):
-            raise NemoLfrError(f"a stream is of type {shorten(type(stream).__name__)}; pass only {kind.__name__}.")
+            name = shorten(type(stream).__name__)
+            raise NemoLfrError(f"a stream is of type {name}; pass only {kind.__name__} objects.")
         if stream.codec is not streams[0].codec:
             raise NemoLfrError("the streams belong to several codecs; pass the streams of one codec.")
     if len({id(stream) for stream in streams}) < len(streams):

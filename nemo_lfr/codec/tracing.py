@@ -51,6 +51,8 @@ def check_plain_tensor(tensor: torch.Tensor, name: str, error: type[NemoLfrError
     """
     kind = type(tensor)
     is_wrapper = getattr(kind, "__torch_dispatch__", None) is not getattr(torch.Tensor, "__torch_dispatch__", None)
-    if is_wrapper or tensor.is_nested or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        raise error(f"{name} was wrapped by a transform of torch.func, such as vmap; pass a plain tensor.")
+    if is_wrapper or tensor.is_nested:
         kind_name = "nested tensor" if tensor.is_nested else kind.__name__
-        raise error(f"{name} is a {kind_name}, or was wrapped by a transform of torch.func; pass a plain tensor.")
+        raise error(f"{name} is a {kind_name}; pass a plain tensor.")

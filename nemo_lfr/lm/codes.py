@@ -72,8 +72,8 @@ def fold(codes: Any, levels: Levels) -> Any:
         count, rest = divmod(codes.shape[-2], len(groups[0]))
         if rest or not count:
             raise TokensError(
-                f"codes have {codes.shape[-2]} dimensions; pass a multiple of {len(levels)}, the number of dimensions "
-                f"of levels {list(levels)}."
+                f"codes have {codes.shape[-2]} dimensions, but levels {list(levels)} need a multiple of "
+                f"{len(levels)}; pass the codes of complete codebooks."
             )
         groups *= count
     total = sum(map(len, groups))

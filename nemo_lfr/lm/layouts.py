@@ -188,7 +188,7 @@ class Layout(ABC):
         listed = tokens_len.tolist() if hasattr(tokens_len, "tolist") else tokens_len
         values = np.reshape(listed, -1).tolist()
         if len(values) != batch or not all(type(count) is int and 0 <= count <= width for count in values):
-            raise TokensError(f"tokens_len is {values[:8]}; pass {batch} numbers, each from 0 to {width} frames.")
+            raise TokensError(f"tokens_len is {values[:8]}; pass {batch} whole numbers from 0 to {width}, in frames.")
         return constant(values, tokens)
 
     def _offset(self, codebook: Any) -> Any:

@@ -138,8 +138,8 @@ class TrainingSteps(Optimizers):
         rate = (cfg.get("dataset") or {}).get("sample_rate")
         if rate not in (None, self.sample_rate) and not cfg.dataset.get("resample_rate"):
             raise ConfigError(
-                f"{cfg._get_full_key('dataset')}.sample_rate is {shorten(rate)}, but the codec has {self.sample_rate} "
-                "Hz; set it to the same value. Recordings of other rates are resampled."
+                f"{cfg._get_full_key('dataset')}.sample_rate is {shorten(rate)}, but the codec runs at "
+                f"{self.sample_rate} Hz; set it to this rate. Recordings at other rates are resampled."
             )
         world_size, rank = (self.trainer.world_size, self.trainer.global_rank) if self._trainer else (1, 0)
         return manifest_loader(cfg, world_size, rank) or super().get_dataset(cfg)

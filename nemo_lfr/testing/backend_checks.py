@@ -102,7 +102,9 @@ def check_lengths(codec: Codec[Any]) -> None:
         _require(
             tuple(tokens.shape) == shape, f"{length} samples: tokens have shape {tuple(tokens.shape)}, not {shape}"
         )
-        _require(tokens_len.tolist() == [num_frames], f"{length} samples: tokens_len {tokens_len} is not {num_frames}")
+        _require(
+            tokens_len.tolist() == [num_frames], f"{length} samples: tokens_len is {tokens_len}, not [{num_frames}]"
+        )
         ids = to_numpy(tokens)
         _require(ids.dtype == np.int32, f"tokens have dtype {ids.dtype}, not int32")
         _require(not ids.size or 0 <= ids.min() <= ids.max() < codec.codebook_size, "a token is outside the codebook")
@@ -164,7 +166,7 @@ def check_files(codec: Codec[Any]) -> None:
         assert_tokens_equal(tokens, _tokens(codec, clip))
         codec.decode_file(folder / "a.lfr", folder / "b.wav")
         audio, sample_rate = soundfile.read(folder / "b.wav", dtype="float32")
-        _require(sample_rate == codec.sample_rate, f"decode_file wrote audio at {sample_rate} Hz")
+        _require(sample_rate == codec.sample_rate, f"decode_file wrote {sample_rate} Hz, not {codec.sample_rate} Hz")
         assert_audio_close(audio, _audio(codec, tokens)[: len(clip)], atol=1e-4)  # the file has 16-bit samples
         other = dataclasses.replace(Metadata.of(codec), num_codebooks=codec.num_codebooks + 1)
         with TokenWriter(folder / "other.lfr", other) as writer:

@@ -46,7 +46,7 @@ def check_tensor(value: Any, name: str, error: type[Exception]) -> None:
     """Raise an error of class `error` if an argument is not a tensor."""
     if not isinstance(value, torch.Tensor):
         kind = type(value).__name__
-        raise error(f'{name} is a {kind}; pass a tensor, such as the extractor returns with return_tensors="pt".')
+        raise error(f'{name} is a {kind}; pass a tensor. The extractor returns tensors if return_tensors is "pt".')
 
 
 def mask_lengths(mask: torch.Tensor | None, shape: Any, name: str, error: type[Exception]) -> torch.Tensor | None:

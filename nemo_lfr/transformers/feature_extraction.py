@@ -104,8 +104,8 @@ def _mono_samples(clip: object, name: str) -> np.ndarray:
         )
     if isinstance(clip, str | bytes | os.PathLike):
         raise AudioError(
-            f"{name} is {quoted(clip)}, but the extractor reads no files; pass an array of samples, or call "
-            "encode_file of nemo_lfr.load(...)."
+            f"{name} is {quoted(clip)}, but the extractor reads no files; pass an array of samples, or pass "
+            "the path to the encode method of nemo_lfr.load(...)."
         )
     samples: np.ndarray = float_audio(NumpyArrays(), clip, name)
     if samples.ndim != 1:
