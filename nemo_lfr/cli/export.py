@@ -24,7 +24,7 @@ def export() -> None:
     required=True,
     help="Folder for config.json, model.safetensors and preprocessor_config.json.",
 )
-@model_option("checkpoint (.nemo, .ckpt or safetensors folder) or Hub id")
+@model_option("checkpoint (.nemo or .ckpt), folder of safetensors, or Hub id")
 @overwrite_option
 def export_to_safetensors(out: Path, model: str | None, overwrite: bool) -> dict[str, Any]:
     """Write config.json, model.safetensors and preprocessor_config.json.
@@ -46,7 +46,7 @@ def export_to_safetensors(out: Path, model: str | None, overwrite: bool) -> dict
     required=True,
     help="Folder for encoder.onnx and decoder.onnx.",
 )
-@model_option("checkpoint (.nemo, .ckpt or safetensors folder) or Hub id")
+@model_option("checkpoint (.nemo or .ckpt), folder of safetensors, or Hub id")
 @overwrite_option
 def export_to_onnx(out: Path, model: str | None, overwrite: bool) -> dict[str, Any]:
     """Write encoder.onnx and decoder.onnx, for audio of any length and batches of any size.
@@ -75,7 +75,7 @@ def export_to_onnx(out: Path, model: str | None, overwrite: bool) -> dict[str, A
     metavar="PATH",
     help=f"Folder of the npm package onnxruntime-web {VERSION}, or the .tgz file from npm pack.",
 )
-@model_option("checkpoint (.nemo, .ckpt or safetensors folder) or Hub id")
+@model_option("checkpoint (.nemo or .ckpt), folder of safetensors, or Hub id")
 @overwrite_option
 def export_to_web(out: Path, onnxruntime_web: Path, model: str | None, overwrite: bool) -> dict[str, Any]:
     """Write a static site that encodes and decodes in the browser.
@@ -94,7 +94,7 @@ def export_to_web(out: Path, onnxruntime_web: Path, model: str | None, overwrite
 
 @export.command("golden", cls=Command, result=ExportResult, short_help="Export every layer's output as test data.")
 @click.option("--out", type=UserPath(dir_okay=False), required=True, help="File to write, NAME.safetensors.")
-@model_option("checkpoint (.nemo, .ckpt or safetensors folder) or Hub id")
+@model_option("checkpoint (.nemo or .ckpt), folder of safetensors, or Hub id")
 @overwrite_option
 def export_golden_vectors(out: Path, model: str | None, overwrite: bool) -> dict[str, Any]:
     """Write a file with a short audio signal, its tokens, the decoded audio and the output of every layer.

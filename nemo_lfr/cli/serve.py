@@ -42,7 +42,7 @@ LOCAL = ("127.0.0.1", "localhost", "::1")
     metavar="URL",
     help="Web site whose pages may use the server, such as https://example.org; repeatable.",
 )
-@model_option("checkpoint (.nemo, .ckpt or safetensors folder), or Hub id")
+@model_option("checkpoint (.nemo or .ckpt), folder of safetensors, or Hub id")
 @device_option()
 @precision_option
 def serve(

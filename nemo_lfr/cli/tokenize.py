@@ -95,7 +95,7 @@ class FormatName(click.Choice):  # type: ignore[type-arg]  # generic in recent r
     is_flag=True,
     help="Process shards with failed clips again, for example after you have repaired the files.",
 )
-@model_option("checkpoint (.nemo, .ckpt or safetensors folder) or Hub id")
+@model_option("checkpoint (.nemo or .ckpt), folder of safetensors, or Hub id")
 @device_option("all GPUs, else the CPU")
 @precision_option
 def tokenize(
