@@ -51,7 +51,8 @@ if TYPE_CHECKING:
 @seconds_option("--duration", "Duration of the audio to decode, in seconds (default: to the end).")
 @click.option("--recover", is_flag=True, help="Decode the intact part of damaged or unfinished files.")
 @entropy_model_option(
-    "Entropy model (.lfrm) for compressed files (default: the bundled model, or HASH.lfrm in the folder of the file)."
+    "Entropy model (.lfrm) for compressed files (default: the bundled model, or HASH.lfrm beside the "
+    "token file; `nemo-lfr info` prints the HASH)."
 )
 @lookahead_option
 @model_options

@@ -50,7 +50,7 @@ class TokenDataset(IterableDataset[TokenizedUtterance]):
     Raises:
         NemoLfrError: if an argument is invalid, the folder does not contain the tokens of a complete run, or shared
             memory cannot be allocated. This error is also raised while reading, if Accelerate would split the
-            utterances of a rank a second time.
+            utterances of a rank a second time, or if several processes use Accelerate and `rank` was not passed.
         TokenFileError: while reading, if a file is damaged or truncated.
     """
 
@@ -134,7 +134,8 @@ class TokenDataset(IterableDataset[TokenizedUtterance]):
                 wrapper splits the utterances itself, and the result is (0, 1).
 
         Raises:
-            NemoLfrError: if the utterances would be split twice.
+            NemoLfrError: if the utterances would be split twice, or if this cannot be excluded because Accelerate is
+                in use and the rank was not passed to the constructor.
         """
         place = self._place()
         if _is_splitter(splitter):

@@ -26,7 +26,9 @@ HELP = "pass I/N with I from 0 to N - 1, for example 0/4, 1/4, 2/4 and 3/4"
 
 @dataclass(frozen=True)
 class Part:
-    """One of several processes that tokenize a corpus together. It tokenizes every `count`-th shard.
+    """One of several processes that tokenize a corpus together.
+
+    It tokenizes every `count`-th shard, starting with shard `index`.
 
     Attributes:
         index: index of the process, from 0 to `count` - 1.

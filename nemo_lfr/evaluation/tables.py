@@ -348,7 +348,8 @@ def definitions(evaluation: Evaluation) -> list[tuple[str, str]]:
         if name in evaluation.models:
             text += f" Model: {evaluation.models[name]}."
         elif name in evaluation.absent or name not in measured:
-            text += f" {str(evaluation.absent.get(name, 'not measured')).capitalize()}."
+            reason = evaluation.absent.get(name, "not measured").rstrip(".")
+            text += f" {reason[0].upper()}{reason[1:]}."
         lines.append((name, text))
     return lines
 

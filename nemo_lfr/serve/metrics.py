@@ -13,7 +13,7 @@ class Metrics:
 
     def __init__(self) -> None:
         registry = self._registry = CollectorRegistry()
-        self._live = Gauge("nemo_lfr_streams", "Open streams and files.", registry=registry)
+        self._live = Gauge("nemo_lfr_streams", "Live streams and posted files that are open.", registry=registry)
         self._frames = Counter("nemo_lfr_frames", "Frames that were encoded or decoded.", ["kind"], registry=registry)
         self._batch = Histogram(
             "nemo_lfr_batch_streams",

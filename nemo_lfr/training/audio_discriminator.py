@@ -30,7 +30,7 @@ class AudioDiscriminator(nn.Module):
     def min_samples(self) -> int:
         """Return the length, in samples, of the shortest audio that `score` accepts; 1 by default.
 
-        Training pads shorter batches.
+        Training pads batches of shorter audio to this length.
         """
         return 1
 

@@ -198,7 +198,7 @@ class MultiBandDiscriminatorSTFT(_Networks):
         check_resolutions([resolution], "resolutions")
         if not (isinstance(stft_bands, Sequence) and stft_bands and all(map(_is_band, stft_bands))):
             raise ConfigError(
-                f"stft_bands is {quoted(stft_bands)}; pass a list of [start, end] with numbers from 0 to 1."
+                f"stft_bands is {quoted(stft_bands)}; pass a list of [start, end] with 0 <= start < end <= 1."
             )
         self.resolution = tuple(resolution)
         self.register_buffer(
@@ -229,7 +229,7 @@ def _stft_samples(network: Network, resolution: Sequence[int]) -> int:
 
 
 def _is_band(band: Any) -> bool:
-    """Return whether a value is a pair of increasing fractions."""
+    """Return whether a value is a pair (start, end) with 0 <= start < end <= 1."""
     is_pair = isinstance(band, Sequence) and len(band) == 2 and all(Range(False, 0, 1).contains(edge) for edge in band)
     return is_pair and band[0] < band[1]
 

@@ -100,7 +100,9 @@ class Network(nn.Module):
             ConfigError: if there are too few bins.
         """
         if bins < (least := self.least_size(1)):
-            raise ConfigError(f"{what} has {bins} frequency bins; the discriminator needs at least {least}.")
+            raise ConfigError(
+                f"{what} has {bins} frequency bins; the discriminator needs at least {least}. Use a larger FFT size."
+            )
 
     def forward(self, view: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Score a view.

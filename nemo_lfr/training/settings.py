@@ -105,7 +105,7 @@ def check_settings(section: Mapping[str, Any], ranges: Mapping[str, Range], wher
     """Validate the numbers in a section of a config.
 
     Args:
-        section: values by key. A key that is missing or None has its default value.
+        section: values by key. A key that is missing, or whose value is None, is not checked.
         ranges: range of each number, by key.
         where: name of the section in the config, for error messages.
 

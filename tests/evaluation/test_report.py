@@ -8,12 +8,13 @@ import re
 import shutil
 import subprocess
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from nemo_lfr.evaluation import plots, report, spreadsheets, tables
-from nemo_lfr.evaluation.metrics import METRICS, Undefined
+from nemo_lfr.evaluation.metrics import METRICS, NotMeasured, Undefined
 from nemo_lfr.evaluation.results import Evaluation, Result
 from nemo_lfr.evaluation.tables import FIRST, SECOND, Table
 from nemo_lfr.io.manifests import Recording
@@ -161,6 +162,13 @@ def test_spectrograms_of_any_length(length):
     drawing = ElementTree.fromstring(plots.spectrogram(np.zeros(length, np.float32), RATE, "a & <b>"))
     (image,) = drawing.iter("image")
     assert drawing.get("aria-label") == "spectrogram of a & <b>" and image.get("href").startswith("data:image/png")
+
+
+def test_definitions_keep_the_case_of_a_reason(evaluation):
+    """The reason contains a command or path, which would be wrong in lower case."""
+    reason = "not measured: download the weights with SQUIM_SUBJECTIVE.get_model()"
+    definitions = dict(tables.definitions(replace(evaluation, absent={"Squim MOS": NotMeasured(reason)})))
+    assert definitions["Squim MOS"].endswith(f" N{reason[1:]}.")
 
 
 def page_of(evaluation):
