@@ -17,6 +17,11 @@ from nemo_lfr.spec import CodecSpec
 def float_audio(arrays: Arrays[Any], audio: object, name: str = "audio") -> Any:
     """Convert an array of samples to float32; int16 samples are scaled to [-1, 1].
 
+    Args:
+        arrays: array library of the result.
+        audio: samples, in any shape.
+        name: name of `audio` in messages.
+
     Raises:
         AudioError: if the samples are neither floating point nor int16; the message contains `name`.
     """

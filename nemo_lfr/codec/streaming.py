@@ -24,7 +24,7 @@ from nemo_lfr.modules.finite import quantize, to_audio
 
 
 class StreamEncoder(BaseStream):
-    """Streaming encoder of one recording; see `Codec.stream_encoder`."""
+    """Streaming encoder of one recording; see `Codec.stream_encoder`, and `BaseStream` for the other arguments."""
 
     def __init__(self, codec: CodecBase[torch.Tensor], modules: StreamModules, lookahead: int | None = None) -> None:
         encoder = modules.encoder
@@ -91,7 +91,7 @@ class StreamEncoder(BaseStream):
 
 
 class StreamDecoder(BaseStream):
-    """Streaming decoder of one recording; see `Codec.stream_decoder`."""
+    """Streaming decoder of one recording; see `Codec.stream_decoder`, and `BaseStream` for the other arguments."""
 
     def __init__(
         self,

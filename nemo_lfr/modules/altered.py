@@ -83,7 +83,14 @@ def check_unaltered(network: nn.Module, name: str, consequence: str) -> None:
 
 
 def run_encoder(encoder: nn.Module, audio: torch.Tensor, num_frames: list[int], width: int) -> torch.Tensor:
-    """Encode each clip of a batch [B, T_audio] alone by calling the module; return frames [B, D, width]."""
+    """Encode each clip of a batch [B, T_audio] alone by calling the module; return frames [B, D, width].
+
+    Args:
+        encoder: the encoder.
+        audio: samples, [B, width * samples_per_frame].
+        num_frames: valid frames in each clip.
+        width: number of frames in the result, including padding.
+    """
     frame = audio.shape[1] // width
     results = []
     for clip, count in zip(audio, num_frames, strict=True):

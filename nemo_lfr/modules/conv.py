@@ -101,9 +101,19 @@ class Conv1d(nn.Module):
     A symmetric convolution pads both ends with the mode `pad_mode`. A causal one only adds zeros before the first time
     step, so that no output depends on later inputs.
 
+    Args:
+        in_channels: number of input channels.
+        out_channels: number of output channels.
+        kernel_size: number of taps.
+        stride: time steps between outputs.
+        dilation: time steps between taps.
+        causal: whether the convolution is causal instead of symmetric.
+        pad_mode: "reflect", "zeros" or "replicate"; ignored by causal convolutions.
+        weight_norm: whether the convolution has weight norm.
+
     Attributes:
         pad: numbers of time steps that are added before and after the signal.
-        pad_mode: PyTorch's name of the padding mode.
+        pad_mode: PyTorch's name of the padding mode: "reflect", "constant" (zeros) or "replicate".
         stride: time steps between outputs.
         span: receptive field of an output, in time steps: (kernel_size - 1) * dilation + 1.
 
@@ -179,6 +189,14 @@ class ConvTranspose1d(nn.Module):
 
     Such a convolution gives `stride` more outputs than needed. A symmetric layer removes half of the extra outputs at
     each end. A causal layer removes all extra outputs at the end.
+
+    Args:
+        in_channels: number of input channels.
+        out_channels: number of output channels.
+        stride: outputs per input.
+        groups: number of groups.
+        causal: whether the layer is causal instead of symmetric.
+        weight_norm: whether the convolution has weight norm.
 
     Attributes:
         stride: outputs per input.

@@ -14,7 +14,7 @@ PAD_MODES = {"reflect": "reflect", "zeros": "constant", "replicate": "replicate"
 
 
 def pad_signal(hidden: torch.Tensor, pad: tuple[int, int], mode: str) -> torch.Tensor:
-    """Pad a signal [B, H, T] to [B, H, before + T + after]."""
+    """Pad a signal [B, H, T] to [B, H, before + T + after], where `pad` is (before, after)."""
     if torch.compiler.is_exporting():
         return F.pad(hidden, pad, mode=mode)
     return F.pad(hidden.unsqueeze(2), (*pad, 0, 0), mode=mode).squeeze(2)

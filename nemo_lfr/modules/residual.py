@@ -11,7 +11,17 @@ from nemo_lfr.modules.conv import Conv1d
 
 
 class ResidualBlock(nn.Module):
-    """Residual block: activation, dilated convolution, activation, convolution."""
+    """Residual block: activation, dilated convolution, activation, convolution.
+
+    Args:
+        channels: number of channels H.
+        kernel_size: kernel size of both convolutions.
+        dilation: dilation of the first convolution.
+        activation: "lrelu", "elu", "snake" or "half_snake".
+        causal: whether the convolutions are causal.
+        pad_mode: "reflect", "zeros" or "replicate"; ignored by causal convolutions.
+        weight_norm: whether the convolutions have weight norm.
+    """
 
     def __init__(
         self,
@@ -47,7 +57,17 @@ class ResidualBlock(nn.Module):
 
 
 class ResidualBranch(nn.Module):
-    """Sequence of residual blocks with one kernel size, one block per dilation."""
+    """Sequence of residual blocks with one kernel size, one block per dilation.
+
+    Args:
+        channels: number of channels H.
+        kernel_size: kernel size of all convolutions.
+        dilations: dilation of each block.
+        activation: "lrelu", "elu", "snake" or "half_snake".
+        causal: whether the convolutions are causal.
+        pad_mode: "reflect", "zeros" or "replicate"; ignored by causal convolutions.
+        weight_norm: whether the convolutions have weight norm.
+    """
 
     def __init__(
         self,
@@ -73,7 +93,17 @@ class ResidualBranch(nn.Module):
 
 
 class ResidualLayer(nn.Module):
-    """Residual layer. Its output is the mean of several residual branches, one per kernel size."""
+    """Residual layer. Its output is the mean of several residual branches, one per kernel size.
+
+    Args:
+        channels: number of channels H.
+        kernel_sizes: kernel size of each branch.
+        dilations: dilation of each block in a branch.
+        activation: "lrelu", "elu", "snake" or "half_snake".
+        causal: whether the convolutions are causal.
+        pad_mode: "reflect", "zeros" or "replicate"; ignored by causal convolutions.
+        weight_norm: whether the convolutions have weight norm.
+    """
 
     def __init__(
         self,

@@ -50,7 +50,18 @@ def check_tensor(value: Any, name: str, error: type[Exception]) -> None:
 
 
 def mask_lengths(mask: torch.Tensor | None, shape: Any, name: str, error: type[Exception]) -> torch.Tensor | None:
-    """Check a mask and return the number of ones in each row, [B]; None if there is no mask."""
+    """Check a mask and return the number of ones in each row, [B]; None if there is no mask.
+
+    Args:
+        mask: mask [B, T] or [B, 1, T], in which each row consists of ones followed by zeros; or None.
+        shape: expected shape, (B, T).
+        name: name of `mask` in messages.
+        error: class of the error to raise.
+
+    Raises:
+        Exception: of the class `error`, if the mask has another type or shape, or contains other values, a one after a
+            zero, or no ones.
+    """
     if mask is None:
         return None
     check_tensor(mask, name, error)

@@ -219,5 +219,8 @@ _MODULES: DerivedForms[CudaModule] = DerivedForms()
 def cuda_module(
     network: HiFiGANEncoder | HiFiGANDecoder, quantizer: Quantizer, precision: str, device: torch.device
 ) -> CudaModule:
-    """Return the `CudaModule` of a network; a new one is built if the network's weights have changed."""
+    """Return the `CudaModule` of a network; a new one is built if the network's weights have changed.
+
+    The arguments are those of `CudaModule`.
+    """
     return _MODULES.get(network, precision, lambda: CudaModule(network, quantizer, precision, device), quantizer)

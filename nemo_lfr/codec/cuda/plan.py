@@ -208,7 +208,18 @@ class LayerRunner:
         signal: torch.Tensor,
         ends: torch.Tensor,
     ) -> torch.Tensor:
-        """Apply an activation and a layer: [B, T, H_in] -> [B, T_out, H_out] in `dtype`."""
+        """Apply an activation and a layer.
+
+        Args:
+            layer: the folded layer.
+            activation: activation before the layer; None for none.
+            dtype: dtype of the result.
+            signal: [B, T, H_in].
+            ends: number of valid time steps in each example, [B].
+
+        Returns:
+            [B, T_out, H_out].
+        """
         candidates: dict[str, Candidate] = {
             "library": lambda: self._by_library(layer, signal, ends, activation=activation, dtype=dtype)
         }
@@ -225,6 +236,11 @@ class LayerRunner:
         """Return the mean of the residual branches, [B, T, H].
 
         The last block of each branch also adds its result to the sum of the branches.
+
+        Args:
+            branches: blocks of each branch.
+            signal: input of all branches, [B, T, H].
+            ends: number of valid time steps in each example, [B].
         """
         total: torch.Tensor | None = None
         for branch, blocks in enumerate(branches):

@@ -151,6 +151,14 @@ def _limits(values: dict[str, Any], name: str) -> ModuleLimits:
 def read_verified(folder: Path, name: str, manifest: Manifest) -> bytes:
     """Read encoder.onnx or decoder.onnx, and check its hash.
 
+    Args:
+        folder: folder with the file.
+        name: `ENCODER` or `DECODER`.
+        manifest: manifest of the folder.
+
+    Returns:
+        Content of the file.
+
     Raises:
         CheckpointError: if the file is missing, or its hash differs from the one in the manifest.
     """
