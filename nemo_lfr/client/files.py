@@ -107,12 +107,16 @@ def encode_file(server: Server, audio: bytes | str | os.PathLike[str]) -> Encode
     if isinstance(audio, bytes | bytearray):
         info = get_info(server)
         _check_size(server, info, len(audio), "the content")
-        body = bytes(audio)
+        body, name = bytes(audio), ""
     else:
         body, info = _read(server, audio)
+        name = f"{printable(os.fspath(audio))}: "
     # The limit is generous: tokens as JSON are smaller than most audio files, but larger than a file of silence in a
     # compressed format.
-    values = _json(server, "/v1/encode?format=json", body, (1 << 26) + 64 * len(body), ENCODED)
+    try:
+        values = _json(server, "/v1/encode?format=json", body, (1 << 26) + 64 * len(body), ENCODED)
+    except ServerRefusedError as error:
+        raise ServerRefusedError(f"{name}{error}") from None
     tokens = parse_tokens(values["tokens"], info.num_codebooks, info.codebook_size)
     if tokens is None:
         raise _stranger(

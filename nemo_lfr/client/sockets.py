@@ -4,7 +4,7 @@ import asyncio
 from typing import Any
 
 from nemo_lfr.client.conversation import Conversation
-from nemo_lfr.client.server import Server, require_websockets
+from nemo_lfr.client.server import UNREACHED, Server, require_websockets
 from nemo_lfr.errors import ServerError, ServerFullError, ServerRefusedError, shorten
 
 CLOSE_S = 5.0  # maximum time in seconds to wait until the server closes a connection
@@ -44,6 +44,8 @@ def handshake_error(server: Server, error: Exception) -> Exception:
             return ServerRefusedError(f"{server.url} redirects to {shorten(targets[0], 300)}; pass that address.")
         if status in (429, 503):
             return ServerFullError(f"{message}; try again later.")
+        if status in UNREACHED:
+            return server.lost(f"HTTP status {status}")
         if 400 <= status < 500:
             return ServerRefusedError(f"{message}; check the address and the access token.")
         return ServerError(f"{message}.")

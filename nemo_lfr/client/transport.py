@@ -12,8 +12,15 @@ from types import TracebackType
 from typing import Any
 
 from nemo_lfr.client.answers import parse_object
-from nemo_lfr.client.server import Server
-from nemo_lfr.errors import ServerError, ServerFullError, ServerRefusedError, ServerShutdownError, shorten
+from nemo_lfr.client.server import UNREACHED, Server
+from nemo_lfr.errors import (
+    ServerError,
+    ServerFullError,
+    ServerLostError,
+    ServerRefusedError,
+    ServerShutdownError,
+    shorten,
+)
 
 # Minimum speed of a transfer, in bytes per second. A transfer that is fast enough may take longer than the timeout.
 MIN_SPEED = 64_000
@@ -110,6 +117,8 @@ def _refusal(server: Server, error: urllib.error.HTTPError) -> ServerError:
     if not isinstance(reason, str):  # the response is from a proxy, for example
         reason, kind = http.client.responses.get(status, "error") + ".", None
     message = f"{server.url}: {shorten(reason, 500)} (HTTP status {status})"
+    if status in UNREACHED:
+        return ServerLostError(message)
     if status == 503:
         return ServerShutdownError(message) if kind == "ShutdownError" else ServerFullError(message)
     return ServerRefusedError(message) if 400 <= status < 500 else ServerError(message)

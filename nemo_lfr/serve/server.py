@@ -19,7 +19,7 @@ from nemo_lfr.serve.protocol import CloseCode
 
 _POLL_S = 0.1
 _SLICE = 1 << 14  # bytes of received data that are parsed before the number of frames is checked
-_MAX_HEADERS = 1 << 16  # maximum size of request headers in bytes, without the first piece that is received
+_MAX_HEADERS = 1 << 16  # maximum size in bytes of headers or trailers, without the first piece that is received
 _MAX_SMALL = 1000  # pings, pongs and small fragments per second that one client may send
 _SMALL = 64  # bytes in a small fragment
 _CLOSE_S = 3  # seconds at the end of the drain time that are reserved for closing connections
@@ -98,9 +98,9 @@ class _WebSockets(WebSocketsSansIOProtocol):
 
 
 class _HeaderLimit(asyncio.Protocol):
-    """Mixin for uvicorn's HTTP protocols that limits the size of request headers and the time to receive them.
+    """Mixin for uvicorn's HTTP protocols that limits the size of headers and trailers, and the time for the headers.
 
-    uvicorn itself limits only the time between two requests. It limits the size only if it parses requests with h11.
+    uvicorn itself limits only the time between two requests. It limits the sizes only if it parses requests with h11.
     """
 
     idle_s = 60.0
@@ -108,18 +108,24 @@ class _HeaderLimit(asyncio.Protocol):
     send_400_response: Callable[[str], None]
     cycle: Any  # the latest request; None before the first request
     _limit: asyncio.TimerHandle | None = None
-    _in_headers = False  # whether the headers of a request have begun and are not complete; always False with h11
-    _num_bytes = 0  # size of these headers, without their first piece
+    # Bytes received since the beginning of the request or the last part of its body, without the first piece. None
+    # between requests, and always with h11.
+    _num_bytes: int | None = None
 
     def on_message_begin(self) -> None:
-        """Note the beginning of a request; see `httptools.HttpRequestParser`."""
-        self._in_headers, self._num_bytes = True, 0
+        """Start to count the bytes of the headers; see `httptools.HttpRequestParser`."""
+        self._num_bytes = 0
         super().on_message_begin()  # type: ignore[misc]
 
-    def on_headers_complete(self) -> None:
-        """Note the end of the headers; see `httptools.HttpRequestParser`."""
-        self._in_headers = False
-        super().on_headers_complete()  # type: ignore[misc]
+    def on_body(self, body: bytes) -> None:
+        """Start to count the bytes that follow a part of the body; see `httptools.HttpRequestParser`."""
+        self._num_bytes = 0
+        super().on_body(body)  # type: ignore[misc]
+
+    def on_message_complete(self) -> None:
+        """Stop counting; see `httptools.HttpRequestParser`."""
+        self._num_bytes = None
+        super().on_message_complete()  # type: ignore[misc]
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Start the timer for the headers of the first request."""
@@ -127,15 +133,16 @@ class _HeaderLimit(asyncio.Protocol):
         self._start_limit()
 
     def data_received(self, data: bytes) -> None:
-        """Pass data on to uvicorn, or answer with status 400 if the headers are too large.
+        """Pass data on to uvicorn, or answer with status 400 if the headers or trailers are too large.
 
         The timer is canceled when the headers are complete. It starts again with the first data after the response.
         """
-        self._num_bytes += len(data) if self._in_headers else 0
-        if self._num_bytes > _MAX_HEADERS:
-            self.send_400_response("The headers of the request are too large.")
-            return
+        if self._num_bytes is not None:
+            self._num_bytes += len(data)
         super().data_received(data)
+        if self._num_bytes is not None and self._num_bytes > _MAX_HEADERS:
+            self.send_400_response("The headers or trailers of the request are too large.")
+            return
         is_served = self.cycle is not None and not self.cycle.response_complete
         if is_served or self.transport.get_protocol() is not self:  # a WebSocket has a separate protocol object
             self._end_limit()

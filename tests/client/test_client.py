@@ -530,6 +530,26 @@ def test_a_valid_body_in_a_wrong_answer_is_refused(change, match):
             call(Client(url))
 
 
+@pytest.mark.parametrize("status", [502, 504])
+def test_a_proxy_that_does_not_reach_the_server_is_retried(status):
+    answers = [response(b"<html>", "text/html", status=f"{status} X"), response(INFO)]
+    with answering(lambda: answers.pop(0), info=None) as url:
+        assert Client(url, retry_s=30).info().model == INFO["model"]
+    broken = response(b"", status=f"{status} X")
+    with answering(lambda: broken, info=None) as url:
+        for call in (lambda: Client(url).info(), lambda: Client(url).encode_stream()):
+            with pytest.raises(ServerLostError, match=f"status {status}"):
+                call()
+
+
+def test_a_refused_file_is_named(tmp_path):
+    path = tmp_path / "music.py"
+    path.write_bytes(b"x")
+    refusal = response({"error": "not audio."}, status="400 X")
+    with answering(lambda: refusal) as url, pytest.raises(ServerRefusedError, match=r"music\.py: .*not audio"):
+        Client(url).encode_file(path)
+
+
 def test_json_with_a_repeated_key_is_refused():
     body = json.dumps(ENCODED).encode()[:-1] + b', "num_samples": 1500}'
     with answering(lambda: response(body)) as url, pytest.raises(ServerError, match="does not answer with JSON"):

@@ -89,18 +89,34 @@ def test_a_connection_without_a_complete_request_is_closed():
             assert is_healthy(connection)
 
 
-def test_endless_headers_are_refused():
+CHUNKED = b"POST /v1/encode HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nR\r\n"
+
+
+@pytest.mark.parametrize(
+    ("start", "more"),
+    [
+        pytest.param(b"GET /health HTTP/1.1\r\nX: ", b"a" * 10_000, id="one header"),
+        pytest.param(b"GET /health HTTP/1.1\r\n", b"X: a\r\n" * 2000, id="headers"),
+        pytest.param(b"GET /", b"a" * 10_000, id="path"),
+        pytest.param(CHUNKED + b"0\r\nX: ", b"a" * 10_000, id="one trailer"),
+        pytest.param(CHUNKED + b"0\r\n", b"X: a\r\n" * 2000, id="trailers"),
+        pytest.param(CHUNKED + b"1;x=", b"a" * 10_000, id="chunk extension"),
+    ],
+)
+def test_endless_headers_and_trailers_are_refused(start, more):
     with running() as server, socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
         connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert is_healthy(connection)
         received = b""
-        connection.sendall(b"GET /health HTTP/1.1\r\nX: ")
+        connection.sendall(start)
         with suppress(ConnectionError):
-            while not received:
-                connection.sendall(b"a" * 10_000)
+            for _ in range(1000):  # 10 MB
+                connection.sendall(more)
                 connection.settimeout(0.01)
                 with suppress(TimeoutError):
                     received = connection.recv(1000)
+                if received:
+                    break
         assert received.startswith(b"HTTP/1.1 400")
 
 
