@@ -41,7 +41,7 @@ class Limits(Protocol):
 
 @dataclass(frozen=True)
 class ModuleLimits:
-    """`Limits` as a data class, for backends whose networks are not PyTorch modules.
+    """Implementation of `Limits` as a data class, for backends whose networks are not PyTorch modules.
 
     Attributes:
         context: numbers of earlier and later frames that the result for a frame depends on.

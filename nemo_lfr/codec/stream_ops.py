@@ -121,7 +121,7 @@ class StreamOps:
         return total / len(results)
 
     def _block(self, block: ResidualBlock, signal: torch.Tensor) -> torch.Tensor:
-        """Run a residual block. Inputs are kept until the outputs to which they are added are available."""
+        """Run a residual block. Its inputs are kept until the outputs that they are added to are available."""
         slope = slope_of(block.skip_activation)  # a leaky ReLU is fused into the convolution before it
         hidden = self.conv(block.input_conv, signal, block.input_activation, 1.0 if slope is None else slope)
         added = self.conv(block.skip_conv, hidden, block.skip_activation if slope is None else None)
@@ -190,7 +190,7 @@ def run_batched(
 
 
 def _split(slots: tuple[Slot, ...], values: torch.Tensor) -> dict[Hashable, LayerState]:
-    """Return views of the states of all layers in `values` [B, N]."""
+    """Split `values` [B, N] into the state of each layer, without copying."""
     sizes = [slot.num_items * slot.channels for slot in slots]
     return {
         slot.layer: LayerState(part.view(len(part), slot.num_items, slot.channels), slot.started)
@@ -199,7 +199,7 @@ def _split(slots: tuple[Slot, ...], values: torch.Tensor) -> dict[Hashable, Laye
 
 
 def _merge(layers: dict[Hashable, LayerState], batch: int) -> tuple[tuple[Slot, ...], torch.Tensor]:
-    """Copy the states of all layers to one tensor [B, N]."""
+    """Copy the states of all layers to one tensor [B, N], and return its slots and the tensor."""
     slots = tuple(Slot(key, kept.items.shape[1], kept.items.shape[2], kept.started) for key, kept in layers.items())
     sizes = [slot.num_items * slot.channels for slot in slots]
     first = next(iter(layers.values())).items

@@ -246,7 +246,8 @@ class FlatLayout(Layout):
         order: "frame" arranges the tokens frame by frame. "codebook" arranges all tokens of the first codebook, then
             all tokens of the second codebook and so on, as coarse-to-fine models do. In this order, a sequence that is
             truncated before the last codebook contains no complete frame.
-        offsets: whether each codebook has its own range of ids. Otherwise all codebooks share one range.
+        offsets: whether each codebook has its own range of ids, as the order "codebook" requires. Otherwise all
+            codebooks share one range.
         bos: whether the sequence begins with BOS.
         eos: whether the sequence ends with EOS.
         first_id: smallest id of a token.
@@ -311,7 +312,7 @@ class DelayLayout(Layout):
     Args:
         num_codebooks: number of codebooks C, which is also the number of streams.
         codebook_size: number of entries in each codebook.
-        delays: delay of each codebook in steps; by default 0, 1, 2 and so on.
+        delays: delay of each codebook in steps, at least 0; by default 0, 1, 2 and so on.
         bos: whether sequences begin with BOS, which also fills the steps before the first token of a codebook.
         eos: whether the tokens of each codebook end with EOS.
         first_id: smallest id of a token.
@@ -363,7 +364,7 @@ class StackLayout(Layout):
     Args:
         num_codebooks: number of codebooks, C.
         codebook_size: number of entries in each codebook.
-        frames_per_step: number of frames per step. An incomplete last step is padded.
+        frames_per_step: number of frames per step, at least 1. An incomplete last step is padded.
         bos: whether sequences begin with BOS.
         eos: whether sequences end with EOS.
         first_id: smallest id of a token.

@@ -84,7 +84,7 @@ class PackedOps:
     """Implementation of `nemo_lfr.modules.network.Ops` for CPUs.
 
     It uses packed weights, or the weights of the modules (`ModuleWeights`) if these cannot be packed. Within
-    `torch.autocast("cpu", torch.bfloat16)` packed weights are bf16.
+    `torch.autocast("cpu", torch.bfloat16)`, packed weights are bf16.
 
     Args:
         network: encoder or decoder.

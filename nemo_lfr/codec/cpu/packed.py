@@ -53,9 +53,11 @@ class Weights(Protocol):
     """Weights of an encoder or decoder, and methods that run convolutions with these weights."""
 
     def cast(self, hidden: torch.Tensor, layer: Conv1d | None = None) -> torch.Tensor:
-        """Convert the input of `layer` to the dtype of its weights.
+        """Convert the input of a layer to the dtype of the layer's weights.
 
-        None stands for any layer except the first and the last one of the network.
+        Args:
+            hidden: the input.
+            layer: the layer; None stands for any layer except the first and the last one of the network.
         """
 
     def convolve(

@@ -32,7 +32,7 @@ def slack(dilation: int, kernel_size: int = 11) -> int:
 
 
 class Transformed(NamedTuple):
-    """Weights of a layer, evaluated at each point.
+    """Weights of a layer for Winograd convolution, evaluated at each point (see the module's docstring).
 
     Attributes:
         bank: weights, [POINTS, num_pieces, H_out, H_in]. A piece is a group of four taps.

@@ -38,7 +38,7 @@ MAX_GRAPHS = 32
 
 @dataclass
 class Captured:
-    """CUDA graph with its memory.
+    """CUDA graph with its input and output tensors.
 
     Attributes:
         inputs: tensors that the graph reads.
@@ -55,7 +55,7 @@ Capture = Callable[[Function, tuple[torch.Tensor, ...]], Captured]
 
 
 class CudaCapture:
-    """Captures functions as CUDA graphs that share one memory pool.
+    """Callable object that captures function calls as CUDA graphs. The graphs share one memory pool.
 
     Sharing is safe because only one graph runs at a time, and its output is copied before the next graph runs.
     """
