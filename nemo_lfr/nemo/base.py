@@ -25,6 +25,7 @@ try:
     from nemo.collections.tts.models.audio_codec import AudioCodecModel as NeMoAudioCodecModel
     from nemo.core.classes import common
     from nemo.core.classes.common import PretrainedModelInfo
+    from nemo.core.connectors.save_restore_connector import SaveRestoreConnector
     from nemo.utils import logging, model_utils
 
     from nemo_lfr.nemo import artifacts, cuts, resume  # noqa: F401  fails early if NeMo is broken
@@ -41,6 +42,7 @@ __all__ = [
     "BaseModel",
     "NeMoAudioCodecModel",
     "PretrainedModelInfo",
+    "SaveRestoreConnector",
     "Trainer",
     "common",
     "logging",

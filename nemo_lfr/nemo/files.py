@@ -28,6 +28,7 @@ from nemo_lfr.nemo.base import (
     BaseModel,
     NeMoAudioCodecModel,
     PretrainedModelInfo,
+    SaveRestoreConnector,
     Trainer,
     logging,
 )
@@ -35,6 +36,8 @@ from nemo_lfr.nemo.config import check_trainer, checked_values, override_config
 
 # Modules that `restore_from` has loaded. The constructor uses these modules instead of building random ones.
 READ_PARTS: ContextVar[CodecModules | None] = ContextVar("parts", default=None)
+# Attributes of NeMo's `SaveRestoreConnector` that are used only when a model is saved.
+_SAVING = {"save_to", "pack_nemo_file", "_pack_nemo_file", "_save_state_dict_to_disk"}
 
 
 class NemoFiles(BaseModel):
@@ -62,10 +65,11 @@ class NemoFiles(BaseModel):
             map_location: device of the model; default: a GPU if available, else the CPU.
             strict: whether every weight of the encoder, quantizer and decoder must be present.
             return_config: whether to return only the file's config.
-            save_restore_connector: NeMo's `SaveRestoreConnector`. If its `model_extracted_dir` is set, NeMo's own code
-                restores the model.
+            save_restore_connector: NeMo's `SaveRestoreConnector`. If its `model_extracted_dir` is set, or its class
+                overrides a method that restores models, NeMo's own code and this connector restore the model.
             trainer: Lightning trainer, as in NeMo.
-            validate_access_integrity: accepted for compatibility with NeMo; only used with `model_extracted_dir`.
+            validate_access_integrity: accepted for compatibility with NeMo; only used if NeMo's own code restores the
+                model.
 
         Returns:
             The model in evaluation mode, or its config with `return_config`.
@@ -78,7 +82,7 @@ class NemoFiles(BaseModel):
             NemoLfrError: if the device in `map_location` is unknown or not available.
         """
         check_trainer(trainer)
-        if _extracted_folder(save_restore_connector) is not None:
+        if _restores_itself(save_restore_connector):
             return _stock(cls, "restore_from")(
                 str(restore_path),
                 override_config_path=override_config_path,
@@ -310,15 +314,15 @@ class NemoFiles(BaseModel):
                 os.replace(aside, path)
 
 
-def _extracted_folder(connector: Any) -> Any:
-    """Return the `model_extracted_dir` of a connector; None if it has none or there is no connector.
+def _restores_itself(connector: Any) -> bool:
+    """Return whether a connector restores models in its own way: from a folder, or with overridden methods.
 
     Raises:
         ConfigError: if `connector` is not an object like NeMo's `SaveRestoreConnector`.
-        CheckpointError: if the folder does not exist.
+        CheckpointError: if its `model_extracted_dir` does not exist.
     """
     if connector is None:
-        return None
+        return False
     if isinstance(connector, type) or not hasattr(connector, "model_extracted_dir"):
         raise ConfigError(
             f"save_restore_connector is {shorten(repr(connector))}; pass an instance of NeMo's SaveRestoreConnector."
@@ -326,7 +330,14 @@ def _extracted_folder(connector: Any) -> Any:
     folder = connector.model_extracted_dir
     if folder is not None and not os.path.exists(expand_home(folder, CheckpointError)):
         raise CheckpointError(f"{folder}: no such folder; set model_extracted_dir to the folder of an unpacked .nemo.")
-    return folder
+    usual = SaveRestoreConnector()
+    names = [name for name in dir(usual) if not name.startswith("__") and name not in _SAVING]
+    return any(_function(getattr(connector, name, None)) != _function(getattr(usual, name)) for name in names)
+
+
+def _function(value: Any) -> Any:
+    """Return the function of a bound method; any other value unchanged."""
+    return getattr(value, "__func__", value)
 
 
 def _stock(cls: type[BaseModel], name: str) -> Any:

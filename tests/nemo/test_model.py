@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -189,6 +190,52 @@ def connector(folder):
     connector = SaveRestoreConnector()
     connector.model_extracted_dir = folder
     return connector
+
+
+class Doubled(SaveRestoreConnector):
+    """Connector that changes the weights of the models it restores."""
+
+    def modify_state_dict(self, conf, state_dict):
+        state_dict = super().modify_state_dict(conf, state_dict)
+        return {key: 2 * value if value.is_floating_point() else value for key, value in state_dict.items()}
+
+
+def renamed():
+    """Return a connector for files whose config has another name."""
+    connector = SaveRestoreConnector()
+    connector.model_config_yaml = "other.yaml"
+    return connector
+
+
+def patched():
+    """Return a connector with a replaced method."""
+    connector = SaveRestoreConnector()
+    connector.modify_state_dict = Doubled().modify_state_dict
+    return connector
+
+
+@pytest.mark.parametrize(
+    ("connector", "factor"),
+    [(SaveRestoreConnector, 1), (type("Same", (SaveRestoreConnector,), {}), 1), (Doubled, 2), (patched, 2)],
+)
+def test_a_custom_connector_restores_the_model(connector, factor, nemo_file):
+    """Stock NeMo is the reference."""
+    plain, expected, model = (
+        model_class.restore_from(str(nemo_file), save_restore_connector=own).audio_encoder.state_dict()
+        for model_class, own in ((StockModel, None), (StockModel, connector()), (AudioCodecModel, connector()))
+    )
+    for name, value in plain.items():
+        assert torch.equal(expected[name], factor * value) and torch.equal(model[name], expected[name]), name
+
+
+def test_a_connector_may_read_a_config_of_another_name(nemo_file, tmp_path):
+    with tarfile.open(nemo_file) as tar:
+        tar.extractall(tmp_path / "parts", filter="data")
+    (tmp_path / "parts/model_config.yaml").rename(tmp_path / "parts/other.yaml")
+    with tarfile.open(tmp_path / "renamed.nemo", "w") as tar:
+        tar.add(tmp_path / "parts", ".")
+    options = {"return_config": True, "save_restore_connector": renamed()}
+    assert AudioCodecModel.restore_from(str(tmp_path / "renamed.nemo"), **options).sample_rate == 22050
 
 
 # Name of an argument, a bad value, and a part of the message. Text in braces is the content of a YAML file.
