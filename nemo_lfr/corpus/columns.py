@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
+from uuid import UUID
 
 import numpy as np
 
@@ -13,6 +14,8 @@ from nemo_lfr.io.columns import AUDIO, LABEL_COLUMNS, TEXT_COLUMNS
 
 # Names of fields and columns that contain the sample rate.
 RATES = ("sampling_rate", "sample_rate")
+# Units per second of Arrow's durations.
+UNITS = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 
 
 @dataclass(frozen=True)
@@ -70,8 +73,9 @@ def parquet_features(metadata: Mapping[bytes, bytes] | None) -> dict[str, Any]:
 def label_value(cell: Any, names: Sequence[str] | None, column: str) -> Any:
     """Convert the Arrow cell of a label to a Python value.
 
-    The result is None unless the value is text, a number or a boolean. In the columns of the standard labels, however,
-    any value is returned, so that `standard_labels` can raise an error for it.
+    A duration becomes a number of seconds; a date, a time or a UUID becomes text. Values of other types than text,
+    numbers and booleans become None; see `is_label`. In the columns of the standard labels, however, any value is
+    returned, so that `standard_labels` can raise an error for it.
 
     Some databases and TensorFlow export text as bytes. Bytes are decoded only in columns that usually contain text
     (`TEXT_COLUMNS`).
@@ -84,11 +88,19 @@ def label_value(cell: Any, names: Sequence[str] | None, column: str) -> Any:
     Raises:
         AudioError: if the text is not valid UTF-8.
     """
+    import pyarrow
     import pyarrow.types as is_
 
+    if is_.is_dictionary(cell.type) and cell.is_valid:
+        cell = cell.value
     if is_.is_nested(cell.type) and column not in LABEL_COLUMNS:
         return None
     try:
+        if cell.is_valid and column not in LABEL_COLUMNS:
+            if is_.is_duration(cell.type):  # not as_py, which refuses nanoseconds if pandas is missing
+                return cell.value / UNITS[cell.type.unit]
+            if is_.is_temporal(cell.type):
+                return cell.cast(pyarrow.string()).as_py()
         value = cell.as_py()
         if isinstance(value, bytes) and column in TEXT_COLUMNS:
             value = value.decode()
@@ -100,7 +112,23 @@ def label_value(cell: Any, names: Sequence[str] | None, column: str) -> Any:
         return names[value] if 0 <= value < len(names) else None
     if isinstance(value, Decimal) and value.is_finite():
         value = int(value) if value == value.to_integral_value() else float(value)
+    if isinstance(value, UUID):
+        value = str(value)
     return value if column in LABEL_COLUMNS or isinstance(value, str | int | float | bool) else None
+
+
+def is_label(column: str, kind: Any) -> bool:
+    """Return whether `label_value` keeps the values of a column, according to its Arrow type."""
+    import pyarrow.types as is_
+
+    if is_.is_dictionary(kind):
+        kind = kind.value_type
+    if column in LABEL_COLUMNS or is_.is_null(kind):
+        return True
+    is_bytes = any(test(kind) for test in (is_.is_binary, is_.is_large_binary, is_.is_fixed_size_binary))
+    if is_bytes or str(kind) == "binary_view":
+        return column in TEXT_COLUMNS
+    return not is_.is_nested(kind) and not _is_list(getattr(kind, "storage_type", kind))
 
 
 def audio_cell(cell: Any, rate: Any = None) -> bytes | str | Samples:

@@ -1,5 +1,6 @@
 """Tests of columns, audio cells and splits of tables from the Hugging Face Hub and other sources."""
 
+import datetime
 import json
 import math
 import os
@@ -15,6 +16,7 @@ from nemo_lfr.corpus.sources.parquet import split_of
 from nemo_lfr.errors import AudioError, ConfigError
 from nemo_lfr.io.columns import chosen_columns, standard_labels
 from nemo_lfr.io.manifests import read_manifest
+from nemo_lfr.io.reading import read_file
 from tests.models import RATE, synthesize
 
 pytest.importorskip("lhotse", reason="pip install '.[corpus]'")
@@ -349,6 +351,69 @@ def test_sections_of_a_file_are_clips_where_the_column_is_that_of_nemo(name, col
     clips = clips_of(tmp_path / name)
     assert len({clip.id for clip in clips}) == 3
     assert [len(clip.audio(RATE, 100)) / RATE for clip in clips] == pytest.approx(seconds, abs=1e-3)
+
+
+DURATIONS = [datetime.timedelta(seconds=0.1), datetime.timedelta(seconds=0.2)]
+TYPED_TIMES = {  # values of `offset` and `duration`; None if the row is a failure
+    "timedelta": (pa.array(DURATIONS), True),
+    "timedelta in a dictionary": (pa.array(DURATIONS).dictionary_encode(), True),
+    "nanoseconds": (pa.array([100_000_001, 200_000_001], pa.duration("ns")), True),
+    "milliseconds": (pa.array([100, 200], pa.duration("ms")), True),
+    "decimal numbers": (pa.array([0.1, 0.2]).cast(pa.decimal128(9, 3)), True),
+    "text": (pa.array(["0.1", "0.2"]), True),
+    "times of day": (pa.array([datetime.time(0, 0, 0, 100_000), datetime.time(0, 0, 0, 200_000)]), False),
+    "dates": (pa.array([datetime.datetime(2020, 1, 1)] * 2), False),
+    "bytes": (pa.array([b"0.1", b"0.2"]), False),
+    "lists": (pa.array([[0.1], [0.2]]), False),
+    "booleans": (pa.array([False, True]), False),
+    "negative durations": (pa.array([-1, -1], pa.duration("s")), False),
+}
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "saved"])
+@pytest.mark.parametrize("kind", TYPED_TIMES)
+def test_typed_times_are_seconds_or_a_failure(kind, name, wav, tmp_path):
+    values, is_valid = TYPED_TIMES[kind]
+    table = pa.table({"audio_filepath": [str(wav)], "offset": values[:1], "duration": values[1:]})
+    if name == "saved":
+        datasets = pytest.importorskip("datasets", reason="pip install datasets")
+        datasets.Dataset(table).save_to_disk(str(tmp_path / name))
+    elif "dictionary" in kind:
+        pytest.skip("pyarrow does not restore this type from Parquet")
+    else:
+        pq.write_table(table, tmp_path / name)
+    (clip,) = clips_of(tmp_path / name)
+    if is_valid:
+        assert np.array_equal(clip.audio(RATE, 100), read_file(wav, 0.1, 0.2, RATE, 100))
+    else:
+        with pytest.raises(AudioError, match=r"row 0, column 'audio_filepath': offset .*expected a number of seconds"):
+            clip.audio(RATE, 100)
+
+
+def test_typed_labels_are_kept_or_named(wav, tmp_path, caplog):
+    columns = {
+        "audio": [wav.read_bytes()],
+        "when": [datetime.datetime(2020, 1, 2, 3, 4, 5)],
+        "day": [datetime.date(2020, 1, 2)],
+        "took": [datetime.timedelta(seconds=1.5)],
+        "id": pa.ExtensionArray.from_storage(pa.uuid(), pa.array([bytes(range(16))], pa.binary(16))),
+        "nothing": pa.nulls(1),
+        "picture": [b"x"],
+        "fixed": pa.array([b"x"], pa.binary(1)),
+        "embedding": [[0.1, 0.2]],
+        "about": [{"age": 7}],
+        "matrix": pa.ExtensionArray.from_storage(Array2D(), pa.array([[[0.5]]], pa.list_(pa.list_(pa.float32())))),
+    }
+    (clip,) = clips_of(write(tmp_path / "a.parquet", columns))
+    assert clip.labels == {
+        "when": "2020-01-02 03:04:05.000000",
+        "day": "2020-01-02",
+        "took": 1.5,
+        "id": "00010203-0405-0607-0809-0a0b0c0d0e0f",
+    }
+    (message,) = [record.getMessage() for record in caplog.records if "do not become labels" in record.getMessage()]
+    named = re.findall(r"'(\w+)' \(", message)
+    assert named == ["picture", "fixed", "embedding", "about", "matrix"]
 
 
 def test_unlisted_audio_files_beside_a_table_are_reported(wav, tmp_path, caplog):

@@ -7,12 +7,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from nemo_lfr.corpus.columns import RATES, audio_cell, audio_column, class_names, label_value
+from nemo_lfr.corpus.columns import RATES, audio_cell, audio_column, class_names, is_label, label_value
 from nemo_lfr.corpus.ids import clean_id
 from nemo_lfr.corpus.inventory import list_digest, sampled_digest
 from nemo_lfr.corpus.sources.base import AudioLoader, Clip, CorpusReader, unreadable
 from nemo_lfr.errors import AudioError, ConfigError, shorten
-from nemo_lfr.io.columns import AUDIO, CONTEXT, chosen_columns, known_names, standard_labels
+from nemo_lfr.io.columns import AUDIO, CONTEXT, OTHER_TOKENS, chosen_columns, known_names, standard_labels
 from nemo_lfr.io.folders import AUDIO_SUFFIXES, find_files
 from nemo_lfr.io.manifests import NOT_A_LINE, describe, resolve_audio_path, seconds
 from nemo_lfr.io.reading import read_bytes, read_file, read_samples
@@ -59,6 +59,11 @@ class Table(CorpusReader):
                 "Rename the column that contains the audio."
             )
         self.column = column
+        self.left_out = {
+            name: kind
+            for name, kind in types.items()
+            if name not in OTHER_TOKENS | {column, CONTEXT} and not is_label(name, kind)
+        }
         self.class_names = {names.get(name, name): values for name, values in class_names(features).items()}
 
     @property
@@ -72,13 +77,20 @@ class Table(CorpusReader):
         return self._files
 
     def log_choices(self) -> None:
-        """Log which columns become labels, and warn if the folder contains audio files.
+        """Log which columns become labels and which are left out, and warn if the folder contains audio files.
 
         Audio files that no table lists are not used.
         """
         if chosen := chosen_columns(self.columns):
             text = ", ".join(f"{label} from column {column!r}" for label, column in chosen.items())
             logger.warning("%s: labels are read from columns with other names: %s.", self.path, text)
+        if self.left_out:
+            text = ", ".join(f"{shorten(repr(name))} ({shorten(kind)})" for name, kind in self.left_out.items())
+            logger.warning(
+                "%s: columns of these types do not become labels: %s. To keep them, convert them to text or numbers.",
+                self.path,
+                shorten(text, 500),
+            )
         if self.path.is_dir() and (
             audio_files := find_files(self.path, AUDIO_SUFFIXES, report=lambda _: None, unread=[])
         ):
@@ -131,6 +143,9 @@ class Table(CorpusReader):
             rate = int(rate) if isinstance(rate, str) and rate.isdecimal() else rate  # from the name of a folder
             # As in text tables, offset and duration have this meaning only together with NeMo's key `audio_filepath`.
             keys = ("offset", "duration") if self.column == "audio_filepath" else ()
+            for key in keys:
+                if key in cells and cells[key].is_valid and values[key] is None:
+                    raise ValueError(f"{key} has the type {shorten(cells[key].type)}; expected a number of seconds")
             audio_loader = self._loader(
                 audio.get(self.column), rate, origin, {key: seconds(labels, key) for key in keys}
             )
