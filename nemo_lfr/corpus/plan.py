@@ -174,17 +174,19 @@ def load_or_create_plan(
             )
         stored["codec"] = spec
     if differ := sorted(key for key in expected if stored.get(key) != expected[key]):
-        reasons = "; ".join(
-            "the corpus is another one or was changed"
-            if key == "corpus"
-            else f"{key} was {stored.get(key)!r}, but is now {expected[key]!r}"
-            for key in differ
-        )
+        reasons = "; ".join(_difference(key, stored.get(key), expected[key]) for key in differ)
         raise NemoLfrError(
             f"{config.out}: the folder contains the tokens of another run ({reasons}); choose another --out."
         )
     stored_shards: list[dict[str, Any]] = stored["parts"]
     return stored_shards
+
+
+def _difference(key: str, stored: Any, expected: Any) -> str:
+    """Describe how a value in the stored plan differs from the current value, for an error message."""
+    if key in ("corpus", "codec"):
+        return f"the {key} is another one or was changed"
+    return f"{'format' if key == 'kind' else key} was {stored!r}, but is now {expected!r}"
 
 
 def _check_not_empty(corpus: CorpusReader, shards: list[ShardSpec], source: str) -> None:

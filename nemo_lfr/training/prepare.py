@@ -130,8 +130,8 @@ def prepare(
     if speaker_level is not None:
         if kind != "folder":
             raise NemoLfrError(
-                f"speaker_level is only valid for the layout 'folder', but the layout is {kind!r}; remove "
-                "speaker_level."
+                f"--speaker-level (speaker_level=) is only valid for the layout 'folder', but the layout is {kind!r}; "
+                "remove it."
             )
         read = partial(folder, speaker_level=speaker_level)
     refuse_spreadsheet(corpus)
@@ -151,6 +151,7 @@ def prepare(
         raise NemoLfrError(
             f"{corpus}: this is not the published layout of {kind} ({error}); {_expected(kind)}"
         ) from error
+    source = corpus
     if kind == "table":
         corpus = corpus.parent
     if kind not in ("folder", "table") and utterances and all(utterance.problem for utterance in utterances):
@@ -159,7 +160,8 @@ def prepare(
             f"{corpus}: this is not the published layout of {kind} ({first.path}: {first.problem}); {_expected(kind)}"
         )
     if not utterances:
-        raise NemoLfrError(f"{corpus}: no utterance of {kind} in this {_contents(kind, corpus)}; {_expected(kind)}")
+        wanted = {"folder": "audio file", "table": "row"}.get(kind, f"utterance of {kind}")
+        raise NemoLfrError(f"{source}: no {wanted} in this {_contents(kind, corpus)}; {_expected(kind)}")
     utterances = _once(utterances)
     if kind == "folder" and all(utterance.split != "valid" for utterance in utterances):
         utterances = [replace(item, split=None) if item.split == "train" else item for item in utterances]
@@ -195,7 +197,7 @@ def _write_all(
     if not any(_entry(utterance, found) for utterance in utterances):
         _write(out / FAILURES, result.failures, overwrite)
         raise NemoLfrError(
-            f"{corpus}: none of {len(result.failures)} files can be used; see {out / FAILURES} for the reasons."
+            f"none of the {len(result.failures)} files in the corpus can be used; {out / FAILURES} lists the reasons."
         )
     # First leave out the files that cannot be used, because these may be all files of a split.
     utterances = [utterance for utterance in utterances if _entry(utterance, found)]

@@ -79,7 +79,7 @@ def test_manifest_may_begin_with_a_byte_order_mark_or_an_invalid_line(tmp_path, 
         (b"[\n{}\n]", "a JSON list"),
         ('{"audio_filepath": "a.wav"}'.encode("utf-16"), "UTF-16 text; save it as UTF-8"),
         (b"hello\n", "its first line is 'hello'"),
-        (b"", "its first line is ''"),
+        (b"", "it has no lines"),
         (b"\n".join([b"1"] * 3000), "its first line is '1'"),
     ],
 )

@@ -175,7 +175,7 @@ REFUSED = {
     ),
     "another format": (
         lambda config: run(replace(config, kind="parquet"), Part(1, 2)),
-        "kind was 'lfr', but is now 'parquet'",
+        "format was 'lfr', but is now 'parquet'",
     ),
     "Ray": (
         lambda config: tokenize(replace(config, part=Part(1, 2)), ray="local"),

@@ -160,7 +160,7 @@ def test_missing_weights_are_named_and_not_downloaded(tmp_path, monkeypatch, nam
         ("mp3:64", "unknown codec; use one of codec2:BIT"),
         ("opus", "pass a number of kbit/s from 6 to 256"),
         ("opus:fast", "pass a number"),
-        ("codec2:9600", "unknown bit rate; use one of 3200"),
+        ("codec2:9600", "unknown bit rate; use one of codec2:3200"),
         ("original:x", "no options"),
         ("none.nemo", "no such file"),
         ("nemo:none.nemo", "no such file"),

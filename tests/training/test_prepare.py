@@ -193,7 +193,7 @@ def test_a_file_replaced_since_an_interrupted_run_is_opened_again(tmp_path, monk
 def test_failed_files_are_opened_again(tmp_path):
     for index in range(2):
         text(tmp_path / "corpus" / f"{index}.wav", "not yet unpacked")
-    with pytest.raises(NemoLfrError, match="none of 2 files can be used"):
+    with pytest.raises(NemoLfrError, match="none of the 2 files in the corpus can be used"):
         prepare("folder", tmp_path / "corpus", tmp_path / "out")
     for index in range(2):
         audio(tmp_path / "corpus" / f"{index}.wav")
@@ -379,9 +379,8 @@ def test_growing_corpus_keeps_its_validation_speakers():
 
 @pytest.mark.parametrize("kind", MAKE)
 def test_a_folder_without_such_a_corpus_is_refused_with_its_layout(tmp_path, kind):
-    expected = (
-        rf"no utterance of {kind} in this folder(, which contains a\.wav, dev with 2 audio files .*)?; expected "
-    )
+    wanted = "audio file" if kind == "folder" else f"utterance of {kind}"
+    expected = rf"no {wanted} in this folder(, which contains a\.wav, dev with 2 audio files .*)?; expected "
     for _ in range(2):
         if kind != "folder" or not (tmp_path / "a.wav").exists():
             with pytest.raises(NemoLfrError, match=expected) as error:
@@ -404,7 +403,7 @@ def test_command_reports_its_output_and_the_failures(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["prepare", "folder", str(tmp_path / "out"), "--out", str(tmp_path / "new")])
     error = capsys.readouterr().err
-    assert "no utterance of folder in this folder" in error.splitlines()[-1]
+    assert "no audio file in this folder" in error.splitlines()[-1]
 
 
 DAMAGE = {

@@ -155,7 +155,9 @@ def _is_entry(line: bytes) -> bool:
 
 def _describe_content(lines: Sequence[bytes]) -> str:
     """Return the part of an error message that says what a file contains instead of manifest lines."""
-    first = lines[0] if lines else b""
+    if not lines:
+        return 'it has no lines; expected {"audio_filepath": ...}'
+    first = lines[0]
     if first.startswith(UTF16_MARKS):
         return "it is UTF-16 text; save it as UTF-8"
     if b"\0" in b"".join(lines):

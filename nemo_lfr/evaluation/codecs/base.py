@@ -110,6 +110,7 @@ def parse_number(text: str, kind: str, low: float, high: float, unit: str) -> fl
         value = math.nan
     if not low <= value <= high:
         raise NemoLfrError(
-            f"--codec {kind}:{text}: pass a number of {unit} from {low:g} to {high:g}, for example {kind}:6."
+            f"--codec {kind}{text and f':{text}'}: pass a number of {unit} from {low:g} to {high:g}, for example "
+            f"{kind}:6."
         )
     return value

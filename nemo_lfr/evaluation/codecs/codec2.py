@@ -27,7 +27,8 @@ class Codec2(ComparedCodec):
 
     def __init__(self, options: str = "", device: str | None = None) -> None:
         if options not in DELAYS:
-            raise NemoLfrError(f"--codec codec2:{options}: unknown bit rate; use one of {', '.join(DELAYS)}.")
+            modes = ", ".join(f"codec2:{mode}" for mode in DELAYS)
+            raise NemoLfrError(f"--codec codec2{options and f':{options}'}: unknown bit rate; use one of {modes}.")
         self.mode, self.delay = options, DELAYS[options]
         self.name = f"Codec2 {options} bit/s"
         self.identity = f"{program_version('c2enc', 'codec2')} {options}"
