@@ -78,7 +78,9 @@ class CodecSpec:
         for name in ("fingerprint", "precision"):
             check_text(name, getattr(self, name))
         if self.codebook_size > 2**31:
-            raise ValueError(f"levels {self.levels!r} give {self.codebook_size} codebook entries, more than {2**31}")
+            raise ValueError(
+                f"levels {self.levels!r} give {self.codebook_size} codebook entries; the limit is {2**31}"
+            )
 
 
 class KnownCodec(Protocol):

@@ -214,7 +214,10 @@ def _attach(item: CutItem, values: Mapping[str, tuple[str, Any]], allow_url: boo
                 continue
             manifest, data, member = value
             if manifest is None:
-                raise AudioError(f"the tar file of the field {name} has a manifest for this cut that is not JSON.")
+                raise AudioError(
+                    f"the tar file of the field {name} has a manifest for this cut that is not JSON; create the Shar "
+                    "again."
+                )
             if isinstance(manifest, dict):
                 check_cut(manifest, allow_url)
                 if member is not None or _is_manifest(manifest):

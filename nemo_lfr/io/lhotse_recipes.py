@@ -130,6 +130,5 @@ def _path(recording: Any, corpus: Path) -> tuple[Path, str | None]:
     path = Path(os.path.abspath(sources[0].source))
     if not path.is_relative_to(corpus):
         return Path(recording.id), f"the file {shorten(path)} is not in the folder of the corpus"
-    return path.relative_to(
-        corpus
-    ), "the recipe modifies the audio of this recording" if recording.transforms else None
+    problem = "the recipe modifies the audio of this recording, so its file cannot be used"
+    return path.relative_to(corpus), problem if recording.transforms else None

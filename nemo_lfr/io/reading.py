@@ -101,8 +101,8 @@ def read_part(
         Mono float32 samples [T].
 
     Raises:
-        AudioError: if the audio cannot be read, ends more than `tolerance` seconds before the section does, or has no
-            sample of the section.
+        AudioError: if the audio cannot be read, ends more than `tolerance` seconds before the section does, or
+            contains no sample of the section.
     """
     path, data = (source, None) if isinstance(source, Path) else (name, source)
     with AudioReader(path, sample_rate, data) as reader:
@@ -131,10 +131,10 @@ def count_missing(reader: AudioReader, offset: float, duration: float, name: str
         tolerance: maximum number of seconds that may be missing.
 
     Returns:
-        The number of samples; negative if the cut ends before the file does.
+        The number of missing samples; negative if the cut ends before the file does.
 
     Raises:
-        AudioError: if more than `tolerance` seconds are missing, or all samples of the cut.
+        AudioError: if more than `tolerance` seconds are missing, or if all samples of the cut are missing.
     """
     rate = reader.native_rate
     first, count, total = (count_samples(seconds, rate) for seconds in (offset, duration, reader.duration))

@@ -165,7 +165,9 @@ class EntropyModel:
         for name, dtype, shape in self.spec.tensors():
             tensor = self.weights[name]
             if tensor.shape != shape or tensor.dtype != np.dtype(dtype):
-                raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}; expected {dtype} {list(shape)}")
+                raise ValueError(
+                    f"{name} is {tensor.dtype} {list(tensor.shape)}; expected {np.dtype(dtype)} {list(shape)}"
+                )
         self._prove_exact()
 
     def _prove_exact(self) -> None:
