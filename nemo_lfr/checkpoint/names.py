@@ -27,7 +27,7 @@ def plain_key(key: str) -> str:
 
 
 def plain_keys(items: Iterable[tuple[str, Value]], what: str) -> dict[str, Value]:
-    """Return values by weight name, without the name components that wrappers insert; see `plain_key`.
+    """Return a dict from each weight's plain name (see `plain_key`) to its value.
 
     Args:
         items: pairs of a weight's name and any value.

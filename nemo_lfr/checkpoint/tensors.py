@@ -172,7 +172,7 @@ class Tensors:
         single: whether `source` contains one tensor instead of a state dict. The tensor then has the name `SINGLE`.
 
     Attributes:
-        entries: position, dtype and shape of each tensor by name.
+        entries: a dict from the name of each tensor to its position, dtype and shape.
         contents: the unpickled object, which contains an `Entry` in place of each tensor.
         codec_config: the part of the codec's config that inference depends on, as stored in the file. None if the
             file does not store a config.

@@ -49,7 +49,7 @@ def publish(temporary: Path, path: Path, overwrite: bool) -> None:
     """Give a complete temporary file its final name.
 
     If `overwrite` is not set, a file that another process wrote under this name in the meantime is kept. On file
-    systems without hard links, such a file may be replaced if it appears in the last moment.
+    systems without hard links, such a file may be replaced if it appears at the last moment.
 
     Args:
         temporary: temporary file in the folder of `path`. It may still exist afterwards.

@@ -170,7 +170,8 @@ class AudioReader:
     def _open_mpeg(self, first: SndfileDecoder) -> Decoder:
         """Open MPEG audio that follows other bytes.
 
-        The frames are counted, because libsndfile only estimates the number of samples.
+        The frames are counted, because libsndfile only estimates the number of samples. If there are no frames, the
+        result is `first`.
         """
         if self._source is None or not (streams := find_mpeg(self._source)):
             return first

@@ -32,7 +32,7 @@ class AudioWriter:
 
     Raises:
         OutputExistsError: if the file exists when writing starts or ends, and `overwrite` is not set.
-        NemoLfrError: if its suffix is not in `WRITABLE_FORMATS`.
+        NemoLfrError: if the suffix of `path` is not in `WRITABLE_FORMATS`.
         AudioError: if the format does not support the sample rate.
     """
 

@@ -156,7 +156,7 @@ def resolve_audio_path(folder: str | os.PathLike[str], name: object) -> Path:
 
 
 def seconds(labels: dict[str, Any], key: str) -> float | None:
-    """Return a time in seconds from an entry of a manifest; None if the entry lacks the key.
+    """Return a time in seconds from an entry of a manifest; None if it has no value for the key.
 
     Args:
         labels: values of the entry.

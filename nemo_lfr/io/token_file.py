@@ -492,7 +492,7 @@ class _Sections:
     def _read_size(self, count: int) -> tuple[int, bytes]:
         """Return the length of a block's payload in bytes, and the bytes of the file that store this length.
 
-        An uncompressed file does not store it.
+        An uncompressed file stores no length; the second value is then empty.
         """
         if self.coding == CODING:
             return count * self._bytes_per_frame, b""
@@ -503,7 +503,7 @@ class _Sections:
         return size, field
 
     def _read_tokens(self, count: int, first: int, before: bytes) -> tuple[np.ndarray, int, bytes]:
-        """Read a block, whose number of frames was read already.
+        """Read the rest of a block, after its number of frames.
 
         Args:
             count: number of frames in the block.

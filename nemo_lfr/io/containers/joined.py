@@ -103,7 +103,7 @@ def until_end(window: Window, position: int) -> int | None:
 
 
 def compare_end(window: Window, end: int) -> list[Stream]:
-    """Return a file whose audio ends at a position as one `Stream`.
+    """Return one `Stream` for a file whose audio ends at a position.
 
     Args:
         window: the file.
@@ -167,7 +167,7 @@ def compare_size(window: Window, start: int, promised: int) -> list[Stream]:
 
 
 def of_unknown_length(window: Window, start: int, block: int) -> list[Stream]:
-    """Return a file whose header stores no length as one `Stream`, after checking that the last block is complete.
+    """Return one `Stream` for a file whose header stores no length, after checking that the last block is complete.
 
     The stream always has a `note`, since a file that is truncated between two blocks looks complete. Tags at the end
     of the file are excluded.

@@ -49,7 +49,7 @@ def _beyond_end(begin: int, size: int) -> str:
 
 
 def _to_end(window: Window, begin: int, fields: Sequence[Field], note: str | None = None) -> list[Stream]:
-    """Return a file whose samples extend to its end as one `Stream`, with the true length in the header.
+    """Return one `Stream` for a file whose samples extend to its end, with the true length in the header.
 
     Args:
         window: the file.

@@ -99,7 +99,7 @@ def _with_rate(page: bytes, begin: int) -> bytes:
 
 
 def _link(start: int, stop: int, problem: str | None, open_serials: set[int], tracks: int, header: bytes) -> Stream:
-    """Return a recording.
+    """Return a recording as a `Stream`.
 
     Args:
         start: position of its first page.

@@ -103,7 +103,7 @@ def decode_block(model: EntropyModel, data: bytes, num_frames: int) -> np.ndarra
         The int32 tokens [C, T].
 
     Raises:
-        ValueError: if the bytes are not a valid encoding of that many frames.
+        ValueError: if the bytes are not a valid encoding of `num_frames` frames.
     """
     decoder = Decoder(data)
     history = History(model.spec, 1)

@@ -81,7 +81,8 @@ def fit(
         overhead of the coder and the file.
 
     Raises:
-        EntropyModelError: if there are too few tokens, or the codec has more levels than models support.
+        EntropyModelError: if there are too few tokens, the codec has more levels than models support, or the fitted
+            weights are too large for integer arithmetic.
     """
     try:
         spec = ModelSpec(

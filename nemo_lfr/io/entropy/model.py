@@ -90,7 +90,7 @@ class ModelSpec:
 
         Raises:
             ValueError: if a value is invalid.
-            TypeError: if a value has another type.
+            TypeError: if a value has a wrong type.
             KeyError: if a value is missing.
         """
         values = json.loads(text)

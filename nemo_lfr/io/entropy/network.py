@@ -181,13 +181,13 @@ class Network(nn.Module):
 
     @torch.no_grad()
     def to_model(self, spec: ModelSpec) -> EntropyModel:
-        """Convert the network to an integer model.
+        """Convert the network to an integer model. `round_from_here` must have been called before.
 
         Args:
             spec: sizes of the model.
 
         Raises:
-            ValueError: if float32 arithmetic would not be exact.
+            ValueError: if a right shift would be negative, or float32 arithmetic would not be exact.
         """
         assert self.exponents is not None
         scale = self.exponents
