@@ -34,7 +34,7 @@ def plain_keys(items: Iterable[tuple[str, Value]], what: str) -> dict[str, Value
         what: origin of the weights, for the message.
 
     Raises:
-        CheckpointError: if two names differ only in such components.
+        CheckpointError: if two weights have the same plain name.
     """
     plain: dict[str, Value] = {}
     for key, value in items:
