@@ -100,6 +100,7 @@ def open_plan(config: TokenizeConfig, on_cpu: bool) -> Iterator[Plan]:
     with reserve(out, config.state, config.part):
         output = get_format(config.kind)
         _remove_leftovers(config, out, output)
+        _check_has_plan(config.state, out)
         config = replace(config, claim=claim(config.state))
         try:
             corpus = config.open(relist=True)
@@ -111,6 +112,26 @@ def open_plan(config: TokenizeConfig, on_cpu: bool) -> Iterator[Plan]:
         if model is not None:  # so that a copy of the folder can be decoded without other files
             write_model(model, out / f"{model.hash}{SUFFIX}", overwrite=True)
         yield Plan(config, out, output, corpus, inputs, spec, shards, codec)
+
+
+def _check_has_plan(state: Path, out: Path) -> None:
+    """Raise NemoLfrError if a folder contains results of a run, but not the plan that says of which run.
+
+    The results may be those of another corpus, codec or options, so they are neither kept nor replaced.
+
+    Args:
+        state: the state folder of the output.
+        out: the output folder.
+    """
+    if (state / PLAN).exists():
+        return
+    results = [*ShardRecord.folder(out).glob("*.json"), *(path for path in out.iterdir() if path.name[0] != ".")]
+    if results and not (state / PLAN).exists():  # else another part of this run has started in the meantime
+        raise NemoLfrError(
+            f"{state / PLAN}: the file is missing, so the run whose results are in {out} (such as "
+            f"{shorten(results[0].relative_to(out))}) cannot be resumed; restore the file, remove {out}, or choose "
+            "another --out."
+        )
 
 
 def _withdraw(config: TokenizeConfig, out: Path, is_new: bool) -> None:

@@ -276,6 +276,27 @@ def test_a_damaged_record_of_the_job_is_named(audio, model, tmp_path, content):
         tokenize(job_, device="cpu", workers=1)
 
 
+@pytest.mark.parametrize("kept", slow_after(1, ["records", "results"]))
+@pytest.mark.parametrize("kind", BUILT_IN)
+def test_results_without_the_record_of_the_job_are_refused(audio, model, tmp_path, kind, kept):
+    lines = (audio / "manifest.json").read_text().splitlines(True)
+    (tmp_path / "m.json").write_text("".join(lines[:2]))
+    job_ = job(tmp_path / "m.json", tmp_path / "out", model, kind, audio_dir=str(audio))
+    tokenize(job_, device="cpu", workers=1)
+    (job_.state / "job.json").unlink()
+    for path in (tmp_path / "out").iterdir():
+        if kept == "records" and path != job_.state:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if kept == "results":
+        shutil.rmtree(job_.state / "done")
+    before = files_of(tmp_path / "out")
+    (tmp_path / "m.json").write_text(lines[2])
+    for _ in range(2):  # the first refusal must not make the second run accept the folder
+        with pytest.raises(NemoLfrError, match=r"job\.json: the file is missing.*; restore the file, remove "):
+            tokenize(job_, device="cpu", workers=1)
+    assert files_of(tmp_path / "out") == before
+
+
 @pytest.mark.slow
 def test_run_with_other_options_refuses_an_existing_output(audio, model, tmp_path):
     job_ = job(audio / "manifest.json", tmp_path / "out", model)
