@@ -12,11 +12,13 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
+from multiprocessing.process import BaseProcess
 from multiprocessing.queues import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from nemo_lfr.codec.devices import choose_device
 from nemo_lfr.corpus.config import TokenizeConfig
+from nemo_lfr.corpus.main_program import check_is_file, check_starts, new_children
 from nemo_lfr.corpus.orphans import die_with
 from nemo_lfr.corpus.part import Part
 from nemo_lfr.corpus.plan import Plan
@@ -149,8 +151,9 @@ def run_processes(
         The record of each shard, in the order of completion.
 
     Raises:
-        NemoLfrError: if workers die repeatedly, or a worker cannot start.
+        NemoLfrError: if workers die repeatedly, or a worker cannot start or cannot import the main program.
     """
+    check_is_file()
     remaining = dict(tasks)
     failures = WorkerFailures(config)
     context = get_context("spawn")
@@ -164,11 +167,13 @@ def run_processes(
             assignments.put(devices[number % len(devices)])
         running: dict[Future[dict[str, Any]], int] = {}
         waiting = deque(remaining)
+        started: set[BaseProcess] = set()
         try:
             while running or waiting:
                 while waiting and len(running) < QUEUED * workers:
                     index = waiting.popleft()
                     running[pool.submit(_run_shard, index, remaining[index])] = index
+                    started |= new_children(other_processes)
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     index = running[future]
                     record = ShardRecord(**future.result())
@@ -177,11 +182,11 @@ def run_processes(
                     yield record
         except BrokenProcessPool as error:
             pool.shutdown(wait=True, cancel_futures=True)
+            check_starts(started)
             failures.count(running.values(), error)
         except BaseException:  # an interrupt, or an error of a shard: do not wait for the shards in progress
-            for process in multiprocessing.active_children():
-                if process not in other_processes:
-                    process.kill()  # a suspended process would not react to SIGTERM
+            for process in new_children(other_processes):
+                process.kill()  # a suspended process would not react to SIGTERM
             raise
         finally:
             pool.shutdown(wait=True, cancel_futures=True)

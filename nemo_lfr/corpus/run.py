@@ -12,6 +12,7 @@ from nemo_lfr.codec.devices import choose_device
 from nemo_lfr.corpus.claim import check_claim
 from nemo_lfr.corpus.config import TokenizeConfig
 from nemo_lfr.corpus.executors import Executor, choose_executor
+from nemo_lfr.corpus.main_program import check_main_program
 from nemo_lfr.corpus.plan import Plan, open_plan
 from nemo_lfr.corpus.records import METADATA, ShardRecord
 from nemo_lfr.corpus.sources.base import ShardSpec
@@ -61,7 +62,8 @@ def tokenize(
     Args:
         config: corpus, output and options.
         workers: number of processes or Ray actors; by default one for each GPU, or for every `config.threads` CPU
-            cores.
+            cores. Several processes import the main program, so its calls must be under
+            `if __name__ == "__main__":`.
         device: "cpu" or "cuda"; by default a GPU if there is one.
         ray: address of Ray: "local", "auto" or "HOST:PORT"; by default local processes are used.
         verify: compare the hashes of existing files with the records, and not only their sizes.
@@ -78,6 +80,7 @@ def tokenize(
             tokens of another run, or another run is writing to it.
         AudioError: with `config.strict`, for the first clip that fails.
     """
+    check_main_program()
     if ray is not None and config.part is not None:
         raise NemoLfrError(
             "--ray and --shard-of cannot be used together, because Ray distributes all shards; remove one of them."

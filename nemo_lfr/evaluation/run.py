@@ -19,6 +19,7 @@ import numpy as np
 import soundfile
 
 from nemo_lfr.codec.devices import choose_device
+from nemo_lfr.corpus.main_program import check_main_program
 from nemo_lfr.errors import NemoLfrError
 from nemo_lfr.evaluation.codecs.base import ComparedCodec, RoundTrip
 from nemo_lfr.evaluation.metrics import Signal, Undefined, checked
@@ -55,7 +56,8 @@ def evaluate(
             the report is written; see `nemo_lfr.io.exclusive`.
         rate: sample rate of the comparison in Hz. The output of a codec with another sample rate is resampled.
         device: PyTorch device for models that compute metrics; chosen automatically if None.
-        jobs: number of processes that compute metrics. The codecs themselves process one recording at a time
+        jobs: number of processes that compute metrics. Several processes import the main program, so its calls must
+            be under `if __name__ == "__main__":`. The codecs themselves process one recording at a time
             with all threads, so that their times are comparable.
         models: for each kind of model metric, the Hub id or path of the model, such as
             {"asr": "openai/whisper-base"}; an empty string for the default model. See `open_model_metrics`.
@@ -68,6 +70,7 @@ def evaluate(
     Raises:
         NemoLfrError: if `out` contains an evaluation of other recordings, or a key of `models` is unknown.
     """
+    check_main_program()
     models = models or {}
     for name in filter(None, models.values()):
         check_model_name(name.removeprefix("nemo:"))

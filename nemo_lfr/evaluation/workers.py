@@ -1,18 +1,22 @@
 """Compute the metrics of an evaluation in several processes."""
 
+import multiprocessing
 import os
 import pickle
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import dataclass
 from multiprocessing import get_context
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import soundfile
 
+from nemo_lfr.corpus.main_program import check_is_file, check_starts, new_children
 from nemo_lfr.corpus.orphans import die_with
 from nemo_lfr.errors import NemoLfrError, shorten
 from nemo_lfr.evaluation.codecs.base import fit
@@ -161,13 +165,25 @@ def _in_parallel(tasks: Sequence[Task], jobs: int) -> Iterator[Measured]:
     if jobs == 1 or len(tasks) < 2:
         yield from map(_measure, tasks)
         return
+    check_is_file()
     _check_functions(tasks[0].table)
+    others = multiprocessing.active_children()
     with sharing("several --workers"):
         workers = min(jobs, len(tasks), MAX_WORKERS)
         pool = ProcessPoolExecutor(workers, get_context("spawn"), _start, (os.getpid(),))
+    started: set[BaseProcess] = set()
     try:
-        for future in as_completed([pool.submit(_measure, task) for task in tasks]):
+        futures = []
+        for task in tasks:
+            futures.append(pool.submit(_measure, task))
+            if len(started) < workers:
+                started |= new_children(others)
+        for future in as_completed(futures):
             yield future.result()
+    except BrokenProcessPool:
+        pool.shutdown(cancel_futures=True)
+        check_starts(started)
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
 

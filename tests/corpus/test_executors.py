@@ -2,15 +2,20 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import soundfile
 
 from nemo_lfr.corpus import executors, ray_executor, worker_failures
 from nemo_lfr.corpus.config import TokenizeConfig
 from nemo_lfr.errors import NemoLfrError
+from tests.corpora import write_codec
+from tests.models import RATE, synthesize
 
 TASKS = [(index, {"index": index}) for index in range(4)]
 
@@ -96,3 +101,37 @@ def test_worker_that_cannot_start_reports_the_reason_at_once(name, computed_shar
         computed_shards(name, "cannot start")
     if name == "processes":
         assert "Traceback" not in capfd.readouterr().err
+
+
+RUN = "tokenize(TokenizeConfig(sys.argv[1], sys.argv[2], 'lfr', model=sys.argv[3], shard_size=1), workers=2)"
+MAIN_PROGRAMS = {  # the main program, and the error
+    "guarded": (f"if __name__ == '__main__':\n    {RUN}", None),
+    "unguarded": (RUN, "a worker cannot import the main program"),
+    "with an error of its own": (f"{{'__main__': 0}}[__name__]\n{RUN}", "a worker cannot import the main program"),
+    "from stdin": (RUN, "is not a file"),
+    "removed": (f"os.remove(__file__)\n{RUN}", "is not a file"),
+}
+
+
+@pytest.mark.parametrize("kind", MAIN_PROGRAMS)
+def test_main_program_that_workers_cannot_import_is_reported_at_once(kind, tmp_path):
+    text, error = MAIN_PROGRAMS[kind]
+    text = f"import os, sys\nfrom nemo_lfr.corpus.run import TokenizeConfig, tokenize\n{text}\n"
+    (tmp_path / "audio").mkdir()
+    for name in "ab":
+        soundfile.write(tmp_path / "audio" / f"{name}.wav", synthesize(0.2), RATE)
+    model = write_codec(tmp_path / "a.nemo", "two_stages")
+    (tmp_path / "main.py").write_text(text)
+    script = "-" if kind == "from stdin" else str(tmp_path / "main.py")
+    command = [sys.executable, script, str(tmp_path / "audio"), str(tmp_path / "out"), str(model)]
+    environment = os.environ | {"PYTHONPATH": str(Path(executors.__file__).parents[2]), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        command, input=text if script == "-" else "", env=environment, capture_output=True, text=True, timeout=300
+    )
+    if error is None:
+        assert done.returncode == 0, done.stderr
+        return
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 1 and error in last and 'if __name__ == "__main__":' in last, done.stderr
+    if kind == "unguarded":  # the workers print no traceback
+        assert "spawn_main" not in done.stderr
