@@ -192,7 +192,7 @@ def lag(original: Signal, output: Signal) -> Value:
     from scipy.signal import correlate
 
     if original.silent or output.silent:
-        return Undefined("silent")
+        return _not_of_silence(original) or Undefined("the output is silent")
     hop, reach = original.rate // 1000, 100
     first, second = (
         envelope - envelope.mean()

@@ -171,10 +171,10 @@ def build_component(
         raise ConfigError(f"{where} is {quoted(section)}; pass a mapping with the key _target_.")
     component = _REGISTERED.get(target)
     if component is None:
-        known = ", ".join(sorted(name.rpartition(".")[2] for name in built_in))
+        known = ", ".join(sorted(built_in))
         raise ConfigError(
             f"{where}: _target_ {shorten(target)!r} is not registered. If this is your own class, first pass it to "
-            f"nemo_lfr.training.components.register_component.{f' Built-in classes: {known}.' if known else ''}"
+            f"nemo_lfr.training.components.register_component.{f' Built-in: {known}.' if known else ''}"
         )
     what = f"{where}: {target}"
     if not issubclass(component, base):
