@@ -4,9 +4,9 @@ The script has the same options as the training script in NeMo's audio codec tut
 
     python examples/audio_codec.py max_epochs=100 weighted_sampling_steps_per_epoch=1000 batch_size=16 \
         log_dir=logs exp_manager.exp_dir=runs \
-        +train_ds_meta.mine.manifest_path=manifests/train.json +train_ds_meta.mine.audio_dir=speech/ \
-        +val_ds_meta.mine.manifest_path=manifests/valid.json +val_ds_meta.mine.audio_dir=speech/ \
-        +log_ds_meta.mine.manifest_path=manifests/valid.json +log_ds_meta.mine.audio_dir=speech/
+        +train_ds_meta.mine.manifest_path=manifests/train.json \
+        +val_ds_meta.mine.manifest_path=manifests/valid.json \
+        +log_ds_meta.mine.manifest_path=manifests/valid.json
 
 If a run is stopped, the same command resumes it from the last saved epoch. Further options:
 

@@ -261,7 +261,7 @@ class PrepareResult(Result):
         failures_file: path of failures.jsonl; None if nothing failed.
         held_out_by: kind of group that was held out for validation: "speaker", "folder" or "file". Several kinds are
             joined by "or". Empty if nothing was held out.
-        audio_dir: folder that the paths in the manifests are relative to.
+        audio_dir: absolute path of the folder that contains the audio files.
     """
 
     splits: dict[str, SplitFigures]

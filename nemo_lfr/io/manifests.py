@@ -41,7 +41,7 @@ class Recording:
     Attributes:
         dataset: name of the dataset.
         path: path of the audio file.
-        name: value of `audio_filepath`, as written in the manifest.
+        name: value of `audio_filepath`; see `audio_name`.
         offset: start of the recording in the file, in seconds.
         duration: duration in seconds.
         labels: values of the manifest entry, and the standard labels; see `nemo_lfr.io.columns`.
@@ -155,6 +155,21 @@ def resolve_audio_path(folder: str | os.PathLike[str], name: object) -> Path:
     return Path(os.path.join(os.path.expanduser(folder), os.path.expanduser(name)))
 
 
+def audio_name(folder: str | os.PathLike[str], name: str) -> str:
+    """Return the name of a recording, to which its id and the files that are written for it refer.
+
+    As in NeMo, this is the path of the audio file. An absolute path inside `folder` is made relative to it.
+
+    Args:
+        folder: folder that relative paths start from.
+        name: path in the manifest or table.
+    """
+    if not os.path.isabs(name):
+        return name
+    base, path = os.path.abspath(os.path.expanduser(folder)), os.path.normpath(name)
+    return os.path.relpath(path, base) if path.startswith(os.path.join(base, "")) else name
+
+
 def seconds(labels: dict[str, Any], key: str) -> float | None:
     """Return a time in seconds from an entry of a manifest; None if it has no value for the key.
 
@@ -227,7 +242,8 @@ def _recording(entry: dict[str, Any], folder: Path, dataset: str) -> Recording:
     labels = {key: None if is_missing(value) else value for key, value in entry.items()}
     labels |= standard_labels(entry, strict=False)
     labels |= {key: None for key in LABELS if key in labels and not isinstance(labels[key], str)}
-    return Recording(dataset, full, Path(entry["audio_filepath"]), seconds(entry, "offset") or 0.0, duration, labels)
+    name = Path(audio_name(folder, entry["audio_filepath"]))
+    return Recording(dataset, full, name, seconds(entry, "offset") or 0.0, duration, labels)
 
 
 def _warn(problem: str) -> None:

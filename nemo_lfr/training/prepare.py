@@ -1,6 +1,7 @@
 """Write NeMo manifests for downloaded corpora, for `nemo-lfr prepare`."""
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -63,7 +64,8 @@ class Prepared:
     """Result of `prepare`.
 
     Attributes:
-        audio_dir: folder to which the paths in the manifests are relative.
+        audio_dir: absolute path of the folder that contains the audio files. Ids are relative to it if it is passed as
+            `audio_dir`, which training with stock NeMo requires.
         splits: manifest of each split that has utterances, by name of the split.
         failures: records of the files, rows and transcripts that cannot be used.
         failures_file: path of failures.jsonl, which contains these records; None if there are no failures.
@@ -98,9 +100,10 @@ def prepare(
 ) -> Prepared:
     """Write NeMo manifests for a corpus: train.json, valid.json and test.json.
 
-    Each manifest line contains `audio_filepath` relative to `corpus`, `duration` in seconds, `speaker`, and `lang` and
-    `text` if the corpus has these labels. A split without utterances has no manifest. Files, rows and transcripts that
-    cannot be used are listed in failures.jsonl, with the reason. An interrupted run is resumed.
+    Each manifest line contains `audio_filepath`, `duration` in seconds, `speaker`, and `lang` and `text` if the corpus
+    has these labels. The paths are absolute, so that a manifest can be used in any folder. A split without utterances
+    has no manifest. Files, rows and transcripts that cannot be used are listed in failures.jsonl, with the reason. An
+    interrupted run is resumed.
 
     Args:
         kind: layout of the corpus, a key of `LAYOUTS`, or "lhotse:NAME" for a recipe of Lhotse.
@@ -189,23 +192,24 @@ def _write_all(
     sweep(out, sorted(WRITTEN))
     found = _open_all(kind, utterances, corpus, out / JOURNAL, workers, check, progress)
     utterances = [_fitted(utterance, found) for utterance in utterances]
-    result = Prepared(corpus)
+    result = Prepared(Path(os.path.abspath(corpus)))  # not resolved, so that it is the folder as the user names it
     for utterance in utterances:
         if utterance.problem:
             result.failures.append({"input": str(utterance.path), "error": utterance.problem, "type": "NemoLfrError"})
     result.failures += [value for value in found.values() if isinstance(value, dict)]
-    if not any(_entry(utterance, found) for utterance in utterances):
+    if not any(_is_usable(utterance, found) for utterance in utterances):
         _write(out / FAILURES, result.failures, overwrite)
         raise NemoLfrError(
             f"none of the {len(result.failures)} files in the corpus can be used; {out / FAILURES} lists the reasons."
         )
     # First leave out the files that cannot be used, because these may be all files of a split.
-    utterances = [utterance for utterance in utterances if _entry(utterance, found)]
+    utterances = [utterance for utterance in utterances if _is_usable(utterance, found)]
     units = held_out_by(utterances, valid_share)
     utterances = hold_out(utterances, valid_share)
     result.held_out_by = units if valid_share and any(utterance.split == "valid" for utterance in utterances) else ""
     for split in SPLITS:
-        own = [entry for utterance in utterances if utterance.split == split and (entry := _entry(utterance, found))]
+        chosen = [utterance for utterance in utterances if utterance.split == split]
+        own = [_entry(utterance, result.audio_dir) for utterance in chosen]
         if own:
             path = _write(out / f"{split}.json", own, overwrite)
             seconds = sum(entry["duration"] for entry in own)
@@ -360,12 +364,14 @@ def _fitted(utterance: CorpusUtterance, found: dict[str, float | Failure]) -> Co
     return replace(utterance, duration=min(duration, total - start))
 
 
-def _entry(utterance: CorpusUtterance, found: dict[str, float | Failure]) -> dict[str, Any] | None:
-    if utterance.problem or not isinstance(found.get(str(utterance.path)), float | int):
-        return None
+def _is_usable(utterance: CorpusUtterance, found: dict[str, float | Failure]) -> bool:
+    return not utterance.problem and isinstance(found.get(str(utterance.path)), float | int)
+
+
+def _entry(utterance: CorpusUtterance, audio_dir: Path) -> dict[str, Any]:
     section = {} if utterance.offset is None else {"offset": utterance.offset}
     return {
-        "audio_filepath": str(utterance.path),
+        "audio_filepath": str(audio_dir / utterance.path),
         **section,
         "duration": utterance.duration,
         "speaker": utterance.speaker,

@@ -76,6 +76,13 @@ def manifest(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+def name_of(entry: dict) -> str:
+    """Return the path of an entry's audio file relative to the folder named `corpus`."""
+    path = Path(entry["audio_filepath"])
+    assert path.is_absolute()
+    return path.as_posix().rpartition("/corpus/")[2]
+
+
 def test_every_layout_is_tested():
     assert {*MAKE, "table"} == {*LAYOUTS}
 
@@ -98,12 +105,39 @@ def test_a_published_layout_becomes_manifests_that_training_reads(tmp_path, kind
         languages = {"mls": "german", "commonvoice": "pl"}
         assert {entry["lang"] for entry in entries["train"]} == {languages.get(kind, "en")}
     for split, own in entries.items():
-        recordings = read_manifest(tmp_path / "out" / f"{split}.json", tmp_path / "corpus", kind)
+        recordings = read_manifest(tmp_path / "out" / f"{split}.json", None, kind)
         assert [recording.duration for recording in recordings] == [entry["duration"] for entry in own]
         for recording in recordings:
             assert soundfile.info(recording.path).duration == pytest.approx(recording.duration, abs=1e-3)
     assert not (tmp_path / "out" / "failures.jsonl").exists()
     assert {path.suffix for path in (tmp_path / "out").iterdir()} == {".json"}
+
+
+# How the corpus is named, as a function of its path.
+NAMES = {
+    "relative": lambda path: Path(path.name),
+    "absolute": lambda path: path,
+    "by a link": lambda path: path / ".." / "link",
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_manifests_can_be_used_in_any_folder_and_by_nemo(tmp_path, monkeypatch, name):
+    audio(tmp_path / "corpus" / "sub" / "a.wav", 0.1)
+    (tmp_path / "link").symlink_to(tmp_path / "corpus")
+    monkeypatch.chdir(tmp_path)
+    result = prepare("folder", NAMES[name](tmp_path / "corpus"), Path("out"), valid_share=0)
+    (tmp_path / "other").mkdir()
+    moved = (tmp_path / "out" / "train.json").rename(tmp_path / "other" / "train.json")
+    monkeypatch.chdir(tmp_path / "other")
+    (entry,) = manifest(moved)
+    path = Path(entry["audio_filepath"])
+    assert (
+        path.is_absolute() and path.is_file() and path.is_relative_to(result.audio_dir)
+    )  # NeMo asks for the last one
+    (whole,) = read_manifest(moved)
+    (named,) = read_manifest(moved, result.audio_dir)
+    assert whole.path == named.path == path and whole.name == path and named.name == Path("sub/a.wav")
 
 
 def test_files_that_cannot_be_used_are_listed_with_the_reason(tmp_path):
@@ -184,7 +218,7 @@ def test_a_file_replaced_since_an_interrupted_run_is_opened_again(tmp_path, monk
         soundfile.write(path, synthesize(0.5), RATE // 2)
     os.utime(path, (1e9, 1e9)) if path.exists() else None
     prepare("folder", tmp_path / "corpus", tmp_path / "out", valid_share=0, check=check)
-    durations = {entry["audio_filepath"]: entry["duration"] for entry in manifest(tmp_path / "out" / "train.json")}
+    durations = {name_of(entry): entry["duration"] for entry in manifest(tmp_path / "out" / "train.json")}
     expected = {"longer": 1.0, "same size": 1.0, "touched": 0.5}
     assert durations.pop("a.wav", None) == expected.get(change)
     assert set(durations.values()) == {0.5}
@@ -282,7 +316,7 @@ def test_invalid_transcript_fails_only_its_clip(tmp_path, kind):
     (tmp_path / "corpus" / "c.txt").write_bytes(b"\xef\xbb\xbftext of c\r\n")
     prepare("folder", tmp_path / "corpus", tmp_path / "out", valid_share=0)
     entries = manifest(tmp_path / "out" / "train.json")
-    assert {entry["audio_filepath"]: entry["text"] for entry in entries} == {
+    assert {name_of(entry): entry["text"] for entry in entries} == {
         "a.wav": "text of a",
         "c.wav": "text of c",
     }
@@ -419,7 +453,7 @@ def test_files_are_decoded_to_their_end_unless_headers_are_trusted(tmp_path, kin
     data = (tmp_path / "corpus" / "b.flac").read_bytes()
     (tmp_path / "corpus" / "b.flac").write_bytes(DAMAGE[kind](data))
     prepare("folder", tmp_path / "corpus", tmp_path / "out", valid_share=0)
-    assert [entry["audio_filepath"] for entry in manifest(tmp_path / "out" / "train.json")] == ["a.flac"]
+    assert [name_of(entry) for entry in manifest(tmp_path / "out" / "train.json")] == ["a.flac"]
     (failure,) = manifest(tmp_path / "out" / "failures.jsonl")
     assert failure["input"] == "b.flac" and failure["error"]
     prepare("folder", tmp_path / "corpus", tmp_path / "trusted", valid_share=0, check=False)
@@ -472,7 +506,7 @@ def test_invalid_entries_of_a_journal_are_ignored(tmp_path):
 def splits_of(out: Path) -> dict[str, list[str]]:
     """Return the names of the files by split."""
     entries = {path.stem: manifest(path) for path in sorted(out.glob("*.json"))}
-    return {split: [entry["audio_filepath"] for entry in own] for split, own in entries.items()}
+    return {split: [name_of(entry) for entry in own] for split, own in entries.items()}
 
 
 # Layouts of published corpora, with the depth of the speakers' folders.
@@ -496,7 +530,7 @@ def test_a_folder_is_a_speaker_only_on_request(tmp_path, tree, capsys):
     assert "0 speakers" in (output := capsys.readouterr().out) and "--speaker-level" in output
     if level is not None:
         main([*command, str(tmp_path / "named"), "--speaker-level", str(level)])
-        found = {entry["audio_filepath"]: entry["speaker"] for entry in manifest(tmp_path / "named" / "train.json")}
+        found = {name_of(entry): entry["speaker"] for entry in manifest(tmp_path / "named" / "train.json")}
         assert found == dict(zip(names, speakers, strict=True))
         assert "--speaker-level" not in capsys.readouterr().out
 
@@ -526,9 +560,9 @@ SPLIT_NAMES = {
 @pytest.mark.parametrize(("split", "name"), [(split, name) for split, names in SPLIT_NAMES.items() for name in names])
 def test_a_split_in_a_table_is_understood_or_refused(tmp_path, split, name):
     for file in "ab":
-        audio(tmp_path / f"{file}.wav", 0.05)
-    text(tmp_path / "t.csv", f"file_name,split\na.wav,train\nb.wav,{name}\n")
-    result = prepare("table", tmp_path / "t.csv", tmp_path / "out", valid_share=0)
+        audio(tmp_path / "corpus" / f"{file}.wav", 0.05)
+    text(tmp_path / "corpus" / "t.csv", f"file_name,split\na.wav,train\nb.wav,{name}\n")
+    result = prepare("table", tmp_path / "corpus" / "t.csv", tmp_path / "out", valid_share=0)
     found = {file: key for key, files in splits_of(tmp_path / "out").items() for file in files}
     assert found == {"a.wav": "train"} | ({"b.wav": split} if split else {})
     assert [failure["input"] for failure in result.failures] == ([] if split else ["t.csv, line 3"])
@@ -728,7 +762,7 @@ def test_a_table_becomes_manifests_that_training_reads(tmp_path):
     assert result.audio_dir == tmp_path / "corpus"
     for split, name, sentence in (("train", "a", "hi"), ("test", "b", "ho"), ("valid", "c", "hu")):
         (entry,) = manifest(tmp_path / "out" / f"{split}.json")
-        assert entry["audio_filepath"] == f"wavs/{name}.wav" and entry["text"] == sentence
+        assert name_of(entry) == f"wavs/{name}.wav" and entry["text"] == sentence
     failures = {entry["input"]: entry["error"] for entry in manifest(tmp_path / "out" / "failures.jsonl")}
     assert set(failures) == {"wavs/gone.wav", "t.csv, line 6"}
 

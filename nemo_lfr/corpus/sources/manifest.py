@@ -16,6 +16,7 @@ from nemo_lfr.io.columns import standard_labels
 from nemo_lfr.io.manifests import (
     NOT_A_LINE,
     UNUSABLE,
+    audio_name,
     describe,
     line_id,
     parse_entry,
@@ -100,7 +101,7 @@ class Manifest(CorpusReader):
                 if count == size:
                     repeats, count = {}, 0
                     shards.append({"start": file.tell() - len(line), "count": 0, "repeats": repeats})
-                if (number := ids.number(_name(line))) > 1:
+                if (number := ids.number(_name(line, self.audio_dir))) > 1:
                     repeats[str(count)] = number
                 count += 1
                 shards[-1]["count"] = count
@@ -112,7 +113,7 @@ class Manifest(CorpusReader):
             file.seek(shard["start"])
             lines = islice((line for line in file if line.strip()), shard["count"])
             for number, line in enumerate(lines):
-                name = numbered_id(_name(line), repeat_number(shard, number))
+                name = numbered_id(_name(line, self.audio_dir), repeat_number(shard, number))
                 try:
                     yield self._clip(name, parse_entry(line))
                 except NOT_A_LINE as error:
@@ -168,11 +169,14 @@ def _describe_content(lines: Sequence[bytes]) -> str:
     return f"its first line is {shorten(first.decode(errors='replace').strip())!r}; {expected}"
 
 
-def _name(line: bytes) -> str:
-    """Return the name of a clip: the path without suffix, followed by the offset in milliseconds if it is not 0."""
+def _name(line: bytes, audio_dir: Path) -> str:
+    """Return the name of a clip: the path without suffix, followed by the offset in milliseconds if it is not 0.
+
+    An absolute path inside `audio_dir` is made relative to it, so that ids do not depend on where a corpus is stored.
+    """
     try:
         labels = json.loads(line)
-        name = PurePosixPath(str(labels["audio_filepath"])).with_suffix("")
+        name = PurePosixPath(audio_name(audio_dir, str(labels["audio_filepath"]))).with_suffix("")
         offset = float(labels.get("offset") or 0)
         return clean_id(f"{name}-{round(offset * 1000):08d}" if offset else str(name))
     except NOT_A_LINE:
