@@ -104,6 +104,17 @@ class Failure(TypedDict):
     type: str
 
 
+def counted(count: int, noun: str, plural: str | None = None) -> str:
+    """Return a count with its noun, for messages: "1 file", "2 files".
+
+    Args:
+        count: the count.
+        noun: noun in the singular.
+        plural: the plural (default: the noun with an "s").
+    """
+    return f"{count} {noun}" if count == 1 else f"{count} {plural or noun + 's'}"
+
+
 def failure(source: object, error: BaseException) -> Failure:
     """Return the record of a failure.
 

@@ -5,8 +5,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from nemo_lfr.errors import AudioError, install_command, shorten
+from nemo_lfr.errors import AudioError, counted, install_command, shorten
 from nemo_lfr.io.containers import FRAME_HEAD, PACKET_SIZES, FrameSize, several_tracks
+from nemo_lfr.io.containers.opus import OpusTimes
 from nemo_lfr.io.shortage import missing_extra
 
 # FFmpeg's names of the allowed demuxers. Playlists are excluded, since they refer to other files. Formats that
@@ -150,6 +151,9 @@ class MediaDecoder:
         is_listed = name.startswith("mov") and track.codec_context.name in _PACKETED
         self._num_listed, self._num_packets = int(track.frames) if is_listed else 0, 0
         self._gaps = _Gaps()
+        is_opus = track.codec_context.name in ("opus", "libopus") and name.startswith(("mov", "caf", "matroska"))
+        self._opus = OpusTimes() if is_opus else None
+        self._end: float | None = None  # end of the last packet in seconds, if the container states its duration
         self._blocks = self._decode(track)
         self._waiting = np.zeros((0, self.channels), np.float32)
         self._position = self._surplus = 0
@@ -178,8 +182,11 @@ class MediaDecoder:
             raise AudioError(f"the audio is damaged ({_reason(error)})") from error
         if not total:
             raise AudioError("the file is damaged or empty: FFmpeg finds an audio track, but no samples in it")
+        end_stated = self._end if self._end is not None or not self._expected else self._expected / 1e6
+        if self._opus is not None and (problem := self._opus.problem(end_stated)):
+            raise AudioError(problem)
         if num_corrupt:
-            self._warn(f"the audio is damaged: FFmpeg reports errors in {num_corrupt} frames")
+            self._warn(f"the audio is damaged: FFmpeg reports errors in {counted(num_corrupt, 'frame')}")
         if self._num_packets < self._num_listed:
             self._warn(
                 f"only {self._num_packets} of the {self._num_listed} packets of the audio are read; the file was "
@@ -223,6 +230,10 @@ class MediaDecoder:
                 self._gaps.begin(float(packet.pts * packet.time_base))
                 self._starts_at_zero = False
             self._num_packets += packet.size > 0
+            if self._opus is not None and packet.size and packet.pts is not None:
+                self._opus.add(bytes(memoryview(packet)[:2]), float(packet.pts * packet.time_base))
+                if not self._container.format.name.startswith("matroska"):  # for which FFmpeg uses Opus's header
+                    self._end = float((packet.pts + (packet.duration or 0)) * packet.time_base)
             size = size_of(bytes(memoryview(packet)[:FRAME_HEAD])) if packet.size else None
             packet_is_cut = size is not None and packet.size < size
             self._surplus += self._pre_skip(track, packet)

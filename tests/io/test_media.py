@@ -1,6 +1,7 @@
 """Tests of containers that are read with FFmpeg. FFmpeg makes the files, and its own decoding is the reference."""
 
 import builtins
+import io
 import re
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ import soundfile
 
 from nemo_lfr.errors import AudioError, MissingExtraError
 from nemo_lfr.io.audio import AudioReader
+from nemo_lfr.io.containers.opus import OpusTimes
 from tests.models import synthesize
 from tests.tiers import slow_after, slow_except
 
@@ -328,6 +330,51 @@ def test_audio_that_ffmpeg_drops_is_reported(tmp_path, caplog, kind):
         with AudioReader("a", None, data=change(data)) as reader:
             reader.segment(0.01, reader.duration)
         assert len(caplog.messages) == 2 and re.search(message, caplog.messages[1])
+
+
+# Configurations in the headers of Opus packets: 60 ms, 2.5 ms and 10 ms instead of 20 ms.
+TOCS = {"60 ms": 3, "2.5 ms": 28, "10 ms": 0}
+OPUS = {"mp4": ["-c:a", "libopus", "-strict", "-2"], "caf": ["-c:a", "libopus"], "webm": ["-c:a", "libopus"]}
+
+
+@pytest.mark.parametrize("which", slow_after(1, [50, 0, -1]))
+@pytest.mark.parametrize("kind", OPUS)
+def test_opus_packets_with_a_changed_header_are_refused(tmp_path, caplog, kind, which):
+    av = pytest.importorskip("av")
+    data = encoded(tmp_path, kind, synthesize(2), options=OPUS)
+    with av.open(io.BytesIO(data)) as container:
+        packets = [bytes(packet) for packet in container.demux(audio=0) if packet.size]
+    at = data.index(packets[which])
+    assert len(read("a", data=data)) and not caplog.text
+    for name, config in TOCS.items():
+        if (which, name) == (-1, "10 ms") and kind != "caf":
+            continue  # the container states that at most 10 ms of the last packet belong to the audio
+        changed = overwritten(data, at, bytes([config << 3 | packets[which][0] & 7]))
+        with pytest.raises(AudioError, match=r"a: the audio is damaged: 1 of its Opus packets .* contradicts"):
+            read("a", data=changed)
+
+
+# Time stamps in seconds, and configurations of the packets; 1, 2 and 3 stand for 20 ms, 40 ms and 60 ms.
+VALID_TIMES = {
+    "regular": [(0.02 * index, 1) for index in range(50)],
+    "rounded": [(round(0.0025 * index, 3), 28) for index in range(50)],
+    "imprecise": [(0.06 * index + 0.007 * (-1) ** index, 3) for index in range(50)],
+    "a lost packet": [(0.02 * index, 1) for index in range(50) if index != 20],
+    "pauses": [(0.4 * index, 1) for index in range(50)],
+    "a pause": [(0.02 * index + (index > 20) * 0.7, 1) for index in range(50)],
+    "two durations": [(0.04 * index, 2) for index in range(20)] + [(0.8 + 0.02 * index, 1) for index in range(50)],
+    "a short last packet": [*((0.02 * index, 1) for index in range(50)), (1.0, 0)],
+    "one packet": [(0.0, 1)],
+    "none": [],
+}
+
+
+@pytest.mark.parametrize("kind", VALID_TIMES)
+def test_valid_opus_packets_are_accepted(kind):
+    times = OpusTimes()
+    for start, config in VALID_TIMES[kind]:
+        times.add(bytes([config << 3]), start)
+    assert times.problem(1.01) is None and times.problem(None) is None
 
 
 def test_mpeg_audio_that_libsndfile_reads_only_in_part_is_refused(tmp_path):
