@@ -76,6 +76,28 @@ def check_precision(trainer: Trainer | None) -> None:
         )
 
 
+def check_gradients(trainer: Trainer) -> None:
+    """Check that a trainer does not accumulate or clip gradients.
+
+    The model steps its optimizers itself, for which Lightning has neither. It refuses NeMo's own model as well.
+
+    Args:
+        trainer: trainer that is about to fit a model.
+
+    Raises:
+        ConfigError: if the trainer shall accumulate or clip gradients. The message names the option of the model.
+    """
+    for key, unset, ours in (
+        ("accumulate_grad_batches", (None, 1), "accumulate_grad_batches"),
+        ("gradient_clip_val", (None, 0), "clip_grad_norm"),
+    ):
+        if (value := getattr(trainer, key)) not in unset:
+            raise ConfigError(
+                f"trainer.{key} is {value}, but the model steps its optimizers itself; remove it, and set {ours}: "
+                f"{value} in the model config."
+            )
+
+
 def check_strategy(trainer: Trainer, has_discriminator: bool) -> None:
     """Raise ConfigError if discriminators are trained and DDP expects gradients of all weights in each backward pass.
 

@@ -115,8 +115,14 @@ class Optimizers(WeightAveraging):
         in the config takes precedence.
 
         Raises:
-            ConfigError: if an optimizer or schedule cannot be built, or differs from those of the run to resume.
+            ConfigError: if the config has no optimizer, if an optimizer or schedule cannot be built, or if it differs
+                from those of the run to resume.
         """
+        if not self.cfg.get("optim"):
+            raise ConfigError(
+                "the model config has no section optim, so there is no optimizer for training; add it before fit, for "
+                "example model.cfg.optim = {'_target_': 'torch.optim.Adam', 'lr': 2e-4}."
+            )
         try:
             configured = super().configure_optimizers()
         except ConfigError:

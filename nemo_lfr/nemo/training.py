@@ -20,7 +20,7 @@ from nemo_lfr.errors import ConfigError, shorten
 from nemo_lfr.nemo.artifacts import SpectrogramGenerator
 from nemo_lfr.nemo.averaging import RestoreTrainedWeights
 from nemo_lfr.nemo.base import DISCRIMINATOR, WAVLM
-from nemo_lfr.nemo.config import check_precision, check_segments, check_strategy, check_training
+from nemo_lfr.nemo.config import check_gradients, check_precision, check_segments, check_strategy, check_training
 from nemo_lfr.nemo.cuts import cut_loader, uses_lhotse
 from nemo_lfr.nemo.optimizers import Optimizers
 from nemo_lfr.nemo.resume import WholeCheckpoints
@@ -163,9 +163,14 @@ class TrainingSteps(Optimizers):
         The logging callback also logs spectrograms if `log_config.log_spectrograms` is set in the config. The
         trainer's `validate` and `test` run without this callback: it needs the absolute paths of the clips to log,
         and a saved config does not contain absolute paths.
+
+        Raises:
+            ConfigError: if the trainer shall accumulate or clip gradients.
         """
         if self._trainer is not None and self._trainer.state.fn != TrainerFn.FITTING:
             return [RestoreTrainedWeights()]
+        if self._trainer is not None:
+            check_gradients(self._trainer)  # before Lightning does, with a message that lacks the model's options
         callbacks: list[Callback] = super().configure_callbacks()
         if callbacks and self.log_config.get("log_spectrograms"):
             callbacks[0].generators.append(SpectrogramGenerator())

@@ -895,6 +895,30 @@ def test_an_invalid_discriminator_or_optimizer_is_named(discriminator, optim, ma
         train(model, [batch()])
 
 
+# Options of the trainer or changes of the config -> message.
+REFUSED = {
+    "accumulation": (
+        {"accumulate_grad_batches": 4},
+        {},
+        r"accumulate_grad_batches is 4, .*set accumulate_grad_batches: 4",
+    ),
+    "clipping": (
+        {"gradient_clip_val": 0.5},
+        {},
+        r"gradient_clip_val is 0\.5, .*set clip_grad_norm: 0\.5 in the model",
+    ),
+    "no optimizer": ({}, {"optim": None}, r"no section optim, .*model\.cfg\.optim = "),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_options_without_effect_on_two_optimizers_are_refused(kind):
+    options, changes, message = REFUSED[kind]
+    model = AudioCodecModel(OmegaConf.create(training_config([]) | changes))
+    with pytest.raises(ConfigError, match=message):
+        train(model, [batch()], **options)
+
+
 @pytest.mark.parametrize("precision", ["bf16-true", "16-true", "64-true"])
 def test_a_precision_that_changes_the_weights_is_refused(precision):
     model = AudioCodecModel(OmegaConf.create(training_config([])))
