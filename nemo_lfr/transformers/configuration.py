@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -9,6 +10,7 @@ from transformers import PreTrainedConfig
 
 from nemo_lfr.checkpoint.config import NEMO_CLASSES, PARTS, codec_values, parse_config
 from nemo_lfr.checkpoint.folder import MODEL_TYPE
+from nemo_lfr.errors import ConfigError, shorten
 
 _MODULES = next(iter(NEMO_CLASSES)).rpartition(".")[0] + "."
 
@@ -34,10 +36,15 @@ class NemoLfrConfig(PreTrainedConfig):
     audio_decoder: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        """Use the released codec's config section for each module whose section was not passed."""
+        """Use the released codec's config section for each module whose section was not passed.
+
+        Raises:
+            ConfigError: if a value was passed that is computed from the others, such as `sampling_rate`.
+        """
         for name, default in _released().items():
             if getattr(self, name) is None:
                 setattr(self, name, default)
+        _check_keys(kwargs)
         super().__post_init__(**kwargs)
 
     @classmethod
@@ -47,8 +54,10 @@ class NemoLfrConfig(PreTrainedConfig):
         Keys that do not describe the modules, such as losses and data, are left out. Interpolations are resolved.
 
         Raises:
-            ConfigError: if the values are not a valid config.
+            ConfigError: if the values are not a valid config, or if `kwargs` has a value that is computed from the
+                others, such as `sampling_rate`.
         """
+        _check_keys(kwargs)
         known = set(PreTrainedConfig().to_dict()) | {"architectures", "model_type", "dtype"}
         values = {key: value for key, value in config_dict.items() if key in known}
         config = codec_values(parse_config(json.dumps(config_dict)))
@@ -81,6 +90,16 @@ class NemoLfrConfig(PreTrainedConfig):
         quantizer = self.vector_quantizer or {}
         levels = quantizer.get("num_levels_per_group") or quantizer.get("num_levels") or []
         return math.prod(levels)
+
+
+def _check_keys(changes: Mapping[str, Any]) -> None:
+    """Raise ConfigError if a change of the config sets a property, which is computed from the config."""
+    for key, value in changes.items():
+        if isinstance(getattr(NemoLfrConfig, key, None), property) and key in vars(NemoLfrConfig):
+            raise ConfigError(
+                f"{key}={shorten(repr(value))}: the checkpoint determines this value, so it cannot be set; remove the "
+                "argument. Audio at another rate has to be resampled."
+            )
 
 
 def _released() -> dict[str, dict[str, Any]]:

@@ -16,7 +16,7 @@ import torch
 
 import nemo_lfr
 from nemo_lfr.checkpoint.folder import export_safetensors
-from nemo_lfr.errors import NemoLfrError
+from nemo_lfr.errors import ConfigError, NemoLfrError
 from tests.models import KINDS, codec_config, speech_like, write_nemo
 from tests.tiers import slow_after
 
@@ -235,6 +235,20 @@ def test_wrong_arguments_are_refused_in_one_line(model, name):
 def test_the_extractor_refuses_other_audio(folder, audio, options, message):
     with pytest.raises(NemoLfrError, match=message):
         transformers.AutoFeatureExtractor.from_pretrained(folder)(audio, **{"sampling_rate": RATE} | options)
+
+
+@pytest.mark.parametrize("key", ["sampling_rate", "hop_length", "frame_rate", "num_codebooks", "codebook_size"])
+def test_a_value_that_the_checkpoint_determines_cannot_be_set(folder, key):
+    calls = (
+        lambda: transformers.AutoModel.from_pretrained(folder, **{key: 7}),
+        lambda: transformers.AutoConfig.from_pretrained(folder, **{key: 7}),
+        lambda: transformers.AutoConfig.for_model("nemo_lfr", **{key: 7}),
+    )
+    for call in calls:
+        with pytest.raises(
+            ConfigError, match=f"^{key}=7: the checkpoint determines this value, .*; remove the argument"
+        ):
+            call()
 
 
 def test_the_extractor_takes_one_clip_and_clips_without_padding(folder):
