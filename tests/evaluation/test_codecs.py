@@ -158,6 +158,8 @@ def test_missing_weights_are_named_and_not_downloaded(tmp_path, monkeypatch, nam
     ("text", "words"),
     [
         ("mp3:64", "unknown codec; use one of codec2:BIT"),
+        ("lfr:", r"--codec 'lfr:': there is nothing after the colon; use lfr \(the bundled codec\), lfr:FILE"),
+        ("opus:", "--codec 'opus:': there is nothing after the colon; use opus:"),
         ("opus", "pass a number of kbit/s from 6 to 256"),
         ("opus:fast", "pass a number"),
         ("codec2:9600", "unknown bit rate; use one of codec2:3200"),

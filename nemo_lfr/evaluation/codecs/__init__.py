@@ -6,7 +6,7 @@ modules in this folder are imported. These modules must therefore import large p
 
 from typing import TYPE_CHECKING
 
-from nemo_lfr.errors import NemoLfrError
+from nemo_lfr.errors import NemoLfrError, quoted
 from nemo_lfr.evaluation.plugins import add_entry, import_submodules, in_order, load_plugins
 
 if TYPE_CHECKING:
@@ -58,8 +58,10 @@ def open_codec(text: str, device: str | None = None) -> "ComparedCodec":
         NemoLfrError: if the codec is unknown, or if a program, a package or the weights for the codec are missing.
     """
     kinds = codec_kinds()
-    kind, _, options = text.partition(":")
+    kind, colon, options = text.partition(":")
     if kind in kinds:
+        if colon and not options:
+            raise NemoLfrError(f"--codec {quoted(text)}: there is nothing after the colon; use {kinds[kind].usage}.")
         return kinds[kind](options, device)
     if text.endswith((".nemo", ".ckpt")) or "/" in text:
         return kinds["lfr"](text, device)
