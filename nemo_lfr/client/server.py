@@ -146,6 +146,8 @@ def integer_of(name: str, value: Any, low: int = 0) -> int | None:
     """
     try:
         count = None if value is None else operator.index(value)
+        if isinstance(value, bool):  # which Python accepts as 0 or 1
+            count = low - 1
     except TypeError:
         count = low - 1
     if count is not None and not low <= count < 1 << 63:

@@ -785,3 +785,15 @@ def test_a_missing_package_is_named():
 def test_a_client_imports_no_torch():
     code = "import nemo_lfr.client, sys; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+NOT_COUNTS = (-1, True, False, 1.5, "16000", 1 << 63)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("sample_rate", 0), *((name, value) for name in ("sample_rate", "lookahead") for value in NOT_COUNTS)],
+)
+def test_an_argument_that_is_not_a_count_is_refused(name, value):
+    with pytest.raises(NemoLfrError, match=f"{name} is {value!r}; pass an integer of at least"):
+        Client("http://127.0.0.1:9").encode_stream(**{name: value})
