@@ -299,6 +299,18 @@ def test_the_page_may_only_load_its_own_files(page, server):
     page.problems.clear()
 
 
+def test_a_page_that_was_opened_as_a_file_says_how_to_serve_it(tab, tmp_path):
+    (tmp_path / "page").mkdir()
+    for path in PAGE.iterdir():
+        (tmp_path if path.name == "index.html" else tmp_path / "page").joinpath(path.name).write_bytes(
+            path.read_bytes()
+        )
+    tab.open((tmp_path / "index.html").as_uri())
+    tab.wait("document.getElementById('status').innerText.includes('python -m http.server')")
+    tab.open("about:blank")
+    tab.problems.clear()
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_the_page_fits_both_window_sizes_and_has_no_serious_accessibility_findings(page, tmp_path, scheme):
     soundfile.write(tmp_path / f"{'a-long-name-' * 8}.wav", synthesize(1.0), RATE)
