@@ -75,7 +75,7 @@ def test_the_slurm_script_writes_the_tokens_of_one_run(tmp_path):
     calls = (tmp_path / "log").read_text().splitlines()
     assert [call.split()[0] for call in calls] == ["0", "1", "0"]
     assert ["--shard-of auto" in call for call in calls] == [True, True, False]
-    assert "out is not complete yet: 1 shards of other processes are missing" in done.stderr
+    assert "out is not complete yet: it lacks 1 shard of other processes" in done.stderr
     config = TokenizeConfig(str(tmp_path / "two words"), str(tmp_path / "alone"), "lfr", str(model), shard_size=1)
     tokenize(config, device="cpu", workers=1)
     hashes = [

@@ -55,7 +55,7 @@ def detokenize(tokens: Path, out: Path, kind: str, overwrite: bool, **options: A
 
         def start(count: int) -> None:
             nonlocal total, advance
-            total, advance = count, stack.enter_context(progress(count, "utterances", prints_lines=True))
+            total, advance = count, stack.enter_context(progress(count, "utterance", prints_lines=True))
 
         for result in decode_folder(tokens, out, kind, overwrite=overwrite, on_start=start, **options):
             if isinstance(result, NemoLfrError):

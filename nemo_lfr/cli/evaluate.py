@@ -15,7 +15,7 @@ from nemo_lfr.cli.options import PathText, UserPath, count_option, device_option
 from nemo_lfr.cli.progress import progress
 from nemo_lfr.cli.results import EvaluateResult
 from nemo_lfr.cli.session import current, fail, note, print_line
-from nemo_lfr.errors import NemoLfrError
+from nemo_lfr.errors import NemoLfrError, counted
 from nemo_lfr.io.locate import resolve
 from nemo_lfr.io.regular import open_regular
 
@@ -183,7 +183,10 @@ def _record_failures(evaluation: "Evaluation", requested: dict[str, str]) -> Non
         errors = [reason for reason in reasons if reason.startswith("not measured")]
         if model in requested.values() and (errors or (reasons and len(reasons) == len(values))):
             failed = len(errors or reasons)
-            fail(model, NemoLfrError(f"{metric} has no value for {failed} of {len(values)} outputs: {reasons[0]}"))
+            fail(
+                model,
+                NemoLfrError(f"{metric} has no value for {failed} of {counted(len(values), 'output')}: {reasons[0]}"),
+            )
 
 
 def _requested_models(asr: str | None, speaker_model: str | None, model_metrics: tuple[str, ...]) -> dict[str, str]:

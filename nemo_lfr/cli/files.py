@@ -22,7 +22,7 @@ from nemo_lfr.cli.identify import (
 from nemo_lfr.cli.progress import progress
 from nemo_lfr.cli.results import FileFigures
 from nemo_lfr.cli.session import current, fail, note, print_line
-from nemo_lfr.errors import NemoLfrError, OutputExistsError
+from nemo_lfr.errors import NemoLfrError, OutputExistsError, counted
 from nemo_lfr.io.atomic import check_overwrite, sweep
 from nemo_lfr.io.folders import AUDIO_SUFFIXES, describe_contents, find_files, find_matches
 from nemo_lfr.io.locate import expand_home
@@ -239,7 +239,7 @@ def pending_tasks(tasks: Sequence[FileTask], overwrite: bool, skip_existing: boo
         raise NemoLfrError("--overwrite and --skip-existing are mutually exclusive; remove one of them.")
     kept = {task for task in tasks if skip_existing and os.path.isfile(task.target)}
     if kept:
-        note(f"nemo-lfr: {len(kept)} of {len(tasks)} results already exist and are kept.")
+        note(f"nemo-lfr: {len(kept)} of {counted(len(tasks), 'result')} kept, because they already exist.")
     left = [
         replace(
             task,

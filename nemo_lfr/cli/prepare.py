@@ -10,6 +10,7 @@ from nemo_lfr.cli.options import Number, UserPath, count_option
 from nemo_lfr.cli.progress import progress
 from nemo_lfr.cli.results import PrepareResult
 from nemo_lfr.cli.session import current, print_line
+from nemo_lfr.errors import counted
 from nemo_lfr.io.layouts import LAYOUTS
 
 
@@ -79,8 +80,8 @@ def prepare(
     )
     for split, figures in done.splits.items():
         print_line(
-            f"{split:<9}  {figures.manifest}  ({figures.utterances} utterances, {figures.speakers} speakers, "
-            f"{figures.duration_s / 3600:.2f} hours)"
+            f"{split:<9}  {figures.manifest}  ({counted(figures.utterances, 'utterance')}, "
+            f"{counted(figures.speakers, 'speaker')}, {figures.duration_s / 3600:.2f} hours)"
         )
     if done.held_out_by:
         print_line(f"valid      held out by {done.held_out_by}")

@@ -6,15 +6,16 @@ from contextlib import contextmanager
 
 from nemo_lfr.cli.session import begin_work, current
 from nemo_lfr.cli.terminal import echo_stderr, heartbeat, progress_bar
+from nemo_lfr.errors import counted
 
 
 @contextmanager
-def progress(total: int, unit: str = "files", *, prints_lines: bool = False) -> Iterator[Callable[[str], None]]:
+def progress(total: int, unit: str = "file", *, prints_lines: bool = False) -> Iterator[Callable[[str], None]]:
     """Report the progress of work on a known number of items.
 
     Args:
         total: number of items.
-        unit: noun for the items, in the plural.
+        unit: noun for the items, in the singular.
         prints_lines: whether the command prints a line on stdout for each item. If so, no
             bar is shown when both stdout and stderr are terminals.
 
@@ -33,10 +34,10 @@ def progress(total: int, unit: str = "files", *, prints_lines: bool = False) -> 
     if current().quiet or (prints_lines and sys.stdout.isatty() and sys.stderr.isatty()):
         yield count
     elif not sys.stderr.isatty():
-        with heartbeat(lambda: f"{done} of {total} {unit}"):
+        with heartbeat(lambda: f"{done} of {counted(total, unit)}"):
             yield count
     else:
-        with progress_bar(unit) as update:
+        with progress_bar(f"{unit}s") as update:
             update(total=total)
 
             def advance(line: str) -> None:

@@ -25,7 +25,7 @@ from nemo_lfr.cli.results import TokenizeResult
 from nemo_lfr.cli.session import begin_work, current, note, print_line
 from nemo_lfr.cli.terminal import echo_stderr, heartbeat, progress_bar
 from nemo_lfr.corpus.formats import BUILT_IN, format_names
-from nemo_lfr.errors import Failure
+from nemo_lfr.errors import Failure, counted
 from nemo_lfr.io.locate import resolve
 
 
@@ -169,13 +169,12 @@ def _report(out: Path, done: dict[str, Any], failures: list[dict[str, str]]) -> 
     if not missing:
         failures = [json.loads(line) for line in failures_file.read_text("utf-8").splitlines()]
     print_line(out)
-    text = f"nemo-lfr: {done['clips']} clips, {done['hours']:.2f} hours"
+    text = f"nemo-lfr: {counted(done['clips'], 'clip')}, {done['hours']:.2f} hours"
     if missing:
-        text += (
-            f" by process {done['part']}; {out} is not complete yet: {missing} shards of other processes are missing"
-        )
+        lacks = f"it lacks {counted(missing, 'shard')} of other processes"
+        text += f" by process {done['part']}; {out} is not complete yet: {lacks}"
     if failures and missing:
-        echo_stderr(f"{text}; {len(failures)} clips failed; failures.jsonl will list them")
+        echo_stderr(f"{text}; {counted(len(failures), 'clip')} failed; failures.jsonl will list them")
     elif failures:
         echo_stderr(f"{text}; {len(failures)} failed, see {failures_file}; fix them and rerun with --retry-failed")
     else:
@@ -221,10 +220,10 @@ def watching() -> Iterator[Callable[[Any], None]]:
             return "planning, no shards"
         hours = latest.samples / latest.sample_rate / 3600
         speed = latest.computed_samples / latest.sample_rate / max(time.monotonic() - started, 1e-9)
-        return f"{latest.clips} clips, {hours:.2f} h, {speed:.1f}x real time, {len(latest.failures)} failed"
+        return f"{counted(latest.clips, 'clip')}, {hours:.2f} h, {speed:.1f}x real time, {len(latest.failures)} failed"
 
     def describe() -> str:
-        return summarize() if latest is None else f"{latest.done} of {latest.shards} shards ({summarize()})"
+        return summarize() if latest is None else f"{latest.done} of {counted(latest.shards, 'shard')} ({summarize()})"
 
     if current().quiet:
         yield watch

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from nemo_lfr.errors import NemoLfrError, shorten
+from nemo_lfr.errors import NemoLfrError, counted, shorten
 from nemo_lfr.io.atomic import write_new
 from nemo_lfr.io.exclusive import exclusive, exclusive_file
 from nemo_lfr.io.regular import open_regular
@@ -124,8 +124,8 @@ def _array(environment: Mapping[str, str]) -> Part:
     step = _integer({"SLURM_ARRAY_TASK_STEP": "1"} | dict(environment), "SLURM_ARRAY_TASK_STEP")
     if not step or low + step * (count - 1) != high or (index - low) % step or not low <= index <= high:
         raise NemoLfrError(
-            f"--shard-of auto: the Slurm job array has {count} tasks from {low} to {high} in unequal steps; submit it "
-            "as --array=0-N, or pass I/N."
+            f"--shard-of auto: the Slurm job array has {counted(count, 'task')} from {low} to {high} in unequal "
+            "steps; submit it as --array=0-N, or pass I/N."
         )
     return Part((index - low) // step, count)
 

@@ -16,7 +16,7 @@ from nemo_lfr.corpus.main_program import check_main_program
 from nemo_lfr.corpus.plan import Plan, open_plan
 from nemo_lfr.corpus.records import METADATA, ShardRecord
 from nemo_lfr.corpus.sources.base import ShardSpec
-from nemo_lfr.errors import NemoLfrError
+from nemo_lfr.errors import NemoLfrError, counted
 from nemo_lfr.io.journal import write_text
 
 
@@ -188,8 +188,8 @@ def finish(plan: Plan, records: list[ShardRecord]) -> dict[str, Any]:
     check_claim(config.state, config.claim)
     if damaged := [index for index in range(len(records)) if ShardRecord.find(out, index) is None]:
         raise NemoLfrError(
-            f"{out}: files of {len(damaged)} of {len(records)} shards (the first is shard {damaged[0]}) were removed "
-            "or changed during the run; run the same command again to restore them."
+            f"{out}: files of {len(damaged)} of {counted(len(records), 'shard')} (the first is shard {damaged[0]}) "
+            "were removed or changed during the run; run the same command again to restore them."
         )
     plan.output.finish(out, len(records), config.context)
     failures = [failure for record in records for failure in record.failures]

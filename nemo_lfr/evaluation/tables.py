@@ -12,6 +12,7 @@ from functools import cached_property
 
 import numpy as np
 
+from nemo_lfr.errors import counted
 from nemo_lfr.evaluation.escape import escape_markdown
 from nemo_lfr.evaluation.metrics import Metric, NotMeasured
 from nemo_lfr.evaluation.model_metrics import all_metrics
@@ -367,7 +368,9 @@ def gaps(evaluation: Evaluation) -> list[str]:
             for name, value in own.items():
                 if isinstance(value, NotMeasured):
                     reasons[result.name, name, value] = reasons.get((result.name, name, value), 0) + 1
-    return lines + [f"{codec}: {name} of {count} recordings: {why}" for (codec, name, why), count in reasons.items()]
+    return lines + [
+        f"{codec}: {name} of {counted(count, 'recording')}: {why}" for (codec, name, why), count in reasons.items()
+    ]
 
 
 def kilobits(result: Result, keys: Iterable[str], kind: str = "num_bytes") -> float:

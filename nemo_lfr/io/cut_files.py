@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from nemo_lfr.errors import AudioError, ConfigError, shorten
+from nemo_lfr.errors import AudioError, ConfigError, counted, shorten
 from nemo_lfr.io.bounded import member_bytes, open_tar
 from nemo_lfr.io.cut_audio import check_cut
 from nemo_lfr.io.manifests import NOT_A_LINE, describe, line_id
@@ -332,5 +332,5 @@ def _supervisions(recordings: Path) -> dict[str, list[Any]]:
         except NOT_A_LINE:
             bad += 1
     if bad:
-        logger.warning("%s: %d lines are not supervisions and were skipped.", path, bad)
+        logger.warning("%s: %s skipped, because they are not supervisions.", path, counted(bad, "line"))
     return found

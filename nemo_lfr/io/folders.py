@@ -8,7 +8,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
-from nemo_lfr.errors import NemoLfrError, shorten
+from nemo_lfr.errors import NemoLfrError, counted, shorten
 
 logger = logging.getLogger(__name__)
 
@@ -103,6 +103,14 @@ SYSTEM_FOLDERS = frozenset(
 # Maximum length of a file name in bytes on the file systems of Linux, macOS and Windows.
 MAX_NAME = 255
 _SEPARATORS = {"/", os.sep}
+# Reasons for skipping files, in the singular and in the plural. Other reasons are suffixes.
+PLURALS = {
+    "hidden file": "hidden files",
+    "hidden or system folder": "hidden or system folders",
+    "folder found twice": "folders found twice",
+    "link to a folder that was already read": "links to folders that were already read",
+    "pipe, socket or device": "pipes, sockets or devices",
+}
 NAMED = 5  # maximum number of reasons, and of unreadable folders, that the report lists
 
 
@@ -242,7 +250,7 @@ class _Walk:
     def _follow(self, link: str) -> None:
         identity = _identity(os.stat(link))
         if identity in self._seen:
-            self.passed["links to folders that were already read"] += 1
+            self.passed["link to a folder that was already read"] += 1
         else:
             self._seen.add(identity)
             self._read(link)
@@ -276,7 +284,7 @@ class _Walk:
             is_file = stat.S_ISREG(status.st_mode)
         is_folder = status is not None and stat.S_ISDIR(status.st_mode)
         if hidden or (is_folder and entry.name.lower() in SYSTEM_FOLDERS):
-            self.passed["hidden or system folders" if is_folder else "hidden files"] += 1
+            self.passed["hidden or system folder" if is_folder else "hidden file"] += 1
         elif is_folder:
             self._enter(entry)
         elif suffix not in self.suffixes:
@@ -285,7 +293,7 @@ class _Walk:
         elif is_file:
             self.found.append(Path(entry.path))
         else:
-            self.passed["pipes, sockets or devices"] += 1
+            self.passed["pipe, socket or device"] += 1
 
     def _enter(self, entry: "os.DirEntry[str]") -> None:
         if entry.is_symlink():
@@ -293,7 +301,7 @@ class _Walk:
             return
         identity = _identity(os.stat(entry.path))  # on Windows the inode of a directory entry is always 0
         if identity in self._seen:
-            self.passed["folders found twice"] += 1
+            self.passed["folder found twice"] += 1
         else:
             self._seen.add(identity)
             self._folders.append(entry.path)
@@ -303,9 +311,9 @@ class _Walk:
         if not self.passed and not self.unread:
             return ""
         order = sorted(self.passed.items(), key=lambda item: (-item[1], item[0]))
-        kinds = [f"{count} {kind}" for kind, count in order]
+        kinds = [counted(count, kind, PLURALS.get(kind, kind)) for kind, count in order]
         if len(kinds) > NAMED:
-            kinds[NAMED:] = [f"{len(kinds) - NAMED} other kinds"]
+            kinds[NAMED:] = [counted(len(kinds) - NAMED, "other kind")]
         total = sum(self.passed.values())
         parts = [f"{total} skipped: {', '.join(kinds)}"] if total else []
         if self.unread:
@@ -313,8 +321,8 @@ class _Walk:
                 f"{shorten(os.path.relpath(error.filename, self.root))} ({error.strerror})"
                 for error in self.unread[:NAMED]
             ) + (", ..." if len(self.unread) > NAMED else "")
-            parts.append(f"{len(self.unread)} folders cannot be read: {named}")
-        return f"{shorten(self.root, 200)}: {len(self.found)} files found; {'; '.join(parts)}"
+            parts.append(f"{counted(len(self.unread), 'folder')} cannot be read: {named}")
+        return f"{shorten(self.root, 200)}: {counted(len(self.found), 'file')} found; {'; '.join(parts)}"
 
 
 def _identity(status: os.stat_result) -> tuple[int, int]:

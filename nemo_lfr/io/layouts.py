@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from nemo_lfr.errors import ConfigError, NemoLfrError, printable, shorten
+from nemo_lfr.errors import ConfigError, NemoLfrError, counted, printable, shorten
 from nemo_lfr.io.columns import repeated_column
 from nemo_lfr.io.folders import AUDIO_SUFFIXES, MAX_NAME, find_files, find_named
 from nemo_lfr.io.splits import split_label, split_of_name, splits_of_folders
@@ -368,7 +368,8 @@ def _row(line: bytes, columns: list[str]) -> dict[str, str]:
     """
     fields = decode(line).split("\t")
     if len(fields) != len(columns):
-        raise ValueError(f"the row has {len(fields)} fields, but the header has {len(columns)}: {shorten(fields)}")
+        found = counted(len(fields), "field")
+        raise ValueError(f"the row has {found}, but the header has {len(columns)}: {shorten(fields)}")
     row = dict(zip(columns, fields, strict=True))
     for name, value in row.items():
         if len(value) > MAX_FIELD:

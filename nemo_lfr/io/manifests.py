@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nemo_lfr.errors import ConfigError, quoted, shorten
+from nemo_lfr.errors import ConfigError, counted, quoted, shorten
 from nemo_lfr.io.audio import AudioReader
 from nemo_lfr.io.columns import LABELS, standard_labels
 from nemo_lfr.io.folders import MAX_NAME
@@ -122,7 +122,7 @@ def _usable(
     """
     if problems and not recordings:
         first = problems[0].replace("skipped: ", f"{UNUSABLE}: ", 1)
-        more = f" ({len(problems) - 1} more lines cannot be used)" if len(problems) > 1 else ""
+        more = f" ({counted(len(problems) - 1, 'more line')} cannot be used)" if len(problems) > 1 else ""
         raise ConfigError(f"{first}{more}; expected {kind}.")
     for problem in problems:
         on_bad_line(problem)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_lfr.errors import ConfigError, NemoLfrError, quoted, shorten
+from nemo_lfr.errors import ConfigError, NemoLfrError, counted, quoted, shorten
 from nemo_lfr.io.columns import AUDIO, known_names, repeated_column, standard_labels
 from nemo_lfr.io.text import GZIP, decode, is_missing, read_lines
 
@@ -252,7 +252,9 @@ def _fields(lines: Sequence[bytes], delimiter: str, expected: int) -> tuple[list
                 continue
             raise
         if len(fields) != expected:
-            raise ValueError(f"the row has {len(fields)} fields, but the header has {expected}: {shorten(fields)}")
+            raise ValueError(
+                f"the row has {counted(len(fields), 'field')}, but the header has {expected}: {shorten(fields)}"
+            )
         return fields, len(texts)
     raise csv.Error("a quote is not closed")
 

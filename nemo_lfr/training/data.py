@@ -15,7 +15,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from nemo_lfr.errors import AudioError, ConfigError, NemoLfrError, quoted, shorten
+from nemo_lfr.errors import AudioError, ConfigError, NemoLfrError, counted, quoted, shorten
 from nemo_lfr.io.audio import AudioReader, check_rate
 from nemo_lfr.io.manifests import Recording, read_manifest
 from nemo_lfr.training.settings import DATASET, LOADER, POSITIVE_OR_ZERO, check_settings
@@ -297,7 +297,7 @@ def manifest_loader(config: DictConfig, world_size: int, rank: int) -> DataLoade
         drawn = len(dataset) if sampler is None else len(sampler)
         advice = f"set batch_size to {drawn} or less, set drop_last to false" if drawn else "use fewer processes"
         raise ConfigError(
-            f"{where['dataloader_params']}: {len(dataset)} recordings{shares} do not fill a batch of "
+            f"{where['dataloader_params']}: {counted(len(dataset), 'recording')}{shares} cannot fill a batch of "
             f"{loader['batch_size']}; {advice}, or add recordings."
         )
     return batches

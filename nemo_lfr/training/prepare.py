@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from nemo_lfr.errors import AudioError, Failure, NemoLfrError, failure, shorten
+from nemo_lfr.errors import AudioError, Failure, NemoLfrError, counted, failure, shorten
 from nemo_lfr.io.atomic import check_overwrite, sweep
 from nemo_lfr.io.audio import AudioReader
 from nemo_lfr.io.exclusive import exclusive
@@ -200,7 +200,8 @@ def _write_all(
     if not any(_is_usable(utterance, found) for utterance in utterances):
         _write(out / FAILURES, result.failures, overwrite)
         raise NemoLfrError(
-            f"none of the {len(result.failures)} files in the corpus can be used; {out / FAILURES} lists the reasons."
+            f"none of the {counted(len(result.failures), 'file')} in the corpus can be used; "
+            f"{out / FAILURES} lists the reasons."
         )
     # First leave out the files that cannot be used, because these may be all files of a split.
     utterances = [utterance for utterance in utterances if _is_usable(utterance, found)]
@@ -257,7 +258,8 @@ def _contents(kind: str, corpus: Path) -> str:
         return f"folder{describe_contents(corpus, AUDIO_SUFFIXES)}"
     names = sorted(path.name for path in corpus.iterdir() if not path.name.startswith("."))
     entries = ", ".join(shorten(name) for name in names[:NAMED]) + (", ..." if len(names) > NAMED else "")
-    return f"folder, which contains {entries} with {count} audio files (nemo-lfr prepare folder reads any such folder)"
+    files = counted(count, "audio file")
+    return f"folder, which contains {entries} with {files} (nemo-lfr prepare folder reads any such folder)"
 
 
 def _open_all(

@@ -419,7 +419,7 @@ def test_typed_labels_are_kept_or_named(wav, tmp_path, caplog):
 def test_unlisted_audio_files_beside_a_table_are_reported(wav, tmp_path, caplog):
     write(tmp_path / "a.parquet", {"audio": [wav.read_bytes()]})
     assert len(clips_of(tmp_path)) == 1
-    assert "of the 1 audio files in this folder of tables, only those that a table lists" in caplog.text
+    assert "of the 1 audio file in this folder of tables, only those that a table lists" in caplog.text
 
 
 def test_a_table_of_other_columns_is_refused_by_name(tmp_path):
@@ -472,7 +472,7 @@ def test_a_saved_dataset_reads_nothing_outside_of_its_folder(kind, wav, tmp_path
 @pytest.mark.parametrize(
     ("name", "row", "problem"),
     [
-        ("t.csv", "bad", "the row has 1 fields"),
+        ("t.csv", "bad", "the row has 1 field"),
         ("t.csv", "a.wav,-1,", "offset is '-1'; expected a number of seconds"),
         ("t.csv", "a.wav,,long", "duration is 'long'; expected a number of seconds"),
         ("t.csv", "x" * 300 + ",,", "is not a valid file name"),
@@ -502,7 +502,7 @@ def test_text_tables_are_read_as_corpora(wav):
     assert [clip.labels.get("text") for clip in clips] == ["hi", "again", None, "x"]
     assert clips[0].labels["problem"] == "none"  # a column of the user is a label
     assert clips[0].labels["speaker"] == "me" and len(clips[0].audio(RATE, 60.0)) == len(WAVE)
-    for clip, reason in ((clips[2], "line 4: the row has 1 fields"), (clips[3], "gone.wav")):
+    for clip, reason in ((clips[2], "line 4: the row has 1 field"), (clips[3], "gone.wav")):
         with pytest.raises(AudioError, match=reason):
             clip.audio(RATE, 60.0)
     with pytest.raises(ConfigError, match="has no rows"):

@@ -184,7 +184,7 @@ def test_recordings_that_fail_are_named_and_the_others_measured(capsys, corpus, 
     assert code == 1 and "1.wav: not an audio file" in err
     text = (tmp_path / "out" / "report.md").read_text()
     assert re.search(r"- nemo_lfr \(bundled\): 1\.wav: .*not an audio file", text)
-    assert "PESQ-WB of 1 recordings: the original is silent" in text
+    assert "PESQ-WB of 1 recording: the original is silent" in text
     assert len(rows(tmp_path / "out" / "recordings.csv")) == 2
 
 

@@ -1,6 +1,7 @@
 """Tests of finding audio files in folders: formats, skipped files, links, names and order."""
 
 import os
+import re
 import socket
 import sys
 from unittest import mock
@@ -75,7 +76,8 @@ def test_system_files_are_skipped_and_counted(junk, tmp_path):
     make(tmp_path, "a.wav", junk)
     found, lines = names(tmp_path)
     assert found == ["a.wav"]
-    assert len(lines) == 1 and "1 files found; 1 skipped" in lines[0]
+    assert len(lines) == 1 and "1 file found; 1 skipped: 1 " in lines[0]
+    assert not re.search("files|folders", lines[0].removeprefix(str(tmp_path)))
 
 
 def test_a_hidden_folder_is_read_if_it_is_the_input(tmp_path):
@@ -98,7 +100,7 @@ class TestLinks:
         os.symlink(tmp_path / "outside", tmp_path / "real" / "1-link")
         found, lines = names(tmp_path / "real")
         assert found == ["0-link/b.wav", "a.wav"]
-        assert "1 links to folders that were already read" in lines[0]
+        assert "1 link to a folder that was already read" in lines[0]
 
     def test_loops_end_and_real_folders_keep_their_names(self, tmp_path):
         make(tmp_path, "z/a.wav")
@@ -146,7 +148,7 @@ class TestLinks:
             os.seteuid(user)
             tmp_path.joinpath("closed").chmod(0o700)
         assert problems == [None, mock.ANY] and "cannot be read (Permission denied)" in problems[1]
-        assert found == ["a.wav"] and "1 folders cannot be read: closed (Permission denied)" in lines[0]
+        assert found == ["a.wav"] and "1 folder cannot be read: closed (Permission denied)" in lines[0]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems' file names are text")

@@ -134,7 +134,7 @@ def test_both_readers_of_manifests_give_the_same_reason(line, reason, tmp_path):
     with pytest.raises(ConfigError) as refused:
         read_manifest(tmp_path / "bad.json")
     assert f"line 1: this line cannot be used: {reason}" in str(refused.value)
-    assert str(refused.value).endswith(" (1 more lines cannot be used); expected a NeMo manifest.")
+    assert str(refused.value).endswith(" (1 more line cannot be used); expected a NeMo manifest.")
 
 
 def test_byte_order_marks_and_other_line_ends_are_read(tmp_path):

@@ -95,7 +95,7 @@ def test_tables_are_read(tmp_path, case):
 
 
 BAD_ROWS: dict[str, tuple[str, bytes, str]] = {
-    "too few fields": ("t.csv", b"a.wav", "the row has 1 fields, but the header has 2"),
+    "too few fields": ("t.csv", b"a.wav", "the row has 1 field, but the header has 2"),
     "too many fields": ("t.csv", b"a.wav,hi,ho", "the row has 3 fields"),
     "Latin-1": ("t.csv", b"a.wav,caf\xe9", "not UTF-8 text"),
     "NUL": ("t.csv", b"a.wav,\0", "NUL"),
@@ -200,7 +200,7 @@ def test_recordings_of_a_table_have_paths_relative_to_its_folder(audio_folder):
     assert [recording.path for recording in recordings] == [audio_folder / "wavs/a.wav", audio_folder / "wavs/b.wav"]
     assert [recording.labels["text"] for recording in recordings] == ["hi", "ho"]
     assert recordings[0].duration == pytest.approx(0.2, abs=1e-3)
-    assert len(problems) == 1 and "t.csv, line 3: skipped: the row has 1 fields" in problems[0]
+    assert len(problems) == 1 and "t.csv, line 3: skipped: the row has 1 field" in problems[0]
     assert read_manifest(path, audio_folder / "wavs" / "..", on_bad_line=lambda _: None)[0].path.exists()
     path.write_text("file_name,sentence\nbad\n")
     with pytest.raises(ConfigError, match=r"line 2: this line cannot be used: .*; expected a table of recordings\."):

@@ -34,7 +34,7 @@ from nemo_lfr.corpus.formats.base import (
     read_lines,
 )
 from nemo_lfr.corpus.sources.base import Clip
-from nemo_lfr.errors import TokenFileError, shorten
+from nemo_lfr.errors import TokenFileError, counted, shorten
 from nemo_lfr.io.bounded import member_bytes, open_tar
 from nemo_lfr.io.journal import write_text
 from nemo_lfr.io.locate import resolve
@@ -234,7 +234,9 @@ class SharReader(FormatReader):
             if None in items:
                 missing = paths[1 + items.index(None)]
                 if number >= start:
-                    raise TokenFileError(f"{missing}: file is truncated after {number} utterances; {REPAIR}.")
+                    raise TokenFileError(
+                        f"{missing}: file is truncated after {counted(number, 'utterance')}; {REPAIR}."
+                    )
                 return
             if number >= start:
                 yield Row(self._load, line, items)

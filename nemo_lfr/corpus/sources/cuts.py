@@ -9,7 +9,7 @@ from typing import Any
 from nemo_lfr.corpus.ids import UniqueIds, clean_id, numbered_id
 from nemo_lfr.corpus.inventory import digest, list_digest
 from nemo_lfr.corpus.sources.base import Clip, CorpusReader, OpenOptions, ShardSpec, repeat_number, unreadable
-from nemo_lfr.errors import ConfigError, shorten
+from nemo_lfr.errors import ConfigError, counted, shorten
 from nemo_lfr.io.columns import LABEL_COLUMNS, OTHER_TOKENS, label_text, standard_labels
 from nemo_lfr.io.cut_audio import read_cut
 from nemo_lfr.io.cut_files import CutItem, explain, kind_of, read_cuts, supervisions_beside
@@ -190,8 +190,8 @@ def number_cuts(paths: Sequence[Path]) -> list[tuple[int, dict[int, int]]]:
             num_joined += item.cut is not None and len(item.cut.supervisions) > 1
         counts.append((count, repeats))
     if num_joined:
-        text = "%s: %d cuts have several supervisions; their texts are joined, and the first speaker is used."
-        logger.warning(text, paths[0], num_joined)
+        text = "%s: several supervisions in %s; their texts are joined, and the first speaker is used."
+        logger.warning(text, paths[0], counted(num_joined, "cut"))
     return counts
 
 

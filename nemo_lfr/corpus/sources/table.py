@@ -11,7 +11,7 @@ from nemo_lfr.corpus.columns import RATES, audio_cell, audio_column, class_names
 from nemo_lfr.corpus.ids import clean_id
 from nemo_lfr.corpus.inventory import list_digest, sampled_digest
 from nemo_lfr.corpus.sources.base import AudioLoader, Clip, CorpusReader, unreadable
-from nemo_lfr.errors import AudioError, ConfigError, shorten
+from nemo_lfr.errors import AudioError, ConfigError, counted, shorten
 from nemo_lfr.io.columns import AUDIO, CONTEXT, OTHER_TOKENS, chosen_columns, known_names, standard_labels
 from nemo_lfr.io.folders import AUDIO_SUFFIXES, find_files
 from nemo_lfr.io.manifests import NOT_A_LINE, describe, resolve_audio_path, seconds
@@ -94,8 +94,8 @@ class Table(CorpusReader):
         if self.path.is_dir() and (
             audio_files := find_files(self.path, AUDIO_SUFFIXES, report=lambda _: None, unread=[])
         ):
-            text = "%s: of the %d audio files in this folder of tables, only those that a table lists are used."
-            logger.warning(text, self.path, len(audio_files))
+            text = "%s: of the %s in this folder of tables, only those that a table lists are used."
+            logger.warning(text, self.path, counted(len(audio_files), "audio file"))
 
     def _clips(
         self,
