@@ -107,7 +107,7 @@ def _read_folder(folder: Path) -> Members:
             raise CheckpointError(f"{folder}: the folder has no {name}; pass a .nemo or .ckpt file.")
     text = _read_text(config)
     if weights.name == SAFETENSORS_INDEX:
-        return Members(text, _shards(weights, _read_text(weights)), is_safetensors=True)
+        return Members(text, read_index(weights), is_safetensors=True)
     with open_regular(weights, CheckpointError) as file:
         state = file_state(file.fileno())
         if not state[0]:
@@ -125,8 +125,16 @@ def _read_text(path: Path) -> bytes:
     return text
 
 
-def _shards(index: Path, text: bytes) -> dict[str, str]:
-    """Return a dict from each tensor to the name of its safetensors file, as listed in an index of transformers."""
+def read_index(index: Path) -> dict[str, str]:
+    """Return a dict from each tensor to the name of its safetensors file, as listed in an index of transformers.
+
+    Args:
+        index: path of the index, `model.safetensors.index.json`.
+
+    Raises:
+        CheckpointError: if the file is not an index, or lists no files, too many files or files in other folders.
+    """
+    text = _read_text(index)
     try:
         shards = json.loads(text)["weight_map"]
         names = set(shards.values())

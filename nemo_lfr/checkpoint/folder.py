@@ -20,6 +20,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import nn
 
+from nemo_lfr.checkpoint.archive import read_index
 from nemo_lfr.checkpoint.config import CONFIG_KEYS, build_parts, codec_values, parse_config
 from nemo_lfr.checkpoint.reader import Checkpoint
 from nemo_lfr.checkpoint.safetensors import CONFIG, WEIGHTS_CHECKSUM, open_files, write_tensors
@@ -129,8 +130,7 @@ def record_checksum(folder: Path) -> None:
     if single.exists():
         files = [single]
     else:
-        index = json.loads((folder / SAFETENSORS_INDEX).read_text(encoding="utf-8"))
-        files = [folder / name for name in sorted(set(index["weight_map"].values()))]
+        files = [folder / name for name in sorted(set(read_index(folder / SAFETENSORS_INDEX).values()))]
     values = json.loads((folder / SAFETENSORS_CONFIG).read_text(encoding="utf-8"))
     write_bytes(folder / SAFETENSORS_CONFIG, _json(values | {WEIGHTS_CHECKSUM: open_files(files).checksum()}))
 

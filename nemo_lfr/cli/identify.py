@@ -4,8 +4,9 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-from nemo_lfr.errors import NemoLfrError
+from nemo_lfr.errors import NemoLfrError, counted
 from nemo_lfr.io.folders import AUDIO_SUFFIXES, find_files
+from nemo_lfr.io.locate import CONFIG_MEMBER, ONNX_ENCODER, PART_NAMES, SAFETENSORS, SAFETENSORS_INDEX
 from nemo_lfr.io.regular import open_regular
 from nemo_lfr.io.tables import SAVE_AS_CSV, SPREADSHEETS, table_suffix
 
@@ -66,24 +67,16 @@ MAGIC = (
 )
 # Names of files that identify a folder, and the kind of folder. The first match decides.
 MEMBERS = (
-    ("encoder.onnx", Identity("onnx", "a folder of ONNX files", "pass it as --model")),
-    ("model_config.yaml", Identity("checkpoint", "an unpacked checkpoint", "pass it as --model")),
-    ("model.safetensors", Identity("checkpoint", "a folder with a safetensors file", "pass it as --model")),
-    ("model.safetensors.index.json", Identity("checkpoint", "a folder with safetensors files", "pass it as --model")),
+    (ONNX_ENCODER, Identity("onnx", "a folder of ONNX files", "pass it as --model")),
+    (CONFIG_MEMBER, Identity("checkpoint", "an unpacked checkpoint", "pass it as --model")),
+    (SAFETENSORS, Identity("checkpoint", "a folder with a safetensors file", "pass it as --model")),
+    (SAFETENSORS_INDEX, Identity("checkpoint", "a folder with safetensors files", "pass it as --model")),
     ("tokens.json", Identity("corpus_tokens", "a tokenized corpus", "nemo-lfr detokenize reads it")),
     ("recordings.json", Identity("evaluation", "the folder of an evaluation", "open its report.html")),
     ("state.json", Identity("corpus", "a saved Hugging Face dataset", "nemo-lfr tokenize reads it")),
     ("dataset_dict.json", Identity("corpus", "a saved Hugging Face dataset", "nemo-lfr tokenize reads it")),
 )
-
-
-# Files that are of no use without the other files in their codec's folder.
-PART_NAMES = frozenset(
-    {
-        *("config.json", "preprocessor_config.json", "model.safetensors", "model.safetensors.index.json"),
-        *("codec.json", "encoder.onnx", "decoder.onnx", "model_config.yaml"),
-    }
-)
+SAFETENSORS_SUFFIX = ".safetensors"
 
 
 def refuse_other_kind(path: Path, wanted: str) -> None:
@@ -138,6 +131,9 @@ def identify_content(path: Path) -> Identity | None:
             return identity
     if suffix in CHECKPOINT_SUFFIXES and head.startswith(GZIP_MAGIC):
         return CHECKPOINT
+    if suffix == SAFETENSORS_SUFFIX and head[8:9] == b"{":
+        advice = "nemo-lfr does not read it; a codec is a folder that also has its config"
+        return Identity("tensors", "a safetensors file with tensors only, such as golden vectors", advice)
     is_text = head.strip() and (b"\0" not in head or head.startswith(GZIP_MAGIC))
     if table_suffix(path) is not None and is_text:
         return TABLE
@@ -178,7 +174,7 @@ def _folder(path: Path) -> Identity:
     if count or tokens:
         readers = ["nemo-lfr encode, tokenize and prepare read the audio files"] if count else []
         readers += ["nemo-lfr decode reads the token files"] if tokens else []
-        text = f"a folder of {count} audio files and {tokens} token files"
+        text = f"a folder of {counted(count, 'audio file')} and {counted(tokens, 'token file')}"
         return Identity("files", text, "; ".join(readers), (("audio_files", count), ("token_files", tokens)))
     return Identity(
         "unknown", "a folder without audio, token files, checkpoint or ONNX files", "nemo-lfr does not read it"

@@ -21,7 +21,7 @@ from nemo_lfr import frames
 from nemo_lfr.corpus.formats import format_names, get_format
 from nemo_lfr.corpus.formats.base import REPAIR, Damage, Row, ShardFiles, num_entries, parse_json, regular_file
 from nemo_lfr.corpus.records import METADATA, RESUME, ShardRecord, describe_unfinished
-from nemo_lfr.errors import NemoLfrError, TokenFileError, quoted, shorten
+from nemo_lfr.errors import NemoLfrError, TokenFileError, counted, quoted, shorten
 from nemo_lfr.io.locate import expand_home
 from nemo_lfr.io.token_file import Metadata
 
@@ -73,6 +73,10 @@ class TokenFolder:
         name = self.path / METADATA
         if unfinished := describe_unfinished(self.path):
             raise NemoLfrError(f"{shorten(folder, 300)}: the tokenize run is not finished ({unfinished}); {RESUME}.")
+        if self.path.is_file() and (self.path.parent / METADATA).exists():
+            raise NemoLfrError(
+                f"{shorten(folder, 300)}: this is a file in a folder of tokens; pass the folder {self.path.parent}."
+            )
         if not self.path.is_dir() or not name.exists():
             raise NemoLfrError(
                 f"{shorten(folder, 300)}: no {METADATA}; pass the folder of a finished `nemo-lfr tokenize` run."
@@ -128,8 +132,8 @@ class TokenFolder:
             raise TokenFileError(f"{self.path}/{METADATA}: shard_clips is not a list of clip counts; {REPAIR}.")
         if len(counts) != shards or sum(counts) != clips:
             raise TokenFileError(
-                f"{self.path}: found {sum(counts)} utterances in {len(counts)} shards, but {METADATA} lists {clips} "
-                f"utterances in {shards} shards; {REPAIR}."
+                f"{self.path}: found {counted(sum(counts), 'utterance')} in {counted(len(counts), 'shard')}, but "
+                f"{METADATA} lists {counted(clips, 'utterance')} in {counted(shards, 'shard')}; {REPAIR}."
             )
         return counts
 
@@ -189,8 +193,8 @@ class TokenFolder:
             if item is None:
                 if not damaged:
                     yield TokenFileError(
-                        f"{self.path}, shard {shard}: found only {start + seen} of {self.counts[shard]} utterances; "
-                        f"{REPAIR}."
+                        f"{self.path}, shard {shard}: found only {start + seen} of "
+                        f"{counted(self.counts[shard], 'utterance')}; {REPAIR}."
                     )
                 return
             if isinstance(item, Damage):

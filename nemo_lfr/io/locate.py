@@ -18,6 +18,16 @@ SAFETENSORS = "model.safetensors"
 SAFETENSORS_INDEX = "model.safetensors.index.json"
 SHARDS = "model-*-of-*.safetensors"
 PREPROCESSOR = "preprocessor_config.json"  # only transformers reads this file
+# Files in a folder that `nemo-lfr export onnx` wrote; the last one describes the others.
+ONNX_ENCODER, ONNX_DECODER = "encoder.onnx", "decoder.onnx"
+ONNX_MANIFEST = "codec.json"
+# Files that are of no use without the other files in their codec's folder.
+PART_NAMES = frozenset(
+    {
+        *(CONFIG_MEMBER, WEIGHTS_MEMBER, SAFETENSORS_CONFIG, SAFETENSORS, SAFETENSORS_INDEX, PREPROCESSOR),
+        *(ONNX_ENCODER, ONNX_DECODER, ONNX_MANIFEST),
+    }
+)
 # A folder is a checkpoint if it contains both files of a pair. The first pair takes precedence.
 FOLDERS = (
     (CONFIG_MEMBER, WEIGHTS_MEMBER),

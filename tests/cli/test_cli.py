@@ -247,6 +247,7 @@ def test_info_identifies_files_and_names_the_command_for_them(capsys, folder):
     run(capsys, "encode", folder / "a.wav", "--out", folder / "B.LFR")
     assert "frames " in run(capsys, "info", folder / "B.LFR")[1]
     (folder / "m.json").write_text('{"audio_filepath": "a.wav"}\n')
+    (folder / "golden.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
     (folder / "codec").mkdir()
     for name in ("config.json", "model.safetensors"):
         (folder / "codec" / name).write_text("{}")
@@ -254,9 +255,10 @@ def test_info_identifies_files_and_names_the_command_for_them(capsys, folder):
         "codec/config.json": ("a part of a codec", f"pass its folder as --model: {folder / 'codec'}"),
         "codec/model.safetensors": ("a part of a codec", "pass its folder as --model"),
         "a.wav": ("kind         audio", "nemo-lfr encode reads it"),
+        "golden.safetensors": ("a safetensors file with tensors only", "a codec is a folder that also has its config"),
         "m.json": ("a manifest", "nemo-lfr tokenize reads"),
         "": (
-            "a folder of 2 audio files and 1 token files",
+            "a folder of 2 audio files and 1 token file",
             "nemo-lfr encode, tokenize and prepare read the audio files",
         ),
     }
@@ -290,7 +292,7 @@ def test_skip_existing_keeps_existing_results(capsys, folder, tmp_path):
     run(capsys, "encode", folder / "a.wav", "--out", out)
     before = (out / "a.lfr").stat()
     code, printed, err = run(capsys, "encode", folder, "--out", out, "--skip-existing")
-    assert code == 0 and printed.split() == [str(out / "deep" / "b.lfr")] and "1 of 2 results already exist" in err
+    assert code == 0 and printed.split() == [str(out / "deep" / "b.lfr")] and "1 of 2 results kept" in err
     assert (out / "a.lfr").stat() == before
     assert run(capsys, "encode", folder, "--out", out, "--skip-existing", "--json")[1].split() == [
         *["{", '"files":', "[],", '"failures":', "[]", "}"]

@@ -180,6 +180,12 @@ def test_impossible_arguments_are_refused(options, folders):
         TokenDataset(folders["lfr"], **options)
 
 
+def test_a_file_in_the_folder_of_tokens_names_the_folder(folders):
+    file = folders["lfr"] / "tokens.json"
+    with pytest.raises(NemoLfrError, match=f"this is a file in a folder of tokens; pass the folder {file.parent}"):
+        TokenDataset(file)
+
+
 def _train(rank: int, world_size: int, folders: dict[str, Path], store: Path, results: Path) -> None:
     """Run one rank of a training with an all-reduce in every step, which hangs if another rank has fewer steps."""
     torch.set_num_threads(1)
@@ -330,7 +336,7 @@ def test_the_place_where_a_tar_ends_does_not_depend_on_what_is_read(stop, tmp_pa
     tar = tmp_path / "shar" / "target_codes.000000.tar"
     _cut_tar_at_a_member(tar)  # one utterance remains
     *_, error = TokenFolder(tmp_path).read(0, 0, stop)
-    assert str(error).startswith(f"{tar}: file is truncated after 1 utterances; ")
+    assert str(error).startswith(f"{tar}: file is truncated after 1 utterance; ")
 
 
 @pytest.mark.parametrize("kind", BUILT_IN)
