@@ -14,11 +14,20 @@ If a run is stopped, the same command resumes it from the last saved epoch. Furt
     trainer.accelerator=cpu trainer.devices=1 trainer.strategy=auto             train on a CPU
     --config-name audio_codec_low_frame_rate_22050_small                        use another file in conf/
     +seed=1                                                                     start from other random weights
+    +seed=1,2 -m                                                                train twice, with seed 1 and seed 2
+
+With `-m`, Hydra trains once for each combination of values. Job N stores its files in the subfolder `job-N` of
+`log_dir` and `exp_manager.exp_dir`.
 """
 
 import nemo_lfr  # noqa: F401, I001  imported first, to turn off the usage reports of a library that NeMo imports
 
+import os
+
 import lightning.pytorch as pl
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from hydra.utils import get_original_cwd
 from nemo.core.config import hydra_runner
 from nemo.utils import logging
 from nemo.utils.exp_manager import exp_manager
@@ -33,8 +42,28 @@ from nemo_lfr.nemo.resume import tidy_experiment
 @hydra_runner(config_path="../conf", config_name="audio_codec_low_frame_rate_22050")
 def main(cfg: DictConfig) -> None:
     """Train. Config errors and disk errors are reported in one line."""
+    if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+        os.chdir(get_original_cwd())  # Hydra changed it to a new folder, but exp_manager requires the original one
+        separate_job(cfg, HydraConfig.get().job.num)
     with ending_in_one_line((cfg.get("exp_manager") or {}).get("exp_dir"), cfg.get("log_dir")):
         train(cfg)
+
+
+def separate_job(cfg: DictConfig, number: int) -> None:
+    """Give a job of a multirun its own folders, so that no job resumes another one.
+
+    Args:
+        cfg: config, which is changed.
+        number: number of the job.
+    """
+    manager = cfg.get("exp_manager") or {}
+    for section, key, default in (
+        (cfg, "log_dir", None),
+        (manager, "exp_dir", "nemo_experiments"),  # the default of NeMo
+        (manager, "explicit_log_dir", None),
+    ):
+        if folder := section.get(key) or default:
+            section[key] = os.path.join(folder, f"job-{number}")
 
 
 def train(cfg: DictConfig) -> None:

@@ -167,6 +167,18 @@ def test_the_tutorials_command_trains_saves_and_starts_from_its_checkpoint(corpu
         ), key
 
 
+def test_each_job_of_a_multirun_trains_in_its_own_folder(corpus, launcher, tmp_path):
+    """Job 1 has the weights of a single run with its options, so it resumed nothing of job 0."""
+    for name, options in (("both", ["+seed=1,2", "-m"]), ("second", ["+seed=2"])):
+        (tmp_path / name).mkdir()
+        assert launcher.train(corpus, tmp_path / name, *options)
+    first, second = (last_checkpoint(tmp_path / "both" / f"job-{number}")["state_dict"] for number in range(2))
+    expected = last_checkpoint(tmp_path / "second")["state_dict"]
+    assert all(torch.equal(value, second[key]) for key, value in expected.items())
+    assert any(not torch.equal(value, second[key]) for key, value in first.items())
+    assert list((tmp_path / "both" / "logs" / "job-1").rglob("*_audio_out.wav"))
+
+
 def last_checkpoint(out: Path) -> dict[str, Any]:
     (last,) = (out / "AudioCodec" / "checkpoints").glob("*-last.ckpt")
     return torch.load(last, map_location="cpu", weights_only=False)
