@@ -75,10 +75,9 @@ def train(cfg: DictConfig) -> None:
     logging.info("Config:\n%s", OmegaConf.to_yaml(cfg, resolve=True))
     # The seed is fixed and random draws depend only on the epoch, so a killed and resumed run gives the same result.
     seed = cfg.get("seed", 0)
-    try:
-        pl.seed_everything(seed, workers=True)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"seed is {seed!r}; pass a whole number, as in +seed=1.") from error
+    if type(seed) is not int or not 0 <= seed < 1 << 32:  # Lightning would replace it with 0
+        raise ConfigError(f"seed is {seed!r}; pass a whole number from 0 to 2**32 - 1, as in +seed=1.")
+    pl.seed_everything(seed, workers=True)
     try:
         trainer = pl.Trainer(**cfg.trainer)
     except (TypeError, ValueError) as error:  # an unknown key or an invalid value

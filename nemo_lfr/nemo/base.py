@@ -22,6 +22,7 @@ from nemo_lfr.training.losses import CodecLosses
 try:
     import wrapt
     from lightning.pytorch import Trainer
+    from nemo.collections.common.callbacks import EMA
     from nemo.collections.tts.models.audio_codec import AudioCodecModel as NeMoAudioCodecModel
     from nemo.core.classes import common
     from nemo.core.classes.common import PretrainedModelInfo
@@ -38,6 +39,7 @@ except Exception as error:  # importing NeMo can raise any exception
 
 __all__ = [
     "DISCRIMINATOR",
+    "EMA",
     "WAVLM",
     "BaseModel",
     "NeMoAudioCodecModel",

@@ -13,7 +13,7 @@ from nemo_lfr.checkpoint import codec_values
 from nemo_lfr.errors import ConfigError, quoted, shorten
 from nemo_lfr.frames import num_frames
 from nemo_lfr.io.locate import expand_home
-from nemo_lfr.nemo.base import Trainer, common, model_utils
+from nemo_lfr.nemo.base import EMA, Trainer, common, model_utils
 from nemo_lfr.nemo.cuts import uses_lhotse
 from nemo_lfr.training import discriminators, losses
 from nemo_lfr.training.components import import_components
@@ -98,20 +98,31 @@ def check_gradients(trainer: Trainer) -> None:
             )
 
 
-def check_strategy(trainer: Trainer, has_discriminator: bool) -> None:
-    """Raise ConfigError if discriminators are trained and DDP expects gradients of all weights in each backward pass.
-
-    Each backward pass computes gradients either of the generator's or of the discriminators' weights.
+def check_fit(trainer: Trainer, has_discriminator: bool) -> None:
+    """Check that a trainer's strategy and callbacks can train the model.
 
     Args:
         trainer: trainer that is about to fit a model.
         has_discriminator: whether discriminators are trained too.
+
+    Raises:
+        ConfigError: if discriminators are trained and DDP expects gradients of all weights in each backward pass: each
+            pass computes gradients either of the generator's or of the discriminators' weights. Also if NeMo's EMA
+            callback will have to read a checkpoint that it wrote: it uses `torch.load`, which has refused these files
+            since PyTorch 2.6, because they contain the config.
     """
     wrapper = trainer.strategy.model
     if has_discriminator and isinstance(wrapper, DistributedDataParallel) and not wrapper.find_unused_parameters:
         raise ConfigError(
             "trainer.strategy is DDP without the search for unused parameters, but the generator and the "
             "discriminators are updated in turn; pass trainer.strategy=ddp_find_unused_parameters_true."
+        )
+    uses_average = any(isinstance(callback, EMA) for callback in trainer.callbacks)
+    saves_best = any(getattr(callback, "save_best_model", False) for callback in trainer.checkpoint_callbacks)
+    if uses_average and (saves_best or trainer.ckpt_path):
+        raise ConfigError(
+            "exp_manager.ema is enabled, but this PyTorch cannot read NeMo's moving average again, to resume a run or "
+            "to save the best model; remove exp_manager.ema, and set model.ema_decay=0.999."
         )
 
 

@@ -255,7 +255,8 @@ class NemoFiles(BaseModel):
     def save_to(self, save_path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """Write the model to a `.nemo` file, with the averaged weights if there is a moving average.
 
-        The file is written atomically: if the process crashes, an existing file stays intact.
+        With a connector whose `pack_nemo_file` is False, the config and the weights are written to the folder of
+        `save_path` instead. Each file is written atomically: if the process crashes, an existing file stays intact.
 
         Args:
             save_path: path of the file to write.
@@ -308,10 +309,11 @@ class NemoFiles(BaseModel):
                     super().save_to(str(aside), *args, **kwargs)
             finally:
                 self.cfg = config
-            if aside.exists():  # ranks other than 0 write nothing
-                with open(aside, "rb+") as file:
+            # Ranks other than 0 write nothing. A connector with `pack_nemo_file=False` writes a config and weights.
+            for written in Path(folder).iterdir():
+                with open(written, "rb+") as file:
                     os.fsync(file.fileno())
-                os.replace(aside, path)
+                os.replace(written, path.with_name(written.name))
 
 
 def _restores_itself(connector: Any) -> bool:

@@ -1,10 +1,12 @@
-"""Build the optimizers of a model, and check that a training checkpoint can be resumed with them."""
+"""Build the optimizers of a model, and start or resume a run from a checkpoint that fits the config."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
+from omegaconf import DictConfig, open_dict
 
 from nemo_lfr.checkpoint.names import plain_keys
 from nemo_lfr.errors import ConfigError, shorten
@@ -77,7 +79,7 @@ def _differs(path: Any, section: str, what: str) -> ConfigError:
 
 
 class Optimizers(WeightAveraging):
-    """Mixin with the Lightning hooks that build the optimizers and resume a run."""
+    """Mixin with the hooks that build the optimizers, load initial weights and resume a run."""
 
     @property
     def _batches_per_update(self) -> int:
@@ -90,9 +92,15 @@ class Optimizers(WeightAveraging):
         With `steps_per_epoch: null`, an epoch is one pass over the data.
 
         Raises:
-            ConfigError: if `max_epochs` is 0, or if `steps_per_epoch` is not set and the training data is endless.
+            ConfigError: if the config sets neither `max_steps` nor `max_epochs`, if `max_epochs` is 0, or if
+                `steps_per_epoch` is not set and the training data is missing or endless.
         """
         config = self._cfg
+        if config.get("max_steps") is None and config.get("max_epochs") is None:
+            raise ConfigError(
+                "neither max_steps nor max_epochs is set, but the learning-rate schedule needs one of them; set "
+                "max_epochs, for instance."
+            )
         if config.get("max_steps") is None and config.get("max_epochs") == 0:
             raise ConfigError("max_epochs is 0, so the learning-rate schedule has no step; pass 1 or more.")
         if config.get("max_steps") is not None or not config.get("max_epochs"):
@@ -100,6 +108,11 @@ class Optimizers(WeightAveraging):
             return steps
         batches = config.get("steps_per_epoch")
         if batches is None:
+            if self._train_dl is None:
+                raise ConfigError(
+                    "steps_per_epoch must be set, because the config has no train_ds, whose length would give the "
+                    "number of steps."
+                )
             try:
                 batches = len(self._train_dl)
             except TypeError as error:
@@ -153,3 +166,26 @@ class Optimizers(WeightAveraging):
         if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
             check_discriminator(checkpoint, self.state_dict(), self.trainer.ckpt_path)
             self._resumed = checkpoint  # until the optimizers are built
+
+    def maybe_init_from_pretrained_checkpoint(self, cfg: DictConfig, map_location: str = "cpu") -> None:
+        """Load initial weights as configured by NeMo's `init_from_*` keys.
+
+        NeMo itself cannot load a codec from the file in `init_from_ptl_ckpt`. This method can load it.
+
+        Args:
+            cfg: config with the `init_from_*` keys.
+            map_location: device to load the weights to.
+
+        Raises:
+            ConfigError: if both files are set.
+        """
+        path = cfg.get("init_from_ptl_ckpt")
+        if isinstance(path, str):
+            if cfg.get("init_from_nemo_model"):
+                raise ConfigError("init_from_ptl_ckpt and init_from_nemo_model are both set; remove one of them.")
+            with open_dict(cfg):
+                del cfg.init_from_ptl_ckpt
+                cfg.init_from_nemo_model = path
+        if isinstance(path := cfg.get("init_from_nemo_model"), str):
+            self._restored_from = Path(path)  # set in every process, although NeMo reads the file on rank 0 only
+        super().maybe_init_from_pretrained_checkpoint(cfg, map_location)

@@ -1,5 +1,6 @@
 """Lock the folder of a training run, so that a second run in the same folder is refused."""
 
+import logging
 import os
 from contextlib import ExitStack
 from pathlib import Path
@@ -10,6 +11,8 @@ from lightning.pytorch import Callback, Trainer
 from nemo_lfr.errors import ConfigError, NemoLfrError
 from nemo_lfr.io.atomic import make_folder
 from nemo_lfr.io.exclusive import exclusive
+
+logger = logging.getLogger(__name__)
 
 # Locks that this process holds, by the real path of the locked folder
 _held: dict[str, ExitStack] = {}
@@ -42,8 +45,11 @@ def unlock_runs() -> None:
 class RunLock(Callback):
     """Callback that locks the folders of a run's checkpoints while the run trains.
 
-    Only the process with rank 0 takes the lock, because only this process writes to these folders.
+    Only the process with rank 0 takes the lock, because only this process writes to these folders. At the end of a run
+    that was complete when it was resumed, the callback warns that nothing was trained.
     """
+
+    _has_trained = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Lock the folders.
@@ -51,6 +57,7 @@ class RunLock(Callback):
         Raises:
             ConfigError: in all processes, if another run is using one of the folders.
         """
+        self._has_trained = False
         problem: str | None = None
         if trainer.is_global_zero:
             folders = [str(getattr(callback, "dirpath", None) or "") for callback in trainer.checkpoint_callbacks]
@@ -63,6 +70,18 @@ class RunLock(Callback):
         if problem := trainer.strategy.broadcast(problem):
             unlock_runs()
             raise ConfigError(problem)
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Note that the run was not complete."""
+        self._has_trained = True
+
+    def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Warn if the run was complete."""
+        if not self._has_trained and trainer.is_global_zero:
+            logger.warning(
+                "no step was trained, because the run to resume is complete; to train on, raise max_epochs, or to "
+                "start again, choose another exp_manager.name"
+            )
 
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
         """Release the locks."""

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Callback
 from lightning.pytorch.trainer.states import TrainerFn
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import IterableDataset
 
 from nemo_lfr.checkpoint import load_parts
@@ -20,7 +20,7 @@ from nemo_lfr.errors import ConfigError, shorten
 from nemo_lfr.nemo.artifacts import SpectrogramGenerator
 from nemo_lfr.nemo.averaging import RestoreTrainedWeights
 from nemo_lfr.nemo.base import DISCRIMINATOR, WAVLM
-from nemo_lfr.nemo.config import check_gradients, check_precision, check_segments, check_strategy, check_training
+from nemo_lfr.nemo.config import check_fit, check_gradients, check_precision, check_segments, check_training
 from nemo_lfr.nemo.cuts import cut_loader, uses_lhotse
 from nemo_lfr.nemo.optimizers import Optimizers
 from nemo_lfr.nemo.resume import WholeCheckpoints
@@ -176,32 +176,14 @@ class TrainingSteps(Optimizers):
             callbacks[0].generators.append(SpectrogramGenerator())
         return [RunLock(), *callbacks, RestoreTrainedWeights()]
 
-    def maybe_init_from_pretrained_checkpoint(self, cfg: DictConfig, map_location: str = "cpu") -> None:
-        """Load initial weights as configured by NeMo's `init_from_*` keys.
-
-        NeMo itself cannot load a codec from the file in `init_from_ptl_ckpt`. This method can load it.
-
-        Args:
-            cfg: config with the `init_from_*` keys.
-            map_location: device to load the weights to.
-        """
-        path = cfg.get("init_from_ptl_ckpt")
-        if isinstance(path, str):
-            with open_dict(cfg):
-                del cfg.init_from_ptl_ckpt
-                cfg.init_from_nemo_model = path
-        if isinstance(path := cfg.get("init_from_nemo_model"), str):
-            self._restored_from = Path(path)  # set in every process, although NeMo reads the file on rank 0 only
-        super().maybe_init_from_pretrained_checkpoint(cfg, map_location)
-
     def on_fit_start(self) -> None:
-        """Check that the trainer's strategy suits two optimizers that are stepped in turn.
+        """Check that the trainer's strategy and callbacks can train the model.
 
         Raises:
-            ConfigError: if it does not; see `check_strategy`.
+            ConfigError: if they cannot; see `check_fit`.
         """
         super().on_fit_start()
-        check_strategy(self.trainer, has_discriminator=self.discriminator is not None)
+        check_fit(self.trainer, has_discriminator=self.discriminator is not None)
 
     def on_train_start(self) -> None:
         """Initialize random weights from data, compile modules and start the moving average.

@@ -228,6 +228,16 @@ def test_a_custom_connector_restores_the_model(connector, factor, nemo_file):
         assert torch.equal(expected[name], factor * value) and torch.equal(model[name], expected[name]), name
 
 
+def test_a_connector_may_save_a_folder(nemo_file, tmp_path):
+    connector = SaveRestoreConnector()
+    connector.pack_nemo_file = False
+    model = AudioCodecModel.restore_from(nemo_file)
+    model._save_restore_connector = connector
+    model.save_to(tmp_path / "m.nemo")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model_config.yaml", "model_weights.ckpt"]
+    assert len(nemo_lfr.load(tmp_path).fingerprint) == 16
+
+
 def test_a_connector_may_read_a_config_of_another_name(nemo_file, tmp_path):
     with tarfile.open(nemo_file) as tar:
         tar.extractall(tmp_path / "parts", filter="data")
@@ -597,7 +607,7 @@ def _other_slope(model):
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [(_scaling_hook, "forward hooks or replaced layers"), (_other_slope, "its config describes")],
+    [(_scaling_hook, "forward hooks or replaced layers"), (_other_slope, "differs from the codec's config")],
 )
 def test_a_model_with_hooks_or_other_settings_is_not_saved(tmp_path, change, message):
     model = AudioCodecModel.restore_from(write_nemo(tmp_path / "tiny.nemo"), map_location="cpu")

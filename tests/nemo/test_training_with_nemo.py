@@ -15,6 +15,7 @@ import torch
 pytest.importorskip("nemo", reason="stock NeMo is the reference here: pip install '.[nemo]'")
 
 import lightning.pytorch as pl
+from nemo.collections.common.callbacks import EMA
 from nemo.collections.tts.models.audio_codec import AudioCodecModel as StockModel
 from omegaconf import OmegaConf, open_dict
 
@@ -410,6 +411,23 @@ def test_a_schedule_counts_updates_not_batches(tmp_path):
         model.cfg.steps_per_epoch = None
         model._train_dl = range(13)
     assert model.max_steps == 12
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"max_epochs": None}, "neither max_steps nor max_epochs is set"),
+        ({"max_epochs": 0}, "max_epochs is 0, so"),
+        ({"max_epochs": 1}, "steps_per_epoch must be set, because the config has no train_ds"),
+    ],
+)
+def test_a_schedule_without_length_is_refused(changes, match):
+    model = AudioCodecModel(OmegaConf.create(training_config([])))
+    with open_dict(model.cfg):
+        model.cfg.pop("max_steps", None)
+        model.cfg.update({"steps_per_epoch": None} | changes)
+    with pytest.raises(ConfigError, match=match):
+        _ = model.max_steps
 
 
 def test_averaged_weights_move_with_the_module():
@@ -890,7 +908,7 @@ def test_an_invalid_number_of_the_config_is_named(changes, match):
 )
 def test_an_invalid_discriminator_or_optimizer_is_named(discriminator, optim, match):
     optim = {"_target_": "torch.optim.SGD", "lr": 1e-3} | optim
-    model = AudioCodecModel(OmegaConf.create(training_config([discriminator], optim=optim)))
+    model = AudioCodecModel(OmegaConf.create(training_config([discriminator], optim=optim, max_steps=9)))
     with pytest.raises(ConfigError, match=match):
         train(model, [batch()])
 
@@ -950,6 +968,27 @@ def test_segments_too_short_for_a_discriminator_are_refused(section, match):
         model.cfg.train_ds = section
     with pytest.raises(ConfigError, match=match):
         train(model, [batch()])
+
+
+def test_a_run_that_is_complete_or_that_nemo_cannot_resume_is_reported(tmp_path, caplog):
+    loader = torch.utils.data.DataLoader([batch(frames=8)], batch_size=None)
+    first, complete, averaged = (AudioCodecModel(OmegaConf.create(training_config([]))) for _ in range(3))
+    trainer = quiet_trainer(max_epochs=1)
+    trainer.fit(first, loader)
+    assert "no step was trained" not in caplog.text
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    quiet_trainer(max_epochs=1).fit(complete, loader, ckpt_path=str(tmp_path / "last.ckpt"))
+    assert "no step was trained, because the run to resume is complete" in caplog.text
+    with pytest.raises(ConfigError, match=r"remove exp_manager\.ema, and set model\.ema_decay"):
+        trainer = quiet_trainer(max_epochs=2, callbacks=[EMA(0.9)])
+        trainer.fit(averaged, loader, ckpt_path=str(tmp_path / "last.ckpt"))
+
+
+def test_only_one_file_may_give_the_initial_weights():
+    model = AudioCodecModel(OmegaConf.create(training_config([])))
+    files = {"init_from_ptl_ckpt": "a.ckpt", "init_from_nemo_model": "b.nemo"}
+    with pytest.raises(ConfigError, match="init_from_ptl_ckpt and init_from_nemo_model are both set"):
+        model.maybe_init_from_pretrained_checkpoint(OmegaConf.create(files))
 
 
 ADAM = {"_target_": "torch.optim.Adam", "lr": 1e-3}

@@ -277,7 +277,7 @@ UNSAVED = {
         lambda m: m.audio_encoder.register_forward_hook(lambda *_: None),
         "hooks or replaced layers",
     ),
-    "another slope": (set_slopes, "its config describes"),
+    "another slope": (set_slopes, "differs from the codec's config"),
     "converted weights": (lambda m: m.half(), "were converted to float16"),
     "converted weights of the decoder": (lambda m: m.audio_decoder.double(), "were converted to float64"),
 }
