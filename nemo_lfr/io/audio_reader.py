@@ -143,7 +143,7 @@ class AudioReader:
             if stream.by_name:
                 source = self._spool(source)
         try:
-            self._decoder = SndfileDecoder(source)
+            self._decoder = SndfileDecoder(source, stream.tail)
         except (soundfile.LibsndfileError, TypeError) as error:
             self._decoder = self._open_with_ffmpeg(error, stream)
         if isinstance(self._decoder, SndfileDecoder) and self._decoder.is_headerless:
@@ -363,6 +363,7 @@ class AudioReader:
                 self._reopened(index)
             decoder = self._decoder
             assert decoder is not None
+            decoder.seek(0)  # a segment may have been read before
             if note := self._streams[index].note:
                 logger.warning("%s: %s.", self.name, note)
             if decoder.rate != rate:  # concatenated recordings of the same rate are resampled as one signal

@@ -45,15 +45,30 @@ class Decoder(Protocol):
         """Close the files that this decoder opened."""
 
 
-class _Sequential(soundfile.SoundFile):  # type: ignore[misc]  # soundfile declares no types
-    """Sound file that can only be read sequentially, although libsndfile reports it as seekable.
+# Seconds before the position of a seek at which decoding begins, by libsndfile's name of the codec. After a seek,
+# libsndfile itself decodes too few frames before the position, so that the first samples are wrong.
+# MPEG_LAYER_III: at the lowest bit rates, a frame needs data of up to 25 frames before it (0.6 s).
+# OPUS: after this time, the decoder has forgotten in which state it began.
+_LEAD = {"MPEG_LAYER_I": 1, "MPEG_LAYER_II": 1, "MPEG_LAYER_III": 1, "OPUS": 2, "VORBIS": 0}
+# If a position is at most this many seconds ahead, the samples before it are decoded. In Vorbis audio, libsndfile
+# skips blocks up to such a position without a seek, and then returns other samples.
+_AHEAD = 2.5
 
-    After every read, soundfile seeks in a file that is reported as seekable. This class prevents that.
+
+class _Sequential(soundfile.SoundFile):  # type: ignore[misc]  # soundfile declares no types
+    """Sound file in which soundfile does not seek after every read, as it does in files that are seekable.
+
+    In MPEG audio, such a seek changes the samples that are read next.
     """
 
     def seekable(self) -> bool:
-        """Return False."""
+        """Return False; see `can_seek`."""
         return False
+
+    def can_seek(self) -> bool:
+        """Return whether libsndfile can seek in the file."""
+        # In DWVW, a codec for AIFF files, libsndfile can seek only to the beginning, but reports the file as seekable.
+        return bool(super().seekable()) and not self.subtype.startswith("DWVW")
 
 
 class SndfileDecoder:
@@ -61,6 +76,7 @@ class SndfileDecoder:
 
     Args:
         source: path as text or bytes, file object, or file descriptor. The decoder closes a file descriptor.
+        tail: number of samples at the end to which libsndfile cannot seek; see `Stream.tail`.
 
     Attributes:
         is_headerless: whether libsndfile found no header and chose the encoding by the file's suffix (.gsm, .vox).
@@ -69,7 +85,7 @@ class SndfileDecoder:
 
     note: str | None = None
 
-    def __init__(self, source: Any) -> None:
+    def __init__(self, source: Any, tail: int = 0) -> None:
         is_file_object = hasattr(source, "readinto") and not isinstance(source, SeekableBytes)
         self._source = SeekableFile(source) if is_file_object else source
         self._open()
@@ -82,18 +98,23 @@ class SndfileDecoder:
         self.is_headerless = self._file.format == "RAW"
         # libFLAC reports tags and padding after the last sample as damage, so reading stops before them.
         self._stops_at_end = self._file.format == "FLAC"
+        lead = _LEAD.get(self._file.subtype)
+        self._lead = 0 if lead is None else lead * self.rate
+        self._ahead = 0 if lead is None else round(_AHEAD * self.rate)
+        self._last_seek = None if self.num_frames is None else max(0, self.num_frames - tail)
 
     def _open(self) -> None:
-        self._file = soundfile.SoundFile(self._source)
+        self._file = _Sequential(self._source)
         self._position = 0
-        # In DWVW, a codec for AIFF files, libsndfile can seek only to the beginning.
-        if self._file.subtype.startswith("DWVW"):
-            self._file.__class__ = _Sequential
+        # If the time stamps of Opus audio do not begin at 0, libsndfile drops the padding before the first sample only
+        # after a seek.
+        if self._file.subtype == "OPUS" and self._file.can_seek():
+            self._file.seek(0)
 
     def read(self, count: int) -> np.ndarray:
         """Return up to `count` float32 samples, shape [n, channels]; n is 0 at the end."""
         if self._stops_at_end and self.num_frames is not None:
-            count = min(count, self.num_frames - self._file.tell())
+            count = min(count, self.num_frames - self._position)
         # `out`, since soundfile would otherwise return at most the number of samples that the header declares.
         samples: np.ndarray = self._file.read(out=np.empty((count, self.channels), np.float32))
         self._position += len(samples)
@@ -102,18 +123,26 @@ class SndfileDecoder:
     def seek(self, position: int) -> None:
         """Seek to the sample with index `position`, from which `read` then continues.
 
-        If libsndfile cannot seek, as in GSM, the samples up to this position are decoded.
+        The samples are those that sequential reading returns. Where libsndfile cannot seek exactly, the samples before
+        this position are decoded, from the beginning if it cannot seek at all.
         """
-        if self._file.seekable():
-            self._file.seek(position)
-            return
-        if position < self._position:
-            self._file.close()
-            if hasattr(self._source, "seek"):
-                self._source.seek(0)
-            self._open()
+        start = position - self._lead
+        if self._last_seek is not None:
+            start = min(start, self._last_seek)
+        if position < self._position or (self._file.can_seek() and self._position + self._ahead < start):
+            self._seek_before(max(0, start))
         while self._position < position and len(self.read(min(position - self._position, 1 << 16))):
             pass
+
+    def _seek_before(self, start: int) -> None:
+        """Seek to the sample with index `start`, or to the first one if libsndfile cannot seek."""
+        if self._file.can_seek():
+            self._position = self._file.seek(start)
+            return
+        self._file.close()
+        if hasattr(self._source, "seek"):
+            self._source.seek(0)
+        self._open()
 
     def close(self) -> None:
         """Close the file."""

@@ -50,6 +50,11 @@ def wav(*chunks, riff=None, rate=RATE, align=2, byte_rate=None):
     return b"RIFF" + struct.pack("<I", len(body) if riff is None else riff) + body
 
 
+def without_bits(data):
+    """Return a WAV file whose `fmt ` chunk ends before the number of bits per sample."""
+    return patched(data[:34] + data[36:], (16, struct.pack("<I", 14)))
+
+
 def rf64(size, data_size=0xFFFFFFFF):
     data = pcm()
     ds64 = struct.pack("<QQQI", len(data) + 80, size, 0, 0)
@@ -161,6 +166,7 @@ WHOLE = {
     "FLAC with zeros behind": flac() + bytes(500),
     "WAV with two ID3 tags before": ID3 * 2 + wav(chunk(b"data", pcm())),
     "WAV with an ID3 tag before": ID3 + wav(chunk(b"data", pcm())),
+    "WAV without the number of bits per sample": without_bits(wav(chunk(b"data", pcm()))),
 }
 
 
@@ -197,6 +203,8 @@ def test_ffmpeg_reads_the_same_samples(tmp_path, name):
         pytest.skip("FFmpeg is not installed")
     if name == "two data chunks":
         pytest.skip("FFmpeg reads the last data chunk only")
+    if name == "WAV without the number of bits per sample":
+        pytest.skip("FFmpeg assumes 8 bits")
     (tmp_path / "a.bin").write_bytes(WHOLE[name])
     command = [ffmpeg, "-v", "error", "-i", tmp_path / "a.bin", "-f", "f32le", "-ac", "1", "-"]
     expected = np.frombuffer(subprocess.run(command, capture_output=True).stdout, "<f4")
@@ -333,6 +341,11 @@ NO_LENGTH = {"IRCAM", "PAF", "PVF"}  # truncation is only detectable within a sa
 def test_a_stream_that_is_cut_is_refused(name):
     with pytest.raises(AudioError, match=r"a\.wav: the audio (was truncated|is damaged)"):
         read(CUT[name])
+
+
+def test_samples_in_a_list_are_refused_as_not_supported():
+    with pytest.raises(AudioError, match=r"a\.wav: the samples .* LIST chunk of the type wavl, .* one data chunk"):
+        read(wav(chunk(b"LIST", b"wavl" + chunk(b"data", pcm()))))
 
 
 def rare(kind, channels=1):

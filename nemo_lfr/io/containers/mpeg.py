@@ -15,8 +15,13 @@ MAX_LEAD = 1 << 16  # maximum number of bytes before the first frame
 CRC = 2  # bytes that may follow the header of a frame
 # Maximum numbers of samples that a layer 3 decoder may drop: its own delay plus one frame, and the delay plus padding
 # that two 12-bit fields of the Xing header declare.
-DECODER_TRIM, XING_TRIM = 529 + 1152, 2 * 4095
+DECODER_DELAY = 529
+DECODER_TRIM, XING_TRIM = DECODER_DELAY + 1152, 2 * 4095
 MAX_PADDING = 4096  # number of bytes of tags and zeros after the audio that are ignored without a warning
+
+# After the Xing header, encoders may write the LAME header: its size, and where it states the delay and the padding of
+# the encoder in two fields of 12 bits each.
+LAME_BYTES, DELAY_AT = 36, 21
 
 _BITRATES = {  # kbit/s by (is MPEG 1, layer)
     (True, 1): (32, 64, 96, 128, 160, 192, 224, 256, 288, 320, 352, 384, 416, 448),
@@ -262,6 +267,7 @@ def mpeg_streams(window: Window) -> list[Stream]:
         return [whole_file(window.size, HEADER_CUT)]
     streams = []
     for piece in pieces:
+        first = read_frame(piece.first)
         is_counted = piece.count == piece.promised
         stream = Stream(piece.spans, by_name=True, note=piece.note, least_samples=_least_samples(piece))
         stream.problem = piece.problem if piece.is_certain or not is_counted else None
@@ -273,8 +279,18 @@ def mpeg_streams(window: Window) -> list[Stream]:
             stream.is_file = len(pieces) == 1 and _is_plain(window, piece)
             if not stream.is_file:
                 stream.header, stream.spans = _true_header(window, piece)
-        else:  # without the right number of frames, libsndfile would stop at an estimated length
-            stream.header = _xing_header(piece.first, piece.count)
+        elif piece.promised and _xing_tag(window, piece):  # more frames than the header declares
+            stream.header, stream.spans = _true_header(window, piece)
+        elif first is not None and first.layer == 3:
+            if piece.promised is not None:  # a header without a number of frames, which is not audio
+                stream.spans = _true_header(window, piece)[1]
+            stream.header = _header_frames(piece.first, piece.count)
+        elif first is not None:
+            # libsndfile stops at a length that it estimates from the sizes of the file and of the first frame. If this
+            # is too short, frames are repeated; they make the file longer and are not read.
+            stream.num_samples = piece.count * first.samples
+            size = sum(stop - start for start, stop in piece.spans)
+            stream.spans = piece.spans * -(-piece.count * piece.first_length // size)
         streams.append(stream)
     return streams
 
@@ -327,7 +343,8 @@ def _xing_tag(window: Window, piece: Piece) -> bytes:
 def _true_header(window: Window, piece: Piece) -> tuple[bytes, list[Span]]:
     """Return a new Xing header, and the byte ranges of the other frames.
 
-    The header states the true size, and its side information is all zeros.
+    The header states the true size and number of frames, and its side information is all zeros. If there are more
+    frames than the old header declares, the padding after the last frame is unknown, and none is declared.
     """
     (start, stop), *others = piece.spans
     header = bytearray(window.at(start, piece.first_length))
@@ -337,26 +354,43 @@ def _true_header(window: Window, piece: Piece) -> tuple[bytes, list[Span]]:
     if frame is not None and _xing_bytes(window, piece) is not None:
         size = sum(stop - start for start, stop in piece.spans)
         struct.pack_into(">I", header, 4 + frame.side + 12, min(size, 0xFFFFFFFF))
+    if frame is not None and piece.promised and piece.count > piece.promised:
+        tag = 4 + frame.side
+        struct.pack_into(">I", header, tag + 8, piece.count)
+        flags = header[tag + 7]  # each one stands for a field: number of frames, size, table of contents, quality
+        fields = sum(size for bit, size in enumerate((4, 4, 100, 4)) if flags >> bit & 1)
+        padding = tag + 8 + fields + DELAY_AT + 1
+        if padding + 2 <= len(header):
+            header[padding] &= 0xF0
+            header[padding + 1] = 0
     return bytes(header), [(start + piece.first_length, stop), *others]
 
 
-def _xing_header(head: bytes, count: int) -> bytes:
-    """Return a Xing header, which is a silent frame that declares `count` frames.
+def _header_frames(head: bytes, count: int) -> bytes:
+    """Return a Xing header for frames without one, and a silent frame that follows it.
+
+    Together, they make libmpg123 return all samples of the frames. With a Xing header, it drops at least its own delay
+    of 529 samples, which it returns without one. The header therefore declares a delay of the encoder with which
+    exactly the silent frame is dropped.
 
     Args:
-        head: first four bytes of an audio frame. The Xing header has the same sample rate and number of channels.
-        count: number of frames to declare.
+        head: first four bytes of an audio frame. The two frames have the same sample rate and number of channels.
+        count: number of frames that follow.
 
     Returns:
-        The frame; empty for layers 1 and 2, which have no Xing headers.
+        The two frames; empty for layers 1 and 2, which have no Xing headers.
     """
     frame = read_frame(head)
     if frame is None or frame.layer != 3:
         return b""
-    for index in range(1, 15):
-        made = bytes([head[0], head[1] | 1, index << 4 | head[2] & 0x0C, head[3]])
-        own = read_frame(made)
-        if own is not None and own.length >= 4 + own.side + 120:
-            tag = b"Xing" + struct.pack(">II", 1, count)
-            return (made + bytes(own.side) + tag).ljust(own.length, b"\0")
+    made = [bytes([head[0], head[1] | 1, index << 4 | head[2] & 0x0C, head[3]]) for index in range(1, 15)]
+    for first in made:
+        own = read_frame(first)
+        if own is not None and own.length >= 4 + own.side + 120 + LAME_BYTES:
+            tag = b"Xing" + struct.pack(">II", 1, count + 1)
+            lame = b"LAME".ljust(DELAY_AT, b"\0") + struct.pack(">I", (frame.samples - DECODER_DELAY) << 20)[:3]
+            silent = read_frame(made[0]) or own
+            return (first + bytes(own.side) + tag + lame).ljust(own.length, b"\0") + made[0].ljust(
+                silent.length, b"\0"
+            )
     return b""

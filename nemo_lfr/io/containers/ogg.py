@@ -2,6 +2,7 @@
 
 import struct
 import zlib
+from collections.abc import Mapping
 
 from nemo_lfr.io.containers.joined import next_file
 from nemo_lfr.io.containers.stream import JOINED, TAGS, Stream, Window, several_tracks
@@ -19,6 +20,7 @@ _OPUS_RATE, _RATE_AT = 48000, 12
 def ogg_streams(window: Window) -> list[Stream]:
     """Find the recordings in an Ogg file."""
     links: list[Stream] = []
+    ends: dict[int, list[int]] = {}
     open_serials: set[int] = set()
     numbers: dict[int, int] = {}
     position, start, in_heads = 0, 0, True
@@ -48,12 +50,15 @@ def ogg_streams(window: Window) -> list[Stream]:
         flags, serial, number = page[5], *struct.unpack_from("<II", page, 14)
         if flags & 2:  # the page begins a logical stream
             if not in_heads:  # after pages of other streams: the next recording
-                links.append(_link(start, position, problem, open_serials, tracks, header))
+                links.append(_link(start, position, problem, open_serials, tracks, header, ends))
                 start, problem, tracks, header = position, None, 0, b""
-                open_serials, numbers = set(), {}
+                open_serials, numbers, ends = set(), {}, {}
             in_heads = True
             open_serials.add(serial)
-            tracks += window.at(position + 27 + len(table), 8).startswith(_AUDIO)
+            is_audio = window.at(position + 27 + len(table), 8).startswith(_AUDIO)
+            if is_audio:
+                ends[serial] = [0, 0]
+            tracks += is_audio
             if position == start:
                 header = _with_rate(window.at(position, length), 27 + len(table))
         else:
@@ -61,10 +66,14 @@ def ogg_streams(window: Window) -> list[Stream]:
             if serial in numbers and number != (numbers[serial] + 1) & 0xFFFFFFFF:
                 problem = problem or f"the audio is damaged: Ogg pages are missing at position {position}"
         numbers[serial] = number
+        # A packet ends in this page, so its time stamp is valid.
+        if serial in ends and min(table, default=255) < 255:
+            (end,) = struct.unpack_from("<q", page, 6)
+            ends[serial] = [ends[serial][1], end]
         if flags & 4:
             open_serials.discard(serial)
         position += length
-    links.append(_link(start, position, problem, open_serials, tracks, header))
+    links.append(_link(start, position, problem, open_serials, tracks, header, ends))
     if len(links) == 1 and not header:
         links[0].is_file = True
     return links
@@ -98,7 +107,15 @@ def _with_rate(page: bytes, begin: int) -> bytes:
     return page[:22] + struct.pack("<I", _checksum(page)) + page[26:]
 
 
-def _link(start: int, stop: int, problem: str | None, open_serials: set[int], tracks: int, header: bytes) -> Stream:
+def _link(
+    start: int,
+    stop: int,
+    problem: str | None,
+    open_serials: set[int],
+    tracks: int,
+    header: bytes,
+    ends: Mapping[int, list[int]],
+) -> Stream:
     """Return a recording as a `Stream`.
 
     Args:
@@ -108,7 +125,11 @@ def _link(start: int, stop: int, problem: str | None, open_serials: set[int], tr
         open_serials: logical streams whose last page is missing.
         tracks: number of audio tracks.
         header: bytes that replace the first page; b"" to keep it.
+        ends: from the serial number of each audio track to the time stamps of its last two pages, in samples.
     """
     if open_serials:
         problem = problem or "the audio was truncated: its last page is missing"
-    return Stream([(start + len(header), stop)], header, problem=problem, note=several_tracks(tracks))
+    tail = max((last - before for before, last in ends.values()), default=0)
+    return Stream(
+        [(start + len(header), stop)], header, problem=problem, note=several_tracks(tracks), tail=max(0, tail)
+    )

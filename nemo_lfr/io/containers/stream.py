@@ -42,6 +42,8 @@ class Stream:
         padding: number of zeros that a decoder must read after the ranges.
         num_samples: number of samples per channel, if a decoder might return more samples; None otherwise.
         least_samples: minimum number of samples per channel. If a decoder returns fewer, the recording is damaged.
+        tail: number of samples per channel in the last page of an Ogg file. libsndfile's seeks into this page may be
+            wrong, since the page may end before its last block does.
     """
 
     spans: list[Span]
@@ -54,6 +56,7 @@ class Stream:
     padding: int = 0
     num_samples: int | None = None
     least_samples: int = 0
+    tail: int = 0
 
 
 class Splice(SeekableBytes):

@@ -30,6 +30,7 @@ from nemo_lfr.io.containers.stream import (
 from nemo_lfr.io.containers.wav_header import WavHeader, is_wav
 
 SEVERAL = "the audio contains several recordings; write it to a file, and pass the file"
+IN_LIST = "the samples are in a LIST chunk of the type wavl, which is not supported; write them to one data chunk"
 # Maximum size in bytes of a chunk before the samples; a damaged header may declare gigabytes.
 MAX_HEADER_CHUNK = 1 << 16
 # Maximum number of bytes buffered from a pipe to distinguish chunks from samples.
@@ -191,7 +192,7 @@ def _recording(window: Window, start: int) -> tuple[list[Stream], int | None]:
     size = window.size
     header = WavHeader(window.at(start, 12))
     spans: list[Span] = []
-    problem, note, exact, following = None, None, True, None
+    problem, note, exact, following, has_list = None, None, True, None, False
     position = start + 12
     while position + 8 <= size:
         name, length = struct.unpack(f"{header.order}4sI", window.at(position, 8))
@@ -203,6 +204,7 @@ def _recording(window: Window, start: int) -> tuple[list[Stream], int | None]:
         if is_other or not CHUNK_NAME.match(name):
             break
         if name != b"data":
+            has_list = has_list or (name == b"LIST" and window.at(begin, 4) == b"wavl")
             is_read = name in (b"fmt ", b"ds64")
             header.note(name, window.at(begin, min(length, MAX_HEADER_CHUNK)) if is_read else b"")
             position = _after(window, begin, length)
@@ -220,6 +222,8 @@ def _recording(window: Window, start: int) -> tuple[list[Stream], int | None]:
             following = other
         else:
             problem = problem or JOINED
+    if has_list and not spans:
+        return [Stream([(start, size)], problem=IN_LIST)], None
     if not spans or not header.format:
         return [Stream([(start, size)], problem=_no_samples(window, start, position, header, spans))], None
     if header.is_mpeg:
@@ -230,7 +234,7 @@ def _recording(window: Window, start: int) -> tuple[list[Stream], int | None]:
             or "the audio contains DTS or AC-3, although its header says linear PCM; convert it to WAV with ffmpeg"
         )
     # libsndfile does not read BW64, which differs from RF64 only in its name.
-    is_file = exact and start == 0 and following is None and header.magic != b"BW64"
+    is_file = exact and start == 0 and following is None and header.magic != b"BW64" and not header.is_completed
     stream = samples_stream(header, spans)
     if is_file and stream.num_samples is None:
         return [whole_file(size, problem)], None

@@ -28,6 +28,7 @@ class WavHeader:
         data_size: size of the samples in bytes, as declared in the `data` chunk.
         long_size: size of the samples in bytes, as declared in the `ds64` chunk of RF64; None without this chunk.
         long_total: size of the RIFF chunk in bytes, as declared in the `ds64` chunk; None without this chunk.
+        is_completed: whether `format` is longer than in the file; see `_with_bits`.
     """
 
     start: bytes
@@ -35,6 +36,7 @@ class WavHeader:
     data_size: int = 0
     long_size: int | None = None
     long_total: int | None = None
+    is_completed: bool = False
 
     @property
     def magic(self) -> bytes:
@@ -86,7 +88,8 @@ class WavHeader:
             body: content of the chunk.
         """
         if name == b"fmt " and not self.format:
-            self.format = body
+            self.format = _with_bits(body, self.order)
+            self.is_completed = self.format != body
         elif name == b"ds64" and len(body) >= 16:
             self.long_total, self.long_size = struct.unpack_from("<QQ", body)
 
@@ -115,6 +118,19 @@ class WavHeader:
             total = size = 0xFFFFFFFF
         start = struct.pack(f"{order}4sI4s", magic, total, b"WAVE")
         return start + long + chunk + struct.pack(f"{order}4sI", b"data", size)
+
+
+def _with_bits(form: bytes, order: str) -> bytes:
+    """Add the number of bits per sample to the content of a `fmt ` chunk that ends before it, at byte 14.
+
+    FFmpeg would assume 8 bits. The number follows from the size in bytes of one sample of all channels.
+    """
+    if not 14 <= len(form) < 16:
+        return form
+    tag, channels, _, _, size = struct.unpack_from(f"{order}HHIIH", form)
+    if tag not in _PLAIN_TAGS or not channels or not size or size % channels:
+        return form
+    return form[:14] + struct.pack(f"{order}H", 8 * (size // channels) & 0xFFFF)
 
 
 def read_wav_header(read: Callable[[int], bytes]) -> tuple[WavHeader | None, bytes]:
