@@ -13,7 +13,6 @@ The clips of a list or column may have different lengths.
 
 import logging
 import os
-from array import array
 from collections.abc import Mapping, Sequence
 from functools import cache
 from numbers import Number
@@ -23,6 +22,7 @@ import numpy as np
 
 from nemo_lfr.codec.arguments import check_audio, check_lengths, check_not_empty, float_audio, resample_clips
 from nemo_lfr.codec.arrays import Arrays, Kind, to_numpy
+from nemo_lfr.codec.tables import as_list, from_arrow
 from nemo_lfr.errors import AudioError, shorten
 from nemo_lfr.io.audio import AudioReader
 from nemo_lfr.io.locate import expand_home
@@ -89,21 +89,9 @@ def to_batch(
     return batch, lengths
 
 
-def as_list(audio: Any) -> Any:
-    """Return a column of a table as a list, an `array.array` as a numpy array, and any other argument unchanged.
-
-    Columns are sequences (the `Column` of `datasets`), arrays of objects (a `Series` of pandas), and Arrow arrays.
-    """
-    if callable(getattr(audio, "to_pylist", None)):
-        return audio.to_pylist()
-    if isinstance(audio, array):
-        return np.asarray(audio)  # keeps int16
-    is_other_sequence = isinstance(audio, Sequence) and not isinstance(audio, str | bytes | list | tuple)
-    return list(audio) if is_other_sequence or getattr(audio, "dtype", None) == np.dtype(object) else audio
-
-
 def plain_number(value: Any) -> Any:
-    """Convert a 0-d array or tensor to a Python number; return any other value unchanged."""
+    """Convert a 0-d array, tensor or Arrow scalar to a Python number; return any other value unchanged."""
+    value = from_arrow(value)
     is_scalar = getattr(value, "ndim", None) == 0 and callable(getattr(value, "item", None))
     return value.item() if is_scalar else value
 
@@ -112,6 +100,8 @@ def is_list_of_clips(audio: object) -> bool:
     """Return whether `audio` is a list of clips rather than a list of samples."""
     if not isinstance(audio, list | tuple) or not audio:
         return False
+    if isinstance(audio[0], str):  # also numpy's strings, which have ndim 0
+        return True
     return not isinstance(audio[0], Number) and getattr(audio[0], "ndim", None) != 0
 
 

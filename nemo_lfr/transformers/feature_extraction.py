@@ -10,7 +10,8 @@ from transformers.utils import logging
 
 from nemo_lfr.codec.arguments import check_not_empty, float_audio
 from nemo_lfr.codec.arrays import NumpyArrays
-from nemo_lfr.codec.clips import as_list, is_list_of_clips
+from nemo_lfr.codec.clips import is_list_of_clips
+from nemo_lfr.codec.tables import as_list
 from nemo_lfr.errors import AudioError, quoted, shorten
 from nemo_lfr.io.audio import check_peak
 

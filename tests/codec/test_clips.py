@@ -221,3 +221,66 @@ def test_decoded_audio_in_any_format_of_datasets_is_encoded(form):
         tokens, tokens_len = codec.encode(audio)
         assert torch.equal(tokens, expected) and torch.equal(tokens_len, lengths)
     assert torch.equal(codec.encode(dataset[1]["audio"])[0][..., : lengths[1]], expected[1:, :, : lengths[1]])
+
+
+@pytest.fixture(scope="module")
+def wav(tmp_path_factory) -> pathlib.Path:
+    path = tmp_path_factory.mktemp("audio") / "a.wav"
+    soundfile.write(path, INT16, RATE)
+    return path
+
+
+def arrow(values: Any, kind: str) -> Any:
+    pa = pytest.importorskip("pyarrow", reason="pip install '.[corpus]'")
+    samples = pa.list_(pa.int16())
+    types = {
+        "samples": pa.int16(),
+        "list": samples,
+        "struct": pa.struct({"array": samples, "sampling_rate": pa.int64()}),
+    }
+    return pa.array(values, types.get(kind))
+
+
+def series(values: Any, **options: Any) -> Any:
+    return pytest.importorskip("pandas", reason="pip install pandas").Series(values, **options)
+
+
+COLUMNS = {  # columns and cells of tables with 16-bit samples, or with a file of them
+    "Arrow samples": lambda wav: arrow(INT16, "samples"),
+    "Arrow chunks": lambda wav: pytest.importorskip("pyarrow").chunked_array([INT16[:100], INT16[100:]]),
+    "Arrow list": lambda wav: arrow([INT16], "list"),
+    "cell with a list": lambda wav: arrow([INT16], "list")[0],
+    "cells with lists": lambda wav: [arrow([INT16], "list")[0]],
+    "Arrow structs": lambda wav: arrow([{"array": INT16, "sampling_rate": RATE}], "struct"),
+    "cell with a struct": lambda wav: arrow([{"array": INT16, "sampling_rate": RATE}], "struct")[0],
+    "cell with bytes": lambda wav: arrow([{"bytes": wav.read_bytes(), "path": None}], "")[0],
+    "cell with a path": lambda wav: arrow([str(wav)], "")[0],
+    "Arrow paths": lambda wav: arrow([str(wav)], ""),
+    "Series of paths": lambda wav: series([str(wav)]),
+    "Series of strings in Arrow": lambda wav: series([str(wav)], dtype="string[pyarrow]"),
+    "Series of objects": lambda wav: series([wav], dtype=object),
+    "Series of dicts": lambda wav: series([{"array": INT16, "sampling_rate": RATE}]),
+    "array of paths": lambda wav: np.array([str(wav)]),
+}
+
+
+@pytest.mark.parametrize("kind", COLUMNS)
+def test_columns_and_cells_of_tables_keep_the_type_of_their_samples(kind, wav):
+    codec = cached_codec()
+    expected = codec.encode(INT16, sample_rate=RATE)[0]
+    for rate in (RATE, pytest.importorskip("pyarrow").scalar(RATE)):
+        assert torch.equal(codec.encode(COLUMNS[kind](wav), sample_rate=rate)[0], expected)
+
+
+@pytest.mark.parametrize(
+    ("make", "error"),
+    [
+        (lambda wav: series([str(wav)]).to_frame("path"), r"audio is a data frame; pass its column of audio"),
+        (lambda wav: arrow([{"bytes": None, "path": None}], "")[0], r"it needs 'array' and 'sampling_rate'"),
+        (lambda wav: arrow([{"bytes": None, "path": None}], ""), r"audio\[0\] is a dict .*it needs 'array'"),
+        (lambda wav: arrow([None], "list"), r"audio\[0\] .*None"),
+    ],
+)
+def test_columns_without_audio_are_refused_by_name(make, error, wav):
+    with pytest.raises(AudioError, match=error):
+        cached_codec().encode(make(wav))

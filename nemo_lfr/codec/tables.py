@@ -1,0 +1,81 @@
+"""Convert columns and cells of tables (Arrow, pandas, polars, `datasets`) to lists, dicts and numpy arrays.
+
+No table library is imported here.
+"""
+
+import os
+from array import array
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from nemo_lfr.errors import AudioError
+
+
+def as_list(audio: Any) -> Any:
+    """Return a column of a table as a list, an `array.array` as a numpy array, and any other argument unchanged.
+
+    Columns are sequences (the `Column` of `datasets`), arrays of objects or of paths (a `Series` of pandas or polars),
+    and Arrow arrays. An Arrow column of numbers is one clip, and becomes a numpy array of the same type.
+
+    Raises:
+        AudioError: for a data frame with other values than numbers, as its column of audio is not known.
+    """
+    if isinstance(audio, list | tuple):
+        return [from_arrow(clip) for clip in audio] if audio and _is_arrow(audio[0]) else audio
+    if _is_arrow(audio):
+        return from_arrow(audio)
+    if callable(getattr(audio, "to_pylist", None)):  # an Arrow table
+        return audio.to_pylist()
+    if isinstance(audio, array):
+        return np.asarray(audio)  # keeps int16
+    if hasattr(audio, "columns") and hasattr(audio, "dtypes") and np.asarray(audio).dtype.kind in "OUST":
+        raise AudioError("audio is a data frame; pass its column of audio, such as table['audio'].")
+    is_other_sequence = isinstance(audio, Sequence) and not isinstance(audio, str | bytes)
+    has_objects = getattr(audio, "dtype", None) == np.dtype(object)
+    return list(audio) if is_other_sequence or has_objects or _has_clips(audio) else audio
+
+
+def from_arrow(value: Any) -> Any:
+    """Convert an Arrow array or scalar, and keep the type of its numbers; return any other value unchanged.
+
+    Arrays of numbers become numpy arrays, other arrays lists, and structs dicts. In a list of lists of equal length,
+    the result is one array.
+    """
+    if not _is_arrow(value):
+        return value
+    import pyarrow
+    import pyarrow.types as is_
+
+    if isinstance(value, pyarrow.Array | pyarrow.ChunkedArray):
+        if is_.is_integer(value.type) or is_.is_floating(value.type):
+            return np.asarray(value)
+        return [from_arrow(item) for item in value]
+    if not value.is_valid:
+        return None
+    if isinstance(value, pyarrow.ExtensionScalar):
+        return from_arrow(value.value)
+    if is_.is_struct(value.type):
+        return {value.type.field(index).name: from_arrow(value[index]) for index in range(value.type.num_fields)}
+    if not isinstance(getattr(value, "values", None), pyarrow.Array):
+        return value.as_py()
+    items = from_arrow(value.values)
+    is_matrix = isinstance(items, list) and all(isinstance(item, np.ndarray) for item in items)
+    return np.stack(items) if is_matrix and len({item.shape for item in items}) == 1 else items
+
+
+def _is_arrow(value: Any) -> bool:
+    """Return whether a value is an Arrow array or scalar."""
+    is_convertible = hasattr(value, "type") and (hasattr(value, "to_pylist") or hasattr(value, "as_py"))
+    return is_convertible and type(value).__module__.startswith("pyarrow.")
+
+
+def _has_clips(audio: Any) -> bool:
+    """Return whether a one-dimensional array, or a column of pandas or polars, contains paths, dicts or lists."""
+    if not isinstance(audio, np.ndarray) and not callable(getattr(audio, "to_list", None)):
+        return False
+    if getattr(audio, "ndim", 1) != 1 or not len(audio):
+        return False
+    first = next(iter(audio))
+    return isinstance(first, str | os.PathLike | Mapping) or callable(getattr(first, "to_list", None))
