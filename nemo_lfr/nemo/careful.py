@@ -139,8 +139,8 @@ class CarefulLines(LazyJsonlIterator):
 class StrictLines(CarefulLines):
     """JSON-lines iterator that raises an error for a malformed line.
 
-    NeMo reads some manifests in parallel with other files, line by line. If one line were skipped, each later line
-    would be combined with a line about another clip.
+    NeMo matches the lines of some manifests to those of other files by their numbers. If one line were skipped, each
+    later line would be combined with a line about another clip.
     """
 
     advice = "fix the line, or remove it together with the matching lines of the other files"
@@ -152,8 +152,8 @@ class StrictLines(CarefulLines):
             ConfigError: always. The message names the file, the line and the reason.
         """
         raise ConfigError(
-            f"{self.path}, line {number}: {reason}; NeMo reads other files in parallel with this manifest, so lines "
-            f"cannot be skipped; {self.advice}."
+            f"{self.path}, line {number}: {reason}; the line cannot be skipped, because NeMo matches the lines of this "
+            f"manifest to those of other files by their numbers; {self.advice}."
         )
 
 
