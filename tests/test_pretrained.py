@@ -429,7 +429,7 @@ def test_a_cache_folder_without_one_snapshot_is_refused(tmp_path, count):
     for number in range(count):
         (tmp_path / "models--me--one" / "snapshots" / str(number)).mkdir(parents=True)
     (tmp_path / "models--me--one" / "snapshots").mkdir(parents=True, exist_ok=True)
-    with pytest.raises(CheckpointError, match=f"has {count} snapshots"):
+    with pytest.raises(CheckpointError, match=f"has {count or 'no'} snapshots"):
         nemo_lfr.load(tmp_path / "models--me--one")
 
 

@@ -109,7 +109,7 @@ def problem_of(values: Mapping[str, Any], schema: Mapping[str, Kind]) -> str | N
 
 
 def message_type(values: Mapping[str, Any]) -> str:
-    """Return the type of a stream's text message, which is a key of `MESSAGES`; "" if `type` is not a valid name."""
+    """Return the type of a stream's text message, which may be unknown; "" if `type` is not text or is "tokens"."""
     if "type" not in values:
         return "tokens"
     name = values["type"]

@@ -188,7 +188,11 @@ def _snapshot(folder: Path) -> Path:
     except OSError as error:
         path = folder / "snapshots"
         raise CheckpointError(f"{path}: the folder cannot be read ({error.strerror}).") from error
-    if len(snapshots) != 1:
+    if not snapshots:
+        raise CheckpointError(
+            f"{folder}: the folder in the Hub's cache has no snapshots; download the repository again."
+        )
+    if len(snapshots) > 1:
         raise CheckpointError(
             f"{folder}: the folder in the Hub's cache has {len(snapshots)} snapshots, and does not say which one is "
             "current; pass the path of a snapshot, or download the repository again."

@@ -152,8 +152,8 @@ class StrictLines(CarefulLines):
             ConfigError: always. The message names the file, the line and the reason.
         """
         raise ConfigError(
-            f"{self.path}, line {number}: {reason}; the line cannot be skipped, because NeMo matches the lines of this "
-            f"manifest to those of other files by their numbers; {self.advice}."
+            f"{self.path}, line {number}: {reason}; the line cannot be skipped, because NeMo matches the lines of "
+            f"this manifest to those of other files by their numbers; {self.advice}."
         )
 
 
