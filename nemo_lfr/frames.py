@@ -4,6 +4,8 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from nemo_lfr.errors import NemoLfrError
+
 
 def num_frames(num_samples: int, samples_per_frame: int) -> int:
     """Return how many frames `num_samples` samples fill, rounded up."""
@@ -22,6 +24,30 @@ def bytes_per_frame(levels: Sequence[int], num_codebooks: int) -> int:
     """
     largest: int = math.prod(levels) ** num_codebooks - 1
     return (largest.bit_length() + 7) // 8
+
+
+def duration_text(seconds: float) -> str:
+    """Return a duration for a message in the largest fitting unit: "2.50 hours", "9.5 minutes" or "17.4 seconds"."""
+    if seconds >= 3600:
+        return f"{seconds / 3600:.2f} hours"
+    return f"{seconds / 60:.1f} minutes" if seconds >= 60 else f"{seconds:.1f} seconds"
+
+
+def check_first_lookahead(first_lookahead: int | None, lookahead: int | None) -> None:
+    """Check the lookahead for the start of a stream.
+
+    Args:
+        first_lookahead: lookahead in frames for the start of the recording; None for `lookahead`.
+        lookahead: lookahead in frames; None for the codec's full lookahead.
+
+    Raises:
+        NemoLfrError: if `first_lookahead` is larger than `lookahead`.
+    """
+    if first_lookahead is not None and lookahead is not None and first_lookahead > lookahead:
+        raise NemoLfrError(
+            f"first_lookahead is {first_lookahead}, but lookahead is only {lookahead}; pass a first_lookahead of at "
+            f"most {lookahead}, or a larger lookahead."
+        )
 
 
 @dataclass(frozen=True)

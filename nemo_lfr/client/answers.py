@@ -9,7 +9,7 @@ import reprlib
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -17,6 +17,8 @@ from nemo_lfr.errors import shorten
 from nemo_lfr.io.containers.wav_header import read_wav_header
 
 StreamKind = Literal["encode", "decode"]
+
+_WAV_TAGS = (1, 3, 0xFFFE)  # format tags of a WAV file with samples that are not compressed
 
 
 @dataclass(frozen=True)
@@ -153,37 +155,47 @@ def audio_problem(content: bytes, audio_format: str, sample_rate: int, num_sampl
         sample_rate: expected sample rate of a WAV or FLAC file, Hz; not checked for Opus.
         num_samples: expected length of a WAV or FLAC file, in samples; not checked for Opus.
     """
-    if audio_format == "opus":
-        return _ogg_problem(content)
-    name = audio_format.upper()
-    figures = _wav_figures(content) if audio_format == "wav" else _flac_figures(content)
+    name = {"wav": "WAV", "flac": "FLAC", "opus": "Ogg Opus"}[audio_format]
+    read = {"wav": _wav_figures, "flac": _flac_figures, "opus": _opus_figures}[audio_format]
+    figures = read(content)
     if figures is None:
         return f"data that is not a complete {name} file"
-    if figures != (sample_rate, num_samples):
-        return f"{figures[1]} samples at {figures[0]} Hz, not {num_samples} at {sample_rate} Hz"
+    if figures.channels != 1:
+        return f"a {name} file with {figures.channels} channels, not 1"
+    if audio_format != "opus" and (figures.sample_rate, figures.num_samples) != (sample_rate, num_samples):
+        return f"{figures.num_samples} samples at {figures.sample_rate} Hz, not {num_samples} at {sample_rate} Hz"
     return None
 
 
-def _wav_figures(content: bytes) -> tuple[int, int] | None:
-    """Return the sample rate and the number of samples of a WAV file; None if it is invalid or truncated."""
+class _Figures(NamedTuple):
+    """Description of an audio file. For Opus, the sample rate and the number of samples are unknown and 0."""
+
+    channels: int
+    sample_rate: int
+    num_samples: int
+
+
+def _wav_figures(content: bytes) -> _Figures | None:
+    """Return the description of a WAV file; None if the file is invalid or truncated."""
     header, start = read_wav_header(io.BytesIO(content).read)
     if header is None or header.magic != b"RIFF" or len(header.format) < 16:
         return None
-    rate, width = struct.unpack_from("<I4xH", header.format, 4)
+    tag, channels, rate, width, bits = struct.unpack_from("<HHI4xHH", header.format)
+    is_plain = tag in _WAV_TAGS and width > 0 and 8 * width == channels * bits
     is_whole = len(start) + header.data_size <= len(content)
-    return (rate, header.data_size // width) if is_whole and width else None
+    return _Figures(channels, rate, header.data_size // width) if is_plain and is_whole else None
 
 
-def _flac_figures(content: bytes) -> tuple[int, int] | None:
-    """Return the sample rate and the number of samples in the header of a FLAC file; None if it is invalid."""
+def _flac_figures(content: bytes) -> _Figures | None:
+    """Return the description in the header of a FLAC file; None if the header is invalid."""
     if content[:4] != b"fLaC" or len(content) < 42:
         return None
     bits = int.from_bytes(content[18:26], "big")  # bits: 20 sample rate, 3 channels, 5 sample size, 36 length
-    return bits >> 44, bits & ((1 << 36) - 1)
+    return _Figures((bits >> 41 & 7) + 1, bits >> 44, bits & ((1 << 36) - 1))
 
 
-def _ogg_problem(content: bytes) -> str | None:
-    """Describe what is wrong with an Ogg Opus file; return None if it is complete.
+def _opus_figures(content: bytes) -> _Figures | None:
+    """Return the description of an Ogg Opus file; None if the file is not complete.
 
     The last page of a complete file has the end-of-stream flag.
     """
@@ -192,5 +204,5 @@ def _ogg_problem(content: bytes) -> str | None:
         is_last = bool(content[position + 5] & 4)
         count = content[position + 26]
         position += 27 + count + sum(content[position + 27 : position + 27 + count])
-    is_whole = is_last and position == len(content) and content[28:36] == b"OpusHead"
-    return None if is_whole else "data that is not a complete Ogg Opus file"
+    is_whole = is_last and position == len(content) and content[28:36] == b"OpusHead" and position >= 38
+    return _Figures(content[37], 0, 0) if is_whole else None

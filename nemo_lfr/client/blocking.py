@@ -5,9 +5,9 @@ import os
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -98,8 +98,8 @@ class Client:
         Args:
             lookahead: number of later frames that a result may depend on; None for the codec's full lookahead, which
                 gives the same audio as decoding the whole recording.
-            first_lookahead: a smaller lookahead for the first frames, so that the audio starts sooner; see
-                `Codec.stream_decoder`.
+            first_lookahead: a smaller lookahead for the first frames, so that the audio starts sooner; at
+                most `lookahead`. See `Codec.stream_decoder`.
             ramp: numbers of frames in the first chunks that the server decodes, such as (1, 2, 4). With small first
                 chunks, the audio starts sooner. By default, the first chunk contains all frames that the first audio
                 depends on.
@@ -142,6 +142,7 @@ class _Stream(CodecProperties):
         self._conversation = conversation
         self._connection = Connection(server, conversation)
         self._results: deque[np.ndarray] = deque()
+        self._in_use = threading.Lock()
         try:
             self._loop = _LoopThread()
         except OSError as error:
@@ -175,15 +176,34 @@ class _Stream(CodecProperties):
             self._loop.stop()
 
     def _push(self, items: Any) -> np.ndarray:
-        self._call(self._connection.send, items)
-        return self._arrived()
+        with self._exclusive():
+            self._call(self._connection.send, items)
+            return self._arrived()
 
     def _flush(self, num_samples: int | None = None) -> np.ndarray:
-        self._call(self._connection.end, num_samples)
-        self._loop.run(asyncio.wait([self._receiver]))
-        result = self._arrived()
-        self.close()
-        return result
+        with self._exclusive():
+            self._call(self._connection.end, num_samples)
+            self._loop.run(asyncio.wait([self._receiver]))
+            result = self._arrived()
+            self.close()
+            return result
+
+    @contextmanager
+    def _exclusive(self) -> Iterator[None]:
+        """Reserve the stream for this thread.
+
+        Raises:
+            NemoLfrError: if another thread uses the stream.
+        """
+        if not self._in_use.acquire(blocking=False):
+            raise NemoLfrError(
+                "another thread is using this stream; let only one thread push to a stream and flush it, and open a "
+                "stream for each recording."
+            )
+        try:
+            yield
+        finally:
+            self._in_use.release()
 
     def _call(self, send: Callable[[Any], Coroutine[Any, Any, None]], argument: Any) -> None:
         """Run a method that sends input. If sending fails, raise the error that the server reported, if any."""

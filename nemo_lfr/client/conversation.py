@@ -34,7 +34,7 @@ from nemo_lfr.errors import (
     quoted,
     shorten,
 )
-from nemo_lfr.frames import num_frames
+from nemo_lfr.frames import check_first_lookahead, num_frames
 from nemo_lfr.io.arrays import numeric_array
 from nemo_lfr.io.resampling import num_resampled
 
@@ -118,6 +118,7 @@ class Conversation(CodecProperties):
             raise NemoLfrError(f"ramp is {quoted(ramp)}; pass numbers of frames, such as (1, 2, 4).") from None
         lookaheads = {"lookahead": lookahead, "first_lookahead": first_lookahead}
         valid = {name: integer_of(name, value) for name, value in lookaheads.items()}
+        check_first_lookahead(valid["first_lookahead"], valid["lookahead"])
         return cls(server, "decode", sample_type, ramp=sizes, **valid)
 
     @classmethod

@@ -57,6 +57,16 @@ class Server:
             is_valid = parts.scheme in ("http", "https") and bool(host) and parts.port != 0
         except (ValueError, TypeError, AttributeError):
             is_valid = False
+        if (
+            isinstance(self.url, str)
+            and not self.url.isascii()
+            and self.url.lower().startswith(("http://", "https://"))
+        ):
+            # Python and browsers convert some names, such as those with "ß", to different hosts.
+            raise NemoLfrError(
+                f"{shown} has characters that are not ASCII; write the host in Punycode, such as "
+                "https://xn--mnchen-3ya.example, and percent-encode other parts of the URL."
+            )
         if not is_valid or not isinstance(self.url, str) or parts.query or parts.fragment or _CONTROL.search(self.url):
             raise NemoLfrError(f"{shown} is not the URL of a server; pass a URL such as http://127.0.0.1:8000.")
         if parts.username is not None or parts.password is not None:

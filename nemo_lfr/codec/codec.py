@@ -265,13 +265,14 @@ class Codec(HubMethods[Array]):
         Args:
             lookahead: number of later frames that the audio of a frame may depend on. A smaller number reduces latency
                 at some cost in quality. Default: `decoder.context.future`, which gives the same audio as `decode`.
-            first_lookahead: lookahead in frames for the start of the audio, smaller than `lookahead`. The audio then
+            first_lookahead: lookahead in frames for the start of the audio, at most `lookahead`. The audio then
                 starts n = `lookahead - first_lookahead` frames sooner, but its first n frames are approximate. Later
                 frames wait for the full `lookahead`. Playback has no gap if the first tokens arrive at twice the
                 playback rate or faster. Default: `lookahead`.
 
         Raises:
-            NemoLfrError: if a lookahead is not an integer of at least 0, or the backend does not support streaming.
+            NemoLfrError: if a lookahead is not an integer of at least 0, `first_lookahead` is larger than `lookahead`,
+                or the backend does not support streaming.
         """
         backend = self._streaming()
         if first_lookahead is None:

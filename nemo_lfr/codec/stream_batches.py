@@ -15,6 +15,7 @@ from nemo_lfr.codec.base import CodecBase
 from nemo_lfr.codec.stream_modules import StreamModules, check_lookahead
 from nemo_lfr.codec.stream_ops import State, Step, run_batched
 from nemo_lfr.errors import NemoLfrError, shorten
+from nemo_lfr.frames import check_first_lookahead
 
 # Function that processes the input of every stream, and returns the new output items of each stream. The last argument
 # says whether the recordings end with this input.
@@ -45,6 +46,7 @@ class BaseStream:
         first_lookahead: int | None = None,
     ) -> None:
         check_lookahead(lookahead=lookahead, first_lookahead=first_lookahead)
+        check_first_lookahead(first_lookahead, lookahead)
         self.codec, self.modules = codec, modules
         self.delay_frames = context if lookahead is None else min(lookahead, context)
         self.first_delay_frames = self.delay_frames if first_lookahead is None else min(first_lookahead, context)

@@ -383,6 +383,7 @@ class _Sections:
         file: binary file, open for reading.
         name: name of the file for messages.
         model: entropy model for a compressed file, or the path of the model (default: see `find_model`).
+        remedy: advice at the end of a message about damage after the header.
 
     Attributes:
         metadata: metadata in the header.
@@ -396,8 +397,10 @@ class _Sections:
         file: IO[bytes],
         name: str | os.PathLike[str],
         model: EntropyModel | str | os.PathLike[str] | None = None,
+        remedy: str = "Read the intact part with --recover (recover=True).",
     ) -> None:
         self._file = file
+        self._remedy = remedy
         self.path = Path(name)
         self.entropy_hash: str | None = None
         self._passed_model = model
@@ -409,7 +412,7 @@ class _Sections:
         self._header_is_valid = True
 
     def _fail(self, reason: str, conclusion: str = "; the file is damaged or truncated") -> TokenFileError:
-        hint = " Read the intact part with --recover (recover=True)." if self._header_is_valid else ""
+        hint = f" {self._remedy}" if self._header_is_valid else ""
         return TokenFileError(f"{self.path}: {reason}{conclusion}.{hint}")
 
     def _take(self, size: int) -> bytes:
@@ -592,6 +595,7 @@ class TokenStreamReader(_Sections):
         file: binary file, open for reading; it need not be seekable.
         name: name of the file for messages.
         model: entropy model for a compressed file, or the path of the model (default: see `find_model`).
+        remedy: advice at the end of a message about damage after the header.
 
     Attributes:
         metadata: metadata in the header.

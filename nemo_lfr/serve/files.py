@@ -148,7 +148,7 @@ def _read_lfr(path: Path, engine: Engine, limits: StreamLimits) -> tuple[np.ndar
         if file.read(_HEAD).removeprefix(codecs.BOM_UTF8).lstrip()[:1] in (b"{", b"["):
             raise MediaTypeError(f"the body looks like JSON; send it with the header Content-Type: {_JSON}.")
         file.seek(0)
-        reader = TokenStreamReader(file, "the body")
+        reader = TokenStreamReader(file, "the body", remedy="Send the complete, intact file.")
         reader.check_codec(engine.codec)
         blocks = list(_limited(reader.blocks(), limits, engine.codec.frame_rate))
     count = engine.codec.num_codebooks
@@ -157,7 +157,7 @@ def _read_lfr(path: Path, engine: Engine, limits: StreamLimits) -> tuple[np.ndar
 
 def _read_json(path: Path, engine: Engine, limits: StreamLimits) -> tuple[np.ndarray, int | None]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # Windows programs write a byte order mark
     except UnicodeDecodeError:
         raise ProtocolError(
             f"the body is not valid UTF-8; send JSON in UTF-8, or a token file without the content type {_JSON}."
@@ -166,7 +166,7 @@ def _read_json(path: Path, engine: Engine, limits: StreamLimits) -> tuple[np.nda
     fields, rates = parse_text(text, "the body"), _rates(engine)
     check_keys(fields, ("tokens", "num_samples", *rates), "the body")
     for key, rate in rates.items():
-        if fields.get(key, rate) != rate:
+        if fields.get(key) not in (None, rate):
             raise ProtocolError(
                 f"{key} is {shorten(repr(fields[key]), 40)}, but the codec of this server has {rate}; send tokens of "
                 "this codec."

@@ -114,7 +114,13 @@ def ramp(query: Mapping[str, str]) -> tuple[int, ...]:
     names = text.split(",") if text else []
     if len(names) > MAX_RAMP:
         raise ProtocolError(f"ramp has {len(names)} chunks; pass at most {MAX_RAMP}.")
-    sizes = [integer({"ramp": name.strip()}, "ramp", None, 1, MAX_CHUNK) for name in names]
+    try:
+        sizes = [integer({"ramp": name.strip()}, "ramp", None, 1, MAX_CHUNK) for name in names]
+    except ProtocolError:
+        raise ProtocolError(
+            f"ramp={shorten(text)} is not valid; pass integers from 1 to {MAX_CHUNK}, separated by commas, such as "
+            "ramp=1,2,4."
+        ) from None
     return tuple(size for size in sizes if size is not None)
 
 

@@ -354,11 +354,11 @@ INFO = {
 ENCODED = {"tokens": [[1, 2], [3, 4]], "num_samples": 2000, "sample_rate": 22050, "samples_per_frame": 1024}
 
 
-def audio_of(audio_format, samples=2048, rate=22050):
+def audio_of(audio_format, samples=2048, rate=22050, channels=1):
     content = io.BytesIO()
     kind = {"wav": ("WAV", "PCM_16"), "flac": ("FLAC", "PCM_16"), "opus": ("OGG", "OPUS")}[audio_format]
     rate = 24000 if audio_format == "opus" else rate
-    soundfile.write(content, np.zeros(samples), rate, kind[1], format=kind[0])
+    soundfile.write(content, np.zeros((samples, channels)), rate, kind[1], format=kind[0])
     return content.getvalue()
 
 
@@ -566,8 +566,11 @@ def test_only_the_requested_audio_is_returned(audio_format):
     assert decode(right) == right and decode(right, 5000) == right
     wrong = [right[:-9], right[:30], bytes(len(right)), HTML]
     wrong += [audio_of(other) for other in ("wav", "flac", "opus") if other != audio_format]
+    wrong += [audio_of(audio_format, channels=2)]
     if audio_format == "flac":
         wrong = wrong[1:]  # only decoding would find that its end is missing
+    if audio_format == "wav":
+        wrong += [right[:34] + bytes(2) + right[36:], right[:20] + b"\x02" + right[21:]]  # 0 bits, a compressed format
     if audio_format != "opus":
         wrong += [audio_of(audio_format, 2047), audio_of(audio_format, rate=44_100)]
         with pytest.raises(ServerError, match="2048 samples at 22050 Hz, not 2000"):
@@ -677,6 +680,8 @@ def test_an_unresponsive_server_raises_server_lost_error(server, tokens, monkeyp
         {"url": None},
         {"url": "http://a b"},
         {"url": "http://\u4e2d.invalid"},
+        {"url": "HTTPS://b\u00fccher.example:80/codec"},
+        {"url": "http://stra\u00dfe.example"},
         {"url": "http://" + "a" * 70},
         {"url": "http://user:secret@127.0.0.1:1"},
         {"url": "ftp://user:secret@127.0.0.1"},
@@ -687,10 +692,12 @@ def test_an_unresponsive_server_raises_server_lost_error(server, tokens, monkeyp
     ids=str,
 )
 def test_a_bad_argument_of_a_client_is_an_error(arguments):
+    is_international = not str(arguments.get("url", "")).isascii()
     for kind in (Client, AsyncClient):
         with pytest.raises(NemoLfrError) as caught:
             kind(**arguments)
         assert "secret" not in str(caught.value)
+        assert ("write the host in Punycode" in str(caught.value)) == is_international
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 
 import numpy as np
@@ -516,6 +517,29 @@ def test_two_tasks_cannot_receive_the_results_of_one_stream():
         asyncio.run(work())
 
 
+def test_two_threads_cannot_use_one_stream():
+    received, flushed = threading.Event(), threading.Event()
+
+    def answer(connection):
+        connection.send(text(READY))
+        while "end" not in str(connection.recv()):
+            pass
+        received.set()
+        flushed.wait(20)
+        for message in (AUDIO, DONE["decode"]):
+            connection.send(text(message))
+
+    with serving(answer) as url, Client(url).decode_stream() as stream, ThreadPoolExecutor() as pool:
+        stream.push(TOKENS)
+        first = pool.submit(stream.flush)
+        assert received.wait(20)
+        for call in (stream.flush, lambda: stream.push(TOKENS)):
+            with pytest.raises(NemoLfrError, match="another thread is using this stream"):
+                call()
+        flushed.set()
+        assert first.result().size == 12
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -524,6 +548,7 @@ def test_two_tasks_cannot_receive_the_results_of_one_stream():
         {"lookahead": 1 << 64},
         {"lookahead": 10**5000},
         {"first_lookahead": 1.5},
+        {"first_lookahead": 4, "lookahead": 3},
         {"ramp": (1, 10**5000)},
     ],
     ids=lambda arguments: next(iter(arguments)),

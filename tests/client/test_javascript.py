@@ -332,6 +332,12 @@ ANSWERS = [
     ("wav", 200, "audio/wav", audio_of("wav", 2047), "2047 samples at 22050 Hz, not 2048 at 22050 Hz"),
     ("flac", 200, "audio/flac", audio_of("flac", 2047), "2047 samples at 22050 Hz, not 2048 at 22050 Hz"),
     ("wav", 200, "audio/wav", audio_of("wav", rate=44_100), "2048 samples at 44100 Hz, not"),
+    *(
+        (call, 200, f"audio/{call}", audio_of(call, channels=2), f"a {name} file with 2 channels, not 1")
+        for call, name in (("wav", "WAV"), ("flac", "FLAC"), ("opus", "Ogg Opus"))
+    ),
+    ("wav", 200, "audio/wav", WAV[:34] + bytes(2) + WAV[36:], "not a complete WAV file"),  # 0 bits
+    ("wav", 200, "audio/wav", WAV[:20] + b"\x02" + WAV[21:], "not a complete WAV file"),  # compressed
     ("wav", 200, JSON, WAV, "application/json.*, not audio"),
     *(("wav", 200, "audio/wav", body, "not a complete WAV file") for body in (b"", WAV[:9], WAV[:30], WAV[:-9], FLAC)),
     *(("flac", 200, "audio/flac", body, "not a complete FLAC file") for body in (b"", FLAC[:30], WAV)),
@@ -491,6 +497,19 @@ BAD_ARGUMENTS = {
         }.items()
         for value in NOT_COUNTS
     },
+    **{
+        f"{call}{options})": expected
+        for call in (
+            "client.decode([[1]], ", "client.decodeStream(", "client.encodeStream(", "new Client('http://a', ",
+        )
+        for options, expected in (
+            ("{ first_lookahead: 2 }", "unknown option first_lookahead; use "),
+            ("{ lookahead: null, foo: 1 }", "unknown option (foo|lookahead); use "),
+            *((value, "the options are .*; pass an object with ") for value in ("5", "null", "[1]")),
+        )
+    },
+    "client.decodeStream({ lookahead: 3, firstLookahead: 4 })":
+        "firstLookahead is 4, but lookahead is only 3; pass at most 3, or a larger lookahead",
     "client.encodeStream({ sampleRate: 0 })": "sampleRate is 0; pass an integer of at least 1",
     **{f"client.decodeStream({{ ramp: {ramp} }})": "ramp is" for ramp in ("3", "null", "'1,2'", "{ length: 1 }")},
     "client.decodeStream({ ramp: [null] })": r"ramp\[0\] is null; pass an integer of at least 0\.",
@@ -600,6 +619,40 @@ report(counts);
 
 def test_only_a_stream_with_a_lookahead_is_trimmed(server, tmp_path):
     assert run(tmp_path, TRIM, url=server.url("")) == [2500, 3072]
+
+
+READERS = """
+const client = new Client(url, { token: "secret" });
+const stream = await client.decodeStream();
+stream.push(new Int8Array(800));
+stream.end();
+const read = async () => {
+  let count = 0;
+  for await (const samples of stream) count += samples.length;
+  return count;
+};
+const first = read();
+const second = await outcome(read);
+const count = await first;
+const other = await client.decodeStream();
+other.push(new Int8Array(800));
+other.end();
+let size = 0;
+for await (const samples of other) { size += samples.length; break; }
+const iterator = other[Symbol.asyncIterator]();
+const next = [iterator.next(), iterator.next()]; // two waiting calls of one iterator
+for (const { value } of await Promise.all(next)) size += value?.length ?? 0;
+const third = await outcome(() => other[Symbol.asyncIterator]().next());
+for await (const samples of iterator) size += samples.length;
+report([second, third, count, size]);
+"""
+
+
+def test_only_one_iterator_at_a_time_reads_a_stream(server, tmp_path):
+    *errors, count, size = run(tmp_path, READERS, url=server.url(""))
+    assert count == size == 100 * 1024
+    for error, _, message in errors:
+        assert error == "InputError" and message.startswith("another iterator is reading")
 
 
 RESAMPLE = """

@@ -131,10 +131,17 @@ def test_first_lookahead_gives_the_first_audio_sooner_and_the_rest_exactly(kind,
     assert bool(np.abs(audio - expected)[: early * frame].max(initial=0) > 1e-5) is (early > 0)
 
 
-@pytest.mark.parametrize("value", [-1, True, 1.0, "2"])
-def test_invalid_first_lookahead_raises(value):
-    with pytest.raises(NemoLfrError, match="pass a whole number of frames"):
-        cached_codec("symmetric").stream_decoder(first_lookahead=value)
+@pytest.mark.parametrize(
+    ("values", "match"),
+    [
+        *(((None, value), "first_lookahead is .*; pass a whole number of frames") for value in (-1, True, 1.0, "2")),
+        ((3, 4), "first_lookahead is 4, but lookahead is only 3; pass a first_lookahead of at most 3"),
+        ((100, 101), "first_lookahead is 101, but lookahead is only 100"),
+    ],
+)
+def test_invalid_first_lookahead_raises(values, match):
+    with pytest.raises(NemoLfrError, match=match):
+        cached_codec("symmetric").stream_decoder(*values)
 
 
 @pytest.mark.slow

@@ -46,6 +46,7 @@ const MAX_PEAK = 64; // as on the server; recordings in floating point may excee
 const INTEGERS = ["Array", "Int8Array", "Uint8Array", "Int16Array", "Uint16Array", "Int32Array", "Uint32Array"];
 const SAMPLES = ["Array", "Float32Array", "Float64Array", "Int16Array"];
 const FORMATS = ["wav", "flac", "opus"];
+const WAV_TAGS = [1, 3, 0xfffe]; // format tags of a WAV file with samples that are not compressed
 
 const isCount = (/** @type {any} */ value) => Number.isSafeInteger(value) && value >= 0;
 
@@ -117,10 +118,9 @@ export class Client {
    *   wait for a connection, for a response or for progress in a stream; a large response may take longer. `WebSocket`
    *   and `fetch` replace the class and the function of the browser.
    */
-  constructor(
-    url,
-    { token = null, timeoutSeconds = 60, WebSocket = globalThis.WebSocket, fetch = globalThis.fetch } = {},
-  ) {
+  constructor(url, options = {}) {
+    checkNames(options, ["token", "timeoutSeconds", "WebSocket", "fetch"]);
+    const { token = null, timeoutSeconds = 60, WebSocket = globalThis.WebSocket, fetch = globalThis.fetch } = options;
     this.url = addressOf(url);
     if (typeof timeoutSeconds !== "number" || !(timeoutSeconds > 0 && timeoutSeconds <= MAX_SECONDS)) {
       throw new InputError(`timeoutSeconds is ${show(timeoutSeconds)}; pass a positive number up to ${MAX_SECONDS}.`);
@@ -170,7 +170,9 @@ export class Client {
    *   file.
    * @returns {Promise<Blob>} audio file
    */
-  async decode(tokens, { numSamples = null, format = "wav" } = {}) {
+  async decode(tokens, options = {}) {
+    checkNames(options, ["numSamples", "format"]);
+    const { numSamples = null, format = "wav" } = options;
     checkCounts({ numSamples });
     if (!FORMATS.includes(format)) {
       throw new InputError(`format is ${show(format)}; pass one of ${FORMATS.join(", ")}.`);
@@ -203,11 +205,17 @@ export class Client {
    *
    * @param {{ramp?: number[], lookahead?: number | null, firstLookahead?: number | null}} options
    *   `ramp` contains the numbers of frames in the first chunks. `lookahead` is in frames. `firstLookahead` is a
-   *   smaller lookahead for the first frames.
+   *   smaller lookahead for the first frames, at most `lookahead`.
    * @returns {Promise<Stream<Float32Array>>}
    */
-  async decodeStream({ ramp = [], lookahead = null, firstLookahead = null } = {}) {
+  async decodeStream(options = {}) {
+    checkNames(options, ["ramp", "lookahead", "firstLookahead"]);
+    const { ramp = [], lookahead = null, firstLookahead = null } = options;
     checkCounts({ lookahead, firstLookahead });
+    if (lookahead !== null && firstLookahead !== null && firstLookahead > lookahead) {
+      const remedy = `pass at most ${lookahead}, or a larger lookahead`;
+      throw new InputError(`firstLookahead is ${firstLookahead}, but lookahead is only ${lookahead}; ${remedy}.`);
+    }
     if (!Array.isArray(ramp)) {
       throw new InputError(`ramp is ${show(ramp)}; pass numbers of frames, such as [1, 2, 4].`);
     }
@@ -223,7 +231,9 @@ export class Client {
    *   `lookahead` in frames.
    * @returns {Promise<Stream<Int16Array>>}
    */
-  async encodeStream({ sampleRate = null, lookahead = null } = {}) {
+  async encodeStream(options = {}) {
+    checkNames(options, ["sampleRate", "lookahead"]);
+    const { sampleRate = null, lookahead = null } = options;
     checkCounts({ sampleRate }, 1);
     checkCounts({ lookahead });
     const socket = this.#connect("encode", { sample_rate: sampleRate, lookahead });
@@ -338,7 +348,7 @@ export class Client {
 }
 
 /**
- * Stream of one recording. Iterate over the stream to get the results.
+ * Stream of one recording. Iterate over the stream to get the results, with one iterator at a time.
  *
  * @template {Float32Array | Int16Array} Result
  */
@@ -350,6 +360,7 @@ export class Stream {
   #isReady = false;
   #hasEnded = false; // whether the end of the input was sent
   #isDone = false; // whether all results have arrived, or the stream was closed
+  #isRead = false; // whether an iterator is reading the results
   /** @type {number | null} length to which the audio is trimmed */
   #numSamples = null;
   #numSent = 0; // frames of a stream that decodes, samples of a stream that encodes
@@ -464,14 +475,25 @@ export class Stream {
     this.#wake();
   }
 
-  /** @returns {AsyncGenerator<Result>} the results, as they arrive */
+  /**
+   * @returns {AsyncGenerator<Result>} the results, as they arrive
+   * @throws {InputError} if another iterator has started and has not ended; `break` in a `for await` loop ends it
+   */
   async *[Symbol.asyncIterator]() {
-    while (true) {
-      const result = this.#results.shift();
-      if (result) yield result;
-      else if (this.#error) throw this.#error;
-      else if (this.#isDone) return;
-      else await new Promise((resolve) => (this.#wake = () => resolve(null)));
+    if (this.#isRead) {
+      throw new InputError("another iterator is reading the results of this stream; read them with one iterator.");
+    }
+    this.#isRead = true;
+    try {
+      while (true) {
+        const result = this.#results.shift();
+        if (result) yield result;
+        else if (this.#error) throw this.#error;
+        else if (this.#isDone) return;
+        else await new Promise((resolve) => (this.#wake = () => resolve(null)));
+      }
+    } finally {
+      this.#isRead = false;
     }
   }
 
@@ -633,6 +655,23 @@ function addressOf(url) {
 }
 
 /**
+ * Check the names of options.
+ *
+ * @param {object} options
+ * @param {string[]} names of the valid options
+ * @throws {InputError} if there is another option, or the options are not an object
+ */
+function checkNames(options, names) {
+  const listing = names.join(", ");
+  if (typeOf(options) !== "Object") {
+    throw new InputError(`the options are ${show(options)}; pass an object with ${listing}, or leave it out.`);
+  }
+  for (const name of Object.keys(options)) {
+    if (!names.includes(name)) throw new InputError(`unknown option ${shorten(name)}; use ${listing}.`);
+  }
+}
+
+/**
  * Check numeric options.
  *
  * @param {Record<string, unknown>} options values by name
@@ -784,9 +823,11 @@ function tokensProblem({ tokens, num_samples, sample_rate, samples_per_frame }, 
  */
 function audioProblem(content, format, { sample_rate, samples_per_frame }, numFrames, numSamples) {
   const view = new DataView(content);
-  if (format === "opus") return isCompleteOpus(view) ? "" : "data that is not a complete Ogg Opus file";
-  const figures = format === "wav" ? wavFigures(view) : flacFigures(view);
-  if (!figures) return `data that is not a complete ${format.toUpperCase()} file`;
+  const figures = format === "wav" ? wavFigures(view) : format === "flac" ? flacFigures(view) : opusFigures(view);
+  const name = format === "opus" ? "Ogg Opus" : format.toUpperCase();
+  if (!figures) return `data that is not a complete ${name} file`;
+  if (figures.channels !== 1) return `a ${name} file with ${figures.channels} channels, not 1`;
+  if (format === "opus") return "";
   const longest = numFrames === null ? figures.length : numFrames * samples_per_frame;
   const expected = Math.min(numSamples ?? longest, longest);
   if (figures.rate === sample_rate && figures.length === expected) return "";
@@ -794,20 +835,28 @@ function audioProblem(content, format, { sample_rate, samples_per_frame }, numFr
 }
 
 /**
+ * @typedef {{channels: number, rate: number, length: number}} Figures sample rate in Hz, and number of samples
+ */
+
+/**
  * @param {DataView} view of a WAV file
- * @returns {{rate: number, length: number} | null} sample rate and number of samples; null for an incomplete file
+ * @returns {Figures | null} null for an incomplete or invalid file
  */
 function wavFigures(view) {
   if (textAt(view, 0) !== "RIFF" || textAt(view, 8) !== "WAVE") return null;
   let rate = 0;
-  let width = 0; // bytes of one sample of all channels
+  let channels = 0;
+  let width = 0; // bytes of one sample of all channels; 0 while there is no valid format
   for (let at = 12; at + 8 <= view.byteLength; ) {
     const size = view.getUint32(at + 4, true);
     const isComplete = at + 8 + size <= view.byteLength;
-    if (textAt(view, at) === "data") return width && isComplete ? { rate, length: size / width } : null;
+    if (textAt(view, at) === "data") return width && isComplete ? { channels, rate, length: size / width } : null;
     if (textAt(view, at) === "fmt " && size >= 16 && at + 24 <= view.byteLength) {
+      const isPlain = WAV_TAGS.includes(view.getUint16(at + 8, true));
+      channels = view.getUint16(at + 10, true);
       rate = view.getUint32(at + 12, true);
       width = view.getUint16(at + 20, true);
+      if (!isPlain || 8 * width !== channels * view.getUint16(at + 22, true)) width = 0;
     }
     at += 8 + size + (size % 2);
   }
@@ -816,19 +865,23 @@ function wavFigures(view) {
 
 /**
  * @param {DataView} view of a FLAC file
- * @returns {{rate: number, length: number} | null} sample rate and number of samples; null for other data
+ * @returns {Figures | null} null for other data
  */
 function flacFigures(view) {
   if (textAt(view, 0) !== "fLaC" || view.byteLength < 42) return null;
   // 20 bits of the sample rate, 3 of the channels, 5 of the sample size, 36 of the length
-  return { rate: view.getUint32(18) >>> 12, length: (view.getUint8(21) % 16) * 2 ** 32 + view.getUint32(22) };
+  const rate = view.getUint32(18) >>> 12;
+  const channels = ((view.getUint8(20) >> 1) % 8) + 1;
+  return { channels, rate, length: (view.getUint8(21) % 16) * 2 ** 32 + view.getUint32(22) };
 }
 
 /**
+ * Read the header of an Ogg Opus file. The last page of a complete file has the end-of-stream flag.
+ *
  * @param {DataView} view
- * @returns {boolean} whether the data is an Ogg Opus file that ends with a page that has the end-of-stream flag
+ * @returns {Figures | null} null for an incomplete file; `rate` and `length` are unknown and 0
  */
-function isCompleteOpus(view) {
+function opusFigures(view) {
   let at = 0;
   let isLast = false;
   while (textAt(view, at) === "OggS" && at + 27 <= view.byteLength) {
@@ -838,7 +891,8 @@ function isCompleteOpus(view) {
     at = start + count;
     for (let index = 0; index < count && start + index < view.byteLength; index++) at += view.getUint8(start + index);
   }
-  return isLast && at === view.byteLength && textAt(view, 28) + textAt(view, 32) === "OpusHead";
+  const isComplete = isLast && at === view.byteLength && textAt(view, 28) + textAt(view, 32) === "OpusHead";
+  return isComplete && at >= 38 ? { channels: view.getUint8(37), rate: 0, length: 0 } : null;
 }
 
 /**
