@@ -40,7 +40,7 @@ class TokenizedUtterance:
         tokens: tokens [C, T], int64.
         num_samples: number of audio samples that the tokens represent.
         context: tokens of the context audio [C, T], int64; None if the clip has no context audio.
-        labels: "text", "speaker" and any other labels of the corpus.
+        labels: "text" (None for a clip without text), "speaker" and any other labels of the corpus.
     """
 
     id: str
@@ -238,6 +238,8 @@ class TokenFolder:
         tokens = self._tokens(values["tokens"], num_frames, f"{where}: tokens")
         if context is not None:
             context = self._tokens(context, None, f"{where}: context tokens")
+        # A clip without text has none or null or "" in the files, depending on the format.
+        labels = {**labels, "text": labels.get("text") or None}
         return TokenizedUtterance(clip_id, tokens, num_samples, context, labels)
 
     def _tokens(self, value: Any, num_frames: int | None, what: str) -> torch.Tensor:

@@ -644,12 +644,12 @@ def test_labels_keep_their_meaning_in_every_format(audio, model, tmp_path):
     line |= {"context_audio_codes_path": "old.pt", "target_audio_codes_path": "old.pt"}
     (audio / "labels.json").write_text(json.dumps(line, ensure_ascii=False) + "\n", encoding="utf-8")
     found = {}
-    for kind in ("shar", "manifest", "parquet"):
+    for kind in ("shar", "manifest", "parquet", "lfr"):
         tokenize(job(audio / "labels.json", tmp_path / kind, model, kind), device="cpu", workers=1)
         (found[kind],) = TokenDataset(tmp_path / kind)
-        assert found[kind].context is None
+        assert found[kind].context is None and found[kind].labels["text"] is None
     assert found["shar"].labels["speaker"] == "| Language:zh_CN Dataset:corpus Speaker:a_b |"
-    assert "text" not in found["parquet"].labels and found["parquet"].labels["speaker"] == "a\u2028b"
+    assert found["parquet"].labels["speaker"] == "a\u2028b"
     assert "context_audio_codes_path" not in found["manifest"].labels
     (recording,) = read_manifest(audio / "labels.json", audio)
     assert recording.labels == line
