@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nemo_lfr.frames import Context, bits_per_frame, bytes_per_frame, num_frames, plan_windows
+from nemo_lfr.frames import Context, bits_per_frame, bytes_per_frame, duration_text, num_frames, plan_windows
 from tests.models import KINDS, cached_codec
 from tests.tiers import ALL_KINDS
 
@@ -24,6 +24,14 @@ def test_eight_codebooks_of_2016_take_11_bytes_a_frame():
 def test_thirteen_codebooks_of_2016_take_18_bytes_a_frame():
     # 13 * log2(2016) = 142.7 bits; 17 bytes are 136.
     assert bytes_per_frame([8, 7, 6, 6], 13) == 18
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [(0, "0.0 seconds"), (17.42, "17.4 seconds"), (60, "1.0 minutes"), (3599, "60.0 minutes"), (9000, "2.50 hours")],
+)
+def test_a_duration_has_the_largest_fitting_unit(seconds, expected):
+    assert duration_text(seconds) == expected
 
 
 @pytest.mark.parametrize(("levels", "codebooks", "expected"), [([2], 8, 1), ([2], 9, 2), ([4, 4], 2, 1), ([17], 2, 2)])

@@ -7,7 +7,6 @@ exit codes.
 
 import errno
 import io
-import json
 import os
 import signal
 import sys
@@ -32,7 +31,7 @@ from nemo_lfr.cli.info import info
 from nemo_lfr.cli.plugins import PluginGroup
 from nemo_lfr.cli.prepare import prepare
 from nemo_lfr.cli.serve import serve
-from nemo_lfr.cli.session import DONE, FAILED, USAGE, Session
+from nemo_lfr.cli.session import DONE, FAILED, USAGE, Session, json_text
 from nemo_lfr.cli.terminal import discard_output, echo_stderr
 from nemo_lfr.cli.tokenize import tokenize
 from nemo_lfr.errors import NemoLfrError, failure
@@ -124,7 +123,7 @@ def _exit_with_error(error: BaseException, session: Session, code: int) -> NoRet
     session.report_failures()
     echo_stderr(f"nemo-lfr: error: {record['error']}")
     if session.as_json:
-        click.echo(json.dumps({"failures": [*session.failures, record]}, indent=2))
+        click.echo(json_text({"failures": [*session.failures, record]}))
     sys.exit(code)
 
 

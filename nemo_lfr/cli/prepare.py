@@ -11,6 +11,7 @@ from nemo_lfr.cli.progress import progress
 from nemo_lfr.cli.results import PrepareResult
 from nemo_lfr.cli.session import current, print_line
 from nemo_lfr.errors import counted
+from nemo_lfr.frames import duration_text
 from nemo_lfr.io.layouts import LAYOUTS
 
 
@@ -81,7 +82,7 @@ def prepare(
     for split, figures in done.splits.items():
         print_line(
             f"{split:<9}  {figures.manifest}  ({counted(figures.utterances, 'utterance')}, "
-            f"{counted(figures.speakers, 'speaker')}, {figures.duration_s / 3600:.2f} hours)"
+            f"{counted(figures.speakers, 'speaker')}, {duration_text(figures.duration_s)})"
         )
     if done.held_out_by:
         print_line(f"valid      held out by {done.held_out_by}")

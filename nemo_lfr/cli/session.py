@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import sys
 import traceback
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ FAILED = 1
 USAGE = 2
 
 SHOWN_FAILURES = 20
+_SURROGATES = re.compile("[\ud800-\udfff]")
 logger = logging.getLogger("nemo_lfr")
 
 
@@ -109,7 +111,24 @@ def print_json(values: Any) -> None:
     """Print the result of a command on stdout, if --json was passed."""
     session = current()
     if session.as_json:
-        _echo(json.dumps({**values, "failures": session.failures}, indent=2))
+        _echo(json_text({**values, "failures": session.failures}))
+
+
+def json_text(values: Any) -> str:
+    r"""Return JSON for `--json`, as ASCII.
+
+    Python represents the bytes of a file name that are not UTF-8 as unpaired surrogates, which strict JSON parsers
+    refuse. They are replaced by escapes such as `\xff`.
+    """
+    text = json.dumps(values, indent=2, ensure_ascii=False)
+    text = _SURROGATES.sub(lambda match: json.dumps(_escaped(match[0]))[1:-1], text)
+    return json.dumps(json.loads(text), indent=2)
+
+
+def _escaped(surrogate: str) -> str:
+    code = ord(surrogate)
+    is_byte = 0xDC80 <= code <= 0xDCFF
+    return f"\\x{code - 0xDC00:02x}" if is_byte else f"\\u{code:04x}"
 
 
 def _echo(text: str) -> None:

@@ -26,6 +26,7 @@ from nemo_lfr.cli.session import begin_work, current, note, print_line
 from nemo_lfr.cli.terminal import echo_stderr, heartbeat, progress_bar
 from nemo_lfr.corpus.formats import BUILT_IN, format_names
 from nemo_lfr.errors import Failure, counted
+from nemo_lfr.frames import duration_text
 from nemo_lfr.io.locate import resolve
 
 
@@ -169,7 +170,7 @@ def _report(out: Path, done: dict[str, Any], failures: list[dict[str, str]]) -> 
     if not missing:
         failures = [json.loads(line) for line in failures_file.read_text("utf-8").splitlines()]
     print_line(out)
-    text = f"nemo-lfr: {counted(done['clips'], 'clip')}, {done['hours']:.2f} hours"
+    text = f"nemo-lfr: {counted(done['clips'], 'clip')}, {duration_text(3600 * done['hours'])}"
     if missing:
         lacks = f"it lacks {counted(missing, 'shard')} of other processes"
         text += f" by process {done['part']}; {out} is not complete yet: {lacks}"
@@ -218,9 +219,9 @@ def watching() -> Iterator[Callable[[Any], None]]:
     def summarize() -> str:
         if latest is None:
             return "planning, no shards"
-        hours = latest.samples / latest.sample_rate / 3600
+        duration = duration_text(latest.samples / latest.sample_rate)
         speed = latest.computed_samples / latest.sample_rate / max(time.monotonic() - started, 1e-9)
-        return f"{counted(latest.clips, 'clip')}, {hours:.2f} h, {speed:.1f}x real time, {len(latest.failures)} failed"
+        return f"{counted(latest.clips, 'clip')}, {duration}, {speed:.1f}x real time, {len(latest.failures)} failed"
 
     def describe() -> str:
         return summarize() if latest is None else f"{latest.done} of {counted(latest.shards, 'shard')} ({summarize()})"

@@ -207,7 +207,8 @@ def _difference(key: str, stored: Any, expected: Any) -> str:
     """Describe how a value in the stored plan differs from the current value, for an error message."""
     if key in ("corpus", "codec"):
         return f"the {key} is another one or was changed"
-    return f"{'format' if key == 'kind' else key} was {stored!r}, but is now {expected!r}"
+    option = {"kind": "--format", "entropy model": "the entropy model"}.get(key, f"--{key.replace('_', '-')}")
+    return f"{option} was {stored!r}, but is now {expected!r}"
 
 
 def _check_not_empty(corpus: CorpusReader, shards: list[ShardSpec], source: str) -> None:

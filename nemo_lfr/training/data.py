@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from nemo_lfr.errors import AudioError, ConfigError, NemoLfrError, counted, quoted, shorten
+from nemo_lfr.frames import duration_text
 from nemo_lfr.io.audio import AudioReader, check_rate
 from nemo_lfr.io.manifests import Recording, read_manifest
 from nemo_lfr.training.settings import DATASET, LOADER, POSITIVE_OR_ZERO, check_settings
@@ -90,8 +91,8 @@ class CodecDataset(Dataset[dict[str, Any]]):
                 for recording in found
                 if (min_duration or 0) <= recording.duration <= (max_duration or float("inf"))
             ]
-            hours = sum(recording.duration for recording in kept) / 3600
-            logger.info("%s: using %d of %d recordings (%.2f hours of audio)", name, len(kept), len(found), hours)
+            duration = duration_text(sum(recording.duration for recording in kept))
+            logger.info("%s: using %d of %d recordings (%s of audio)", name, len(kept), len(found), duration)
             self.recordings += kept
             weight = meta.get("sample_weight")
             self.weights += [1.0 if weight is None else float(weight)] * len(kept)

@@ -14,6 +14,7 @@ import pytest
 import soundfile
 
 from nemo_lfr.cli import main as cli
+from nemo_lfr.cli.session import json_text
 from nemo_lfr.codec.torch_backend import BATCHING
 from nemo_lfr.io.token_file import TokenReader
 from tests.models import speech_like
@@ -456,6 +457,28 @@ def test_any_file_name_round_trips_and_is_printed_unchanged(folder, tmp_path, en
     )
     assert done.returncode == 0
     assert done.stdout == os.fsencode(tmp_path) + b"/" + name + b".lfr\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("d\udcff/\udc80.wav", r"d\xff/\x80.wav"),
+        ("\ud800a", r"\ud800a"),
+        ("\U0001f600\u00e4", "\U0001f600\u00e4"),
+        (r"\udcff \\", r"\udcff \\"),
+    ],
+)
+def test_json_has_no_unpaired_surrogates(name, expected):
+    text = json_text({"input": name, name: [1e300, None, True]})
+    assert text.isascii() and json.loads(text) == {"input": expected, expected: [1e300, None, True]}
+    json.dumps(json.loads(text), ensure_ascii=False).encode()  # raises an error for an unpaired surrogate
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems' file names are text")
+def test_json_has_names_that_are_not_utf_8(tmp_path, capsys):
+    (tmp_path / "a\udcff.wav").write_bytes(b"RIFF")
+    code, out, _ = run(capsys, "encode", tmp_path / "a\udcff.wav", "--json")
+    assert code == 1 and json.loads(out)["failures"][0]["input"] == str(tmp_path / r"a\xff.wav")
 
 
 @pytest.mark.slow

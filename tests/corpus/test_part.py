@@ -167,7 +167,7 @@ REFUSED = {
     "another number of parts": (lambda config: run(config, Part(0, 3)), "started with 2 parts, not 3"),
     "other options": (
         lambda config: run(replace(config, pad="magpie"), Part(1, 2)),
-        "contains the tokens of another run .pad was 'encode', but is now 'magpie'",
+        "contains the tokens of another run .--pad was 'encode', but is now 'magpie'",
     ),
     "another corpus": (
         lambda config: run(replace(config, source=str(Path(config.source).parent)), Part(1, 2)),
@@ -175,7 +175,7 @@ REFUSED = {
     ),
     "another format": (
         lambda config: run(replace(config, kind="parquet"), Part(1, 2)),
-        "format was 'lfr', but is now 'parquet'",
+        "--format was 'lfr', but is now 'parquet'",
     ),
     "Ray": (
         lambda config: tokenize(replace(config, part=Part(1, 2)), ray="local"),
