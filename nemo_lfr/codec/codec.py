@@ -271,8 +271,7 @@ class Codec(HubMethods[Array]):
                 playback rate or faster. Default: `lookahead`.
 
         Raises:
-            NemoLfrError: if a lookahead is not an integer of at least 0, `first_lookahead` is larger than `lookahead`,
-                or the backend does not support streaming.
+            NemoLfrError: if a lookahead is not a valid integer, or the backend does not support streaming.
         """
         backend = self._streaming()
         if first_lookahead is None:
