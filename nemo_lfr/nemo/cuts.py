@@ -5,7 +5,7 @@ NeMo itself supports Lhotse for training only.
 
 import logging
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, cast
 
 import numpy as np
@@ -16,6 +16,7 @@ from nemo.collections.common.data.lhotse.dataloader import (
     make_structured_with_schema_warnings,
 )
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from torch.utils.data import DataLoader, Dataset
 
 from nemo_lfr.errors import AudioError, ConfigError, shorten
@@ -127,6 +128,28 @@ class CutLoader(DataLoader[dict[str, Any]]):
             raise AudioError(
                 f"no cut in {missing} consecutive batches can be read; the warnings above give the reasons."
             )
+
+
+def data_section(section: Any, name: str) -> DictConfig:
+    """Return a section of the config that describes a data loader. A plain dict is converted.
+
+    Args:
+        section: the section.
+        name: name of the section, for messages.
+
+    Raises:
+        ConfigError: if the section is neither a config nor a dict, or contains values that a config cannot contain.
+    """
+    if isinstance(section, DictConfig):
+        return section
+    if not isinstance(section, Mapping):
+        raise ConfigError(
+            f"{name} is {shorten(repr(section))}; pass a dict or an OmegaConf config with the keys of {name}."
+        )
+    try:
+        return cast(DictConfig, OmegaConf.create({name: dict(section)})[name])
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{name}: {shorten(error, 200)}.") from error
 
 
 def uses_lhotse(config: DictConfig) -> bool:

@@ -21,7 +21,7 @@ from nemo_lfr.nemo.artifacts import SpectrogramGenerator
 from nemo_lfr.nemo.averaging import RestoreTrainedWeights
 from nemo_lfr.nemo.base import DISCRIMINATOR, WAVLM
 from nemo_lfr.nemo.config import check_fit, check_gradients, check_precision, check_segments, check_training
-from nemo_lfr.nemo.cuts import cut_loader, uses_lhotse
+from nemo_lfr.nemo.cuts import cut_loader, data_section, uses_lhotse
 from nemo_lfr.nemo.optimizers import Optimizers
 from nemo_lfr.nemo.resume import WholeCheckpoints
 from nemo_lfr.nemo.run_lock import RunLock
@@ -147,11 +147,16 @@ class TrainingSteps(Optimizers):
     def _get_lhotse_dataloader(self, cfg: DictConfig) -> Any:
         return cut_loader(cfg, self.sample_rate, self.global_rank, self.world_size)
 
-    def setup_validation_data(self, cfg: DictConfig) -> None:
+    def setup_training_data(self, cfg: DictConfig | dict[str, Any]) -> None:
+        """Build the training loader from a section of the config."""
+        super().setup_training_data(data_section(cfg, "train_ds"))
+
+    def setup_validation_data(self, cfg: DictConfig | dict[str, Any]) -> None:
         """Build the validation loader from manifests or from Lhotse cuts.
 
         NeMo itself supports manifests only.
         """
+        cfg = data_section(cfg, "validation_ds")
         if uses_lhotse(cfg):
             self._validation_dl = cut_loader(cfg, self.sample_rate, self.global_rank, self.world_size, validation=True)
         else:

@@ -152,6 +152,22 @@ def test_urls_are_read_when_the_section_says_so(shar):
     assert not CutDataset(RATE).allow_url
 
 
+@pytest.mark.parametrize(
+    ("values", "error"),
+    [
+        ({"dataset": {"sample_rate": 8000}}, "{}.dataset.sample_rate is 8000, but the codec runs at"),
+        ("manifest.json", "{} is 'manifest.json'; pass a dict or an OmegaConf config"),
+        ({"dataset": object()}, "{}: .*object"),
+    ],
+)
+def test_an_invalid_section_that_is_no_config_is_named(values, error):
+    model = AudioCodecModel(OmegaConf.create(training_config([])))
+    with pytest.raises(ConfigError, match=error.format("train_ds")):
+        model.setup_training_data(values)
+    with pytest.raises(ConfigError, match=error.format("validation_ds")):
+        model.setup_validation_data(values)
+
+
 def test_validation_is_one_pass_over_whole_cuts(shar):
     """Stock NeMo raises "Lhotse data loading is not supported yet for validation"."""
     model = AudioCodecModel(OmegaConf.create(training_config([])))
@@ -165,9 +181,10 @@ def test_validation_is_one_pass_over_whole_cuts(shar):
     assert passes == passes[:1] * 5
 
 
-def test_training_draws_segments_without_end(shar):
+@pytest.mark.parametrize("convert", [lambda config: config, OmegaConf.to_container], ids=["config", "dict"])
+def test_training_draws_segments_without_end(shar, convert):
     model = AudioCodecModel(OmegaConf.create(training_config([])))
-    model.setup_training_data(section(shar, shuffle=True, seed=0))
+    model.setup_training_data(convert(section(shar, shuffle=True, seed=0)))
     batches = iter(model._train_dl)
     for _ in range(8):
         assert next(batches)["audio"].shape == (2, RATE // 2)
