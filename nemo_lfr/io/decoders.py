@@ -136,7 +136,8 @@ class SndfileDecoder:
 
     def _seek_before(self, start: int) -> None:
         """Seek to the sample with index `start`, or to the first one if libsndfile cannot seek."""
-        if self._file.can_seek():
+        # A seek to the first sample of Opus audio skips the padding before it, which the decoder needs.
+        if self._file.can_seek() and (start > 0 or not self._lead):
             self._position = self._file.seek(start)
             return
         self._file.close()

@@ -44,6 +44,13 @@ def ogg(subtype, wave=WAVE, first_sample=0, quality=0.5):
     return bytes(data)
 
 
+def with_pre_skip(data, count):
+    """Return Opus audio in Ogg whose header declares `count` samples of padding at 48 kHz before the first sample."""
+    at, end = data.index(b"OpusHead") + 10, data.index(b"OggS", 1)
+    page = data[:at] + struct.pack("<H", count) + data[at + 2 : end]
+    return page[:22] + struct.pack("<I", ogg_checksum(page)) + page[26:] + data[end:]
+
+
 def mp2(frames):
     """Return silent frames of MPEG layer 2 at 44.1 kHz. Each one is given as its bit rate index and padding."""
     heads = [bytes([0xFF, 0xFD, rate << 4 | padding << 1, 0xC0]) for rate, padding in frames]
@@ -62,6 +69,7 @@ FILES = {
     "Vorbis in stereo": ogg("VORBIS", np.stack([WAVE, WAVE[::-1]], axis=1)),
     "Opus": ogg("OPUS"),
     "Opus of a low bit rate": ogg("OPUS", quality=1.0),
+    "Opus with much padding before its first sample": with_pre_skip(ogg("OPUS"), 30000),
     "FLAC": written("FLAC"),
     "WAV with MS ADPCM": written("WAV", subtype="MS_ADPCM"),
     "WAV with GSM": written("WAV", subtype="GSM610"),
