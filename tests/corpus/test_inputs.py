@@ -80,6 +80,12 @@ def test_manifest_may_begin_with_a_byte_order_mark_or_an_invalid_line(tmp_path, 
         ('{"audio_filepath": "a.wav"}'.encode("utf-16"), "UTF-16 text; save it as UTF-8"),
         (b"hello\n", "its first line is 'hello'"),
         (b"", "it has no lines"),
+        (
+            b'{"text": "a", "audio": "a.wav"}',
+            r"the key 'audio'; expected \{\"audio_filepath\": ...\}. Rename the key\.$",
+        ),
+        (b'{"text": "a", "audio": 5}', "its first line is"),
+        (b"ARROW1\0\0\n", r"an Arrow \(Feather\) file; save the table as Parquet"),
         (b"\n".join([b"1"] * 3000), "its first line is '1'"),
     ],
 )

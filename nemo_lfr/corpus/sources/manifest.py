@@ -12,7 +12,7 @@ from nemo_lfr.corpus.inventory import digest
 from nemo_lfr.corpus.sources.base import Clip, CorpusReader, OpenOptions, ShardSpec, repeat_number, unreadable
 from nemo_lfr.errors import ConfigError, shorten
 from nemo_lfr.io import bounded
-from nemo_lfr.io.columns import standard_labels
+from nemo_lfr.io.columns import AUDIO, standard_labels
 from nemo_lfr.io.manifests import (
     NOT_A_LINE,
     UNUSABLE,
@@ -29,6 +29,7 @@ from nemo_lfr.io.text import UTF16_MARKS
 
 # At least one of the first FIRST_LINES lines of a manifest must be a valid entry.
 FIRST_LINES = 100
+ARROW_MAGIC = b"ARROW1"  # first bytes of a file that pyarrow or polars writes as Arrow IPC or Feather
 
 
 class Manifest(CorpusReader):
@@ -161,12 +162,25 @@ def _describe_content(lines: Sequence[bytes]) -> str:
     first = lines[0]
     if first.startswith(UTF16_MARKS):
         return "it is UTF-16 text; save it as UTF-8"
+    if first.startswith(ARROW_MAGIC):
+        return "it is an Arrow (Feather) file; save the table as Parquet, and pass the .parquet file"
     if b"\0" in b"".join(lines):
         return "it is not text; if it is an archive, unpack it, and pass a manifest, a folder, cuts or a Parquet table"
     expected = 'expected {"audio_filepath": ...}'
     if first.lstrip(b"\xef\xbb\xbf \t").startswith(b"["):
         return f"it is a JSON list; {expected}, with one object per line"
+    if (key := _audio_key(first)) is not None:
+        return f"its first entry has the key {key!r}; {expected}. Rename the key"
     return f"its first line is {shorten(first.decode(errors='replace').strip())!r}; {expected}"
+
+
+def _audio_key(line: bytes) -> str | None:
+    """Return the key of a JSON object that probably contains the path of the audio; None if there is none."""
+    try:
+        entry = parse_entry(line)
+    except NOT_A_LINE:
+        return None
+    return next((key for key in entry if key.lower() in AUDIO and isinstance(entry[key], str)), None)
 
 
 def _name(line: bytes, audio_dir: Path) -> str:
