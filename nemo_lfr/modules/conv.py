@@ -118,7 +118,7 @@ class Conv1d(nn.Module):
         span: receptive field of an output, in time steps: (kernel_size - 1) * dilation + 1.
 
     Raises:
-        ConfigError: for an unknown `pad_mode`.
+        ConfigError: for an unknown `pad_mode`, or a symmetric convolution whose padding cannot be equal on both sides.
     """
 
     def __init__(
@@ -140,6 +140,8 @@ class Conv1d(nn.Module):
         span = (kernel_size - 1) * dilation + 1
         if causal:
             self.pad = (span - stride, 0)
+        elif stride == 1 and span % 2 == 0:
+            raise ConfigError(f"the kernel size {kernel_size} is even; use an odd one, or the causal class.")
         elif stride > 1:
             self.pad = ((span - stride + 1) // 2,) * 2
         else:

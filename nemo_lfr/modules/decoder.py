@@ -41,8 +41,8 @@ class HiFiGANDecoder(NeuralModule):
         weight_norm: whether convolutions have weight norm, for training; plain weights are enough for inference.
 
     Raises:
-        ConfigError: for an unknown activation or padding mode, or a `base_channels` that cannot be halved at every
-            stage.
+        ConfigError: for an unknown activation or padding mode, an even kernel size unless the decoder is causal, or a
+            `base_channels` that cannot be halved at every stage.
     """
 
     input_names = ("inputs", "input_len")

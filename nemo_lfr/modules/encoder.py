@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from nemo_lfr.errors import ConfigError
 from nemo_lfr.frames import Context, num_frames
 from nemo_lfr.modules.activation import CodecActivation
 from nemo_lfr.modules.context import ContextOps, Field
@@ -37,7 +38,8 @@ class HiFiGANEncoder(NeuralModule):
         weight_norm: whether convolutions have weight norm, for training; plain weights are enough for inference.
 
     Raises:
-        ConfigError: for an unknown activation or padding mode.
+        ConfigError: for an unknown activation or padding mode, an even kernel size, or a stride of 1. Causal encoders may
+            have even kernel sizes and strides of 1.
     """
 
     input_names = ("audio", "audio_len")
@@ -59,6 +61,8 @@ class HiFiGANEncoder(NeuralModule):
         weight_norm: bool = True,
     ) -> None:
         super().__init__()
+        if min(down_sample_rates) < 2 and not causal:
+            raise ConfigError(f"down_sample_rates is {list(down_sample_rates)}; each rate must be 2 or more.")
         self.encoded_dim = encoded_dim
         self.down_sample_rates = tuple(down_sample_rates)
         self.samples_per_frame = math.prod(self.down_sample_rates)

@@ -96,7 +96,8 @@ class FiniteScalarQuantizer(NeuralModule):
         eps: fraction by which the range of squashed values is smaller than the range of the levels.
 
     Raises:
-        ConfigError: if a dimension has fewer than 2 levels, or the codebook has 2^31 entries or more.
+        ConfigError: if a dimension has fewer than 2 levels, or the codebook has more than 2^24 entries, for which NeMo's
+            arithmetic in float32 is not exact.
     """
 
     input_names = ("inputs", "input_len")
@@ -108,10 +109,10 @@ class FiniteScalarQuantizer(NeuralModule):
     def __init__(self, num_levels: Sequence[int], eps: float = 1e-3) -> None:
         super().__init__()
         levels = [int(level) for level in num_levels]
-        if min(levels) < 2 or math.prod(levels) > 2**31 - 1:
+        if min(levels) < 2 or math.prod(levels) > 2**24:
             raise ConfigError(
                 f"levels {levels} do not form a codebook; use at least 2 levels in each dimension, and a product "
-                "below 2^31."
+                "of at most 2^24."
             )
         bases = [math.prod(levels[:dim]) for dim in range(len(levels))]
         self.levels = tuple(levels)
