@@ -156,7 +156,7 @@ def resolve_audio_path(folder: str | os.PathLike[str], name: object) -> Path:
 
 
 def audio_name(folder: str | os.PathLike[str], name: str) -> str:
-    """Return the name of a recording, to which its id and the files that are written for it refer.
+    """Return the name of a recording, from which its id and the names of its output files are made.
 
     As in NeMo, this is the path of the audio file. An absolute path inside `folder` is made relative to it.
 

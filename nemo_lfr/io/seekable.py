@@ -38,7 +38,7 @@ class SeekableBytes(io.RawIOBase):
 
 
 class SeekableFile(SeekableBytes):
-    """File object for libsndfile that reads from another one.
+    """File object that libsndfile reads, and that itself reads from another file object.
 
     In a damaged file, libsndfile may seek to a position before the first byte. Other file objects then raise an
     exception, which libsndfile's callback prints on stderr.

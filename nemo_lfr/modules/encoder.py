@@ -38,8 +38,8 @@ class HiFiGANEncoder(NeuralModule):
         weight_norm: whether convolutions have weight norm, for training; plain weights are enough for inference.
 
     Raises:
-        ConfigError: for an unknown activation or padding mode, an even kernel size, or a stride of 1. Causal encoders may
-            have even kernel sizes and strides of 1.
+        ConfigError: for an unknown activation or padding mode, an even kernel size, or a stride of 1. Causal encoders
+            may have even kernel sizes and strides of 1.
     """
 
     input_names = ("audio", "audio_len")

@@ -96,8 +96,8 @@ class FiniteScalarQuantizer(NeuralModule):
         eps: fraction by which the range of squashed values is smaller than the range of the levels.
 
     Raises:
-        ConfigError: if a dimension has fewer than 2 levels, or the codebook has more than 2^24 entries, for which NeMo's
-            arithmetic in float32 is not exact.
+        ConfigError: if a dimension has fewer than 2 levels, or the codebook has more than 2^24 entries. NeMo
+            computes tokens in float32, which is not exact for larger codebooks.
     """
 
     input_names = ("inputs", "input_len")

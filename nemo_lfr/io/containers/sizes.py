@@ -1,4 +1,4 @@
-"""Compute the size of a codec frame from its header."""
+"""Compute the size of a frame of AAC, AC-3 or another audio format from its header."""
 
 from collections.abc import Callable
 
