@@ -5,7 +5,7 @@ from typing import Any
 
 
 class SeekableBytes(io.RawIOBase):
-    """Read-only file object with a known length. Subclasses implement `read`.
+    """Read-only file object with a known length. Subclasses implement `read` or `readinto`.
 
     Args:
         length: number of bytes.

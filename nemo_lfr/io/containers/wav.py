@@ -249,9 +249,9 @@ def samples_stream(header: WavHeader, spans: list[Span]) -> Stream:
     return replace(stream, header=header.rebuilt(length + stream.padding))
 
 
-def _is_tag(name: bytes) -> bool:
-    """Return whether four bytes begin a tag that is not a known chunk of a WAV file."""
-    return name not in KNOWN_CHUNKS and any(name.startswith(tag[:4]) for tag in TAGS)
+def _is_tag(head: bytes) -> bool:
+    """Return whether the next four bytes are the start of a metadata tag, not the name of a known chunk."""
+    return head not in KNOWN_CHUNKS and any(head.startswith(tag[:4]) for tag in TAGS)
 
 
 def _no_samples(window: Window, start: int, stop: int, header: WavHeader, spans: list[Span]) -> str:
