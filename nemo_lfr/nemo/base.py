@@ -62,6 +62,7 @@ class BaseModel(NeMoAudioCodecModel):
     """Base class of the mixins: NeMo's model and the attributes that this package adds."""
 
     cfg: DictConfig
+    training: bool
     discriminator: AudioDiscriminator | None
     _codec: tuple[tuple[Any, ...], Codec[torch.Tensor]] | None = None  # values it was built from, and the codec itself
     _unbuilt_discriminator: dict[str, torch.Tensor]

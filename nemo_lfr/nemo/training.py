@@ -15,7 +15,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import IterableDataset
 
-from nemo_lfr.checkpoint import load_parts
+from nemo_lfr.checkpoint import PARTS, load_parts
 from nemo_lfr.errors import ConfigError, shorten
 from nemo_lfr.nemo.artifacts import SpectrogramGenerator
 from nemo_lfr.nemo.averaging import RestoreTrainedWeights
@@ -182,12 +182,20 @@ class TrainingSteps(Optimizers):
         return [RunLock(), *callbacks, RestoreTrainedWeights()]
 
     def on_fit_start(self) -> None:
-        """Check that the trainer's strategy and callbacks can train the model.
+        """Check that the trainer can train the model, and set the parts of a restored model to training mode.
+
+        `restore_from` returns a model in evaluation mode, in which Lightning would leave it. Frozen parts stay in
+        evaluation mode.
 
         Raises:
-            ConfigError: if they cannot; see `check_fit`.
+            ConfigError: if the trainer's strategy or callbacks cannot train the model; see `check_fit`.
         """
         super().on_fit_start()
+        if self._restored_from is not None and not self.training:
+            self.training = True
+            for part in (getattr(self, name) for name in PARTS):
+                weights = list(part.parameters())
+                part.train(not weights or any(weight.requires_grad for weight in weights))
         check_fit(self.trainer, has_discriminator=self.discriminator is not None)
 
     def on_train_start(self) -> None:

@@ -984,6 +984,23 @@ def test_a_run_that_is_complete_or_that_nemo_cannot_resume_is_reported(tmp_path,
         trainer.fit(averaged, loader, ckpt_path=str(tmp_path / "last.ckpt"))
 
 
+def test_a_restored_model_is_trained_in_training_mode(tmp_path):
+    """Frozen parts stay in evaluation mode. Stock NeMo restores models in training mode."""
+    AudioCodecModel(OmegaConf.create(training_config([]))).save_to(tmp_path / "codec.nemo")
+    model = AudioCodecModel.restore_from(tmp_path / "codec.nemo")
+    model.audio_encoder.freeze()
+    modes = {}
+
+    class Modes(pl.Callback):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            modes.update((name, part.training) for name, part in module.named_modules())
+
+    loader = torch.utils.data.DataLoader([batch(frames=8)], batch_size=None)
+    quiet_trainer(max_epochs=1, callbacks=[Modes()]).fit(model, loader)
+    assert modes[""] and modes["audio_decoder"] and modes["audio_decoder.pre_conv"] and modes["vector_quantizer"]
+    assert not any(mode for name, mode in modes.items() if name.startswith("audio_encoder"))
+
+
 def test_only_one_file_may_give_the_initial_weights():
     model = AudioCodecModel(OmegaConf.create(training_config([])))
     files = {"init_from_ptl_ckpt": "a.ckpt", "init_from_nemo_model": "b.nemo"}
