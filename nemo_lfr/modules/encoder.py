@@ -164,11 +164,11 @@ class HiFiGANEncoder(NeuralModule):
 
         Returns:
             Encoded frames [B, D, T_encoded], which are zero after the end of a clip, and the number of frames in each
-            clip, [B].
+            clip as int64, [B].
         """
         lengths = audio_len.tolist()
         frames = [num_frames(length, self.samples_per_frame) for length in lengths]
-        encoded_len = torch.tensor(frames, dtype=audio_len.dtype, device=audio_len.device)
+        encoded_len = torch.tensor(frames, dtype=torch.int64, device=audio_len.device)  # int64 as in NeMo
         if max(frames) == 0:
             return audio.new_zeros(len(frames), self.encoded_dim, 0), encoded_len
 

@@ -6,19 +6,42 @@ from nemo_lfr.checkpoint import PARTS
 from nemo_lfr.checkpoint.names import unwrapped
 from nemo_lfr.codec.codec import Codec
 from nemo_lfr.codec.torch_backend import TorchBackend
-from nemo_lfr.errors import AudioError
+from nemo_lfr.errors import AudioError, ConfigError
+from nemo_lfr.modules.decoder import HiFiGANDecoder
+from nemo_lfr.modules.encoder import HiFiGANEncoder
+from nemo_lfr.modules.quantizer import FiniteScalarQuantizer, GroupFiniteScalarQuantizer
 from nemo_lfr.nemo.base import BaseModel
+
+# Classes of the modules that `Codec` can run. A model may have other modules, which a user assigned to it.
+_CLASSES: dict[str, tuple[type, ...]] = {
+    "audio_encoder": (HiFiGANEncoder,),
+    "vector_quantizer": (FiniteScalarQuantizer, GroupFiniteScalarQuantizer),
+    "audio_decoder": (HiFiGANDecoder,),
+}
 
 
 class Inference(BaseModel):
-    """Mixin with the methods that encode and decode."""
+    """Mixin with the methods that encode and decode.
+
+    If a user has replaced the encoder, quantizer or decoder by a module of another class, these methods call the
+    modules as NeMo does.
+    """
 
     @property
     def codec(self) -> Codec[torch.Tensor]:
         """Standalone `Codec` that uses this model's modules.
 
         The same object is returned until a module, the sample rate or the device changes.
+
+        Raises:
+            ConfigError: if a module was replaced by one that is not of this package.
         """
+        if (name := self._replaced_part()) is not None:
+            raise ConfigError(
+                f"the model's {name} is {type(getattr(self, name)).__name__}, not a module of nemo_lfr, so the model "
+                "has no standalone codec; call encode and decode of the model, without num_codebooks and with "
+                "decode's audio_len left out."
+            )
         encoder, quantizer, decoder = (unwrapped(getattr(self, name)) for name in PARTS)
         made_of = (encoder, quantizer, decoder, self.sample_rate, next(decoder.parameters()).device)
         kept, codec = self._codec or (None, None)
@@ -27,6 +50,14 @@ class Inference(BaseModel):
             codec = Codec(TorchBackend(encoder, quantizer, decoder, self.sample_rate))  # type: ignore[arg-type]
             self._codec = made_of, codec
         return codec
+
+    def _replaced_part(self) -> str | None:
+        """Return the name of the first module that is not of this package; None if there is no such module."""
+        for name in PARTS:
+            part = getattr(self, name)
+            if not isinstance(part, torch.nn.Module) or not isinstance(unwrapped(part), _CLASSES[name]):
+                return name
+        return None
 
     def encode(
         self,
@@ -54,6 +85,11 @@ class Inference(BaseModel):
             AudioError: for audio that cannot be encoded, or an invalid sample rate.
             TokensError: for an invalid `num_codebooks`.
         """
+        if num_codebooks is None and self._replaced_part() is not None:
+            stock: tuple[torch.Tensor, torch.Tensor] = super().encode(
+                audio=audio, audio_len=audio_len, sample_rate=sample_rate
+            )
+            return stock
         codec = self.codec
         rate = codec.sample_rate if sample_rate is None else sample_rate
         tokens, tokens_len = codec.encode(audio, audio_len, rate, num_codebooks)
@@ -86,6 +122,9 @@ class Inference(BaseModel):
         Raises:
             TokensError: for tokens that cannot be decoded.
         """
+        if audio_len is None and num_codebooks is None and self._replaced_part() is not None:
+            stock: tuple[torch.Tensor, torch.Tensor] = super().decode(tokens=tokens, tokens_len=tokens_len)
+            return stock
         return self.codec.decode(tokens, tokens_len, audio_len, num_codebooks)
 
     def forward(
@@ -105,6 +144,11 @@ class Inference(BaseModel):
         Raises:
             AudioError: for audio that cannot be encoded, or an invalid sample rate.
         """
+        if self._replaced_part() is not None:
+            stock: tuple[torch.Tensor, torch.Tensor] = super().forward(
+                audio=audio, audio_len=audio_len, sample_rate=sample_rate
+            )
+            return stock
         codec = self.codec
         audio, audio_len = codec.resample(audio, audio_len, codec.sample_rate if sample_rate is None else sample_rate)
         tokens, tokens_len = codec.encode(audio, audio_len, codec.sample_rate)
@@ -121,14 +165,17 @@ class Inference(BaseModel):
             sample_rate: sample rate of `audio`, Hz; the codec's own by default.
 
         Returns:
-            Encoded frames [B, D, T_encoded] and their lengths in frames [B].
+            Encoded frames [B, D, T_encoded] and their lengths in frames as int64 [B].
 
         Raises:
             AudioError: for an invalid sample rate, or if audio that requires a gradient would have to be resampled.
         """
-        if sample_rate is not None:
+        if sample_rate is not None and self._replaced_part() is None:
             audio, audio_len = self._resampled(audio, audio_len, sample_rate)
-        encoded: tuple[torch.Tensor, torch.Tensor] = super().encode_audio(audio=audio, audio_len=audio_len)
+            sample_rate = None
+        encoded: tuple[torch.Tensor, torch.Tensor] = super().encode_audio(
+            audio=audio, audio_len=audio_len, sample_rate=sample_rate
+        )
         return encoded
 
     def _resampled(

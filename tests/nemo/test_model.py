@@ -618,3 +618,56 @@ def test_a_model_with_hooks_or_other_settings_is_not_saved(tmp_path, change, mes
     model.set_trainer(pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False))
     model.save_to(tmp_path / "out.nemo")  # a warning: a run must not lose its weights
     assert (tmp_path / "out.nemo").exists()
+
+
+class _OtherEncoder(torch.nn.Module):
+    """Encoder that a user writes for an experiment."""
+
+    def forward(self, audio, audio_len):
+        frames = audio.reshape(len(audio), 1, -1, 1024).mean(3)
+        return frames.expand(-1, 32, -1), audio_len // 1024
+
+
+class _OtherDecoder(torch.nn.Module):
+    def forward(self, inputs, input_len):
+        return inputs.mean(1).repeat_interleave(1024, 1), input_len * 1024
+
+
+@pytest.mark.parametrize("rate", [None, 16000])
+@pytest.mark.parametrize("replaced", [{"audio_encoder": _OtherEncoder}, {"audio_decoder": _OtherDecoder}])
+def test_modules_that_a_user_replaced_are_called_as_in_nemo(nemo_file, replaced, rate):
+    ours, stock = AudioCodecModel.restore_from(nemo_file, map_location="cpu").eval(), stock_model(nemo_file)
+    results = []
+    for model in (ours, stock):
+        for name, kind in replaced.items():
+            setattr(model, name, kind())
+        inputs = {"audio": speech_like(8192)[None], "audio_len": torch.tensor([8192])}
+        with torch.no_grad():
+            tokens, tokens_len = model.encode(**inputs, sample_rate=rate)
+            results.append([tokens, tokens_len, *model.decode(tokens=tokens, tokens_len=tokens_len)])
+            results[-1] += model(**inputs, sample_rate=rate)
+    for mine, expected in zip(*results, strict=True):
+        assert mine.dtype == expected.dtype
+        torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-5)  # fp32 sums in another order
+    with pytest.raises(
+        ConfigError, match=f"the model's {next(iter(replaced))} is _Other.*coder, not a module of nemo"
+    ):
+        ours.encode(**inputs, num_codebooks=2)
+
+
+def test_a_quantizer_that_was_removed_is_named_as_in_nemo(nemo_file):
+    model = AudioCodecModel.restore_from(nemo_file, map_location="cpu")
+    model.vector_quantizer = None
+    with pytest.raises(ValueError, match="Cannot quantize without quantizer"):
+        model.encode(audio=speech_like(8192)[None], audio_len=torch.tensor([8192]))
+    with pytest.raises(ConfigError, match="vector_quantizer is NoneType"):
+        model.codec  # noqa: B018
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+def test_lengths_of_frames_are_int64_as_in_nemo(nemo_file, dtype):
+    inputs = {"audio": speech_like(8192)[None], "audio_len": torch.tensor([8000], dtype=dtype)}
+    for model in (AudioCodecModel.restore_from(nemo_file, map_location="cpu"), stock_model(nemo_file)):
+        with torch.no_grad():
+            _, encoded_len = model.encode_audio(**inputs)
+        assert (encoded_len.dtype, encoded_len.tolist()) == (torch.int64, [8])
