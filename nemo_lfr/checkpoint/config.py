@@ -1,8 +1,7 @@
 """Parse model configs, and build codec modules from an allow-list of classes."""
 
 import contextlib
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +11,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
+from nemo_lfr.checkpoint.interpolations import Expansion, check_interpolations, strings
 from nemo_lfr.checkpoint.resolvers import NEMO_RESOLVERS, with_own_resolvers
 from nemo_lfr.errors import ConfigError, quoted, shorten
 from nemo_lfr.modules.decoder import HiFiGANDecoder
@@ -46,13 +46,11 @@ _OUR_CLASSES |= {name.replace(".modules.", ".codec."): ours for name, ours in _O
 # Limits against malicious configs. NVIDIA's released codec has 112.7 M parameters, and lists of at most 5 items.
 MAX_CONFIG_EVENTS = 20_000  # events of the YAML parser: a scalar, or the start or end of a list or mapping
 MAX_CONFIG_DEPTH = 32
-MAX_RESOLVED = 1_000_000  # characters and nodes
 MAX_SIZE = 16384
 MAX_LIST = 32
 MAX_GROUPS = 256
 MAX_PARAMETERS = 2_000_000_000
 
-_REFERENCE = re.compile(r"\$\{([^${}:]*)\}")
 _OTHER_FAMILIES = ("semantic_codec", "semantic_codec_path")
 
 # OmegaConf flag of configs that came from a checkpoint. Training checkpoints may contain its value.
@@ -78,22 +76,23 @@ def parse_config(text: str) -> DictConfig:
 
     Raises:
         ConfigError: if the text is not valid YAML, is not a mapping, uses YAML aliases, or is too large or too deeply
-            nested. Also if an interpolation refers to itself, is nested, expands to too many characters, or uses an
-            OmegaConf resolver that NeMo does not register.
+            nested. Also if an interpolation is too long, refers to itself, is nested, expands to too many characters,
+            or uses an OmegaConf resolver that NeMo does not register.
     """
     try:
         _check_yaml(text)
+        check_interpolations(text)
         config = OmegaConf.create(text)
         if not isinstance(config, DictConfig):
             raise ConfigError("the config is a list, not a mapping.")
         plain = OmegaConf.to_container(config, resolve=False)
-        for value in _strings(plain):
+        for value in strings(plain):
             if "${" in value and ":" in NEMO_RESOLVERS.sub("", value):
                 raise ConfigError(
                     f"{shorten(value)!r} uses an OmegaConf resolver other than multiply, sum and gpu_name; write the "
                     "value instead."
                 )
-        expansion = _Expansion(plain)
+        expansion = Expansion(plain)
         for key in config:
             expansion.check(str(key))
         mark_from_checkpoint(config)
@@ -158,14 +157,6 @@ def _check_yaml(text: str) -> None:
             )
 
 
-def _strings(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict | list):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _strings(item)
-
-
 def codec_values(config: DictConfig) -> dict[str, Any]:
     """Return the config values that determine encoding and decoding, as plain Python values by key.
 
@@ -187,73 +178,6 @@ def codec_values(config: DictConfig) -> dict[str, Any]:
                 f"{key} is set, but nemo_lfr does not support semantic codecs; use NeMo's own AudioCodecModel."
             )
     return values
-
-
-class _Expansion:
-    """Check how large a config would become if its `${...}` interpolations were resolved, without resolving them.
-
-    Thirty lines that each refer to the previous one twice would expand to a billion characters. An interpolation
-    inside another one is an error.
-    """
-
-    def __init__(self, config: Any) -> None:
-        self._config = config
-        self._sizes: dict[tuple[str, ...], int | None] = {}
-
-    def check(self, key: str) -> None:
-        """Raise ConfigError if the value of a key refers to itself or expands to more than MAX_RESOLVED characters."""
-        if self._size((key,)) > MAX_RESOLVED:
-            raise ConfigError(
-                f"{key} cannot be resolved: its interpolations expand to more than {MAX_RESOLVED} characters; write "
-                "the values instead."
-            )
-
-    def _size(self, path: tuple[str, ...]) -> int:
-        if path in self._sizes:
-            if (known := self._sizes[path]) is None:
-                raise ConfigError(
-                    f"{path[0]} cannot be resolved: its interpolations form a cycle; write a value instead."
-                )
-            return known
-        self._sizes[path] = None
-        value = self._value(path)
-        size = 1
-        if isinstance(value, dict | list):
-            names = value if isinstance(value, dict) else range(len(value))
-            size += sum(self._size((*path, str(name))) for name in names)
-        elif isinstance(value, str):
-            size += len(value) + sum(self._size(self._target(path, name)) for name in _REFERENCE.findall(value))
-            if _REFERENCE.search(_REFERENCE.sub("", value)):
-                raise ConfigError(
-                    f"{path[0]} cannot be resolved: {shorten(value)!r} is a nested interpolation; write the value "
-                    "instead."
-                )
-        self._sizes[path] = size
-        return size
-
-    @staticmethod
-    def _target(path: tuple[str, ...], name: str) -> tuple[str, ...]:
-        """Return the path that `${name}` in the value at `path` refers to; a name with leading dots is relative."""
-        rest = name.strip().lstrip(".")
-        up = len(name.strip()) - len(rest)
-        base = path[: max(0, len(path) - up)] if up else ()
-        return (*base, *(part for part in re.split(r"[.\[\]]+", rest) if part))
-
-    def _value(self, path: tuple[str, ...]) -> Any:
-        value = self._config
-        for name in path:
-            if isinstance(value, dict):
-                value = next((item for key, item in value.items() if str(key) == name), None)
-            elif isinstance(value, list) and name.isdigit() and int(name) < len(value):
-                value = value[int(name)]
-            elif isinstance(value, str) and "${" in value:
-                raise ConfigError(
-                    f"${{{'.'.join(path)}}} cannot be resolved: it refers to a key inside the interpolation "
-                    f"{shorten(value)!r}; write the value instead."
-                )
-            else:
-                return None  # OmegaConf reports the missing key
-        return value
 
 
 def our_target(target: str) -> tuple[type[nn.Module], dict[str, Any], dict[str, Any]]:

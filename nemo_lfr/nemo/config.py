@@ -1,15 +1,19 @@
 """Check the configs of the NeMo model."""
 
+import contextlib
+import io
 import os
 from collections.abc import Mapping
 from dataclasses import is_dataclass
+from pathlib import Path
 from typing import Any, cast
 
+import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch.nn.parallel import DistributedDataParallel
 
-from nemo_lfr.checkpoint import codec_values
+from nemo_lfr.checkpoint import check_interpolations, codec_values
 from nemo_lfr.errors import ConfigError, quoted, shorten
 from nemo_lfr.frames import num_frames
 from nemo_lfr.io.locate import expand_home
@@ -164,11 +168,13 @@ def model_config(cfg: Any) -> DictConfig:
         cfg: config, or structured config (a dataclass).
 
     Raises:
-        ConfigError: if `cfg` is not a config, or a value cannot be resolved.
+        ConfigError: if `cfg` is not a config, or a value cannot be resolved or has too long interpolations.
     """
     if not isinstance(cfg, DictConfig) and not is_dataclass(cfg):
         raise ConfigError(f"cfg is {shorten(repr(cfg))}; pass a DictConfig, such as OmegaConf.create({{...}}).")
     try:
+        if isinstance(cfg, DictConfig):
+            check_interpolations(OmegaConf.to_container(cfg, resolve=False))
         resolved: DictConfig = model_utils.convert_model_config_to_dict_config(cfg)
         updated: DictConfig = model_utils.maybe_update_config_version(resolved)
         return updated
@@ -222,11 +228,35 @@ def _model_section(config: Any, name: str) -> DictConfig:
 
 def _loaded(file: Any, name: str) -> DictConfig | ListConfig:
     try:
-        return OmegaConf.load(file)
+        text = file.read() if hasattr(file, "read") else Path(file).read_text("utf-8")
+        check_interpolations(text.decode() if isinstance(text, bytes) else text)
+        return OmegaConf.load(io.StringIO(text) if isinstance(text, str) else io.BytesIO(text))
+    except ConfigError as error:
+        raise ConfigError(f"{name}: {error}") from error
     except Exception as error:  # OmegaConf and PyYAML raise many exception classes
         if isinstance(error, OSError) and error.strerror:
             raise ConfigError(f"{name}: the file cannot be read ({error.strerror}); pass a YAML file.") from error
         raise ConfigError(f"{name}: the file is not a YAML config: {_reason(error)}.") from error
+
+
+def check_hparams(file: Any) -> None:
+    """Check the lengths of the interpolations in the file with hyperparameters that Lightning will read.
+
+    Lightning reports a file that cannot be read or parsed.
+
+    Args:
+        file: local path of a YAML file. Other values are not checked.
+
+    Raises:
+        ConfigError: if the file has too long interpolations.
+    """
+    if not isinstance(file, str | os.PathLike) or not os.path.isfile(file):
+        return
+    with contextlib.suppress(OSError, UnicodeDecodeError, yaml.YAMLError):
+        try:
+            check_interpolations(Path(file).read_text("utf-8"))
+        except ConfigError as error:
+            raise ConfigError(f"hparams_file {shorten(file, 300)}: {error}") from error
 
 
 def _reason(error: Exception) -> str:

@@ -32,7 +32,7 @@ from nemo_lfr.nemo.base import (
     Trainer,
     logging,
 )
-from nemo_lfr.nemo.config import check_trainer, checked_values, override_config
+from nemo_lfr.nemo.config import check_hparams, check_trainer, checked_values, override_config
 
 # Modules that `restore_from` has loaded. The constructor uses these modules instead of building random ones.
 READ_PARTS: ContextVar[CodecModules | None] = ContextVar("parts", default=None)
@@ -228,6 +228,7 @@ class NemoFiles(BaseModel):
                 model of another class.
         """
         try:
+            check_hparams(hparams_file)
             return _stock(cls, "load_from_checkpoint")(
                 checkpoint_path, *args, map_location=map_location, hparams_file=hparams_file, strict=strict, **kwargs
             )

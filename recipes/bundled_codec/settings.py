@@ -8,6 +8,7 @@ from typing import Any
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from nemo_lfr.checkpoint import check_interpolations
 from nemo_lfr.training.components import import_components
 from nemo_lfr.training.discriminators import BUILT_IN
 from recipes.bundled_codec.data import AugmentConfig
@@ -69,13 +70,14 @@ def read_settings(config: Path = DEFAULT_CONFIG, overrides: Sequence[str] = ()) 
 
     Raises:
         ValueError: if a key is unknown, or a value is invalid or missing.
-        ConfigError: if a component cannot be imported.
+        ConfigError: if a component cannot be imported, or an interpolation is too long.
     """
     listed = [
         f"train=[{text.removeprefix('train=')}]" if text.startswith("train=") and "[" not in text else text
         for text in overrides
     ]
     try:
+        check_interpolations(Path(config).read_text("utf-8"))
         merged = OmegaConf.merge(
             OmegaConf.structured(Settings), OmegaConf.load(config), OmegaConf.from_dotlist(listed)
         )

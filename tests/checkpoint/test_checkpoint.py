@@ -41,6 +41,7 @@ from nemo_lfr.checkpoint import (
     split_weight_norm,
     write_checkpoint,
 )
+from nemo_lfr.checkpoint.interpolations import Expansion
 from nemo_lfr.checkpoint.names import gain_of
 from nemo_lfr.checkpoint.source import MemorySource
 from nemo_lfr.checkpoint.tensors import Tensors
@@ -664,6 +665,12 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
         lambda: with_config(config(train_ds={"x0": 1} | doubling("{0}{0}", "${{.x{}}}"))), "expand",
     ),
     "interpolation that another one names": (lambda: with_config(config(x="y", sample_rate="${${x}}")), "nested interpolation"),
+    "interpolation of 40,000 spaces": (
+        lambda: with_config(CONFIG_BYTES + b"z: '${" + b" " * 40_000 + b"'\n"), r"with '\$\{' is too long",
+    ),
+    "ckpt with an interpolation of 40,000 spaces": (
+        lambda: lightning(None, hyper_parameters=config() | {"z": "${" + " " * 40_000}), r"with '\$\{' is too long",
+    ),
     "interpolation of its own section": (
         lambda: with_config(config(vector_quantizer={"a": "${vector_quantizer}"})), "form a cycle",
     ),
@@ -891,6 +898,23 @@ def test_hostile_or_damaged_file_raises_with_its_name(nemo, monkeypatch, tmp_pat
     # A generous limit: an idle machine needs less than 1 s, and a hang or an expanding file takes far longer.
     assert seconds < 5, f"{seconds:.1f} s"
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_config_of_many_keys_is_checked_in_linear_time(monkeypatch):
+    """Count the keys that are converted to text; finding each of the keys by a search would convert millions."""
+    count = 5000
+    converted = []
+
+    class Key(str):
+        __slots__ = ()
+
+        def __str__(self) -> str:
+            converted.append(1)
+            return str.__str__(self)
+
+    expansion = Expansion({"z": {Key(f"k{number}"): 1 for number in range(count)}})
+    expansion.check("z")
+    assert len(converted) <= 5 * count
 
 
 def test_hostile_files_are_many_and_distinct():
