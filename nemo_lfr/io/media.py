@@ -225,15 +225,17 @@ class MediaDecoder:
         """
         size_of: FrameSize = PACKET_SIZES.get(track.codec_context.name, lambda _: None)
         suspects: list[Any] = []  # the first incomplete packet and those after it
+        time_base = float(track.time_base)
+        states_duration = not self._container.format.name.startswith("matroska")  # there, FFmpeg reads Opus's header
         for packet in self._container.demux(track):
             if self._starts_at_zero and packet.pts is not None:
                 self._gaps.begin(float(packet.pts * packet.time_base))
                 self._starts_at_zero = False
             self._num_packets += packet.size > 0
             if self._opus is not None and packet.size and packet.pts is not None:
-                self._opus.add(bytes(memoryview(packet)[:2]), float(packet.pts * packet.time_base))
-                if not self._container.format.name.startswith("matroska"):  # for which FFmpeg uses Opus's header
-                    self._end = float((packet.pts + (packet.duration or 0)) * packet.time_base)
+                self._opus.add(bytes(memoryview(packet)[:2]), packet.pts * time_base)
+                if states_duration:
+                    self._end = (packet.pts + (packet.duration or 0)) * time_base
             size = size_of(bytes(memoryview(packet)[:FRAME_HEAD])) if packet.size else None
             packet_is_cut = size is not None and packet.size < size
             self._surplus += self._pre_skip(track, packet)

@@ -2,6 +2,7 @@
 
 import builtins
 import io
+import math
 import re
 import shutil
 import subprocess
@@ -364,6 +365,11 @@ VALID_TIMES = {
     "a pause": [(0.02 * index + (index > 20) * 0.7, 1) for index in range(50)],
     "two durations": [(0.04 * index, 2) for index in range(20)] + [(0.8 + 0.02 * index, 1) for index in range(50)],
     "a short last packet": [*((0.02 * index, 1) for index in range(50)), (1.0, 0)],
+    "many lost and late packets": [
+        (0.02 * index + 0.005 * math.sin(7 * index), 1) for index in range(300) if index * 7919 % 10 > 2
+    ],
+    "most packets lost": [(0.02 * index, 1) for index in range(300) if index * 7919 % 10 > 5],
+    "a long last packet": [(0.0, 1), (0.02, 1), (0.04, 3)],
     "one packet": [(0.0, 1)],
     "none": [],
 }

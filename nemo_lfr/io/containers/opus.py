@@ -4,12 +4,12 @@ FFmpeg decodes as many samples as the header of a packet states. In MP4, CAF and
 headers, so a changed header gives audio of another length.
 """
 
-import statistics
 from collections import Counter
 
 # Duration of a frame in milliseconds, by the configuration in the header (RFC 6716, section 3.1).
 _FRAME_MS = (*(10, 20, 40, 60) * 3, *(10, 20) * 2, *(2.5, 5, 10, 20) * 4)
 _LONGEST = 0.12  # seconds; a longer distance between packets is a pause
+_FEW = 8  # with fewer packets of the usual duration, a longer last packet is not an error
 _ROUNDING = 0.0015  # seconds; Matroska rounds time stamps to milliseconds
 
 
@@ -44,25 +44,27 @@ class OpusTimes:
     def problem(self, end: float | None) -> str | None:
         """Return an error message if headers contradict the time stamps.
 
-        Lost packets, pauses and imprecise time stamps are not errors: a header is wrong if its duration differs from
-        the usual distance between packets, and the next packet follows at about this distance.
+        Lost packets, pauses and imprecise time stamps are not errors: a header is wrong if its duration is not the
+        most common one in the track, but the next packet follows at about the most common one.
 
         Args:
             end: end of the audio in seconds, according to the container; None if it is unknown.
         """
         if not self._found or self._last is None:
             return None
-        distances = [distance for _, distance in self._found.elements()]
-        median = statistics.median(distances)
-        usual = statistics.fmean(distance for distance in distances if distance < 1.9 * median)  # without lost packets
+        start, stated = self._last
+        durations = Counter({stated: 1})
+        for (other, _), count in self._found.items():
+            durations[other] += count
+        usual = durations.most_common(1)[0][0]
         wrong = sum(
             count
-            for (stated, distance), count in self._found.items()
-            if _differ(stated, usual) and abs(distance - usual) < abs(distance - stated)
+            for (other, distance), count in self._found.items()
+            if _differ(other, usual) and abs(distance - usual) < abs(distance - other)
         )
-        start, stated = self._last
+        # No packet follows the last one.
         is_constant = not any(_differ(other, usual) for other, _ in self._found)
-        too_long = is_constant and stated > usual
+        too_long = stated > usual and is_constant and durations[usual] >= _FEW
         too_short = stated < usual and end is not None and start + stated < end - _ROUNDING
         wrong += _differ(stated, usual) and (too_long or too_short)
         if not wrong:
