@@ -10,12 +10,17 @@ imported on first use. Extensions for evaluations (codecs and metrics) use other
 see `nemo_lfr.evaluation.plugins`.
 """
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from nemo_lfr.errors import NemoLfrError, shorten
+from nemo_lfr.io.shortage import shortage_of
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
+
+T = TypeVar("T")
 
 
 def plugin_names(group: str) -> list[str]:
@@ -54,3 +59,69 @@ def load_plugin(group: str, name: str) -> Any:
 def _described(point: "EntryPoint") -> str:
     package = f" of the package {point.dist.name}" if point.dist is not None else ""
     return f"entry point {point.name!r} (group {point.group}){package}"
+
+
+@contextmanager
+def naming_extension(extension: Any, role: str) -> Iterator[None]:
+    """Name an extension of another package in the unexpected errors that its code raises.
+
+    Errors that already say what to do pass unchanged: those of this package, those of the operating system, and those
+    from a lack of memory. So do the exceptions of click, and all errors of this package's own classes.
+
+    Args:
+        extension: the class or function that is called in the context, or an instance of the class.
+        role: noun for the extension, such as "output format".
+
+    Raises:
+        NemoLfrError: for any other exception.
+    """
+    try:
+        yield
+    except (NemoLfrError, OSError, EOFError):
+        raise
+    except Exception as error:  # the code of another package may raise anything
+        is_click = type(error).__module__.startswith("click.")  # a usage error, or a request to exit
+        if is_click or not is_foreign(extension) or shortage_of(error) is not None:
+            raise
+        reason = shorten(" ".join(str(error).split()), 200)
+        raise NemoLfrError(
+            f"the {role} {described(extension)} raised {type(error).__name__} ({reason}); correct or report the error "
+            "there. --verbose prints its traceback."
+        ) from error
+
+
+def named_items(extension: Any, role: str, items: Iterable[T]) -> Iterator[T]:
+    """Yield items of an iterator that belongs to an extension; see `naming_extension`."""
+    with naming_extension(extension, role):
+        iterator = iter(items)
+    while True:
+        with naming_extension(extension, role):
+            try:
+                item = next(iterator)
+            except StopIteration:
+                return
+        yield item
+
+
+def is_foreign(extension: Any) -> bool:
+    """Return whether a class, function or instance is defined outside this package."""
+    return _module(extension).partition(".")[0] != __name__.partition(".")[0]
+
+
+def described(extension: Any) -> str:
+    """Return the full name of a class or function, or of the class of an instance, and its package if it is known."""
+    from importlib.metadata import entry_points
+
+    module = _module(extension)
+    defined = extension if hasattr(extension, "__qualname__") else type(extension)
+    name = f"{module}.{defined.__qualname__}"
+    top = module.partition(".")[0]
+    for group in ("backends", "sources", "formats", "commands"):
+        for point in entry_points(group=f"nemo_lfr.{group}"):
+            if point.dist is not None and point.value.partition(":")[0].partition(".")[0] == top:
+                return f"{name} of the package {point.dist.name}"
+    return name
+
+
+def _module(extension: Any) -> str:
+    return str(getattr(extension, "__module__", ""))

@@ -21,6 +21,7 @@ from nemo_lfr.corpus.formats.base import OutputFormat
 from nemo_lfr.corpus.inventory import Watch
 from nemo_lfr.corpus.part import reserve
 from nemo_lfr.corpus.records import METADATA, PLAN, STATE, ShardRecord
+from nemo_lfr.corpus.sources import READER
 from nemo_lfr.corpus.sources.base import CorpusReader, ShardSpec
 from nemo_lfr.errors import ConfigError, NemoLfrError, shorten
 from nemo_lfr.io.atomic import sweep, write_new
@@ -28,6 +29,7 @@ from nemo_lfr.io.entropy.find import model_to_write
 from nemo_lfr.io.entropy.model import SUFFIX, EntropyModel, write_model
 from nemo_lfr.io.locate import expand_home, resolve
 from nemo_lfr.io.regular import open_regular
+from nemo_lfr.plugins import naming_extension
 from nemo_lfr.spec import same_fingerprint
 
 if TYPE_CHECKING:
@@ -104,7 +106,9 @@ def open_plan(config: TokenizeConfig, on_cpu: bool) -> Iterator[Plan]:
         config = replace(config, claim=claim(config.state))
         try:
             corpus = config.open(relist=True)
-            inputs = Watch(corpus.files)
+            with naming_extension(corpus, READER):
+                files = corpus.files
+            inputs = Watch(files)
             shards = load_or_create_plan(config, corpus, spec, None if model is None else model.hash, made)
         except BaseException:
             _withdraw(config, out, is_new)
@@ -177,9 +181,12 @@ def load_or_create_plan(
     path = config.state / PLAN
     options = asdict(config)
     expected = {key: options[key] for key in FIXED}
-    expected |= {"corpus": corpus.identity, "codec": spec, "entropy model": entropy_model}
+    with naming_extension(corpus, READER):
+        identity = corpus.identity
+    expected |= {"corpus": identity, "codec": spec, "entropy model": entropy_model}
     if not path.exists():
-        shards = corpus.shards(config.shard_size)
+        with naming_extension(corpus, READER):
+            shards = corpus.shards(config.shard_size)
         _check_not_empty(corpus, shards, config.source)
         text = json.dumps(expected | {"parts": shards, "parts_digest": _shards_digest(shards)})
         if write_new(path, text.encode()):

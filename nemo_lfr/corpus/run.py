@@ -12,12 +12,15 @@ from nemo_lfr.codec.devices import choose_device
 from nemo_lfr.corpus.claim import check_claim
 from nemo_lfr.corpus.config import TokenizeConfig
 from nemo_lfr.corpus.executors import Executor, choose_executor
+from nemo_lfr.corpus.formats import FORMAT
 from nemo_lfr.corpus.main_program import check_main_program
 from nemo_lfr.corpus.plan import Plan, open_plan
 from nemo_lfr.corpus.records import METADATA, ShardRecord
+from nemo_lfr.corpus.sources import READER
 from nemo_lfr.corpus.sources.base import ShardSpec
 from nemo_lfr.errors import NemoLfrError, counted
 from nemo_lfr.io.journal import write_text
+from nemo_lfr.plugins import naming_extension
 
 
 @dataclass
@@ -191,7 +194,8 @@ def finish(plan: Plan, records: list[ShardRecord]) -> dict[str, Any]:
             f"{out}: files of {len(damaged)} of {counted(len(records), 'shard')} (the first is shard {damaged[0]}) "
             "were removed or changed during the run; run the same command again to restore them."
         )
-    plan.output.finish(out, len(records), config.context)
+    with naming_extension(plan.output, FORMAT):
+        plan.output.finish(out, len(records), config.context)
     failures = [failure for record in records for failure in record.failures]
     lines = "".join(json.dumps(failure, ensure_ascii=False) + "\n" for failure in failures)
     write_text(out / "failures.jsonl", lines)
@@ -258,7 +262,9 @@ def _check_inputs(
     """
     waiting = dict(tasks)
     for record in computed:
-        if path := plan.inputs.changed(plan.corpus.files_of(waiting[record.index])):
+        with naming_extension(plan.corpus, READER):
+            files = plan.corpus.files_of(waiting[record.index])
+        if path := plan.inputs.changed(files):
             if isinstance(computed, Generator):
                 computed.close()  # stops the workers
             check_claim(plan.config.state, plan.config.claim)  # raises an error if the output was removed

@@ -5,7 +5,6 @@ temporary folder, synchronized to disk and renamed into place. The shard's recor
 as complete.
 """
 
-import json
 import os
 import shutil
 import uuid
@@ -19,20 +18,22 @@ import numpy as np
 from nemo_lfr.codec.arrays import to_numpy
 from nemo_lfr.codec.cpu.malloc import configure_malloc, trim_after_batch
 from nemo_lfr.corpus.claim import check_claim
+from nemo_lfr.corpus.clip_checks import check_clip, load_samples, read_clips
 from nemo_lfr.corpus.config import TokenizeConfig
-from nemo_lfr.corpus.formats import get_format, register_format
+from nemo_lfr.corpus.formats import FORMAT, get_format, register_format
 from nemo_lfr.corpus.formats.base import OutputFormat
 from nemo_lfr.corpus.inventory import digest
 from nemo_lfr.corpus.records import ShardRecord
 from nemo_lfr.corpus.sources import register_source
 from nemo_lfr.corpus.sources.base import AudioLoader, Clip, CorpusReader, ShardSpec
-from nemo_lfr.errors import AudioError, NemoLfrError, failure
+from nemo_lfr.errors import NemoLfrError, failure, shorten
 from nemo_lfr.io.atomic import naming
 from nemo_lfr.io.entropy.find import model_to_write
 from nemo_lfr.io.locate import resolve
 from nemo_lfr.io.regular import check_replaceable
-from nemo_lfr.io.text import is_nested_deeper, without_nonfinite
+from nemo_lfr.io.text import without_nonfinite
 from nemo_lfr.io.token_file import Metadata
+from nemo_lfr.plugins import naming_extension
 
 if TYPE_CHECKING:
     from nemo_lfr.codec.codec import Codec
@@ -45,8 +46,6 @@ BATCH_SECONDS = {"cpu": 60.0, "cuda": 600.0}
 KERNELS = 384
 # Number of shards that are queued for each worker, so that it need not wait for its next shard.
 QUEUED = 2
-# Maximum nesting depth of lists and objects in the labels of a clip. JSON libraries differ in the depth they can read.
-MAX_DEPTH = 100
 # Index and specification of a shard.
 Task = tuple[int, ShardSpec]
 # A clip, and the samples that `_read` loaded for it.
@@ -81,16 +80,19 @@ def tokenize_shard(
         staging.mkdir(parents=True)
     try:
         model = model_to_write(codec, config.compress, config.entropy_model)
-        writer = get_format(config.kind).writer(
-            staging, out, index, Metadata.of(codec), config.dataset, config.context, model
-        )
-        for clip, tokens, num_samples, context in _tokenize(config, codec, corpus.read(shard), record):
+        output = get_format(config.kind)
+        with naming_extension(output, FORMAT):
+            writer = output.writer(staging, out, index, Metadata.of(codec), config.dataset, config.context, model)
+        clips = read_clips(corpus, shard)
+        for clip, tokens, num_samples, context in _tokenize(config, codec, clips, record):
             clip = replace(clip, labels=without_nonfinite(clip.labels), cut=without_nonfinite(clip.cut))
-            writer.write(clip, tokens, num_samples, context)
+            with naming_extension(output, FORMAT):
+                writer.write(clip, tokens, num_samples, context)
             record.clips += 1
             record.samples += num_samples
             record.frames += tokens.shape[1]
-        writer.close()
+        with naming_extension(output, FORMAT):
+            writer.close()
         check_claim(config.state, config.claim)
         for path in sorted(file for file in staging.rglob("*") if file.is_file()):
             name = str(path.relative_to(staging))
@@ -147,7 +149,7 @@ def skip_failures(
                 raise
             report = failure(clip.origin, error)
             fields = {"input": report["input"], "error": report["error"], "type": report["type"]}
-            record.failures.append({"id": clip.id} | fields)
+            record.failures.append({"id": clip.id if isinstance(clip.id, str) else shorten(repr(clip.id))} | fields)
 
 
 def _batches(clips: Iterator[LoadedClip], limit: float) -> Iterator[list[LoadedClip]]:
@@ -201,33 +203,15 @@ def _read(clip: Clip, config: TokenizeConfig, sample_rate: int) -> list[np.ndarr
         samples of the context audio [T] are the second item.
 
     Raises:
-        AudioError: if the audio cannot be read or is silent, or the name or a label of the clip cannot be written.
+        AudioError: if the audio cannot be read or is silent, or the id or a label of the clip cannot be written.
     """
     loaders: list[AudioLoader] = [clip.audio]
     if config.context and clip.context is not None:
         loaders.append(clip.context)
-    try:
-        (clip.id + clip.origin).encode()
-    except UnicodeEncodeError:
-        raise AudioError(f"{clip.origin}: the name is not valid UTF-8; rename the file.") from None
-    if any(is_nested_deeper(values, MAX_DEPTH) for values in (clip.labels, clip.cut)):
-        raise AudioError(
-            f"{clip.origin}: a label is nested deeper than {MAX_DEPTH} levels; remove it, or flatten its value."
-        )
-    try:
-        json.dumps([clip.labels, clip.cut], ensure_ascii=False, default=str).encode()
-    except UnicodeEncodeError:
-        raise AudioError(
-            f"{clip.origin}: a label contains an unpaired surrogate, as in truncated UTF-16 text; correct the label."
-        ) from None
+    check_clip(clip)
     waves = []
     for loader, what in zip(loaders, ("audio", "context audio"), strict=False):
-        wave = loader(sample_rate, config.max_duration)
-        if not len(wave):
-            raise AudioError(f"{clip.origin}: the {what} contains no samples.")
-        if not wave.any():
-            raise AudioError(f"{clip.origin}: the {what} is silent: every sample is zero.")
-        waves.append(wave)
+        waves.append(load_samples(loader, f"{clip.origin}: the {what}", sample_rate, config.max_duration))
     return waves
 
 

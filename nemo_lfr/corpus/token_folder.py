@@ -18,12 +18,13 @@ import numpy as np
 import torch
 
 from nemo_lfr import frames
-from nemo_lfr.corpus.formats import format_names, get_format
+from nemo_lfr.corpus.formats import FORMAT, format_names, get_format
 from nemo_lfr.corpus.formats.base import REPAIR, Damage, Row, ShardFiles, num_entries, parse_json, regular_file
 from nemo_lfr.corpus.records import METADATA, RESUME, ShardRecord, describe_unfinished
 from nemo_lfr.errors import NemoLfrError, TokenFileError, counted, quoted, shorten
 from nemo_lfr.io.locate import expand_home
 from nemo_lfr.io.token_file import Metadata
+from nemo_lfr.plugins import naming_extension
 
 MAX_SHARDS, MAX_CLIPS = 10_000_000, 2**48
 # If the files of some shards are missing, the other shards can still be read. If `tokens.json` lists more shards than
@@ -89,8 +90,10 @@ class TokenFolder:
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             reason = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
             raise TokenFileError(f"{name}: cannot be read: {shorten(reason, 200)}.") from error
-        self._reader = get_format(self.metadata["format"]).reader(self.path, self.metadata, self.codec)
-        self.counts = self._count()
+        output = get_format(self.metadata["format"])
+        with naming_extension(output, FORMAT):
+            self._reader = output.reader(self.path, self.metadata, self.codec)
+            self.counts = self._count()
         self._firsts = [0, *accumulate(self.counts)]
         if verify:
             self._check_records()

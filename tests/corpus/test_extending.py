@@ -16,7 +16,7 @@ from nemo_lfr.corpus.formats import BUILT_IN, format_names, get_format, register
 from nemo_lfr.corpus.formats.base import Damage, FormatReader, FormatWriter, OutputFormat, Row, ShardFiles
 from nemo_lfr.corpus.run import tokenize
 from nemo_lfr.corpus.sources import SOURCES, open_corpus, register_source
-from nemo_lfr.corpus.sources.base import Clip, OpenOptions
+from nemo_lfr.corpus.sources.base import AudioLoader, Clip, OpenOptions
 from nemo_lfr.corpus.sources.manifest import Manifest
 from nemo_lfr.errors import NemoLfrError
 from nemo_lfr.io.journal import write_text
@@ -139,3 +139,88 @@ def test_contexts_are_rejected_by_a_format_without_them(path_list, tmp_path):
 
 def test_the_first_source_that_accepts_a_path_opens_it(path_list, tmp_path):
     assert isinstance(open_corpus(path_list, None, tmp_path / "listing.json"), PathList)
+
+
+def _loaded(value: Any) -> AudioLoader:
+    return lambda sample_rate, longest: value
+
+
+def _raises(sample_rate: int, longest: float) -> np.ndarray:
+    raise KeyError("boom")
+
+
+GOOD = np.full(4096, 0.1, np.float32)
+# Clips that a corpus reader of another package may yield by mistake, and the reason for which each of them fails.
+BAD_CLIPS = {
+    "id int": (Clip(7, "line 2", _loaded(GOOD)), "line 2: the id of the clip is 7; expected a non-empty string"),
+    "id None": (Clip(None, "line 2", _loaded(GOOD)), "line 2: the id of the clip is None; expected a non-empty"),
+    "id empty": (Clip("", "line 2", _loaded(GOOD)), "line 2: the id of the clip is ''; expected a non-empty"),
+    "id above": (Clip("../b", "line 2", _loaded(GOOD)), "the id of the clip, '../b', leads out of the output folder"),
+    "label set": (Clip("b", "line 2", _loaded(GOOD), labels={"x": {1}}), "a label cannot be written as JSON (Object"),
+    "labels list": (Clip("b", "line 2", _loaded(GOOD), labels=[]), "the labels of the clip are a list"),
+    "raises": (Clip("b", "line 2", _raises), "line 2: the audio cannot be loaded (KeyError: 'boom')"),
+    "pair": (Clip("b", "line 2", _loaded((GOOD, RATE))), "the audio was loaded as tuple; the loader must return"),
+    "int16": (Clip("b", "line 2", _loaded(GOOD.astype(np.int16))), "array with dtype int16 and shape [4096]"),
+    "stereo": (Clip("b", "line 2", _loaded(GOOD[None])), "array with dtype float32 and shape [1, 4096]"),
+    "nan": (Clip("b", "line 2", _loaded(GOOD * np.nan)), "the audio contains NaN or infinite samples"),
+}
+
+
+class ClipList(PathList):
+    """Reader that yields two good clips around the clip `middle`, or raises it if it is an exception."""
+
+    middle: Any = None
+
+    def read(self, shard: dict[str, Any]) -> Iterator[Clip]:
+        yield Clip("a", "line 1", _loaded(GOOD))
+        if isinstance(self.middle, Exception):
+            raise self.middle
+        yield self.middle
+        yield Clip("c", "line 3", _loaded(GOOD))
+
+
+@pytest.fixture
+def clip_list(path_list, monkeypatch):
+    monkeypatch.setattr(SOURCES[SOURCES.index(PathList)], "open", ClipList.open.__func__.__get__(ClipList))
+    return path_list
+
+
+@pytest.mark.parametrize("case", BAD_CLIPS)
+def test_an_invalid_clip_of_another_packages_reader_costs_only_that_clip(case, clip_list, tmp_path, monkeypatch):
+    clip, message = BAD_CLIPS[case]
+    monkeypatch.setattr(ClipList, "middle", clip)
+    model = write_codec(tmp_path / "model.nemo")
+    config = TokenizeConfig(str(clip_list), str(tmp_path / "out"), "json", model=str(model))
+    assert tokenize(config, device="cpu", workers=1)["failures"] == 1
+    assert [utterance.id for utterance in TokenDataset(tmp_path / "out")] == ["a", "c"]
+    failure = json.loads((tmp_path / "out" / "failures.jsonl").read_text())
+    assert message in failure["error"] and failure["input"] == "line 2" and isinstance(failure["id"], str)
+
+
+@pytest.mark.parametrize(
+    ("middle", "message"),
+    [
+        (RuntimeError("source broke"), r"corpus reader tests\S*ClipList raised RuntimeError \(source broke\)"),
+        ("b", r"corpus reader tests\S*ClipList yielded a str; `read` must yield `Clip`"),
+        (Clip("b", None, _raises), r"corpus reader tests\S*ClipList yielded a clip whose origin is not a string"),
+    ],
+)
+def test_an_error_in_another_packages_reader_names_the_reader(middle, message, clip_list, tmp_path, monkeypatch):
+    monkeypatch.setattr(ClipList, "middle", middle)
+    model = write_codec(tmp_path / "model.nemo")
+    config = TokenizeConfig(str(clip_list), str(tmp_path / "out"), "json", model=str(model))
+    with pytest.raises(NemoLfrError, match=message):
+        tokenize(config, device="cpu", workers=1)
+
+
+@pytest.mark.parametrize("method", ["__init__", "write", "close", "finish"])
+def test_an_error_in_another_packages_format_names_the_format(method, path_list, tmp_path, monkeypatch):
+    def fail(*arguments: Any) -> None:
+        raise ZeroDivisionError("it broke")
+
+    monkeypatch.setattr(JsonFormat if method == "finish" else JsonFormat.writer, method, fail)
+    model = write_codec(tmp_path / "model.nemo")
+    config = TokenizeConfig(str(path_list), str(tmp_path / "out"), "json", model=str(model))
+    message = r"the output format tests\S*JsonFormat raised ZeroDivisionError \(it broke\); correct or report"
+    with pytest.raises(NemoLfrError, match=message):
+        tokenize(config, device="cpu", workers=1)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from nemo_lfr.corpus.formats.base import OutputFormat
 
 ENTRY_POINTS = "nemo_lfr.formats"
+FORMAT = "output format"  # noun for messages about the errors of other packages' formats
 BUILT_IN = ("shar", "manifest", "parquet", "lfr")
 _registered: dict[str, "type[OutputFormat]"] = {}
 

@@ -16,11 +16,12 @@ from nemo_lfr.corpus.sources.shar import Shar
 from nemo_lfr.corpus.sources.text_table import TextTable
 from nemo_lfr.errors import ConfigError, NemoLfrError
 from nemo_lfr.io.regular import open_regular
-from nemo_lfr.plugins import load_plugin, plugin_names
+from nemo_lfr.plugins import load_plugin, naming_extension, plugin_names
 
-__all__ = ["SOURCES", "find_source", "open_corpus", "register_source"]
+__all__ = ["READER", "SOURCES", "find_source", "open_corpus", "register_source"]
 
 ENTRY_POINTS = "nemo_lfr.sources"
+READER = "corpus reader"  # noun for messages about the errors of other packages' readers
 # A corpus is read by the first class that accepts its path. `Manifest` accepts any file, and `Folder` any folder.
 SOURCES: list[type[CorpusReader]] = [Cuts, Shar, SavedDataset, Parquet, TextTable, Manifest, Folder]
 
@@ -48,7 +49,7 @@ def find_source(path: Path) -> type[CorpusReader]:
         open_regular(path, ConfigError).close()  # raises an error that says what kind of file the path is
     for name in plugin_names(ENTRY_POINTS):
         register_source(load_plugin(ENTRY_POINTS, name))
-    return next(source for source in SOURCES if source.accepts(path))
+    return next(source for source in SOURCES if _accepts(source, path))
 
 
 def open_corpus(
@@ -67,4 +68,11 @@ def open_corpus(
     Raises:
         NemoLfrError: if the corpus cannot be read.
     """
-    return find_source(path).open(path, OpenOptions(audio_dir, listing, relist, allow_url))
+    source = find_source(path)
+    with naming_extension(source, READER):
+        return source.open(path, OpenOptions(audio_dir, listing, relist, allow_url))
+
+
+def _accepts(source: type[CorpusReader], path: Path) -> bool:
+    with naming_extension(source, READER):
+        return source.accepts(path)
