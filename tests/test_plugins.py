@@ -98,6 +98,16 @@ def count(path):
 """
 
 
+CRASH = """
+import click
+
+
+@click.command()
+def crash():
+    1 / 0
+"""
+
+
 def run(folder: Path, *arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     """Run the command line with a folder of installed packages."""
     environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{folder}", "OMP_NUM_THREADS": "1"}
@@ -147,6 +157,14 @@ def test_a_command_of_an_installed_package_runs(tmp_path):
     done = run(packages, "count", tmp_path / "a.lfr")
     assert (done.returncode, done.stdout) == (0, "22\n")
     assert "Count the frames of a token file." in run(packages, "--help").stdout
+    done = run(packages, "count", tmp_path / "a.lfr", "--json")
+    assert (done.returncode, json.loads(done.stdout), "22" in done.stderr) == (0, {"failures": []}, True)
+    assert run(packages, "count", tmp_path / "missing.lfr", "--json").returncode == 2
+    packages = install(tmp_path / "other", "crash_of_a_test", CRASH, {"nemo_lfr.commands:crash": "crash"})
+    done = run(packages, "crash", "--json")
+    message = "the command crash_of_a_test.crash of the package crash_of_a_test raised ZeroDivisionError (division by"
+    assert done.returncode == 2 and message in json.loads(done.stdout)["failures"][0]["error"]
+    assert "Traceback" not in done.stderr and "Traceback" in run(packages, "crash", "--verbose").stderr
 
 
 BROKEN = {

@@ -56,20 +56,29 @@ class Command(click.Command):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the callback, print its result if --json was passed, and exit with code 1 if there were failures."""
-        session = current()
-        with output_rules(session):
+        with output_rules(current()):
             values = super().invoke(ctx)
+        report(values)
+
+
+def report(values: dict[str, Any] | None) -> None:
+    """Print the result of a command if --json was passed, and exit with code 1 if there were failures.
+
+    Args:
+        values: the result; None if the command has written its output itself.
+    """
+    session = current()
+    session.report_failures()
+    if values is not None:
+        print_json(values)
+    if session.lost_output:
+        closed = (
+            "stdout is closed, so the result was not printed; connect stdout to a file, a pipe or the null device."
+        )
+        fail("stdout", NemoLfrError(closed))
         session.report_failures()
-        if values is not None:
-            print_json(values)
-        if session.lost_output:
-            closed = (
-                "stdout is closed, so the result was not printed; connect stdout to a file, a pipe or the null device."
-            )
-            fail("stdout", NemoLfrError(closed))
-            session.report_failures()
-        if session.failures:
-            sys.exit(FAILED)
+    if session.failures:
+        sys.exit(FAILED)
 
 
 class Group(click.Group):

@@ -146,6 +146,9 @@ def _run(arguments: Sequence[str] | None) -> None:
     try:
         app.main(args=arguments, prog_name="nemo-lfr", standalone_mode=False, obj=session)
     except click.UsageError as error:
+        words = list(sys.argv[1:] if arguments is None else arguments)
+        # click may have stopped before it read --json, for example at an unknown command.
+        session.as_json = session.as_json or "--json" in words[: [*words, "--"].index("--")]
         _exit_for_usage(error, session)
     except click.ClickException as error:
         _exit_with_error(NemoLfrError(error.format_message()), session, USAGE)

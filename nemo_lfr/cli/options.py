@@ -21,13 +21,13 @@ PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 
 
 class Number(click.FloatRange):
-    """Type of an option whose value is a float in a range. NaN is rejected."""
+    """Type of an option whose value is a float in a range. NaN and infinity are rejected."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Convert the value to a float, and check it."""
         number = super().convert(value, param, ctx)
-        if math.isnan(number):
-            self.fail("nan is not a valid number.", param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{number} is not a valid number.", param, ctx)
         return number
 
 

@@ -1,10 +1,14 @@
 """Commands that other installed packages add."""
 
+import copy
+from typing import Any
+
 import click
 
-from nemo_lfr.cli.command import Group
+from nemo_lfr.cli.command import Group, common_options, report
+from nemo_lfr.cli.session import current, output_rules
 from nemo_lfr.errors import NemoLfrError
-from nemo_lfr.plugins import load_plugin, plugin_names
+from nemo_lfr.plugins import is_foreign, load_plugin, naming_extension, plugin_names
 
 ENTRY_POINTS = "nemo_lfr.commands"
 
@@ -13,7 +17,7 @@ class PluginGroup(Group):
     """Command group with the built-in commands and the commands of other installed packages.
 
     Other packages list their commands in the entry-point group `nemo_lfr.commands`. These commands cannot replace
-    built-in commands.
+    built-in commands. They get the options that every command has; see `_adopted`.
     """
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -32,7 +36,29 @@ class PluginGroup(Group):
                 return _unusable(
                     cmd_name, f"{ENTRY_POINTS}: {cmd_name!r} is not a click command; repair or uninstall its package."
                 )
-        return command
+        is_adopted = command is not None and command.callback is not None and is_foreign(command.callback)
+        return _adopted(command) if command is not None and is_adopted else command
+
+
+def _adopted(command: click.Command) -> click.Command:
+    """Return a copy of another package's command that has the options --json, --quiet and --verbose.
+
+    With --json, text that the command prints on stdout goes to stderr. The JSON output is the dict that the callback
+    returns, or only the list of failures if it returns something else. An option of the command with the same name
+    takes precedence.
+    """
+    adopted = copy.copy(command)
+    taken = {name for parameter in command.params for name in parameter.opts}
+    adopted.params = [*command.params, *(option for option in common_options() if taken.isdisjoint(option.opts))]
+
+    def invoke(ctx: click.Context) -> Any:
+        with output_rules(current()), naming_extension(command.callback, "command"):
+            values = command.invoke(ctx)
+        report(values if isinstance(values, dict) else {})
+        return values
+
+    adopted.invoke = invoke  # type: ignore[method-assign]
+    return adopted
 
 
 def _unusable(name: str, message: str) -> click.Command:

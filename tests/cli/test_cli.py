@@ -545,11 +545,23 @@ def test_a_tilde_is_the_home_directory_in_quotes_and_after_an_equals_sign(capsys
         ["decode", "a.lfr", "--duration", "nan"],
         ["prepare", "folder", ".", "--out", "out", "--valid-share", "nan"],
         ["tokenize", "m.json", "--out", "out", "--max-duration", "nan"],
+        ["decode", "a.lfr", "--duration", "inf"],
+        ["decode", "a.lfr", "--start", "inf"],
     ],
 )
-def test_nan_is_rejected_as_an_option_value(capsys, arguments):
+def test_nan_and_infinity_are_rejected_as_option_values(capsys, arguments):
     code, stdout, stderr = run(capsys, *arguments)
-    assert (code, stdout) == (2, "") and "nan is not a valid number" in stderr
+    assert (code, stdout) == (2, "") and f"{arguments[-1]} is not a valid number" in stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["encodee", "--json"], ["--quiet", "info", "--verbose", "a.wav", "--json"], ["info", "--no-such", "--json"]],
+)
+def test_a_usage_error_is_also_printed_as_json(capsys, arguments):
+    code, stdout, stderr = run(capsys, *arguments)
+    assert code == 2 and json.loads(stdout)["failures"][0]["error"] in stderr
+    assert run(capsys, "encodee", "--", "--json")[1] == ""
 
 
 @pytest.mark.parametrize("command", ["tokenize", "evaluate"])
