@@ -70,6 +70,7 @@ def to_batch(
     """
     audio, sample_rate = as_list(audio), plain_number(sample_rate)
     check_not_empty(audio, "audio", "clip", AudioError)
+    _check_not_pair(audio)
     if not is_list_of_clips(audio):
         return _clip(arrays, audio, audio_len, sample_rate, target_rate)
     assert isinstance(audio, Sequence)
@@ -94,6 +95,18 @@ def plain_number(value: Any) -> Any:
     value = from_arrow(value)
     is_scalar = getattr(value, "ndim", None) == 0 and callable(getattr(value, "item", None))
     return value.item() if is_scalar else value
+
+
+def _check_not_pair(audio: object) -> None:
+    """Raise AudioError for samples in a pair with their sample rate, which torchaudio and librosa return."""
+    if not isinstance(audio, list | tuple) or len(audio) != 2:
+        return
+    for samples, rate in (audio, audio[::-1]):
+        if isinstance(rate, Number) and getattr(samples, "ndim", None):
+            raise AudioError(
+                f"audio is a pair of samples and the number {shorten(rate)}; pass the samples as audio, and their "
+                "rate as sample_rate."
+            )
 
 
 def is_list_of_clips(audio: object) -> bool:

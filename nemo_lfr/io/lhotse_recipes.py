@@ -65,9 +65,13 @@ def lhotse_recipe(name: str) -> Callable[[Path], Iterator[CorpusUtterance]]:
                 manifests = function(corpus, **output)
             except Exception as error:  # a recipe may raise anything
                 reason = shorten(" ".join(str(error).split()) or "no reason given", 300)
+                remedy = (
+                    "install the package that the recipe needs"
+                    if isinstance(error, ImportError)
+                    else "check that this is the folder that the recipe expects"
+                )
                 raise NemoLfrError(
-                    f"{corpus}: Lhotse's recipe {name} failed ({type(error).__name__}: {reason}); check that this is "
-                    "the folder that the recipe expects."
+                    f"{corpus}: Lhotse's recipe {name} failed ({type(error).__name__}: {reason}); {remedy}."
                 ) from error
             utterances = list(_utterances(manifests, corpus, name))  # before the temporary output folder is removed
         has_validation = any(utterance.split == "valid" for utterance in utterances)
