@@ -51,6 +51,8 @@ MAX_LIST = 32
 MAX_GROUPS = 256
 MAX_PARAMETERS = 2_000_000_000
 
+# Keys that Hydra, with which NeMo builds modules, does not pass to the constructor. The codec does not depend on them.
+_HYDRA_KEYS = ("_target_", "_convert_", "_recursive_")
 _OTHER_FAMILIES = ("semantic_codec", "semantic_codec_path")
 
 # OmegaConf flag of configs that came from a checkpoint. Training checkpoints may contain its value.
@@ -210,6 +212,7 @@ def nemo_config(config: Mapping[str, Any]) -> dict[str, Any]:
         return config
     ours, _, _ = our_target(target)
     causal = bool(config.pop("causal", False))
+    config.pop("weight_norm", None)  # an argument of our classes only
     for name, (candidate, implied, _) in NEMO_CLASSES.items():
         if candidate is ours and implied.get("causal", False) == causal:
             config["_target_"] = name
@@ -229,8 +232,13 @@ def build_part(config: Mapping[str, Any], *, weight_norm: bool = True) -> nn.Mod
     """
     if not isinstance(config, Mapping):
         raise ConfigError(f"the section is {quoted(config)}, not a mapping with a _target_.")
-    arguments = {key: value for key, value in config.items() if not str(key).startswith("_")}
-    ours, implied, defaults = our_target(str(config.get("_target_", "")))
+    target = str(config.get("_target_", ""))
+    ours, implied, defaults = our_target(target)
+    arguments = {key: value for key, value in config.items() if key not in _HYDRA_KEYS}
+    for key in arguments:
+        if str(key).startswith("_") or (key in ("causal", "weight_norm") and target in NEMO_CLASSES):
+            kind = target.rpartition(".")[2]
+            raise ConfigError(f"{shorten(key)} is not an argument of {kind}; remove it from the config.")
     if ours in (HiFiGANEncoder, HiFiGANDecoder):
         implied = implied | {"weight_norm": weight_norm}
     arguments = defaults | arguments | implied
@@ -259,6 +267,8 @@ def _check_sizes(arguments: Mapping[str, Any]) -> None:
         for item in value if isinstance(value, list | tuple) else [value]:
             if isinstance(item, bool) or item is None or isinstance(item, str):
                 continue
+            if key == "eps" and item == 1:  # the quantizer divides by 1 - eps
+                raise ConfigError("eps is 1; numbers from 0 to 1, but not 1 itself, are allowed.")
             if not isinstance(item, int | float) or not least <= item <= most or (key != "eps" and item != int(item)):
                 kind = "numbers" if key == "eps" else "whole numbers"
                 raise ConfigError(f"{key} is {quoted(value)}; {kind} from {least} to {most} are allowed.")

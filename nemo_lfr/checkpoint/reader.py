@@ -344,7 +344,8 @@ def _read(
         weights, is_valid = {key: direction}, True
     if not is_valid:
         raise CheckpointError(
-            f"{tensors.path}: {prefix}.{key} is not finite: a row of its direction (weight norm) is all zeros; use "
+            f"{tensors.path}: {prefix}.{key} is not finite: a row of its direction (weight norm) is all zeros, or its "
+            "values are too small to be squared; use "
             "another checkpoint."
         )
     return weights

@@ -262,6 +262,11 @@ class Tensors:
         if not numel:
             return torch.empty(entry.shape, dtype=entry.dtype)
         last = entry.offset + sum((size - 1) * step for size, step in zip(entry.shape, entry.stride, strict=True))
+        if name in self._records and last < available < numel:
+            raise CheckpointError(
+                f"{self.path}: {shorten(key)} has shape {list(entry.shape)}, but only {available} values are stored, "
+                "because it was expanded; save the checkpoint again with tensor.contiguous() for this tensor."
+            )
         if name in self._records and (last >= available or numel > available):
             raise CheckpointError(
                 f"{self.path}: {shorten(key)} has shape {list(entry.shape)}, but its record contains {available} "

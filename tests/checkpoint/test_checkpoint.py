@@ -681,6 +681,11 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
         lambda: with_config(CONFIG_BYTES.replace(b"encoded_dim: ", b"encoded_dim: 0x" + b"f" * 6000, 1)), "encoded_dim",
     ),
     "state dict with a number for a method": (lambda: pickled_in_zip(masked_dict()), "contains no state dict|no tensor|missing"),
+    "expanded weight": (
+        lambda: with_state(**{"audio_encoder.pre_conv.conv.bias": torch.zeros(1).expand(2)}),
+        "only 1 values are stored, because it was expanded",
+    ),
+    "direction of tiny values": (lambda: with_state(**{KEY: STATE[KEY] * 1e-30}), "too small to be squared"),
     "semantic codec": (lambda: with_config(config(semantic_codec_path="/etc/passwd")), "semantic_codec_path"),
     **{
         f"no {key}": (lambda key=key: with_config(without(config(), key)), f"no '{key}'")
@@ -735,6 +740,14 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
             ("vector_quantizer__num_levels_per_group", [0, 7, 6, 6], "num_levels_per_group"),
             ("vector_quantizer__num_levels_per_group", [9999, 9999, 9999, 9999], "vector_quantizer"),
             ("vector_quantizer__eps", 7, "eps"),
+            ("vector_quantizer__eps", 1.0, "eps is 1; numbers from 0 to 1, but not 1 itself"),
+            ("audio_encoder__causal", True, "causal is not an argument of HiFiGANEncoder; remove it"),
+            ("audio_decoder__causal", False, "causal is not an argument of HiFiGANDecoder"),
+            ("audio_encoder__weight_norm", False, "weight_norm is not an argument of HiFiGANEncoder"),
+            ("audio_encoder____class__", "x", "__class__ is not an argument of HiFiGANEncoder"),
+            ("vector_quantizer___args_", [8], "_args_ is not an argument of "),
+            ("vector_quantizer___partial_", True, "_partial_ is not an argument of "),
+
         ]
     },
     # Invalid weights.
