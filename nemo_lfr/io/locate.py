@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
@@ -14,6 +15,7 @@ WEIGHTS_MEMBER = "model_weights.ckpt"
 # Files in a folder that `nemo-lfr export safetensors` wrote.
 SAFETENSORS_CONFIG = "config.json"
 SAFETENSORS = "model.safetensors"
+VARIANT = r"model\.(?!safetensors)[^.]+(-\d+-of-\d+)?\.safetensors"
 # If transformers writes the weights to several files (shards), this file lists the shard of each tensor.
 SAFETENSORS_INDEX = "model.safetensors.index.json"
 SHARDS = "model-*-of-*.safetensors"
@@ -233,6 +235,11 @@ def _in_folder(folder: Path) -> Path:
     if weights := next((name for name in (SAFETENSORS, SAFETENSORS_INDEX) if name in names), None):
         raise CheckpointError(
             f"{folder}: the folder has {weights}, but no {SAFETENSORS_CONFIG}; download the checkpoint again."
+        )
+    if variant := next((name for name in names if re.fullmatch(VARIANT, name)), None):
+        raise CheckpointError(
+            f"{folder}: the folder has {shorten(variant)}, a variant that only transformers reads; save the model "
+            f"without variant=, so that the file is {SAFETENSORS}."
         )
     if any(name.endswith(".onnx") for name in names):
         raise CheckpointError(

@@ -12,7 +12,7 @@ from nemo_lfr.codec.arguments import check_not_empty, float_audio
 from nemo_lfr.codec.arrays import NumpyArrays
 from nemo_lfr.codec.clips import is_list_of_clips
 from nemo_lfr.codec.tables import as_list
-from nemo_lfr.errors import AudioError, quoted, shorten
+from nemo_lfr.errors import AudioError, ConfigError, quoted, shorten
 from nemo_lfr.io.audio import check_peak
 
 logger = logging.get_logger(__name__)
@@ -26,7 +26,10 @@ class NemoLfrFeatureExtractor(SequenceFeatureExtractor):
         sampling_rate: sample rate of the codec, Hz.
         padding_value: value of the samples after the end of a clip.
         hop_length: number of samples per frame.
-        kwargs: arguments of `SequenceFeatureExtractor`.
+        kwargs: arguments of `SequenceFeatureExtractor`. Clips are always padded on the right.
+
+    Raises:
+        ConfigError: if `padding_side` is not "right".
     """
 
     model_input_names = ("input_values", "padding_mask")
@@ -41,6 +44,7 @@ class NemoLfrFeatureExtractor(SequenceFeatureExtractor):
     ) -> None:
         super().__init__(feature_size=feature_size, sampling_rate=sampling_rate, padding_value=padding_value, **kwargs)
         self.hop_length = hop_length
+        self._check_padding_side()
 
     def __call__(
         self,
@@ -66,9 +70,11 @@ class NemoLfrFeatureExtractor(SequenceFeatureExtractor):
             `input_values` [B, 1, T_audio] and, if clips are padded, `padding_mask` [B, T_audio].
 
         Raises:
+            ConfigError: if `padding_side` is not "right".
             AudioError: for another sample rate, for clips that are not mono, and for values that are not samples, such
                 as a path or a `datasets` item.
         """
+        self._check_padding_side()
         if sampling_rate is None:
             logger.warning_once(
                 f"sampling_rate is missing, so audio is assumed to be at {self.sampling_rate} Hz; pass "
@@ -94,6 +100,14 @@ class NemoLfrFeatureExtractor(SequenceFeatureExtractor):
             features["padding_mask"] = features.pop("attention_mask")
         features["input_values"] = [np.asarray(clip, np.float32)[None] for clip in features["input_values"]]
         return features if return_tensors is None else features.convert_to_tensors(return_tensors)
+
+    def _check_padding_side(self) -> None:
+        """Raise ConfigError if clips would be padded on the left, where the codec accepts no padding."""
+        if self.padding_side != "right":
+            raise ConfigError(
+                f"padding_side is {shorten(repr(self.padding_side))}, but the codec needs clips padded on the "
+                'right; remove padding_side, or set it to "right".'
+            )
 
 
 def _mono_samples(clip: object, name: str) -> np.ndarray:

@@ -21,7 +21,7 @@ from nemo_lfr.checkpoint.reader import read_weights
 from nemo_lfr.codec.ambient import building_state
 from nemo_lfr.codec.codec import Codec
 from nemo_lfr.codec.torch_backend import TorchBackend
-from nemo_lfr.errors import AudioError, CheckpointError, TokensError
+from nemo_lfr.errors import AudioError, CheckpointError, ConfigError, TokensError, quoted
 from nemo_lfr.io.locate import SAFETENSORS, SAFETENSORS_INDEX
 from nemo_lfr.modules.altered import PICKLE, SAVE
 from nemo_lfr.modules.quantizer import FiniteScalarQuantizer
@@ -95,6 +95,7 @@ class NemoLfrModel(PreTrainedAudioTokenizerBase):
         self.audio_decoder = parts.decoder
         self._codec: tuple[Any, Codec[torch.Tensor]] | None = None
         self._is_validated = False
+        self._built_for = {key: getattr(config, key) for key in ("sample_rate", "samples_per_frame")}
         self.post_init()
 
     @classmethod
@@ -148,8 +149,8 @@ class NemoLfrModel(PreTrainedAudioTokenizerBase):
         replaced, loading fails.
 
         Raises:
-            NemoLfrError: if the model has hooks, replaced layers, changed settings or converted weights, because the
-                saved model would then give other results.
+            NemoLfrError: if the model has hooks, replaced layers, changed settings or converted weights, or its
+                `config` was changed, because the saved model would then give other results.
         """
         if getattr(self, "_hf_peft_config_loaded", False):  # transformers then saves only the adapter
             super().save_pretrained(save_directory, is_main_process, state_dict, push_to_hub, **kwargs)
@@ -216,11 +217,22 @@ class NemoLfrModel(PreTrainedAudioTokenizerBase):
 
     @property
     def codec(self) -> Codec[torch.Tensor]:
-        """`nemo_lfr.Codec` that uses this model's modules, for files and streams."""
+        """`nemo_lfr.Codec` that uses this model's modules, for files and streams.
+
+        Raises:
+            ConfigError: if `config.sample_rate` or `config.samples_per_frame` was changed.
+        """
+        for key, value in self._built_for.items():
+            if (changed := getattr(self.config, key)) != value:
+                raise ConfigError(
+                    f"config.{key} is {quoted(changed)}, but the model was built for {value}; set config.{key} to "
+                    f"{value} again. Audio at another rate has to be resampled."
+                )
+        # A copy, because the sections of the config are dicts, which can be changed in place
+        config = copy.deepcopy({key: getattr(self.config, key) for key in CONFIG_KEYS})
         modules = (self.audio_encoder, self.vector_quantizer, self.audio_decoder)
-        made_of = (*modules, next(self.audio_decoder.parameters()).device)
+        made_of = (*modules, next(self.audio_decoder.parameters()).device, config)
         if self._codec is None or self._codec[0] != made_of:
-            config = {key: value for key, value in self.config.to_dict().items() if key in CONFIG_KEYS}
             name = self.config._name_or_path or type(self).__name__
             backend = TorchBackend(*modules, self.config.sample_rate, name=name, config=config)
             self._codec = made_of, Codec(backend)
@@ -271,15 +283,28 @@ class NemoLfrModel(PreTrainedAudioTokenizerBase):
         Args:
             audio_codes: tokens [B, C, frames]. C may be smaller than the codec's number of codebooks, if only the
                 first codebooks were encoded.
-            padding_mask: mask that was passed to `encode`. If it is passed, the audio has the same length as the mask.
+            padding_mask: mask of samples that was passed to `encode`. If it is passed, the audio has the same length
+                as the mask.
             audio_codes_mask: mask [B, frames], 1 for the frames of a clip and 0 after its end; not needed with
-                `padding_mask`.
+                `padding_mask`. Pass it by name, because the second argument is `padding_mask`, as in `MimiModel`.
             return_dict: whether to return an output object (default) or a tuple.
 
         Raises:
             TokensError: for another type or shape, a token outside the codebook, or a mask that does not fit the
-                tokens, has no ones, or has values other than 0 and 1.
+                tokens or the other mask, has no ones, or has values other than 0 and 1.
         """
+        return self._decode(audio_codes, padding_mask, audio_codes_mask, return_dict)
+
+    def _decode(
+        self,
+        audio_codes: torch.Tensor,
+        padding_mask: torch.Tensor | None,
+        audio_codes_mask: torch.Tensor | None,
+        return_dict: bool | None,
+        *,
+        is_frame_mask_possible: bool = True,
+    ) -> NemoLfrDecoderOutput | tuple[torch.Tensor, ...]:
+        """Decode as `decode` does; a mask of one sample is allowed only without `is_frame_mask_possible`."""
         check_tensor(audio_codes, "audio_codes", TokensError)
         if audio_codes.dim() != 3:
             raise TokensError(f"audio_codes has shape {list(audio_codes.shape)}; expected [B, C, frames].")
@@ -291,7 +316,18 @@ class NemoLfrModel(PreTrainedAudioTokenizerBase):
             width = padding_mask.shape[-1] if padding_mask.dim() else 0
             samples = mask_lengths(padding_mask, (batch, width), "padding_mask", TokensError)
             assert samples is not None
-            frames_len = -(-samples // self.config.samples_per_frame)
+            needed = -(-samples // self.config.samples_per_frame)
+            # Without a mask of frames, the longest clip must have all frames. A mask of one column fits one sample
+            # and one frame.
+            fits = int(needed.max()) == frames if frames_len is None else torch.equal(needed, frames_len)
+            if len(samples) and not (fits and (width > 1 or not is_frame_mask_possible)):
+                count = frames if frames_len is None else int(frames_len.max())
+                raise TokensError(
+                    f"padding_mask has at most {int(samples.max())} samples in a row, which make {int(needed.max())} "
+                    f"frames, but audio_codes has {count}; pass the padding_mask that encode got. A mask of frames is "
+                    "passed by name: audio_codes_mask=MASK."
+                )
+            frames_len = needed
         first = kept if kept < self.codec.num_codebooks else None
         audio, _ = self.codec.decode(audio_codes, frames_len, samples, first)
         if width is not None:
@@ -314,7 +350,7 @@ class NemoLfrModel(PreTrainedAudioTokenizerBase):
         encoded: Any = self.encode(input_values, padding_mask, num_codebooks, return_dict=True)
         if padding_mask is None:
             padding_mask = torch.ones(len(input_values), input_values.shape[-1], dtype=torch.long)
-        decoded: Any = self.decode(encoded.audio_codes, padding_mask, return_dict=True)
+        decoded: Any = self._decode(encoded.audio_codes, padding_mask, None, True, is_frame_mask_possible=False)
         result = NemoLfrOutput(
             audio_codes=encoded.audio_codes,
             audio_values=decoded.audio_values,

@@ -163,6 +163,14 @@ def test_the_signatures_are_those_of_mimi():
         assert names[:3] == mimi[:3] and "return_dict" in names
 
 
+def both_masks(model):
+    """Return codes, the mask of their samples, and a mask of fewer frames."""
+    codes = model.encode(torch.zeros(1, 9000)).audio_codes
+    mask = torch.ones(1, codes.shape[2])
+    mask[:, -1] = 0
+    return codes, torch.ones(1, 9000), mask
+
+
 PADDED_LEFT = torch.cat([torch.zeros(1, 9), torch.ones(1, 91)], 1)
 REFUSED = {
     "stereo": (lambda model: model.encode(torch.zeros(1, 2, 100)), r"input_values has shape \[1, 2, 100\]"),
@@ -197,6 +205,30 @@ REFUSED = {
     "NaN": (lambda model: model.encode(torch.full((1, 100), torch.nan)), "contains NaN"),
     "codes without a batch": (lambda model: model.decode(torch.zeros(8, 5).long()), r"shape \[8, 5\]"),
     "codes outside of the codebook": (lambda model: model.decode(torch.full((1, 8, 5), 2016)), "token 2016"),
+    "a frame mask for a sample mask": (
+        lambda model: model.decode(torch.zeros(1, 8, 5).long(), torch.ones(1, 5)),
+        "padding_mask has at most 5 samples in a row, which make 1 frames, but audio_codes has 5",
+    ),
+    "a frame mask for a sample mask, one frame": (
+        lambda model: model.decode(torch.zeros(1, 8, 1).long(), torch.ones(1, 1)),
+        "padding_mask has at most 1 samples in a row",
+    ),
+    "a tuple of encode": (
+        lambda model: model.decode(*model.encode(torch.zeros(2, 9000), return_dict=False)),
+        "padding_mask has at most 9 samples in a row|audio_codes_mask=",
+    ),
+    "a mask of shorter clips": (
+        lambda model: model.decode(torch.zeros(1, 8, 5).long(), torch.ones(1, 15)),
+        "padding_mask has at most 15 samples in a row",
+    ),
+    "two masks that differ": (
+        lambda model: model.decode(*both_masks(model)),
+        "padding_mask has at most",
+    ),
+    "left padding by the extractor": (
+        lambda _: ours.NemoLfrFeatureExtractor(padding_side="left"),
+        "padding_side is 'left', but",
+    ),
     "a mask for other frames": (lambda model: model.decode(torch.zeros(1, 8, 5).long(), torch.ones(1, 9000)), "5"),
 }
 
@@ -235,6 +267,37 @@ def test_wrong_arguments_are_refused_in_one_line(model, name):
 def test_the_extractor_refuses_other_audio(folder, audio, options, message):
     with pytest.raises(NemoLfrError, match=message):
         transformers.AutoFeatureExtractor.from_pretrained(folder)(audio, **{"sampling_rate": RATE} | options)
+
+
+CHANGES = {
+    "sample_rate": (16000, "config.sample_rate is 16000, but the model was built for 22050; set"),
+    "samples_per_frame": (512, "config.samples_per_frame is 512, but the model was built for"),
+    "audio_encoder": ({"activation": "half_snake"}, "differs from the codec's config|cannot be built"),
+    "vector_quantizer": ({"eps": 0.1}, "differs from the codec's config"),
+}
+
+
+@pytest.mark.parametrize("is_used", [False, True], ids=["new", "used"])
+@pytest.mark.parametrize("key", CHANGES)
+def test_a_model_whose_config_was_changed_is_not_saved(key, is_used, folder, tmp_path):
+    model = transformers.AutoModel.from_pretrained(folder)
+    if is_used:
+        model.encode(torch.zeros(1, 100))
+    value, message = CHANGES[key]
+    if isinstance(value, dict):
+        getattr(model.config, key).update(value)
+    else:
+        setattr(model.config, key, value)
+    for call in (lambda: model.save_pretrained(tmp_path / "changed"), lambda: pickle.dumps(model)):
+        with pytest.raises(NemoLfrError, match=message):
+            call()
+    assert not (tmp_path / "changed").exists()
+
+
+def test_a_variant_is_named_by_load(folder, tmp_path):
+    transformers.AutoModel.from_pretrained(folder).save_pretrained(tmp_path, variant="fp16")
+    with pytest.raises(NemoLfrError, match=r"model\.fp16\.safetensors, a variant that only transformers reads"):
+        nemo_lfr.load(tmp_path)
 
 
 @pytest.mark.parametrize("key", ["sampling_rate", "hop_length", "frame_rate", "num_codebooks", "codebook_size"])
