@@ -7,8 +7,10 @@ import pickle
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,6 +32,7 @@ require("onnx", "onnxruntime", "onnxscript", reason="pip install '.[onnx]'")
 
 from nemo_lfr.codec.onnx.backend import OnnxBackend  # noqa: E402
 from nemo_lfr.codec.onnx.export import export_onnx  # noqa: E402
+from tests.codec.test_onnx_graph import body, external, node  # noqa: E402
 
 # An export takes 5 to 15 s. The fast tests export once, in test_backends.py.
 pytestmark = pytest.mark.slow
@@ -270,6 +273,18 @@ def forge(folder: Path, **changes: object) -> None:
     set_values(folder, files=hashes, **changes)
 
 
+def lie(folder: Path, change: Callable[[Any], None]) -> None:
+    """Change the contents of encoder.onnx, and correct its hash."""
+    import onnx
+
+    path = folder / "encoder.onnx"
+    model = onnx.load(path)
+    change(model)
+    path.write_bytes(model.SerializeToString())
+    hashes = json_files(folder) | {"encoder.onnx": hashlib.sha256(path.read_bytes()).hexdigest()}
+    set_values(folder, files=hashes)
+
+
 def json_files(folder: Path) -> dict[str, str]:
     return json.loads((folder / "codec.json").read_text())["files"]
 
@@ -358,6 +373,21 @@ def test_forged_manifest_never_gives_contradicting_tokens(key, value, two_export
         return
     with pytest.raises(NemoLfrError, match=r"according to codec\.json|cannot run this file"):
         codec.encode(synthesize(0.1))
+
+
+@pytest.mark.parametrize("change", [external, node("Loop", body=body()), node("ConstantOfShape")])
+def test_files_that_the_export_never_writes_are_refused_before_they_are_opened(
+    change, two_exports, tmp_path, monkeypatch
+):
+    import onnxruntime
+
+    monkeypatch.delattr(onnxruntime, "InferenceSession")
+    monkeypatch.chdir(tmp_path)
+    Path("weights.bin").write_bytes(bytes(1 << 20))  # ONNX Runtime would find it in the current folder
+    shutil.copytree(two_exports[0], "x")
+    lie(Path("x"), change)
+    with pytest.raises(CheckpointError, match=r"x/encoder\.onnx: the file contains .* never writes; export the codec"):
+        nemo_lfr.load("x")
 
 
 def test_a_file_that_is_replaced_after_opening_is_not_run(two_exports, tmp_path):

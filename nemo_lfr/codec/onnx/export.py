@@ -18,9 +18,10 @@ from nemo_lfr._version import __version__
 from nemo_lfr.codec.ambient import building_state
 from nemo_lfr.codec.base import CodecBase
 from nemo_lfr.codec.onnx import DECODER, ENCODER, MANIFEST, METADATA, VERSION
+from nemo_lfr.codec.onnx.graph import check_graph
 from nemo_lfr.codec.programs import fp32_backend, graphs
 from nemo_lfr.codec.torch_backend import TorchBackend
-from nemo_lfr.errors import install_command
+from nemo_lfr.errors import CheckpointError, NemoLfrError, install_command
 from nemo_lfr.io.atomic import check_overwrite, make_folder, naming, publish, writing_folder
 from nemo_lfr.io.locate import expand_home
 from nemo_lfr.io.shortage import missing_extra
@@ -48,7 +49,7 @@ def export_onnx(codec: CodecBase[Any], folder: str | os.PathLike[str], *, overwr
     Raises:
         MissingExtraError: if onnx or onnxscript is not installed.
         NemoLfrError: if a file exists and `overwrite` is not set, or if the codec has another backend or precision,
-            or hooks or replaced layers.
+            or hooks or replaced layers; also if the installed exporter writes a file that `OnnxBackend` refuses.
     """
     for package in ("onnx", "onnxscript"):  # torch's exporter uses onnxscript
         try:
@@ -90,12 +91,25 @@ def _write(backend: TorchBackend, targets: list[Path], overwrite: bool) -> None:
             assert program is not None
             model = program.model_proto
             model.metadata_props.add(key=METADATA, value=json.dumps(values))
-            files[target.name] = _write_aside(Path(aside, target.name), model.SerializeToString(), target)
+            data = model.SerializeToString()
+            _check_readable(data, target)
+            files[target.name] = _write_aside(Path(aside, target.name), data, target)
             onnx.checker.check_model(str(Path(aside, target.name)), full_check=True)
         _write_aside(Path(aside, MANIFEST), json.dumps(values | {"files": files}, indent=1).encode(), targets[2])
         for target in targets:
             with naming(target, aside):
                 publish(Path(aside, target.name), target, overwrite)
+
+
+def _check_readable(data: bytes, target: Path) -> None:
+    """Raise an error if torch's exporter, perhaps of a newer version, made a file that `OnnxBackend` would refuse."""
+    try:
+        check_graph(data)
+    except CheckpointError as error:
+        raise NemoLfrError(
+            f"{target}: the file {error}, so nemo_lfr could not open it. The exporter of torch {torch.__version__} "
+            "made the file; use another version of torch or onnxscript, and report this error."
+        ) from None
 
 
 def _write_aside(path: Path, data: bytes, target: Path) -> str:

@@ -7,7 +7,8 @@
      "files": {"encoder.onnx": "<64 hex digits>", "decoder.onnx": "..."}}
 
 The metadata of both ONNX files contains the same values, except "files". An ONNX file is read into memory and its hash
-is checked before ONNX Runtime opens it. A file that was changed after the export is therefore rejected.
+is checked before ONNX Runtime opens it. A file that was changed after the export is therefore rejected, and so is a
+file with contents that the export does not write (`nemo_lfr.codec.onnx.graph`).
 """
 
 import hashlib
@@ -21,6 +22,7 @@ from typing import Any
 
 from nemo_lfr.codec.backend import ModuleLimits
 from nemo_lfr.codec.onnx import DECODER, ENCODER, MANIFEST, VERSION
+from nemo_lfr.codec.onnx.graph import check_graph
 from nemo_lfr.errors import CheckpointError, quoted, shorten
 from nemo_lfr.frames import Context
 from nemo_lfr.io.regular import open_regular
@@ -149,7 +151,7 @@ def _limits(values: dict[str, Any], name: str) -> ModuleLimits:
 
 
 def read_verified(folder: Path, name: str, manifest: Manifest) -> bytes:
-    """Read encoder.onnx or decoder.onnx, and check its hash.
+    """Read encoder.onnx or decoder.onnx, and check its hash and its contents.
 
     Args:
         folder: folder with the file.
@@ -160,7 +162,8 @@ def read_verified(folder: Path, name: str, manifest: Manifest) -> bytes:
         Content of the file.
 
     Raises:
-        CheckpointError: if the file is missing, or its hash differs from the one in the manifest.
+        CheckpointError: if the file is missing, its hash differs from the one in the manifest, or it contains
+            something that the export does not write.
     """
     path = folder / name
     if not os.path.lexists(path):
@@ -180,4 +183,8 @@ def read_verified(folder: Path, name: str, manifest: Manifest) -> bytes:
             f"{path}: the SHA-256 of this file differs from the one in {MANIFEST}, so the file is damaged, truncated "
             f"or from another export; {AGAIN}."
         )
+    try:
+        check_graph(data)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: the file {error}; {AGAIN}.") from None
     return data
