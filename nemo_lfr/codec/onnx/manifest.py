@@ -74,7 +74,7 @@ def read_manifest(folder: Path) -> Manifest:
             raw = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise CheckpointError(
-            f"{path}: the file cannot be read ({shorten(error.strerror or error)}); check its permissions."
+            f"{path}: the file cannot be read ({shorten(error.strerror or error)}); check its permissions, or {AGAIN}."
         ) from error
     if len(raw) > MAX_BYTES:
         raise CheckpointError(f"{path}: the file is larger than {MAX_BYTES} bytes, the limit for manifests; {AGAIN}.")
@@ -176,7 +176,7 @@ def read_verified(folder: Path, name: str, manifest: Manifest) -> bytes:
             data = file.read()
     except OSError as error:
         raise CheckpointError(
-            f"{path}: the file cannot be read ({shorten(error.strerror or error)}); check its permissions."
+            f"{path}: the file cannot be read ({shorten(error.strerror or error)}); check its permissions, or {AGAIN}."
         ) from error
     if hashlib.sha256(data).hexdigest() != manifest.files[name]:
         raise CheckpointError(
