@@ -121,6 +121,8 @@ def json_text(values: Any) -> str:
     refuse. They are replaced by escapes such as `\xff`.
     """
     text = json.dumps(values, indent=2, ensure_ascii=False)
+    if not _SURROGATES.search(text):
+        return json.dumps(values, indent=2)
     text = _SURROGATES.sub(lambda match: json.dumps(_escaped(match[0]))[1:-1], text)
     return json.dumps(json.loads(text), indent=2)
 

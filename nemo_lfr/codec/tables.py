@@ -54,6 +54,8 @@ def from_arrow(value: Any) -> Any:
         return [from_arrow(item) for item in value]
     if not value.is_valid:
         return None
+    if isinstance(value, pyarrow.FixedShapeTensorScalar):
+        return value.to_numpy()  # `value.value` is one list, without the shape
     if isinstance(value, pyarrow.ExtensionScalar):
         return from_arrow(value.value)
     if is_.is_struct(value.type):

@@ -16,6 +16,8 @@ from nemo_lfr.io.columns import AUDIO, LABEL_COLUMNS, TEXT_COLUMNS
 RATES = ("sampling_rate", "sample_rate")
 # Units per second of Arrow's durations.
 UNITS = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
+_DAY = 86400
+_YEARS = (-62_135_596_800, 253_402_300_800)  # the start of year 1 and of year 10000, in seconds since 1970
 
 
 @dataclass(frozen=True)
@@ -73,9 +75,9 @@ def parquet_features(metadata: Mapping[bytes, bytes] | None) -> dict[str, Any]:
 def label_value(cell: Any, names: Sequence[str] | None, column: str) -> Any:
     """Convert the Arrow cell of a label to a Python value.
 
-    A duration becomes a number of seconds; a date, a time or a UUID becomes text. Values of other types than text,
-    numbers and booleans become None; see `is_label`. In the columns of the standard labels, however, any value is
-    returned, so that `standard_labels` can raise an error for it.
+    A duration becomes a number of seconds; a date, a time or a UUID becomes text. Times that are out of range, and
+    values of other types than text, numbers and booleans, become None; see `is_label`. In the columns of the standard
+    labels, however, any value is returned, so that `standard_labels` can raise an error for it.
 
     Some databases and TensorFlow export text as bytes. Bytes are decoded only in columns that usually contain text
     (`TEXT_COLUMNS`).
@@ -88,7 +90,6 @@ def label_value(cell: Any, names: Sequence[str] | None, column: str) -> Any:
     Raises:
         AudioError: if the text is not valid UTF-8.
     """
-    import pyarrow
     import pyarrow.types as is_
 
     if is_.is_dictionary(cell.type) and cell.is_valid:
@@ -99,8 +100,8 @@ def label_value(cell: Any, names: Sequence[str] | None, column: str) -> Any:
         if cell.is_valid and column not in LABEL_COLUMNS:
             if is_.is_duration(cell.type):  # not as_py, which refuses nanoseconds if pandas is missing
                 return cell.value / UNITS[cell.type.unit]
-            if is_.is_temporal(cell.type):
-                return cell.cast(pyarrow.string()).as_py()
+            if is_.is_date(cell.type) or is_.is_time(cell.type) or is_.is_timestamp(cell.type):
+                return _time_text(cell)
         value = cell.as_py()
         if isinstance(value, bytes) and column in TEXT_COLUMNS:
             value = value.decode()
@@ -117,6 +118,21 @@ def label_value(cell: Any, names: Sequence[str] | None, column: str) -> Any:
     return value if column in LABEL_COLUMNS or isinstance(value, str | int | float | bool) else None
 
 
+def _time_text(cell: Any) -> str | None:
+    """Return a date, time or time stamp as text; None for years outside 1 to 9999 and times outside 0 to 24 h.
+
+    Arrow writes these as other times or as `<value out of range: ...>`.
+    """
+    import pyarrow
+    import pyarrow.types as is_
+
+    unit = getattr(cell.type, "unit", "ms")  # dates have no `unit`; those of 64 bits are in milliseconds
+    seconds = cell.value * _DAY if is_.is_date32(cell.type) else cell.value / UNITS[unit]
+    start, stop = (0, _DAY) if is_.is_time(cell.type) else _YEARS
+    text: str | None = cell.cast(pyarrow.string()).as_py() if start <= seconds < stop else None
+    return text
+
+
 def is_label(column: str, kind: Any) -> bool:
     """Return whether `label_value` keeps the values of a column, according to its Arrow type."""
     import pyarrow.types as is_
@@ -128,7 +144,7 @@ def is_label(column: str, kind: Any) -> bool:
     is_bytes = any(test(kind) for test in (is_.is_binary, is_.is_large_binary, is_.is_fixed_size_binary))
     if is_bytes or str(kind) == "binary_view":
         return column in TEXT_COLUMNS
-    return not is_.is_nested(kind) and not _is_list(getattr(kind, "storage_type", kind))
+    return not is_.is_nested(kind) and not is_.is_interval(kind) and not _is_list(getattr(kind, "storage_type", kind))
 
 
 def audio_cell(cell: Any, rate: Any = None) -> bytes | str | Samples:
@@ -147,6 +163,8 @@ def audio_cell(cell: Any, rate: Any = None) -> bytes | str | Samples:
 
     if cell is None or not cell.is_valid:
         raise AudioError("no audio: the cell is null")
+    if _is_tensor(cell):
+        return Samples(_array(cell), rate)
     cell = _stored(cell)
     if is_.is_dictionary(cell.type):
         cell = cell.value
@@ -172,7 +190,10 @@ def audio_cell(cell: Any, rate: Any = None) -> bytes | str | Samples:
 
 
 def _array(cell: Any) -> np.ndarray:
-    """Convert an Arrow list, or a list of lists of equal length, to an array."""
+    """Convert an Arrow tensor, a list, or a list of lists of equal length, to an array."""
+    if _is_tensor(cell):
+        tensor: np.ndarray = cell.to_numpy()
+        return tensor
     cell = _stored(cell)
     if not _is_list(cell.type):
         raise AudioError(f"the samples have the type {cell.type}; expected a list of numbers")
@@ -183,6 +204,13 @@ def _array(cell: Any) -> np.ndarray:
     if len({len(row) for row in rows}) > 1 or len(rows) < len(values):
         raise AudioError("the channels have different lengths")
     return np.stack(rows) if rows else np.zeros(0, np.float32)
+
+
+def _is_tensor(cell: Any) -> bool:
+    """Return whether a cell is a tensor of fixed shape. Arrow stores it as one list, so that `value` has no shape."""
+    import pyarrow
+
+    return isinstance(cell, pyarrow.FixedShapeTensorScalar)
 
 
 def _stored(cell: Any) -> Any:

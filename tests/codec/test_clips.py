@@ -242,6 +242,12 @@ def arrow(values: Any, kind: str) -> Any:
     return pa.array(values, types.get(kind))
 
 
+def tensors(clips: list[Any]) -> Any:
+    """Return an Arrow column with a tensor [C, T] of fixed shape in each cell."""
+    pa = pytest.importorskip("pyarrow", reason="pip install '.[corpus]'")
+    return pa.FixedShapeTensorArray.from_numpy_ndarray(np.array(clips))
+
+
 def series(values: Any, **options: Any) -> Any:
     return pytest.importorskip("pandas", reason="pip install pandas").Series(values, **options)
 
@@ -252,6 +258,7 @@ COLUMNS = {  # columns and cells of tables with 16-bit samples, or with a file o
     "Arrow list": lambda wav: arrow([INT16], "list"),
     "cell with a list": lambda wav: arrow([INT16], "list")[0],
     "cells with lists": lambda wav: [arrow([INT16], "list")[0]],
+    "cell with a tensor": lambda wav: tensors([[INT16, INT16]])[0],
     "Arrow structs": lambda wav: arrow([{"array": INT16, "sampling_rate": RATE}], "struct"),
     "cell with a struct": lambda wav: arrow([{"array": INT16, "sampling_rate": RATE}], "struct")[0],
     "cell with bytes": lambda wav: arrow([{"bytes": wav.read_bytes(), "path": None}], "")[0],

@@ -119,6 +119,12 @@ def array2d(samples: np.ndarray) -> "pa.Array":
     return pa.StructArray.from_arrays([values, pa.array([RATE])], ["array", "sampling_rate"])
 
 
+def tensor(samples: np.ndarray) -> "pa.Array":
+    """Return a column with a tensor of fixed shape inside a struct of samples."""
+    values = pa.FixedShapeTensorArray.from_numpy_ndarray(np.array([samples]))
+    return pa.StructArray.from_arrays([values, pa.array([RATE])], ["array", "sampling_rate"])
+
+
 class Array2D(pa.ExtensionType):
     """Extension type that stores lists of lists, like that of `datasets`."""
 
@@ -146,6 +152,8 @@ CELLS = {
     "channels last": [struct(np.stack([WAVE, WAVE], axis=1).tolist())],
     "Array2D, channels first": array2d(np.stack([WAVE, WAVE])),
     "Array2D, channels last": array2d(np.stack([WAVE, WAVE], axis=1)),
+    "tensor, channels first": tensor(np.stack([WAVE, WAVE])),
+    "tensor, channels last": tensor(np.stack([WAVE, WAVE], axis=1)),
     "one channel": [struct([WAVE.tolist()])],
     "large lists": pa.array(
         [struct(WAVE)], pa.struct([("array", pa.large_list(pa.float64())), ("sampling_rate", pa.int64())])
@@ -397,6 +405,11 @@ def test_typed_labels_are_kept_or_named(wav, tmp_path, caplog):
         "day": [datetime.date(2020, 1, 2)],
         "took": [datetime.timedelta(seconds=1.5)],
         "id": pa.ExtensionArray.from_storage(pa.uuid(), pa.array([bytes(range(16))], pa.binary(16))),
+        "late": pa.array([1 << 62], pa.timestamp("ms")),
+        "wrapped": pa.array([1 << 62], pa.timestamp("us", "UTC")),
+        "later": pa.array([(1 << 31) - 1], pa.date32()),
+        "night": pa.array([86400], pa.time32("s")),
+        "evening": pa.array([86399], pa.time32("s")),
         "nothing": pa.nulls(1),
         "picture": [b"x"],
         "fixed": pa.array([b"x"], pa.binary(1)),
@@ -409,6 +422,7 @@ def test_typed_labels_are_kept_or_named(wav, tmp_path, caplog):
         "when": "2020-01-02 03:04:05.000000",
         "day": "2020-01-02",
         "took": 1.5,
+        "evening": "23:59:59.000",
         "id": "00010203-0405-0607-0809-0a0b0c0d0e0f",
     }
     (message,) = [record.getMessage() for record in caplog.records if "do not become labels" in record.getMessage()]

@@ -42,8 +42,8 @@ class Stream:
         padding: number of zeros that a decoder must read after the ranges.
         num_samples: number of samples per channel, if a decoder might return more samples; None otherwise.
         least_samples: minimum number of samples per channel. If a decoder returns fewer, the recording is damaged.
-        tail: number of samples per channel in the last page of an Ogg file. libsndfile's seeks into this page may be
-            wrong, since the page may end before its last block does.
+        tail: number of samples per channel in the last page of an Ogg file; for Opus always at 48 kHz.
+            libsndfile's seeks into this page may be wrong, since the page may end before its last block does.
     """
 
     spans: list[Span]
