@@ -5,17 +5,21 @@
 
 import io
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 
+import nemo_lfr
 from nemo_lfr.io.audio import AudioReader
 from nemo_lfr.io.containers.mpeg import read_frame
 from nemo_lfr.io.containers.ogg import _checksum as ogg_checksum
+from nemo_lfr.io.reading import read_file
 from tests.models import synthesize
 
 RATE = 24000
+SPEECH = np.tile(read_file(Path(nemo_lfr.__file__).parent / "weights" / "speech.flac", 0, None, RATE, 100), 3)
 WAVE = np.concatenate([synthesize(2, seed=1), np.zeros(4000, np.float32), synthesize(3, seed=2)])
 
 
@@ -69,6 +73,7 @@ FILES = {
     "Vorbis in stereo": ogg("VORBIS", np.stack([WAVE, WAVE[::-1]], axis=1)),
     "Opus": ogg("OPUS"),
     "Opus of a low bit rate": ogg("OPUS", quality=1.0),
+    "Opus of speech": ogg("OPUS", SPEECH, quality=0.9),
     "Opus with much padding before its first sample": with_pre_skip(ogg("OPUS"), 30000),
     "FLAC": written("FLAC"),
     "WAV with MS ADPCM": written("WAV", subtype="MS_ADPCM"),
