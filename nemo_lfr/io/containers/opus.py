@@ -45,7 +45,7 @@ class OpusTimes:
         """Return an error message if headers contradict the time stamps.
 
         Lost packets, pauses and imprecise time stamps are not errors: a header is wrong if its duration is not the
-        most common one in the track, but the next packet follows at about the most common one.
+        most common one in the track, but the next packet follows after about the most common one.
 
         Args:
             end: end of the audio in seconds, according to the container; None if it is unknown.
