@@ -16,12 +16,13 @@ If a run is stopped, the same command resumes it from the last saved epoch. Furt
     +seed=1                                                                     start from other random weights
     +seed=1,2 -m                                                                train twice, with seed 1 and seed 2
 
-With `-m`, Hydra trains once for each combination of values. Job N stores its files in the subfolder `job-N` of
-`log_dir` and `exp_manager.exp_dir`.
+With `-m`, Hydra trains once for each combination of values. Job N stores its files in a subfolder of `log_dir` and
+`exp_manager.exp_dir`. Its name is `job-N-` and a checksum of the options of the job.
 """
 
 import nemo_lfr  # noqa: F401, I001  imported first, to turn off the usage reports of a library that NeMo imports
 
+import hashlib
 import os
 
 import lightning.pytorch as pl
@@ -32,7 +33,7 @@ from nemo.core.config import hydra_runner
 from nemo.utils import logging
 from nemo.utils.exp_manager import exp_manager
 from nemo.utils.get_rank import is_global_rank_zero
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nemo_lfr import AudioCodecModel, ConfigError
 from nemo_lfr.training.endings import ending_in_one_line
@@ -44,26 +45,30 @@ def main(cfg: DictConfig) -> None:
     """Train. Config errors and disk errors are reported in one line."""
     if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
         os.chdir(get_original_cwd())  # Hydra changed it to a new folder, but exp_manager requires the original one
-        separate_job(cfg, HydraConfig.get().job.num)
+        separate_job(cfg, HydraConfig.get().job.num, HydraConfig.get().job.override_dirname)
     with ending_in_one_line((cfg.get("exp_manager") or {}).get("exp_dir"), cfg.get("log_dir")):
         train(cfg)
 
 
-def separate_job(cfg: DictConfig, number: int) -> None:
-    """Give a job of a multirun its own folders, so that no job resumes another one.
+def separate_job(cfg: DictConfig, number: int, overrides: str) -> None:
+    """Give a job of a multirun its own folders, so that it resumes only a job with the same number and options.
 
     Args:
         cfg: config, which is changed.
         number: number of the job.
+        overrides: the options of the job, as Hydra joins them for the name of a folder.
     """
+    # A checksum, since the options contain paths and may be longer than the name of a folder.
+    name = f"job-{number}-{hashlib.sha256(overrides.encode()).hexdigest()[:8]}"
     manager = cfg.get("exp_manager") or {}
-    for section, key, default in (
-        (cfg, "log_dir", None),
-        (manager, "exp_dir", "nemo_experiments"),  # the default of NeMo
-        (manager, "explicit_log_dir", None),
-    ):
-        if folder := section.get(key) or default:
-            section[key] = os.path.join(folder, f"job-{number}")
+    with open_dict(cfg):  # the config may lack `exp_dir`
+        for section, key, default in (
+            (cfg, "log_dir", None),
+            (manager, "exp_dir", "nemo_experiments"),  # the default of NeMo
+            (manager, "explicit_log_dir", None),
+        ):
+            if folder := section.get(key) or default:
+                section[key] = os.path.join(folder, name)
 
 
 def train(cfg: DictConfig) -> None:

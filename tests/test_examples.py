@@ -172,11 +172,13 @@ def test_each_job_of_a_multirun_trains_in_its_own_folder(corpus, launcher, tmp_p
     for name, options in (("both", ["+seed=1,2", "-m"]), ("second", ["+seed=2"])):
         (tmp_path / name).mkdir()
         assert launcher.train(corpus, tmp_path / name, *options)
-    first, second = (last_checkpoint(tmp_path / "both" / f"job-{number}")["state_dict"] for number in range(2))
+    jobs = sorted((tmp_path / "both").glob("job-*"))  # another job with the same number has another checksum
+    first, second = (last_checkpoint(job)["state_dict"] for job in jobs)
+    assert [job.name[:6] for job in jobs] == ["job-0-", "job-1-"]
     expected = last_checkpoint(tmp_path / "second")["state_dict"]
     assert all(torch.equal(value, second[key]) for key, value in expected.items())
     assert any(not torch.equal(value, second[key]) for key, value in first.items())
-    assert list((tmp_path / "both" / "logs" / "job-1").rglob("*_audio_out.wav"))
+    assert list((tmp_path / "both" / "logs" / jobs[1].name).rglob("*_audio_out.wav"))
 
 
 def last_checkpoint(out: Path) -> dict[str, Any]:
