@@ -4,6 +4,7 @@ Third-party packages (extra `evaluate`) compute PESQ, STOI and pitch. If a metri
 `NotMeasured` with the reason. No fallback values are used.
 """
 
+import math
 import warnings
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -335,8 +336,16 @@ def measure(
     return values
 
 
-def checked(value: Value) -> Value:
-    """Convert a metric value to `float`. NaN and infinity become `Undefined`, and a `NotMeasured` is unchanged."""
+def checked(value: Any) -> Value:
+    """Convert a metric value to `float`.
+
+    NaN and infinity become `Undefined`. A value of another type than a real number becomes `NotMeasured`, and a
+    `NotMeasured` is unchanged.
+    """
     if isinstance(value, NotMeasured):
         return value
-    return float(value) if np.isfinite(value) else Undefined("not a number")
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        return NotMeasured(f"not measured: the metric returned {shorten(repr(value), 60)}, not a number")
+    return number if math.isfinite(number) else Undefined("not a number")

@@ -160,3 +160,14 @@ def test_a_missing_package_is_named_and_does_not_stop_the_evaluation(pair, monke
     values = measure(*pair, ("PESQ-WB", "STOI"))
     assert "pesq" in values["PESQ-WB"] and "pip install" in values["PESQ-WB"]
     assert not isinstance(values["PESQ-WB"], Undefined) and isinstance(values["STOI"], float)
+
+
+@pytest.mark.parametrize("value", [None, "good", b"x", 1j, np.zeros(2), [1.0], {}])
+def test_a_metric_that_returns_no_number_is_not_measured(value):
+    result = metrics.checked(value)
+    assert isinstance(result, NotMeasured) and result.startswith("not measured: the metric returned ")
+
+
+@pytest.mark.parametrize("value", [1, np.float32(0.5), torch.tensor(2.0), True])
+def test_a_metric_may_return_any_real_number(value):
+    assert type(metrics.checked(value)) is float
