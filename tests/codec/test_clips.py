@@ -258,7 +258,7 @@ COLUMNS = {  # columns and cells of tables with 16-bit samples, or with a file o
     "Arrow list": lambda wav: arrow([INT16], "list"),
     "cell with a list": lambda wav: arrow([INT16], "list")[0],
     "cells with lists": lambda wav: [arrow([INT16], "list")[0]],
-    "cell with a tensor": lambda wav: tensors([[INT16, INT16]])[0],
+    "cell with a tensor": lambda wav: tensors([[INT16]])[0],
     "Arrow structs": lambda wav: arrow([{"array": INT16, "sampling_rate": RATE}], "struct"),
     "cell with a struct": lambda wav: arrow([{"array": INT16, "sampling_rate": RATE}], "struct")[0],
     "cell with bytes": lambda wav: arrow([{"bytes": wav.read_bytes(), "path": None}], "")[0],
