@@ -206,7 +206,7 @@ class FiniteScalarQuantizer(NeuralModule):
         return self.decode_unchecked(indices, input_len)
 
     def decode_unchecked(self, indices: torch.Tensor, input_len: torch.Tensor | None = None) -> torch.Tensor:
-        """Dequantize tokens that were checked before.
+        """Dequantize tokens without checking them.
 
         A token outside the codebook is taken modulo the codebook size.
         """
@@ -331,7 +331,7 @@ class GroupFiniteScalarQuantizer(NeuralModule):
         return self.decode_unchecked(indices, input_len)
 
     def decode_unchecked(self, indices: torch.Tensor, input_len: torch.Tensor | None = None) -> torch.Tensor:
-        """Dequantize tokens that were checked before.
+        """Dequantize tokens without checking them.
 
         A token outside the codebook is taken modulo the codebook size.
         """

@@ -149,7 +149,7 @@ def _unwritten(what: str) -> CheckpointError:
 
 
 def _any(_: _Reader, __: _Field) -> None:
-    """Accept a field whose content has no effect on what a file can do."""
+    """Accept any content: this field cannot do harm, or another function checks it."""
 
 
 def _inside(checks: dict[int, _Check], name: str) -> _Check:
