@@ -225,7 +225,8 @@ def check_tokens(
             bad = low if low < 0 else high
             bad += 2**64 if bad < 0 and is_unsigned else 0
             raise TokensError(
-                f"token {bad} of utterance {row} is outside [0, {spec.codebook_size}); pass tokens of this codec."
+                f"utterance {row} contains the token {bad}, which is outside [0, {spec.codebook_size}); pass tokens "
+                "of this codec."
             )
     return ids, totals
 

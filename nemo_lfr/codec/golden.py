@@ -61,7 +61,8 @@ def export_golden(codec: Codec[Any], path: str | os.PathLike[str], *, overwrite:
         The path of the file.
 
     Raises:
-        NemoLfrError: for another backend, precision or suffix, or if `path` exists and `overwrite` is not set.
+        NemoLfrError: if the codec does not run in PyTorch in fp32, `path` does not end in `.safetensors`, or `path`
+            exists and `overwrite` is not set.
     """
     path = expand_home(path)
     if path.suffix != SUFFIX:
@@ -84,7 +85,7 @@ def golden_vectors(codec: Codec[Any]) -> dict[str, torch.Tensor]:
     """Return the golden vectors of a codec by name, in processing order; see the module's docstring.
 
     Raises:
-        NemoLfrError: for another backend or precision.
+        NemoLfrError: if the codec does not run in PyTorch in fp32, or has hooks or replaced layers.
     """
     backend = fp32_backend(codec, "golden vectors")
     encoder, quantizer, decoder = backend.encoder, backend.quantizer, backend.decoder

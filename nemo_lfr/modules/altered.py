@@ -25,7 +25,7 @@ EXPORT = "which are not exported, so the exported codec would give other results
 
 @functools.cache
 def _methods(kind: Any) -> frozenset[str]:
-    """Return the names of the methods of a module's class, without those that `nn.Module` defines."""
+    """Return `forward` and the names of the methods that a module's class or its bases below `nn.Module` define."""
     classes = kind.__mro__[: kind.__mro__.index(nn.Module)]
     names = {name for parent in classes for name, value in vars(parent).items() if callable(value)}
     return frozenset(names | {"forward"})

@@ -77,7 +77,7 @@ def _check_indices(indices: torch.Tensor, num_codebooks: int, codebook_size: int
         is_bad = is_bad & (torch.arange(indices.shape[-1], device=indices.device) < length.to(indices.device)[:, None])
     if bool(is_bad.any()):
         token = indices[is_bad][0].item()
-        raise TokensError(f"token {token} is outside [0, {codebook_size}); pass tokens of this codec.")
+        raise TokensError(f"the token {token} is outside [0, {codebook_size}); pass tokens of this codec.")
 
 
 def _has_values(tokens: torch.Tensor) -> bool:

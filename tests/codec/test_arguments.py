@@ -164,10 +164,15 @@ BAD_TOKENS: dict[str, tuple[Any, Any, Any, str]] = {
     "empty tuple with lengths": ((), [], [], "tokens is an empty tuple"),
     "no utterances": (TOKENS[:0], None, None, r"\[0, 8, 5\]"),
     **{
-        f"a token of {token}": (np.where(TOKENS == 25, token, TOKENS), None, None, rf"token {token} of utterance 0")
+        f"a token of {token}": (
+            np.where(TOKENS == 25, token, TOKENS),
+            None,
+            None,
+            rf"utterance 0 contains the token {token}, ",
+        )
         for token in (2016, 2017, 4032, 100_000, 2**31 - 1, 2**31, 2**62, -1, -2016, -(2**31), -(2**63))
     },
-    "a wrong token in the second utterance": (TOKENS * np.array([[[1]], [[10]]]), None, None, "of utterance 1"),
+    "a wrong token in the second utterance": (TOKENS * np.array([[[1]], [[10]]]), None, None, "utterance 1 contains"),
     "uint8 does not wrap round": (np.full((1, 8, 5), 255, np.uint8), [6], None, r"tokens_len\[0\] is 6"),
     "lengths as floats": (TOKENS, [5.0, 5.0], None, "tokens_len has dtype torch.float32"),
     "lengths as booleans": (TOKENS, [True, False], None, "tokens_len has dtype torch.bool"),
@@ -368,5 +373,5 @@ def test_messages_show_the_value_that_was_passed():
         codec.encode(np.zeros((2, 300), np.float32), [2**63, 1])
     tokens = np.zeros((8, 4), np.uint64)
     tokens[2, 3] = 2**64 - 7
-    with pytest.raises(TokensError, match="token 18446744073709551609 of utterance 0 is outside"):
+    with pytest.raises(TokensError, match="utterance 0 contains the token 18446744073709551609"):
         codec.decode(tokens)
