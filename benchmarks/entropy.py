@@ -6,13 +6,13 @@ MANIFEST lists speech recordings that the entropy model was not trained on. Each
 file is written uncompressed and compressed, and must decode to the same tokens. The output shows:
 
 1. File sizes in bytes, including headers and checksums, for recordings of at least `--min-seconds` and for all.
-2. Bits per frame for several block sizes: those of the payload alone, and those that include the overhead of a block.
+2. Bits per frame for several block sizes: of the payload alone, and of the payload with the overhead of the blocks.
 3. The size of incompressible tokens, drawn uniformly at random.
 4. Speed on one thread as seconds of audio per second of CPU time, which other load on the machine hardly affects.
    "Frame by frame" uses blocks of one frame that are written and read separately. "One after the other" decodes blocks
    sequentially, as for a pipe. "Side by side" decodes the blocks of a file together.
 
-The last row is the peak memory that Python and NumPy allocate while a file is read.
+The last row of the table is the peak memory that Python and NumPy allocate while a file is read.
 
 Set OMP_NUM_THREADS=1 to measure a single core.
 """
@@ -115,7 +115,7 @@ def main() -> None:
     pieces = [tokens for _, tokens, samples in utterances if samples / codec.sample_rate >= arguments.min_seconds]
     frames = sum(piece.shape[1] for piece in pieces)
     print(
-        "\n| frames per block | bits per frame: payload | with lengths and CRC | uncompressed, with both |\n"
+        "\n| frames per block | bits per frame: payload | payload, lengths and CRC | uncompressed, lengths and CRC |\n"
         "| --- | --- | --- | --- |"
     )
     for block in BLOCKS:

@@ -207,7 +207,7 @@ class Bench:
             most: time limit in seconds for all calls.
 
         Returns:
-            Seconds of each call, until the device has finished.
+            Duration of each timed call in seconds, including the time until the device has finished.
         """
         took: list[float] = []
         started = time.monotonic()
@@ -419,7 +419,7 @@ def speech(bench: Bench, folder: Path | None) -> None:
         report(
             "bf16, fused where faster", Codec(TorchBackend(*copy.deepcopy(moved), codec.sample_rate, precision="bf16"))
         )
-    print("\nalone: tokens of the first clips that differ between the batch and each clip alone")
+    print('\n"alone" is the number of tokens of the first 3 clips that differ between the batch and each clip alone.')
     stock = Stock(*moved)
     one = batch[:1, : lengths[0] // FRAME * FRAME].to(bench.device)
     size = torch.tensor([one.shape[1]], device=bench.device)
@@ -438,7 +438,7 @@ def speech(bench: Bench, folder: Path | None) -> None:
 
 
 def stock_ways(bench: Bench) -> dict[str, Callable[[], Any]]:
-    """Return the precisions of the reference: PyTorch's defaults, and autocast."""
+    """Return a context manager for each precision of the reference: PyTorch's defaults, and autocast."""
     return {
         "fp32 (TF32 convolutions)" if bench.on_gpu else "fp32": nullcontext,
         "autocast bf16": lambda: torch.autocast(bench.device.type, dtype=torch.bfloat16),

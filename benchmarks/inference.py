@@ -9,9 +9,9 @@ is timed, its results are compared with those of NeMo for each clip alone. Token
 ties, and audio must agree within 1e-4. For bf16 the percentage of equal tokens and the SNR of the audio are printed
 instead. The other codecs also have random weights, which do not affect their speed.
 
-The last tables list the convolutions of the execution plan, grouped by their numbers of channels. They show the share
-of the time, the rate of the multiply-adds (Toom-Cook algorithms need a few times fewer than a direct convolution), and
-this rate relative to that of a large matrix product.
+The last tables list the convolutions of the execution plan, grouped by their numbers of channels. They show each
+group's share of the time, the rate of its multiply-adds, and this rate relative to that of a large matrix product.
+Only multiply-adds that are computed count: a Toom-Cook algorithm computes fewer than a direct convolution.
 """
 
 import argparse
@@ -103,7 +103,8 @@ def compare_with_stock(stock: Any, codecs: dict[str, Codec], rounds: int) -> dic
     """Time all cases against NeMo, and print a table.
 
     Returns:
-        A nested dict: from direction and precision, to the case, to the speedup over NeMo in each round.
+        A dict from each direction and precision, such as "encode bf16", to a dict from each case to the speedups over
+        NeMo, one per round.
     """
     names = list(codecs)
     found: dict[str, dict[str, list[float]]] = {}
@@ -252,8 +253,10 @@ def main() -> None:
     parser.add_argument("--model", type=Path)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--precisions", default="fp32,bf16", help="fp32 first")
-    parser.add_argument("--parts", default="stock,peers,stages", help="of the benchmark")
+    parser.add_argument(
+        "--precisions", default="fp32,bf16", help="precisions to time, fp32 first (default %(default)s)"
+    )
+    parser.add_argument("--parts", default="stock,peers,stages", help="parts to run (default %(default)s)")
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

@@ -16,7 +16,7 @@ def in_turns(ways: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, li
     """Time several functions in alternating rounds.
 
     Args:
-        ways: dict from names to the functions to time.
+        ways: dict from each name to the function to time.
         rounds: number of timed rounds, after one warm-up round.
 
     Returns:

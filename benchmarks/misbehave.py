@@ -1,12 +1,12 @@
-"""Misbehaving connections beside a well-behaved stream: effects on its audio, and leaked resources of the server.
+"""Effects of misbehaving connections on the server: wrong audio in a well-behaved stream, and leaked resources.
 
     python benchmarks/misbehave.py 1000
 
 The script starts `nemo-lfr serve` with the bundled codec and opens 1000 connections, 100 at a time, which take turns
-through the kinds of misbehavior in `KINDS`. Meanwhile a good client decodes the same recording again and again. Its
-audio is compared with that of an idle server. Then the script prints the file descriptors, threads and memory of the
-server before and after, and the time that the server takes to end after SIGTERM while connections are open that never
-end by themselves. The exit code is 1 if a check fails.
+through the kinds of misbehavior in `KINDS`. Meanwhile a well-behaved client decodes the same tokens again and again.
+Its audio is compared with that of an idle server. Then the script prints the file descriptors, threads and memory of
+the server before and after. Finally it opens connections that never end by themselves, sends SIGTERM, and prints how
+long the server takes to end. The exit code is 1 if a check fails.
 """
 
 import argparse
@@ -39,8 +39,8 @@ END = b'{"type": "end"}'
 FRAME = bytes(16)  # 8 tokens
 TEXT, BINARY, PING = 1, 2, 9
 IDLE_S, DRAIN_S = 5.0, 10.0
-MEMORY_RATIO = 1.25  # memory of the idle server after all connections, relative to that before
-TOLERANCE = 1e-5  # sums of a batch may be in another order
+MEMORY_RATIO = 1.25  # maximum memory of the idle server after all connections, divided by its memory before them
+TOLERANCE = 1e-5  # the sums of a batch may be computed in another order
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ async def slow(target: Target, number: int) -> None:
 
 
 async def silent(target: Target, number: int) -> None:
-    """Send nothing more, until the server closes the connection."""
+    """Send nothing, or only the start of a request or stream, and wait until the server closes the connection."""
     async with connection(target) as peer:
         if number % 4 == 1:
             await peer.send(target.request("POST", "/v1/encode", "Content-Length: 1000"))
@@ -313,7 +313,7 @@ def wait_until_idle(url: str) -> bool:
 
 
 async def terminate(process: subprocess.Popen[str], target: Target) -> float:
-    """Send SIGTERM while connections are open that do not end by themselves; return the seconds until the end."""
+    """Open connections that do not end by themselves, send SIGTERM, and return the seconds until the process ends."""
     async with asyncio.timeout(60) if sys.version_info >= (3, 11) else _forever():
         bad = [asyncio.create_task(_hold(target, number)) for number in range(20)]
         await asyncio.sleep(1)

@@ -8,11 +8,11 @@ each mode the number of streams is doubled, then bisected, until the largest num
 
 - server: `nemo-lfr serve`, with this process as the client of all streams.
 - processes: one process per stream, which pushes each frame to a `StreamDecoder`.
-- one process: all streams in one process, which processes each frame of each stream separately.
+- one process: one process for all streams, which pushes each frame of each stream to a `StreamDecoder` separately.
 
-The table shows that number, and the time from the first frame of a stream to its first audio (median and 95th
-percentile) with 1 stream, with 8, and with 80 % of that number. The client of the server runs on the same cores; the
-other modes have no client.
+The table shows this largest number, and the time from the first frame of a stream to its first audio (median and 95th
+percentile) with 1 stream, with 8, and with 80 % of the largest number. The client of the server runs on the same
+cores; the other modes have no client.
 """
 
 import argparse
@@ -198,7 +198,7 @@ def main() -> None:
         print(f"| {mode} | {counts[mode]} | {' | '.join(cells)} |", flush=True)
     best = max(counts["processes"], counts["one process"])
     ratio = counts["server"] / max(1, best)
-    print(f"\nThe server sustains {ratio:.1f} times as many streams as the better of the others.")
+    print(f"\nThe server sustains {ratio:.1f} times as many streams as the better of the other modes.")
 
 
 if __name__ == "__main__":

@@ -2,13 +2,13 @@
 
     python benchmarks/streaming.py [MANIFEST] [--model FILE.nemo] [--chunkings 200] [--threads 1]
 
-MANIFEST lists speech recordings; the default is the clip inside the package. Every recording is streamed in chunks of
-random lengths (empty, one sample, one frame, a prime length, up to 0.4 s) through the codec, and through a codec with
-NanoCodec's causal decoder and random weights. Tokens must be equal to offline tokens except for rounding ties, and
-audio within 1e-5. The next table shows the time to process a chunk of 20, 80 or 320 ms, for one stream and for 16
-streams in a batch. Speed relative to real time is the total over all streams. The last tables show the effect of
-`lookahead`: the percentage of tokens that equal those with full lookahead, the SNR and quality of the decoded audio,
-and the SNR of the first frames with `first_lookahead`.
+MANIFEST lists speech recordings; the default is the clip inside the package. Random excerpts of the recordings, one
+for each of the `--chunkings`, are streamed in chunks of random lengths (empty, one sample, one frame, a prime length,
+up to 0.4 s). They pass through the codec, and through a codec with NanoCodec's causal decoder and random weights.
+Tokens must equal offline tokens except for rounding ties, and audio must agree within 1e-5. The first table shows the
+time to process a chunk of 20, 80 or 320 ms, for one stream and for 16 streams in a batch. Speed relative to real time
+is the total over all streams. The next two tables show the effect of `lookahead` on the tokens and on the decoded
+audio. The last table shows the SNR of the first frames for each `first_lookahead`.
 """
 
 import argparse
@@ -169,7 +169,7 @@ def lookahead(codec: Codec, waves: list[np.ndarray]) -> None:
 
 
 def first_lookahead(codec: Codec, waves: list[np.ndarray]) -> None:
-    """Print the loss in the first frames for each `first_lookahead`, for streams that begin within speech."""
+    """Print the SNR of the first frames for each `first_lookahead`, for streams that start in the middle of speech."""
     exact = [codec.encode(wave)[0][0].numpy() for wave in waves]
     excerpts = [tokens[:, start : start + 24] for tokens in exact for start in range(10, tokens.shape[1] - 24, 20)]
     wholes = [codec.decode(tokens)[0][0].numpy() for tokens in excerpts]

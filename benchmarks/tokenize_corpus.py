@@ -2,10 +2,11 @@
 
     python benchmarks/tokenize_corpus.py [--model FILE.nemo] [--clips 160] [--plot docs/images/tokenize_memory.png]
 
-The NeMo loop reads a file with NeMo's own reader, calls `encode` and keeps the tokens. It uses one thread per core and
-runs on one clip at a time, and on padded batches of 8. Its tokens of single clips are compared with those of nemo_lfr;
-in a NeMo batch, tokens depend on the other clips. nemo_lfr runs `nemo-lfr tokenize` with one single-threaded worker
-per core. Speeds exclude the loading of models. Rounds alternate, and tables show medians over rounds.
+The NeMo loop reads files with NeMo's own reader, calls `encode` and keeps the tokens. It uses one thread per core. It
+is timed with one clip at a time, and with padded batches of 8. Only the tokens of single clips are compared with those
+of nemo_lfr, because tokens from a NeMo batch depend on the other clips. nemo_lfr runs `nemo-lfr tokenize` with one
+single-threaded worker per core. Speeds exclude the loading of models. Each round times every program once, and tables
+show medians over the rounds.
 """
 
 import sys
