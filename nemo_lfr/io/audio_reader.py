@@ -89,7 +89,7 @@ class AudioReader:
             if problem := next((stream.problem for stream in self._streams if stream.problem), None):
                 raise AudioError(f"{problem}.")
             first = self._open(0)
-            if isinstance(first, SndfileDecoder) and not first.is_exact and not self._streams[0].by_name:
+            if isinstance(first, SndfileDecoder) and first.is_mpeg and not self._streams[0].by_name:
                 first = self._open_mpeg(first)
             self.native_rate, self.channels = first.rate, first.channels
             check_rate(self.native_rate)
@@ -390,8 +390,7 @@ class AudioReader:
     def _check_count(self, decoder: Decoder, num_read: int) -> None:
         """Raise AudioError if fewer samples were read than the header declares, or than the frames contain."""
         expected = decoder.num_frames
-        share = 1.0 if decoder.is_exact else 0.99
-        if expected is not None and num_read < share * expected:
+        if expected is not None and num_read < expected - decoder.slack:
             raise AudioError(f"{self.name}: the audio was truncated after {num_read} of {expected} samples.")
         if num_read < (least := self._streams[self._index].least_samples):
             raise AudioError(f"{self.name}: {_TOO_FEW.format(least, num_read)}.")

@@ -20,13 +20,13 @@ class Decoder(Protocol):
         rate: sample rate in Hz.
         channels: number of channels.
         num_frames: number of samples per channel; None if it is not known before decoding.
-        is_exact: whether `num_frames` is exact rather than an estimate.
+        slack: number of samples by which undamaged audio may be shorter than `num_frames`.
     """
 
     rate: int
     channels: int
     num_frames: int | None
-    is_exact: bool
+    slack: int
 
     @property
     def note(self) -> str | None:
@@ -55,6 +55,7 @@ _LEAD = {"MPEG_LAYER_I": 1, "MPEG_LAYER_II": 1, "MPEG_LAYER_III": 1, "OPUS": 20,
 # If a position is at most this many seconds ahead, the samples before it are decoded. In Vorbis audio, libsndfile
 # skips blocks up to such a position without a seek, and then returns other samples.
 _AHEAD = 2.5
+_VORBIS_BLOCK = 8192  # maximum number of samples in a block
 
 
 class _Sequential(soundfile.SoundFile):  # type: ignore[misc]  # soundfile declares no types
@@ -95,8 +96,11 @@ class SndfileDecoder:
         self.channels: int = self._file.channels
         unknown = self._file.frames >= UNKNOWN_BYTES // (8 * self.channels)
         self.num_frames: int | None = None if unknown else self._file.frames
-        # The length of MPEG audio is an estimate. `find_streams` has already compared it with the frames.
-        self.is_exact = self._file.format != "MP3"
+        self.is_mpeg: bool = self._file.format == "MP3"
+        # The length of MPEG audio is an estimate. `find_streams` has already compared it with the frames. In Vorbis
+        # that was copied from WebM, the last time stamp is up to one block late.
+        is_vorbis = self._file.subtype == "VORBIS"
+        self.slack: int = (self.num_frames or 0) // 100 if self.is_mpeg else _VORBIS_BLOCK if is_vorbis else 0
         self.is_headerless = self._file.format == "RAW"
         # libFLAC reports tags and padding after the last sample as damage, so reading stops before them.
         self._stops_at_end = self._file.format == "FLAC"
@@ -164,7 +168,7 @@ class LimitedDecoder:
         note: the warning of the other decoder. See `Decoder` for the other attributes.
     """
 
-    is_exact = True
+    slack = 0
 
     def __init__(self, decoder: Decoder, num_frames: int) -> None:
         self._decoder = decoder

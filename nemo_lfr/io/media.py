@@ -103,7 +103,7 @@ class MediaDecoder:
     """
 
     num_frames: int | None = None
-    is_exact = True
+    slack = 0
 
     def __init__(self, source: BinaryIO) -> None:
         try:

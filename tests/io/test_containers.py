@@ -464,6 +464,18 @@ def test_all_samples_of_a_short_last_block_are_read(kind, subtype, channels, los
         assert np.array_equal(part, wave[-800:])
 
 
+@pytest.mark.parametrize("blocks", [1, 2, 25])
+@pytest.mark.parametrize("counted", [False, True], ids=["after the chunk", "in the chunk"])
+def test_the_padding_byte_of_gsm_is_no_block(blocks, counted, caplog):
+    data = bytearray(written(synthesize(1)[: 320 * blocks], 8000, format="WAV", subtype="GSM610"))
+    at = data.index(b"data") + 4
+    assert len(data) == at + 4 + 65 * blocks + blocks % 2
+    struct.pack_into("<I", data, at, 65 * blocks + (blocks % 2) * counted)
+    with AudioReader("a", None, data=bytes(data)) as reader:
+        assert sum(map(len, reader.blocks())) == 320 * blocks
+    assert not caplog.text
+
+
 @pytest.mark.parametrize("subtype", ["IMA_ADPCM", "MS_ADPCM", "GSM610"])
 def test_a_wrong_number_of_samples_per_block_is_ignored(subtype):
     pytest.importorskip("av")  # libsndfile refuses such a file with MS ADPCM

@@ -48,6 +48,14 @@ def ogg(subtype, wave=WAVE, first_sample=0, quality=0.5):
     return bytes(data)
 
 
+def with_late_end(data, count):
+    """Return Ogg audio whose last page has a time stamp `count` samples after the last sample."""
+    at = data.rindex(b"OggS")
+    (stamp,) = struct.unpack_from("<q", data, at + 6)
+    page = data[at : at + 6] + struct.pack("<q", stamp + count) + data[at + 14 :]
+    return data[:at] + page[:22] + struct.pack("<I", ogg_checksum(page)) + page[26:]
+
+
 def with_pre_skip(data, count):
     """Return Opus audio in Ogg whose header declares `count` samples of padding at 48 kHz before the first sample."""
     at, end = data.index(b"OpusHead") + 10, data.index(b"OggS", 1)
@@ -135,6 +143,17 @@ def test_time_stamps_that_do_not_begin_at_0_change_no_sample(tmp_path, name):
     path.write_bytes(data)
     expected, _ = soundfile.read(io.BytesIO(same), dtype="float32")
     check(path, expected, positions_in(len(expected)))
+
+
+@pytest.mark.parametrize("count", [1, 16, 1000])
+def test_vorbis_whose_last_time_stamp_is_late_has_the_samples_of_its_packets(count):
+    expected, _ = soundfile.read(io.BytesIO(ogg("VORBIS")), dtype="float32")
+    with AudioReader("a", None, data=with_late_end(ogg("VORBIS"), count)) as reader:
+        wave = np.concatenate(list(reader.blocks(0.3)))
+        assert len(expected) <= len(wave) <= len(expected) + count
+        np.testing.assert_allclose(wave[: len(expected)], expected, rtol=0, atol=1e-6)
+        part = reader.segment((len(expected) - 500) / RATE, 1.0)
+        np.testing.assert_allclose(part, wave[len(expected) - 500 :], rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", JOINED)

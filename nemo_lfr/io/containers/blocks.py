@@ -34,13 +34,17 @@ class BlockCodec:
             length: number of bytes in all blocks.
 
         Returns:
-            The unchanged stream if its last block is complete. Otherwise, a copy whose last block is padded, and whose
-            `num_samples` is the number of samples in the file.
+            The unchanged stream if its last block is complete, and a decoder would not read more. Otherwise, a copy
+            whose last block is padded, and whose `num_samples` is the number of samples in the file.
         """
         blocks, rest = divmod(length, self.size)
-        if not rest:
-            return stream
         count, used = self.samples_in(rest)
+        is_padded = rest == 1 and length % 2 == 0 and not used  # the padding byte of a chunk is counted as audio
+        if not rest and length % 2 == 0:
+            return stream
+        if not rest or is_padded:
+            # libsndfile would decode the padding byte after the last block as another block.
+            return replace(stream, num_samples=blocks * self.samples)
         ignored = f"the last block of the audio is incomplete; its last {rest - used} bytes are ignored"
         num_samples = blocks * self.samples + min(count, self.samples)
         note = stream.note or (ignored if used < rest else None)
