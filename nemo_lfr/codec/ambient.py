@@ -101,8 +101,8 @@ def _put_cudnn_tf32(value: Any) -> None:
 def _attribute(owner: Any) -> ProcessSetting:
     """Return the `ProcessSetting` for oneDNN's precision in fp32 matrix products or convolutions.
 
-    The value "none" means that a more general setting applies: oneDNN's own, or the one for all backends. It is
-    restored as "none", so that later changes to the general setting still take effect.
+    The value "none" means that a more general setting applies: the one for all of oneDNN, or the one for all backends.
+    A setting that was "none" is set to "none" again, so that later changes to the general setting still take effect.
 
     Args:
         owner: `torch.backends.mkldnn.matmul` or `torch.backends.mkldnn.conv`.
@@ -131,7 +131,8 @@ def reference_state(device: torch.device) -> Iterator[None]:
     """Run networks independently of the caller's settings inside a `with` block.
 
     Autocast, gradients and inference mode are off, and the default device is the CPU. On a CPU, fp32 matrix products
-    and convolutions run in full fp32; on a GPU, `convolutions` decides whether TF32 is allowed.
+    and convolutions run in full fp32. On a GPU, this context manager does not change whether TF32 is allowed; see
+    `convolutions`.
 
     Args:
         device: device of the codec. Autocast is turned off for this device and for the CPU.
@@ -191,7 +192,7 @@ def convolutions(tf32: bool) -> Iterator[None]:
 
 
 def check_weights(module: nn.Module, name: str) -> None:
-    """Check that a network has dense fp32 weights and unchanged convolutions.
+    """Check that a network has dense fp32 weights, and convolutions with supported settings.
 
     Weights of another dtype would give other tokens.
 
@@ -203,13 +204,13 @@ def check_weights(module: nn.Module, name: str) -> None:
         NemoLfrError: if a weight has another dtype or is sparse, or if the settings of a `Conv1d` or `ConvTranspose1d`
             were changed to values that the module does not support. The message says how to fix it.
     """
-    # `Module.parameters` takes three times as long.
+    # Not `module.parameters()`, which takes three times as long.
     for child in module.modules():
         if isinstance(child, Conv1d | ConvTranspose1d) and not child.is_consistent:
             raise NemoLfrError(
                 f"{name}: the settings of a {type(child).__name__} layer were changed to values that it does not "
-                f"support: {child.conv} with padding {getattr(child, 'pad_mode', 'constant')!r}. Restore them, or "
-                "build the codec from a config that describes them."
+                f"support: {child.conv} with padding mode {getattr(child, 'pad_mode', 'constant')!r}. Restore the "
+                "settings, or build the codec from a config that describes them."
             )
         for parameter in child._parameters.values():
             if parameter is not None and (
@@ -226,8 +227,8 @@ def _weight_problem(parameter: torch.Tensor) -> str:
         advice = "call .float() on the model, which restores the fp32 weights exactly"
     else:
         advice = (
-            "the rounded weights give different tokens and .float() does not restore them; load the checkpoint "
-            "again, and do not call .half(), .bfloat16() or .to(dtype) on a model that contains the codec; for "
-            'speed, pass precision="bf16" or "fp16" to nemo_lfr.load'
+            "the rounded weights give different tokens, and .float() does not restore the fp32 weights; load the "
+            "checkpoint again, and do not call .half(), .bfloat16() or .to(dtype) on a model that contains the "
+            'codec; for speed, pass precision="bf16" or "fp16" to nemo_lfr.load'
         )
     return f"the weights were converted to {dtype}; {advice}"

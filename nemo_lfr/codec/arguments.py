@@ -49,7 +49,8 @@ def check_audio(
         Audio [B, T_audio] and the number of samples in each clip.
 
     Raises:
-        AudioError: for an unsupported shape, type or length, or NaN values.
+        AudioError: for an unsupported shape, type or length, or for samples that are NaN, infinite or far outside
+            [-1, 1].
     """
     clips = float_audio(arrays, audio, name)
     if clips.ndim == 1:
@@ -73,7 +74,8 @@ def check_chunk(arrays: Arrays[Any], samples: object) -> np.ndarray:
     """Check consecutive samples [n] of one recording, n >= 0, and convert them to float32.
 
     Raises:
-        AudioError: for another shape, an unsupported type, or NaN values.
+        AudioError: if the shape is not [n], the type is not supported, or samples are NaN, infinite or far outside
+            [-1, 1].
     """
     chunk = arrays.convert(samples, "audio", AudioError)
     if chunk.ndim != 1:
@@ -87,7 +89,7 @@ def check_token_chunk(arrays: Arrays[Any], spec: CodecSpec, tokens: object) -> A
     """Check consecutive tokens [C, k] of one recording, k >= 0, and convert them to int64.
 
     Raises:
-        TokensError: for another shape, an unsupported type, or a token outside the codebook.
+        TokensError: if the shape is not [C, k], the tokens are not integers, or a token is outside the codebook.
     """
     ids = arrays.convert(tokens, "tokens", TokensError)
     if ids.ndim != 2:
@@ -217,7 +219,7 @@ def check_tokens(
         ids = arrays.zeros((ids.shape[0], spec.num_codebooks, ids.shape[2]), np.int64) + spec.zero_token
         ids[:, :kept] = first
     if _within(ids, spec.codebook_size):
-        return ids, totals  # the usual case: one reduction for all rows, because each reduction synchronizes a GPU
+        return ids, totals  # the usual case: rows are not checked one by one, because each check synchronizes a GPU
     for row, total in enumerate(totals):
         valid = ids[row, :, :total]
         low, high = (int(valid.min()), int(valid.max())) if total else (0, 0)

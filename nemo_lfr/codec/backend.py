@@ -220,7 +220,7 @@ class NumpyBackend:
     device: object = "cpu"
 
     def fingerprints(self) -> tuple[str, ...]:
-        """Return no fingerprint. Token files from any codec are then accepted."""
+        """Return no fingerprint. Token files are then accepted whatever their fingerprint is."""
         return ()
 
     def load(self, operation: Operation) -> None:
@@ -268,7 +268,7 @@ class DecoderStream(Stream, Protocol):
 
         Args:
             num_samples: length of the whole recording in samples, including the samples that `push` has returned;
-                None for whole frames.
+                None to return whole frames.
         """
 
 

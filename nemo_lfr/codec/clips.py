@@ -66,7 +66,8 @@ def to_batch(
         Audio [B, T_audio] as float32, and the number of samples in each clip.
 
     Raises:
-        AudioError: for audio in another form, a rate that contradicts the source, or a file that cannot be read.
+        AudioError: if `audio` has none of these forms, `sample_rate` differs from the rate that the source declares,
+            a file cannot be read, or `check_audio` rejects the samples.
     """
     audio, sample_rate = as_list(audio), plain_number(sample_rate)
     check_not_empty(audio, "audio", "clip", AudioError)
@@ -98,7 +99,7 @@ def plain_number(value: Any) -> Any:
 
 
 def _check_not_pair(audio: object) -> None:
-    """Raise AudioError for samples in a pair with their sample rate, which torchaudio and librosa return."""
+    """Raise AudioError for a pair of samples and their sample rate, as torchaudio and librosa return it."""
     if not isinstance(audio, list | tuple) or len(audio) != 2:
         return
     for samples, rate in (audio, audio[::-1]):

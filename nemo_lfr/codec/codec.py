@@ -90,7 +90,8 @@ class Codec(HubMethods[Array]):
             frame is zero-padded, as are clips that are too short for the encoder.
 
         Raises:
-            AudioError: for an unsupported shape, type or length, NaN values, or a file that cannot be read.
+            AudioError: for an unsupported shape, type or length, for samples that are NaN, infinite or far outside
+                [-1, 1], or for a file that cannot be read.
             NemoLfrError: if the encoder returns NaN or infinite values, or for an invalid `num_codebooks`.
         """
         with self.backend.computing():
@@ -159,8 +160,8 @@ class Codec(HubMethods[Array]):
             each utterance, [B].
 
         Raises:
-            TokensError: for an unsupported shape or type, a token outside the codebook, lengths that do not fit, or an
-                invalid `num_codebooks`.
+            TokensError: for an unsupported shape or type, a token outside the codebook, lengths that do not fit the
+                tokens, or an invalid `num_codebooks`.
             NemoLfrError: if the decoder returns NaN or infinite values.
         """
         frame, arrays = self.samples_per_frame, self.backend.arrays
@@ -204,7 +205,7 @@ class Codec(HubMethods[Array]):
             Consecutive tokens [C, k] as int32. Joined, they equal the tokens of the whole recording.
 
         Raises:
-            AudioError: for an unsupported shape or type, or NaN values.
+            AudioError: for an unsupported shape or type, or for samples that are NaN, infinite or far outside [-1, 1].
             NemoLfrError: if the encoder returns NaN or infinite values.
         """
         frame, cutter = self.samples_per_frame, self._audio_cutter()
@@ -271,7 +272,8 @@ class Codec(HubMethods[Array]):
                 playback rate or faster. Default: `lookahead`.
 
         Raises:
-            NemoLfrError: if a lookahead is not a valid integer, or the backend does not support streaming.
+            NemoLfrError: if `lookahead` or `first_lookahead` is not an integer of at least 0, `first_lookahead` is
+                larger than `lookahead`, or the backend does not support streaming.
         """
         backend = self._streaming()
         if first_lookahead is None:

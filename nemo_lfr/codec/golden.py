@@ -46,7 +46,7 @@ VERSION = 1
 METADATA = "nemo_lfr"
 SUFFIX = ".safetensors"
 MIN_FRAMES = 4
-WRAPPED = (".conv", ".activation")  # inner modules of a layer, which are left out: only the layer's output is stored
+WRAPPED = (".conv", ".activation")  # suffixes of a layer's inner modules; only the output of the layer is stored
 
 
 def export_golden(codec: Codec[Any], path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
@@ -61,8 +61,8 @@ def export_golden(codec: Codec[Any], path: str | os.PathLike[str], *, overwrite:
         The path of the file.
 
     Raises:
-        NemoLfrError: if the codec does not run in PyTorch in fp32, `path` does not end in `.safetensors`, or `path`
-            exists and `overwrite` is not set.
+        NemoLfrError: if the codec does not run in PyTorch in fp32, or has hooks or replaced layers; if `path` does
+            not end in `.safetensors`; or if `path` exists and `overwrite` is not set.
     """
     path = expand_home(path)
     if path.suffix != SUFFIX:

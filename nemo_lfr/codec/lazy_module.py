@@ -17,7 +17,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class LazyModule(Generic[M]):
-    """Encoder or decoder whose weights are loaded on first access.
+    """Wrapper of an encoder or decoder that loads the weights on first access.
 
     Copying or pickling this object loads the weights first, so the copy does not need the checkpoint.
 

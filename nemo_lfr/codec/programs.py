@@ -99,7 +99,7 @@ def fp32_backend(codec: CodecBase[Any], target: str) -> TorchBackend:
         target: what will be exported, in the plural, for messages; for example "ONNX files".
 
     Raises:
-        NemoLfrError: if the codec has another backend or precision, or hooks or replaced layers.
+        NemoLfrError: if the codec does not run in PyTorch in fp32, or has hooks or replaced layers.
     """
     backend = codec.backend
     if not isinstance(backend, TorchBackend):

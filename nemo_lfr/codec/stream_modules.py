@@ -1,4 +1,4 @@
-"""Interface of PyTorch backends that streams use, and checks of lookahead arguments and networks."""
+"""Interface through which streams use a PyTorch backend, and checks of lookahead arguments and networks."""
 
 from contextlib import AbstractContextManager
 from typing import Any, Protocol

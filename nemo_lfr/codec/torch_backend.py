@@ -164,9 +164,9 @@ class TorchBackend:
     def fingerprints(self) -> Iterator[str]:
         """Yield the current fingerprint, and then all fingerprints that older versions gave the same codec.
 
-        The current fingerprint is a hash of weights and settings. The oldest versions hashed the weights alone. Other
-        versions folded weight norm with PyTorch's kernel, whose rounding depends on the CPU, so their fingerprints for
-        each known kind of CPU are also yielded.
+        The current fingerprint is a hash of weights and settings. The oldest versions hashed the weights alone. Some
+        older versions folded weight norm with PyTorch's kernel, whose rounding depends on the CPU, so their
+        fingerprints for each known kind of CPU are also yielded.
 
         Raises:
             NemoLfrError: if a module has hooks, replaced layers or changed levels, which a fingerprint does not cover.
@@ -188,7 +188,11 @@ class TorchBackend:
             check_unaltered(module, f"the {name} of {self.name}", consequence)
 
     def check_weights(self) -> None:
-        """Raise NemoLfrError if weights of the encoder or the decoder were converted to a dtype other than fp32."""
+        """Check the weights and convolutions of the encoder and the decoder; see the function `check_weights`.
+
+        Raises:
+            NemoLfrError: if a weight is not dense fp32, or a convolution has settings that it does not support.
+        """
         check_weights(self._encoder.module, f"the encoder of {self.name}")
         check_weights(self._decoder.module, f"the decoder of {self.name}")
 

@@ -44,7 +44,7 @@ def check_not_tracing() -> None:
 
 
 def check_plain_tensor(tensor: torch.Tensor, name: str, error: type[NemoLfrError]) -> None:
-    """Raise an error for a wrapper around a tensor, such as a DTensor, MaskedTensor or FakeTensor.
+    """Raise an error for a nested tensor, or a wrapper such as a DTensor, MaskedTensor or FakeTensor.
 
     Raises:
         NemoLfrError: of the type `error`, for such a tensor.

@@ -48,8 +48,8 @@ def export_onnx(codec: CodecBase[Any], folder: str | os.PathLike[str], *, overwr
 
     Raises:
         MissingExtraError: if onnx or onnxscript is not installed.
-        NemoLfrError: if a file exists and `overwrite` is not set, or if the codec has another backend or precision,
-            or hooks or replaced layers; also if the installed exporter writes a file that `OnnxBackend` refuses.
+        NemoLfrError: if a file exists and `overwrite` is not set; if the codec does not run in PyTorch in fp32, or has
+            hooks or replaced layers; or if the installed exporter writes a file that `OnnxBackend` refuses.
     """
     for package in ("onnx", "onnxscript"):  # torch's exporter uses onnxscript
         try:
@@ -107,8 +107,8 @@ def _check_readable(data: bytes, target: Path) -> None:
         check_graph(data)
     except CheckpointError as error:
         raise NemoLfrError(
-            f"{target}: the file {error}, so nemo_lfr could not open it. The exporter of torch {torch.__version__} "
-            "made the file; use another version of torch or onnxscript, and report this error."
+            f"{target}: the exporter of torch {torch.__version__} made a file that {error}; use another version of "
+            "torch or onnxscript, and report this error."
         ) from None
 
 

@@ -1,8 +1,8 @@
 """Check that an ONNX file contains nothing except what the export writes.
 
 ONNX can express more than a codec needs: weights in other files, loops, functions, operators of other libraries, and
-tensors of any size. ONNX Runtime reads weights of other files relative to the current folder, and runs a loop for as
-long as the file says. Such files are therefore refused before ONNX Runtime opens them.
+tensors of any size. If a file refers to weights in other files, ONNX Runtime looks for these in the working directory,
+and it runs a loop for as long as the file says. Such files are therefore refused before ONNX Runtime opens them.
 
 An ONNX file is a protobuf message. The `onnx` package could parse it, but running exported files does not need that
 package. The reader below knows only the fields that the export writes, and refuses all others. It reads the file once,
@@ -21,7 +21,7 @@ MAX_FIELDS = 1 << 18  # a codec of the released size has about 15,000
 MAX_INTEGER = 1 << 24  # the largest codebook; sizes and strides are far smaller
 
 # The operators in the exports of all kinds of codecs, and those that other versions of torch's exporter may write in
-# their place. None of them runs another graph. Only Range and Pad create a tensor of a given size.
+# their place. None of them runs another graph. Only Range and Pad can create a tensor of any size.
 OPERATORS = {
     "Add", "And", "Cast", "CastLike", "Clip", "Concat", "Constant", "Conv", "ConvTranspose", "Div", "Elu", "Equal",
     "Floor", "Gather", "Greater", "GreaterOrEqual", "Identity", "IsInf", "IsNaN", "LeakyRelu", "Less",
@@ -145,7 +145,7 @@ def _invalid() -> CheckpointError:
 
 
 def _unwritten(what: str) -> CheckpointError:
-    return CheckpointError(f"contains {what}, which nemo-lfr export onnx never writes")
+    return CheckpointError(f"contains {what}, which nemo_lfr does not accept in ONNX files")
 
 
 def _any(_: _Reader, __: _Field) -> None:
@@ -186,7 +186,8 @@ def _check_size(value: int) -> None:
 
 
 def _embedded(reader: _Reader, field: _Field) -> None:
-    # Any other number is refused too, because readers disagree about numbers of more than 32 bits.
+    # 0 means "in this file", and 1 "in another file". Other numbers are refused too, because readers disagree about
+    # numbers of more than 32 bits.
     if field.wire != _VARINT or field.value != 0:
         raise _unwritten(_NAMES["TensorProto", 14])
 
