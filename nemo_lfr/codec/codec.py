@@ -90,8 +90,7 @@ class Codec(HubMethods[Array]):
             frame is zero-padded, as are clips that are too short for the encoder.
 
         Raises:
-            AudioError: for an unsupported shape, type or length, for samples that are NaN, infinite or far outside
-                [-1, 1], or for a file that cannot be read.
+            AudioError: for invalid audio (see `nemo_lfr.codec.arguments.check_audio`), or a file that cannot be read.
             NemoLfrError: if the encoder returns NaN or infinite values, or for an invalid `num_codebooks`.
         """
         with self.backend.computing():
@@ -272,8 +271,7 @@ class Codec(HubMethods[Array]):
                 playback rate or faster. Default: `lookahead`.
 
         Raises:
-            NemoLfrError: if `lookahead` or `first_lookahead` is not an integer of at least 0, `first_lookahead` is
-                larger than `lookahead`, or the backend does not support streaming.
+            NemoLfrError: for an invalid `lookahead` or `first_lookahead`, or a backend that does not stream.
         """
         backend = self._streaming()
         if first_lookahead is None:

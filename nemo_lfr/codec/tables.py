@@ -40,8 +40,8 @@ def as_list(audio: Any) -> Any:
 def from_arrow(value: Any) -> Any:
     """Convert an Arrow array or scalar, and keep the type of its numbers; return any other value unchanged.
 
-    Arrays of numbers become numpy arrays, other arrays lists, and structs dicts. A list of lists of numbers becomes one
-    array if the inner lists have equal length.
+    Arrays of numbers become numpy arrays, other arrays lists, and structs dicts. A list of lists of numbers becomes
+    one array if the inner lists have equal length.
     """
     if not _is_arrow(value):
         return value

@@ -83,7 +83,9 @@ def load_samples(loader: AudioLoader, what: str, sample_rate: int, max_duration:
         Samples [T], floating point.
 
     Raises:
-        AudioError: if the loader fails, or returns other values than samples.
+        AudioError: if the loader fails, returns anything but a floating-point array [T], or returns samples that are
+            not finite, or none that differ from zero.
+        OSError: if the loader cannot read the audio file.
     """
     try:
         wave: Any = loader(sample_rate, max_duration)

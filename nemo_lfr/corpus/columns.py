@@ -14,7 +14,7 @@ from nemo_lfr.io.columns import AUDIO, LABEL_COLUMNS, TEXT_COLUMNS
 
 # Names of fields and columns that contain the sample rate.
 RATES = ("sampling_rate", "sample_rate")
-# Units per second of Arrow's durations.
+# For each time unit of Arrow, the number of units in a second.
 UNITS = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 _DAY = 86400
 _YEARS = (-62_135_596_800, 253_402_300_800)  # the start of year 1 and of year 10000, in seconds since 1970

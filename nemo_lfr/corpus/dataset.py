@@ -199,7 +199,7 @@ class TokenDataset(IterableDataset[TokenizedUtterance]):
                 f"the state was saved with {saved} data loader workers, but there are {workers}; use {saved} workers."
             )
         epoch, position = state["epoch"], state["position"]
-        # Several ranks must agree on the epoch, but one of them may have iterated more often than the others.
+        # Count passes only with one rank: several ranks must agree on the epoch, but some may have made more passes.
         if worker is None and self.world_size == 1:
             self._epoch.fill_(epoch + 1)
         shards = list(range(len(self.tokens.counts)))

@@ -44,9 +44,9 @@ def choose_executor(
     Args:
         config: options of the run.
         num_tasks: number of shards to tokenize, which is also the maximum number of workers.
-        workers: number of processes or Ray actors; by default one for each GPU, or one for every `config.threads` CPU
-            cores. If several processes tokenize parts of the corpus on this machine (see `config.part`), each of them
-            uses an equal share of the cores or GPUs.
+        workers: number of processes or Ray actors, at most `num_tasks`; by default one for each GPU, or for every
+            `config.threads` CPU cores. If several processes tokenize parts of the corpus on this machine (see
+            `config.part`), each of them uses an equal share of the cores or GPUs.
         device: "cpu" or "cuda"; by default a GPU if there is one.
         ray: address of Ray; by default local processes are used.
 

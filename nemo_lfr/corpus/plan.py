@@ -35,7 +35,8 @@ from nemo_lfr.spec import same_fingerprint
 if TYPE_CHECKING:
     from nemo_lfr.codec.codec import Codec
 
-# Options that must be the same for all shards of an output. The other options may change when a run is resumed.
+# Options that must not change when a run is resumed. `load_or_create_plan` also compares the corpus, the codec and the
+# entropy model.
 FIXED = ("kind", "precision", "pad", "context", "shard_size", "max_duration", "dataset", "audio_dir")
 
 
@@ -119,7 +120,7 @@ def open_plan(config: TokenizeConfig, on_cpu: bool) -> Iterator[Plan]:
 
 
 def _check_has_plan(state: Path, out: Path) -> None:
-    """Raise NemoLfrError if a folder contains results of a run, but not the plan that says of which run.
+    """Raise NemoLfrError if a folder contains results of a run, but no plan.
 
     The results may be those of another corpus, codec or options, so they are neither kept nor replaced.
 

@@ -36,7 +36,8 @@ def run_ray(
         tasks: shards to tokenize.
         address: "local" to start Ray on this machine; "auto" to connect to the Ray cluster of this machine, or start
             Ray if there is none; or the "HOST:PORT" of a cluster.
-        workers: number of actors; by default one for each GPU, or for every `config.threads` CPU cores.
+        workers: number of actors, at most one for each shard; by default as many as the cluster has resources for.
+            An actor uses `config.threads` CPU cores; with a GPU, it uses `config.readers` more cores to read audio.
         device: "cuda" to run each actor on a GPU, "cpu" to run actors on CPU cores; None to use GPUs if the cluster
             has any.
         plugins: registered classes that the workers need; see `Worker`.

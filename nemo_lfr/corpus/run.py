@@ -64,9 +64,9 @@ def tokenize(
 
     Args:
         config: corpus, output and options.
-        workers: number of processes or Ray actors; by default one for each GPU, or for every `config.threads` CPU
-            cores. Several processes import the main program, so its calls must be under
-            `if __name__ == "__main__":`.
+        workers: number of processes or Ray actors, at most one for each shard; by default one for each GPU, or for
+            every `config.threads` CPU cores. If there are several processes, each of them imports the main program,
+            so the calls in the main program must be under `if __name__ == "__main__":`.
         device: "cpu" or "cuda"; by default a GPU if there is one.
         ray: address of Ray: "local", "auto" or "HOST:PORT"; by default local processes are used.
         verify: compare the hashes of existing files with the records, and not only their sizes.
@@ -82,6 +82,7 @@ def tokenize(
         NemoLfrError: if an option is invalid, the corpus or codec cannot be read, the output folder contains the
             tokens of another run, or another run is writing to it.
         AudioError: with `config.strict`, for the first clip that fails.
+        OSError: if a file cannot be written, or with `config.strict`, if an audio file cannot be read.
     """
     check_main_program()
     if ray is not None and config.part is not None:

@@ -138,7 +138,7 @@ def skip_failures(
         record: record of the shard.
 
     Raises:
-        NemoLfrError: with `config.strict`, if the audio of a clip is invalid.
+        NemoLfrError: with `config.strict`, if a clip is invalid.
         OSError: with `config.strict`, if the file of a clip cannot be read.
     """
     for clip, waves in clips:

@@ -175,7 +175,8 @@ class TokenFolder:
             stop: index after the last utterance; None for the end of the shard.
 
         Yields:
-            Each utterance. An error takes the place of one or more consecutive utterances that cannot be read.
+            Utterances and errors. An error takes the place of one or more consecutive utterances that cannot be read,
+            or reports other damage, such as utterances after the recorded number of utterances.
         """
         stop = self.counts[shard] if stop is None else min(stop, self.counts[shard])
         files = ShardFiles(self.path, shard, self.verify, self._firsts[shard])
@@ -241,7 +242,7 @@ class TokenFolder:
         tokens = self._tokens(values["tokens"], num_frames, f"{where}: tokens")
         if context is not None:
             context = self._tokens(context, None, f"{where}: context tokens")
-        # A clip without text has none or null or "" in the files, depending on the format.
+        # For a clip without text, "text" is missing, null or "" in the files, depending on the format.
         labels = {**labels, "text": labels.get("text") or None}
         return TokenizedUtterance(clip_id, tokens, num_samples, context, labels)
 

@@ -47,7 +47,7 @@ class ReconstructionLoss(nn.Module):
 
     @property
     def min_samples(self) -> int:
-        """Minimum length of the signals in samples. Shorter ones cannot be padded for the longest STFT."""
+        """Minimum length of the signals in samples. Shorter signals cannot be padded for the longest STFT."""
         return max(n_fft // 2 + 1 for n_fft, _, _ in self.resolutions)
 
     def forward(

@@ -210,7 +210,7 @@ class FormatReader(ABC):
         """Return the number of utterances in each shard, according to `count`.
 
         If `count` fails for some shards, the remaining utterances, up to the total in `tokens.json`, are divided
-        evenly among them.
+        evenly among these shards.
         """
         counts: list[int | None] = []
         for shard in range(self.summary["shards"]):

@@ -119,7 +119,7 @@ class ParquetReader(FormatReader):
 def _layers(row: dict[str, Any], prefix: str) -> list[list[int]]:
     """Return the tokens in the columns `PREFIX_1`, `PREFIX_2` and so on of a row.
 
-    Their number is checked later, so a surplus column is not dropped.
+    A surplus column is included too, so that the caller can detect it.
     """
     names = (f"{prefix}_{number}" for number in count(1))
     return [row[name] for name in takewhile(lambda name: row.get(name) is not None, names)]

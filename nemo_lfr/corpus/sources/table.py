@@ -77,9 +77,9 @@ class Table(CorpusReader):
         return self._files
 
     def log_choices(self) -> None:
-        """Log which columns become labels and which are left out, and warn if the folder contains audio files.
+        """Log which labels come from columns with other names, and which columns are left out.
 
-        Audio files that no table lists are not used.
+        If the folder contains audio files, also log that those that no table lists are not used.
         """
         if chosen := chosen_columns(self.columns):
             text = ", ".join(f"{label} from column {column!r}" for label, column in chosen.items())
@@ -141,7 +141,7 @@ class Table(CorpusReader):
         try:
             rate = next((values[key] for key in RATES if key in values), None)
             rate = int(rate) if isinstance(rate, str) and rate.isdecimal() else rate  # from the name of a folder
-            # As in text tables, offset and duration have this meaning only together with NeMo's key `audio_filepath`.
+            # As in text tables, offset and duration select a part of the file only together with `audio_filepath`.
             keys = ("offset", "duration") if self.column == "audio_filepath" else ()
             for key in keys:
                 if key in cells and cells[key].is_valid and values[key] is None:
