@@ -47,12 +47,12 @@ if TYPE_CHECKING:
 )
 @overwrite_option
 @skip_existing_option
-@seconds_option("--start", "Start time, in seconds.", 0.0)
+@seconds_option("--start", "Start of the audio to decode, in seconds.", 0.0)
 @seconds_option("--duration", "Duration of the audio to decode, in seconds (default: to the end).")
 @click.option("--recover", is_flag=True, help="Decode the intact part of damaged or unfinished files.")
 @entropy_model_option(
-    "Entropy model (.lfrm) for compressed files (default: the bundled model, or HASH.lfrm beside the "
-    "token file; `nemo-lfr info` prints the HASH)."
+    "Entropy model (.lfrm) for compressed files (default: the bundled model, or HASH.lfrm in the folder of the "
+    "token file or its parent folder; `nemo-lfr info` prints the HASH)."
 )
 @lookahead_option
 @model_options

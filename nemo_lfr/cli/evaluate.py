@@ -62,7 +62,7 @@ class RegistryOption(click.Option):
     type=UserPath(exists=True, file_okay=False),
     help="Base folder for relative paths in SOURCE (default: the folder that contains SOURCE).",
 )
-@count_option("--limit", "Number of recordings to choose at random (default: all).")
+@count_option("--limit", "Maximum number of recordings, chosen at random (default: all).")
 @count_option("--seed", "Random seed for --limit.", 0, low=None)
 @click.option(
     "--rate",

@@ -160,7 +160,7 @@ class AudioFigures(TypedDict):
 
 
 class OtherFigures(TypedDict):
-    """File or folder of any other kind, as described by `info`.
+    """A corpus, the output folder of `tokenize` (finished or not) or of `evaluate`, as described by `info`.
 
     Attributes:
         description: text that says what the file or folder is.
@@ -279,7 +279,7 @@ class TokenizeResult(Result):
     Attributes:
         output: the output folder.
         metadata: path of tokens.json.
-        failures_file: path of failures.jsonl.
+        failures_file: path of failures.jsonl, which is empty if nothing failed.
         missing_shards: number of shards that other processes have not completed yet.
     """
 

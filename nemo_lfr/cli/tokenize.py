@@ -52,7 +52,7 @@ class FormatName(click.Choice):  # type: ignore[type-arg]  # generic in recent r
     is_flag=True,
     help="Compress the files of --format lfr losslessly, to about 70 % of their size.",
 )
-@entropy_model_option("Entropy model (.lfrm) to compress with (default: the bundled codec's model).")
+@entropy_model_option("Entropy model (.lfrm); implies --compress (default: the bundled codec's model).")
 @click.option(
     "--pad",
     type=click.Choice(["encode", "magpie"]),
