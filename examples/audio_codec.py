@@ -16,8 +16,8 @@ If a run is stopped, the same command resumes it from the last saved epoch. Furt
     +seed=1                                                                     start from other random weights
     +seed=1,2 -m                                                                train twice, with seed 1 and seed 2
 
-With `-m`, Hydra trains once for each combination of values. Job N stores its files in a subfolder of `log_dir` and
-`exp_manager.exp_dir`. Its name is `job-N-` and a checksum of the options of the job.
+With `-m`, Hydra trains once for each combination of values. Job N stores its files in the subfolder
+`job-N-CHECKSUM` of `log_dir` and of `exp_manager.exp_dir`, with a checksum of the job's options.
 """
 
 import nemo_lfr  # noqa: F401, I001  imported first, to turn off the usage reports of a library that NeMo imports

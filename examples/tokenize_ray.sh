@@ -12,7 +12,7 @@
 #
 # Environment variables:
 #     NODES    names of the other machines
-#     HEAD     address of the first machine that the others can reach (default: the first of `hostname -I`)
+#     HEAD     address under which the others reach the first machine (default: the first of `hostname -I`)
 #     PORT     port of Ray (default 6379)
 #     SETUP    command that activates the environment on the other machines (default: none)
 set -euo pipefail
@@ -28,7 +28,8 @@ port=${PORT:-6379}
 read -ra nodes <<<"${NODES:-}"
 export RAY_USAGE_STATS_ENABLED=0
 
-# With --block, Ray stops when this script ends the process. `ray stop` would also stop the Ray of other users.
+# With --block, Ray stops when this script ends the `ray start` process. `ray stop` would also stop the Ray processes of
+# other users.
 processes=()
 trap 'kill "${processes[@]}" 2>/dev/null || true; wait' EXIT
 ray start --head --node-ip-address="$head" --port="$port" --include-dashboard=false --block >/dev/null &

@@ -4,7 +4,7 @@
 #     sbatch --nodes=4 examples/tokenize_slurm.sh CORPUS OUT [option of nemo-lfr tokenize ...]
 #
 # All nodes need access to CORPUS and OUT. If a job is requeued or submitted again with the same number of tasks, it
-# resumes. On nodes without GPUs, remove --gpus-per-task, and set --ntasks-per-node and --cpus-per-task to your nodes.
+# resumes. On nodes without GPUs, remove --gpus-per-task, and set --ntasks-per-node and --cpus-per-task for your nodes.
 #SBATCH --job-name=tokenize
 #SBATCH --ntasks-per-node=8
 #SBATCH --gpus-per-task=1
