@@ -119,8 +119,8 @@ def evaluate(
     """Measure codecs on the recordings in a NeMo manifest or table, and write a report.
 
     The output folder keeps all results. To resume an interrupted run, run the same command again. To add results, run
-    it with another --codec or a larger --limit. The exit code is 1 if a codec failed on a recording, a line of the
-    manifest could not be used, or a requested metric could not be measured.
+    it with an additional --codec or a larger --limit. The exit code is 1 if a codec failed on a recording, a line of
+    the manifest could not be used, or a requested metric could not be measured.
     """
     from nemo_lfr.evaluation import report
     from nemo_lfr.evaluation.codecs import open_codec
