@@ -1,4 +1,4 @@
-"""Detect networks that a caller has altered with hooks or replaced layers, and run them without packed weights.
+"""Detect networks that a caller has altered with hooks, layers or methods, and run them without packed weights.
 
 Fast inference (packed weights on a CPU, plans on CUDA) uses copies of the weights and does not call the modules.
 Forward hooks would not run, and weights that a hook recomputes before each call would not be updated (as with
@@ -7,6 +7,7 @@ their modules.
 """
 
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -47,8 +48,26 @@ def must_be_called(layer: nn.Module, kind: type[nn.Module]) -> bool:
     return _is_patched(layer) or type(layer).forward is not kind.forward
 
 
+def _is_foreign(definition: Any) -> bool:
+    """Return whether a class or function is defined neither in this package nor in PyTorch."""
+    return str(definition.__module__).partition(".")[0] not in ("nemo_lfr", "torch")
+
+
+def _layers(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield the layers within a module, without the contents of activations and parametrizations."""
+    for name, child in module.named_children():
+        if name != "parametrizations" and not isinstance(child, CodecActivation):
+            yield child
+            yield from _layers(child)
+
+
 def is_altered(network: nn.Module) -> bool:
-    """Return whether a network has hooks, patched methods or replaced layers."""
+    """Return whether a network has hooks, replaced layers, or methods that a caller has patched or overridden."""
+    methods = (getattr(type(network), name, None) for name in ("forward", "encode_frames", "decode_frames"))
+    if any(_is_foreign(method) for method in methods if method is not None):
+        return True
+    if any(_is_foreign(type(layer)) for layer in _layers(network)):
+        return True
     for module in network.modules():
         if module._forward_hooks or module._forward_pre_hooks or _is_patched(module):
             return True

@@ -158,8 +158,8 @@ class Conv1d(nn.Module):
         if not isinstance(conv, nn.Conv1d):
             return True  # the caller has replaced `conv`, and this layer calls the new module
         span = (conv.kernel_size[0] - 1) * conv.dilation[0] + 1
-        kept = (conv.stride[0], span, conv.padding, conv.groups) == (self.stride, self.span, (0,), 1)
-        return kept and self.pad_mode in PAD_MODES.values()
+        settings = conv.stride[0], span, conv.padding, conv.padding_mode, conv.groups
+        return settings == (self.stride, self.span, (0,), "zeros", 1) and self.pad_mode in PAD_MODES.values()
 
     @property
     def min_length(self) -> int:
@@ -228,7 +228,7 @@ class ConvTranspose1d(nn.Module):
         if not isinstance(conv, nn.ConvTranspose1d):
             return True
         settings = conv.kernel_size[0], conv.stride[0], conv.dilation[0], conv.padding, conv.output_padding
-        return settings == (2 * self.stride, self.stride, 1, (0,), (0,))
+        return settings == (2 * self.stride, self.stride, 1, (0,), (0,)) and conv.padding_mode == "zeros"
 
     def overlap(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return only the outputs that depend on two inputs: [B, H_in, T] -> [B, H_out, (T - 1) * stride].

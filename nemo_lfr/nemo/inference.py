@@ -1,5 +1,7 @@
 """Encode and decode with the NeMo model."""
 
+from inspect import getattr_static
+
 import torch
 
 from nemo_lfr.checkpoint import PARTS
@@ -7,6 +9,7 @@ from nemo_lfr.checkpoint.names import unwrapped
 from nemo_lfr.codec.codec import Codec
 from nemo_lfr.codec.torch_backend import TorchBackend
 from nemo_lfr.errors import AudioError, ConfigError
+from nemo_lfr.modules.altered import is_altered
 from nemo_lfr.modules.decoder import HiFiGANDecoder
 from nemo_lfr.modules.encoder import HiFiGANEncoder
 from nemo_lfr.modules.quantizer import FiniteScalarQuantizer, GroupFiniteScalarQuantizer
@@ -19,12 +22,16 @@ _CLASSES: dict[str, tuple[type, ...]] = {
     "audio_decoder": (HiFiGANDecoder,),
 }
 
+# Methods that NeMo's `encode` and `decode` call one after another. `Codec` does not call them.
+_STEPS = ("encode_audio", "pad_audio", "quantize", "dequantize", "decode_audio")
+
 
 class Inference(BaseModel):
     """Mixin with the methods that encode and decode.
 
-    If a user has replaced the encoder, quantizer or decoder by a module of another class, these methods call the
-    modules as NeMo does.
+    `encode`, `decode` and `forward` run a `Codec`. They work as in NeMo if a user has replaced the encoder, quantizer
+    or decoder by a module of another class, changed the quantizer, or overridden one of the methods that NeMo calls
+    for each step.
     """
 
     @property
@@ -34,13 +41,13 @@ class Inference(BaseModel):
         The same object is returned until a module, the sample rate or the device changes.
 
         Raises:
-            ConfigError: if a module was replaced by one that is not of this package.
+            ConfigError: if a module was replaced by one that is not of this package, the quantizer was changed, or a
+                step such as `quantize` was overridden.
         """
-        if (name := self._replaced_part()) is not None:
+        if (reason := self._alteration()) is not None:
             raise ConfigError(
-                f"the model's {name} is {type(getattr(self, name)).__name__}, not a module of nemo_lfr, so the model "
-                "has no standalone codec; call encode and decode of the model, without num_codebooks and with "
-                "decode's audio_len left out."
+                f"{reason}, so the model has no standalone codec; call encode and decode of the model, without "
+                "num_codebooks and with decode's audio_len left out."
             )
         encoder, quantizer, decoder = (unwrapped(getattr(self, name)) for name in PARTS)
         made_of = (encoder, quantizer, decoder, self.sample_rate, next(decoder.parameters()).device)
@@ -51,12 +58,18 @@ class Inference(BaseModel):
             self._codec = made_of, codec
         return codec
 
-    def _replaced_part(self) -> str | None:
-        """Return the name of the first module that is not of this package; None if there is no such module."""
+    def _alteration(self) -> str | None:
+        """Return what a user has changed in this model that `Codec` would ignore; None if there is no such change."""
         for name in PARTS:
             part = getattr(self, name)
             if not isinstance(part, torch.nn.Module) or not isinstance(unwrapped(part), _CLASSES[name]):
-                return name
+                return f"the model's {name} is {type(part).__name__}, not a module of nemo_lfr"
+        if is_altered(unwrapped(self.vector_quantizer)):
+            return "the model's vector_quantizer has hooks, replaced layers or overridden methods"
+        for name in _STEPS:
+            # NeMo's decorators would return another object for each access.
+            if name in vars(self) or getattr_static(type(self), name) is not getattr_static(Inference, name):
+                return f"the model's method {name} is overridden"
         return None
 
     def encode(
@@ -85,7 +98,7 @@ class Inference(BaseModel):
             AudioError: for audio that cannot be encoded, or an invalid sample rate.
             TokensError: for an invalid `num_codebooks`.
         """
-        if num_codebooks is None and self._replaced_part() is not None:
+        if num_codebooks is None and self._alteration() is not None:
             stock: tuple[torch.Tensor, torch.Tensor] = super().encode(
                 audio=audio, audio_len=audio_len, sample_rate=sample_rate
             )
@@ -122,7 +135,7 @@ class Inference(BaseModel):
         Raises:
             TokensError: for tokens that cannot be decoded.
         """
-        if audio_len is None and num_codebooks is None and self._replaced_part() is not None:
+        if audio_len is None and num_codebooks is None and self._alteration() is not None:
             stock: tuple[torch.Tensor, torch.Tensor] = super().decode(tokens=tokens, tokens_len=tokens_len)
             return stock
         return self.codec.decode(tokens, tokens_len, audio_len, num_codebooks)
@@ -144,7 +157,7 @@ class Inference(BaseModel):
         Raises:
             AudioError: for audio that cannot be encoded, or an invalid sample rate.
         """
-        if self._replaced_part() is not None:
+        if self._alteration() is not None:
             stock: tuple[torch.Tensor, torch.Tensor] = super().forward(
                 audio=audio, audio_len=audio_len, sample_rate=sample_rate
             )
@@ -170,7 +183,7 @@ class Inference(BaseModel):
         Raises:
             AudioError: for an invalid sample rate, or if audio that requires a gradient would have to be resampled.
         """
-        if sample_rate is not None and self._replaced_part() is None:
+        if sample_rate is not None and self._alteration() is None:
             audio, audio_len = self._resampled(audio, audio_len, sample_rate)
             sample_rate = None
         encoded: tuple[torch.Tensor, torch.Tensor] = super().encode_audio(

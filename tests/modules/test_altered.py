@@ -16,6 +16,7 @@ from nemo_lfr.codec.onnx.export import export_onnx
 from nemo_lfr.codec.programs import export_programs
 from nemo_lfr.errors import NemoLfrError
 from nemo_lfr.modules.altered import is_altered
+from nemo_lfr.modules.residual import ResidualBlock
 from nemo_lfr.modules.weights import unchanged_networks, weights_version
 from tests.models import build_codec, same_parts, speech_like, write_nemo
 from tests.tiers import slow_after
@@ -74,6 +75,28 @@ def patched_forward(part):
     conv(part).forward = lambda inputs: original(inputs) * 0.5
 
 
+class Halving(nn.Module):
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden * 0.5
+
+
+class LouderBlock(ResidualBlock):
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return super().forward(hidden) * 2
+
+
+def other_residual_layer(part):
+    part.res_layers[0] = Halving()
+
+
+def other_residual_block(part):
+    part.res_layers[0].res_blocks[0].res_blocks[0] = Halving()
+
+
+def overridden_forward(part):
+    part.res_layers[0].res_blocks[0].res_blocks[0].__class__ = LouderBlock
+
+
 CHANGES = [
     scaling_hook,
     hook_before,
@@ -83,6 +106,9 @@ CHANGES = [
     adapter,
     other_activation,
     patched_forward,
+    other_residual_layer,
+    other_residual_block,
+    overridden_forward,
 ]
 
 
@@ -280,13 +306,17 @@ def circular(part):
     part.pre_conv.pad_mode = "circular"
 
 
+def circular_conv(part):
+    conv(part).padding_mode = "circular"
+
+
 def sparse(part):
     conv(part).weight = nn.Parameter(conv(part).weight.detach().to_sparse())
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [(dilation, "settings"), (stride, "settings"), (circular, "settings"), (sparse, "sparse")],
+    [*((change, "settings") for change in (dilation, stride, circular, circular_conv)), (sparse, "sparse")],
 )
 def test_settings_that_do_not_fit_a_layer_are_refused_after_use(change, message):
     codec = build_codec("two_stages")

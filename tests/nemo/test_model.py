@@ -633,15 +633,70 @@ class _OtherDecoder(torch.nn.Module):
         return inputs.mean(1).repeat_interleave(1024, 1), input_len * 1024
 
 
+def _other_encoder(model):
+    model.audio_encoder = _OtherEncoder()
+
+
+def _other_decoder(model):
+    model.audio_decoder = _OtherDecoder()
+
+
+def _next_token(indices):
+    return (indices + 1) % 2016
+
+
+def _other_quantizer(model):
+    encode = model.vector_quantizer.encode
+    model.vector_quantizer.encode = lambda inputs, input_len: _next_token(encode(inputs=inputs, input_len=input_len))
+
+
+def _subclass(**steps):
+    """Return a change that makes a model's class a subclass whose methods change the results of the given steps."""
+
+    def method(name, edit):
+        def overriding(self, **inputs):
+            return edit(getattr(type(self).__mro__[1], name)(self, **inputs))
+
+        return overriding
+
+    def change(model):
+        overriding = {name: method(name, edit) for name, edit in steps.items()}
+        model.__class__ = type("Model", (type(model),), overriding)
+
+    return change
+
+
+def _quantize_of_the_instance(model):
+    quantize = model.quantize
+    model.quantize = lambda encoded, encoded_len: _next_token(quantize(encoded=encoded, encoded_len=encoded_len))
+
+
+def _halved(result):
+    return result[0] * 0.5, *result[1:]
+
+
+_ALTERATIONS = {
+    "audio_encoder is _OtherEncoder, not a module of nemo": _other_encoder,
+    "audio_decoder is _OtherDecoder, not a module of nemo": _other_decoder,
+    "vector_quantizer has hooks, replaced layers or overridden methods": _other_quantizer,
+    "method encode_audio is overridden": _subclass(encode_audio=_halved),
+    "method quantize is overridden": _subclass(quantize=_next_token),
+    "method dequantize is overridden": _subclass(dequantize=lambda codes: codes * 0.5),
+    "method decode_audio is overridden": _subclass(decode_audio=_halved),
+    "method quantize is overridden, in the instance": _quantize_of_the_instance,
+}
+
+
 @pytest.mark.parametrize("rate", [None, 16000])
-@pytest.mark.parametrize("replaced", [{"audio_encoder": _OtherEncoder}, {"audio_decoder": _OtherDecoder}])
-def test_modules_that_a_user_replaced_are_called_as_in_nemo(nemo_file, replaced, rate):
+@pytest.mark.parametrize("reason", _ALTERATIONS)
+def test_what_a_user_altered_is_called_as_in_nemo(nemo_file, reason, rate):
     ours, stock = AudioCodecModel.restore_from(nemo_file, map_location="cpu").eval(), stock_model(nemo_file)
+    inputs = {"audio": speech_like(8192)[None], "audio_len": torch.tensor([8192])}
+    before = ours.encode(**inputs)
+    before += ours.decode(tokens=before[0], tokens_len=before[1])
     results = []
     for model in (ours, stock):
-        for name, kind in replaced.items():
-            setattr(model, name, kind())
-        inputs = {"audio": speech_like(8192)[None], "audio_len": torch.tensor([8192])}
+        _ALTERATIONS[reason](model)
         with torch.no_grad():
             tokens, tokens_len = model.encode(**inputs, sample_rate=rate)
             results.append([tokens, tokens_len, *model.decode(tokens=tokens, tokens_len=tokens_len)])
@@ -649,9 +704,9 @@ def test_modules_that_a_user_replaced_are_called_as_in_nemo(nemo_file, replaced,
     for mine, expected in zip(*results, strict=True):
         assert mine.dtype == expected.dtype
         torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-5)  # fp32 sums in another order
-    with pytest.raises(
-        ConfigError, match=f"the model's {next(iter(replaced))} is _Other.*coder, not a module of nemo"
-    ):
+    if rate is None:
+        assert not all(torch.equal(first, second) for first, second in zip(before, results[0], strict=False))
+    with pytest.raises(ConfigError, match=f"the model's {reason.partition(',')[0]}"):
         ours.encode(**inputs, num_codebooks=2)
 
 
