@@ -44,7 +44,7 @@ from nemo_lfr.nemo.resume import tidy_experiment
 def main(cfg: DictConfig) -> None:
     """Train. Config errors and disk errors are reported in one line."""
     if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
-        os.chdir(get_original_cwd())  # Hydra changed it to a new folder, but exp_manager requires the original one
+        os.chdir(get_original_cwd())  # Hydra may have entered a new folder, but exp_manager requires the original one
         separate_job(cfg, HydraConfig.get().job.num, HydraConfig.get().job.override_dirname)
     with ending_in_one_line((cfg.get("exp_manager") or {}).get("exp_dir"), cfg.get("log_dir")):
         train(cfg)

@@ -390,7 +390,7 @@ def read_config(path: Path, overrides: list[str]) -> DictConfig:
             _ = config[key]  # raises for ???
     except (OSError, OmegaConfBaseException) as error:
         reason = str(error).splitlines()[0]
-        raise NemoLfrError(f"{path.name}: {reason}; pass keys as tokens=FOLDER out=FOLDER.") from error
+        raise NemoLfrError(f"{path.name}: {reason}; pass options such as tokens=FOLDER out=FOLDER.") from error
     assert isinstance(config, DictConfig)
     check_numbers(config, OmegaConf.to_container(OmegaConf.load(CONFIG)))
     if config.model.width % config.model.heads:

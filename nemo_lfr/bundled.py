@@ -7,7 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 
 LFR = "nvidia/low-frame-rate-speech-codec-22khz"
-# Means over the test set in docs/model-card.md. Messages and help texts take the quality from here.
+# Means over the test set that docs/model-card.md describes. Messages and help texts take the quality from here.
 BUNDLED_QUALITY = {"PESQ-WB": "1.79", "ESTOI": "0.775"}
 
 

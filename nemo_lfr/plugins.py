@@ -65,8 +65,9 @@ def _described(point: "EntryPoint") -> str:
 def naming_extension(extension: Any, role: str) -> Iterator[None]:
     """Name an extension of another package in the unexpected errors that its code raises.
 
-    Errors that already say what to do pass unchanged: those of this package, those of the operating system, and those
-    from a lack of memory. So do the exceptions of click, and all errors of this package's own classes.
+    Errors that already say what to do pass unchanged: those of this package and of the operating system, EOFError, and
+    errors from a lack of memory. The exceptions of click also pass unchanged, and so does every error if `extension`
+    belongs to this package.
 
     Args:
         extension: the class or function that is called in the context, or an instance of the class.

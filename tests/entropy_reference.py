@@ -68,7 +68,7 @@ def clip(value: int) -> int:
 
 
 def decode_payload(model: Model, payload: bytes, num_frames: int) -> list[list[int]]:
-    """Decode the payload of a block to the digits of each frame."""
+    """Decode the payload of a block to the FSQ values of each frame."""
     shift1, shift2, shift3 = model.meta["shifts"]
     digits: list[list[int]] = []
     inputs: list[list[int]] = []  # u of the previous frames

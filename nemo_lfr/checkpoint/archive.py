@@ -99,7 +99,7 @@ def read_members(path: Path) -> Members:
 
 
 def _read_folder(folder: Path) -> Members:
-    """Return the config and the weights in a folder: an unpacked `.nemo`, or a config and a safetensors file."""
+    """Return the config and the weights in a folder: an unpacked `.nemo`, or `config.json` and safetensors files."""
     names = folder_files(os.listdir(folder)) or FOLDERS[0]
     config, weights = (folder / name for name in names)
     for name in names:
@@ -126,10 +126,10 @@ def _read_text(path: Path) -> bytes:
 
 
 def read_index(index: Path) -> dict[str, str]:
-    """Return a dict from each tensor to the name of its safetensors file, as listed in an index of transformers.
+    """Return a dict from the name of each tensor to the name of its safetensors file, read from an index file.
 
     Args:
-        index: path of the index, `model.safetensors.index.json`.
+        index: path of `model.safetensors.index.json`, the index that transformers writes.
 
     Raises:
         CheckpointError: if the file is not an index, or lists no files, too many files or files in other folders.

@@ -78,8 +78,8 @@ def parse_config(text: str) -> DictConfig:
 
     Raises:
         ConfigError: if the text is not valid YAML, is not a mapping, uses YAML aliases, or is too large or too deeply
-            nested. Also if an interpolation is too long, refers to itself, is nested, expands to too many characters,
-            or uses an OmegaConf resolver that NeMo does not register.
+            nested; or if an interpolation is too long, refers to itself, is nested, expands to too many characters, or
+            uses an OmegaConf resolver that NeMo does not register.
     """
     try:
         _check_yaml(text)
@@ -268,7 +268,7 @@ def _check_sizes(arguments: Mapping[str, Any]) -> None:
             if isinstance(item, bool) or item is None or isinstance(item, str):
                 continue
             if key == "eps" and item == 1:  # the quantizer divides by 1 - eps
-                raise ConfigError("eps is 1; numbers from 0 to 1, but not 1 itself, are allowed.")
+                raise ConfigError("eps is 1; numbers of at least 0 and less than 1 are allowed.")
             if not isinstance(item, int | float) or not least <= item <= most or (key != "eps" and item != int(item)):
                 kind = "numbers" if key == "eps" else "whole numbers"
                 raise ConfigError(f"{key} is {quoted(value)}; {kind} from {least} to {most} are allowed.")

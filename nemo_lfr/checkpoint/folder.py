@@ -47,7 +47,7 @@ def export_safetensors(
         Paths of the three files that were written.
 
     Raises:
-        CheckpointError: if `source` is damaged.
+        CheckpointError: if `source` is missing, is damaged or does not match its own config.
         NemoLfrError: if a file exists and `overwrite` is not set.
     """
     checkpoint = Checkpoint(source)
@@ -66,8 +66,8 @@ def module_tensors(config: Mapping[str, Any], modules: Mapping[str, nn.Module], 
         name: name of the codec, for messages.
 
     Raises:
-        NemoLfrError: if `config` describes modules whose weights have other names, for instance because adapters
-            were added to `modules`.
+        NemoLfrError: if the names of the weights differ from those of the modules that `config` describes, for
+            instance because adapters were added to `modules`.
     """
     tensors = {
         f"{part}.{key}": value for part, module in modules.items() for key, value in split_weight_norm(module).items()

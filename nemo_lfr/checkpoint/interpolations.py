@@ -17,7 +17,7 @@ _REFERENCE = re.compile(r"\$\{([^${}:]*)\}")
 
 
 def check_interpolations(config: Any) -> None:
-    """Check the lengths of strings with `${`, which OmegaConf parses in Python, with the square of their length.
+    """Limit the lengths of strings with `${`: OmegaConf needs time quadratic in their length to parse them.
 
     Args:
         config: YAML text; or the plain values of a config, with unresolved interpolations.
@@ -66,7 +66,7 @@ class Expansion:
         self._sizes: dict[tuple[str, ...], int | None] = {}
 
     def check(self, key: str) -> None:
-        """Raise ConfigError if the value of a key refers to itself or expands to more than MAX_RESOLVED characters."""
+        """Raise ConfigError if the interpolations in the value of a key form a cycle, are nested or expand too far."""
         if self._size((key,)) > MAX_RESOLVED:
             raise ConfigError(
                 f"{key} cannot be resolved: its interpolations expand to more than {MAX_RESOLVED} characters; write "
@@ -122,7 +122,7 @@ class Expansion:
 
 
 def _with_text_keys(value: Any) -> Any:
-    """Convert all keys of nested mappings to strings. A key that is already a string takes priority."""
+    """Convert all keys of nested mappings to strings. If 1 and "1" are both keys, the value of "1" is kept."""
     if isinstance(value, dict):
         texts = {key: item for key, item in value.items() if isinstance(key, str)}
         return {key: _with_text_keys(item) for key, item in ({str(key): value[key] for key in value} | texts).items()}

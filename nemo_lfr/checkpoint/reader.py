@@ -57,7 +57,7 @@ class Checkpoint:
             `load_module` loads them.
 
     Raises:
-        CheckpointError: if the checkpoint is damaged or does not match its config.
+        CheckpointError: if the checkpoint is missing, is damaged or does not match its config.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -162,7 +162,7 @@ def load_parts(
         The modules, and the additional tensors by name.
 
     Raises:
-        CheckpointError: if the checkpoint is damaged or does not match the config.
+        CheckpointError: if the checkpoint is missing, is damaged or does not match the config.
     """
     path = Path(path)
     members = read_members(path)
@@ -318,7 +318,7 @@ def _read(
         prefix: name of the module in the checkpoint, such as "audio_encoder".
         key: name of the weight in the module.
         names: keys in the checkpoint: the weight itself, or its gain and direction.
-        want: tensor with the expected dtype and shape. For FSQ's buffers, also with the expected values.
+        want: tensor with the expected dtype and shape and, for FSQ's buffers, the expected values.
         has_norm: whether to return the gain and the direction.
         order: order of summation for the norms when weight norm is folded.
 

@@ -173,7 +173,7 @@ class _Joined(Tensors):
         return {file.path.name: file.checksum() for file in dict.fromkeys(self._files.values())}
 
     def names_of_files(self) -> dict[str, str]:
-        """Return a dict from each tensor to the name of its file."""
+        """Return a dict from the name of each tensor to the name of its file."""
         return {key: file.path.name for key, file in self._files.items()}
 
     def _read_tensor(self, key: str, kept: bool) -> torch.Tensor:
@@ -195,7 +195,7 @@ def open_shards(folder: Path, shards: Mapping[str, str]) -> Tensors:
 
     Args:
         folder: folder of the files.
-        shards: a dict from each tensor to the name of its file, which must be in `folder`.
+        shards: a dict from the name of each tensor to the name of its file, which must be in `folder`.
 
     Raises:
         CheckpointError: if a file is missing, cannot be read or is damaged, or if the files contain other tensors than
@@ -256,7 +256,7 @@ def write_tensors(
         SHA-256 of the values of all tensors, in hex.
 
     Raises:
-        OutputExistsError: if `path` exists at the end, and `overwrite` is not set.
+        OutputExistsError: if `path` exists when the file has been written, and `overwrite` is not set.
         OSError: if the file cannot be written, for instance on a full disk; the error names `path`.
     """
     entries, offset = {}, 0

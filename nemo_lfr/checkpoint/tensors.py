@@ -326,7 +326,7 @@ class Tensors:
             raise zipfile.BadZipFile(f"the header of record {name} differs from the zip directory")
         stored = info.compress_type == zipfile.ZIP_STORED and info.file_size == info.compress_size
         if not stored or info.flag_bits & 0x1:
-            raise zipfile.BadZipFile(f"record {name} is compressed or encrypted, which PyTorch does not write")
+            raise zipfile.BadZipFile(f"record {name} is compressed or encrypted; PyTorch writes neither")
         place += _LOCAL_HEADER.size + name_length + extra_length
         if place + info.file_size > self._source.size:
             raise zipfile.BadZipFile(f"record {name} extends beyond the end of the file")

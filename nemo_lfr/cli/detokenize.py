@@ -64,5 +64,5 @@ def detokenize(tokens: Path, out: Path, kind: str, overwrite: bool, **options: A
                 files.append(str(result))
                 print_line(result)
             advance("")
-    current().report_failures(total, failed=total - len(files))  # one failure may cost several utterances
+    current().report_failures(total, failed=total - len(files))  # one failure may affect several utterances
     return {"files": files}

@@ -185,7 +185,9 @@ def _record_failures(evaluation: "Evaluation", requested: dict[str, str]) -> Non
             failed = len(errors or reasons)
             fail(
                 model,
-                NemoLfrError(f"{metric} has no value for {failed} of {counted(len(values), 'output')}: {reasons[0]}"),
+                NemoLfrError(
+                    f"{metric} has no value for {failed} of {counted(len(values), 'decoded recording')}: {reasons[0]}"
+                ),
             )
 
 

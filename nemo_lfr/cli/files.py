@@ -39,7 +39,8 @@ class FileTask:
     Attributes:
         source: path of the input file.
         target: path of the output file.
-        replaces_link: whether `target` is a link to a missing file. The output replaces it even without --overwrite.
+        replaces_link: whether `target` is a link to a missing file. The output replaces the link even without
+            --overwrite.
         keeps_existing: whether the task counts as done if another process writes `target` first (--skip-existing).
     """
 
@@ -258,7 +259,7 @@ def pending_tasks(tasks: Sequence[FileTask], overwrite: bool, skip_existing: boo
         try:
             check_overwrite(task.target, overwrite or task.replaces_link)
         except OutputExistsError:
-            if not skip_existing:  # otherwise, another process wrote the file after it was looked for
+            if not skip_existing:  # otherwise, another process has written the file since then
                 raise
         _refuse_file_as_folder(task.target)
     return left

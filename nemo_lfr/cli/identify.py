@@ -63,7 +63,7 @@ MAGIC = (
     (0, b"PAR1", Identity("corpus", "a Parquet table", "nemo-lfr tokenize reads it")),
     (257, b"ustar", CHECKPOINT),
     (0, b"PK\x03\x04", CHECKPOINT),
-    (0, b"\x80\x02", CHECKPOINT),  # pickle, which torch.save wrote before version 1.6
+    (0, b"\x80\x02", CHECKPOINT),  # pickle, the format of torch.save before PyTorch 1.6
 )
 # Names of files that identify a folder, and the kind of folder. The first match decides.
 MEMBERS = (
@@ -97,7 +97,7 @@ def refuse_other_kind(path: Path, wanted: str) -> None:
 
 
 def identify_suffix(path: Path) -> Identity:
-    """Return the kind of file that the suffix of a path stands for; `UNKNOWN` if the suffix stands for none."""
+    """Return the kind of file to which the suffix of a path belongs; `UNKNOWN` for an unknown suffix."""
     suffix = path.suffix.lower()
     if suffix in CHECKPOINT_SUFFIXES:
         return CHECKPOINT

@@ -217,8 +217,8 @@ def _woken_by_signals() -> Iterator[int | None]:
     Yield None on Windows and outside the main thread, where signals cannot be watched.
 
     Python handles a signal only when the main thread executes Python code. While libsndfile waits for data from the
-    pipe, the main thread does not. The thread that runs `_feed` therefore watches this descriptor, and closes the pipe
-    on a signal.
+    pipe, the main thread executes no Python code. The thread that runs `_feed` therefore watches this descriptor, and
+    closes the pipe on a signal.
     """
     if os.name == "nt" or threading.current_thread() is not threading.main_thread():
         yield None

@@ -79,6 +79,6 @@ def serve(
     app = create_app(open_codec(**options), settings)
     begin_work()
     if host not in LOCAL and token is None:
-        note("the server has no access token, so everyone who can reach it can use it; set NEMO_LFR_TOKEN to set one.")
+        note("the server has no access token, so everyone who can reach it can use it; set one in NEMO_LFR_TOKEN.")
     url = run(app, host, port, settings, drain, lambda address: note(f"serving at {address}"))
     return {"url": url, "num_streams": app.state.engine.num_opened}

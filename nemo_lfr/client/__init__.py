@@ -8,8 +8,9 @@
 The methods of `Client` block, and `AsyncClient` is for asyncio. Both clients run without PyTorch. Streams need the
 package `websockets`.
 
-The clients validate every answer of the server and count the results, so a faulty server causes a `ServerError` and
-never wrong data. A server that makes no progress for `timeout` seconds causes a `ServerLostError`.
+The clients validate every answer of the server and count the results, so a faulty server causes a `ServerError`, and
+never an incomplete or invalid result. A server that makes no progress for `timeout` seconds causes a
+`ServerLostError`.
 
 If the connection of a stream is lost, the server discards the state of the stream, and the stream's methods raise
 `ServerLostError`. Open another stream, and send the recording again. With `retry_s`, a client keeps trying for that

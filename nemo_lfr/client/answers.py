@@ -111,7 +111,7 @@ def problem_of(values: Mapping[str, Any], schema: Mapping[str, Kind]) -> str | N
 
 
 def message_type(values: Mapping[str, Any]) -> str:
-    """Return the type of a stream's text message, which may be unknown; "" if `type` is not text or is "tokens"."""
+    """Return the type of a text message: "tokens" if it has no type, "" if the type is not text or is "tokens"."""
     if "type" not in values:
         return "tokens"
     name = values["type"]
@@ -147,7 +147,7 @@ def parse_tokens(frames: list[Any], num_codebooks: int, codebook_size: int) -> n
 
 
 def audio_problem(content: bytes, audio_format: str, sample_rate: int, num_samples: int) -> str | None:
-    """Describe what is wrong with an audio file from the server; return None if nothing is.
+    """Describe what is wrong with an audio file from the server; return None if the file is valid.
 
     Args:
         content: content of the file.
@@ -168,7 +168,7 @@ def audio_problem(content: bytes, audio_format: str, sample_rate: int, num_sampl
 
 
 class _Figures(NamedTuple):
-    """Description of an audio file. For Opus, the sample rate and the number of samples are unknown and 0."""
+    """Description of an audio file. For Opus, the sample rate and the number of samples are unknown, and set to 0."""
 
     channels: int
     sample_rate: int

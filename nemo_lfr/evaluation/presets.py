@@ -28,7 +28,7 @@ class Preset:
     Attributes:
         recordings: function that selects the recordings. Its arguments are the folder with the extracted archives and
             a random seed.
-        card: values of metrics in NVIDIA's model card, by metric name.
+        card: values that NVIDIA's model card states for this test set, by metric name.
         selection: description of the selection for the report.
     """
 

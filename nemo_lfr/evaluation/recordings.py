@@ -18,7 +18,7 @@ from nemo_lfr.io.manifests import Recording
 from nemo_lfr.io.reading import check_end, check_listed
 from nemo_lfr.io.regular import open_regular
 
-CLAIMS = "recordings.json"  # file in the output folder that describes the recording of each key
+CLAIMS = "recordings.json"  # file in the output folder that describes each recording, by key
 SOURCE = "source"  # key of the entry for the source; the keys of recordings start with digits
 
 
@@ -63,7 +63,7 @@ def read(path: Path, rate: int, offset: float, duration: float) -> np.ndarray:
 
 
 def claim(out: Path, recordings: dict[str, Recording], rate: int, source: str = "") -> None:
-    """Write `recordings.json`, which describes the recording of each key, to the folder of an evaluation.
+    """Write `recordings.json`, which describes each recording by its key, to the folder of an evaluation.
 
     All recordings of an evaluation must come from the same source, such as one manifest. Otherwise, stored results
     could be attributed to the wrong recordings.
@@ -76,7 +76,7 @@ def claim(out: Path, recordings: dict[str, Recording], rate: int, source: str = 
 
     Raises:
         NemoLfrError: if `out` contains recordings from another source or at another rate, or if a recording has
-            changed since it was stored.
+            changed since `recordings.json` was written.
     """
     path = out / CLAIMS
     sweep(out, [path.name])

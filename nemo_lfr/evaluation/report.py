@@ -91,7 +91,7 @@ def write_report(
         by: manifest keys, such as "lang". For each value of such a key, the report contains a quality table.
         examples: number of recordings for which the page has players and spectrograms. These recordings are
             spaced evenly over the evaluation.
-        card: values of metrics for this test set in NVIDIA's model card, by metric name; None if there are none.
+        card: values that NVIDIA's model card states for this test set, by metric name; None if it states none.
 
     Returns:
         Paths of the files.

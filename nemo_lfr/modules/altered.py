@@ -26,7 +26,7 @@ EXPORT = "which are not exported, so the exported codec would give other results
 
 @functools.cache
 def _methods(kind: Any) -> frozenset[str]:
-    """Return `forward` and the names of the methods that a module's class or its bases below `nn.Module` define."""
+    """Return "forward" and the names of the methods that a module class adds to `nn.Module` or overrides."""
     classes = kind.__mro__[: kind.__mro__.index(nn.Module)]
     names = {name for parent in classes for name, value in vars(parent).items() if callable(value)}
     return frozenset(names | {"forward"})
@@ -98,7 +98,7 @@ def check_unaltered(network: nn.Module, name: str, consequence: str) -> None:
         NemoLfrError: if the network is altered.
     """
     if is_altered(network):
-        raise NemoLfrError(f"{name} has forward hooks or replaced layers, {consequence}.")
+        raise NemoLfrError(f"{name} has forward hooks, patched methods or replaced layers, {consequence}.")
 
 
 def run_encoder(encoder: nn.Module, audio: torch.Tensor, num_frames: list[int], width: int) -> torch.Tensor:

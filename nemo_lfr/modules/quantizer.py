@@ -52,7 +52,7 @@ def _check_tokens(
         is_bad = is_bad & (torch.arange(values.shape[-1], device=values.device) < length.to(values.device)[:, None])
     if bool(is_outside.any() | is_bad.any()):
         raise TokensError(
-            f"{name} are NaN, infinite or out of range, and cannot be converted to tokens of a codebook of "
+            f"some {name} are NaN, infinite or out of range, and cannot be converted to tokens of a codebook of "
             f"{codebook_size} entries; {remedy}."
         )
 

@@ -49,7 +49,7 @@ class Metrics:
         """Record the end of a WebSocket stream.
 
         Args:
-            session: session of the stream; None if it was not admitted.
+            session: session of the stream; None if the stream was refused.
             kind: "encode" or "decode".
             code: WebSocket close code.
         """

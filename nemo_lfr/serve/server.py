@@ -210,7 +210,7 @@ class Server(uvicorn.Server):
 def _without_traceback(record: logging.LogRecord) -> bool:
     """Remove the traceback from the log record that uvicorn writes when a client sends a message that is not UTF-8.
 
-    Any client can cause this record, and it does not show a bug.
+    Any client can cause this record, and it does not indicate a bug in the server.
     """
     if record.getMessage().startswith("Invalid UTF-8"):
         record.exc_info = None

@@ -143,7 +143,8 @@ class SpeechSegments:
             Audio in [-1, 1], shape [B, T_audio], on the device.
         """
         response = 10 ** (torch.from_numpy(draw.equalizer_db).float().to(self.device) @ self.bands / 20)
-        # The margin before a segment is the same fraction of the recorded samples as of the resampled ones.
+        # Before resampling, a segment and its margins have `sizes` samples instead of `full_length`, so the margin is
+        # scaled by the same ratio.
         firsts = self.offsets[draw.utterances] + draw.starts - MARGIN * draw.sizes // self.full_length
         segments = torch.stack(
             [

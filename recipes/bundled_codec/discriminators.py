@@ -39,10 +39,11 @@ class DiscriminatorConfig:
             has its full weight at once.
         feature: weight of the generator's feature-matching term.
         score: weight of the generator's score term.
-        batch_size: number of segments in a batch that the discriminators process; None for all.
+        batch_size: how many of the segments in each batch the discriminators process; None for all.
         generator_rate: factor on the generator's learning rate once it uses the gradients of the discriminators.
         period_channels: number of channels in the multi-period discriminator; 0 for no such discriminator.
-        custom: sections of additional discriminators, each with a `_target_`; see `nemo_lfr.training.components`.
+        custom: config sections of additional discriminators, each with a `_target_`; see
+            `nemo_lfr.training.components`.
     """
 
     from_update: int | None = None

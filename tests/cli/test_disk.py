@@ -1,6 +1,6 @@
 """Tests of every command that writes: on a full disk, in an unwritable place, and after a killed run.
 
-A limit on the file size simulates a full disk: writes beyond the limit also fail, but with another error number.
+A limit on the file size simulates a full disk: writes beyond the limit also fail, but with a different error number.
 """
 
 import contextlib

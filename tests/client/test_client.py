@@ -727,7 +727,7 @@ def test_a_bad_argument_of_a_request_is_an_error(call, error):
 
 @pytest.fixture(params=["pipe", "socket", "device", "folder", "pointer"])
 def not_audio(request, tmp_path):
-    """Path of something that is not the content of an audio file."""
+    """Return the path of a pipe, socket, device, folder or LFS pointer instead of an audio file."""
     path = tmp_path / "speech.wav"
     if request.param == "pipe":
         os.mkfifo(path)

@@ -83,7 +83,7 @@ def hostile(folder: Path) -> dict[str, dict]:
 
 
 def places(bad: dict, good: dict) -> dict[str, dict]:
-    """Return the places in a cut that can hold a recording."""
+    """Return one cut for each field that may contain a recording, with the bad recording in this field."""
     mixed = {"id": "a", "type": "MixedCut"}
     reverb = {"name": "ReverbWithImpulseResponse", "kwargs": {"rir": bad}}
     inner = {key: value for key, value in cut_of(bad).items() if key != "type"}

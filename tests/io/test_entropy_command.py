@@ -33,7 +33,7 @@ def speech(tmp_path_factory):
 
 
 def correlated_tokens(count, seed=0, num_codebooks=2):
-    """Draw tokens of levels (4, 3) whose digits depend on earlier digits of the frame and on the previous frame."""
+    """Draw tokens of levels (4, 3) whose FSQ values depend on earlier values in this and the previous frame."""
     random = np.random.default_rng(seed)
     result = []
     for _ in range(count):
@@ -122,7 +122,7 @@ def test_a_model_is_fitted_and_used_from_the_command_line(capsys, tmp_path):
 
 @pytest.mark.slow
 def test_fitted_models_learn_the_dependencies_of_digits():
-    """If digits were kept except for the chances above, a frame would have about 2 * (1.1 + 0.4) of 7.2 bits."""
+    """With the probabilities in `correlated_tokens`, a frame has an entropy of about 2 * (1.1 + 0.4) bits."""
     tokens = correlated_tokens(60)
     model, figures = fit(tokens, (4, 3), 2, settings=SMALL_FIT)
     again, _ = fit(tokens, (4, 3), 2, settings=SMALL_FIT)

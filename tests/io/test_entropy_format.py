@@ -31,7 +31,7 @@ def small_model(**options):
 
 
 def likely_model():
-    """Return a model that expects the lowest level of each digit."""
+    """Return a model that expects the lowest level in each FSQ dimension."""
     spec = ModelSpec(SMALL.levels, SMALL.num_codebooks, 1, (), (), (1, 1), (0, 0, 0))
     weights = {name: np.zeros(shape, dtype) for name, dtype, shape in spec.tensors()}
     weights["output_bias"] = np.array([64, 0, 0, 0, 64, 0, 0] * 6, "<i4")

@@ -92,7 +92,7 @@ def test_a_column_that_claims_more_values_than_its_bytes_hold_is_refused(tmp_pat
 
 
 def test_no_row_of_a_damaged_parquet_file_is_lost_without_a_word(tmp_path):
-    """Replace each of the numbers of rows or values in a Parquet file by another number."""
+    """Replace each row count and each value count in a Parquet file by another number."""
     path, rows = tmp_path / "a.parquet", 77
     table = pa.table({"audio": [b"RIFF"] * rows, "text": ["a"] * rows})
     pq.write_table(table, path, store_schema=False, write_statistics=False, use_dictionary=False, compression="none")
@@ -164,7 +164,7 @@ def read_variants(folder: str) -> None:
 
 @pytest.mark.slow
 def test_no_damage_to_a_footer_ends_the_process(tmp_path):
-    """pyarrow calls abort() at some of them, for example at a type that does not fit the size statistics."""
+    """pyarrow calls abort() for some damaged footers, for example if a type does not fit the size statistics."""
     code = f"from tests.io.test_parquet import read_variants; read_variants({str(tmp_path)!r})"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert run.returncode == 0, run.stderr[-2000:]

@@ -30,7 +30,7 @@ def written(kind, wave=WAVE, **options):
 
 
 def mp3(quality=0.9, mode="CONSTANT"):
-    """Return MP3 audio. Only if its bit rate varies, LAME writes a Xing header."""
+    """Return MP3 audio. LAME writes a Xing header only if the bit rate varies."""
     return written("MP3", bitrate_mode=mode, compression_level=quality)
 
 
@@ -64,7 +64,7 @@ def with_pre_skip(data, count):
 
 
 def mp2(frames):
-    """Return silent frames of MPEG layer 2 at 44.1 kHz. Each one is given as its bit rate index and padding."""
+    """Return silent frames of MPEG layer 2 at 44.1 kHz; `frames` are pairs (bit rate index, padding bit)."""
     heads = [bytes([0xFF, 0xFD, rate << 4 | padding << 1, 0xC0]) for rate, padding in frames]
     return b"".join(head.ljust(read_frame(head).length, b"\0") for head in heads)
 

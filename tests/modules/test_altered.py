@@ -162,9 +162,9 @@ def test_stream_rejects_networks_with_hooks(change):
     change(codec.decoder)
     with unchanged_networks():  # as in the server
         for _ in range(2):  # a check that failed is repeated
-            with pytest.raises(NemoLfrError, match="forward hooks or replaced layers"):
+            with pytest.raises(NemoLfrError, match="forward hooks, patched methods or replaced layers"):
                 encoder.push(AUDIO[0].numpy())
-            with pytest.raises(NemoLfrError, match="forward hooks or replaced layers"):
+            with pytest.raises(NemoLfrError, match="forward hooks, patched methods or replaced layers"):
                 decoder.push(torch.zeros(8, 20, dtype=torch.int32).numpy())
 
 
@@ -271,7 +271,7 @@ def loaded(tmp_path):
 def test_doors_that_describe_or_save_a_codec_reject_hooks(loaded, change, door, tmp_path):
     change(loaded)
     with pytest.raises(
-        NemoLfrError, match=r"the (encoder|quantizer) of .* has forward hooks or replaced layers, which"
+        NemoLfrError, match=r"the (encoder|quantizer) of .* has forward hooks, patched methods or replaced layers,"
     ):
         door(loaded, tmp_path)
     assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]

@@ -115,7 +115,7 @@ def gradients(output: torch.Tensor, *inputs: torch.Tensor) -> list[torch.Tensor]
 
 @pytest.fixture
 def products_only(monkeypatch):
-    """Return a function that calls another one, which must not use a convolution of torch."""
+    """Return a function that calls its argument, and fails if the argument uses a convolution of torch."""
 
     def refused(*args, **kwargs):
         raise AssertionError("a convolution was asked for")

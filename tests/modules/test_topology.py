@@ -39,7 +39,7 @@ class DeeperEncoder(HiFiGANEncoder):
 
 
 class DeeperDecoder(HiFiGANDecoder):
-    """Decoder with a mixing layer before the first one, and a filter after the last."""
+    """Decoder with a mixing layer before the first layer, and a filter after the last one."""
 
     def __init__(self, *, causal: bool = False) -> None:
         super().__init__(8, (5, 3), 16, **SMALL, causal=causal)

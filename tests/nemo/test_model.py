@@ -201,7 +201,7 @@ class Doubled(SaveRestoreConnector):
 
 
 def renamed():
-    """Return a connector for files whose config has another name."""
+    """Return a connector for files whose config has another name than `model_config.yaml`."""
     connector = SaveRestoreConnector()
     connector.model_config_yaml = "other.yaml"
     return connector
@@ -607,7 +607,7 @@ def _other_slope(model):
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [(_scaling_hook, "forward hooks or replaced layers"), (_other_slope, "differs from the codec's config")],
+    [(_scaling_hook, "has forward hooks, patched methods"), (_other_slope, "differs from the codec's config")],
 )
 def test_a_model_with_hooks_or_other_settings_is_not_saved(tmp_path, change, message):
     model = AudioCodecModel.restore_from(write_nemo(tmp_path / "tiny.nemo"), map_location="cpu")

@@ -391,7 +391,7 @@ def test_close_codes_are_numbers_in_metrics():
 
 
 class OldIntEnum(IntEnum):
-    """IntEnum with the text of Python 3.10."""
+    """IntEnum whose members `str` converts to their names, as in Python 3.10."""
 
     POLICY = 1008
 

@@ -353,7 +353,7 @@ def test_copies_and_pickled_models_have_the_same_tokens_and_can_be_saved(folder,
 def test_a_model_with_hooks_is_not_pickled_without_them(folder):
     model = transformers.AutoModel.from_pretrained(folder)
     model.audio_encoder.register_forward_hook(lambda *_: None)
-    with pytest.raises(NemoLfrError, match="has forward hooks or replaced layers, which are not pickled"):
+    with pytest.raises(NemoLfrError, match="patched methods or replaced layers, which are not pickled"):
         pickle.dumps(model)
 
 

@@ -186,7 +186,7 @@ def test_tokens_of_another_codec_are_refused(page, tmp_path):
         (tmp_path / "other.lfr").write_bytes(file.getvalue())
         page.choose("#file", tmp_path / "other.lfr")
         page.wait("document.querySelector('#status.error')")
-        assert "from another codec" in page.run("document.getElementById('status').textContent")
+        assert "not from the codec of this page" in page.run("document.getElementById('status').textContent")
 
 
 @marked

@@ -140,7 +140,7 @@ function checkCodec(metadata, manifest) {
   );
   const hasLevels = metadata.levels.join() === manifest.levels.join();
   if (!isSame || !hasLevels || (metadata.fingerprint && !known.includes(metadata.fingerprint))) {
-    throw new UserError("This token file is from another codec.");
+    throw new UserError("This token file is not from the codec of this page.");
   }
 }
 

@@ -185,7 +185,7 @@ export class Client {
       message = { body, headers: { "Content-Type": "application/json" } };
       limit = maxAudio(tokens.length);
     } else {
-      limit = maxAudio(sizeOf("token file", tokens)); // a frame takes about one byte or more
+      limit = maxAudio(sizeOf("token file", tokens)); // in a token file, a frame takes about one byte or more
       if (numSamples !== null) throw new InputError("numSamples is only for a list of frames; leave it out.");
       message = { body: tokens };
     }
@@ -547,7 +547,7 @@ export class Stream {
 
   /**
    * @param {ArrayBuffer} data
-   * @returns {string} what is wrong with the message; empty if nothing is
+   * @returns {string} what is wrong with the message; empty if it is valid
    */
   #receiveResult(data) {
     if (!this.#isReady) return 'a result before the message of type "ready"';
@@ -571,10 +571,10 @@ export class Stream {
 
   /**
    * @param {string} text
-   * @returns {string} what is wrong with the message; empty if nothing is
+   * @returns {string} what is wrong with the message; empty if it is valid
    */
   #receiveText(text) {
-    if (text.length > MAX_TEXT) return `a text message of ${text.length} characters`;
+    if (text.length > MAX_TEXT) return `a text message of ${text.length} characters, more than ${MAX_TEXT}`;
     const message = parse(text);
     const shapes = MESSAGES[this.#kind];
     if (message === undefined) return "a text message is not JSON";
@@ -592,14 +592,14 @@ export class Stream {
 
   /**
    * @param {StreamInfo} message
-   * @returns {string} what is wrong with the message; empty if nothing is
+   * @returns {string} what is wrong with the message; empty if it is valid
    */
   #receiveReady(message) {
     if (this.#isReady) return 'a second message of type "ready"';
     this.info = message;
     this.#isReady = true;
     if (message.codebook_size > MAX_CODEBOOK) {
-      const text = `codebooks of ${message.codebook_size} entries, and this client supports up to ${MAX_CODEBOOK}`;
+      const text = `codebooks of ${message.codebook_size} entries, but this client supports at most ${MAX_CODEBOOK}`;
       this.#fail(`the codec of the server has ${text}; use another client.`, "refused");
     }
     return "";
@@ -607,7 +607,7 @@ export class Stream {
 
   /**
    * @param {{num_samples: number, num_frames: number}} message
-   * @returns {string} what is wrong with the message; empty if nothing is
+   * @returns {string} what is wrong with the message; empty if it is valid
    */
   #receiveDone(message) {
     if (!this.#isReady || !this.#hasEnded) return 'the message of type "done" before the end of the input';
@@ -783,7 +783,7 @@ function framesOf(frames) {
  *
  * @param {any} values
  * @param {Record<string, string>} shape names of `TYPES` by key; other keys are ignored
- * @returns {string} what is wrong; empty if nothing is
+ * @returns {string} what is wrong; empty if all values are valid
  */
 function problemOf(values, shape) {
   if (typeOf(values) !== "Object") return `${show(values)} is not an object`;
@@ -798,7 +798,7 @@ function problemOf(values, shape) {
 /**
  * @param {EncodedFile} encoded
  * @param {ServerInfo} info
- * @returns {string} what is wrong with the tokens; empty if nothing is
+ * @returns {string} what is wrong with the tokens; empty if they are valid
  */
 function tokensProblem({ tokens, num_samples, sample_rate, samples_per_frame }, info) {
   const { num_codebooks: count, codebook_size: size } = info;
@@ -819,7 +819,7 @@ function tokensProblem({ tokens, num_samples, sample_rate, samples_per_frame }, 
  * @param {ServerInfo} info
  * @param {number | null} numFrames number of decoded frames; null if unknown
  * @param {number | null} numSamples length to which the audio was trimmed
- * @returns {string} what is wrong with the audio file; empty if nothing is
+ * @returns {string} what is wrong with the audio file; empty if it is valid
  */
 function audioProblem(content, format, { sample_rate, samples_per_frame }, numFrames, numSamples) {
   const view = new DataView(content);

@@ -27,7 +27,7 @@ export function ramp(property) {
  * Return the color of a value.
  *
  * @param {Uint32Array} colors
- * @param {number} value in [0, 1]; others are clipped
+ * @param {number} value in [0, 1]; other values are clipped
  * @returns {number}
  */
 export function colorOf(colors, value) {

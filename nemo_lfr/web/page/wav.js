@@ -164,7 +164,7 @@ function samplesFollow(view, stop, declared) {
     const id = text(view, at, 4);
     if (CHUNK.test(id) && (KNOWN_CHUNKS.includes(id) || view.getUint32(at + 4, true) <= left - 8)) return false;
   }
-  // Zeros after samples are padding; without samples, they are silence.
+  // Zeros after samples are padding; zeros without samples before them are silence.
   return !declared || new Uint8Array(view.buffer, stop).some((byte) => byte);
 }
 
