@@ -10,7 +10,7 @@ from nemo_lfr.evaluation.codecs.base import ComparedCodec, RoundTrip
 class Original(ComparedCodec):
     """Identity codec, which shows the best value of each metric. Its sizes are those of 16-bit PCM in a WAV file."""
 
-    kind = usage = "original"
+    kind, usage = "original", "original (the recording itself)"
     name, identity = "original", "original"
 
     def round_trip(self, audio: np.ndarray, rate: int) -> RoundTrip:
