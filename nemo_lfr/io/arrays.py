@@ -14,7 +14,7 @@ def numeric_array(value: object, name: str, error: type[NemoLfrError]) -> np.nda
         error: exception class to raise.
 
     Raises:
-        NemoLfrError: of class `error`, if the value is not numeric or has masked elements.
+        NemoLfrError: of class `error`, if the value is neither numeric nor boolean, or has masked elements.
     """
     if isinstance(value, np.ma.MaskedArray) and np.ma.is_masked(value):
         raise error(f"{name} is a masked array with {int(np.sum(value.mask))} masked values; fill them first.")

@@ -11,7 +11,7 @@ from nemo_lfr.errors import NemoLfrError, shorten
 from nemo_lfr.io.bounded import is_implausible
 from nemo_lfr.io.shortage import require
 
-# Slot numbers of fields in Arrow's flatbuffers tables. One line each: Message, RecordBatch, DictionaryBatch.
+# Slot numbers of fields in Arrow's flatbuffers tables: one line for each of Message, RecordBatch and DictionaryBatch.
 HEADER_TYPE, HEADER = 1, 2
 LENGTH, BUFFERS, COMPRESSION = 0, 2, 3
 DATA = 1

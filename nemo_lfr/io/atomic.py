@@ -48,11 +48,11 @@ def check_overwrite(path: Path, overwrite: bool) -> None:
 def publish(temporary: Path, path: Path, overwrite: bool) -> None:
     """Give a complete temporary file its final name.
 
-    If `overwrite` is not set, a file that another process wrote under this name in the meantime is kept. On file
-    systems without hard links, such a file may be replaced if it appears at the last moment.
+    If `overwrite` is not set, an existing file with this name is kept. On file systems without hard links, a file that
+    another process creates at the last moment may be replaced.
 
     Args:
-        temporary: temporary file in the folder of `path`. It may still exist afterwards.
+        temporary: temporary file in the folder of `path`. If it still exists afterwards, the caller must remove it.
         path: output file.
         overwrite: whether an existing file may be replaced.
 

@@ -55,7 +55,8 @@ class AudioReader:
             raises AudioError with the message. Set it to check the data from a pipe.
 
     Raises:
-        AudioError: if the file is missing, is not audio, is truncated, or contains NaN.
+        AudioError: if the file is missing or is not audio. Here or when samples are read, also if the file is
+            truncated or damaged, or contains NaN or infinity.
         MissingExtraError: if the format needs PyAV, which is not installed.
     """
 
@@ -388,7 +389,10 @@ class AudioReader:
             yield wave
 
     def _check_count(self, decoder: Decoder, num_read: int) -> None:
-        """Raise AudioError if fewer samples were read than the header declares, or than the frames contain."""
+        """Raise AudioError if fewer samples were read than the header declares, or than the frames contain.
+
+        If the number in the header is an estimate, up to 1% of the samples may be missing.
+        """
         expected = decoder.num_frames
         if expected is not None and num_read < expected - decoder.slack:
             raise AudioError(f"{self.name}: the audio was truncated after {num_read} of {expected} samples.")

@@ -13,7 +13,7 @@ from typing import Any
 from nemo_lfr.errors import NemoLfrError, shorten
 
 MAX_LINE = 1 << 28  # bytes in a line of text; a JSON array of a whole corpus may be one line
-MAX_MEMBER = 1 << 31  # bytes in a file of an archive
+MAX_MEMBER = 1 << 31  # bytes in one member of an archive
 # Limits on the number of values, and on the decompressed size. Each compressed byte allows for VALUES_PER_BYTE values.
 # FREE_VALUES more are always allowed. A token takes about 11 bits, so real columns do not come near these limits.
 VALUES_PER_BYTE, FREE_VALUES = 64, 1 << 20
@@ -30,14 +30,17 @@ def lines(file: Any, *, truncate: bool = False) -> Iterator[bytes]:
         truncate: whether to truncate a line of more than `MAX_LINE` bytes, instead of raising an error.
 
     Raises:
-        ValueError: if a line has more than `MAX_LINE` bytes. The file is then most likely not text.
+        ValueError: if a line has more than `MAX_LINE` bytes, and `truncate` is not set. The file is then most likely
+            not text.
     """
     number = 0
     while line := file.readline(MAX_LINE + 1):
         number += 1
         if len(line) > MAX_LINE:
             if not truncate:
-                raise ValueError(f"line {number} has more than {MAX_LINE >> 20} MiB, so this is most likely not text")
+                raise ValueError(
+                    f"line {number} has more than {MAX_LINE >> 20} MiB, so the file is most likely not text"
+                )
             rest = line
             while rest and not rest.endswith(b"\n"):
                 rest = file.readline(MAX_LINE)

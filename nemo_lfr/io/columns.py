@@ -136,7 +136,7 @@ def label_text(value: Any, column: str, label: str) -> str:
 
 
 def repeated_column(columns: Iterable[str]) -> str | None:
-    """Return the first name that two columns have; None if all names differ. Empty names are ignored."""
+    """Return the first name that several columns have; None if all names differ. Empty names are ignored."""
     counts = Counter(columns)
     return next((name for name, count in counts.items() if name and count > 1), None)
 

@@ -322,17 +322,21 @@ def _read_all(answer: Any, url: str) -> bytes:
         size += len(piece)
         if size > MAX_DOWNLOAD:
             raise AudioError(
-                f"the file at {shorten(url)} is larger than {MAX_DOWNLOAD} bytes, the limit for downloads."
+                f"the file at {shorten(url)} is larger than {MAX_DOWNLOAD} bytes, the limit for downloads; "
+                "download it yourself, and pass the path of the file."
             )
         if time.monotonic() > end:
-            raise AudioError(f"the download of {shorten(url)} takes longer than {MAX_DOWNLOAD_SECONDS} s.")
+            raise AudioError(
+                f"the download of {shorten(url)} takes longer than {MAX_DOWNLOAD_SECONDS} s; download the file "
+                "yourself, and pass its path."
+            )
     if answer.length:  # unlike `read`, `read1` does not report a download that ends too early
         raise AudioError(f"the download of {shorten(url)} ends {answer.length} bytes too early; try again.")
     return b"".join(pieces)
 
 
 def _tolerance() -> float:
-    """Return by how many seconds a cut may be longer than its audio in Lhotse; 0.5 by default."""
+    """Return Lhotse's tolerance in seconds: how much longer a cut may be than its audio (0.5 s by default)."""
     from lhotse.audio import get_audio_duration_mismatch_tolerance
 
     return float(get_audio_duration_mismatch_tolerance())

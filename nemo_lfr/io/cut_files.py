@@ -22,7 +22,7 @@ from nemo_lfr.io.text import iter_lines
 logger = logging.getLogger(__name__)
 
 CUT_TYPES = ("MonoCut", "MultiCut", "MixedCut", "PaddingCut", "Cut")
-# Attributes of a cut that a field of a Shar may set.
+# Attributes of Lhotse's cut classes that a field of a Shar may set. Other fields are custom data.
 CUT_FIELDS = ("recording", "features")
 # Maximum number of lines that are read to find the kind of a file.
 FIRST_LINES = 100

@@ -45,21 +45,21 @@ class Decoder(Protocol):
         """Close the files that this decoder opened."""
 
 
-# Seconds before the position of a seek at which decoding begins, by libsndfile's name of the codec. After a seek,
+# Number of seconds that are decoded before the position of a seek, by libsndfile's name of the codec. After a seek,
 # libsndfile itself decodes too few frames before the position, so that the first samples are wrong.
 # MPEG_LAYER_III: at the lowest bit rates, a frame needs data of up to 25 frames before it (0.6 s).
-# OPUS: in speech, the state in which the decoder began may change the samples of several seconds. Of 60 parts of
-# speech at 24 and 48 kHz, 15 differed from the whole with a lead of 2 s, 4 with 8 s, and none with 20 s (60 ms of CPU
-# time).
+# OPUS: in speech, the state in which the decoder began may change the samples of several seconds. Of 60 excerpts of
+# speech at 24 and 48 kHz, 15 differed from the same samples of the completely decoded file if 2 s were decoded before
+# the excerpt, 4 with 8 s, and none with 20 s (60 ms of CPU time).
 _LEAD = {"MPEG_LAYER_I": 1, "MPEG_LAYER_II": 1, "MPEG_LAYER_III": 1, "OPUS": 20, "VORBIS": 0}
 # If a position is at most this many seconds ahead, the samples before it are decoded. In Vorbis audio, libsndfile
-# skips blocks up to such a position without a seek, and then returns other samples.
+# skips blocks up to such a position without a seek, and then returns wrong samples.
 _AHEAD = 2.5
 _VORBIS_BLOCK = 8192  # maximum number of samples in a block
 
 
 class _Sequential(soundfile.SoundFile):  # type: ignore[misc]  # soundfile declares no types
-    """Sound file in which soundfile does not seek after every read, as it does in files that are seekable.
+    """Sound file that declares itself not seekable, because soundfile seeks in a seekable file after every read.
 
     In MPEG audio, such a seek changes the samples that are read next.
     """

@@ -122,7 +122,7 @@ def find_files(
     report: Callable[[str], None] = logger.warning,
     unread: list[OSError] | None = None,
 ) -> list[Path]:
-    """Find the files below a folder whose names have certain suffixes.
+    """Find files with certain suffixes in a folder and its subfolders.
 
     Hidden files and folders and system files (`._*`, `__MACOSX`, `@eaDir` ...) are skipped. Links are followed. A
     folder that is reached more than once, for example through a link to its parent, is read once. Broken links are
@@ -156,7 +156,7 @@ def find_files(
 
 
 def find_named(root: Path, pattern: str, unread: list[OSError] | None = None) -> list[Path]:
-    """Find the files below a folder whose paths match a pattern such as "clips/*.mp3" (see `Path.match`).
+    """Find files in a folder and its subfolders by a pattern such as "clips/*.mp3" (see `Path.match`).
 
     See `find_files` for the other arguments and the errors. Skipped files are not reported.
     """
@@ -173,8 +173,8 @@ def describe_contents(root: Path, wanted: Collection[str]) -> str:
         wanted: suffixes that were searched for.
 
     Returns:
-        What was found instead, and how to read it, such as " (2 skipped: 2 .tar); unpack the archives, ..."; an empty
-        string if the folder has no files.
+        What was found instead, and how to read it, such as " (2 skipped: 2 .tar); unpack archives ..."; an empty
+        string if the folder contains nothing else.
     """
     walk = _Walk(root, frozenset(wanted), frozenset())
     report = walk.passed_over()
@@ -307,7 +307,7 @@ class _Walk:
             self._folders.append(entry.path)
 
     def passed_over(self) -> str:
-        """Return a one-line report of the skipped files, or an empty string if none were skipped."""
+        """Return one line about the skipped files and unreadable folders, or an empty string if there are none."""
         if not self.passed and not self.unread:
             return ""
         order = sorted(self.passed.items(), key=lambda item: (-item[1], item[0]))

@@ -170,8 +170,8 @@ def _download(repository: str, refresh: bool) -> Path:
         if len(cached_files := _in_snapshot(repository)) > 1:
             listing = shorten(", ".join(path.name for path in cached_files), 200)
             raise CheckpointError(
-                f"{repository}: the Hub cannot be reached, and its cache contains {len(cached_files)} .nemo files in "
-                f"{cached_files[0].parent} ({listing}); pass the path of one of these files."
+                f"{repository}: the Hub cannot be reached, and the local cache contains {len(cached_files)} .nemo "
+                f"files in {cached_files[0].parent} ({listing}); pass the path of one of these files."
             ) from error
         raise CheckpointError(
             f"{repository}: the repository could not be downloaded from the Hub and is not in the local cache "

@@ -248,5 +248,5 @@ def _in_folder(folder: Path) -> Path:
     pairs = ", nor ".join(f"{config} and {weights}" for config, weights in FOLDERS)
     raise CheckpointError(
         f"{folder}: the folder contains no checkpoint, since it has neither a .nemo file, nor {pairs}; pass a .nemo "
-        "or .ckpt file, or a folder with one of these."
+        "or .ckpt file, or another folder."
     )

@@ -226,7 +226,8 @@ class MediaDecoder:
         size_of: FrameSize = PACKET_SIZES.get(track.codec_context.name, lambda _: None)
         suspects: list[Any] = []  # the first incomplete packet and those after it
         time_base = float(track.time_base)
-        states_duration = not self._container.format.name.startswith("matroska")  # there, FFmpeg reads Opus's header
+        # In Matroska, FFmpeg takes the duration of a packet from its Opus header.
+        states_duration = not self._container.format.name.startswith("matroska")
         for packet in self._container.demux(track):
             if self._starts_at_zero and packet.pts is not None:
                 self._gaps.begin(float(packet.pts * packet.time_base))

@@ -9,7 +9,8 @@ from typing import Any
 
 from nemo_lfr.errors import MissingExtraError, NemoLfrError, install_command, shorten
 
-# PyTorch and the C++ library report a lack of memory as RuntimeError or ImportError with one of these phrases.
+# PyTorch and the C++ standard library report a lack of memory as RuntimeError or ImportError with one of these
+# phrases.
 NO_MEMORY = (
     "can't allocate memory",
     "Cannot allocate memory",

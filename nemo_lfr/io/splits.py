@@ -71,7 +71,7 @@ def splits_of_folders(
 
 
 def split_label(value: Any) -> str | None:
-    """Return the split that the value of a "split" column names; None if the value is empty.
+    """Return the split that a value of a "split" column refers to; None if the value is missing or empty.
 
     Raises:
         ValueError: if the value does not name a split. The row must then not be used, not even for training.

@@ -90,8 +90,8 @@ def read_table(path: Path) -> Iterator[TableRow]:
     Args:
         path: CSV, TSV or JSON lines in UTF-8, with or without a byte order mark. CSV and TSV may be compressed (.gz).
             The delimiter of CSV is a comma, semicolon, tab or vertical bar, whichever gives the header an audio
-            column. A first line such as `sep=;` declares another one. In TSV, quotes have no special meaning, as in
-            Common Voice. Times may have a decimal comma if the delimiter is not a comma. Known names of columns are
+            column. A first line such as `sep=;` declares another delimiter. In TSV, quotes have no special meaning, as
+            in Common Voice. Times may have a decimal comma if the delimiter is not a comma. Known names of columns are
             recognized in upper and lower case.
 
     Raises:

@@ -152,14 +152,14 @@ class TokenStreamWriter:
         metadata: metadata of the tokens.
         model: entropy model that compresses the tokens; None for packed frames.
         gather: number of frames per block; the last block may have up to 1.5 times as many. If None, each call of
-            `write` writes a block.
+            `write` writes a block, or several if it has more frames than a block may have.
 
     Attributes:
         metadata: metadata of the tokens.
         frames_written: number of frames in the blocks that were written.
 
     Raises:
-        EntropyModelError: if `model` has different levels or codebooks than `metadata`.
+        EntropyModelError: if `model` and `metadata` differ in levels or number of codebooks.
     """
 
     def __init__(
@@ -296,7 +296,7 @@ class TokenWriter(TokenStreamWriter):
 
     Raises:
         OutputExistsError: if the file exists when writing starts or ends, and `overwrite` is not set.
-        EntropyModelError: if `model` has different levels or codebooks than `metadata`.
+        EntropyModelError: if `model` and `metadata` differ in levels or number of codebooks.
     """
 
     def __init__(
@@ -341,7 +341,7 @@ class TokenWriter(TokenStreamWriter):
 
         Raises:
             OutputExistsError: if the file exists and `overwrite` is not set.
-            EntropyModelError: if `model` has different levels or codebooks than `codec`.
+            EntropyModelError: if `model` and `codec` differ in levels or number of codebooks.
         """
         return cls(path, Metadata.of(codec), overwrite, model)
 
@@ -484,7 +484,8 @@ class _Sections:
         """The entropy model that a compressed file needs.
 
         Raises:
-            EntropyModelError: if the model is not found, or has different levels or codebooks than the file.
+            EntropyModelError: if the model is not found, or if it and the file differ in levels or number of
+                codebooks.
         """
         meta = self.metadata
         assert self.entropy_hash is not None
@@ -566,8 +567,8 @@ class _Sections:
         if frames.num_frames(num_samples, self.metadata.samples_per_frame) != num_frames:
             expected = frames.num_frames(num_samples, self.metadata.samples_per_frame)
             raise self._fail(
-                f"its end section declares {num_samples} samples, which corresponds to {expected} frames, but it has "
-                f"{num_frames} frames"
+                f"its end section declares {num_samples} samples, which corresponds to {expected} frames, but its "
+                f"blocks have {num_frames} frames"
             )
         return num_samples
 
@@ -575,7 +576,8 @@ class _Sections:
         """Check that `codec` can decode these tokens.
 
         Raises:
-            TokenFileError: if `codec` differs in sample rate, codebooks or weights from the codec of the tokens.
+            TokenFileError: if `codec` and the codec of the tokens differ in sample rate, samples per frame, levels,
+                number of codebooks or weights.
         """
         stored: dict[str, Any] = asdict(self.metadata)
         expected: dict[str, Any] = asdict(Metadata.of(codec))

@@ -40,7 +40,7 @@ class WeightAveraging(BaseModel):
     def averaged(self) -> Iterator[None]:
         """Use the averaged weights of the encoder and decoder inside a `with` block.
 
-        The block has no effect if the model does not average its weights.
+        Without a moving average, the weights do not change.
         """
         before = self._average is not None and self._average.in_use
         self._use_average(True)

@@ -1,4 +1,4 @@
-"""Iterators over NeMo and Lhotse manifests that skip malformed lines.
+"""Iterators that skip malformed lines of NeMo and Lhotse manifests.
 
 NeMo interprets the data config, because such configs have many forms (lists, weights, groups, buckets). `make_careful`
 then searches the object that NeMo returns, and replaces the class of each iterator over lines by one of the classes

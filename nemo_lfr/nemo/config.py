@@ -83,13 +83,14 @@ def check_precision(trainer: Trainer | None) -> None:
 def check_gradients(trainer: Trainer) -> None:
     """Check that a trainer does not accumulate or clip gradients.
 
-    The model steps its optimizers itself, for which Lightning has neither. It refuses NeMo's own model as well.
+    The model steps its optimizers itself. For such models, as for NeMo's own, Lightning supports neither.
 
     Args:
         trainer: trainer that is about to fit a model.
 
     Raises:
-        ConfigError: if the trainer shall accumulate or clip gradients. The message names the option of the model.
+        ConfigError: if the trainer is set to accumulate or clip gradients. The message names the key of the model
+            config to set instead.
     """
     for key, unset, ours in (
         ("accumulate_grad_batches", (None, 1), "accumulate_grad_batches"),
@@ -110,10 +111,10 @@ def check_fit(trainer: Trainer, has_discriminator: bool) -> None:
         has_discriminator: whether discriminators are trained too.
 
     Raises:
-        ConfigError: if discriminators are trained and DDP expects gradients of all weights in each backward pass: each
-            pass computes gradients either of the generator's or of the discriminators' weights. Also if NeMo's EMA
-            callback will have to read a checkpoint that it wrote: it uses `torch.load`, which has refused these files
-            since PyTorch 2.6, because they contain the config.
+        ConfigError: if discriminators are trained and DDP expects gradients of all weights in each backward pass. A
+            pass computes the gradients of either the generator or the discriminators. Also if NeMo's EMA callback
+            would have to read a checkpoint that it wrote: it uses `torch.load`, which refuses these files since
+            PyTorch 2.6, because they contain the config.
     """
     wrapper = trainer.strategy.model
     if has_discriminator and isinstance(wrapper, DistributedDataParallel) and not wrapper.find_unused_parameters:
@@ -125,8 +126,9 @@ def check_fit(trainer: Trainer, has_discriminator: bool) -> None:
     saves_best = any(getattr(callback, "save_best_model", False) for callback in trainer.checkpoint_callbacks)
     if uses_average and (saves_best or trainer.ckpt_path):
         raise ConfigError(
-            "exp_manager.ema is enabled, but this PyTorch cannot read NeMo's moving average again, to resume a run or "
-            "to save the best model; remove exp_manager.ema, and set model.ema_decay=0.999."
+            "exp_manager.ema is enabled, but since PyTorch 2.6, NeMo cannot read the checkpoints of its moving "
+            "average, as it must to resume a run or to save the best model; remove exp_manager.ema, and set "
+            "model.ema_decay=0.999."
         )
 
 
@@ -168,7 +170,8 @@ def model_config(cfg: Any) -> DictConfig:
         cfg: config, or structured config (a dataclass).
 
     Raises:
-        ConfigError: if `cfg` is not a config, or a value cannot be resolved or has too long interpolations.
+        ConfigError: if `cfg` is not a config, or a value cannot be resolved or contains an interpolation that is too
+            long.
     """
     if not isinstance(cfg, DictConfig) and not is_dataclass(cfg):
         raise ConfigError(f"cfg is {shorten(repr(cfg))}; pass a DictConfig, such as OmegaConf.create({{...}}).")
@@ -248,7 +251,7 @@ def check_hparams(file: Any) -> None:
         file: local path of a YAML file. Other values are not checked.
 
     Raises:
-        ConfigError: if the file has too long interpolations.
+        ConfigError: if an interpolation in the file is too long.
     """
     if not isinstance(file, str | os.PathLike) or not os.path.isfile(file):
         return

@@ -46,8 +46,8 @@ class Inference(BaseModel):
         """
         if (reason := self._alteration()) is not None:
             raise ConfigError(
-                f"{reason}, so the model has no standalone codec; call encode and decode of the model, without "
-                "num_codebooks and with decode's audio_len left out."
+                f"{reason}, so the model has no standalone codec; call the model's encode without num_codebooks, and "
+                "its decode without num_codebooks and audio_len."
             )
         encoder, quantizer, decoder = (unwrapped(getattr(self, name)) for name in PARTS)
         made_of = (encoder, quantizer, decoder, self.sample_rate, next(decoder.parameters()).device)

@@ -23,7 +23,7 @@ def check_discriminator(checkpoint: Mapping[str, Any], state: Mapping[str, torch
         path: path of the checkpoint, for error messages.
 
     Raises:
-        ConfigError: if the checkpoint has other discriminators.
+        ConfigError: if the discriminators in the checkpoint differ from those of the model.
     """
     ours = {key: list(value.shape) for key, value in state.items() if key.startswith(DISCRIMINATOR)}
     saved = plain_keys(checkpoint.get("state_dict", {}).items(), "the state dict")
@@ -46,7 +46,7 @@ def check_optimizers(checkpoint: Mapping[str, Any], optimizers: Sequence[torch.o
         path: path of the checkpoint, for error messages.
 
     Raises:
-        ConfigError: if the checkpoint was saved with other optimizers.
+        ConfigError: if the optimizers in the checkpoint differ from those of the model.
     """
     states = checkpoint.get("optimizer_states", [])
     if len(states) != len(optimizers):
@@ -128,8 +128,8 @@ class Optimizers(WeightAveraging):
         in the config takes precedence.
 
         Raises:
-            ConfigError: if the config has no optimizer, if an optimizer or schedule cannot be built, or if it differs
-                from those of the run to resume.
+            ConfigError: if the config has no optimizer, if an optimizer or schedule cannot be built, or if the
+                optimizers differ from those of the run to resume.
         """
         if not self.cfg.get("optim"):
             raise ConfigError(
@@ -157,10 +157,10 @@ class Optimizers(WeightAveraging):
         return configured
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check that a run to resume has the discriminators of the config.
+        """Check that the checkpoint of a run to resume has the discriminators of the config.
 
         Raises:
-            ConfigError: if the checkpoint has other discriminators.
+            ConfigError: if the discriminators in the checkpoint differ from those of the config.
         """
         super().on_load_checkpoint(checkpoint)
         if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
@@ -170,14 +170,14 @@ class Optimizers(WeightAveraging):
     def maybe_init_from_pretrained_checkpoint(self, cfg: DictConfig, map_location: str = "cpu") -> None:
         """Load initial weights as configured by NeMo's `init_from_*` keys.
 
-        NeMo itself cannot load a codec from the file in `init_from_ptl_ckpt`. This method can load it.
+        Unlike NeMo's own method, this method can load a codec from the file in `init_from_ptl_ckpt`.
 
         Args:
             cfg: config with the `init_from_*` keys.
             map_location: device to load the weights to.
 
         Raises:
-            ConfigError: if both files are set.
+            ConfigError: if `init_from_ptl_ckpt` and `init_from_nemo_model` are both set.
         """
         path = cfg.get("init_from_ptl_ckpt")
         if isinstance(path, str):

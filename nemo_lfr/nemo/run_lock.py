@@ -72,15 +72,15 @@ class RunLock(Callback):
             raise ConfigError(problem)
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Note that the run was not complete."""
+        """Record that the run was not complete."""
         self._has_trained = True
 
     def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Warn if the run was complete."""
         if not self._has_trained and trainer.is_global_zero:
             logger.warning(
-                "no step was trained, because the run to resume is complete; to train on, raise max_epochs, or to "
-                "start again, choose another exp_manager.name"
+                "no step was trained, because the run to resume is complete; raise max_epochs to continue training, "
+                "or choose another exp_manager.name to start again"
             )
 
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:

@@ -170,7 +170,7 @@ class TrainingSteps(Optimizers):
         and a saved config does not contain absolute paths.
 
         Raises:
-            ConfigError: if the trainer shall accumulate or clip gradients.
+            ConfigError: if the trainer is set to accumulate or clip gradients.
         """
         if self._trainer is not None and self._trainer.state.fn != TrainerFn.FITTING:
             return [RestoreTrainedWeights()]

@@ -64,8 +64,8 @@ class Prepared:
     """Result of `prepare`.
 
     Attributes:
-        audio_dir: absolute path of the folder that contains the audio files. Ids are relative to it if it is passed as
-            `audio_dir`, which training with stock NeMo requires.
+        audio_dir: absolute path of the folder that contains the audio files. Training with stock NeMo requires it as
+            `audio_dir`. If it is passed, the ids of recordings are relative to it.
         splits: manifest of each split that has utterances, by name of the split.
         failures: records of the files, rows and transcripts that cannot be used.
         failures_file: path of failures.jsonl, which contains these records; None if there are no failures.
@@ -109,8 +109,8 @@ def prepare(
         kind: layout of the corpus, a key of `LAYOUTS`, or "lhotse:NAME" for a recipe of Lhotse.
         corpus: folder with the unpacked archive, or path of a table. Audio files are not copied.
         out: output folder for the manifests.
-        valid_share: fraction of the speakers to use for validation if the corpus has no validation set. At least one
-            speaker or file remains for training, unless the fraction is 1.
+        valid_share: fraction of the speakers (or of folders or files, see `hold_out`) to use for validation if the
+            corpus has no validation set. At least one of them remains for training, unless the fraction is 1.
         speaker_level: for the layout "folder", depth of the folders that are named after speakers; see `folder`.
         workers: number of files to open in parallel.
         check: whether to decode every file completely, which finds truncated and damaged files and gives exact

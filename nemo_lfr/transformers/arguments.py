@@ -37,8 +37,8 @@ def check_hub(
     except Exception as error:  # the Hub client's transport (requests, httpx, ...) depends on its version
         reason = shorten(first_line(error), 200)
         raise CheckpointError(
-            f"{name}: could not be downloaded from the Hub and is not in its cache ({reason}); check the name and the "
-            "network, or pass the path of a folder."
+            f"{name}: could not be downloaded from the Hub and is not in the local cache ({reason}); check the name "
+            "and the network, or pass the path of a folder."
         ) from error
 
 
@@ -59,8 +59,8 @@ def mask_lengths(mask: torch.Tensor | None, shape: Any, name: str, error: type[E
         error: class of the error to raise.
 
     Raises:
-        Exception: of the class `error`, if the mask has another type or shape, or contains other values, a one after a
-            zero, or no ones.
+        Exception: of the class `error`, if the mask is not a tensor of the expected shape, contains values other than
+            0 and 1, contains a one after a zero, or contains no ones.
     """
     if mask is None:
         return None

@@ -71,8 +71,8 @@ class NemoLfrFeatureExtractor(SequenceFeatureExtractor):
 
         Raises:
             ConfigError: if `padding_side` is not "right".
-            AudioError: for another sample rate, for clips that are not mono, and for values that are not samples, such
-                as a path or a `datasets` item.
+            AudioError: if `sampling_rate` is not the codec's sample rate, if a clip is not mono, or if `raw_audio`
+                does not consist of samples but, for example, of paths or `datasets` items.
         """
         self._check_padding_side()
         if sampling_rate is None:

@@ -21,7 +21,7 @@ from nemo_lfr.checkpoint.reader import read_weights
 from nemo_lfr.codec.ambient import building_state
 from nemo_lfr.codec.codec import Codec
 from nemo_lfr.codec.torch_backend import TorchBackend
-from nemo_lfr.errors import AudioError, CheckpointError, ConfigError, TokensError, quoted
+from nemo_lfr.errors import AudioError, CheckpointError, ConfigError, TokensError, counted, quoted
 from nemo_lfr.io.locate import SAFETENSORS, SAFETENSORS_INDEX
 from nemo_lfr.modules.altered import PICKLE, SAVE
 from nemo_lfr.modules.quantizer import FiniteScalarQuantizer
@@ -255,8 +255,9 @@ class NemoLfrModel(PreTrainedAudioTokenizerBase):
             return_dict: whether to return an output object (default) or a tuple.
 
         Raises:
-            AudioError: for another type or shape, or a mask with ones after a zero, without ones, or with values other
-                than 0 and 1.
+            AudioError: if `input_values` or the mask has the wrong type or shape, or if the mask has ones after a
+                zero, no ones, or values other than 0 and 1.
+            TokensError: for an invalid `num_codebooks`.
         """
         check_tensor(input_values, "input_values", AudioError)
         if input_values.dim() == 3 and input_values.shape[1] == 1:
@@ -290,8 +291,9 @@ class NemoLfrModel(PreTrainedAudioTokenizerBase):
             return_dict: whether to return an output object (default) or a tuple.
 
         Raises:
-            TokensError: for another type or shape, a token outside the codebook, or a mask that does not fit the
-                tokens or the other mask, has no ones, or has values other than 0 and 1.
+            TokensError: if an argument has the wrong type or shape, if a token is outside the codebook, if a mask does
+                not fit the tokens, if the masks contradict each other, or if a mask has ones after a zero, no ones, or
+                values other than 0 and 1.
         """
         return self._decode(audio_codes, padding_mask, audio_codes_mask, return_dict)
 
@@ -304,7 +306,7 @@ class NemoLfrModel(PreTrainedAudioTokenizerBase):
         *,
         is_frame_mask_possible: bool = True,
     ) -> NemoLfrDecoderOutput | tuple[torch.Tensor, ...]:
-        """Decode as `decode` does; a mask of one sample is allowed only without `is_frame_mask_possible`."""
+        """Decode as `decode` does. With `is_frame_mask_possible`, refuse an ambiguous `padding_mask` of width 1."""
         check_tensor(audio_codes, "audio_codes", TokensError)
         if audio_codes.dim() != 3:
             raise TokensError(f"audio_codes has shape {list(audio_codes.shape)}; expected [B, C, frames].")
@@ -321,11 +323,23 @@ class NemoLfrModel(PreTrainedAudioTokenizerBase):
             # and one frame.
             fits = int(needed.max()) == frames if frames_len is None else torch.equal(needed, frames_len)
             if len(samples) and not (fits and (width > 1 or not is_frame_mask_possible)):
-                count = frames if frames_len is None else int(frames_len.max())
+                if fits:
+                    fault = "padding_mask has only one column, so it may be a mask of frames"
+                elif frames_len is None:
+                    fault = (
+                        f"the longest clip in padding_mask has {counted(int(samples.max()), 'sample')} "
+                        f"({counted(int(needed.max()), 'frame')}), but audio_codes has {counted(frames, 'frame')}"
+                    )
+                else:
+                    row = int((needed != frames_len).nonzero()[0])
+                    fault = (
+                        f"clip {row} has {counted(int(samples[row]), 'sample')} "
+                        f"({counted(int(needed[row]), 'frame')}) in padding_mask, but "
+                        f"{counted(int(frames_len[row]), 'frame')} in audio_codes_mask"
+                    )
                 raise TokensError(
-                    f"padding_mask has at most {int(samples.max())} samples in a row, which make {int(needed.max())} "
-                    f"frames, but audio_codes has {count}; pass the padding_mask that encode got. A mask of frames is "
-                    "passed by name: audio_codes_mask=MASK."
+                    f"{fault}; pass the padding_mask that encode got. A mask of frames is passed by name: "
+                    "audio_codes_mask=MASK."
                 )
             frames_len = needed
         first = kept if kept < self.codec.num_codebooks else None

@@ -259,7 +259,9 @@ def test_a_writer_that_fails_leaves_no_file_and_keeps_the_old_one(tmp_path):
 
 @pytest.mark.parametrize("name", ["a", "a.xyz", "a.lfr", "a.txt", "a.mp3", "a.ogg", "a.OPUS", "a.raw", "a.aiff"])
 def test_a_format_that_cannot_be_written_is_named_and_leaves_nothing(tmp_path, name):
-    message = r"is not written as '\.\w+'; use \.wav or \.flac" if "." in name else r"no suffix.*use \.wav or \.flac"
+    message = (
+        r"cannot be written as '\.\w+'; use \.wav or \.flac" if "." in name else r"no suffix.*use \.wav or \.flac"
+    )
     with pytest.raises(NemoLfrError, match=rf"{name}: .*{message}"):
         AudioWriter(tmp_path / name, 22050)
     assert list(tmp_path.iterdir()) == []

@@ -207,23 +207,23 @@ REFUSED = {
     "codes outside of the codebook": (lambda model: model.decode(torch.full((1, 8, 5), 2016)), "token 2016"),
     "a frame mask for a sample mask": (
         lambda model: model.decode(torch.zeros(1, 8, 5).long(), torch.ones(1, 5)),
-        "padding_mask has at most 5 samples in a row, which make 1 frames, but audio_codes has 5",
+        r"longest clip in padding_mask has 5 samples \(1 frame\), but audio_codes has 5 frames",
     ),
     "a frame mask for a sample mask, one frame": (
         lambda model: model.decode(torch.zeros(1, 8, 1).long(), torch.ones(1, 1)),
-        "padding_mask has at most 1 samples in a row",
+        "padding_mask has only one column, so it may be a mask of frames; .* audio_codes_mask=",
     ),
     "a tuple of encode": (
         lambda model: model.decode(*model.encode(torch.zeros(2, 9000), return_dict=False)),
-        "padding_mask has at most 9 samples in a row|audio_codes_mask=",
+        r"longest clip in padding_mask has 600 samples \(40 frames\), but audio_codes has 600 frames",
     ),
     "a mask of shorter clips": (
         lambda model: model.decode(torch.zeros(1, 8, 5).long(), torch.ones(1, 15)),
-        "padding_mask has at most 15 samples in a row",
+        "longest clip in padding_mask has 15 samples",
     ),
     "two masks that differ": (
         lambda model: model.decode(*both_masks(model)),
-        "padding_mask has at most",
+        r"clip 0 has 9000 samples \(600 frames\) in padding_mask, but 599 frames in audio_codes_mask",
     ),
     "left padding by the extractor": (
         lambda _: ours.NemoLfrFeatureExtractor(padding_side="left"),

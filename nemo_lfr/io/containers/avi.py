@@ -102,7 +102,7 @@ def _chunk(window: Window, position: int, end: int, avi: _Avi, is_first: bool) -
     stop = position + _HEAD + size
     if stop > end and stop <= window.size:
         return None
-    if stop > window.size:  # cut short, unless the name is damaged too
+    if stop > window.size:  # the file is truncated, unless the name of the chunk is damaged too
         return _HEAD + size if CHUNK_NAME.fullmatch(name) else None
     if not avi.fits(name, position, stop):
         return None
@@ -121,7 +121,7 @@ def _chunk(window: Window, position: int, end: int, avi: _Avi, is_first: bool) -
 
 
 def _index_fits(window: Window, start: int, size: int, data: dict[bytes, list[int]]) -> bool:
-    """Return whether an index lists exactly the audio chunks of the file, in the same order and with the same sizes.
+    """Return whether an index lists exactly the audio chunks of the first RIFF chunk, in order and with their sizes.
 
     FFmpeg may skip a chunk that is missing from the index.
 

@@ -52,7 +52,7 @@ class BlockCodec:
 
 
 def wav_codec(form: bytes, order: str) -> BlockCodec | None:
-    """Return the block codec of a WAV file; None for other codecs and for those that libsndfile does not decode.
+    """Return the block codec of a WAV file; None if its codec does not store blocks, or libsndfile cannot decode it.
 
     Args:
         form: content of the `fmt ` chunk.
@@ -100,7 +100,7 @@ def _ima_adpcm(channels: int, size: int) -> BlockCodec:
 
 
 def sample_codec(bits: int) -> BlockCodec:
-    """Return a codec with `bits` bits per sample, which libsndfile decodes in blocks of 120 samples."""
+    """Return a block codec with `bits` bits per sample, which libsndfile decodes in blocks of 120 samples."""
 
     def samples_in(count: int) -> tuple[int, int]:
         return 8 * count // bits, count

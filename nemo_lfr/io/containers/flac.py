@@ -39,7 +39,7 @@ def _stream(window: Window, start: int, stop: int) -> Stream:
     end = without_tags(window, start, stop)
     is_file = start == 0 and stop == window.size
     counted, is_whole = _last_sample(window, start, end, block_size)
-    if counted is None and is_whole:  # the frames store no position, so the length cannot be checked
+    if counted is None and is_whole:  # the first frame has no valid header, so the length cannot be checked
         return Stream([(start, end)], is_file=is_file)
     if total and counted is not None and is_whole and counted == total:
         return Stream([(start, end)], is_file=is_file)
@@ -56,7 +56,8 @@ def _stream(window: Window, start: int, stop: int) -> Stream:
 def _before_others(window: Window, stream: Stream, total: int, block_size: int) -> Stream:
     """Add a `problem` or a `note` to a FLAC stream whose last bytes are not a complete frame.
 
-    Either the stream is truncated (`problem`), or other data follows its last frame (`note`).
+    The stream gets a `problem` if it is truncated or another audio file follows it, and a `note` if other data follows
+    its last frame.
 
     Args:
         window: the file.
@@ -103,7 +104,8 @@ def _frame_ends(data: bytes) -> Iterator[int]:
 def _last_sample(window: Window, start: int, stop: int, block_size: int) -> tuple[int | None, bool]:
     """Return the number of samples in a FLAC stream, and whether the stream ends with a complete frame.
 
-    The number follows from the positions that the first and last frames store. It is None if they store none.
+    The number follows from the positions that the first and last frames store. It is None if the stream does
+    not end with a complete frame, or if the header of the first frame is invalid.
     """
     first = _after_metadata(window, start, stop)
     if first is not None and first == stop:
@@ -123,7 +125,7 @@ def _last_sample(window: Window, start: int, stop: int, block_size: int) -> tupl
 
 
 def _counted(window: Window, first: int | None, end: int, block_size: int) -> int | None:
-    """Return the number of samples from the first frame up to sample `end`.
+    """Return the number of samples from the first frame up to sample `end`; None if the first frame is invalid.
 
     The first frame need not begin at sample 0, because the stream may be an excerpt of a longer one.
     """

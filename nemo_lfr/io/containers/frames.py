@@ -15,7 +15,7 @@ _GSM_FRAME, _GSM_RATE, _GSM_SAMPLES = 33, 8000, 160
 def is_frames(head: bytes, window: Window) -> bool:
     """Return whether a file begins with a frame of AAC, AC-3, E-AC-3, DTS or LOAS.
 
-    A second frame must follow, unless the file ends within the first frame.
+    A second frame must follow, unless the file ends within the first frame or directly after it.
     """
     return _size_of(head, window) is not None
 

@@ -169,8 +169,8 @@ def compare_size(window: Window, start: int, promised: int) -> list[Stream]:
 def of_unknown_length(window: Window, start: int, block: int) -> list[Stream]:
     """Return one `Stream` for a file whose header stores no length, after checking that the last block is complete.
 
-    The stream always has a `note`, since a file that is truncated between two blocks looks complete. Tags at the end
-    of the file are excluded.
+    The stream has a `note` even if no fault was found, since a file that is truncated between two blocks looks
+    complete. Tags at the end of the file are excluded.
 
     Args:
         window: the file.

@@ -44,7 +44,7 @@ Field = tuple[int, str, int, int]
 
 
 def _beyond_end(begin: int, size: int) -> str:
-    """Return the error message for a file whose header says that the samples begin after its end."""
+    """Return the error message for a header according to which the samples begin after the end of the file."""
     return f"the audio is damaged: its header says that samples begin at byte {begin}, but the file has {size} bytes"
 
 
@@ -316,7 +316,7 @@ def _after_chunks(window: Window, position: int, form: str, names: frozenset[byt
         window: the file.
         position: end of the samples.
         form: format of the length field, in the notation of `struct`.
-        names: names of the chunks to pass over; by default, all names that consist of letters and digits.
+        names: names of the chunks to pass over; by default, all names that `CHUNK_NAME` matches.
     """
     head = 4 + struct.calcsize(form)
     while position + head <= window.size and not has_magic(window, position):

@@ -13,14 +13,14 @@ from nemo_lfr.io.containers.stream import FEW_BYTES, HEADER_CUT, JOINED, TAGS, S
 
 MAX_LEAD = 1 << 16  # maximum number of bytes before the first frame
 CRC = 2  # bytes that may follow the header of a frame
-# Maximum numbers of samples that a layer 3 decoder may drop: its own delay plus one frame, and the delay plus padding
-# that two 12-bit fields of the Xing header declare.
+# Numbers of samples that a layer 3 decoder may drop. DECODER_TRIM: its own delay plus one frame. XING_TRIM: maximum
+# of the encoder's delay plus padding, which are two 12-bit fields after the Xing header.
 DECODER_DELAY = 529
 DECODER_TRIM, XING_TRIM = DECODER_DELAY + 1152, 2 * 4095
 MAX_PADDING = 4096  # number of bytes of tags and zeros after the audio that are ignored without a warning
 
-# After the Xing header, encoders may write the LAME header: its size, and where it states the delay and the padding of
-# the encoder in two fields of 12 bits each.
+# Encoders may write the LAME header after the Xing header. In bytes: size of the LAME header, and the position in it
+# of the encoder's delay and padding (two fields of 12 bits each).
 LAME_BYTES, DELAY_AT = 36, 21
 
 _BITRATES = {  # kbit/s by (is MPEG 1, layer)
@@ -212,7 +212,7 @@ def _left_out(window: Window, start: int | None, stop: int) -> str | None:
 
 
 def _confirmed(window: Window, position: int, frame: Frame) -> bool:
-    """Return whether another frame of the same kind, or the end of the file, follows the frame at a position.
+    """Return whether another frame of the same kind, or the end of the audio, follows the frame at a position.
 
     Other bytes may look like a frame by chance, but are very unlikely to look like two consecutive frames.
     """
@@ -307,8 +307,8 @@ def _least_samples(piece: Piece) -> int:
 def _is_plain(window: Window, piece: Piece) -> bool:
     """Return whether libmpg123 reads a file completely and without messages on stderr.
 
-    Such a file consists only of ID3v2 tags, frames and an ID3v1 tag. If its Xing header declares a size, the size is
-    correct within 0.5%.
+    Such a file consists only of frames and, optionally, ID3v2 tags and an ID3v1 tag. The side information of its first
+    frame is all zeros. If its Xing header declares a size, the size is correct within 0.5%.
     """
     (start, stop), *others = piece.spans
     tag = window.size - 128
@@ -357,7 +357,7 @@ def _true_header(window: Window, piece: Piece) -> tuple[bytes, list[Span]]:
     if frame is not None and piece.promised and piece.count > piece.promised:
         tag = 4 + frame.side
         struct.pack_into(">I", header, tag + 8, piece.count)
-        flags = header[tag + 7]  # each one stands for a field: number of frames, size, table of contents, quality
+        flags = header[tag + 7]  # one bit per field: number of frames, size, table of contents, quality
         fields = sum(size for bit, size in enumerate((4, 4, 100, 4)) if flags >> bit & 1)
         padding = tag + 8 + fields + DELAY_AT + 1
         if padding + 2 <= len(header):
@@ -369,9 +369,9 @@ def _true_header(window: Window, piece: Piece) -> tuple[bytes, list[Span]]:
 def _header_frames(head: bytes, count: int) -> bytes:
     """Return a Xing header for frames without one, and a silent frame that follows it.
 
-    Together, they make libmpg123 return all samples of the frames. With a Xing header, it drops at least its own delay
-    of 529 samples, which it returns without one. The header therefore declares a delay of the encoder with which
-    exactly the silent frame is dropped.
+    Together, they make libmpg123 return all samples of the frames. Without a Xing header, libmpg123 drops no samples.
+    With a Xing header, it drops its own delay of 529 samples and the declared delay of the encoder. The new header
+    therefore declares a delay such that exactly the silent frame is dropped.
 
     Args:
         head: first four bytes of an audio frame. The two frames have the same sample rate and number of channels.

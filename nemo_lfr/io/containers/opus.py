@@ -73,5 +73,5 @@ class OpusTimes:
 
 
 def _differ(stated: float, usual: float) -> bool:
-    """Return whether two durations are those of different numbers of samples; time stamps may be imprecise."""
+    """Return whether two durations in seconds differ by more than imprecise time stamps can explain."""
     return abs(stated - usual) > max(0.1 * usual, _ROUNDING)

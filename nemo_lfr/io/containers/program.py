@@ -22,7 +22,7 @@ _AUDIO_IDS = (*range(0xC0, 0xE0), _PRIVATE, 0xFD)
 # First byte of AC-3 data in a private packet. In program streams, a byte of 0x80 or more precedes AC-3, DTS and PCM.
 _AC3 = 0x0B
 
-Extents = dict[int, tuple[int, int]]  # from each track to the positions of its first and last packets
+Extents = dict[int, tuple[int, int]]  # a dict from each track to the positions of its first and last packets
 
 
 def is_program(head: bytes, _: Window) -> bool:

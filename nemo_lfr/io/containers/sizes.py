@@ -8,8 +8,8 @@ from nemo_lfr.io.containers.stream import Window
 FrameSize = Callable[[bytes], int | None]
 FRAME_HEAD = 10  # number of bytes that a `FrameSize` needs
 _ADTS_HEAD, _LOAS_HEAD = 7, 3
-# AC-3: bit rate in kbit/s by size code, and frame size in bytes per kbit/s by rate code (48, 44.1 and 32 kHz; rounded
-# for 44.1 kHz).
+# AC-3: bit rates in kbit/s, indexed by half the size code; samples per frame; highest version numbers (`bsid`) of
+# AC-3 and of E-AC-3.
 _AC3_BITRATES = (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512, 576, 640)
 _AC3_SAMPLES, _AC3_LAST, _EAC3_LAST = 1536, 10, 16
 _DTS_CORE, _DTS_EXTENSION = b"\x7f\xfe\x80\x01", b"\x64\x58\x20\x25"

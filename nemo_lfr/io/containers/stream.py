@@ -43,7 +43,7 @@ class Stream:
         num_samples: number of samples per channel, if a decoder might return more samples; None otherwise.
         least_samples: minimum number of samples per channel. If a decoder returns fewer, the recording is damaged.
         tail: number of samples per channel in the last page of an Ogg file; for Opus always at 48 kHz.
-            libsndfile's seeks into this page may be wrong, since the page may end before its last block does.
+            libsndfile's seeks into this page may be wrong, since the page may end in the middle of a block.
     """
 
     spans: list[Span]
@@ -129,7 +129,7 @@ class Window:
         return self._block[offset : offset + count]
 
     def find(self, pattern: bytes, position: int, stop: int | None = None) -> int:
-        """Return the position of `pattern` at or after `position`; -1 if not found."""
+        """Return the position of the first `pattern` that starts in [position, stop); -1 if there is none."""
         stop = self.size if stop is None else min(stop, self.size)
         while position < stop:
             block = self.at(position, self.BLOCK)
@@ -194,7 +194,7 @@ def longer(promised: int, available: int) -> str:
 
 
 def several_tracks(count: int) -> str | None:
-    """Return the warning about a file with several audio tracks; None for one track."""
+    """Return the warning about a file with several audio tracks; None if there are fewer than two."""
     return f"the file contains {count} audio tracks; the first one is read" if count > 1 else None
 
 

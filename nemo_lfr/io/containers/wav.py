@@ -250,7 +250,7 @@ def samples_stream(header: WavHeader, spans: list[Span]) -> Stream:
 
 
 def _is_tag(head: bytes) -> bool:
-    """Return whether the next four bytes are the start of a metadata tag, not the name of a known chunk."""
+    """Return whether four bytes are the start of a metadata tag, rather than the name of a known chunk."""
     return head not in KNOWN_CHUNKS and any(head.startswith(tag[:4]) for tag in TAGS)
 
 

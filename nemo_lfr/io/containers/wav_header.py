@@ -121,7 +121,7 @@ class WavHeader:
 
 
 def _with_bits(form: bytes, order: str) -> bytes:
-    """Add the number of bits per sample to the content of a `fmt ` chunk that ends before it, at byte 14.
+    """Add the number of bits per sample to the content of a `fmt ` chunk that ends at byte 14, before this field.
 
     FFmpeg would assume 8 bits. The number follows from the size in bytes of one sample of all channels.
     """

@@ -141,7 +141,7 @@ def decode_block(model: EntropyModel, data: bytes, num_frames: int) -> np.ndarra
 
 def _check_rest(rest: bytes, size: int, num_frames: int) -> None:
     if rest and (size > least_bytes(num_frames) or rest.strip(b"\0")):
-        raise ValueError(f"{len(rest)} bytes follow the compressed data")
+        raise ValueError(f"{len(rest)} unexpected bytes follow the compressed data of a block")
 
 
 def decode_blocks(model: EntropyModel, blocks: Sequence[tuple[bytes, int]]) -> list[np.ndarray]:

@@ -56,8 +56,8 @@ def model_for(codec: KnownCodec, model: EntropyModel | str | os.PathLike[str] | 
         model: entropy model or its path; None for the bundled model.
 
     Raises:
-        EntropyModelError: if the model has other levels or codebooks than the codec, or if `model` is None and the
-            bundled model was fitted to another codec.
+        EntropyModelError: if the file of the model cannot be read, if the model and the codec differ in levels or
+            number of codebooks, or if `model` is None and the bundled model was fitted to another codec.
     """
     found = as_model(model)
     if found is None:
@@ -80,7 +80,7 @@ def model_if_any(codec: KnownCodec) -> EntropyModel | None:
 
 
 def check_layout(model: EntropyModel, levels: tuple[int, ...], num_codebooks: int, name: object) -> None:
-    """Check that an entropy model has the same levels and number of codebooks as some tokens.
+    """Check that an entropy model has the levels and the number of codebooks of the tokens.
 
     Args:
         model: the entropy model.
@@ -89,7 +89,7 @@ def check_layout(model: EntropyModel, levels: tuple[int, ...], num_codebooks: in
         name: name of the tokens for the message, such as the path of their file.
 
     Raises:
-        EntropyModelError: if the model has other levels or another number of codebooks.
+        EntropyModelError: if the model and the tokens differ in levels or number of codebooks.
     """
     spec = model.spec
     if (spec.levels, spec.num_codebooks) != (tuple(levels), num_codebooks):

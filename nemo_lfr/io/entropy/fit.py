@@ -81,8 +81,9 @@ def fit(
         overhead of the coder and the file.
 
     Raises:
-        EntropyModelError: if there are too few tokens, the codec has more levels than models support, or the fitted
-            weights are too large for integer arithmetic.
+        EntropyModelError: if fewer than two utterances have tokens, if the codec has more levels or FSQ dimensions
+            than entropy models support, if a setting is out of range, or if the fitted weights are too large for
+            integer arithmetic.
     """
     try:
         spec = ModelSpec(

@@ -114,9 +114,10 @@ class ModelSpec:
             if not at_least <= len(values) <= at_most or not all(
                 type(value) is int and low <= value <= high for value in values
             ):
+                count = at_least if at_least == at_most else f"{at_least} to {at_most}"
                 raise ValueError(
-                    f'"{name}" is {shorten(repr(values))}; expected a list of {at_least} to {at_most} whole numbers '
-                    f"from {low} to {high}"
+                    f'"{name}" is {shorten(repr(values))}; expected a list of {count} whole numbers from {low} to '
+                    f"{high}"
                 )
         for name, low, high in (("num_codebooks", 1, 256), ("past", 1, MAX_PAST)):
             value = getattr(self, name)
@@ -153,7 +154,8 @@ class EntropyModel:
         weights: tensors by name, as listed by `ModelSpec.tensors`.
 
     Raises:
-        ValueError: if `spec` is invalid, a tensor has another shape or dtype, or a sum could reach 2^24.
+        ValueError: if `spec` is invalid, if a tensor does not have the shape and dtype that `spec` requires, or if a
+            sum could reach 2^24.
         KeyError: if a tensor is missing.
     """
 
