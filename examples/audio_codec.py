@@ -78,7 +78,7 @@ def train(cfg: DictConfig) -> None:
         cfg: config with the sections `model`, `trainer` and `exp_manager`.
     """
     logging.info("Config:\n%s", OmegaConf.to_yaml(cfg, resolve=True))
-    # The seed is fixed and random draws depend only on the epoch, so a killed and resumed run gives the same result.
+    # Random draws depend only on the seed and the epoch, so a killed and resumed run gives the same result.
     seed = cfg.get("seed", 0)
     if type(seed) is not int or not 0 <= seed < 1 << 32:  # Lightning would replace it with 0
         raise ConfigError(f"seed is {seed!r}; pass a whole number from 0 to 2**32 - 1, as in +seed=1.")

@@ -401,7 +401,7 @@ def read_config(path: Path, overrides: list[str]) -> DictConfig:
 
 
 def check_numbers(config: Any, defaults: Any, prefix: str = "") -> None:
-    """Raise NemoLfrError if an option must be a positive number and is not."""
+    """Raise NemoLfrError if a number is negative, is 0 although it must be positive, or has the wrong type."""
     for key, default in defaults.items():
         value = config[key]
         if isinstance(default, dict):
@@ -410,7 +410,8 @@ def check_numbers(config: Any, defaults: Any, prefix: str = "") -> None:
             kinds = int if isinstance(default, int) else (int, float)
             is_low = not isinstance(value, kinds) or value < 0 or (value == 0 and key not in ZERO)
             if isinstance(value, bool) or is_low:
-                raise NemoLfrError(f"{prefix}{key} is {value!r}; pass a positive {type(default).__name__}.")
+                allowed = "0 or a positive" if key in ZERO else "a positive"
+                raise NemoLfrError(f"{prefix}{key} is {value!r}; pass {allowed} {type(default).__name__}.")
 
 
 @contextlib.contextmanager

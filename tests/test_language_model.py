@@ -254,6 +254,7 @@ def test_two_ranks_stop_together_and_resume_exactly(undisturbed, tmp_path):
         ("out={file}/below", "below: cannot be used as a folder"),
         ("steps=many", "steps is 'many'; pass a positive int"),
         ("batch_size=0", "batch_size is 0; pass a positive int"),
+        ("seed=-1", "seed is -1; pass 0 or a positive int"),
         ("model.width=33", "model.width is 33; pass a multiple of model.heads"),
         ("model.layers=2", "saved with other values of model; restore .* another out="),
         ("valid={other}", "were made by another codec"),
