@@ -313,7 +313,7 @@ def check_kept_samples(samples: Sequence[int], totals: Sequence[int], samples_pe
             low = max(0, whole - samples_per_frame + 1)
             raise TokensError(
                 f"audio_len[{row}] is {count} samples, but utterance {row} has {total} frames, which stand for {low} "
-                f"to {whole} samples; pass the length of the original recording."
+                f"to {whole} samples; pass the length of the original recording at the codec's sample rate."
             )
 
 

@@ -201,8 +201,8 @@ class Backend(Protocol[Array]):
     def fingerprints(self) -> Iterable[str]:
         """Return the fingerprints of the weights and settings, the current one first.
 
-        A codec has several fingerprints if older versions of this package computed them differently. The first one is
-        written to new token files. Token files with any of these fingerprints are accepted.
+        A codec has several fingerprints if older versions of this package computed its fingerprint differently. The
+        first one is written to new token files. Token files with any of these fingerprints are accepted.
         """
 
     def load(self, operation: Operation) -> None:

@@ -109,7 +109,8 @@ class CodecBase(Generic[Array]):
     def made(self, fingerprint: str) -> bool:
         """Return whether tokens with this fingerprint come from this codec.
 
-        Fingerprints that older versions of this package computed for this codec are also accepted.
+        Fingerprints that older versions of this package computed for this codec are also accepted. If the backend has
+        no fingerprint, the result is True for any fingerprint.
         """
         known = iter(self.backend.fingerprints())
         first = next(known, fingerprint)  # a backend without fingerprints accepts all
@@ -124,7 +125,7 @@ class CodecBase(Generic[Array]):
     def encoder(self) -> Any:
         """Encoder: a `torch.nn.Module` if the backend uses PyTorch.
 
-        Other backends return an object with only two attributes, `context` and `min_frames`.
+        With another backend, it may be an object with only the attributes `context` and `min_frames`.
         """
         return self.backend.encoder
 
@@ -132,7 +133,7 @@ class CodecBase(Generic[Array]):
     def decoder(self) -> Any:
         """Decoder: a `torch.nn.Module` if the backend uses PyTorch.
 
-        Other backends return an object with only two attributes, `context` and `min_frames`.
+        With another backend, it may be an object with only the attributes `context` and `min_frames`.
         """
         return self.backend.decoder
 

@@ -149,8 +149,8 @@ def _clip(
         raise AudioError(f"{name} has {len(waves)} rows; pass each clip of a list as mono, [T_audio].")
     if rate is None:
         _warn_once(
-            f"audio is assumed to be at the codec's rate, {target_rate} Hz; pass sample_rate if it has another one, "
-            f"or sample_rate={target_rate} to confirm."
+            f"audio is assumed to be at the codec's rate, {target_rate} Hz; pass its rate as sample_rate if this is "
+            f"wrong, or sample_rate={target_rate} to confirm."
         )
     if len(waves) == 2 and audio_len is None:
         _warn_once(

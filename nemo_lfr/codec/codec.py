@@ -149,8 +149,8 @@ class Codec(HubMethods[Array]):
         Args:
             tokens: integers, [C, T_encoded] or [B, C, T_encoded].
             tokens_len: frames in each utterance, [B]; default: the full length.
-            audio_len: samples to keep from each utterance, [B], usually the length of the recording before it was
-                encoded. Default: all samples of all frames.
+            audio_len: samples to keep from each utterance, [B], usually the length of the encoded recording at the
+                codec's sample rate. Default: all samples of all frames.
             num_codebooks: number of codebooks to decode, starting with the first; `tokens` may leave out the other
                 codebooks. Default: all.
 

@@ -60,7 +60,7 @@ def check_network(network: nn.Module, name: str) -> None:
     """Check that a stream can run a network without calling the network's modules.
 
     Raises:
-        NemoLfrError: if the network has hooks or replaced layers, or its weights are not fp32.
+        NemoLfrError: if the network has hooks or replaced layers, or `check_weights` rejects it.
     """
 
     def check() -> bool:

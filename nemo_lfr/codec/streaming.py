@@ -43,7 +43,7 @@ class StreamEncoder(BaseStream):
             Tokens [C, k] as int32; k may be 0.
 
         Raises:
-            AudioError: for an unsupported shape or type, or NaN values.
+            AudioError: for an unsupported shape or type, or for samples that are NaN, infinite or far outside [-1, 1].
             NemoLfrError: after `flush`, or if the encoder returns NaN or infinite values.
         """
         return push_encoders([self], [samples])[0]
@@ -128,8 +128,9 @@ class StreamDecoder(BaseStream):
         """End the recording and return the remaining audio [n].
 
         Args:
-            num_samples: length of the original recording in samples; the audio is trimmed to this length. Default: no
-                trimming. With a lookahead of 0, `push` has already returned the last frame, so the caller must trim.
+            num_samples: length of the original recording in samples at the codec's rate; the audio is trimmed to this
+                length. Default: no trimming. With a lookahead of 0, `push` has already returned the last frame, so the
+                caller must trim.
 
         Raises:
             TokensError: if `num_samples` does not match the number of frames.
@@ -145,7 +146,7 @@ class StreamDecoder(BaseStream):
             if -(-length // frame) != self._num_in:
                 raise TokensError(
                     f"num_samples is {length}, but {self._num_in} frames were pushed; pass the length of the "
-                    "original recording."
+                    "original recording at the codec's sample rate."
                 )
         self._finished = True
         silence = torch.zeros(1, self._dim, max(0, self._min_frames - self._num_in), dtype=torch.float32)

@@ -83,8 +83,8 @@ def load_samples(loader: AudioLoader, what: str, sample_rate: int, max_duration:
         Samples [T], floating point.
 
     Raises:
-        AudioError: if the loader fails, returns anything but a floating-point array [T], or returns samples that are
-            not finite, or none that differ from zero.
+        AudioError: if the loader fails; if it returns anything but a floating-point array [T]; or if it returns no
+            samples, only zeros, or samples that are not finite.
         OSError: if the loader cannot read the audio file.
     """
     try:

@@ -159,7 +159,8 @@ class TokenDataset(IterableDataset[TokenizedUtterance]):
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch, which determines the order of the utterances.
 
-        Without this call, a single process without data loader workers uses a new order in each pass.
+        Without this call, each pass over the dataset is a new epoch in a single process without data loader workers.
+        In all other cases, the epoch stays the same.
 
         Args:
             epoch: number of the epoch.
@@ -246,9 +247,16 @@ class TokenDataset(IterableDataset[TokenizedUtterance]):
         if not isinstance(state_dict, Mapping):
             raise NemoLfrError(f"the state is {shorten(repr(state_dict))}; pass the return value of state_dict.")
         for name, value in self._settings().items():
-            if name not in state_dict or state_dict[name] != value:
+            if name not in state_dict:
+                raise NemoLfrError(f"the state has no {name!r}; pass the return value of state_dict.")
+            if state_dict[name] != value and name == "tokens":
                 raise NemoLfrError(
-                    f"the state was saved with {name}={shorten(repr(state_dict.get(name)))}, but this dataset has "
+                    f"the state was saved for other tokens than those in {self.folder}; open the folder for which it "
+                    "was saved, or start without the state."
+                )
+            if state_dict[name] != value:
+                raise NemoLfrError(
+                    f"the state was saved with {name}={shorten(repr(state_dict[name]))}, but this dataset has "
                     f"{name}={value!r}; create the dataset with the saved value, or start without the state."
                 )
         for name, least in (("epoch", 0), ("position", 0), ("workers", 1)):

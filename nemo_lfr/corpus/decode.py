@@ -34,7 +34,7 @@ def decode_folder(
     Args:
         tokens: the folder of tokens.
         out: output folder. Each file is named after the id of its utterance. Ids are changed if they are not unique or
-            would lead out of this folder.
+            cannot be used as paths inside this folder.
         kind: format of the audio files, "wav" or "flac".
         model: checkpoint or Hub id of the codec that produced the tokens; None for the bundled codec.
         device: "cpu" or "cuda"; None for a GPU if one is available.

@@ -150,7 +150,7 @@ def _state(pid: int) -> tuple[int, str] | None:
 def _watch(token: str) -> None:
     """Wait until the run ends, and kill its processes unless it ended normally.
 
-    The run has ended when standard input is closed. It ended normally if it wrote a byte before.
+    The run has ended when it closes the standard input of this process. It ended normally if it first wrote a byte.
 
     Args:
         token: random id of the run, which its processes have in the environment variable `NEMO_LFR_RUN`.

@@ -82,7 +82,8 @@ def open_plan(config: TokenizeConfig, on_cpu: bool) -> Iterator[Plan]:
 
     Raises:
         NemoLfrError: if the corpus or codec cannot be read, an option is invalid, another run is writing to the output
-            folder, or the folder contains other files or the tokens of another run.
+            folder, or the folder contains other files, the tokens of another run, or a run whose plan is missing or
+            damaged.
     """
     config.validate()
     requested_out = config.out

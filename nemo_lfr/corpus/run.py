@@ -79,8 +79,8 @@ def tokenize(
         "missing_shards".
 
     Raises:
-        NemoLfrError: if an option is invalid, the corpus or codec cannot be read, the output folder contains the
-            tokens of another run, or another run is writing to it.
+        NemoLfrError: if the run cannot start (see `open_plan`), the corpus or the output changes during the run, or
+            workers die repeatedly.
         AudioError: with `config.strict`, for the first clip that fails.
         OSError: if a file cannot be written, or with `config.strict`, if an audio file cannot be read.
     """
@@ -186,7 +186,7 @@ def finish(plan: Plan, records: list[ShardRecord]) -> dict[str, Any]:
         The content of `tokens.json`.
 
     Raises:
-        NemoLfrError: if files of a shard were removed or changed during the run.
+        NemoLfrError: if the output folder was replaced, or files of a shard were removed or changed, during the run.
     """
     config, out = plan.config, plan.out
     check_claim(config.state, config.claim)

@@ -69,8 +69,9 @@ def tokenize_shard(
 
     Raises:
         AudioError: with `config.strict`, for a clip that cannot be tokenized.
-        NemoLfrError: if the output folder no longer belongs to this run.
-        OSError: if files cannot be written.
+        NemoLfrError: if the output folder no longer belongs to this run, or if a corpus reader or an output format of
+            another package fails.
+        OSError: if files cannot be written, or with `config.strict`, if the file of a clip cannot be read.
     """
     out = resolve(config.out)
     record = ShardRecord(index)

@@ -283,8 +283,8 @@ class TokenFolder:
 def reason_of(error: BaseException) -> str:
     """Return the first line of an exception that a third-party library raised, for an error message.
 
-    For a KeyError, the result says which key is missing. If there is no message, it is the name of the exception's
-    class.
+    For a KeyError, the result says which key is missing. If there is no message, the result is the name of the
+    exception's class.
     """
     if isinstance(error, KeyError):
         return f"{shorten(repr(error.args[0] if error.args else ''))} is missing"

@@ -42,7 +42,7 @@ class Layout(ABC):
         num_streams: number of parallel sequences, S.
 
     Raises:
-        ConfigError: if `num_codebooks` or `codebook_size` is not a positive integer, or `first_id` is negative.
+        ConfigError: if `num_codebooks`, `codebook_size` or `first_id` is not an integer, or is too small.
     """
 
     num_streams: int = 1

@@ -94,8 +94,8 @@ _WEIGHTS: DerivedForms[ProductWeights] = DerivedForms()
 def stream_weights(network: nn.Module) -> StreamWeights:
     """Return the weights of a network for streams.
 
-    In fp32 on a CPU, short convolutions run as matrix products if the weights can be packed. Otherwise, the network's
-    modules are called.
+    In fp32 on a CPU, if the weights can be packed, short convolutions run as matrix products, and long ones with the
+    packed weights. In all other cases, the network's modules are called.
     """
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
     if dtype == torch.float32:

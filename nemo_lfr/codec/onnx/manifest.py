@@ -62,7 +62,7 @@ def read_manifest(folder: Path) -> Manifest:
     """Read the manifest of an exported folder.
 
     Raises:
-        CheckpointError: if the manifest is missing, or a value in it is invalid.
+        CheckpointError: if the manifest is missing, cannot be read or is not valid.
     """
     path = folder / MANIFEST
     try:
@@ -163,8 +163,8 @@ def read_verified(folder: Path, name: str, manifest: Manifest) -> bytes:
         Content of the file.
 
     Raises:
-        CheckpointError: if the file is missing, its hash differs from the one in the manifest, or it contains
-            something that the export does not write.
+        CheckpointError: if the file is missing or cannot be read, its hash differs from the one in the manifest, or it
+            contains something that the export does not write.
     """
     path = folder / name
     if not os.path.lexists(path):

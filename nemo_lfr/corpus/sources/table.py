@@ -77,7 +77,7 @@ class Table(CorpusReader):
         return self._files
 
     def log_choices(self) -> None:
-        """Log which labels come from columns with other names, and which columns are left out.
+        """Log which columns with nonstandard names are read as labels, and which columns are left out.
 
         If the folder contains audio files, also log that those that no table lists are not used.
         """
