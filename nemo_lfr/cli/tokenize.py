@@ -69,7 +69,8 @@ class FormatName(click.Choice):  # type: ignore[type-arg]  # generic in recent r
 @click.option(
     "--audio-dir",
     type=UserPath(exists=True, file_okay=False),
-    help="Base folder for relative paths in CORPUS (default: the folder that contains CORPUS).",
+    help="Base folder for relative paths in CORPUS (default: CORPUS if it is a folder, else the folder that "
+    "contains it).",
 )
 @click.option(
     "--dataset", metavar="NAME", help="Corpus name in Magpie's speaker labels (default: the name of CORPUS)."
