@@ -55,7 +55,7 @@ MAX_PARAMETERS = 2_000_000_000
 _HYDRA_KEYS = ("_target_", "_convert_", "_recursive_")
 _OTHER_FAMILIES = ("semantic_codec", "semantic_codec_path")
 
-# OmegaConf flag of configs that came from a checkpoint. Training checkpoints may contain its value.
+# OmegaConf flag of configs that came from a checkpoint. Training checkpoints contain this name, so keep it.
 _FROM_CHECKPOINT = "nemo_lfr_from_file"
 
 

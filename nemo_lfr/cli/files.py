@@ -39,8 +39,7 @@ class FileTask:
     Attributes:
         source: path of the input file.
         target: path of the output file.
-        replaces_link: whether `target` is a link to a missing file. The output replaces the link even without
-            --overwrite.
+        replaces_link: whether `target` is a link to a missing file that the output replaces (--skip-existing).
         keeps_existing: whether the task counts as done if another process writes `target` first (--skip-existing).
     """
 
@@ -78,8 +77,8 @@ def plan_tasks(
         Tasks without duplicates.
 
     Raises:
-        NemoLfrError: if an input is missing or has the wrong type, if a folder has no matching file, or if two inputs
-            have the same output.
+        NemoLfrError: if an input is missing or has the wrong type, if an input folder has no matching file, if a file
+            is its own output, if two inputs have the same output, or if `out` has an unsuitable suffix.
     """
     passed_over: list[str] = []
     single = names_a_file(out, new_suffix, possible)

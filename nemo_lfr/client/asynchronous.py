@@ -67,8 +67,8 @@ class AsyncClient:
 class _AsyncStream(CodecProperties):
     """Base class of the streams of `AsyncClient`. A stream can be used once.
 
-    `async with` opens a stream, and raises the same errors as `Client.decode_stream`. After an error, all methods
-    except `close` raise this error again.
+    `async with` opens a stream, and raises the same errors as `Client.decode_stream`. After a `ServerError`, all
+    methods except `close` raise this error again.
 
     Send the input in one task and receive the results in another one, or use `through`, which does both. If the client
     does not receive results, the server stops reading input, and disconnects the client after 20 s (by default).

@@ -29,14 +29,14 @@ T = TypeVar("T")
 class Client:
     """Client of `nemo-lfr serve`.
 
-    Several threads may use one client, but each stream belongs to one thread.
+    Several threads may use one client, but only one thread at a time may use a stream.
 
     Args:
         url: address of the server.
         token: access token, if the server requires one.
-        timeout: maximum time in seconds to wait for a connection or a response. A large response may take longer if
-            at least 64 kB arrive per second. While the client waits in a stream, the stream fails if the server
-            neither reads input nor sends a result for `timeout` seconds.
+        timeout: maximum time in seconds to wait for a connection or a response. A large file or response may take
+            longer if at least 64 kB are transferred per second. While the client waits in a stream, the stream fails
+            if the server neither reads input nor sends a result for `timeout` seconds.
         retry_s: number of seconds for which the client keeps trying to open a stream or to send a file while the
             server is full, is shutting down or cannot be reached.
 
@@ -64,9 +64,8 @@ class Client:
             audio: path or content of the file.
 
         Raises:
-            AudioError: if `audio` is neither bytes nor the path of a regular file.
-            FileNotFoundError: if the file does not exist.
-            ServerError: if the server refuses the file, fails or cannot be reached.
+            AudioError: if `audio` is neither bytes nor the path of a readable file, for example if the file does not
+            exist. ServerError: if the server refuses the file, fails or cannot be reached.
         """
         return encode_file(self._server, audio)
 
@@ -135,7 +134,7 @@ class _Stream(CodecProperties):
 
     A separate thread receives results and enforces time limits, even while the calling thread is busy.
 
-    A stream can be used once. After an error, all methods except `close` raise this error again.
+    A stream can be used once. After a `ServerError`, all methods except `close` raise this error again.
     """
 
     def __init__(self, server: Server, conversation: Conversation) -> None:
@@ -236,11 +235,11 @@ class DecodeStream(_Stream):
             tokens: integers of shape [C, k], or [C] for one frame.
 
         Returns:
-            Samples [n] in [-1, 1] as `sample_type`; n may be 0.
+            Samples [n] of type `sample_type`, float32 in [-1, 1] or int16; n may be 0.
 
         Raises:
             TokensError: if the tokens are not valid.
-            NemoLfrError: if the stream is closed.
+            NemoLfrError: if the stream is closed, or another thread is using it.
             ServerError: if the server ends the stream, sends an invalid message or stops reading, or if the connection
                 is lost.
         """
@@ -255,7 +254,7 @@ class DecodeStream(_Stream):
                 yourself.
 
         Raises:
-            NemoLfrError: if the stream is closed, or `num_samples` is not valid.
+            NemoLfrError: if the stream is closed, another thread is using it, or `num_samples` is not valid.
             ServerError: if the server ends the stream, sends an invalid message or does not answer in time, or if the
                 connection is lost.
         """
@@ -278,7 +277,7 @@ class EncodeStream(_Stream):
 
         Raises:
             AudioError: if the samples are not valid.
-            NemoLfrError: if the stream is closed.
+            NemoLfrError: if the stream is closed, or another thread is using it.
             ServerError: if the server ends the stream, sends an invalid message or stops reading, or if the connection
                 is lost.
         """
@@ -288,7 +287,7 @@ class EncodeStream(_Stream):
         """End the recording, wait for the remaining tokens [C, k], and close the stream.
 
         Raises:
-            NemoLfrError: if the stream is closed.
+            NemoLfrError: if the stream is closed, or another thread is using it.
             ServerError: if the server ends the stream, sends an invalid message or does not answer in time, or if the
                 connection is lost.
         """

@@ -100,9 +100,8 @@ def encode_file(server: Server, audio: bytes | str | os.PathLike[str]) -> Encode
         audio: path of the file, or its content as bytes.
 
     Raises:
-        AudioError: if `audio` is neither bytes nor the path of a regular file.
-        FileNotFoundError: if the file does not exist.
-        ServerError: if the server refuses the file, fails, cannot be reached or does not return valid tokens.
+        AudioError: if `audio` is neither bytes nor the path of a readable file, for example if the file does not
+        exist. ServerError: if the server refuses the file, fails, cannot be reached or does not return valid tokens.
     """
     if isinstance(audio, bytes | bytearray):
         info = get_info(server)

@@ -76,7 +76,7 @@ class Server:
             raise NemoLfrError("the access token is not printable ASCII; pass the value that the server requires.")
         for name, value in (("timeout", self.timeout), ("retry_s", self.retry_s)):
             if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= value <= MAX_SECONDS:
-                raise NemoLfrError(f"{name} is {shorten(repr(value))}; pass a number of seconds up to {MAX_SECONDS}.")
+                raise NemoLfrError(f"{name} is {shorten(repr(value))}; pass from 0 to {MAX_SECONDS} seconds.")
         if not self.timeout:
             raise NemoLfrError("timeout is 0; pass a positive number of seconds.")
 

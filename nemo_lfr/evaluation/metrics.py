@@ -339,7 +339,7 @@ def measure(
 def checked(value: Any) -> Value:
     """Convert a metric value to `float`.
 
-    NaN and infinity become `Undefined`. A value of another type than a real number becomes `NotMeasured`, and a
+    NaN and infinity become `Undefined`. A value that `float` does not accept becomes `NotMeasured`, and a
     `NotMeasured` is unchanged.
     """
     if isinstance(value, NotMeasured):
@@ -348,4 +348,4 @@ def checked(value: Any) -> Value:
         number = float(value)
     except (TypeError, ValueError, OverflowError):
         return NotMeasured(f"not measured: the metric returned {shorten(repr(value), 60)}, not a number")
-    return number if math.isfinite(number) else Undefined("not a number")
+    return number if math.isfinite(number) else Undefined("NaN or infinite")

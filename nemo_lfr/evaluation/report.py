@@ -37,7 +37,8 @@ INTERVALS = (
 PAIRED = (
     "Value of the first codec minus value of the second: mean over the recordings for which both codecs have a value, "
     f"with the 95 % bootstrap confidence interval. {tables.FIRST}: the first codec is better, {tables.SECOND}: the "
-    "second codec is better. Without a mark, the interval contains zero, or there is only one recording."
+    "second codec is better. There is no mark if the interval contains zero, if there is only one recording, or if "
+    "neither higher nor lower values of the metric are better."
 )
 
 

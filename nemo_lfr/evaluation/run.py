@@ -68,7 +68,8 @@ def evaluate(
         The results of all codecs.
 
     Raises:
-        NemoLfrError: if `out` contains an evaluation of other recordings, or a key of `models` is unknown.
+        NemoLfrError: if `out` contains an evaluation of other or changed recordings or at another rate, or if `models`
+            has an unknown kind or a missing file.
     """
     check_main_program()
     models = models or {}

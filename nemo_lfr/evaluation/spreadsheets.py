@@ -34,8 +34,8 @@ def per_recording(evaluation: Evaluation) -> str:
 def summary(evaluation: Evaluation) -> str:
     """Return CSV text with one line for each codec.
 
-    The line contains the mean of each metric over the recordings, the bounds of its 95 % confidence interval, and the
-    number of recordings.
+    The line contains the bit rates and the delay of the codec. For each metric, it also contains the mean, the bounds
+    of its 95 % confidence interval, and the number of recordings that have a value.
     """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")

@@ -128,7 +128,7 @@ def means(result: Result, keys: Iterable[str]) -> dict[str, Mean]:
 def quality(
     evaluation: Evaluation, keys: Sequence[str], title: str = "", card: Mapping[str, float] | None = None
 ) -> Table:
-    """Tabulate bit rate and metrics, with one row for each codec.
+    """Tabulate bit rate, number of recordings and metrics, with one row for each codec.
 
     Args:
         evaluation: results to tabulate.
@@ -174,8 +174,8 @@ def differences(evaluation: Evaluation, keys: Sequence[str]) -> Table | None:
     Returns:
         A table, or None if there are fewer than two codecs besides "original". A cell contains the mean difference
         (first codec minus second codec) over the recordings for which both codecs have a value, and its confidence
-        interval if there are several such recordings; "-" if there are none. If the interval excludes zero, a mark
-        (FIRST or SECOND) shows which codec is better.
+        interval if there are several such recordings; "-" if there are none. If the interval excludes zero and the
+        metric has a better direction, a mark (FIRST or SECOND) shows which codec is better.
     """
     metrics = all_metrics()
     codecs = [result for result in evaluation.results if result.name not in REFERENCES]

@@ -34,7 +34,7 @@ from nemo_lfr.serve.session import EngineLimits, Session
 
 logger = logging.getLogger(__name__)
 
-TRIM_INTERVAL_S = 30.0  # time between two trims of the heap, which return freed memory to the system
+TRIM_INTERVAL_S = 30.0  # minimum time between trims of the heap, which return freed memory to the system
 SHUTTING_DOWN = "the server is shutting down; connect to another one."
 
 
@@ -74,7 +74,7 @@ class Engine:
     Args:
         codec: PyTorch codec. Other threads may use the codec at the same time, but must not change its weights.
         limits: limits of the engine; the defaults of `EngineLimits` if None.
-        on_step: function that the engine's thread calls after each step, with measurements of the step.
+        on_step: function that the engine's thread calls after each completed step, with measurements of the step.
 
     Raises:
         NemoLfrError: if the codec's backend cannot process streams in batches.
@@ -156,7 +156,7 @@ class Engine:
             lookahead: number of later frames that a sample may depend on; see `Codec.stream_decoder`.
             first_lookahead: a smaller lookahead for the first frames; see `Codec.stream_decoder`.
             ramp: numbers of frames in the first chunks, such as (1, 2, 4). Small first chunks give the first audio
-                sooner. A chunk is processed when all of its frames have arrived.
+                sooner. A chunk is processed when all of its frames have arrived, or the input has ended.
             live: whether the session is a live stream. Other sessions (files) wait while a live stream has input.
 
         Yields:

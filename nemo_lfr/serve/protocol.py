@@ -30,7 +30,7 @@ class CloseCode(IntEnum):
     DONE = 1000
     GONE = 1001  # the client closed the connection; this code is counted in metrics but never sent
     INVALID = 1007  # invalid message or parameter
-    POLICY = 1008  # wrong token or origin, or a client that sends nothing or reads nothing for too long
+    POLICY = 1008  # wrong token or origin, or a client that is idle, does not read, or sends too many pings
     TOO_BIG = 1009  # message or recording above its limit
     FAULT = 1011  # unexpected error in the server
     RESTART = 1012  # the server is shutting down

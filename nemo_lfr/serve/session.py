@@ -21,10 +21,10 @@ class EngineLimits:
     Attributes:
         max_streams: maximum number of open sessions, including background sessions for files.
         max_batch: maximum number of streams per step.
-        max_frames: maximum number of frames per step, summed over all streams. This limits the memory and the duration
-            of a step.
+        max_frames: maximum number of frames per step, summed over all streams, unless the step processes only one
+            stream. This limits the memory and the duration of a step.
         chunk_frames: maximum number of frames of one stream per step. Larger chunks need less computation but make
-            other streams wait longer. The limit does not apply to the chunks of a `ramp`.
+            other streams wait longer. The limit does not apply to the first chunk, nor to the chunks of a `ramp`.
         max_pending_s: maximum unprocessed input of one stream, in seconds of audio. Above this limit,
             `Session.feed` waits.
         max_uncollected_s: maximum uncollected results of one stream, in seconds of audio. Above this limit, the

@@ -19,11 +19,12 @@ class TransformersCodec(ComparedCodec):
 
     Attributes:
         class_name: name of the model class in transformers.
-        hub_id: Hub id of the default weights, which are used if the options name no folder.
+        hub_id: Hub id of the default weights, which are used if the options name no others.
         unit: unit of the setting, "kbit/s" or "codebooks".
 
     Args:
-        options: SETTING or SETTING:FOLDER. The setting is a bit rate in kbit/s or a number of codebooks.
+        options: SETTING, SETTING:FOLDER or SETTING:HUB_ID. The setting is a bit rate in kbit/s or a number of
+            codebooks.
         device: PyTorch device; chosen automatically if None.
     """
 
@@ -54,7 +55,7 @@ class TransformersCodec(ComparedCodec):
                     "complete copy."
                 ) from error
             raise NemoLfrError(
-                f"{self.kind}: no weights in {source or 'the Hub cache'}; download them first: "
+                f"{self.kind}: no weights of {source or self.hub_id} in the Hub cache; download them first: "
                 f"hf download {source or self.hub_id}"
             ) from error
         self.model = model.eval().to(self.device)

@@ -42,7 +42,8 @@ class ModelMetric(ABC):
         Args:
             original: original recording.
             output: reconstruction, with the same rate and length.
-            labels: labels of the recording in the manifest.
+            labels: labels of the recording in the manifest. Stored results are computed again only if "text" or "lang"
+                has changed, so `measure` should not depend on other labels.
 
         Returns:
             The value of each metric in `metrics`, or a `NotMeasured` with the reason.
