@@ -201,8 +201,8 @@ def check_weights(module: nn.Module, name: str) -> None:
         name: name of the network, for messages.
 
     Raises:
-        NemoLfrError: if a weight has another dtype or is sparse, or if the settings of a `Conv1d` or `ConvTranspose1d`
-            were changed to values that the module does not support. The message says how to fix it.
+        NemoLfrError: if a weight is not fp32 or is sparse, or if the settings of a `Conv1d` or `ConvTranspose1d` were
+            changed to values that the module does not support. The message says how to fix it.
     """
     # Not `module.parameters()`, which takes three times as long.
     for child in module.modules():

@@ -92,7 +92,7 @@ def check_backend(backend: Any) -> None:
     """Check that a backend is an object, not a class, and has a `CodecSpec` and a `Batching`.
 
     Raises:
-        NemoLfrError: if the backend is a class, or if its `spec` or `batching` is missing or has another type.
+        NemoLfrError: if the backend is a class, or if its `spec` or `batching` is missing or has the wrong type.
     """
     if isinstance(backend, type):
         raise NemoLfrError(

@@ -103,7 +103,7 @@ class Layout(ABC):
             padding after them. For `tokens` without the dimension B, the results have no dimension B either.
 
         Raises:
-            TokensError: if `tokens` has another shape, an id is outside the codebook, or `tokens_len` is invalid.
+            TokensError: if the shape of `tokens` or `tokens_len` is invalid, or an id is outside the codebook.
         """
         tokens = as_integers(tokens, "tokens")
         batched = len(tokens.shape) == 3
@@ -153,7 +153,7 @@ class Layout(ABC):
             either.
 
         Raises:
-            TokensError: if `ids` has another shape.
+            TokensError: if the shape of `ids` is not one that `arrange` returns.
         """
         ids = as_integers(ids, "ids")
         dims = 2 if self._is_flat else 3
