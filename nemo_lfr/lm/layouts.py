@@ -103,7 +103,7 @@ class Layout(ABC):
             padding after them. For `tokens` without the dimension B, the results have no dimension B either.
 
         Raises:
-            TokensError: if the shape of `tokens` or `tokens_len` is invalid, or an id is outside the codebook.
+            TokensError: if `tokens_len` or the shape of `tokens` is invalid, or an id is outside the codebook.
         """
         tokens = as_integers(tokens, "tokens")
         batched = len(tokens.shape) == 3
