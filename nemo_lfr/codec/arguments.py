@@ -82,7 +82,9 @@ def check_chunk(arrays: Arrays[Any], samples: object) -> np.ndarray:
         raise AudioError(f"samples have shape {list(chunk.shape)}; pass chunks of one recording, each of shape [n].")
     if not len(chunk):
         return np.zeros(0, np.float32)
-    return to_numpy(check_audio(arrays, chunk)[0][0])
+    clip = float_audio(arrays, chunk)[None]
+    check_peak(arrays.peaks(clip, [len(chunk)])[0], "the chunk")
+    return to_numpy(clip[0])
 
 
 def check_token_chunk(arrays: Arrays[Any], spec: CodecSpec, tokens: object) -> Any:
@@ -94,7 +96,7 @@ def check_token_chunk(arrays: Arrays[Any], spec: CodecSpec, tokens: object) -> A
     ids = arrays.convert(tokens, "tokens", TokensError)
     if ids.ndim != 2:
         raise TokensError(f"tokens have shape {list(ids.shape)}; pass chunks of one recording, each of shape [C, k].")
-    return check_tokens(arrays, spec, ids)[0][0]
+    return check_tokens(arrays, spec, ids, name="the chunk")[0][0]
 
 
 def resample_clips(
@@ -183,7 +185,12 @@ def check_num_codebooks(spec: CodecSpec, num_codebooks: object) -> int:
 
 
 def check_tokens(
-    arrays: Arrays[Any], spec: CodecSpec, tokens: object, tokens_len: object = None, num_codebooks: int | None = None
+    arrays: Arrays[Any],
+    spec: CodecSpec,
+    tokens: object,
+    tokens_len: object = None,
+    num_codebooks: int | None = None,
+    name: str = "utterance {}",
 ) -> tuple[Any, list[int]]:
     """Check tokens and convert them to int64.
 
@@ -194,6 +201,7 @@ def check_tokens(
         tokens_len: frames in each utterance, [B]; default: the full length.
         num_codebooks: number of codebooks to use, starting with the first; default: all. `tokens` may leave out the
             other codebooks. In the result, all tokens of the other codebooks are `spec.zero_token`.
+        name: name of an utterance in messages; "{}" stands for its index.
 
     Returns:
         Tokens [B, C, T] with all codebooks, and the number of frames in each utterance.
@@ -227,8 +235,8 @@ def check_tokens(
             bad = low if low < 0 else high
             bad += 2**64 if bad < 0 and is_unsigned else 0
             raise TokensError(
-                f"utterance {row} contains the token {bad}, which is outside [0, {spec.codebook_size}); pass tokens "
-                "of this codec."
+                f"{name.format(row)} contains the token {bad}, which is outside [0, {spec.codebook_size}); pass "
+                "tokens of this codec."
             )
     return ids, totals
 

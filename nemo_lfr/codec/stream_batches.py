@@ -134,6 +134,17 @@ def _exclusive(streams: Sequence[BaseStream]) -> Iterator[None]:
             raise
 
 
+@contextmanager
+def _naming(number: int, streams: Sequence[Any]) -> Iterator[None]:
+    """Begin the message of an error with the index of its stream, if there are several streams."""
+    try:
+        yield
+    except NemoLfrError as error:
+        if len(streams) == 1:
+            raise
+        raise type(error)(f"stream {number}: {error}") from error
+
+
 def push(streams: Sequence[Any], inputs: Sequence[Any], kind: type[BaseStream], advance: Advance) -> list[np.ndarray]:
     """Push input to several streams of one codec, and return the new output items [..., k] of each stream.
 
@@ -178,7 +189,10 @@ def flush(
     if not streams:
         return []
     with _exclusive(streams):
-        ends = [stream._end(length) for stream, length in zip(streams, lengths, strict=True)]
+        ends = []
+        for number, (stream, length) in enumerate(zip(streams, lengths, strict=True)):
+            with _naming(number, streams):
+                ends.append(stream._end(length))
         begun = [number for number, stream in enumerate(streams) if stream._num_in]
         results = [stream._empty() for stream in streams]
         if begun:
@@ -219,7 +233,10 @@ def _listed(values: Any, what: str) -> list[Any]:
 
 def _push_checked(streams: Sequence[Any], inputs: Sequence[Any], advance: Advance) -> list[np.ndarray]:
     """Validate all inputs, then process them in pieces of bounded size."""
-    checked = [stream._check(new) for stream, new in zip(streams, inputs, strict=True)]
+    checked = []
+    for number, (stream, new) in enumerate(zip(streams, inputs, strict=True)):
+        with _naming(number, streams):
+            checked.append(stream._check(new))
     size = streams[0]._piece
     longest = max(new.shape[-1] for new in checked)
     results = []
@@ -269,11 +286,12 @@ def run_step(
         for number, rest in zip(early, rests, strict=True):
             results[number] = torch.cat([results[number], rest], dim=-1)
     returned = []
-    for stream, result, whole in zip(streams, results, computed, strict=True):
+    for number, (stream, result, whole) in enumerate(zip(streams, results, computed, strict=True)):
         due = whole if stream.exact or last or stream._has_more else stream._num_due()
         stop = max(whole, due, stream._num_out)
         new = result[..., stream._num_out - stream._num_computed : stop - stream._num_computed]
         returned.append(new.cpu().numpy().copy())  # a copy: a view would keep the results of the whole batch in memory
         stream._num_computed, stream._num_out = whole, stop
-        check(returned[-1][None])
+        with _naming(number, streams):
+            check(returned[-1][None])
     return returned

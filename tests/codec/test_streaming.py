@@ -234,7 +234,7 @@ def test_invalid_length_of_one_stream_leaves_all_streams_open():
     codec = cached_codec("symmetric")
     decoders = [codec.stream_decoder() for _ in range(2)]
     first = push_decoders(decoders, [np.zeros((8, 3), int)] * 2)[0]
-    with pytest.raises(TokensError, match="3 frames were pushed"):
+    with pytest.raises(TokensError, match=r"stream 1: .*3 frames were pushed"):
         flush_decoders(decoders, [None, 5000])
     with pytest.raises(NemoLfrError, match="got 1 lengths for 2 streams"):
         flush_decoders(decoders, [3000])
@@ -425,6 +425,20 @@ def test_a_push_that_fails_halfway_is_undone(monkeypatch):
     found += [stream.push(wave[5000:]), stream.flush()]
     assert len(calls) == 2
     assert_same_tokens(codec, wave, torch.from_numpy(np.concatenate(found, axis=1)))
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_an_error_names_the_stream_with_the_invalid_chunk(count):
+    codec = cached_codec("symmetric")
+    stream = "" if count == 1 else f"stream {count - 1}: "
+    encoders = [codec.stream_encoder() for _ in range(count)]
+    chunks = [synthesize(0.1)] * (count - 1) + [np.full(2000, np.nan, np.float32)]
+    with pytest.raises(AudioError, match=f"^{stream}the chunk contains NaN"):
+        push_encoders(encoders, chunks)
+    decoders = [codec.stream_decoder() for _ in range(count)]
+    tokens = [np.zeros((8, 3), int)] * (count - 1) + [np.full((8, 3), 9999)]
+    with pytest.raises(TokensError, match=f"^{stream}the chunk contains the token 9999, which is outside"):
+        push_decoders(decoders, tokens)
 
 
 def test_copied_stream_is_independent():
