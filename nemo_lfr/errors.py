@@ -169,9 +169,9 @@ def quoted(value: object, length: int = 80) -> str:
 
 
 def printable(text: str) -> str:
-    """Replace control characters, line ends and bidirectional overrides with "?".
+    """Replace characters that are not printable, such as control characters and line ends, with "?".
 
-    A terminal would obey these characters instead of showing them.
+    A terminal would obey some of these characters, such as bidirectional overrides, instead of showing them.
     """
     return "".join(char if char.isprintable() else "?" for char in text)
 
@@ -179,8 +179,8 @@ def printable(text: str) -> str:
 def install_command(*packages: str) -> str:
     """Return the pip command that installs optional packages.
 
-    The command names the packages instead of an extra such as `nemo_lfr[eval]`, so that it also works if nemo_lfr was
-    installed from a clone or a local file. It includes the version limits of nemo_lfr.
+    The command names the packages instead of an extra such as `nemo_lfr[evaluate]`, so that it also works if nemo_lfr
+    was installed from a clone or a local file. It includes the version limits of nemo_lfr.
 
     Args:
         packages: names on the package index, with their extras, such as "nemo_toolkit[tts]".

@@ -212,7 +212,7 @@ def open_shards(folder: Path, shards: Mapping[str, str]) -> Tensors:
     if different := sorted(key for key in {*stored, *expected} if stored.get(key) != expected.get(key)):
         key = different[0]
         raise CheckpointError(
-            f"{index}: the file lists {shorten(key)} in {expected.get(key, 'no file')}, but this tensor is in "
+            f"{index}: the tensor {shorten(key)} should be in {expected.get(key, 'no file')}, but is in "
             f"{stored.get(key, 'no file')}; download or save the folder again."
         )
     return tensors

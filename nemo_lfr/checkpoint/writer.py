@@ -50,6 +50,7 @@ def write_checkpoint(
 
     Raises:
         CheckpointError: if the file cannot be written, for instance on a full disk. An existing file is then kept.
+        ConfigError: if NeMo has no class for one of the modules.
     """
     path = Path(path)
     check_replaceable(path, CheckpointError)

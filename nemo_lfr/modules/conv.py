@@ -141,7 +141,7 @@ class Conv1d(nn.Module):
         if causal:
             self.pad = (span - stride, 0)
         elif stride == 1 and span % 2 == 0:
-            raise ConfigError(f"the kernel size {kernel_size} is even; use an odd one, or the causal class.")
+            raise ConfigError(f"the kernel size {kernel_size} is even; use an odd one, or a causal network.")
         elif stride > 1:
             self.pad = ((span - stride + 1) // 2,) * 2
         else:
@@ -190,7 +190,8 @@ class ConvTranspose1d(nn.Module):
     """Transposed convolution with kernel size 2 * stride, which multiplies the length by `stride`.
 
     Such a convolution gives `stride` more outputs than needed. A symmetric layer removes half of the extra outputs at
-    each end. A causal layer removes all extra outputs at the end.
+    each end (if `stride` is odd, one more at the start than at the end). A causal layer removes all extra outputs at
+    the end.
 
     Args:
         in_channels: number of input channels.

@@ -219,8 +219,8 @@ INDEXES = {
         lambda index: index["weight_map"].update({BIAS: "model-9-of-9.safetensors"}),
         "model-9-of-9.safetensors: no such file, but .* lists it",
     ),
-    "swapped files": (swap_shards, "but this tensor is in model-"),
-    "a missing tensor": (lambda index: index["weight_map"].pop(BIAS), f"lists {BIAS} in no file"),
+    "swapped files": (swap_shards, "should be in model-.*, but is in model-"),
+    "a missing tensor": (lambda index: index["weight_map"].pop(BIAS), f"{BIAS} should be in no file, but is in "),
 }
 
 
