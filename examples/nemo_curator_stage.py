@@ -54,7 +54,7 @@ class TokenizeStage(ProcessingStage[AudioTask, AudioTask]):
         return [], [self.audio_filepath_key]
 
     def outputs(self) -> tuple[list[str], list[str]]:
-        """Return the keys that the stage adds to a task."""
+        """Return the keys that the stage adds to a task if its file can be tokenized."""
         return [], [self.tokens_key, self.frames_key]
 
     def setup(self, worker_metadata: Any = None) -> None:

@@ -33,7 +33,7 @@ class Model:
         length = int.from_bytes(data[5:8], "little")
         self.meta = json.loads(data[8 : 8 + length])
         self._data, self._at = data, 8 + length
-        self.levels = self.meta["levels"] * self.meta["num_codebooks"]  # number of levels of each digit
+        self.levels = self.meta["levels"] * self.meta["num_codebooks"]  # number of levels in each FSQ dimension
         first, second = self.meta["hidden"]
         self.past = self.meta["past"]
         self.times = self.meta["averages"] + self.meta["spreads"]
