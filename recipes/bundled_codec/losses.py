@@ -120,6 +120,60 @@ def _frame_energies(audio: torch.Tensor) -> torch.Tensor:
     return F.avg_pool1d(audio.square().unsqueeze(1), WAVEFORM_FRAME, WAVEFORM_HOP).squeeze(1)
 
 
+PITCH_WINDOW, PITCH_HOP = 704, 352  # samples: 32 ms, and 16 ms
+PITCH_LAGS = (44, 368)  # samples: from 500 Hz down to 60 Hz
+
+
+def periodicity_distance(real: torch.Tensor, gen: torch.Tensor) -> torch.Tensor:
+    """Return the mean absolute difference of the two signals' periodicity.
+
+    The periodicity of a frame at a lag is YIN's cumulative mean normalized difference (de Cheveigne and Kawahara,
+    2002, equation 8). It is near 0 at lags at which the frame repeats itself, and near 1 at most other lags. Lags at
+    which one of the signals repeats itself have the largest weight. Frames 30 dB or more below the mean energy of the
+    segment are ignored.
+
+    Args:
+        real: recordings, shape [B, T_audio].
+        gen: reconstructions, shape [B, T_audio].
+
+    Returns:
+        A scalar. Audio that is shorter than a frame of 49 ms has the distance 0.
+    """
+    if real.shape[-1] < PITCH_WINDOW + PITCH_LAGS[1]:
+        return torch.zeros((), device=gen.device)
+    with torch.no_grad():
+        difference_real, energy = normalized_difference(real)
+        active = (energy > 1e-3 * energy.mean(-1, keepdim=True)).float()[..., None]
+    difference_gen, _ = normalized_difference(gen)
+    weight = active * (F.relu(1 - difference_real) + F.relu(1 - difference_gen.detach()))
+    return ((difference_gen - difference_real).abs() * weight).sum() / (weight.sum() + 1e-8)
+
+
+def normalized_difference(audio: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute YIN's cumulative mean normalized difference.
+
+    Args:
+        audio: samples, shape [B, T_audio].
+
+    Returns:
+        The difference at each lag in the range `PITCH_LAGS`, [B, frames, lags], and the energy of each frame's first
+        `PITCH_WINDOW` samples, [B, frames].
+    """
+    low, high = PITCH_LAGS
+    frames = audio.unfold(-1, PITCH_WINDOW + high, PITCH_HOP)
+    window = frames[..., :PITCH_WINDOW]
+    length = frames.shape[-1]
+    spectrum = torch.fft.rfft(window, length).conj() * torch.fft.rfft(frames)
+    correlation = torch.fft.irfft(spectrum, length)[..., 1 : high + 1]
+    sums = F.pad(frames.square().cumsum(-1), (1, 0))
+    energies = sums[..., PITCH_WINDOW:] - sums[..., : high + 1]  # of the window moved by each lag from 0 to `high`
+    floor = 1e-6 * PITCH_WINDOW
+    difference = (energies[..., :1] + energies[..., 1:] - 2 * correlation).clamp_min(0) + floor
+    lags = torch.arange(1, high + 1, device=audio.device)
+    normalized = difference * lags / difference.cumsum(-1)
+    return normalized[..., low - 1 :], energies[..., 0]
+
+
 class PerceptualDistance(nn.Module):
     """Differentiable distance similar to ITU-T P.862 (PESQ).
 
@@ -255,7 +309,7 @@ class IntelligibilityDistance(nn.Module):
 
 
 # Names of the reconstruction terms, and of their weights in `LossConfig`
-TERMS = ("log_mel", "symmetric", "asymmetric", "compressed", "waveform", "intelligibility")
+TERMS = ("log_mel", "symmetric", "asymmetric", "compressed", "waveform", "periodicity", "intelligibility")
 
 # Names of the values that an update returns besides the reconstruction terms
 OTHER_TERMS = ("score", "feature", "discriminator", "adversarial_share", "variance", "gradient_norm", "tokens")
@@ -274,6 +328,7 @@ class LossConfig:
         symmetric: weight of the symmetric disturbance of `PerceptualDistance`.
         asymmetric: weight of the asymmetric disturbance of `PerceptualDistance`.
         waveform: weight of `waveform_distance`.
+        periodicity: weight of `periodicity_distance`.
         intelligibility: weight of `IntelligibilityDistance`.
         custom: dict from the name of each custom loss to its config section; see `nemo_lfr.training.components`.
         variance: weight of `nemo_lfr.training.losses.spread`.
@@ -287,7 +342,8 @@ class LossConfig:
     symmetric: float = 1.0
     asymmetric: float = 0.3
     waveform: float = 0.3
-    intelligibility: float = 0.5
+    periodicity: float = 4.0
+    intelligibility: float = 1.5
     custom: dict[str, dict[str, Any]] = field(default_factory=dict)
     variance: float = 2.0
 
@@ -323,6 +379,7 @@ class ReconstructionTerms(nn.Module):
             "asymmetric": asymmetric,
             "compressed": compressed_distance(real, gen, self.config.compressed_windows),
             "waveform": waveform_distance(real.audio, gen.audio),
+            "periodicity": periodicity_distance(real.audio, gen.audio),
             "intelligibility": self.intelligibility(real, gen),
             **self.custom(real, gen, None),
         }

@@ -10,12 +10,16 @@ from torch import nn
 from nemo_lfr.signal.spectra import Spectra
 from recipes.bundled_codec.data import AugmentConfig, SpeechSegments
 from recipes.bundled_codec.losses import (
+    PITCH_LAGS,
+    PITCH_WINDOW,
     IntelligibilityDistance,
     LogMelDistance,
     LossConfig,
     PerceptualDistance,
     ReconstructionTerms,
     compressed_distance,
+    normalized_difference,
+    periodicity_distance,
     waveform_distance,
 )
 from recipes.bundled_codec.model import DecoderConfig, EncoderConfig, Generator, NetworkConfig, QuantizerConfig
@@ -64,7 +68,7 @@ def intelligibility(real: torch.Tensor, gen: torch.Tensor) -> torch.Tensor:
     return IntelligibilityDistance()(Spectra(real), Spectra(gen))
 
 
-DISTANCES = [log_mel, compressed, symmetric, asymmetric, waveform_distance, intelligibility]
+DISTANCES = [log_mel, compressed, symmetric, asymmetric, waveform_distance, periodicity_distance, intelligibility]
 
 
 def noise(scale: float) -> torch.Tensor:
@@ -104,6 +108,32 @@ def test_the_waveform_distance_does_not_look_above_its_bands():
     assert float(waveform_distance(real, real + high)) < 0.02
 
 
+def voice(f0: float, harmonics: int = 20) -> torch.Tensor:
+    time = torch.arange(16384)[None] / RATE
+    return sum(torch.sin(2 * torch.pi * f0 * k * time + k * k) for k in range(1, harmonics)) / 20
+
+
+def test_the_periodicity_distance_depends_on_pitch_and_noise_but_not_on_phase_or_level():
+    real = voice(150.0)
+    shifted = voice(150.0).roll(40, 1) * 0.3
+    noisy = real + 0.5 * real.std() * torch.randn(real.shape, generator=torch.Generator().manual_seed(0))
+    values = [float(periodicity_distance(real, gen)) for gen in (shifted, voice(151.0), voice(180.0), noisy)]
+    assert values[0] < 0.02 < values[1] < values[2]
+    assert values[3] > 0.1
+
+
+def test_the_periodicity_is_that_of_yin():
+    low, high = PITCH_LAGS
+    audio = voice(150.0)[:, : PITCH_WINDOW + high]
+    frame = audio[0].double()
+    window = frame[:PITCH_WINDOW]
+    differences = [float((window - frame[lag : lag + PITCH_WINDOW]).square().sum()) for lag in range(1, high + 1)]
+    expected = [value * lag / sum(differences[:lag]) for lag, value in enumerate(differences, start=1)]
+    found, energies = normalized_difference(audio)
+    np.testing.assert_allclose(found[0, 0], expected[low - 1 :], atol=2e-3)
+    assert float(energies) == pytest.approx(float(window.square().sum()), rel=1e-4)
+
+
 def test_the_compressed_distance_sees_harmonics_that_mel_bands_do_not():
     # 40 mel bands up to 11 kHz are 500 Hz wide at 5 kHz, so harmonics of 150 Hz look like noise of the same energy.
     time = torch.arange(16384)[None] / RATE
@@ -137,10 +167,8 @@ def test_the_asymmetric_disturbance_is_of_what_was_added():
 
 
 def test_terms_add_up_by_their_weights():
-    names = ("log_mel", "compressed", "symmetric", "asymmetric", "waveform", "intelligibility")
-    config = LossConfig(
-        [256], [20], [1024], log_mel=1, compressed=2, symmetric=3, asymmetric=4, waveform=5, intelligibility=6
-    )
+    names = ("log_mel", "compressed", "symmetric", "asymmetric", "waveform", "periodicity", "intelligibility")
+    config = LossConfig([256], [20], [1024], **{name: weight for weight, name in enumerate(names, start=1)})
     terms = ReconstructionTerms(config)
     values = terms(Spectra(SPEECH), Spectra(SPEECH + noise(0.1)))
     expected = sum(weight * float(values[name]) for weight, name in enumerate(names, start=1))
