@@ -56,7 +56,7 @@ class AudioReader:
 
     Raises:
         AudioError: if the file is missing or is not audio. Here or when samples are read, also if the file is
-            truncated or damaged, or contains NaN or infinity.
+            truncated or damaged, or its peak is not valid (see `check_peak`).
         MissingExtraError: if the format needs PyAV, which is not installed.
     """
 
@@ -280,7 +280,7 @@ class AudioReader:
             Samples [T_audio] at `sample_rate`.
 
         Raises:
-            AudioError: if the audio is damaged, or contains NaN or infinity.
+            AudioError: if the audio is damaged or truncated, or its peak is not valid (see `check_peak`).
         """
         pieces = [np.zeros(0, np.float32)]
         for rate, block in self._read_seconds(start, duration):
@@ -299,8 +299,8 @@ class AudioReader:
             Samples [channels, T_audio] at `native_rate`.
 
         Raises:
-            AudioError: if the audio is damaged, or contains NaN or infinity. Also if the file consists of several
-                recordings with different sample rates or numbers of channels.
+            AudioError: if the audio is damaged or truncated, or its peak is not valid (see `check_peak`). Also if the
+                file consists of several recordings with different sample rates or numbers of channels.
         """
         blocks = [np.zeros((0, self.channels), np.float32)]
         for rate, block in self._read_seconds(start, duration):
@@ -355,7 +355,7 @@ class AudioReader:
             seconds: number of seconds to decode at a time. If the audio is resampled, the blocks vary in length.
 
         Raises:
-            AudioError: if the audio is damaged, not finite, or shorter than its header declares.
+            AudioError: for the same reasons as in `segment`, or if `problem_at_end` returns a message.
         """
         resampler: Resampler | None = None
         rate = self.sample_rate
@@ -391,7 +391,7 @@ class AudioReader:
     def _check_count(self, decoder: Decoder, num_read: int) -> None:
         """Raise AudioError if fewer samples were read than the header declares, or than the frames contain.
 
-        If the number in the header is an estimate, up to 1% of the samples may be missing.
+        Up to `decoder.slack` samples of the number in the header may be missing.
         """
         expected = decoder.num_frames
         if expected is not None and num_read < expected - decoder.slack:

@@ -161,6 +161,9 @@ def read_shar(cuts: Path, fields: Mapping[str, Path], allow_url: bool = False) -
 
     Yields:
         Each cut, or the reason why it is invalid.
+
+    Raises:
+        ConfigError: if the file `cuts` cannot be read. Damage in the file of a field only makes cuts invalid.
     """
     readers = {name: _field(path, name) for name, path in fields.items()}
     broken: dict[str, str] = {}

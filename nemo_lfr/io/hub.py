@@ -41,7 +41,8 @@ def find_checkpoint(source: str | os.PathLike[str] | None, refresh: bool = False
         Path of a `.nemo` or `.ckpt` file, or of a folder with config and weights.
 
     Raises:
-        CheckpointError: if the path does not exist, or the repository is not cached and cannot be downloaded.
+        CheckpointError: if the path does not exist or is not a checkpoint, or if the repository has no checkpoint,
+            or is not cached and cannot be downloaded.
     """
     if source is None:
         return bundled_checkpoint()

@@ -110,7 +110,9 @@ def check_peak(peak: float, what: str) -> None:
         AudioError: if the peak is NaN, infinite or larger than 64.
     """
     if not math.isfinite(peak):
-        raise AudioError(f"{what} contains NaN or infinite samples, or exceeds float32; remove them first.")
+        raise AudioError(
+            f"{what} contains NaN or infinite samples, or samples beyond the range of float32; remove them first."
+        )
     if peak > MAX_PEAK:
         raise AudioError(
             f"{what} reaches {peak:.6g}, but audio lies in [-1, 1]; if the samples are 16-bit integers, divide by "

@@ -192,8 +192,8 @@ def _declared_delimiter(path: Path, line: bytes) -> str | None:
     delimiter = "\t" if match["delimiter"] == "\\t" else match["delimiter"]
     if len(delimiter) != 1 or delimiter.isalnum() or delimiter in "\"' \ufffd":
         raise ConfigError(
-            f"{path}: the first line declares the delimiter {shorten(repr(delimiter))}; expected one character, such "
-            "as in sep=;"
+            f"{path}: the first line declares the delimiter {shorten(repr(delimiter))}; expected one character, as "
+            "in sep=;"
         )
     return delimiter
 

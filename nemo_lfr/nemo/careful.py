@@ -143,6 +143,7 @@ class StrictLines(CarefulLines):
     later line would be combined with a line about another clip.
     """
 
+    cause = "NeMo matches the lines of this manifest to those of other files by their numbers"
     advice = "fix the line, or remove it together with the matching lines of the other files"
 
     def lose(self, losses: "_Losses", number: int, reason: str) -> None:
@@ -152,8 +153,7 @@ class StrictLines(CarefulLines):
             ConfigError: always. The message names the file, the line and the reason.
         """
         raise ConfigError(
-            f"{self.path}, line {number}: {reason}; the line cannot be skipped, because NeMo matches the lines of "
-            f"this manifest to those of other files by their numbers; {self.advice}."
+            f"{self.path}, line {number}: {reason}; the line cannot be skipped, because {self.cause}; {self.advice}."
         )
 
 
@@ -164,6 +164,7 @@ class TarredLines(StrictLines):
     `skip_missing_manifest_entries`, NeMo skips files without an entry, and `CarefulLines` is used instead.
     """
 
+    cause = "NeMo needs an entry for each file in the tar file"
     advice = (
         "fix the line, or remove it together with its audio in the tar file. If the audio stays in the tar file, set "
         "skip_missing_manifest_entries: true in dataloader_params"

@@ -126,9 +126,9 @@ def check_fit(trainer: Trainer, has_discriminator: bool) -> None:
     saves_best = any(getattr(callback, "save_best_model", False) for callback in trainer.checkpoint_callbacks)
     if uses_average and (saves_best or trainer.ckpt_path):
         raise ConfigError(
-            "exp_manager.ema is enabled, but since PyTorch 2.6, NeMo cannot read the checkpoints of its moving "
-            "average, as it must to resume a run or to save the best model; remove exp_manager.ema, and set "
-            "model.ema_decay=0.999."
+            "exp_manager.ema is enabled, but with PyTorch 2.6 and later, NeMo cannot read the checkpoints that this "
+            "callback saves, and needs them to resume a run or to save the best model; remove exp_manager.ema, and "
+            "set model.ema_decay=0.999."
         )
 
 

@@ -59,7 +59,7 @@ class Inference(BaseModel):
         return codec
 
     def _alteration(self) -> str | None:
-        """Return what a user has changed in this model that `Codec` would ignore; None if there is no such change."""
+        """Describe the first change to this model that `Codec` would ignore; return None if there is none."""
         for name in PARTS:
             part = getattr(self, name)
             if not isinstance(part, torch.nn.Module) or not isinstance(unwrapped(part), _CLASSES[name]):
@@ -67,7 +67,7 @@ class Inference(BaseModel):
         if is_altered(unwrapped(self.vector_quantizer)):
             return "the model's vector_quantizer has hooks, replaced layers or overridden methods"
         for name in _STEPS:
-            # NeMo's decorators would return another object for each access.
+            # `getattr_static`, because NeMo's decorators return another object at each access.
             if name in vars(self) or getattr_static(type(self), name) is not getattr_static(Inference, name):
                 return f"the model's method {name} is overridden"
         return None

@@ -123,8 +123,9 @@ def prepare(
         The manifests, and the files, rows and transcripts that cannot be used.
 
     Raises:
-        NemoLfrError: if the layout is unknown, the corpus does not have this layout, no file can be opened, or the
-            output folder has manifests of an earlier run and `overwrite` is not set.
+        NemoLfrError: if the layout is unknown, the corpus does not have this layout, no file can be used, or
+            `speaker_level` is passed for another layout than "folder". Also if another run is writing to the output
+            folder, or if the folder has manifests of a completed run and `overwrite` is not set.
         MissingExtraError: if Lhotse is needed but not installed.
     """
     read = lhotse_recipe(kind.removeprefix(PREFIX)) if kind.startswith(PREFIX) else LAYOUTS.get(kind)

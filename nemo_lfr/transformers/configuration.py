@@ -39,7 +39,7 @@ class NemoLfrConfig(PreTrainedConfig):
         """Use the released codec's config section for each module whose section was not passed.
 
         Raises:
-            ConfigError: if a value was passed that is computed from the others, such as `sampling_rate`.
+            ConfigError: if `kwargs` sets a property that is computed from other values, such as `sampling_rate`.
         """
         for name, default in _released().items():
             if getattr(self, name) is None:
@@ -54,8 +54,8 @@ class NemoLfrConfig(PreTrainedConfig):
         Keys that do not describe the modules, such as losses and data, are left out. Interpolations are resolved.
 
         Raises:
-            ConfigError: if the values are not a valid config, or if `kwargs` has a value that is computed from the
-                others, such as `sampling_rate`.
+            ConfigError: if the values are not a valid config, or if `kwargs` sets a property that is computed from
+                other values, such as `sampling_rate`.
         """
         _check_keys(kwargs)
         known = set(PreTrainedConfig().to_dict()) | {"architectures", "model_type", "dtype"}

@@ -106,7 +106,7 @@ class NemoLfrModel(PreTrainedAudioTokenizerBase):
 
         Raises:
             CheckpointError: if a file is damaged, is not a safetensors file, or does not match the config, or if the
-                Hub cannot be reached and its cache does not have the model.
+                Hub cannot be reached and the model is not in the local cache.
         """
         check_hub(pretrained_model_name_or_path, **kwargs)
         try:
@@ -291,9 +291,9 @@ class NemoLfrModel(PreTrainedAudioTokenizerBase):
             return_dict: whether to return an output object (default) or a tuple.
 
         Raises:
-            TokensError: if an argument has the wrong type or shape, if a token is outside the codebook, if a mask does
-                not fit the tokens, if the masks contradict each other, or if a mask has ones after a zero, no ones, or
-                values other than 0 and 1.
+            TokensError: if an argument has the wrong type or shape, or a token is outside the codebook. Also if a mask
+                does not fit the tokens or the other mask, has ones after a zero, has no ones, or has values other than
+                0 and 1.
         """
         return self._decode(audio_codes, padding_mask, audio_codes_mask, return_dict)
 

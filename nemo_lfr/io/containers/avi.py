@@ -37,7 +37,7 @@ class _Avi:
     Attributes:
         kinds: type of each stream, such as b"auds".
         movi_end: end of the current `movi` list; 0 outside of these lists.
-        data: a dict from the name of audio chunks, such as b"01wb", to the sizes in bytes of all chunks with this
+        data: a dict from each name of audio chunks, such as b"01wb", to the sizes in bytes of the chunks with this
             name in the first RIFF chunk.
     """
 
