@@ -476,6 +476,28 @@ def test_the_padding_byte_of_gsm_is_no_block(blocks, counted, caplog):
     assert not caplog.text
 
 
+def w64(subtype, channels=1):
+    """Return Wave64 audio with an extended description of the samples, as FFmpeg writes it."""
+    file = io.BytesIO()
+    soundfile.write(file, np.repeat(WAVE[:, None], channels, 1), RATE, format="WAVEX", subtype=subtype)
+    data = file.getvalue()
+    tail = bytes.fromhex("f3acd3118cd100c04f8edb8a")
+    form = data[data.index(b"fmt ") + 8 :][:40]
+    samples = data[data.index(b"data") + 8 :]
+    body = b"wave" + tail
+    for name, content in ((b"fmt ", form), (b"data", samples)):
+        body += name + tail + struct.pack("<q", 24 + len(content)) + content + bytes(-len(content) % 8)
+    return b"riff" + bytes.fromhex("2e91cf11a5d628db04c10000") + struct.pack("<q", 24 + len(body)) + body
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+@pytest.mark.parametrize("subtype", ["PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE"])
+def test_wave64_with_an_extended_description_has_its_samples(subtype, channels):
+    with AudioReader("a", None, data=w64(subtype, channels)) as reader:
+        wave = np.concatenate(list(reader.blocks()))
+    np.testing.assert_allclose(wave, WAVE, rtol=0, atol=2**-15)
+
+
 @pytest.mark.parametrize("subtype", ["IMA_ADPCM", "MS_ADPCM", "GSM610"])
 def test_a_wrong_number_of_samples_per_block_is_ignored(subtype):
     pytest.importorskip("av")  # libsndfile refuses such a file with MS ADPCM

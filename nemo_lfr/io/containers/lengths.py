@@ -37,6 +37,7 @@ _AIFC_SAMPLES = {b"ima4": 64, b"GSM ": 160}  # samples per block
 _CAF_CHUNKS = frozenset(b"chan edct free info inst kuki mark midi ovvw pakt peak regn strg umid uuid".split())
 # Name of a Wave64 chunk, a GUID of 16 bytes: four letters, digits or spaces, four constant bytes, and eight others.
 _W64_CHUNK = re.compile(rb"[a-zA-Z0-9 ]{4}\xf3\xac\xd3\x11.{8}", re.DOTALL)
+_EXTENSIBLE = b"\xfe\xff"  # tag of a WAVEFORMATEXTENSIBLE description
 _W64_FORMAT = 1 << 16  # maximum size in bytes of the description of the samples
 # A length field in a header: position, format in the notation of `struct`, number to add to the length, and unit of
 # the length in bytes.
@@ -294,7 +295,8 @@ def _w64_samples(window: Window, header: WavHeader, position: int, length: int) 
         end = position + length
         stream = stream if stream.problem else replace(stream, spans=[(0, end)], is_file=False)
     as_wav = samples_stream(header, [(position + 24, end)])
-    if stream.problem or as_wav.num_samples is None:
+    # libsndfile does not read the extended description in Wave64: it would decode 32-bit floats as integers.
+    if stream.problem or (as_wav.num_samples is None and header.format[:2] != _EXTENSIBLE):
         return stream
     return replace(as_wav, note=stream.note or as_wav.note)
 
