@@ -26,13 +26,13 @@ class AudioWriter:
     """Write a 16-bit mono audio file under a temporary name, and rename the complete file.
 
     Args:
-        path: output file; its suffix, one of `WRITABLE_FORMATS`, determines the format. Missing folders are created.
+        path: output file; its suffix, one of `WRITABLE_SUFFIXES`, determines the format. Missing folders are created.
         sample_rate: sample rate in Hz.
         overwrite: whether to replace an existing file.
 
     Raises:
         OutputExistsError: if the file exists when writing starts or ends, and `overwrite` is not set.
-        NemoLfrError: if the suffix of `path` is not in `WRITABLE_FORMATS`.
+        NemoLfrError: if the suffix of `path` is not in `WRITABLE_SUFFIXES`.
         AudioError: if the format does not support the sample rate.
     """
 

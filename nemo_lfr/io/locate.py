@@ -73,7 +73,7 @@ def expand_home(path: str | os.PathLike[str], error: type[NemoLfrError] = NemoLf
         error: class of the exception.
 
     Raises:
-        NemoLfrError: of class `error`, if `path` is neither text nor a path, or is empty.
+        NemoLfrError: of class `error`, if `path` is empty, or is not a path (see `check_path`).
     """
     check_path(path, error)
     if not os.fspath(path):

@@ -83,7 +83,7 @@ def check_precision(trainer: Trainer | None) -> None:
 def check_gradients(trainer: Trainer) -> None:
     """Check that a trainer does not accumulate or clip gradients.
 
-    The model steps its optimizers itself. For such models, as for NeMo's own, Lightning supports neither.
+    The model steps its optimizers itself, as NeMo's own does. Lightning supports neither option for such models.
 
     Args:
         trainer: trainer that is about to fit a model.
@@ -243,7 +243,7 @@ def _loaded(file: Any, name: str) -> DictConfig | ListConfig:
 
 
 def check_hparams(file: Any) -> None:
-    """Check the lengths of the interpolations in the file with hyperparameters that Lightning will read.
+    """Check the lengths of the interpolations in the hyperparameter file that Lightning will read.
 
     Lightning reports a file that cannot be read or parsed.
 

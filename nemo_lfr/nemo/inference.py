@@ -86,10 +86,10 @@ class Inference(BaseModel):
 
         Args:
             audio: samples in [-1, 1], shape [B, T_audio].
-            audio_len: valid samples of each example, shape [B].
+            audio_len: number of valid samples of each example, shape [B].
             sample_rate: sample rate of `audio`, Hz; the codec's own by default.
             num_codebooks: number of codebooks to use, starting with the first; all by default. As in NeMo, the result
-                still has tokens for all codebooks. The tokens of unused codebooks stand for the value zero.
+                still has tokens for all codebooks. The tokens of unused codebooks represent FSQ values of zero.
 
         Returns:
             Tokens as int32, shape [B, C, T_encoded], and their lengths in frames, shape [B].
@@ -124,7 +124,7 @@ class Inference(BaseModel):
 
         Args:
             tokens: ids in [0, codebook_size), shape [B, C, T_encoded].
-            tokens_len: valid frames of each example, shape [B].
+            tokens_len: number of valid frames of each example, shape [B].
             audio_len: number of samples to return for each example, shape [B]; complete frames by default.
             num_codebooks: number of codebooks to use, starting with the first; all by default. `tokens` may leave
                 out the other codebooks.
@@ -147,7 +147,7 @@ class Inference(BaseModel):
 
         Args:
             audio: samples in [-1, 1], shape [B, T_audio].
-            audio_len: valid samples of each example, shape [B].
+            audio_len: number of valid samples of each example, shape [B].
             sample_rate: sample rate of `audio`, Hz; the codec's own by default.
 
         Returns:
@@ -174,7 +174,7 @@ class Inference(BaseModel):
 
         Args:
             audio: samples in [-1, 1], shape [B, T_audio].
-            audio_len: valid samples of each example, shape [B].
+            audio_len: number of valid samples of each example, shape [B].
             sample_rate: sample rate of `audio`, Hz; the codec's own by default.
 
         Returns:
@@ -213,7 +213,7 @@ class Inference(BaseModel):
 
         Args:
             tokens: ids in [0, codebook_size), shape [B, C, T_encoded].
-            tokens_len: valid frames of each example, shape [B].
+            tokens_len: number of valid frames of each example, shape [B].
 
         Returns:
             Dequantized frames [B, D, T_encoded].
@@ -237,7 +237,7 @@ class Inference(BaseModel):
 
         Args:
             audio: samples, shape [B, T_audio].
-            audio_len: valid samples of each example, shape [B].
+            audio_len: number of valid samples of each example, shape [B].
             samples_per_frame: number of samples per frame.
 
         Returns:

@@ -34,8 +34,8 @@ class BlockCodec:
             length: number of bytes in all blocks.
 
         Returns:
-            The unchanged stream if its last block is complete, and a decoder would not read more. Otherwise, a copy
-            whose last block is padded, and whose `num_samples` is the number of samples in the file.
+            The unchanged stream if its last block is complete and a decoder would not read beyond it. Otherwise, a
+            copy whose `num_samples` is the number of samples in the file. An incomplete last block is padded.
         """
         blocks, rest = divmod(length, self.size)
         count, used = self.samples_in(rest)

@@ -374,7 +374,7 @@ def _header_frames(head: bytes, count: int) -> bytes:
     therefore declares a delay such that exactly the silent frame is dropped.
 
     Args:
-        head: first four bytes of an audio frame. The two frames have the same sample rate and number of channels.
+        head: first four bytes of an audio frame. The two returned frames have its sample rate and channels.
         count: number of frames that follow.
 
     Returns:
