@@ -97,7 +97,7 @@ class MediaDecoder:
         note: warning about audio that is not read, or None. It may change until the end of the file has been read.
 
     Raises:
-        MissingExtraError: if PyAV is not installed.
+        MissingExtraError: if PyAV is not installed or cannot be imported.
         AudioError: if FFmpeg cannot read the file, or the file has no audio track. `read` also raises it if the audio
             is damaged or truncated, or if the track has no samples at all.
     """

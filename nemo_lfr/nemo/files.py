@@ -64,7 +64,7 @@ class NemoFiles(BaseModel):
             override_config_path: path of a YAML file, or config, to use instead of the file's config.
             map_location: device of the model; default: a GPU if available, else the CPU.
             strict: whether every weight of the encoder, quantizer and decoder must be present.
-            return_config: whether to return only the file's config.
+            return_config: whether to return only the config, without building the model.
             save_restore_connector: NeMo's `SaveRestoreConnector`. If its `model_extracted_dir` is set, or its class
                 overrides a method that restores models, NeMo's own code and this connector restore the model.
             trainer: Lightning trainer, as in NeMo.
@@ -154,7 +154,7 @@ class NemoFiles(BaseModel):
             override_config_path: path of a YAML file, or config, to use instead of the file's config.
             map_location: device of the model; default: a GPU if available, else the CPU.
             strict: whether every weight of the encoder, quantizer and decoder must be present.
-            return_config: whether to return only the file's config.
+            return_config: whether to return only the config, without building the model.
             trainer: Lightning trainer, as in NeMo.
             save_restore_connector: NeMo's `SaveRestoreConnector`.
             return_model_file: whether to return only the path of the downloaded file.

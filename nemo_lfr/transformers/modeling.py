@@ -145,8 +145,8 @@ class NemoLfrModel(PreTrainedAudioTokenizerBase):
     ) -> None:
         """Save the model; the arguments are those of `PreTrainedModel.save_pretrained`.
 
-        `config.json` contains the SHA-256 of `model.safetensors`, or of each shard. If the weights in the folder are
-        replaced, loading fails.
+        Unless `variant` is passed, `config.json` contains the SHA-256 of `model.safetensors` or of each shard, so that
+        loading fails if the weights in the folder are replaced.
 
         Raises:
             NemoLfrError: if the model has hooks, replaced layers, changed settings or converted weights, or its
