@@ -382,7 +382,7 @@ def task_result(
         seconds: wall-clock time that the task took, in seconds.
     """
     if not num_samples:
-        note(f"{task.source}: the input contains no samples")
+        note(f"{task.source}: the input, or the selected part, contains no samples")
     duration = num_samples / codec.sample_rate
     size = token_file.stat().st_size
     return {

@@ -59,9 +59,9 @@ def test_folder_round_trip_keeps_subfolders_and_lengths(capsys, folder, tmp_path
 def test_file_without_samples_is_reported(capsys, tmp_path):
     soundfile.write(tmp_path / "empty.wav", np.zeros(0), 22050)
     code, _, err = run(capsys, "encode", tmp_path / "empty.wav", "--out", tmp_path / "empty.lfr")
-    assert code == 0 and "empty.wav: the input contains no samples" in err
+    assert code == 0 and "empty.wav: the input, or the selected part, contains no samples" in err
     code, _, err = run(capsys, "decode", tmp_path / "empty.lfr", "--out", tmp_path / "back")
-    assert code == 0 and "empty.lfr: the input contains no samples" in err
+    assert code == 0 and "empty.lfr: the input, or the selected part, contains no samples" in err
 
 
 RECOVERED = {

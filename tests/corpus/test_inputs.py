@@ -76,7 +76,8 @@ def test_manifest_may_begin_with_a_byte_order_mark_or_an_invalid_line(tmp_path, 
 @pytest.mark.parametrize(
     ("data", "match"),
     [
-        (b"[\n{}\n]", "a JSON list"),
+        (b"[\n{}\n]", r"a JSON list; .* Save Lhotse cuts as \.jsonl"),
+        (b"- channel: 0\n  duration: 1.0\n", r"YAML; .* Save Lhotse cuts as \.jsonl"),
         ('{"audio_filepath": "a.wav"}'.encode("utf-16"), "UTF-16 text; save it as UTF-8"),
         (b"hello\n", "its first line is 'hello'"),
         (b"", "it has no lines"),
@@ -94,6 +95,37 @@ def test_invalid_manifest_is_refused_in_one_line(data, match, tmp_path):
     with pytest.raises(ConfigError, match=f"not a NeMo manifest: .*{match}") as error:
         open_corpus(tmp_path / "m.json", None, tmp_path / "unused")
     assert "\n" not in str(error.value)
+
+
+def test_entries_that_nemo_skips_are_passed_over(tmp_path, caplog):
+    soundfile.write(tmp_path / "a.wav", WAVE, RATE)
+    entry = '{"audio_filepath": "a.wav", "text": "%s", "_skipme": %s}'
+    values = ["true", "false", "1", "null", "0"]
+    lines = [entry % (number, value) for number, value in enumerate(values)] + ['{"audio_filepath": "a.wav"}']
+    (tmp_path / "m.json").write_text("\n".join(lines))
+    corpus = open_corpus(tmp_path / "m.json", None, tmp_path / "unused")
+    shards = corpus.shards(2)
+    assert [shard["count"] for shard in shards] == [2, 2]
+    clips = [clip for shard in shards for clip in corpus.read(shard)]
+    assert [(clip.id, clip.labels.get("text")) for clip in clips] == [
+        ("a", "1"),
+        ("a~2", "3"),
+        ("a~3", "4"),
+        ("a~4", None),
+    ]
+    assert "2 entries are passed over, because _skipme is true" in caplog.text
+
+
+def test_a_manifest_of_tar_files_is_refused_until_they_are_unpacked(tmp_path):
+    (tmp_path / "m.json").write_text('{"audio_filepath": "a.wav", "duration": 0.2, "shard_id": 0}')
+    with pytest.raises(
+        ConfigError, match=r"audio is in \.tar files .* unpack them, and pass their folder as --audio-dir"
+    ):
+        open_corpus(tmp_path / "m.json", None, tmp_path / "unused")
+    (tmp_path / "audio").mkdir()
+    soundfile.write(tmp_path / "audio" / "a.wav", WAVE, RATE)
+    corpus = open_corpus(tmp_path / "m.json", tmp_path / "audio", tmp_path / "unused")
+    assert [len(clip.audio(RATE, 100)) for shard in corpus.shards(2) for clip in corpus.read(shard)] == [len(WAVE)]
 
 
 def test_samples_are_those_of_the_file(tmp_path):

@@ -1,6 +1,8 @@
 """Reader for NeMo manifests, which list audio files as JSON lines."""
 
 import json
+import logging
+import os
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import islice
@@ -10,7 +12,7 @@ from typing import Any
 from nemo_lfr.corpus.ids import UniqueIds, clean_id, numbered_id
 from nemo_lfr.corpus.inventory import digest
 from nemo_lfr.corpus.sources.base import Clip, CorpusReader, OpenOptions, ShardSpec, repeat_number, unreadable
-from nemo_lfr.errors import ConfigError, shorten
+from nemo_lfr.errors import ConfigError, counted, shorten
 from nemo_lfr.io import bounded
 from nemo_lfr.io.columns import AUDIO, standard_labels
 from nemo_lfr.io.manifests import (
@@ -27,6 +29,8 @@ from nemo_lfr.io.reading import read_file
 from nemo_lfr.io.tables import refuse_spreadsheet
 from nemo_lfr.io.text import UTF16_MARKS
 
+logger = logging.getLogger(__name__)
+
 # At least one of the first FIRST_LINES lines of a manifest must be a valid entry.
 FIRST_LINES = 100
 ARROW_MAGIC = b"ARROW1"  # first bytes of a file that pyarrow or polars writes as Arrow IPC or Feather
@@ -34,6 +38,8 @@ ARROW_MAGIC = b"ARROW1"  # first bytes of a file that pyarrow or polars writes a
 
 class Manifest(CorpusReader):
     """Reader for a NeMo manifest: JSON lines with `audio_filepath` and, optionally, `offset` and `duration`.
+
+    As in NeMo, entries whose `_skipme` is true are passed over.
 
     Args:
         path: the file.
@@ -62,6 +68,18 @@ class Manifest(CorpusReader):
         is_utf16 = bool(lines) and lines[0].startswith(UTF16_MARKS)  # which json.loads would accept
         if is_utf16 or not any(_is_entry(line) for line in lines):
             raise ConfigError(f"{path}: not a NeMo manifest: {_describe_content(lines)}.")
+        if any(_is_entry(line, "shard_id") for line in lines) and not any(map(self._exists, lines)):
+            raise ConfigError(
+                f"{path}: its audio is in .tar files (the entries have the key shard_id), which cannot be read; "
+                "unpack them, and pass their folder as --audio-dir (audio_dir)."
+            )
+
+    def _exists(self, line: bytes) -> bool:
+        """Return whether the audio file of a manifest line exists."""
+        try:
+            return os.path.lexists(resolve_audio_path(self.audio_dir, parse_entry(line)["audio_filepath"]))
+        except NOT_A_LINE:
+            return False
 
     @classmethod
     def accepts(cls, path: Path) -> bool:
@@ -95,9 +113,13 @@ class Manifest(CorpusReader):
         ids = UniqueIds()
         count = size
         repeats: dict[str, int] = {}
+        num_skipped = 0
         with open(self.path, "rb") as file:
             while line := file.readline():
                 if not line.strip():
+                    continue
+                if _is_skipped(line):
+                    num_skipped += 1
                     continue
                 if count == size:
                     repeats, count = {}, 0
@@ -106,13 +128,16 @@ class Manifest(CorpusReader):
                     repeats[str(count)] = number
                 count += 1
                 shards[-1]["count"] = count
+        if num_skipped:
+            entries = counted(num_skipped, "entry is", "entries are")
+            logger.warning("%s: %s passed over, because _skipme is true.", self.path, entries)
         return shards
 
     def read(self, shard: ShardSpec) -> Iterator[Clip]:
         """Yield the clips of a shard in order."""
         with open(self.path, "rb") as file:
             file.seek(shard["start"])
-            lines = islice((line for line in file if line.strip()), shard["count"])
+            lines = islice((line for line in file if line.strip() and not _is_skipped(line)), shard["count"])
             for number, line in enumerate(lines):
                 name = numbered_id(_name(line, self.audio_dir), repeat_number(shard, number))
                 try:
@@ -148,9 +173,20 @@ def entry_clip(name: str, labels: dict[str, Any], audio_dir: Path) -> Clip:
     return Clip(name, str(path), audio, context, standard_labels(labels), path=path)
 
 
-def _is_entry(line: bytes) -> bool:
+def _is_entry(line: bytes, key: str = "audio_filepath") -> bool:
+    """Return whether a line is a JSON object that contains a key."""
     try:
-        return isinstance(json.loads(line), dict) and "audio_filepath" in json.loads(line)
+        return isinstance(json.loads(line), dict) and key in json.loads(line)
+    except NOT_A_LINE:
+        return False
+
+
+def _is_skipped(line: bytes) -> bool:
+    """Return whether a line has the key `_skipme`, with which NeMo marks entries that its readers pass over."""
+    if b"_skipme" not in line:
+        return False
+    try:
+        return bool(parse_entry(line).get("_skipme"))
     except NOT_A_LINE:
         return False
 
@@ -168,7 +204,9 @@ def _describe_content(lines: Sequence[bytes]) -> str:
         return "it is not text; if it is an archive, unpack it, and pass a manifest, a folder, cuts or a Parquet table"
     expected = 'expected {"audio_filepath": ...}'
     if first.lstrip(b"\xef\xbb\xbf \t").startswith(b"["):
-        return f"it is a JSON list; {expected}, with one object per line"
+        return f"it is a JSON list; {expected}, with one object per line. Save Lhotse cuts as .jsonl or .jsonl.gz"
+    if first.startswith((b"- ", b"---")):
+        return f"it is YAML; {expected}. Save Lhotse cuts as .jsonl or .jsonl.gz"
     if (key := _audio_key(first)) is not None:
         return f"its first entry has the key {key!r}; {expected}. Rename the key"
     return f"its first line is {shorten(first.decode(errors='replace').strip())!r}; {expected}"
