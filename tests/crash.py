@@ -66,7 +66,8 @@ def killed_at_random_moments(script: str, *arguments: object, within: float) -> 
 def on_a_full_disk(script: str, free: int) -> str:
     """Run a script that must fail because its files are limited to `free` bytes; return its stderr."""
     limit = f"""
-import resource, signal
+import resource, signal, sys
+sys.dont_write_bytecode = True  # a cut .pyc file would break later imports
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, ({free}, {free}))
 """
