@@ -31,7 +31,8 @@ def escape_markdown(text: str) -> str:
     # Viewers turn plain addresses into links, and some characters at the start of a line into headings or lists.
     text = re.sub(r"(?i)(:)(//)|(www)(\.)", lambda match: "&#58;//" if match[1] else f"{match[3]}&#46;", text)
     text = text.replace("@", "&#64;")
-    return re.sub(r"^(\s*\d*)([#+.)-])(?=\s|$)", r"\1\\\2", text)
+    text = re.sub(r"(?<![^\W_])_|_(?![^\W_])", r"\\_", text)  # within a word, an underscore is literal
+    return re.sub(r"^(\s*\d*)([#+.)=-])(?=[\s#=-]|$)", r"\1\\\2", text)
 
 
 def code_fence(text: str) -> str:

@@ -389,5 +389,5 @@ def kilobits(result: Result, keys: Iterable[str], kind: str = "num_bytes") -> fl
 
 
 def format_kilobits(result: Result, keys: Iterable[str], kind: str) -> str:
-    """Format the bit rate from `kilobits`, or return a dash for a codec without outputs."""
+    """Format the bit rate that `kilobits` computes, or return a dash for a codec without outputs."""
     return f"{kilobits(result, keys, kind):.2f}" if result.round_trips else NONE

@@ -48,6 +48,10 @@ def check_stream(path: Path) -> None:
                 rows, expanded = rows + batch_rows, expanded + batch_bytes
             file.seek(end)
             rest = file.read(max(map(len, END_MARKS)) + 1)
+    except PermissionError as error:
+        raise NemoLfrError(
+            f"{path}: the Arrow file cannot be read ({error.strerror}); change its permissions."
+        ) from error
     except (OSError, ValueError, EOFError, struct.error, IndexError) as error:
         raise NemoLfrError(f"{path}: the Arrow file is damaged ({shorten(error, 200)}); save it again.") from error
     if is_implausible(rows, expanded, size):

@@ -96,9 +96,10 @@ def _check_keys(changes: Mapping[str, Any]) -> None:
     """Raise ConfigError if a change of the config sets a property, which is computed from the config."""
     for key, value in changes.items():
         if isinstance(getattr(NemoLfrConfig, key, None), property) and key in vars(NemoLfrConfig):
+            resample = " To use audio at another rate, resample it." if key == "sampling_rate" else ""
             raise ConfigError(
                 f"{key}={shorten(repr(value))}: the checkpoint determines this value, so it cannot be set; remove the "
-                "argument. Audio at another rate has to be resampled."
+                f"argument.{resample}"
             )
 
 

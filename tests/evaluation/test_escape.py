@@ -60,6 +60,23 @@ def test_markdown_shows_text_as_it_is(text):
 
 
 @pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("_a_ b", r"\_a\_ b"),
+        ("speech/_a_b_.wav", r"speech/\_a_b\_.wav"),
+        ("__bold__", r"\_\_bold\_\_"),
+        ("## two", r"\## two"),
+        ("---", r"\---"),
+        ("===", r"\==="),
+        ("- item", r"\- item"),
+        ("12) item", r"12\) item"),
+    ],
+)
+def test_markdown_at_the_start_and_underscores_are_escaped(text, expected):
+    assert escape_markdown(text) == expected
+
+
+@pytest.mark.parametrize(
     "text", ["nemo_lfr (bundled)", "0.5 (0.4 to 0.6)", "SI-SDR (dB)", "-3.2", "8 x 2016", "caf\u00e9"]
 )
 def test_plain_text_is_not_changed(text):
