@@ -104,7 +104,7 @@ def _prepare_streams() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command-line interface; this is the entry point of `nemo-lfr`.
+    """Run the command-line interface.
 
     Args:
         arguments: arguments without the program name; default: the arguments of the process.
