@@ -1,4 +1,4 @@
-"""Remove wrapper prefixes from the names of weights, and convert the names that weight norm uses."""
+"""Remove wrapper prefixes from the names of weights, and convert weights between weight norm and plain weights."""
 
 from collections.abc import Collection, Iterable, Mapping
 from typing import TypeVar

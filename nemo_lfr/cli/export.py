@@ -49,9 +49,9 @@ def export_to_safetensors(out: Path, model: str | None, overwrite: bool) -> dict
 @model_option("checkpoint (.nemo or .ckpt), folder of safetensors, or Hub id")
 @overwrite_option
 def export_to_onnx(out: Path, model: str | None, overwrite: bool) -> dict[str, Any]:
-    """Write encoder.onnx and decoder.onnx, for audio of any length and batches of any size.
+    """Write encoder.onnx, decoder.onnx and codec.json, for audio of any length and batches of any size.
 
-    Pass the folder as --model to other commands.
+    Pass the folder as --model to other commands, except serve and export.
     """
     from nemo_lfr.codec.onnx.export import export_onnx
 

@@ -116,7 +116,7 @@ class StreamDecoder(BaseStream):
             tokens: [C, k], k >= 0.
 
         Returns:
-            Audio [n] as float32; n is a multiple of `samples_per_frame` and may be 0.
+            Audio [n] as float32; n may be 0.
 
         Raises:
             TokensError: for an unsupported shape or type, or a token outside the codebook.

@@ -125,7 +125,7 @@ def _array(environment: Mapping[str, str]) -> Part:
     if not step or low + step * (count - 1) != high or (index - low) % step or not low <= index <= high:
         raise NemoLfrError(
             f"--shard-of auto: the Slurm job array has {counted(count, 'task')} from {low} to {high} in unequal "
-            "steps; submit it as --array=0-N, or pass I/N."
+            "steps; submit it with consecutive indices, such as --array=0-3, or pass I/N."
         )
     return Part((index - low) // step, count)
 

@@ -3,6 +3,7 @@
 import copy
 import math
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -22,7 +23,7 @@ from nemo_lfr.codec.ambient import building_state
 from nemo_lfr.codec.codec import Codec
 from nemo_lfr.codec.torch_backend import TorchBackend
 from nemo_lfr.errors import AudioError, CheckpointError, ConfigError, TokensError, counted, quoted
-from nemo_lfr.io.locate import SAFETENSORS, SAFETENSORS_INDEX
+from nemo_lfr.io.atomic import writing_folder
 from nemo_lfr.modules.altered import PICKLE, SAVE
 from nemo_lfr.modules.quantizer import FiniteScalarQuantizer
 from nemo_lfr.transformers.arguments import check_hub, check_tensor, mask_lengths
@@ -34,6 +35,23 @@ if TYPE_CHECKING:
 _HUB_ARGUMENTS = {
     "repo_id", "commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags"
 }  # fmt: skip
+
+
+def _move_files(source: Path, target: Path, stem: str) -> None:
+    """Move all files of a folder, and remove weights of an earlier save that transformers might load instead.
+
+    Args:
+        source: folder with the new files.
+        target: folder that may contain an earlier save.
+        stem: beginning of the names of the files with weights.
+    """
+    names = sorted((path.name for path in source.iterdir()), reverse=True)  # "config.json" after the weights
+    for name in names:
+        os.replace(source / name, target / name)
+    weights = re.compile(rf"{re.escape(stem)}(-\d{{5}}-of-\d{{5}})?\.safetensors(\.index\.json)?")
+    for path in target.iterdir():
+        if weights.fullmatch(path.name) and path.name not in names:
+            path.unlink()
 
 
 @dataclass
@@ -146,7 +164,8 @@ class NemoLfrModel(PreTrainedAudioTokenizerBase):
         """Save the model; the arguments are those of `PreTrainedModel.save_pretrained`.
 
         Unless `variant` is passed, `config.json` contains the SHA-256 of `model.safetensors` or of each shard, so that
-        loading fails if the weights in the folder are replaced.
+        loading fails if the weights in the folder are replaced. If saving fails, an earlier save in the folder
+        remains.
 
         Raises:
             NemoLfrError: if the model has hooks, replaced layers, changed settings or converted weights, or its
@@ -158,16 +177,18 @@ class NemoLfrModel(PreTrainedAudioTokenizerBase):
         backend: Any = self.codec.backend
         backend.check_described(SAVE)
         backend.check_weights()
-        folder, is_variant = Path(save_directory), kwargs.get("variant") is not None
-        if is_main_process and not is_variant and folder.is_dir():
-            # If one of these files is left over from an earlier save, transformers may load its weights.
-            for name in (SAFETENSORS, SAFETENSORS_INDEX):
-                (folder / name).unlink(missing_ok=True)
+        folder, variant = Path(save_directory), kwargs.get("variant")
         hub = {key: kwargs.pop(key) for key in _HUB_ARGUMENTS & kwargs.keys()}
-        super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
-        if is_main_process and not is_variant:
-            record_checksum(folder)
-        if is_main_process and push_to_hub:
+        if not is_main_process or folder.is_file():
+            super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        with writing_folder(folder) as temporary:
+            super().save_pretrained(temporary, is_main_process, state_dict, **kwargs)
+            if variant is None:
+                record_checksum(temporary)
+            _move_files(temporary, folder, "model" if variant is None else f"model.{variant}")
+        if push_to_hub:
             upload: Any = self.push_to_hub
             upload(hub.pop("repo_id", None) or folder.resolve().name, **hub)
 

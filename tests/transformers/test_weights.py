@@ -1,5 +1,6 @@
 """Tests of the weights that `AutoModel.from_pretrained` reads: it accepts and refuses what `nemo_lfr.load` does."""
 
+import errno
 import json
 import shutil
 
@@ -284,6 +285,25 @@ UNSAVED = {
 
 
 @pytest.mark.parametrize("name", slow_after(1, UNSAVED))
+def _out_of_space(*arguments, **options):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("failure", ["an invalid argument", "an invalid state dict", "a full disk"])
+def test_an_earlier_save_is_kept_if_saving_fails(failure, folder, tmp_path, monkeypatch):
+    model = transformers.AutoModel.from_pretrained(folder)
+    model.save_pretrained(tmp_path / "saved")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "saved").iterdir()}
+    options = {}
+    if failure == "a full disk":
+        monkeypatch.setattr("nemo_lfr.transformers.modeling.record_checksum", _out_of_space)
+    else:
+        options = {"max_shard_size": "5 apples"} if "argument" in failure else {"state_dict": {"a": 1}}
+    with pytest.raises((ValueError, AttributeError, OSError)):
+        model.save_pretrained(tmp_path / "saved", **options)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "saved").iterdir()} == before
+
+
 def test_a_model_that_would_give_other_results_is_not_saved(name, folder, tmp_path):
     change, message = UNSAVED[name]
     model = transformers.AutoModel.from_pretrained(folder)

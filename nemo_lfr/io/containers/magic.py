@@ -1,4 +1,4 @@
-"""Recognize the format of an audio file by its first bytes, and skip tags and padding between files."""
+"""Recognize the format of an audio file by its first bytes, and skip the tags and padding around recordings."""
 
 import re
 import struct
