@@ -12,6 +12,7 @@ tensors that inference does not use are not exported.
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,23 @@ def record_checksum(folder: Path) -> None:
         files = [folder / name for name in sorted(set(read_index(folder / SAFETENSORS_INDEX).values()))]
     values = json.loads((folder / SAFETENSORS_CONFIG).read_text(encoding="utf-8"))
     write_bytes(folder / SAFETENSORS_CONFIG, _json(values | {WEIGHTS_CHECKSUM: open_files(files).checksum()}))
+
+
+def move_files(source: Path, target: Path, stem: str) -> None:
+    """Move all files of a folder, and remove weights of an earlier save that transformers might load instead.
+
+    Args:
+        source: folder with the new files.
+        target: folder that may contain an earlier save.
+        stem: beginning of the names of the files with weights.
+    """
+    names = sorted((path.name for path in source.iterdir()), reverse=True)  # "config.json" after the weights
+    for name in names:
+        os.replace(source / name, target / name)
+    weights = re.compile(rf"{re.escape(stem)}(-\d{{5}}-of-\d{{5}})?\.safetensors(\.index\.json)?")
+    for path in target.iterdir():
+        if weights.fullmatch(path.name) and path.name not in names:
+            path.unlink()
 
 
 def _preprocessor(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -314,10 +314,7 @@ class AudioReader:
         return np.concatenate(blocks).T
 
     def _read_seconds(self, start: float, duration: float) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield the sample rate and the samples [n, channels] of a segment.
-
-        If the segment spans several joined recordings, each of them yields one pair.
-        """
+        """Yield the sample rate and the samples [n, channels] of a segment, one pair per joined recording in it."""
         for index in range(len(self._streams)):
             count, rate = self._extent(index)
             first = min(count_samples(start, rate), count) if start > 0 else 0

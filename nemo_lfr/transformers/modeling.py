@@ -3,7 +3,6 @@
 import copy
 import math
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -16,7 +15,7 @@ from transformers.modeling_utils import PreTrainedAudioTokenizerBase
 from transformers.utils.generic import ModelOutput
 
 from nemo_lfr.checkpoint.config import CONFIG_KEYS, build_parts
-from nemo_lfr.checkpoint.folder import record_checksum
+from nemo_lfr.checkpoint.folder import move_files, record_checksum
 from nemo_lfr.checkpoint.names import gain_of
 from nemo_lfr.checkpoint.reader import read_weights
 from nemo_lfr.codec.ambient import building_state
@@ -35,23 +34,6 @@ if TYPE_CHECKING:
 _HUB_ARGUMENTS = {
     "repo_id", "commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags"
 }  # fmt: skip
-
-
-def _move_files(source: Path, target: Path, stem: str) -> None:
-    """Move all files of a folder, and remove weights of an earlier save that transformers might load instead.
-
-    Args:
-        source: folder with the new files.
-        target: folder that may contain an earlier save.
-        stem: beginning of the names of the files with weights.
-    """
-    names = sorted((path.name for path in source.iterdir()), reverse=True)  # "config.json" after the weights
-    for name in names:
-        os.replace(source / name, target / name)
-    weights = re.compile(rf"{re.escape(stem)}(-\d{{5}}-of-\d{{5}})?\.safetensors(\.index\.json)?")
-    for path in target.iterdir():
-        if weights.fullmatch(path.name) and path.name not in names:
-            path.unlink()
 
 
 @dataclass
@@ -187,7 +169,7 @@ class NemoLfrModel(PreTrainedAudioTokenizerBase):
             super().save_pretrained(temporary, is_main_process, state_dict, **kwargs)
             if variant is None:
                 record_checksum(temporary)
-            _move_files(temporary, folder, "model" if variant is None else f"model.{variant}")
+            move_files(temporary, folder, "model" if variant is None else f"model.{variant}")
         if push_to_hub:
             upload: Any = self.push_to_hub
             upload(hub.pop("repo_id", None) or folder.resolve().name, **hub)
