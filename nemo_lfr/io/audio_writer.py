@@ -17,9 +17,13 @@ from nemo_lfr.io.folders import WRITABLE_FORMATS, WRITABLE_SUFFIXES
 
 
 def pcm16(wave: np.ndarray) -> bytes:
-    """Return samples [T] as little-endian 16-bit PCM; values outside [-1, 1] are clipped."""
-    samples: np.ndarray = np.rint(wave.clip(-1, 1) * 32767).astype("<i2")
-    return samples.tobytes()
+    """Return samples [T] as little-endian 16-bit PCM, rounded; values outside [-1, 1) are clipped."""
+    return _rounded(wave).tobytes()
+
+
+def _rounded(wave: np.ndarray) -> np.ndarray:
+    samples: np.ndarray = np.rint(wave * np.float32(32768)).clip(-32768, 32767).astype("<i2")
+    return samples
 
 
 class AudioWriter:
@@ -74,7 +78,7 @@ class AudioWriter:
             AudioError: if libsndfile cannot write the samples.
         """
         try:
-            self._file.write(wave)
+            self._file.write(_rounded(wave))  # libsndfile would round toward negative infinity
         except (AssertionError, soundfile.LibsndfileError) as error:  # raised by soundfile if a callback fails
             self._sink.check(self.path)
             raise AudioError(
