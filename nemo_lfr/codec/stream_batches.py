@@ -60,6 +60,7 @@ class BaseStream:
         self._num_out = 0  # items of the output that were returned
         self._finished, self._has_more = False, False  # flushed; more input of the same `push` call follows
         self._in_use = threading.Lock()
+        self._name = ""  # in messages; empty if the stream is used alone
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state for a copy. The copy is an independent stream."""
@@ -68,6 +69,7 @@ class BaseStream:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._in_use = threading.Lock()
+        self._name = ""  # in messages; empty if the stream is used alone
 
     @property
     def latency_ms(self) -> float:
@@ -135,14 +137,14 @@ def _exclusive(streams: Sequence[BaseStream]) -> Iterator[None]:
 
 
 @contextmanager
-def _naming(number: int, streams: Sequence[Any]) -> Iterator[None]:
-    """Begin the message of an error with the index of its stream, if there are several streams."""
+def _naming(stream: BaseStream) -> Iterator[None]:
+    """Begin the message of an error with the name of its stream, if there are several streams."""
     try:
         yield
     except NemoLfrError as error:
-        if len(streams) == 1:
+        if not stream._name:
             raise
-        raise type(error)(f"stream {number}: {error}") from error
+        raise type(error)(f"{stream._name}: {error}") from error
 
 
 def push(streams: Sequence[Any], inputs: Sequence[Any], kind: type[BaseStream], advance: Advance) -> list[np.ndarray]:
@@ -190,8 +192,8 @@ def flush(
         return []
     with _exclusive(streams):
         ends = []
-        for number, (stream, length) in enumerate(zip(streams, lengths, strict=True)):
-            with _naming(number, streams):
+        for stream, length in zip(streams, lengths, strict=True):
+            with _naming(stream):
                 ends.append(stream._end(length))
         begun = [number for number, stream in enumerate(streams) if stream._num_in]
         results = [stream._empty() for stream in streams]
@@ -213,6 +215,8 @@ def _batch(streams: Sequence[Any], kind: type[BaseStream]) -> list[Any]:
             raise NemoLfrError("the streams belong to several codecs; pass the streams of one codec.")
     if len({id(stream) for stream in streams}) < len(streams):
         raise NemoLfrError("the same stream was passed twice; pass each stream only once per call.")
+    for number, stream in enumerate(streams):
+        stream._name = f"stream {number}" if len(streams) > 1 else ""
     return streams
 
 
@@ -234,8 +238,8 @@ def _listed(values: Any, what: str) -> list[Any]:
 def _push_checked(streams: Sequence[Any], inputs: Sequence[Any], advance: Advance) -> list[np.ndarray]:
     """Validate all inputs, then process them in pieces of bounded size."""
     checked = []
-    for number, (stream, new) in enumerate(zip(streams, inputs, strict=True)):
-        with _naming(number, streams):
+    for stream, new in zip(streams, inputs, strict=True):
+        with _naming(stream):
             checked.append(stream._check(new))
     size = streams[0]._piece
     longest = max(new.shape[-1] for new in checked)
@@ -286,12 +290,12 @@ def run_step(
         for number, rest in zip(early, rests, strict=True):
             results[number] = torch.cat([results[number], rest], dim=-1)
     returned = []
-    for number, (stream, result, whole) in enumerate(zip(streams, results, computed, strict=True)):
+    for stream, result, whole in zip(streams, results, computed, strict=True):
         due = whole if stream.exact or last or stream._has_more else stream._num_due()
         stop = max(whole, due, stream._num_out)
         new = result[..., stream._num_out - stream._num_computed : stop - stream._num_computed]
         returned.append(new.cpu().numpy().copy())  # a copy: a view would keep the results of the whole batch in memory
         stream._num_computed, stream._num_out = whole, stop
-        with _naming(number, streams):
+        with _naming(stream):
             check(returned[-1][None])
     return returned

@@ -48,9 +48,18 @@ def must_be_called(layer: nn.Module, kind: type[nn.Module]) -> bool:
     return _is_patched(layer) or type(layer).forward is not kind.forward
 
 
-def _is_foreign(definition: Any) -> bool:
-    """Return whether a class or function is defined neither in this package nor in PyTorch."""
-    return str(definition.__module__).partition(".")[0] not in ("nemo_lfr", "torch")
+@functools.cache
+def _overrides(kind: Any) -> bool:
+    """Return whether a class that a user wrote overrides methods of this package's or PyTorch's classes.
+
+    The methods `__init__` and `run` do not count: subclasses with other layers override them.
+    """
+    names: set[str] = set()
+    for parent in kind.__mro__:
+        if parent.__module__.partition(".")[0] in ("nemo_lfr", "torch"):
+            return not names.isdisjoint(_methods(parent) - {"__init__", "run"})
+        names |= {name for name, value in vars(parent).items() if callable(value)}
+    return False
 
 
 def _layers(module: nn.Module) -> Iterator[nn.Module]:
@@ -63,10 +72,8 @@ def _layers(module: nn.Module) -> Iterator[nn.Module]:
 
 def is_altered(network: nn.Module) -> bool:
     """Return whether a network has hooks, replaced layers, or methods that a caller has patched or overridden."""
-    methods = (getattr(type(network), name, None) for name in ("forward", "encode_frames", "decode_frames"))
-    if any(_is_foreign(method) for method in methods if method is not None):
-        return True
-    if any(_is_foreign(type(layer)) for layer in _layers(network)):
+    kinds: list[Any] = [type(network), *map(type, _layers(network))]
+    if any(map(_overrides, kinds)):
         return True
     for module in network.modules():
         if module._forward_hooks or module._forward_pre_hooks or _is_patched(module):

@@ -23,7 +23,7 @@ _CLASSES: dict[str, tuple[type, ...]] = {
 }
 
 # Methods that NeMo's `encode` and `decode` call one after another. `Codec` does not call them.
-_STEPS = ("encode_audio", "pad_audio", "quantize", "dequantize", "decode_audio")
+_STEPS = ("encode_audio", "preprocess_audio", "pad_audio", "quantize", "dequantize", "decode_audio")
 
 
 class Inference(BaseModel):
@@ -66,11 +66,13 @@ class Inference(BaseModel):
                 return f"the model's {name} is {type(part).__name__}, not a module of nemo_lfr"
         if is_altered(unwrapped(self.vector_quantizer)):
             return "the model's vector_quantizer has hooks, replaced layers or overridden methods"
-        for name in _STEPS:
-            # `getattr_static`, because NeMo's decorators return another object at each access.
-            if name in vars(self) or getattr_static(type(self), name) is not getattr_static(Inference, name):
-                return f"the model's method {name} is overridden"
-        return None
+        step = next((name for name in _STEPS if self._overrides(name)), None)
+        return None if step is None else f"the model's method {step} is overridden"
+
+    def _overrides(self, name: str) -> bool:
+        """Return whether a method is overridden in a subclass or in this object."""
+        # `getattr_static`, because NeMo's decorators return another object at each access.
+        return name in vars(self) or getattr_static(type(self), name) is not getattr_static(Inference, name)
 
     def encode(
         self,
@@ -157,7 +159,7 @@ class Inference(BaseModel):
         Raises:
             AudioError: for audio that cannot be encoded, or an invalid sample rate.
         """
-        if self._alteration() is not None:
+        if self._alteration() is not None or self._overrides("decode"):  # NeMo calls `decode`
             stock: tuple[torch.Tensor, torch.Tensor] = super().forward(
                 audio=audio, audio_len=audio_len, sample_rate=sample_rate
             )

@@ -441,6 +441,15 @@ def test_an_error_names_the_stream_with_the_invalid_chunk(count):
         push_decoders(decoders, tokens)
 
 
+def test_an_error_of_a_flush_names_the_stream():
+    codec = build_codec("symmetric")
+    streams = [codec.stream_encoder() for _ in range(3)]
+    push_encoders(streams, [synthesize(0.1)[:0], synthesize(0.1), synthesize(0.1)])
+    codec.encoder.post_conv.conv.weight.fill_(1e38)
+    with pytest.raises(NemoLfrError, match=r"^stream 1: .*encoder gives NaN or infinite"):
+        flush_encoders(streams)
+
+
 def test_copied_stream_is_independent():
     codec, wave = cached_codec("symmetric"), synthesize(0.7)
     stream = codec.stream_encoder()

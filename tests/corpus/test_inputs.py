@@ -105,7 +105,7 @@ def test_entries_that_nemo_skips_are_passed_over(tmp_path, caplog):
     (tmp_path / "m.json").write_text("\n".join(lines))
     corpus = open_corpus(tmp_path / "m.json", None, tmp_path / "unused")
     shards = corpus.shards(2)
-    assert [shard["count"] for shard in shards] == [2, 2]
+    assert len(shards) == 3
     clips = [clip for shard in shards for clip in corpus.read(shard)]
     assert [(clip.id, clip.labels.get("text")) for clip in clips] == [
         ("a", "1"),
@@ -118,9 +118,7 @@ def test_entries_that_nemo_skips_are_passed_over(tmp_path, caplog):
 
 def test_a_manifest_of_tar_files_is_refused_until_they_are_unpacked(tmp_path):
     (tmp_path / "m.json").write_text('{"audio_filepath": "a.wav", "duration": 0.2, "shard_id": 0}')
-    with pytest.raises(
-        ConfigError, match=r"audio is in \.tar files .* unpack them, and pass their folder as --audio-dir"
-    ):
+    with pytest.raises(ConfigError, match=r"none of the first 1 audio file exists\. .* in \.tar files"):
         open_corpus(tmp_path / "m.json", None, tmp_path / "unused")
     (tmp_path / "audio").mkdir()
     soundfile.write(tmp_path / "audio" / "a.wav", WAVE, RATE)

@@ -26,16 +26,31 @@ SMALL = {"resblock_kernel_sizes": (3, 7), "resblock_dilation_sizes": (1, 2)}
 FRAME = 15
 
 
+class Stage(torch.nn.Module):
+    """Container of a user, without a forward method."""
+
+    def __init__(self, layer: torch.nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+
+class SmallLayer(ResidualLayer):
+    """Layer with a constructor of its own."""
+
+    def __init__(self, causal: bool) -> None:
+        super().__init__(8, (3, 5), (1,), "snake", causal, "reflect", True)
+
+
 class DeeperEncoder(HiFiGANEncoder):
     """Encoder with a filter before the first layer, and a residual stage after the last one."""
 
     def __init__(self, *, causal: bool = False) -> None:
         super().__init__(8, (3, 5), 4, **SMALL, causal=causal)
-        self.filter = Conv1d(1, 1, 5, causal=causal)
-        self.refine = ResidualLayer(8, (3, 5), (1,), "snake", causal, "reflect", True)
+        self.filter = Stage(Conv1d(1, 1, 5, causal=causal))
+        self.refine = SmallLayer(causal)
 
     def run(self, ops, audio):
-        return ops.residual(self.refine, super().run(ops, ops.conv(self.filter, audio)))
+        return ops.residual(self.refine, super().run(ops, ops.conv(self.filter.layer, audio)))
 
 
 class DeeperDecoder(HiFiGANDecoder):

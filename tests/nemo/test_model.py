@@ -671,6 +671,15 @@ def _quantize_of_the_instance(model):
     model.quantize = lambda encoded, encoded_len: _next_token(quantize(encoded=encoded, encoded_len=encoded_len))
 
 
+def _subclassed_quantizer(model):
+    kind = type(model.vector_quantizer)
+
+    def encode(self, inputs, input_len):
+        return _next_token(kind.encode(self, inputs=inputs, input_len=input_len))
+
+    model.vector_quantizer.__class__ = type("NextToken", (kind,), {"encode": encode})
+
+
 def _halved(result):
     return result[0] * 0.5, *result[1:]
 
@@ -684,6 +693,8 @@ _ALTERATIONS = {
     "method dequantize is overridden": _subclass(dequantize=lambda codes: codes * 0.5),
     "method decode_audio is overridden": _subclass(decode_audio=_halved),
     "method quantize is overridden, in the instance": _quantize_of_the_instance,
+    "method preprocess_audio is overridden": _subclass(preprocess_audio=_halved),
+    "vector_quantizer has hooks, replaced layers or overridden methods, in a subclass": _subclassed_quantizer,
 }
 
 

@@ -68,10 +68,11 @@ class Manifest(CorpusReader):
         is_utf16 = bool(lines) and lines[0].startswith(UTF16_MARKS)  # which json.loads would accept
         if is_utf16 or not any(_is_entry(line) for line in lines):
             raise ConfigError(f"{path}: not a NeMo manifest: {_describe_content(lines)}.")
-        if any(_is_entry(line, "shard_id") for line in lines) and not any(map(self._exists, lines)):
+        if all(map(_is_in_tar, lines)) and not any(map(self._exists, lines)):
             raise ConfigError(
-                f"{path}: its audio is in .tar files (the entries have the key shard_id), which cannot be read; "
-                "unpack them, and pass their folder as --audio-dir (audio_dir)."
+                f"{path}: none of the first {counted(len(lines), 'audio file')} exists. The entries have the key "
+                "shard_id, so the audio is probably in .tar files, which cannot be read; unpack them, and pass their "
+                "folder as --audio-dir (audio_dir)."
             )
 
     def _exists(self, line: bytes) -> bool:
@@ -118,13 +119,12 @@ class Manifest(CorpusReader):
             while line := file.readline():
                 if not line.strip():
                     continue
-                if _is_skipped(line):
-                    num_skipped += 1
-                    continue
                 if count == size:
                     repeats, count = {}, 0
                     shards.append({"start": file.tell() - len(line), "count": 0, "repeats": repeats})
-                if (number := ids.number(_name(line, self.audio_dir))) > 1:
+                if is_skipped := _is_skipped(line):
+                    num_skipped += 1
+                if not is_skipped and (number := ids.number(_name(line, self.audio_dir))) > 1:
                     repeats[str(count)] = number
                 count += 1
                 shards[-1]["count"] = count
@@ -137,8 +137,10 @@ class Manifest(CorpusReader):
         """Yield the clips of a shard in order."""
         with open(self.path, "rb") as file:
             file.seek(shard["start"])
-            lines = islice((line for line in file if line.strip() and not _is_skipped(line)), shard["count"])
+            lines = islice((line for line in file if line.strip()), shard["count"])
             for number, line in enumerate(lines):
+                if _is_skipped(line):
+                    continue
                 name = numbered_id(_name(line, self.audio_dir), repeat_number(shard, number))
                 try:
                     yield self._clip(name, parse_entry(line))
@@ -173,10 +175,17 @@ def entry_clip(name: str, labels: dict[str, Any], audio_dir: Path) -> Clip:
     return Clip(name, str(path), audio, context, standard_labels(labels), path=path)
 
 
-def _is_entry(line: bytes, key: str = "audio_filepath") -> bool:
-    """Return whether a line is a JSON object that contains a key."""
+def _is_entry(line: bytes) -> bool:
     try:
-        return isinstance(json.loads(line), dict) and key in json.loads(line)
+        return isinstance(json.loads(line), dict) and "audio_filepath" in json.loads(line)
+    except NOT_A_LINE:
+        return False
+
+
+def _is_in_tar(line: bytes) -> bool:
+    """Return whether a line has the number of a tar file, as in NeMo's manifests of tarred datasets."""
+    try:
+        return type(parse_entry(line).get("shard_id")) is int
     except NOT_A_LINE:
         return False
 
