@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 @click.option("--recover", is_flag=True, help="Decode the intact part of damaged or unfinished files.")
 @entropy_model_option(
     "Entropy model (.lfrm) for compressed files (default: the bundled model, or HASH.lfrm in the folder of the "
-    "token file or its parent folder; `nemo-lfr info` prints the HASH)."
+    "token file or in a folder above it; `nemo-lfr info` prints the HASH)."
 )
 @lookahead_option
 @model_options

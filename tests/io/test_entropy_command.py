@@ -10,6 +10,7 @@ import soundfile
 
 import nemo_lfr
 from nemo_lfr.cli.demo import demo_clip
+from nemo_lfr.corpus.dataset import TokenDataset
 from nemo_lfr.errors import EntropyModelError
 from nemo_lfr.io.entropy.find import bundled_model
 from nemo_lfr.io.entropy.fit import FitSettings, fit, measure
@@ -161,18 +162,34 @@ def test_tokens_of_two_codecs_are_not_mixed(capsys, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_corpus_of_compressed_files_carries_its_model(capsys, speech, tmp_path):
-    out = tmp_path / "tokens"
-    code, _, err = run(capsys, "tokenize", speech, "--out", out, "--format", "lfr", "--compress", "--workers", 1)
+@pytest.mark.parametrize(("subfolder", "is_bundled"), [(".", True), ("speaker/book", False)])
+def test_a_corpus_of_compressed_files_carries_its_model(capsys, speech, tmp_path, subfolder, is_bundled):
+    """Every command that reads token files finds the model, wherever the files are in the folder."""
+    corpus, out = tmp_path / "corpus", tmp_path / "tokens"
+    for name in ("a.wav", "b.wav"):
+        (corpus / subfolder).mkdir(parents=True, exist_ok=True)
+        (corpus / subfolder / name).write_bytes((speech / "a.wav").read_bytes())
+    write_model(random_model(size=40), tmp_path / "m.lfrm")
+    option = ["--compress"] if is_bundled else ["--entropy-model", tmp_path / "m.lfrm"]
+    code, _, err = run(capsys, "tokenize", corpus, "--out", out, "--format", "lfr", *option, "--workers", 1)
     assert code == 0, err
-    (path,) = (out / "tokens").glob("*.lfr")
+    path = out / "tokens" / subfolder / "a.lfr"
     with TokenReader(path) as reader:
         assert (out / f"{reader.entropy_hash}.lfrm").is_file()
+        assert (reader.entropy_hash == bundled_model().hash) == is_bundled
         tokens = reader.read()
-    from nemo_lfr.corpus.token_folder import TokenFolder
-
-    (utterance,) = TokenFolder(out).read(0)
-    assert np.array_equal(utterance.tokens.numpy(), tokens)
+    for utterance in TokenDataset(out):
+        assert np.array_equal(utterance.tokens.numpy(), tokens)
+    for command in (
+        ["detokenize", out, "--out", tmp_path / "audio"],
+        ["decode", out, "--out", tmp_path / "decoded"],
+        ["decode", path, "--out", tmp_path / "a.wav"],
+        ["decode", path, "--out", tmp_path / "recovered.wav", "--recover"],
+        ["entropy", "fit", out, "--out", tmp_path / "fitted.lfrm", "--epochs", 0.1],
+        ["info", out],
+    ):
+        code, _, err = run(capsys, *command)
+        assert code == 0, (command, err)
     code, _, err = run(capsys, "tokenize", speech, "--out", out, "--format", "lfr", "--workers", 1)
     assert code == 2 and "entropy model" in err
     code, _, err = run(capsys, "tokenize", speech, "--out", tmp_path / "b", "--compress")

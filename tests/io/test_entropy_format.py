@@ -216,8 +216,8 @@ def test_invalid_model_names_are_refused(tmp_path, value):
 
 def test_model_is_found_where_the_file_lies(tmp_path):
     model = small_model()
-    folder = tmp_path / "tokens"
-    folder.mkdir()
+    folder = tmp_path / "out" / "tokens" / "speaker" / "book"
+    folder.mkdir(parents=True)
     tokens = random_tokens(model, 5)
     path = write(folder / "a.lfr", model, [tokens])
     message = rf"entropy model {model.hash}, which was not found.*{model.hash}\.lfrm.*written by|weights/"
@@ -227,9 +227,14 @@ def test_model_is_found_where_the_file_lies(tmp_path):
             reader.read()
     with pytest.raises(EntropyModelError, match=message):
         TokenReader(path, recover=True)
-    for place in (folder, tmp_path):
+    (tmp_path / "link.lfr").symlink_to(path)
+    (tmp_path / "links").symlink_to(folder)
+    (folder / "sub").mkdir()
+    paths = [path, folder / "sub" / ".." / "a.lfr", tmp_path / "link.lfr", tmp_path / "links" / "a.lfr"]
+    for place in (folder, *list(folder.parents)[:4]):
         write_model(model, place / f"{model.hash}.lfrm")
-        assert np.array_equal(read(path, None), tokens)
+        for found in paths:
+            assert np.array_equal(read(found, None), tokens), (place, found)
         (place / f"{model.hash}.lfrm").unlink()
     write_model(small_model(seed=5), folder / f"{model.hash}.lfrm")
     with pytest.raises(EntropyModelError, match="replace it"):

@@ -1,4 +1,4 @@
-"""Find entropy models: the bundled model, a file that the user passes, or a file beside the token file."""
+"""Find entropy models: the bundled model, a file that the user passes, or a file in a folder above the token file."""
 
 import os
 from functools import lru_cache
@@ -107,8 +107,8 @@ def find_model(
 
     Args:
         wanted: hash of the model, as stored in the token file.
-        beside: path of the token file. `HASH.lfrm` is searched for in the folder of this file and in the parent
-            folder.
+        beside: path of the token file. `HASH.lfrm` is searched for in the folder of this file and in all folders
+            above it, the nearest first. If the path leads through links, the target's folders are searched too.
         written_by: program that wrote the token file, for messages.
         passed: entropy model or its path. If it is not None, no other model is searched for.
 
@@ -126,9 +126,9 @@ def find_model(
         return model
     if bundled_model_path().is_file() and bundled_model().hash == wanted:
         return bundled_model()
-    folder = beside.absolute().parent
-    for path in (folder / f"{wanted}{SUFFIX}", folder.parent / f"{wanted}{SUFFIX}"):
-        if path.is_file():
+    for folder in dict.fromkeys([*beside.absolute().parents, *Path(os.path.realpath(beside)).parents]):
+        path = folder / f"{wanted}{SUFFIX}"
+        if os.path.isfile(path):  # unlike Path.is_file, False in folders without permission
             model = EntropyModel.read(path)
             if model.hash != wanted:
                 raise EntropyModelError(
@@ -137,7 +137,7 @@ def find_model(
             return model
     raise EntropyModelError(
         f"{beside}: the file was compressed with the entropy model {wanted}, which was not found. Get "
-        f"{wanted}{SUFFIX} from the author of the file and pass it as --entropy-model, or put it beside the file. If "
+        f"{wanted}{SUFFIX} from the author of the file and put it beside the file or into a folder above it. If "
         f"the file was written with the bundled codec of {written_by}, that version contains the model as "
         f"weights/{BUNDLED}."
     )
