@@ -21,6 +21,7 @@ from nemo_lfr.io.lhotse_recipes import PREFIX, lhotse_recipe
 from nemo_lfr.io.locate import resolve
 from nemo_lfr.io.manifests import MAX_SECONDS
 from nemo_lfr.io.reading import DURATION_SLACK
+from nemo_lfr.io.repeated import mark_repeated
 from nemo_lfr.io.splits import SPLITS
 from nemo_lfr.io.tables import is_table, refuse_spreadsheet
 
@@ -166,7 +167,7 @@ def prepare(
     if not utterances:
         wanted = {"folder": "audio file", "table": "row"}.get(kind, f"utterance of {kind}")
         raise NemoLfrError(f"{source}: no {wanted} in this {_contents(kind, corpus)}; {_expected(kind)}")
-    utterances = _once(utterances)
+    utterances = mark_repeated(utterances)
     if kind == "folder" and all(utterance.split != "valid" for utterance in utterances):
         utterances = [replace(item, split=None) if item.split == "train" else item for item in utterances]
     out.mkdir(parents=True, exist_ok=True)
@@ -225,23 +226,6 @@ def _write_all(
             (out / name).unlink(missing_ok=True)
     (out / JOURNAL).unlink(missing_ok=True)
     return result
-
-
-def _once(utterances: list[CorpusUtterance]) -> list[CorpusUtterance]:
-    """Mark repeated files or sections as problems, so that each is used only once.
-
-    Otherwise a file could be used twice for training, or both for training and for validation.
-    """
-    seen: set[tuple[Path, float | None, float | None]] = set()
-    kept = []
-    for utterance in utterances:
-        if utterance.problem is None:
-            section = (utterance.path, utterance.offset, utterance.duration)
-            if section in seen:
-                utterance = replace(utterance, problem="listed more than once; the first row is used")
-            seen.add(section)
-        kept.append(utterance)
-    return kept
 
 
 def _expected(kind: str) -> str:

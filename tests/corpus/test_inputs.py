@@ -116,6 +116,17 @@ def test_entries_that_nemo_skips_are_passed_over(tmp_path, caplog):
     assert "2 entries are passed over, because _skipme is true" in caplog.text
 
 
+def test_a_file_in_two_tables_of_a_folder_is_one_clip(tmp_path):
+    (tmp_path / "d" / "test").mkdir(parents=True)
+    soundfile.write(tmp_path / "d" / "test" / "a.wav", WAVE, RATE)
+    (tmp_path / "d" / "metadata.csv").write_text("file_name,text\ntest/a.wav,one\n")
+    (tmp_path / "d" / "test" / "metadata.csv").write_text("file_name,text\na.wav,two\n")
+    first, second = clips_of(tmp_path / "d").values()
+    assert len(first.audio(RATE, 100)) == len(WAVE) and first.labels["text"] in ("one", "two")
+    with pytest.raises(AudioError, match="listed more than once; the first row is used"):
+        second.audio(RATE, 100)
+
+
 def test_a_manifest_of_tar_files_is_refused_until_they_are_unpacked(tmp_path):
     (tmp_path / "m.json").write_text('{"audio_filepath": "a.wav", "duration": 0.2, "shard_id": 0}')
     with pytest.raises(ConfigError, match=r"none of the first 1 audio file exists\. .* in \.tar files"):

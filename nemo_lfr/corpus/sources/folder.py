@@ -13,6 +13,7 @@ from nemo_lfr.errors import NemoLfrError
 from nemo_lfr.io.folders import AUDIO_SUFFIXES, describe_contents
 from nemo_lfr.io.journal import write_text
 from nemo_lfr.io.layouts import folder
+from nemo_lfr.io.repeated import mark_repeated
 
 # Key that marks an entry as unusable. The value is a list of two strings: the file or line, and the problem.
 PROBLEM = "nemo_lfr.problem"
@@ -63,7 +64,7 @@ def list_folder(root: Path, manifest: Path) -> Folder:
         NemoLfrError: if the folder contains no audio files.
     """
     lines = []
-    for utterance in folder(root):
+    for utterance in mark_repeated(folder(root)):
         entry = {"audio_filepath": str(utterance.path), **utterance.labels}
         for key in ("speaker", "split", "offset", "duration"):
             if (value := getattr(utterance, key)) not in ("", None):
