@@ -9,6 +9,7 @@ import tarfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -354,7 +355,8 @@ def test_finding_a_local_file_makes_no_request(tmp_path, monkeypatch):
     assert find_checkpoint("nvidia/local") == Path("nvidia/local")
 
 
-# Layouts of the Hub's cache: file names of the snapshot, the text of refs/main, and whether files are links to blobs.
+# Layouts of the Hub's cache: file names of the snapshot, the text of refs/main (or a dict of texts by reference), and
+# whether files are links to blobs.
 USUAL, OTHER, REVISION = "one.nemo", "codec.nemo", "a" * 40
 CACHES = {
     "as downloaded": ([USUAL], REVISION, True),
@@ -367,10 +369,25 @@ CACHES = {
     "reference to another commit": ([USUAL], "b" * 40, True),
     "reference to nowhere": ([USUAL], "../../../x", True),
     "empty reference": ([OTHER], "", True),
+    "a tag of main": ([OTHER], {"main": REVISION, "v1": REVISION}, True),
+}
+OTHER_REVISIONS = {
+    "a branch": {"dev": REVISION},
+    "a branch of several words": {"features/dev": REVISION},
+    "an interrupted download of main": {"dev": REVISION, "main": "b" * 40},
+    "a branch that has moved": {"dev": "b" * 40},
 }
 
 
-def fill_cache(cache: Path, path: Path, names: list[str], reference: str | None, linked: bool) -> Path:
+def is_main(layout: str) -> bool:
+    reference = CACHES[layout][1]
+    return (reference["main"] if isinstance(reference, dict) else reference) == REVISION
+
+
+def fill_cache(
+    cache: Path, path: Path, names: list[str], reference: str | dict[str, str] | None, linked: bool
+) -> Path:
+    """Fill a Hub cache. `reference` is the text of refs/main, or a dict with the texts of several references."""
     repository = cache / "models--me--one"
     snapshot = repository / "snapshots" / REVISION
     for number, name in enumerate(names):
@@ -383,21 +400,55 @@ def fill_cache(cache: Path, path: Path, names: list[str], reference: str | None,
             target.symlink_to(blob)
         else:
             shutil.copy(path, target)
-    if reference is not None:
-        (repository / "refs").mkdir()
-        (repository / "refs" / "main").write_text(reference)
+    references = {"main": reference} if isinstance(reference, str) else reference or {}
+    for name, commit in references.items():
+        (repository / "refs" / name).parent.mkdir(parents=True, exist_ok=True)
+        (repository / "refs" / name).write_text(commit)
     return snapshot
 
 
 @pytest.mark.parametrize("layout", slow_after(2, CACHES))
-def test_cached_repository_loads_offline_for_any_cache_layout(tmp_path, offline, layout):
+def test_cached_repository_loads_offline_for_any_cache_layout(tmp_path, offline, layout, caplog):
+    path = save(cached_codec("symmetric"), tmp_path / "tiny.nemo")
+    snapshot = fill_cache(tmp_path / "cache", path, *CACHES[layout])
+    assert nemo_lfr.load("me/one").fingerprint == nemo_lfr.load(path).fingerprint
+    assert (f"the only one is used, {snapshot}" in caplog.text) is not is_main(layout)
+
+
+@pytest.mark.parametrize("references", slow_after(2, OTHER_REVISIONS))
+@pytest.mark.parametrize("source", ["id", "repository"])
+def test_a_snapshot_of_another_branch_is_not_taken_for_main(tmp_path, offline, references, source):
+    path = save(cached_codec("symmetric"), tmp_path / "tiny.nemo")
+    snapshot = fill_cache(tmp_path / "cache", path, [USUAL], OTHER_REVISIONS[references], True)
+    message = r"one of another revision \((features/)?dev\); .* pass its path"
+    with pytest.raises(CheckpointError, match=message) as raised:
+        nemo_lfr.load("me/one" if source == "id" else snapshot.parents[1])
+    assert str(snapshot) in str(raised.value) and "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("layout", slow_after(2, [name for name in CACHES if not is_main(name)]))
+def test_a_snapshot_that_may_not_be_main_is_not_used_if_the_hub_answers(tmp_path, monkeypatch, offline, layout):
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError
+
     path = save(cached_codec("symmetric"), tmp_path / "tiny.nemo")
     fill_cache(tmp_path / "cache", path, *CACHES[layout])
-    assert nemo_lfr.load("me/one").fingerprint == nemo_lfr.load(path).fingerprint
+    monkeypatch.setattr("nemo_lfr.io.hub.files_on_hub", lambda repository: [USUAL])
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_, **__: str(tmp_path / "tiny.nemo"))
+    assert find_checkpoint("me/one") == tmp_path / "tiny.nemo"
+
+    def refuse(repository):
+        error = HfHubHTTPError.__new__(HfHubHTTPError)
+        error.response = SimpleNamespace(status_code=404)
+        raise error
+
+    monkeypatch.setattr("nemo_lfr.io.hub.files_on_hub", refuse)
+    with pytest.raises(CheckpointError, match="could not be downloaded from the Hub"):
+        find_checkpoint("me/one")
 
 
 @pytest.mark.parametrize("layout", slow_after(3, [name for name in CACHES if name != "in a folder"]))
-def test_a_repositorys_folder_in_the_cache_is_a_path(tmp_path, layout):
+def test_a_repositorys_folder_in_the_cache_is_a_path(tmp_path, layout, caplog):
     path = save(cached_codec("symmetric"), tmp_path / "tiny.nemo")
     fill_cache(tmp_path / "cache", path, *CACHES[layout])
     repository = tmp_path / "cache" / "models--me--one"
@@ -406,6 +457,7 @@ def test_a_repositorys_folder_in_the_cache_is_a_path(tmp_path, layout):
             nemo_lfr.load(repository)
     else:
         assert nemo_lfr.load(repository, "cpu").fingerprint == nemo_lfr.load(path, "cpu").fingerprint
+        assert ("the only one is used" in caplog.text) is not is_main(layout)
 
 
 @pytest.mark.parametrize("linked", slow_after(1, [True, False]))

@@ -1,6 +1,5 @@
 """Find a checkpoint by its local path, its model name, or its repository on the Hugging Face Hub."""
 
-import contextlib
 import logging
 import os
 import re
@@ -19,6 +18,8 @@ from nemo_lfr.io.locate import (
     is_unpacked,
     locate_checkpoint,
     looks_local,
+    main_snapshot,
+    only_snapshot,
 )
 
 logger = logging.getLogger(__name__)
@@ -31,6 +32,9 @@ LICENSES = {LFR: "NVIDIA's NSCLv1 (research and other non-commercial use only)"}
 
 def find_checkpoint(source: str | os.PathLike[str] | None, refresh: bool = False) -> Path:
     """Return the local path of a checkpoint, and download the checkpoint if necessary.
+
+    A Hub id stands for the main branch of the repository. If the Hub cannot be reached, a single snapshot in the cache
+    of which the branch is unknown is used with a warning.
 
     Args:
         source: path (see `locate_checkpoint`), Hub id such as "OWNER/NAME", or NeMo's name of a model (see `ALIASES`);
@@ -68,53 +72,68 @@ def find_checkpoint(source: str | os.PathLike[str] | None, refresh: bool = False
 
 
 def _cached(repository: str) -> Path | None:
-    """Return the checkpoint of a repository from the Hub's cache; None if the cache has none or several."""
-    from huggingface_hub import hf_hub_download, snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    """Return the checkpoint of a repository's main branch from the Hub's cache; None if the cache has none or several.
 
-    # Errors of a damaged cache are ignored, so that the file is downloaded again.
-    with contextlib.suppress(LocalEntryNotFoundError, OSError, ValueError):
-        return Path(hf_hub_download(repository, _usual_name(repository), local_files_only=True))
-    with contextlib.suppress(LocalEntryNotFoundError, OSError, ValueError):
-        snapshot = Path(snapshot_download(repository, local_files_only=True))
-        found = sorted(snapshot.rglob("*.nemo"))
-        if len(found) == 1:
-            return found[0]
-        if not found and is_unpacked(snapshot):
-            return snapshot
-    found = _in_snapshot(repository)
-    usual = [path for path in found if path.name == _usual_name(repository)]
-    for candidates in (usual, found):
-        if len(candidates) == 1:
-            return candidates[0]
-    return None
-
-
-def _in_snapshot(repository: str) -> list[Path]:
-    """List the checkpoints in a repository's snapshot in the Hub's cache, without the Hub's client.
-
-    The client finds a snapshot only if the cache stores a branch name for it. There is no branch name if the snapshot
-    was downloaded by its commit, or if the cache was copied without links and references.
-
-    Returns:
-        The `.nemo` files, or the folder of the snapshot if it contains config and weights. The list is empty if the
-        cache has no snapshot of the repository, or several.
+    The client's own functions are not used, because they refuse a snapshot that lacks files of no use here.
     """
+    snapshot = main_snapshot(_cache_folder(repository))
+    try:
+        return None if snapshot is None else checkpoint_in(snapshot, repository)
+    except CheckpointError:
+        return None
+
+
+def _cache_folder(repository: str) -> Path:
+    """Return the folder of a repository in the Hub's cache. The folder need not exist."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    folder = Path(HF_HUB_CACHE, "models--" + repository.replace("/", "--"), "snapshots")
-    try:
-        snapshots = [path for path in folder.iterdir() if path.is_dir()]
-        if len(snapshots) != 1:
-            return []
-        return sorted(snapshots[0].rglob("*.nemo")) or [path for path in snapshots if is_unpacked(path)]
-    except OSError:
-        return []
+    return Path(HF_HUB_CACHE, "models--" + repository.replace("/", "--"))
 
 
-def _usual_name(repository: str) -> str:
-    """Return the usual name of the `.nemo` file in a repository. NeMo's `from_pretrained` expects this name."""
-    return repository.partition("/")[2] + ".nemo"
+def checkpoint_in(snapshot: Path, repository: str) -> Path:
+    """Return the checkpoint in the folder of a downloaded repository.
+
+    Args:
+        snapshot: folder of the repository's files.
+        repository: Hub id of the repository.
+
+    Returns:
+        Path of a `.nemo` file, which may be in a subfolder, or `snapshot` if it contains config and weights.
+
+    Raises:
+        CheckpointError: if there is no checkpoint, or more than one.
+    """
+    # Missing files are not listed, because a link in the cache may lead to a deleted file.
+    found = sorted(path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*.nemo") if path.is_file())
+    if not found and is_unpacked(snapshot):
+        return snapshot
+    return snapshot / _choose(found, repository, f" in {snapshot}")
+
+
+def _choose(found: list[str], repository: str, place: str = "") -> str:
+    """Choose one of the `.nemo` files of a repository.
+
+    Args:
+        found: names of the `.nemo` files.
+        repository: Hub id of the repository.
+        place: place of the files, for messages.
+
+    Raises:
+        CheckpointError: if there is no file, or if there are several without the usual name.
+    """
+    # NeMo's `from_pretrained` expects this name.
+    usual = repository.partition("/")[2] + ".nemo"
+    if not found:
+        raise CheckpointError(
+            f"{repository}: the repository contains no checkpoint{place}, since it has neither a .nemo file, nor "
+            f"{SAFETENSORS_CONFIG} and {SAFETENSORS}; check the name."
+        )
+    if usual not in found and len(found) != 1:
+        raise CheckpointError(
+            f"{repository}: the repository contains {len(found)} .nemo files{place} "
+            f"({shorten(', '.join(found), 200)}), but one is expected; download one of them and pass its path."
+        )
+    return usual if usual in found else found[0]
 
 
 def files_on_hub(repository: str, revision: str | None = None, token: bool | str | None = None) -> list[str]:
@@ -140,41 +159,52 @@ def files_on_hub(repository: str, revision: str | None = None, token: bool | str
 
 
 def _download(repository: str, refresh: bool) -> Path:
-    """Return a repository's checkpoint from the Hub's cache, or download it."""
+    """Return a repository's checkpoint from the Hub's cache, or download it.
+
+    If the Hub cannot be reached, a snapshot that may be from another commit than the main branch is used as well.
+    """
     from huggingface_hub import hf_hub_download, snapshot_download
 
+    if not refresh and (cached := _cached(repository)) is not None:
+        return cached
     try:
-        if not refresh and (cached := _cached(repository)) is not None:
-            return cached
         names = files_on_hub(repository)
-        if repository in LICENSES:
-            logger.warning("%s: the license of these weights is %s.", repository, LICENSES[repository])
-        found = [file for file in names if file.endswith(".nemo")]
-        if not found and (files := folder_files(names)):
+    except Exception as error:  # the Hub client's transport (requests, httpx, ...) depends on its version
+        folder = _cache_folder(repository)
+        if refresh or _has_answered(error) or not (folder / "snapshots").is_dir():
+            raise _not_downloaded(repository, error) from error
+        try:
+            return checkpoint_in(main_snapshot(folder) or only_snapshot(folder), repository)
+        except CheckpointError as cache_error:
+            raise CheckpointError(
+                f"{repository}: the Hub cannot be reached ({first_line(error)}), and its local cache cannot be used: "
+                f"{cache_error}"
+            ) from error
+    if repository in LICENSES:
+        logger.warning("%s: the license of these weights is %s.", repository, LICENSES[repository])
+    found = [file for file in names if file.endswith(".nemo")]
+    files = folder_files(names)
+    try:
+        if not found and files:
             patterns = [*files, SHARDS] if SAFETENSORS_INDEX in files else list(files)
             return Path(snapshot_download(repository, allow_patterns=patterns, force_download=refresh))
-        usual = _usual_name(repository)
-        if not found:
-            raise CheckpointError(
-                f"{repository}: the repository contains no checkpoint, since it has neither a .nemo file, nor "
-                f"{SAFETENSORS_CONFIG} and {SAFETENSORS}; check the name."
-            )
-        if usual not in found and len(found) != 1:
-            raise CheckpointError(
-                f"{repository}: the repository contains {len(found)} .nemo files {found}, but one is expected; "
-                "download one of them and pass its path."
-            )
-        return Path(hf_hub_download(repository, usual if usual in found else found[0], force_download=refresh))
+        return Path(hf_hub_download(repository, _choose(found, repository), force_download=refresh))
     except CheckpointError:
         raise
-    except Exception as error:  # the Hub client's transport (requests, httpx, ...) depends on its version
-        if len(cached_files := _in_snapshot(repository)) > 1:
-            listing = shorten(", ".join(path.name for path in cached_files), 200)
-            raise CheckpointError(
-                f"{repository}: the Hub cannot be reached, and the local cache contains {len(cached_files)} .nemo "
-                f"files in {cached_files[0].parent} ({listing}); pass the path of one of these files."
-            ) from error
-        raise CheckpointError(
-            f"{repository}: the repository could not be downloaded from the Hub and is not in the local cache "
-            f"({first_line(error)}); check the name and the network, or pass the path of a downloaded .nemo file."
-        ) from error
+    except Exception as error:
+        raise _not_downloaded(repository, error) from error
+
+
+def _has_answered(error: Exception) -> bool:
+    """Return whether an error is an answer of the Hub, such as "no such repository", and not a failure to reach it."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    return isinstance(error, HfHubHTTPError) and (status is None or status < 500)
+
+
+def _not_downloaded(repository: str, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{repository}: the repository could not be downloaded from the Hub and is not in the local cache "
+        f"({first_line(error)}); check the name and the network, or pass the path of a downloaded .nemo file."
+    )

@@ -1,6 +1,7 @@
 """Resolve paths that users pass: expand `~`, and find the checkpoint that a path refers to."""
 
 import errno
+import logging
 import os
 import re
 from collections.abc import Collection
@@ -8,6 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from nemo_lfr.errors import CheckpointError, NemoLfrError, shorten
+
+logger = logging.getLogger(__name__)
 
 # Members of a `.nemo` archive, and files in the folder of an unpacked one.
 CONFIG_MEMBER = "model_config.yaml"
@@ -174,19 +177,38 @@ def is_unpacked(folder: Path) -> bool:
     return any(all(os.path.exists(folder / name) for name in pair) for pair in FOLDERS)
 
 
-def _snapshot(folder: Path) -> Path:
-    """Return the current snapshot in a folder of the Hub's cache (`models--OWNER--NAME`).
+def main_snapshot(folder: Path) -> Path | None:
+    """Return the snapshot of the main branch in a folder of the Hub's cache.
+
+    Args:
+        folder: folder of a repository, named `models--OWNER--NAME`.
+
+    Returns:
+        Folder of the snapshot whose commit is in `refs/main`; None if there is no such snapshot.
+    """
+    with suppress(OSError, ValueError):
+        commit = (folder / "refs" / "main").read_text(encoding="ascii").strip()
+        # The text is compared with the names of folders, so that it cannot lead out of the cache.
+        return next((path for path in (folder / "snapshots").iterdir() if path.name == commit and path.is_dir()), None)
+    return None
+
+
+def only_snapshot(folder: Path) -> Path:
+    """Return the only snapshot in a folder of the Hub's cache, and warn that it may not be the main branch.
+
+    The cache does not say which branch a snapshot is from if the snapshot was downloaded by its commit, if the cache
+    was copied without references, or if a later download was interrupted.
+
+    Args:
+        folder: folder of a repository, named `models--OWNER--NAME`, without a snapshot of the main branch.
 
     Raises:
-        CheckpointError: if there is no snapshot, or if there are several and the folder does not say which one is
-            current.
+        CheckpointError: if there is no snapshot, if there are several, or if the cache has references to other
+            branches or tags.
     """
     try:
         snapshots = sorted(path for path in (folder / "snapshots").iterdir() if path.is_dir())
-        with suppress(OSError, ValueError):
-            commit = (folder / "refs" / "main").read_text(encoding="ascii").strip()
-            if chosen := [path for path in snapshots if path.name == commit]:
-                return chosen[0]
+        references = [path for path in (folder / "refs").rglob("*") if path.is_file()]
     except OSError as error:
         path = folder / "snapshots"
         raise CheckpointError(f"{path}: the folder cannot be read ({error.strerror}).") from error
@@ -199,6 +221,18 @@ def _snapshot(folder: Path) -> Path:
             f"{folder}: the folder in the Hub's cache has {len(snapshots)} snapshots, and does not say which one is "
             "current; pass the path of a snapshot, or download the repository again."
         )
+    names = sorted(path.relative_to(folder / "refs").as_posix() for path in references)
+    if others := [name for name in names if name != "main"]:
+        raise CheckpointError(
+            f"{folder}: the folder in the Hub's cache has no snapshot of the main branch, but one of another revision "
+            f"({shorten(', '.join(others), 200)}); to use that one, pass its path {snapshots[0]}, else download the "
+            "repository."
+        )
+    logger.warning(
+        "%s: the Hub's cache does not say which snapshot is the main branch; the only one is used, %s.",
+        folder,
+        snapshots[0],
+    )
     return snapshots[0]
 
 
@@ -216,7 +250,7 @@ def _in_folder(folder: Path) -> Path:
         and SAFETENSORS not in names
         and not any(name.endswith(".nemo") for name in names)
     ):
-        return _in_folder(_snapshot(folder))
+        return _in_folder(main_snapshot(folder) or only_snapshot(folder))
     archives = [name for name in names if name.endswith(".nemo") and not os.path.isdir(folder / name)]
     if len(archives) == 1:
         return locate_checkpoint(folder / archives[0])
