@@ -50,7 +50,7 @@ class FormatName(click.Choice):  # type: ignore[type-arg]  # generic in recent r
 @click.option(
     "--compress",
     is_flag=True,
-    help="Compress the files of --format lfr losslessly, to about 70 % of their size.",
+    help="Compress the files of --format lfr losslessly, to about 73 % of their size.",
 )
 @entropy_model_option("Entropy model (.lfrm); implies --compress (default: the bundled codec's model).")
 @click.option(
