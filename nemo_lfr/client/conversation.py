@@ -176,7 +176,7 @@ class Conversation(CodecProperties):
         self.check_open()
 
     def messages(self, items: Any) -> Iterator[bytes | str]:
-        """Yield messages of at most 64 KiB that contain a piece of input.
+        """Yield messages that contain a piece of input, each with at most 64 KiB of array data.
 
         Args:
             items: samples [n], tokens [C, k], or the tokens of one frame, [C].
@@ -335,7 +335,9 @@ class Conversation(CodecProperties):
         """
         values = parse_object(message) if isinstance(message, str) else None
         if values is None:
-            raise self.invalid("sent a binary message" if isinstance(message, bytes) else "sent text that is not JSON")
+            raise self.invalid(
+                "sent a binary message" if isinstance(message, bytes) else "sent text that is not a JSON object"
+            )
         name = message_type(values)
         schema = MESSAGES[self.kind].get(name)
         if schema is None or name not in (*types, "error"):
@@ -375,7 +377,7 @@ class Conversation(CodecProperties):
         """Record and return the error for a message that does not follow the protocol.
 
         Args:
-            problem: what the server did, such as "sent text that is not JSON".
+            problem: what the server did, such as "sent text that is not a JSON object".
         """
         return self.fail(
             ServerError(

@@ -3,11 +3,12 @@
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import nn
 
 from nemo_lfr.codec.ambient import check_weights
-from nemo_lfr.errors import NemoLfrError
+from nemo_lfr.errors import NemoLfrError, shorten
 from nemo_lfr.modules.altered import STREAM, check_unaltered
 from nemo_lfr.modules.decoder import HiFiGANDecoder
 from nemo_lfr.modules.encoder import HiFiGANEncoder
@@ -52,8 +53,9 @@ def check_lookahead(**values: int | None) -> None:
         NemoLfrError: if a value is neither None nor an integer of at least 0.
     """
     for name, value in values.items():
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
-            raise NemoLfrError(f"{name} is {value!r}; pass a whole number of frames, 0 or more, or None.")
+        is_whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+        if value is not None and (not is_whole or value < 0):
+            raise NemoLfrError(f"{name} is {shorten(repr(value))}; pass an integer (frames) of 0 or more, or None.")
 
 
 def check_network(network: nn.Module, name: str) -> None:

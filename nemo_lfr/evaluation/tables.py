@@ -60,7 +60,7 @@ class Table:
     Attributes:
         title: title, or an empty string.
         head: names of the columns.
-        rows: rows of cells. The first cell in each row is the codec's name.
+        rows: rows of cells. The first cell in each row names the codec or the pair of codecs.
         better: "higher" or "lower" for each column whose best value is marked, and None for other columns. An empty
             list marks no values.
     """

@@ -155,8 +155,8 @@ def read_shar(cuts: Path, fields: Mapping[str, Path], allow_url: bool = False) -
     """Yield the cuts in one shard of a Lhotse Shar, with their data from the other fields of the Shar.
 
     Args:
-        cuts: `cuts.*.jsonl.gz` file of the shard.
-        fields: a dict from the name of each field to its `.tar` or `.jsonl` file.
+        cuts: `cuts.*.jsonl` or `cuts.*.jsonl.gz` file of the shard.
+        fields: a dict from the name of each field to its `.tar` or `.jsonl` file, which may be compressed with gzip.
         allow_url: whether cuts may refer to http(s) URLs, see `check_cut`.
 
     Yields:

@@ -246,7 +246,7 @@ class TokenStreamWriter:
         try:
             num_samples = operator.index(num_samples)
         except TypeError:
-            raise TokensError(f"num_samples is {shorten(repr(num_samples))}; pass a whole number.") from None
+            raise TokensError(f"num_samples is {shorten(repr(num_samples))}; pass an integer.") from None
         if self._pending:
             remainder = np.concatenate(self._pending, axis=1)
             self._pending = []

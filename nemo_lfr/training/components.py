@@ -310,7 +310,8 @@ class AudioTerms(nn.Module):
         for name, section in sections.items():
             if not re.fullmatch(r"[A-Za-z]\w*", str(name)) or name in reserved or hasattr(nn.ModuleDict, str(name)):
                 raise ConfigError(
-                    f"{where}: the name {shorten(str(name))!r} is reserved or is not an identifier; choose another."
+                    f"{where}: the name {shorten(str(name))!r} is reserved, or is not a letter followed by letters, "
+                    "digits and underscores; choose another."
                 )
             module = build_component(section, f"{where}.{name}", nn.Module).requires_grad_(False)
             self._what[name] = f"{where}.{name}: {section['_target_']}"

@@ -134,7 +134,10 @@ def test_first_lookahead_gives_the_first_audio_sooner_and_the_rest_exactly(kind,
 @pytest.mark.parametrize(
     ("values", "match"),
     [
-        *(((None, value), "first_lookahead is .*; pass a whole number of frames") for value in (-1, True, 1.0, "2")),
+        *(
+            ((None, value), r"first_lookahead is .*; pass an integer \(frames\) of 0 or more")
+            for value in (-1, True, 1.0, "2")
+        ),
         ((3, 4), "first_lookahead is 4, but lookahead is only 3; pass a first_lookahead of at most 3"),
         ((100, 101), "first_lookahead is 101, but lookahead is only 100"),
     ],

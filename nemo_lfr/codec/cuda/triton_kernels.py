@@ -89,7 +89,7 @@ def convolution_kernel(
     tile_channels: tl.constexpr,
     tile_sums: tl.constexpr,
 ):
-    """Write after(scale * (conv(activation(signal)) + bias + residual + total)) to `out`.
+    """Write `activation_after(scale * (conv(activation(signal)) + bias + residual + total))` to `out`.
 
     The convolution is a matrix product of the inputs, [time, taps * inputs], and the weight. The matrix of inputs is
     not stored; its values are loaded from the signal as needed.

@@ -21,7 +21,10 @@ EXPONENTIALS = np.array([ROOTS[step % STEPS] >> step // STEPS for step in range(
 
 
 def tokens_to_digits(tokens: np.ndarray, levels: tuple[int, ...]) -> np.ndarray:
-    """Split tokens [C, T] into FSQ values [T, C * len(levels)], codebook by codebook, first dimension first."""
+    """Split tokens [C, T] into the indices of FSQ levels, [T, C * len(levels)].
+
+    The indices of the first codebook come first, in the order of `levels`.
+    """
     digits = np.empty((tokens.shape[1], tokens.shape[0], len(levels)), dtype=np.int64)
     rest = tokens.T.astype(np.int64)
     for dimension, level in enumerate(levels):
