@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.trainer.states import TrainerFn
 
 from nemo_lfr.nemo.base import BaseModel, Trainer
 from nemo_lfr.training.average import Average
@@ -67,26 +68,41 @@ class WeightAveraging(BaseModel):
         return result
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the moving average of the weights to a checkpoint.
+        """Put the averaged weights into the state dict of a checkpoint, and the trained weights beside it.
 
-        A checkpoint may be saved during validation, for example after a signal from Slurm. The model then holds the
-        averaged weights, but the state dict in the checkpoint still gets the trained weights.
+        The checkpoint's name and `val_loss` are those of the averaged weights. Every program that opens the checkpoint
+        for inference or for initial weights therefore gets the averaged weights. Only a resumed run reads the trained
+        weights. A checkpoint may be saved during validation, for example after a signal from Slurm. The model then
+        holds the averaged weights.
         """
         super().on_save_checkpoint(checkpoint)
         if self._average is None:
             return
-        weights = self._average.weights
-        if self._average.in_use:
-            state, trained = checkpoint["state_dict"], weights
-            names = [f"{PARTS[int(name[0])]}{name[1:]}" for name, _ in self._generator.named_parameters()]
-            weights = [state[name] for name in names]
-            state.update(zip(names, trained, strict=True))
-        checkpoint["average"] = {"count": self._average.count, "weights": weights}
+        state, names = checkpoint["state_dict"], self._averaged_names()
+        stored, others = [state[name] for name in names], self._average.weights
+        averaged, trained = (stored, others) if self._average.in_use else (others, stored)
+        state.update(zip(names, averaged, strict=True))
+        checkpoint["average"] = {"count": self._average.count, "trained": dict(zip(names, trained, strict=True))}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the moving average of the weights from a checkpoint."""
+        """Restore the trained weights and their moving average if a run is resumed.
+
+        Otherwise, the model gets the averaged weights.
+        """
         super().on_load_checkpoint(checkpoint)
-        if "average" in checkpoint and self.cfg.get("ema_decay"):
+        self._average = None
+        if "average" not in checkpoint or self._trainer is None or self._trainer.state.fn != TrainerFn.FITTING:
+            return
+        state, average = checkpoint["state_dict"], checkpoint["average"]
+        if "trained" in average:
+            weights = [state[name] for name in average["trained"]]
+            state.update(average["trained"])
+        else:  # written by a development version, with the trained weights in the state dict
+            weights = list(average["weights"])
+        if self.cfg.get("ema_decay"):
             self._average = Average(self._generator, float(self.cfg.ema_decay))
-            self._average.count = checkpoint["average"]["count"]
-            self._average.weights = list(checkpoint["average"]["weights"])
+            self._average.count, self._average.weights = average["count"], weights
+
+    def _averaged_names(self) -> list[str]:
+        """Return the names of the averaged weights in the state dict."""
+        return [f"{PARTS[int(name[0])]}{name[1:]}" for name, _ in self._generator.named_parameters()]

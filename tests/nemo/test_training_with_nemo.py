@@ -19,6 +19,7 @@ from nemo.collections.common.callbacks import EMA
 from nemo.collections.tts.models.audio_codec import AudioCodecModel as StockModel
 from omegaconf import OmegaConf, open_dict
 
+import nemo_lfr
 from nemo_lfr import AudioCodecModel, CheckpointError, ConfigError
 from nemo_lfr.io.exclusive import exclusive
 from nemo_lfr.modules.quantizer import FiniteScalarQuantizer, GroupFiniteScalarQuantizer
@@ -462,12 +463,57 @@ def test_the_average_of_the_weights_is_validated_exported_and_resumed(tmp_path):
     (metrics,) = trainer.validate(plain, batches, verbose=False)
     assert metrics["val_loss"] == pytest.approx(validated, rel=1e-5)
     trainer.strategy.connect(model)
-    trainer.save_checkpoint(tmp_path / "last.ckpt")
-    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=False)
-    _, resumed = models(tmp_path, config)
-    resumed.on_load_checkpoint(checkpoint)
-    torch.testing.assert_close(torch.cat([value.flatten() for value in resumed._average.weights]), average)
-    assert resumed._average.count == model._average.count == 3
+    path = tmp_path / "last.ckpt"
+    trainer.save_checkpoint(path)
+    for name, weights in opened(path, config).items():
+        assert torch.equal(weights, average), name
+    codecs = [nemo_lfr.load(file, device="cpu") for file in (path, tmp_path / "saved.nemo")]
+    assert codecs[0].fingerprint == codecs[1].fingerprint
+    resumed = Resumed(path, config)
+    assert torch.equal(resumed.trained, last) and torch.equal(resumed.average, average) and resumed.count == 3
+    resumed = Resumed(path, config | {"ema_decay": None})
+    assert torch.equal(resumed.trained, last) and resumed.average is None
+
+    def develop(checkpoint):  # the layout of development versions
+        state, trained = checkpoint["state_dict"], checkpoint["average"].pop("trained")
+        checkpoint["average"]["weights"] = [state[name] for name in trained]
+        state.update(trained)
+        return checkpoint
+
+    rewritten(path, tmp_path / "old.ckpt", develop)
+    resumed = Resumed(tmp_path / "old.ckpt", config)
+    assert torch.equal(resumed.trained, last) and torch.equal(resumed.average, average)
+
+
+def opened(path: Path, config: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Return the encoder's and decoder's weights that each way of opening a training checkpoint reads."""
+    first, validated, stock = (AudioCodecModel(OmegaConf.create(config)) for _ in range(3))
+    first.maybe_init_from_pretrained_checkpoint(OmegaConf.create({"init_from_ptl_ckpt": str(path)}))
+    loader = torch.utils.data.DataLoader([batch(frames=8)], batch_size=None)
+    quiet_trainer().validate(validated, loader, ckpt_path=str(path), verbose=False)
+    stock.load_state_dict(torch.load(path, weights_only=False)["state_dict"], strict=False)
+    ways = {
+        "restore_from": AudioCodecModel.restore_from(path, map_location="cpu"),
+        "load_from_checkpoint": AudioCodecModel.load_from_checkpoint(path, map_location="cpu"),
+        "init_from_ptl_ckpt": first,
+        "validate": validated,
+        "state dict": stock,
+    }
+    return {name: generator_weights(model) for name, model in ways.items()}
+
+
+class Resumed(pl.Callback):
+    """Weights and moving average with which a resumed run begins."""
+
+    def __init__(self, path: Path, config: dict[str, Any]) -> None:
+        model = AudioCodecModel(OmegaConf.create(config))
+        loader = torch.utils.data.DataLoader([batch(frames=8)], batch_size=None)
+        quiet_trainer(max_epochs=2, callbacks=[self]).fit(model, loader, ckpt_path=str(path))
+
+    def on_train_start(self, trainer, model):
+        self.trained, average = generator_weights(model), model._average
+        self.average = average and torch.cat([value.flatten() for value in average.weights])
+        self.count = average and average.count
 
 
 class Fails(pl.Callback):
@@ -502,12 +548,10 @@ def test_a_failed_validation_leaves_and_saves_the_trained_weights(tmp_path, erro
     assert not torch.equal(trained, average)
     assert not torch.equal(trained, before)
     for name in ("during.ckpt", "after.ckpt"):
-        checkpoint = torch.load(tmp_path / name, weights_only=False)
-        resumed = AudioCodecModel(OmegaConf.create(config))
-        resumed.on_load_checkpoint(checkpoint)
-        resumed.load_state_dict(checkpoint["state_dict"])
-        assert torch.equal(generator_weights(resumed), trained)
-        assert torch.equal(torch.cat([value.flatten() for value in resumed._average.weights]), average)
+        resumed = Resumed(tmp_path / name, config)
+        assert torch.equal(resumed.trained, trained)
+        assert torch.equal(resumed.average, average)
+        assert torch.equal(generator_weights(AudioCodecModel.restore_from(tmp_path / name)), average)
     model.save_to(tmp_path / "saved.nemo")
     assert torch.equal(generator_weights(model), trained)
 
