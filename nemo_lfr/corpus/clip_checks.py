@@ -33,7 +33,10 @@ def read_clips(corpus: CorpusReader, shard: ShardSpec) -> Iterator[Clip]:
     for clip in named_items(corpus, READER, clips):
         if not isinstance(clip, Clip) or not isinstance(clip.origin, str):
             what = "a clip whose origin is not a string" if isinstance(clip, Clip) else f"a {type(clip).__name__}"
-            raise NemoLfrError(f"the {READER} {described(corpus)} yielded {what}; `read` must yield `Clip` objects.")
+            raise NemoLfrError(
+                f"the {READER} {described(corpus)} yielded {what}; `read` must yield `Clip` "
+                "objects whose `origin` is a string."
+            )
         yield clip
 
 

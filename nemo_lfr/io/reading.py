@@ -121,7 +121,7 @@ def read_part(
 def count_missing(reader: AudioReader, offset: float, duration: float, name: str, tolerance: float) -> int:
     """Return how many samples are missing at the end of a cut, at the rate of the file.
 
-    A warning is logged if the samples are too many to be due to a rounded duration.
+    A warning is logged if more samples are missing than a rounded duration can explain.
 
     Args:
         reader: reader of the file.

@@ -69,7 +69,7 @@ def discriminator_hinged(real: Scores, gen: Scores) -> torch.Tensor:
 def feature_matching(real: FeatureMaps, gen: FeatureMaps) -> torch.Tensor:
     """Compute the mean absolute difference between feature maps of real and generated audio (HiFi-GAN).
 
-    All networks of the discriminators have the same weight.
+    Each network of the discriminators counts equally in the mean, however many layers it has.
     """
     return _average(
         [

@@ -4,7 +4,8 @@ Packed weights are built on first use and dropped when the parameters of the net
 
 - For each convolution, the weights with weight norm folded, in the memory layout of oneDNN's kernel. Calls then do
   not have to fold or reorder the weights. A transposed convolution becomes an ordinary convolution with two taps. Its
-  output channels include all phases (the `stride` outputs for each input step).
+  output channels include all phases (the `stride` outputs for each input step). Transposed convolutions with groups
+  are not packed.
 - For wide convolutions in fp32, also the weights for Winograd convolution (`nemo_lfr.codec.cpu.winograd`). With a
   kernel of four taps, this method needs 7 multiplications instead of 16 for four outputs.
 
