@@ -49,7 +49,7 @@ class AudioWriter:
             # Lossy formats would change the audio, and some of them the number of samples.
             formats = " or ".join(WRITABLE_SUFFIXES)
             raise NemoLfrError(
-                f"{path}: audio cannot be written as {quoted(self.path.suffix)}; write {formats}, and convert "
+                f"{path}: audio cannot be written as {quoted(self.path.suffix)}; use {formats}, and convert "
                 "the result with another program."
                 if self.path.suffix
                 else f"{path}: the name has no suffix, but the suffix selects the format; use {formats}."

@@ -129,7 +129,10 @@ def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "models", type=expand_home, nargs="+", help=".nemo files, or state.pt of runs (averaged weights)"
+        "models",
+        type=expand_home,
+        nargs="+",
+        help=".nemo files, or state.pt files of runs, whose averaged weights are evaluated",
     )
     parser.add_argument("--valid", type=expand_home, required=True, help="NeMo manifest of held-out speech")
     parser.add_argument("--clips", type=int, help="maximum number of recordings, evenly spaced (default all)")

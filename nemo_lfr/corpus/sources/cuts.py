@@ -35,7 +35,10 @@ class Cuts(CorpusReader):
 
     @classmethod
     def accepts(cls, path: Path) -> bool:
-        """Return whether the path is a JSON-lines file of Lhotse, according to its name and content."""
+        """Return whether the path may be a JSON-lines file of Lhotse.
+
+        A compressed file is accepted by its name, another file by its name and content.
+        """
         if not path.is_file() or not path.name.endswith((".jsonl", ".jsonl.gz", ".json.gz")):
             return False
         return path.suffix == ".gz" or kind_of(path) is not None
