@@ -125,27 +125,45 @@ def _read_text(path: Path) -> bytes:
     return text
 
 
-def read_index(index: Path) -> dict[str, str]:
+def read_index(index: Path, pattern: str = SHARDS) -> dict[str, str]:
     """Return a dict from the name of each tensor to the name of its safetensors file, read from an index file.
 
     Args:
         index: path of `model.safetensors.index.json`, the index that transformers writes.
+        pattern: pattern of the files' names.
 
     Raises:
-        CheckpointError: if the file is not an index, or lists no files, too many files or files in other folders.
+        CheckpointError: if the file is not an index, or as in `check_shards`.
     """
     text = _read_text(index)
     try:
         shards = json.loads(text)["weight_map"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{index}: the file is not an index of safetensors files; download it again.") from error
+    return check_shards(index, shards, pattern)
+
+
+def check_shards(index: Path, shards: Any, pattern: str = SHARDS) -> dict[str, str]:
+    """Check the `weight_map` of an index file and return it: a dict from the name of each tensor to that of its file.
+
+    Args:
+        index: path of the index, for messages.
+        shards: value to check.
+        pattern: pattern of the files' names.
+
+    Raises:
+        CheckpointError: if `shards` is not such a dict, or lists no files, too many files or files in other folders.
+    """
+    try:
         names = set(shards.values())
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (TypeError, AttributeError) as error:
         raise CheckpointError(f"{index}: the file is not an index of safetensors files; download it again.") from error
     for name in names:
         # A path would lead out of the folder.
-        if not isinstance(name, str) or not fnmatchcase(name, SHARDS) or "/" in name or "\\" in name or "\0" in name:
+        if not isinstance(name, str) or not fnmatchcase(name, pattern) or "/" in name or "\\" in name or "\0" in name:
             raise CheckpointError(
                 f"{index}: the file lists {quoted(name)}, but the weights must be in files of the same folder, with "
-                f"names like {SHARDS}; save the model again."
+                f"names like {pattern}; save the model again."
             )
     if not names or len(names) > MAX_SHARDS:
         raise CheckpointError(f"{index}: the file lists {len(names)} files; from 1 to {MAX_SHARDS} are allowed.")

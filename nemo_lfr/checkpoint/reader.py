@@ -12,7 +12,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from nemo_lfr.checkpoint.archive import Members, read_members
+from nemo_lfr.checkpoint.archive import Members, check_shards, read_members
 from nemo_lfr.checkpoint.config import CodecModules, build_part, build_parts, codec_values, parse_config
 from nemo_lfr.checkpoint.lightning import config_text
 from nemo_lfr.checkpoint.names import DIRECTION, GAIN, gain_of
@@ -20,7 +20,7 @@ from nemo_lfr.checkpoint.pair import check_pair
 from nemo_lfr.checkpoint.safetensors import WEIGHTS_CHECKSUM, SafeTensors, open_files, open_shards, recorded_checksum
 from nemo_lfr.checkpoint.tensors import Tensors
 from nemo_lfr.errors import CheckpointError, ConfigError, shorten
-from nemo_lfr.io.locate import SAFETENSORS, SAFETENSORS_CONFIG
+from nemo_lfr.io.locate import SAFETENSORS, SAFETENSORS_CONFIG, SAFETENSORS_INDEX, VARIANT_SHARDS, index_of
 from nemo_lfr.modules.empty import on_meta_device
 from nemo_lfr.modules.weight_norm import CANONICAL, SumOrder, fold_weight_norm
 
@@ -177,7 +177,9 @@ def load_parts(
     return parts, {key: tensors[key] for key in tensors.entries if others and key.startswith(others)}
 
 
-def read_weights(files: Sequence[str | os.PathLike[str]], config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+def read_weights(
+    files: Sequence[str | os.PathLike[str]], config: Mapping[str, Any], shards: Mapping[str, str] | None = None
+) -> dict[str, torch.Tensor]:
     """Read and validate a codec's weights from safetensors files.
 
     The weights are returned in the form with weight norm, even if the files contain plain weights. A single file
@@ -187,16 +189,20 @@ def read_weights(files: Sequence[str | os.PathLike[str]], config: Mapping[str, A
     Args:
         files: paths of the safetensors files: one path, or several if the weights were split into several files.
         config: model config.
+        shards: `weight_map` of the index if the weights were split into several files, else None.
 
     Returns:
         fp32 weights and int32 buffers, by their names in a checkpoint.
 
     Raises:
-        CheckpointError: if a file is damaged or does not match the config; the message names the file, the key, and
-            what to do.
+        CheckpointError: if a file is damaged, or does not match the config or the index; the message names the file,
+            the key, and what to do.
     """
     paths = [Path(file) for file in files]
-    tensors = open_files(paths)
+    if shards is None:
+        tensors = open_files(paths)
+    else:
+        tensors = open_shards(index := index_of(paths[0]), check_shards(index, shards, VARIANT_SHARDS))
     names = [path.name for path in paths]
     is_usual = names == [SAFETENSORS] or all(map(_SHARD.fullmatch, names))  # not a variant, which has other names
     recorded = recorded_checksum(paths[0]) if is_usual else None
@@ -209,7 +215,7 @@ def read_weights(files: Sequence[str | os.PathLike[str]], config: Mapping[str, A
 
 def _tensors(path: Path, members: Members) -> Tensors:
     if isinstance(members.weights, dict):
-        return open_shards(path, members.weights)
+        return open_shards(path / SAFETENSORS_INDEX, members.weights)
     if members.is_safetensors:
         return SafeTensors(path / SAFETENSORS, members.weights)
     return Tensors(path, members.weights, training=members.config is None)

@@ -22,7 +22,7 @@ from nemo_lfr.checkpoint.source import ByteSource, FileSource, file_state
 from nemo_lfr.checkpoint.tensors import MAX_DIMENSIONS, MAX_PICKLE_BYTES, Entry, Tensors
 from nemo_lfr.errors import CheckpointError, shorten
 from nemo_lfr.io.atomic import replacing
-from nemo_lfr.io.locate import SAFETENSORS_CONFIG, SAFETENSORS_INDEX
+from nemo_lfr.io.locate import SAFETENSORS_CONFIG
 from nemo_lfr.io.regular import open_regular
 from nemo_lfr.modules.weights import contiguous_values
 
@@ -190,22 +190,21 @@ def open_files(paths: Sequence[Path]) -> Tensors:
     return files[0] if len(files) == 1 else _Joined(files)
 
 
-def open_shards(folder: Path, shards: Mapping[str, str]) -> Tensors:
+def open_shards(index: Path, shards: Mapping[str, str]) -> Tensors:
     """Open the safetensors files that an index lists.
 
     Args:
-        folder: folder of the files.
-        shards: a dict from the name of each tensor to the name of its file, which must be in `folder`.
+        index: path of the index. The files are in the same folder.
+        shards: a dict from the name of each tensor to the name of its file, as `read_index` returns.
 
     Raises:
         CheckpointError: if a file is missing, cannot be read or is damaged, or if the files contain other tensors than
             `shards` lists.
     """
-    index = folder / SAFETENSORS_INDEX
-    paths = [folder / name for name in sorted(set(shards.values()))]
+    paths = [index.with_name(name) for name in sorted(set(shards.values()))]
     for path in paths:
         if not path.exists():
-            raise CheckpointError(f"{path}: no such file, but {SAFETENSORS_INDEX} lists it; download it again.")
+            raise CheckpointError(f"{path}: no such file, but {index.name} lists it; download it again.")
     tensors = _Joined([_open_file(path) for path in paths])
     expected = plain_keys(shards.items(), str(index))
     stored = tensors.names_of_files()

@@ -22,6 +22,7 @@ VARIANT = r"model\.(?!safetensors)[^.]+(-\d+-of-\d+)?\.safetensors"
 # If transformers writes the weights to several files (shards), this file lists the shard of each tensor.
 SAFETENSORS_INDEX = "model.safetensors.index.json"
 SHARDS = "model-*-of-*.safetensors"
+VARIANT_SHARDS = "model*-*-of-*.safetensors"  # also matches the shards of a variant, such as "model.fp16-1-of-2..."
 PREPROCESSOR = "preprocessor_config.json"  # only transformers reads this file
 # Files in a folder that `nemo-lfr export onnx` wrote; the last one describes the others.
 ONNX_ENCODER, ONNX_DECODER = "encoder.onnx", "decoder.onnx"
@@ -170,6 +171,16 @@ def folder_files(names: Collection[str]) -> tuple[str, str] | None:
         names: names of the files in the folder.
     """
     return next((pair for pair in FOLDERS if all(name in names for name in pair)), None)
+
+
+def index_of(shard: Path) -> Path:
+    """Return the path of the index for one of several files with weights.
+
+    The shards of a variant have their own index: that of `model.fp16-00001-of-00002.safetensors` is
+    `model.safetensors.index.fp16.json`.
+    """
+    variant = shard.name.rpartition("-of-")[0].rpartition("-")[0].removeprefix("model")
+    return shard.with_name(SAFETENSORS_INDEX.removesuffix(".json") + variant + ".json")
 
 
 def is_unpacked(folder: Path) -> bool:

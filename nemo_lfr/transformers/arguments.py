@@ -1,15 +1,47 @@
 """Validate the arguments of `NemoLfrModel`."""
 
+import json
 import os
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError
+from safetensors import SafetensorError
 
-from nemo_lfr.errors import CheckpointError, first_line, shorten
+from nemo_lfr.checkpoint.archive import read_index
+from nemo_lfr.errors import CheckpointError, NemoLfrError, first_line, shorten
 from nemo_lfr.io.hub import HUB_ID, files_on_hub
+from nemo_lfr.io.locate import SAFETENSORS_INDEX, VARIANT_SHARDS
+
+
+@contextmanager
+def checked_files(name: Any, **kwargs: Any) -> Iterator[None]:
+    """Check the files of a model before and after transformers loads it in this context.
+
+    Args:
+        name: local path or Hub id.
+        kwargs: keyword arguments of `PreTrainedModel.from_pretrained`.
+
+    Raises:
+        CheckpointError: as in `check_hub` and `check_index`, or if a safetensors file is damaged.
+    """
+    check_hub(name, **kwargs)
+    check_index(name, **kwargs)
+    try:
+        yield
+    except SafetensorError as error:  # from the library, which reads headers before `_load_pretrained_model`
+        raise CheckpointError(
+            f"{name}: its safetensors file is damaged ({error}); copy or export it again."
+        ) from error
+    except NemoLfrError:
+        raise
+    except Exception:
+        check_index(name, **kwargs, is_downloaded=True)
+        raise
 
 
 def check_hub(
@@ -40,6 +72,46 @@ def check_hub(
             f"{name}: could not be downloaded from the Hub and is not in the local cache ({reason}); check the name "
             "and the network, or pass the path of a folder."
         ) from error
+
+
+def check_index(
+    name: Any,
+    subfolder: str = "",
+    variant: str | None = None,
+    cache_dir: str | Path | None = None,
+    revision: str | None = None,
+    is_downloaded: bool = False,
+    **_: Any,
+) -> None:
+    """Check the index of weights in several files, because transformers opens any file that an index lists.
+
+    Args:
+        name: local path or Hub id. If it is neither a local folder nor downloaded, nothing is checked.
+        subfolder: as in `PreTrainedModel.from_pretrained`.
+        variant: as in `PreTrainedModel.from_pretrained`.
+        cache_dir: as in `PreTrainedModel.from_pretrained`.
+        revision: as in `PreTrainedModel.from_pretrained`.
+        is_downloaded: whether the Hub's cache has the current index of the repository.
+
+    Raises:
+        CheckpointError: as in `read_index`, or if the index has no "metadata".
+    """
+    suffix = "" if variant is None else f".{variant}"
+    index_name = SAFETENSORS_INDEX.removesuffix(".json") + f"{suffix}.json"
+    if isinstance(name, str | os.PathLike) and os.path.isdir(name):
+        index = Path(name, subfolder, index_name)
+    elif is_downloaded and isinstance(name, str) and HUB_ID.fullmatch(name):
+        index = Path(str(try_to_load_from_cache(name, str(PurePosixPath(subfolder, index_name)), cache_dir, revision)))
+    else:
+        return
+    if not index.exists() or index.with_name(f"model{suffix}.safetensors").exists():
+        return
+    read_index(index, VARIANT_SHARDS)
+    if not isinstance(json.loads(index.read_bytes()).get("metadata"), dict):
+        raise CheckpointError(
+            f'{index}: the file has no "metadata", which transformers requires; save the model again, or use '
+            "nemo_lfr.load."
+        )
 
 
 def check_tensor(value: Any, name: str, error: type[Exception]) -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import initialization as init
 from transformers.modeling_utils import PreTrainedAudioTokenizerBase
@@ -25,7 +24,7 @@ from nemo_lfr.errors import AudioError, CheckpointError, ConfigError, TokensErro
 from nemo_lfr.io.atomic import writing_folder
 from nemo_lfr.modules.altered import PICKLE, SAVE
 from nemo_lfr.modules.quantizer import FiniteScalarQuantizer
-from nemo_lfr.transformers.arguments import check_hub, check_tensor, mask_lengths
+from nemo_lfr.transformers.arguments import check_tensor, checked_files, mask_lengths
 from nemo_lfr.transformers.configuration import NemoLfrConfig
 
 if TYPE_CHECKING:
@@ -105,16 +104,11 @@ class NemoLfrModel(PreTrainedAudioTokenizerBase):
         The files are validated as in `nemo_lfr.load`. A missing weight is an error, and is not initialized at random.
 
         Raises:
-            CheckpointError: if a file is damaged, is not a safetensors file, or does not match the config, or if the
-                Hub cannot be reached and the model is not in the local cache.
+            CheckpointError: if a file is damaged, is not a safetensors file, or does not match the config or the index
+                of the files, or if the Hub cannot be reached and the model is not in the local cache.
         """
-        check_hub(pretrained_model_name_or_path, **kwargs)
-        try:
+        with checked_files(pretrained_model_name_or_path, **kwargs):
             result = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        except SafetensorError as error:  # from the library, which reads headers before `_load_pretrained_model`
-            raise CheckpointError(
-                f"{pretrained_model_name_or_path}: its safetensors file is damaged ({error}); copy or export it again."
-            ) from error
         model = result[0] if isinstance(result, tuple) else result
         if not model._is_validated and kwargs.get("state_dict") is None:
             raise CheckpointError(
@@ -125,15 +119,17 @@ class NemoLfrModel(PreTrainedAudioTokenizerBase):
 
     @staticmethod
     def _load_pretrained_model(
-        model: Any, state_dict: Any, checkpoint_files: list[str] | None, *args: Any, **kwargs: Any
+        model: Any, state_dict: Any, checkpoint_files: list[str] | None, load_config: Any, *args: Any, **kwargs: Any
     ) -> Any:
         """Read the weights with this package's reader, which validates them, and then load them with transformers."""
         if state_dict is None and checkpoint_files:
+            shards = (load_config.sharded_metadata or {}).get("weight_map")
             with building_state():
-                state_dict = read_weights(checkpoint_files, {key: getattr(model.config, key) for key in CONFIG_KEYS})
+                config = {key: getattr(model.config, key) for key in CONFIG_KEYS}
+                state_dict = read_weights(checkpoint_files, config, shards)
             model._is_validated = True
         load = PreTrainedAudioTokenizerBase._load_pretrained_model
-        return load(model, state_dict, checkpoint_files, *args, **kwargs)
+        return load(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
 
     def save_pretrained(  # type: ignore[override]
         self,

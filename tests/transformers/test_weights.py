@@ -208,13 +208,26 @@ def swap_shards(index):
     index["weight_map"] = {key: {first: last, last: first}.get(name, name) for key, name in shards.items()}
 
 
+def rename_shard(index, name):
+    """Replace the name of the first shard, such as "../{}" to move it to the parent folder."""
+    first = min(index["weight_map"].values())
+    index["weight_map"] = {
+        key: name.format(first) if value == first else value for key, value in index["weight_map"].items()
+    }
+
+
 OUTSIDE = "model-/../../model-1-of-2.safetensors"
 # Change of the index, and the error
 INDEXES = {
     "another folder": (lambda index: index["weight_map"].update({BIAS: OUTSIDE}), f"lists '{OUTSIDE}'"),
+    "the parent folder": (lambda index: rename_shard(index, "../{}"), r"lists '\.\./model-00001"),
+    "an absolute path": (lambda index: rename_shard(index, "/tmp/{}"), "lists '/tmp/model-00001"),
     "another name": (lambda index: index["weight_map"].update({BIAS: "weights.bin"}), "lists 'weights.bin'"),
     "a number": (lambda index: index["weight_map"].update({BIAS: 3}), "lists 3"),
     "no names": (lambda index: index.update(weight_map=[]), "not an index of safetensors files"),
+    "a list": (lambda index: index.update(weight_map=[1]), "not an index of safetensors files"),
+    "no map": (lambda index: index.pop("weight_map"), "not an index of safetensors files"),
+    "no metadata": (lambda index: index.pop("metadata"), 'has no "metadata", which transformers requires'),
     "no files": (lambda index: index.update(weight_map={}), "lists 0 files"),
     "a missing file": (
         lambda index: index["weight_map"].update({BIAS: "model-9-of-9.safetensors"}),
@@ -222,18 +235,51 @@ INDEXES = {
     ),
     "swapped files": (swap_shards, "should be in model-.*, but is in model-"),
     "a missing tensor": (lambda index: index["weight_map"].pop(BIAS), f"{BIAS} should be in no file, but is in "),
+    "an unknown tensor": (
+        lambda index: index["weight_map"].update(extra="model-00001-of-00001.safetensors"),
+        "model-00001-of-00001.safetensors: no such file, but .* lists it",
+    ),
+}
+DOORS_OF_INDEXES = {
+    **DOORS,
+    "a variant": lambda path: transformers.AutoModel.from_pretrained(path, variant="fp16"),
+    "a subfolder": lambda path: transformers.AutoModel.from_pretrained(path.parent, subfolder=path.name),
+    "a repository": lambda path: transformers.AutoModel.from_pretrained("me/one", local_files_only=True),
 }
 
 
-@pytest.mark.parametrize("name", INDEXES)
-def test_an_index_that_does_not_match_its_files_is_refused(name, sharded):
+SERIOUS = ("the parent folder", "a list", "a missing tensor")
+CASES = [(name, door) for name in INDEXES for door in DOORS_OF_INDEXES if door in DOORS or name in SERIOUS]
+CASES.remove(("no metadata", "load"))  # only transformers needs the metadata
+
+
+@pytest.mark.parametrize(("name", "door"), slow_after(4, CASES, lambda case: case[1]))
+def test_an_index_that_does_not_match_its_files_is_refused(name, door, sharded, monkeypatch):
     folder, _ = sharded
     change, message = INDEXES[name]
-    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    for shard in folder.glob("model-*.safetensors"):  # a file outside of the folder is not read, even if it exists
+        shutil.copy(shard, folder.parent)
     change(index)
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(CheckpointError, match=message):
-        nemo_lfr.load(folder, "cpu")
+    if door == "a variant":
+        path = path.rename(folder / "model.safetensors.index.fp16.json")
+        text = json.dumps(index).replace("model-", "model.fp16-")
+        message = message.replace("model-", "model.fp16-")
+        for shard in folder.glob("model-*.safetensors"):
+            shard.rename(shard.with_name(shard.name.replace("model-", "model.fp16-")))
+        path.write_text(text)
+    else:
+        path.write_text(json.dumps(index))
+    if door == "a repository":
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(folder.parent / "cache"))
+        repository = folder.parent / "cache" / "models--me--one"
+        shutil.copytree(folder, repository / "snapshots" / ("a" * 40))
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text("a" * 40)
+    with pytest.raises(CheckpointError, match=message) as error:
+        DOORS_OF_INDEXES[door](folder)
+    assert "\n" not in str(error.value)
 
 
 def test_a_state_dict_of_the_caller_is_used(folder):
