@@ -413,6 +413,8 @@ def test_cached_repository_loads_offline_for_any_cache_layout(tmp_path, offline,
     snapshot = fill_cache(tmp_path / "cache", path, *CACHES[layout])
     assert nemo_lfr.load("me/one").fingerprint == nemo_lfr.load(path).fingerprint
     assert (f"the only one is used, {snapshot}" in caplog.text) is not is_main(layout)
+    codec = Codec.from_pretrained("me/one", device="cpu", revision=REVISION, cache_dir=tmp_path / "cache")
+    assert codec.fingerprint == nemo_lfr.load(path).fingerprint
 
 
 @pytest.mark.parametrize("references", slow_after(2, OTHER_REVISIONS))
@@ -474,6 +476,8 @@ def test_a_cached_unpacked_checkpoint_is_read(tmp_path, offline, source, linked)
         target.symlink_to(member) if linked else shutil.copy(member, target)
     place = {"id": "me/one", "repository": snapshot.parents[1], "snapshot": snapshot}[source]
     assert nemo_lfr.load(place, "cpu").fingerprint == nemo_lfr.load(path, "cpu").fingerprint
+    codec = Codec.from_pretrained(place, device="cpu", revision=REVISION, cache_dir=tmp_path / "cache")
+    assert codec.fingerprint == nemo_lfr.load(path).fingerprint
 
 
 @pytest.mark.parametrize("count", [0, 2])
@@ -551,6 +555,8 @@ def test_a_cached_repository_of_several_codecs_names_them_offline(tmp_path, offl
         nemo_lfr.load("me/one")
     assert str(snapshot) in str(raised.value)
     assert nemo_lfr.load(snapshot / "a.nemo").fingerprint
+    with pytest.raises(CheckpointError, match=r"2 \.nemo files in .* \(a\.nemo, b\.nemo\)"):
+        Codec.from_pretrained("me/one", revision=REVISION, cache_dir=tmp_path / "cache")
 
 
 def test_a_forked_process_reads_what_a_thread_was_reading(tmp_path, monkeypatch):

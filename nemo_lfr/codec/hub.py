@@ -16,16 +16,8 @@ from nemo_lfr.codec.arrays import Array
 from nemo_lfr.codec.backends import open_backend
 from nemo_lfr.codec.base import CodecBase
 from nemo_lfr.errors import CheckpointError, NemoLfrError, first_line, shorten
-from nemo_lfr.io.locate import (
-    MODEL_SUFFIXES,
-    PREPROCESSOR,
-    SAFETENSORS,
-    SAFETENSORS_CONFIG,
-    SAFETENSORS_INDEX,
-    SHARDS,
-    check_path,
-    resolve,
-)
+from nemo_lfr.io.hub import ALIASES, checkpoint_in
+from nemo_lfr.io.locate import FOLDERS, MODEL_SUFFIXES, PREPROCESSOR, SHARDS, check_path, resolve
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -67,8 +59,8 @@ class HubMethods(CodecBase[Array]):
 
         Args:
             pretrained_model_name_or_path: name of a repository on the Hub, or path of a local folder or file. The
-                repository contains `config.json` and `model.safetensors`, or a single `.nemo` file. See `source` in
-                `nemo_lfr.load` for local paths.
+                repository contains `config.json` and `model.safetensors`, or a `.nemo` file, also in a subfolder.
+                See `source` in `nemo_lfr.load` for local paths.
             device: as in `nemo_lfr.load`.
             precision: as in `nemo_lfr.load`.
             force_download: download again, even if the files are in the cache.
@@ -85,7 +77,7 @@ class HubMethods(CodecBase[Array]):
 
             _check_names(download, "from_pretrained", snapshot_download, SET_HERE)
         check_path(pretrained_model_name_or_path, CheckpointError)
-        source = os.path.expanduser(pretrained_model_name_or_path)
+        source: str | Path = os.path.expanduser(pretrained_model_name_or_path)
         download = {"force_download": force_download, "revision": revision, **download}
         if any(value not in (None, False) for value in download.values()) and not os.path.exists(source):
             source = _snapshot(os.fspath(pretrained_model_name_or_path), download)
@@ -202,19 +194,22 @@ def _check_names(arguments: Mapping[str, Any], method: str, function: Callable[.
             )
 
 
-def _snapshot(repository: str, download: dict[str, Any]) -> str:
-    """Download a codec from the Hub, with options for `snapshot_download`, and return the folder of its files."""
+def _snapshot(name: str, download: dict[str, Any]) -> Path:
+    """Download a codec from the Hub, with options for `snapshot_download`, and return the path of the checkpoint."""
     from huggingface_hub import snapshot_download
 
-    if os.path.splitext(repository)[1].lower() in MODEL_SUFFIXES:
-        raise CheckpointError(f"{shorten(repository, 300)}: no such file.")
-    names = [SAFETENSORS_CONFIG, SAFETENSORS, SAFETENSORS_INDEX, SHARDS, PREPROCESSOR, "*.nemo"]
+    if os.path.splitext(name)[1].lower() in MODEL_SUFFIXES:
+        raise CheckpointError(f"{shorten(name, 300)}: no such file.")
+    repository = ALIASES.get(name, name)
+    files = {file for pair in FOLDERS for file in pair}
     try:
-        path: str = snapshot_download(repository, allow_patterns=names, **download)
+        folder = snapshot_download(
+            repository, allow_patterns=[*sorted(files), SHARDS, PREPROCESSOR, "*.nemo"], **download
+        )
     except Exception as error:  # the Hub client's transport (requests, httpx, ...) depends on its version
         reason = shorten(first_line(error), 200)
         raise CheckpointError(
             f"{shorten(repository, 300)}: could not be downloaded from the Hub ({reason}); check the name, the "
             "revision and the network connection."
         ) from error
-    return path
+    return checkpoint_in(Path(folder), repository)
