@@ -23,6 +23,7 @@ from nemo_lfr.nemo.base import DISCRIMINATOR, WAVLM
 from nemo_lfr.nemo.config import check_fit, check_gradients, check_precision, check_segments, check_training
 from nemo_lfr.nemo.cuts import cut_loader, data_section, uses_lhotse
 from nemo_lfr.nemo.optimizers import Optimizers
+from nemo_lfr.nemo.process_means import mean_over_processes
 from nemo_lfr.nemo.resume import WholeCheckpoints
 from nemo_lfr.nemo.run_lock import RunLock
 from nemo_lfr.signal.codebooks import CodebookUse
@@ -324,9 +325,10 @@ class TrainingSteps(Optimizers):
         now = time.perf_counter()
         metrics["samples_per_second"] = audio.numel() / (now - self._step_began)
         self._step_began = now
+        metrics = mean_over_processes(metrics, self.trainer, self.device)
         self.log_dict(metrics, on_step=True)
         if "mel_l1" in terms:
-            self.log("t_loss", terms["mel_l1"].detach(), prog_bar=True, logger=False)
+            self.log("t_loss", metrics["g_loss_mel_l1"], prog_bar=True, logger=False)
 
     def discriminator_loss(self, views_real: Views, views_gen: Views) -> torch.Tensor:
         """Return the discriminators' loss.

@@ -641,7 +641,8 @@ def run(processes, rank):
     trainer.fit(model, loader(), loader())
     assert trainer.world_size == processes and trainer.global_rank == rank
     if trainer.is_global_zero:
-        metrics = {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("val")}
+        metrics = {key: float(value) for key, value in trainer.callback_metrics.items() if "per_second" not in key}
+        metrics["batch_duration"] *= processes  # the mean of the processes
         torch.save({"state": model.state_dict(), "metrics": metrics}, f"{processes}.pt")
 
 torch.set_num_threads(1)
@@ -671,7 +672,10 @@ def test_two_processes_learn_the_same_as_one_with_a_doubled_batch(tmp_path):
     run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
     one, two = (torch.load(tmp_path / f"{processes}.pt", weights_only=True) for processes in (1, 2))
-    assert two["metrics"] == pytest.approx(one["metrics"], rel=1e-5)
+    assert {"val_loss", "g_loss_mel_l1", "d_loss", "t_loss"} <= one["metrics"].keys()
+    # After two updates, the training metrics differ by rounding. The loss of one half of the batch differs by 1 %.
+    for key, value in one["metrics"].items():
+        assert two["metrics"][key] == pytest.approx(value, rel=1e-5 if key.startswith("val") else 3e-4), key
     torch.manual_seed(0)
     start = AudioCodecModel(OmegaConf.load(tmp_path / "config.yaml"))
     start.build_discriminator()
