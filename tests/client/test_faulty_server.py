@@ -132,15 +132,15 @@ def test_a_server_that_follows_the_protocol_is_accepted(exchange, kind):
 
 # Messages after the end of the input that both kinds of streams refuse
 BOTH = {
-    "list": ([[1]], "not JSON"),
-    "number": (["5"], "not JSON"),
-    "not JSON": (["hello"], "not JSON"),
-    "empty text": ([""], "not JSON"),
-    "cut JSON": (['{"type": "do'], "not JSON"),
-    "deep JSON": (["[" * 100_000], "not JSON"),
+    "list": ([[1]], "not a JSON object"),
+    "number": (["5"], "not a JSON object"),
+    "not JSON": (["hello"], "not a JSON object"),
+    "empty text": ([""], "not a JSON object"),
+    "cut JSON": (['{"type": "do'], "not a JSON object"),
+    "deep JSON": (["[" * 100_000], "not a JSON object"),
     "deep value": (['{"type": ' + "[" * 500 + "]" * 500 + "}"], "unexpected type"),
-    "huge integer": (['{"type": "error", "error": "x", "code": ' + "9" * 5000 + "}"], "not JSON"),
-    "repeated key": (['{"type": "done", "num_samples": 12, "num_samples": 12, "num_frames": 3}'], "not JSON"),
+    "huge integer": (['{"type": "error", "error": "x", "code": ' + "9" * 5000 + "}"], "not a JSON object"),
+    "repeated key": (['{"type": "done", "num_samples": 12, "num_samples": 12, "num_frames": 3}'], "not a JSON object"),
     "no type": ([{}], "unexpected type|tokens is missing"),
     "unknown type": ([{"type": "pong"}], "unexpected type pong|unexpected type 'pong'"),
     "tokens as a type": ([{"type": "tokens", "tokens": [[1, 2]]}], "unexpected type"),
