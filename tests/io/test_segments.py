@@ -17,6 +17,7 @@ from nemo_lfr.io.containers.mpeg import read_frame
 from nemo_lfr.io.containers.ogg import _checksum as ogg_checksum
 from nemo_lfr.io.reading import read_file
 from tests.models import synthesize
+from tests.tiers import slow_after, slow_except
 
 RATE = 24000
 SPEECH = np.tile(read_file(Path(nemo_lfr.__file__).parent / "weights" / "speech.flac", 0, None, RATE, 100), 3)
@@ -128,7 +129,7 @@ def positions_in(count, seed=0):
     return [max(0, place) for place in ends] + rng.integers(0, count, 24).tolist()
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", slow_except(FILES, "MP3", "Vorbis", "FLAC", "WAV with GSM"))
 def test_whole_blocks_and_segments_have_the_samples_that_libsndfile_reads_at_once(tmp_path, name):
     path = tmp_path / "a.bin"
     path.write_bytes(FILES[name])
@@ -136,7 +137,7 @@ def test_whole_blocks_and_segments_have_the_samples_that_libsndfile_reads_at_onc
     check(path, expected.mean(axis=1), positions_in(len(expected)))
 
 
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("name", slow_after(1, OTHERS))
 def test_time_stamps_that_do_not_begin_at_0_change_no_sample(tmp_path, name):
     data, same = OTHERS[name]
     path = tmp_path / "a.ogg"
@@ -156,7 +157,7 @@ def test_vorbis_whose_last_time_stamp_is_late_has_the_samples_of_its_packets(cou
         np.testing.assert_allclose(part, wave[len(expected) - 500 :], rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", JOINED)
+@pytest.mark.parametrize("name", slow_after(1, JOINED))
 def test_segments_of_joined_recordings_are_those_of_each(tmp_path, name):
     parts = []
     for data in JOINED[name]:
