@@ -439,6 +439,7 @@ report([await outcome(open), await outcome(open), await outcome(open)]);
 """
 
 
+@pytest.mark.slow
 def test_a_stream_that_makes_no_progress_is_an_error_after_the_timeout(tmp_path):
     from websockets.sync.server import serve
 

@@ -397,6 +397,7 @@ def test_empty_audio_of_another_rate_has_no_frames(small):
     assert tokens.shape == (2, 8, 0) and tokens_len.tolist() == [0, 0]
 
 
+@pytest.mark.slow
 def test_audio_of_another_rate_is_resampled_clip_by_clip(small):
     librosa = pytest.importorskip("librosa")
     clips = [synthesize(0.7, 1)[:11111], synthesize(0.7, 2)[:3000]]

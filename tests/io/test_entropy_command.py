@@ -101,6 +101,7 @@ def test_a_codec_without_a_model_says_how_to_fit_one(capsys, speech, tmp_path):
         assert str(path) in err and text in err and len(err.splitlines()) <= 2
 
 
+@pytest.mark.slow
 def test_a_model_is_fitted_and_used_from_the_command_line(capsys, tmp_path):
     metadata = Metadata(22050, 1024, (4, 3), 2, "feedfeedfeedfeed")
     for number, tokens in enumerate(correlated_tokens(12)):

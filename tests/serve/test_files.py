@@ -70,6 +70,7 @@ def is_healthy(connection: socket.socket) -> bool:
     return answer.startswith(b"HTTP/1.1 200")
 
 
+@pytest.mark.slow
 def test_a_connection_without_a_complete_request_is_closed():
     request = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
     with running(Settings(stream=StreamLimits(idle_s=0.3))) as server:

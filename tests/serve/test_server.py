@@ -362,6 +362,7 @@ def test_client_that_does_not_read_is_disconnected_with_bounded_memory(tokens):
         assert len(engine) == 0
 
 
+@pytest.mark.slow
 def test_client_with_delayed_pongs_is_not_disconnected(server, tokens, monkeypatch):
     """The server does not read while it has enough input, so pongs wait."""
     settings = Settings(EngineLimits(max_pending_s=0.1))
