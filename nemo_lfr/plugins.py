@@ -63,7 +63,7 @@ def _described(point: "EntryPoint") -> str:
 
 @contextmanager
 def naming_extension(extension: Any, role: str) -> Iterator[None]:
-    """Name an extension of another package in the unexpected errors that its code raises.
+    """Replace an unexpected error of an extension by an error that names the extension and its package.
 
     Errors that already say what to do pass unchanged: those of this package and of the operating system, EOFError, and
     errors from a lack of memory. The exceptions of click also pass unchanged, and so does every error if `extension`
@@ -86,8 +86,8 @@ def naming_extension(extension: Any, role: str) -> Iterator[None]:
             raise
         reason = shorten(" ".join(str(error).split()), 200)
         raise NemoLfrError(
-            f"the {role} {described(extension)} raised {type(error).__name__} ({reason}); correct or report the error "
-            "there. --verbose prints its traceback."
+            f"the {role} {described(extension)} raised {type(error).__name__} ({reason}); correct this error "
+            "in the extension, or report it to its author. --verbose prints the traceback."
         ) from error
 
 

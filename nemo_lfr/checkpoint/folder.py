@@ -137,12 +137,14 @@ def record_checksum(folder: Path) -> None:
 
 
 def move_files(source: Path, target: Path, stem: str) -> None:
-    """Move all files of a folder, and remove weights of an earlier save that transformers might load instead.
+    """Move all files of a save to another folder, which may contain an earlier save.
+
+    Weights of the earlier save that the new files do not replace are removed: transformers might load them instead.
 
     Args:
         source: folder with the new files.
-        target: folder that may contain an earlier save.
-        stem: beginning of the names of the files with weights.
+        target: folder to move the files to.
+        stem: beginning of the name of each weights file.
     """
     names = sorted((path.name for path in source.iterdir()), reverse=True)  # "config.json" after the weights
     for name in names:

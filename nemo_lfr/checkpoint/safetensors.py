@@ -255,7 +255,8 @@ def write_tensors(
         SHA-256 of the values of all tensors, in hex.
 
     Raises:
-        OutputExistsError: if `path` exists when the file has been written, and `overwrite` is not set.
+        OutputExistsError: if `path` exists and `overwrite` is not set. This is only checked after all values have been
+            written to a temporary file.
         OSError: if the file cannot be written, for instance on a full disk; the error names `path`.
     """
     entries, offset = {}, 0

@@ -309,8 +309,9 @@ class Codec(HubMethods[Array]):
 
         Raises:
             AudioError: if `source` cannot be read.
-            EntropyModelError: if the file is to be compressed and there is no entropy model for this codec.
-            NemoLfrError: if `target` is the same file as `source`, or exists while `overwrite` is not set.
+            EntropyModelError: if the file is to be compressed, but there is no readable entropy model for this codec.
+            NemoLfrError: if `target` is the same file as `source`, or exists while `overwrite` is not set. Also if
+                the encoder returns NaN or infinite values.
         """
         source, target = expand_home(source), expand_home(target)
         check_distinct(source, target)
@@ -345,8 +346,7 @@ class Codec(HubMethods[Array]):
             target: the audio file to write, 16-bit mono. Its suffix selects the format: .wav or .flac. Missing folders
                 are created.
             start: start of the segment in seconds. Only the frames that the segment needs are read.
-            duration: length of the segment in seconds. A segment that extends beyond the end of the recording is
-                shortened. Default: up to the end of the recording.
+            duration: length of the segment in seconds, cut at the end of the recording. Default: up to the end.
             overwrite: replace an existing `target`.
             recover: decode the part of a damaged `source` before the damage, and log the duration of this part.
             entropy_model: entropy model that `source` was compressed with, or the path of its `.lfrm` file. Only
@@ -359,7 +359,7 @@ class Codec(HubMethods[Array]):
             TokenFileError: if `source` is damaged or from another codec, `start` is outside the recording, or
                 `duration` is negative or not finite. With `recover`, also if no block of `source` is intact.
             NemoLfrError: if `target` is the same file as `source`, has a suffix other than .wav and .flac, or exists
-                while `overwrite` is not set.
+                while `overwrite` is not set. Also if the decoder returns NaN or infinite values.
             AudioError: if the format of `target` does not support the codec's sample rate.
         """
         source, target = expand_home(source), expand_home(target)

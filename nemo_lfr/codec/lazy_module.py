@@ -17,7 +17,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class LazyModule(Generic[M]):
-    """Wrapper of an encoder or decoder that loads the weights on first access.
+    """Wrapper that loads the weights of an encoder or decoder on first access.
 
     Copying or pickling this object loads the weights first, so the copy does not need the checkpoint.
 

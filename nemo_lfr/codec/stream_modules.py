@@ -59,7 +59,9 @@ def check_lookahead(**values: int | None) -> None:
 
 
 def check_network(network: nn.Module, name: str) -> None:
-    """Check that a stream can run a network without calling the network's modules.
+    """Check that a stream can run a network.
+
+    A stream uses the weights of the network without calling its modules, so it would ignore hooks and replaced layers.
 
     Raises:
         NemoLfrError: if the network has hooks or replaced layers, or `check_weights` rejects it.

@@ -62,7 +62,7 @@ class State(NamedTuple):
 
 
 class StreamOps:
-    """Implementation of `nemo_lfr.modules.network.Ops` for one chunk, which updates the state of each layer.
+    """Implementation of `nemo_lfr.modules.network.Ops` that processes one chunk and updates each layer's state.
 
     Signals are tensors [B, n, H] with the n time steps that have become available; n may be 0.
 
@@ -121,7 +121,7 @@ class StreamOps:
         return total / len(results)
 
     def _block(self, block: ResidualBlock, signal: torch.Tensor) -> torch.Tensor:
-        """Run a residual block. Its inputs are kept until the outputs that they are added to are available."""
+        """Run a residual block, and keep its inputs until the outputs to which they are added are available."""
         slope = slope_of(block.skip_activation)  # a leaky ReLU is fused into the convolution before it
         hidden = self.conv(block.input_conv, signal, block.input_activation, 1.0 if slope is None else slope)
         added = self.conv(block.skip_conv, hidden, block.skip_activation if slope is None else None)

@@ -20,7 +20,7 @@ def as_list(audio: Any) -> Any:
     and Arrow arrays. An Arrow column of numbers is one clip, and becomes a numpy array of the same type.
 
     Raises:
-        AudioError: for a data frame that contains anything but numbers, as its audio column is not known.
+        AudioError: for a data frame with columns other than numbers, because any of them could contain the audio.
     """
     if isinstance(audio, list | tuple):
         return [from_arrow(clip) for clip in audio] if audio and _is_arrow(audio[0]) else audio
@@ -40,8 +40,8 @@ def as_list(audio: Any) -> Any:
 def from_arrow(value: Any) -> Any:
     """Convert an Arrow array or scalar, and keep the type of its numbers; return any other value unchanged.
 
-    Arrays of numbers become numpy arrays, other arrays lists, and structs dicts. A list of lists of numbers becomes
-    one array if the inner lists have equal length.
+    Arrays of numbers become numpy arrays, other arrays become lists, and structs become dicts. A list of lists of
+    numbers becomes one array if the inner lists have equal length.
     """
     if not _is_arrow(value):
         return value

@@ -42,8 +42,8 @@ def checked_values(cfg: DictConfig) -> dict[str, Any]:
     """Return the config values that determine the codec; see `codec_values`.
 
     Raises:
-        ConfigError: if the config sets `use_scl_loss` or `use_slm_loss`, or a key of another codec family, or if a
-            value cannot be resolved.
+        ConfigError: if the config sets `use_scl_loss`, `use_slm_loss` or a key of a semantic codec, or if a value
+            cannot be resolved.
     """
     for key in ("use_scl_loss", "use_slm_loss"):
         if cfg.get(key):
@@ -126,9 +126,9 @@ def check_fit(trainer: Trainer, has_discriminator: bool) -> None:
     saves_best = any(getattr(callback, "save_best_model", False) for callback in trainer.checkpoint_callbacks)
     if uses_average and (saves_best or trainer.ckpt_path):
         raise ConfigError(
-            "exp_manager.ema is enabled, but with PyTorch 2.6 and later, NeMo cannot read the checkpoints that this "
-            "callback saves, and needs them to resume a run or to save the best model; remove exp_manager.ema, and "
-            "set model.ema_decay=0.999."
+            "exp_manager.ema is enabled, but with PyTorch 2.6 and later, NeMo cannot read the checkpoints that its "
+            "EMA callback saves, so it could neither resume the run nor save the best model; remove exp_manager.ema, "
+            "and set model.ema_decay=0.999."
         )
 
 

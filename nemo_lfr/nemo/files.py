@@ -63,7 +63,7 @@ class NemoFiles(BaseModel):
             restore_path: `.nemo` or `.ckpt` file, folder of an unpacked `.nemo`, or folder that contains one `.nemo`.
             override_config_path: path of a YAML file, or config, to use instead of the file's config.
             map_location: device of the model; default: a GPU if available, else the CPU.
-            strict: whether every weight of the encoder, quantizer and decoder must be present.
+            strict: whether missing or unknown weights of the encoder, quantizer and decoder are an error.
             return_config: whether to return only the config, without building the model.
             save_restore_connector: NeMo's `SaveRestoreConnector`. If its `model_extracted_dir` is set, or its class
                 overrides a method that restores models, NeMo's own code and this connector restore the model.
@@ -153,7 +153,7 @@ class NemoFiles(BaseModel):
             refresh_cache: whether to download the file again.
             override_config_path: path of a YAML file, or config, to use instead of the file's config.
             map_location: device of the model; default: a GPU if available, else the CPU.
-            strict: whether every weight of the encoder, quantizer and decoder must be present.
+            strict: whether missing or unknown weights of the encoder, quantizer and decoder are an error.
             return_config: whether to return only the config, without building the model.
             trainer: Lightning trainer, as in NeMo.
             save_restore_connector: NeMo's `SaveRestoreConnector`.
@@ -217,15 +217,15 @@ class NemoFiles(BaseModel):
             args: further arguments of Lightning's method.
             map_location: device of the weights.
             hparams_file: file with the config, in place of the checkpoint's config.
-            strict: whether every weight of the encoder, quantizer and decoder must be present.
+            strict: whether missing or unknown weights of the encoder, quantizer and decoder are an error.
             kwargs: further arguments of Lightning's method.
 
         Returns:
             The model.
 
         Raises:
-            CheckpointError: if the file does not exist, is damaged, is not a training checkpoint, or belongs to a
-                model of another class.
+            CheckpointError: if the file does not exist, is damaged, is not a training checkpoint, belongs to a model
+                of another class, or contains weights that do not fit the model.
         """
         try:
             check_hparams(hparams_file)
@@ -241,7 +241,7 @@ class NemoFiles(BaseModel):
 
     @classmethod
     def list_available_models(cls) -> list[PretrainedModelInfo]:
-        """Return the models in NeMo's list, and this codec under the name that NVIDIA's model card uses."""
+        """Return the models in NeMo's list, and NVIDIA's low frame-rate codec under the name in its model card."""
         ours = [
             PretrainedModelInfo(
                 pretrained_model_name=alias,

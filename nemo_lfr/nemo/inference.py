@@ -29,9 +29,9 @@ _STEPS = ("encode_audio", "preprocess_audio", "pad_audio", "quantize", "dequanti
 class Inference(BaseModel):
     """Mixin with the methods that encode and decode.
 
-    `encode`, `decode` and `forward` run a `Codec`. They work as in NeMo if a user has replaced the encoder, quantizer
-    or decoder by a module of another class, changed the quantizer, or overridden one of the methods that NeMo calls
-    for each step.
+    `encode`, `decode` and `forward` run a `Codec`. They instead work as in NeMo if a user has replaced the encoder,
+    quantizer or decoder by a module of another class, changed the quantizer, or overridden one of the methods that
+    NeMo calls for each step.
     """
 
     @property

@@ -1,4 +1,4 @@
-"""Build the optimizers of a model, and start or resume a run from a checkpoint that fits the config."""
+"""Build the optimizers of a model, load initial weights, and check that a run to resume fits the config."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 # While NeMo writes or removes the checkpoint NAME, there is a marker file NAME-unfinished next to the checkpoint.
 MARKER = "-unfinished"
 LAST = "last.ckpt"
-# NeMo saves averaged weights next to a checkpoint, under the checkpoint's name with this suffix.
+# NeMo's EMA callback saves averaged weights next to a checkpoint, under the checkpoint's name with this suffix.
 AVERAGE = "-EMA"
 
 
@@ -52,8 +52,8 @@ def tidy_checkpoints(experiment: str | os.PathLike[str]) -> None:
     """Remove unfinished checkpoints so that `exp_manager` can resume the run.
 
     Call this function before `exp_manager`, in one process only. NeMo refuses to resume if the last checkpoint is
-    unfinished, even if an older one is intact. NeMo resumes from a file named `*last.ckpt`. If no intact file has such
-    a name, the newest intact checkpoint is copied to a file with such a name.
+    unfinished, even if an older one is intact. NeMo resumes from a file named `*last.ckpt`. If a checkpoint is
+    unfinished and no intact file has such a name, the newest intact checkpoint is copied to a file with such a name.
 
     Args:
         experiment: folder of the run, such as EXP_DIR/NAME. A missing folder is ignored.
@@ -113,7 +113,9 @@ def _check_last(folder: Path) -> None:
     advice = "remove it to start again" if newest is None else (
         f"remove it, and rename {newest.name} to {newest.stem}-{LAST} to resume from there"
     )  # fmt: skip
-    raise ConfigError(f"{last[0]}: this checkpoint is damaged or missing, so the run cannot be resumed; {advice}.")
+    raise ConfigError(
+        f"{last[0]}: this checkpoint is damaged, or a link to a missing file, so the run cannot be resumed; {advice}."
+    )
 
 
 def _tidy(folder: Path) -> None:
@@ -127,8 +129,8 @@ def _tidy(folder: Path) -> None:
     averages = {path for path in files if path.stem.endswith(AVERAGE)}
     marked = {path for path in files if path.stem.removesuffix(AVERAGE) in stems}
     # A marked file may be intact: the run may have been killed just after the checkpoint was renamed, or just before
-    # it was removed. With averaged weights, a checkpoint consists of two files, one of which may be missing. In this
-    # case every marked file is treated as damaged.
+    # it was removed. With NeMo's EMA callback, a checkpoint consists of two files, one of which may be missing. In
+    # this case every marked file is treated as damaged.
     damaged = {path for path in marked if averages or not _is_whole(path)}
     whole = [path for path in files if path not in averages | damaged]
     kept = None

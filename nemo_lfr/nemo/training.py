@@ -176,16 +176,16 @@ class TrainingSteps(Optimizers):
         if self._trainer is not None and self._trainer.state.fn != TrainerFn.FITTING:
             return [RestoreTrainedWeights()]
         if self._trainer is not None:
-            check_gradients(self._trainer)  # before Lightning does, with a message that lacks the model's options
+            check_gradients(self._trainer)  # before Lightning, whose own message does not name the model's options
         callbacks: list[Callback] = super().configure_callbacks()
         if callbacks and self.log_config.get("log_spectrograms"):
             callbacks[0].generators.append(SpectrogramGenerator())
         return [RunLock(), *callbacks, RestoreTrainedWeights()]
 
     def on_fit_start(self) -> None:
-        """Check that the trainer can train the model, and set the parts of a restored model to training mode.
+        """Check that the trainer can train the model, and set the modules of a restored model to training mode.
 
-        `restore_from` returns a model in evaluation mode, in which Lightning would leave it. Frozen parts stay in
+        `restore_from` returns a model in evaluation mode, in which Lightning would leave it. Frozen modules stay in
         evaluation mode.
 
         Raises:

@@ -86,7 +86,7 @@ def check_spec(codec: Codec[Any]) -> None:
     _require(codec.made(spec.fingerprint), "the codec does not accept its own fingerprint")
     if spec.fingerprint:
         _require(not codec.made("f" * 16), "the codec accepts the fingerprint of another codec")
-    _require(codec.name in repr(codec), f"{codec!r} does not contain the model's name {codec.name!r}")
+    _require(codec.name in repr(codec), f"the repr {codec!r} does not contain the model's name {codec.name!r}")
 
 
 def check_lengths(codec: Codec[Any]) -> None:

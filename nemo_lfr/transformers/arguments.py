@@ -20,7 +20,10 @@ from nemo_lfr.io.locate import SAFETENSORS_INDEX, VARIANT_SHARDS
 
 @contextmanager
 def checked_files(name: Any, **kwargs: Any) -> Iterator[None]:
-    """Check the files of a model before and after transformers loads it in this context.
+    """Check the files of a model that transformers loads inside a `with` block.
+
+    The files are checked before they are loaded. After a failure, the index of the weights is checked again, because
+    transformers may have downloaded it.
 
     Args:
         name: local path or Hub id.

@@ -221,6 +221,6 @@ def test_an_error_in_another_packages_format_names_the_format(method, path_list,
     monkeypatch.setattr(JsonFormat if method == "finish" else JsonFormat.writer, method, fail)
     model = write_codec(tmp_path / "model.nemo")
     config = TokenizeConfig(str(path_list), str(tmp_path / "out"), "json", model=str(model))
-    message = r"the output format tests\S*JsonFormat raised ZeroDivisionError \(it broke\); correct or report"
+    message = r"the output format tests\S*JsonFormat raised ZeroDivisionError \(it broke\); correct this error"
     with pytest.raises(NemoLfrError, match=message):
         tokenize(config, device="cpu", workers=1)

@@ -123,10 +123,10 @@ def point_nowhere(path):
 
 # What was done to e=1-last.ckpt, and the error.
 NOT_RESUMABLE = {
-    "truncated": (cut, r"e=1-last\.ckpt: .* damaged .*; remove it, and rename e=0\.ckpt to e=0-last\.ckpt"),
+    "truncated": (cut, r"e=1-last\.ckpt: .* damaged, .*; remove it, and rename e=0\.ckpt to e=0-last\.ckpt"),
     "empty": (lambda path: path.write_bytes(b""), r"e=1-last\.ckpt: .* damaged"),
     "no checkpoint": (lambda path: path.write_bytes(bytes(1000)), r"e=1-last\.ckpt: .* damaged"),
-    "a broken link": (point_nowhere, r"e=1-last\.ckpt: .* damaged or missing"),
+    "a broken link": (point_nowhere, r"e=1-last\.ckpt: .* a link to a missing file"),
     "copied": (
         lambda path: shutil.copy(path, path.with_name("e=2-last.ckpt")),
         "names of 2 checkpoints end in",

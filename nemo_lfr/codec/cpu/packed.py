@@ -210,9 +210,9 @@ class PackedWeights:
             self._checked[shape] = error < MAX_BF16_ERROR
             if not self._checked[shape]:
                 warnings.warn(
-                    f"a convolution of shape {list(padded.shape)} with weights {list(layer.conv.weight.shape)} is "
-                    f"inaccurate in bf16 on this CPU (relative rms error {error:.2g}); this convolution runs in fp32, "
-                    "which is slower.",
+                    f"the convolution of an input {list(padded.shape)} with weights {list(layer.conv.weight.shape)} "
+                    f"is inaccurate in bf16 on this CPU (relative rms error {error:.2g}); it runs in fp32, which is "
+                    "slower.",
                     stacklevel=2,
                 )
         if self.dtype == torch.float32 or self._checked[shape]:

@@ -6,7 +6,7 @@ and it runs a loop for as long as the file says. Such files are therefore refuse
 
 An ONNX file is a protobuf message. The `onnx` package could parse it, but running exported files does not need that
 package. The reader below knows only the fields that the export writes, and refuses all others. It reads the file once,
-skips weights without a copy of them, and gives up after `MAX_FIELDS` fields.
+skips weights without copying them, and gives up after `MAX_FIELDS` fields.
 """
 
 import math
@@ -36,7 +36,10 @@ _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # wire types of protobuf
 
 
 class _Field(NamedTuple):
-    """One field of a message. `value` is the number of a varint; other values are at [start, end) in the file."""
+    """Field of a message.
+
+    A varint is decoded to `value`. The content of any other field is at [start, end) in the file.
+    """
 
     number: int
     wire: int
@@ -72,7 +75,7 @@ class _Reader:
         self._count = 0
 
     def message(self, checks: dict[int, _Check], name: str, start: int, end: int) -> None:
-        """Check all fields of a message with the function for its number."""
+        """Check each field of a message with the function that `checks` contains for the number of the field."""
         for field in self.fields(start, end):
             check = checks.get(field.number)
             if check is None:
@@ -193,7 +196,7 @@ def _embedded(reader: _Reader, field: _Field) -> None:
 
 
 def _tensor(reader: _Reader, field: _Field) -> None:
-    """Check a tensor: its values are in the file, are as many as its shape says, and are no huge integers."""
+    """Check that the values of a tensor are in the file, match its shape, and are not huge integers."""
     _inside(_TENSOR, "TensorProto")(reader, field)
     dims: list[int] = []
     kinds, values = [], []
@@ -216,7 +219,7 @@ def _tensor(reader: _Reader, field: _Field) -> None:
         _check_size(int(integers.max()))
 
 
-# What the export writes, by the number of the field. Texts for people are accepted too.
+# Fields that the export writes, by their numbers. Fields for comments (`doc_string`) are accepted too.
 _TENSOR: dict[int, _Check] = {
     1: _any,  # dims
     2: _any,  # data_type
