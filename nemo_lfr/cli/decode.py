@@ -83,8 +83,8 @@ def decode(
         streams = inputs[0] == "-" and kind == "wav" and not (start or duration is not None or recover)
         if lookahead is not None and not streams:
             raise NemoLfrError(
-                "--lookahead needs a complete token file on stdin and WAV on stdout; remove --lookahead, or run "
-                "`nemo-lfr decode - -` without --start, --duration, --recover and --format."
+                "--lookahead only works when a whole token file is decoded from stdin to WAV; remove --lookahead, or "
+                "run `nemo-lfr decode - -` without --start, --duration, --recover and --format."
             )
         if streams:
             from nemo_lfr.cli.pipes import decode_pipe

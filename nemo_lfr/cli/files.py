@@ -165,8 +165,9 @@ def names_a_file(out: Path | None, suffix: str, possible: Sequence[str] | None =
 def check_input(path: Path, suffixes: Collection[str], *, is_only: bool = False) -> None:
     """Check that an input is a file for this command. The content decides, not the suffix.
 
-    Without this check, a file for another command would be reported as damaged. A file that no command reads is an
-    error only if it is the only input. Otherwise, it fails later, while the other inputs are processed.
+    Without this check, a file for another command would be reported as damaged. An audio file, a token file, a
+    checkpoint or an entropy model is always an error if this command does not read it. Any other file that it cannot
+    read is an error only if it is the only input. Otherwise, it fails later, while the other inputs are processed.
 
     Args:
         path: input from the command line.
@@ -174,8 +175,7 @@ def check_input(path: Path, suffixes: Collection[str], *, is_only: bool = False)
         is_only: whether this is the only input.
 
     Raises:
-        NemoLfrError: if this command does not read the file. The message names the command or option that does, if
-            there is one.
+        NemoLfrError: in these cases. The message names the command or option that accepts the file, if there is one.
     """
     wanted = TOKENS if TOKEN_SUFFIX in suffixes else AUDIO
     identity = identify_content(path) if path.is_file() else None
@@ -232,8 +232,8 @@ def pending_tasks(tasks: Sequence[FileTask], overwrite: bool, skip_existing: boo
             link to a missing file counts as missing. The link is replaced, and nothing is written to its target.
 
     Raises:
-        NemoLfrError: if both options are set, if an output exists and neither option is set, or if an output folder is
-            a file.
+        NemoLfrError: if both options are set, if an output exists and neither option is set, or if the path of an
+            output folder belongs to a file.
     """
     if overwrite and skip_existing:
         raise NemoLfrError("--overwrite and --skip-existing are mutually exclusive; remove one of them.")

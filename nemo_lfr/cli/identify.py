@@ -38,7 +38,7 @@ TOKENS = Identity("tokens", "a token file", "nemo-lfr decode reads it")
 CHECKPOINT = Identity("checkpoint", "a checkpoint", "pass it as --model")
 ENTROPY_MODEL = Identity("entropy_model", "an entropy model", "pass it as --entropy-model")
 TABLE = Identity(
-    "corpus", "a CSV or TSV table", "nemo-lfr tokenize, evaluate and prepare table read tables of audio files"
+    "corpus", "a CSV or TSV table", "pass a table of audio files to nemo-lfr tokenize, evaluate or prepare table"
 )
 UNKNOWN = Identity("unknown", "not a token file, checkpoint, audio file or manifest", "nemo-lfr does not read it")
 ANY_RATE = 22050  # sample rate in Hz for an `AudioReader` that only reads headers; it has no effect
@@ -132,7 +132,7 @@ def identify_content(path: Path) -> Identity | None:
     if suffix in CHECKPOINT_SUFFIXES and head.startswith(GZIP_MAGIC):
         return CHECKPOINT
     if suffix == SAFETENSORS_SUFFIX and head[8:9] == b"{":
-        advice = "nemo-lfr does not read it; a codec is a folder that also has its config"
+        advice = "nemo-lfr does not read it; a codec is a folder that also contains config.json"
         return Identity("tensors", "a safetensors file with tensors only, such as golden vectors", advice)
     is_text = head.strip() and (b"\0" not in head or head.startswith(GZIP_MAGIC))
     if table_suffix(path) is not None and is_text:

@@ -41,11 +41,11 @@ class PluginGroup(Group):
 
 
 def _adopted(command: click.Command) -> click.Command:
-    """Return a copy of another package's command that has the options --json, --quiet and --verbose.
+    """Copy another package's command, and add the options --json, --quiet and --verbose to the copy.
 
     With --json, text that the command prints on stdout goes to stderr. The JSON output is the dict that the callback
-    returns, or only the list of failures if it returns something else. An option of the command with the same name
-    takes precedence.
+    returns, or only the list of failures if it returns something else. If the command itself defines one of these
+    options, its own option is kept.
     """
     adopted = copy.copy(command)
     taken = {name for parameter in command.params for name in parameter.opts}

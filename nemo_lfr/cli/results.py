@@ -17,7 +17,7 @@ class Result(TypedDict):
 
 
 class Quality(TypedDict):
-    """Measured quality. A metric that could not be measured, for example without its package, is None.
+    """Measured quality. A metric is None if it was not measured, for example because its package is not installed.
 
     Attributes:
         pesq_wb: wideband PESQ (ITU-T P.862.2), on the MOS scale.

@@ -64,7 +64,7 @@ class FormatName(click.Choice):  # type: ignore[type-arg]  # generic in recent r
 @click.option(
     "--context",
     is_flag=True,
-    help="Also tokenize the context audio of each clip (a sample of its speaker's voice), which the corpus names.",
+    help="Also tokenize the context audio (a sample of the speaker's voice) that the corpus lists for each clip.",
 )
 @click.option(
     "--audio-dir",

@@ -65,7 +65,8 @@ class Client:
 
         Raises:
             AudioError: if `audio` is neither bytes nor the path of a readable file, for example if the file does not
-            exist. ServerError: if the server refuses the file, fails or cannot be reached.
+                exist.
+            ServerError: if the server refuses the file, fails or cannot be reached.
         """
         return encode_file(self._server, audio)
 

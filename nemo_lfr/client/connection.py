@@ -33,7 +33,7 @@ class Connection:
         self._num_sending, self._is_receiving = 0, False
 
     async def open(self) -> None:
-        """Connect to the server, and try again for `retry_s` seconds.
+        """Connect to the server. If this fails, try again for up to `retry_s` seconds.
 
         Raises:
             NemoLfrError: if the stream was opened before.
@@ -106,7 +106,7 @@ class Connection:
             raise
 
     async def _check_end(self) -> None:
-        """Wait a few seconds until the server closes the connection.
+        """Wait up to `CLOSE_S` seconds for the server to close the connection.
 
         Raises:
             ServerError: if the server sends another message instead.

@@ -101,7 +101,8 @@ def encode_file(server: Server, audio: bytes | str | os.PathLike[str]) -> Encode
 
     Raises:
         AudioError: if `audio` is neither bytes nor the path of a readable file, for example if the file does not
-        exist. ServerError: if the server refuses the file, fails, cannot be reached or does not return valid tokens.
+            exist.
+        ServerError: if the server refuses the file, fails, cannot be reached or does not return valid tokens.
     """
     if isinstance(audio, bytes | bytearray):
         info = get_info(server)

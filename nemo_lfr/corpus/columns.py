@@ -121,7 +121,7 @@ def label_value(cell: Any, names: Sequence[str] | None, column: str) -> Any:
 def _time_text(cell: Any) -> str | None:
     """Return a date, time or time stamp as text; None for years outside 1 to 9999 and times outside 0 to 24 h.
 
-    Arrow writes these as other times or as `<value out of range: ...>`.
+    For such values, Arrow itself would return a wrong time or the text `<value out of range: ...>`.
     """
     import pyarrow
     import pyarrow.types as is_

@@ -74,7 +74,7 @@ class TokenizeConfig:
 
     @property
     def listing(self) -> Path:
-        """Return the file that stores the list of clips in a folder or table. Each part of a run has its own file.
+        """Return the file that lists the clips if the corpus is a folder or table. Each part of a run has its own.
 
         If the corpus has changed since the other parts listed it, a new list must not replace their lists.
         """

@@ -159,8 +159,8 @@ class TokenDataset(IterableDataset[TokenizedUtterance]):
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch, which determines the order of the utterances.
 
-        Without this call, each pass over the dataset is a new epoch in a single process without data loader workers.
-        In all other cases, the epoch stays the same.
+        Without this call, each pass over the dataset is a new epoch if there is only one process and no data loader
+        worker. Otherwise, the epoch stays the same.
 
         Args:
             epoch: number of the epoch.
@@ -200,7 +200,8 @@ class TokenDataset(IterableDataset[TokenizedUtterance]):
                 f"the state was saved with {saved} data loader workers, but there are {workers}; use {saved} workers."
             )
         epoch, position = state["epoch"], state["position"]
-        # Count passes only with one rank: several ranks must agree on the epoch, but some may have made more passes.
+        # Count passes only with one rank: several ranks must agree on the epoch, but one may have made more passes
+        # than another.
         if worker is None and self.world_size == 1:
             self._epoch.fill_(epoch + 1)
         shards = list(range(len(self.tokens.counts)))

@@ -37,7 +37,7 @@ def decode_folder(
             cannot be used as paths inside this folder.
         kind: format of the audio files, "wav" or "flac".
         model: checkpoint or Hub id of the codec that produced the tokens; None for the bundled codec.
-        device: "cpu" or "cuda"; None for a GPU if one is available.
+        device: "cpu" or "cuda"; None for a GPU if one is available, else the CPU.
         limit: maximum number of utterances, including those that fail; None for all.
         overwrite: whether to decode utterances whose audio file already exists, and replace the file.
         verify: before a file is read, compare its hash, and not only its size, with the record of the run.

@@ -11,7 +11,8 @@ from pathlib import Path, PurePosixPath
 
 from nemo_lfr.io.locate import resolve
 
-# File systems allow 255 bytes per path component. The other 15 are for ".flac" and for suffixes of temporary files.
+# File systems allow 255 bytes per path component. The remaining 15 bytes are for ".flac" and for suffixes of temporary
+# files.
 MAX_COMPONENT_BYTES = 240
 MAX_ID_BYTES = 700
 HASH_DIGITS = 12

@@ -20,8 +20,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 POLL_SECONDS = 0.5
-# The watcher ends when it has found no process to kill for this long. Processes that were starting when the run was
-# killed appear within this time.
+# After a run was killed, the watcher continues until it has found no further process for this number of seconds.
+# Processes that were starting when the run was killed appear within this time.
 QUIET_SECONDS = 3.0
 VARIABLE = "NEMO_LFR_RUN"
 PR_SET_PDEATHSIG = 1

@@ -235,7 +235,8 @@ def _check_not_empty(corpus: CorpusReader, shards: list[ShardSpec], source: str)
 def _older_fingerprint(stored: Any, spec: dict[str, Any], made: Callable[[str], bool]) -> str | None:
     """Return the fingerprint in a stored plan if an older version of this package computed it; otherwise None.
 
-    The descriptions of the codec must differ only in the fingerprint, and both must be from the same codec.
+    The two descriptions of the codec must differ only in the fingerprint, and both fingerprints must be of the same
+    codec. If this is not the case, the result is also None.
 
     Args:
         stored: description of the codec in the stored plan.

@@ -27,7 +27,7 @@ from nemo_lfr.plugins import naming_extension
 class Totals:
     """Counts for the complete shards of a run, which are updated while the run is active."""
 
-    shards: int  # number of shards of the run, complete or not
+    shards: int  # number of shards of the run (or of its part), complete or not
     sample_rate: int
     done: int = 0  # number of complete shards
     clips: int = 0
@@ -211,7 +211,7 @@ def finish(plan: Plan, records: list[ShardRecord]) -> dict[str, Any]:
 
 
 def _counts(plan: Plan, records: list[ShardRecord]) -> dict[str, Any]:
-    """Return the content of `tokens.json` for shards with these records."""
+    """Return the content of `tokens.json`, without the versions and the command, for shards with these records."""
     config = plan.config
     samples = sum(record.samples for record in records)
     return {
@@ -230,7 +230,7 @@ def _counts(plan: Plan, records: list[ShardRecord]) -> dict[str, Any]:
 
 
 def command(config: TokenizeConfig) -> str:
-    """Return the `nemo-lfr tokenize` command line that is equivalent to `config`."""
+    """Return a `nemo-lfr tokenize` command line that produces the same tokens as `config`."""
     words = ["nemo-lfr", "tokenize", config.source, "--out", config.out]
     words += ["--format", config.kind, "--dataset", config.dataset]
     for name, value, default in (
@@ -259,7 +259,7 @@ def _check_inputs(
         tasks: dictionary from index to shard.
 
     Raises:
-        NemoLfrError: if a file has changed. The records of all shards in progress are then removed.
+        NemoLfrError: if a file has changed. The records of the shards that were not yielded yet are then removed.
     """
     waiting = dict(tasks)
     for record in computed:

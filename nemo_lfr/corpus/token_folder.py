@@ -176,7 +176,7 @@ class TokenFolder:
 
         Yields:
             Utterances and errors. An error takes the place of one or more consecutive utterances that cannot be read,
-            or reports other damage, such as utterances after the recorded number of utterances.
+            or reports other damage, such as more utterances than were recorded.
         """
         stop = self.counts[shard] if stop is None else min(stop, self.counts[shard])
         files = ShardFiles(self.path, shard, self.verify, self._firsts[shard])

@@ -49,9 +49,9 @@ class Evaluation:
         recordings: recordings by key.
         rate: sample rate of the comparison in Hz.
         results: results of each codec.
-        absent: reason why each unavailable metric is missing, by metric name.
-        models: name of the model that computes the metric, by metric name; only for metrics that models compute.
-        failed_models: reason why each requested model could not be loaded, by kind of model, such as "asr".
+        absent: for each metric that is not available, the reason, by metric name.
+        models: for each metric that a model computes, the name of the model, by metric name.
+        failed_models: for each requested model that could not be loaded, the reason, by kind of model, such as "asr".
     """
 
     recordings: dict[str, Recording]

@@ -201,7 +201,7 @@ async def _report_path(request: Request, error: Exception) -> Response:
 
 
 async def _drop(_: Request, error: Exception) -> Response:
-    """Return a response that nobody receives, after a client has disconnected, so that no error is logged."""
+    """Return a response although the client has disconnected, so that no error is logged. Nobody receives it."""
     return Response(status_code=400)
 
 

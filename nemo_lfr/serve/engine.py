@@ -239,7 +239,7 @@ class Engine:
         return []
 
     def _trim_when_due(self) -> float | None:
-        """Trim the heap if memory may have been freed, and the last trim was `TRIM_INTERVAL_S` ago.
+        """Trim the heap if memory may have been freed, at most once in `TRIM_INTERVAL_S` seconds.
 
         Without trims, fragmentation lets the memory of a busy server grow. A trim takes about 10 ms.
 
@@ -277,7 +277,7 @@ class Engine:
     def _take(self, batch: list[Session]) -> list[np.ndarray]:
         """Take a chunk from each stream.
 
-        All chunks have the same number of frames, except those for which a ramp sets another number.
+        All chunks have the same number of frames, unless a ramp sets another number or the input of a stream ends.
         """
         available = [session._available() for session in batch if not session._ended]
         frames = max(1, min(available, default=self.limits.chunk_frames))

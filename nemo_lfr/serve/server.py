@@ -19,7 +19,7 @@ from nemo_lfr.serve.protocol import CloseCode
 
 _POLL_S = 0.1
 _SLICE = 1 << 14  # bytes of received data that are parsed before the number of frames is checked
-_MAX_HEADERS = 1 << 16  # maximum size in bytes of headers or trailers, without the first piece that is received
+_MAX_HEADERS = 1 << 16  # maximum size in bytes of headers or trailers, not counting the first piece that is received
 _MAX_SMALL = 1000  # pings, pongs and small fragments per second that one client may send
 _SMALL = 64  # bytes in a small fragment
 _CLOSE_S = 3  # seconds at the end of the drain time that are reserved for closing connections
@@ -100,7 +100,7 @@ class _WebSockets(WebSocketsSansIOProtocol):
 class _HeaderLimit(asyncio.Protocol):
     """Mixin for uvicorn's HTTP protocols that limits the size of headers and trailers, and the time for the headers.
 
-    uvicorn itself limits only the time between two requests. It limits the sizes only if it parses requests with h11.
+    uvicorn itself limits only the time between two requests and, if it parses requests with h11, the sizes.
     """
 
     idle_s = 60.0
@@ -108,8 +108,8 @@ class _HeaderLimit(asyncio.Protocol):
     send_400_response: Callable[[str], None]
     cycle: Any  # the latest request; None before the first request
     _limit: asyncio.TimerHandle | None = None
-    # Bytes received since the beginning of the request or the last part of its body, without the first piece. None
-    # between requests, and always with h11.
+    # Bytes received since the beginning of the request or the last part of its body, not counting the first piece.
+    # None between requests, and always with h11.
     _num_bytes: int | None = None
 
     def on_message_begin(self) -> None:

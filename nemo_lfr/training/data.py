@@ -40,7 +40,7 @@ class CodecDataset(Dataset[dict[str, Any]]):
         n_samples: length of a segment in samples; None for entire recordings.
         weighted_sampling_steps_per_epoch: number of batches per epoch. Recordings are then drawn at random,
             proportionally to the `sample_weight` of their dataset. If None, an epoch is one shuffled pass over all
-            recordings. Entire recordings (`n_samples=None`) are read in order, and this argument has no effect.
+            recordings. Entire recordings (`n_samples=None`) are read in order, and this argument then has no effect.
         min_duration: minimum duration of a recording in seconds. Shorter recordings are skipped.
         max_duration: maximum duration of a recording in seconds. Longer recordings are skipped.
         trunc_duration: duration in seconds; a longer recording is cut to its first `trunc_duration` seconds.
@@ -261,8 +261,8 @@ def manifest_loader(config: DictConfig, world_size: int, rank: int) -> DataLoade
         rank: index of this process.
 
     Returns:
-        The data loader; None if the section needs NeMo's own data loader, because it names another dataset or sets
-        `feature_processors` or `resample_rate`.
+        The data loader; None if the section needs NeMo's own data loader, because it names neither of these two
+        classes, or because it sets `feature_processors` or `resample_rate`.
 
     Raises:
         ConfigError: if an argument of the dataset or of the data loader is unknown or invalid, if the dataset cannot

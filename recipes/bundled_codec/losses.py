@@ -191,7 +191,7 @@ class PerceptualDistance(nn.Module):
     LEVEL_DB = 65.0  # assumed playback level of active speech
     EXPONENT = 0.23  # exponent of loudness as a function of power
     DEAD_ZONE = 0.25  # width of the dead zone as a fraction of the smaller loudness
-    # The weight of the asymmetric disturbance is 0 if it is below the first value, and is limited to the second value.
+    # Range of the weights of the asymmetric disturbance. Smaller weights become 0, and larger ones the upper limit.
     ADDED_RATIO = (3.0, 12.0)
 
     def __init__(self, window: int = 704, bands: int = 42, top_hz: float = 8000.0) -> None:

@@ -256,7 +256,7 @@ def test_info_identifies_files_and_names_the_command_for_them(capsys, folder):
         "codec/config.json": ("a part of a codec", f"pass its folder as --model: {folder / 'codec'}"),
         "codec/model.safetensors": ("a part of a codec", "pass its folder as --model"),
         "a.wav": ("kind         audio", "nemo-lfr encode reads it"),
-        "golden.safetensors": ("a safetensors file with tensors only", "a codec is a folder that also has its config"),
+        "golden.safetensors": ("a safetensors file with tensors only", "a folder that also contains config.json"),
         "m.json": ("a manifest", "nemo-lfr tokenize reads"),
         "": (
             "a folder of 2 audio files and 1 token file",

@@ -379,7 +379,7 @@ def test_verbose_shows_the_log_and_the_traceback_of_a_failure(folder, tmp_path, 
 @pytest.mark.parametrize("name", ["table.csv", "table.tsv.gz"])
 def test_info_says_which_commands_read_a_table(name, folder, capsys):
     code, out, _ = run(capsys, "info", folder / name)
-    assert code == 0 and "a CSV or TSV table" in out and "nemo-lfr tokenize, evaluate and prepare table read" in out
+    assert code == 0 and "a CSV or TSV table" in out and "to nemo-lfr tokenize, evaluate or prepare table" in out
 
 
 @pytest.mark.parametrize("text", ["info {x}", "tokenize {x} --out {out}", "prepare table {x} --out {out}"])

@@ -4,8 +4,8 @@ Each module defines the writer, the reader and the summary files of its format. 
 `OutputFormat` and decorate it with `register_format`. If an installed package lists the class in the entry-point group
 `nemo_lfr.formats`, `nemo-lfr tokenize --format` accepts the name of the format.
 
-The built-in formats are listed in `BUILT_IN`, and the module of each of them has the name of the format. Formats are
-imported on first use, so that the command line can list their names quickly.
+`BUILT_IN` lists the names of the built-in formats, which are also the names of their modules. Formats are imported on
+first use, so that the command line can list their names quickly.
 """
 
 from importlib import import_module

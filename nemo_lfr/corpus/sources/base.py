@@ -54,7 +54,7 @@ class OpenOptions:
     Attributes:
         audio_dir: folder to which relative paths in a manifest or table refer; None for the folder that contains this
             manifest or table.
-        listing: path of a file that stores the list of clips in a folder or table.
+        listing: path of the file that lists the clips if the corpus is a folder or table.
         relist: whether to list the clips again and write `listing`, instead of reading `listing`. It is True in the
             process that plans a run, which also logs warnings about the corpus, and False in the workers.
         allow_url: whether to download audio for which a Lhotse manifest has an http(s) URL.

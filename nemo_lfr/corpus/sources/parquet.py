@@ -75,7 +75,7 @@ class Parquet(Table):
 
     @property
     def identity(self) -> str:
-        """Return a hash of the files, and of the columns that the names of their folders contain."""
+        """Return a hash of the files, and of the columns that the names of their folders add."""
         if not any(self.partitions):
             return super().identity
         pairs = zip(self.files, self.partitions, strict=True)

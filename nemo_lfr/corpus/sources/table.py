@@ -79,7 +79,7 @@ class Table(CorpusReader):
     def log_choices(self) -> None:
         """Log which columns with nonstandard names are read as labels, and which columns are left out.
 
-        If the folder contains audio files, also log that those that no table lists are not used.
+        If the folder contains audio files, also log that an audio file is used only if a table lists it.
         """
         if chosen := chosen_columns(self.columns):
             text = ", ".join(f"{label} from column {column!r}" for label, column in chosen.items())

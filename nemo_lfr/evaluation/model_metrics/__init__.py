@@ -20,8 +20,8 @@ class OpenedModels(NamedTuple):
 
     Attributes:
         models: the loaded models.
-        absent: reason why each unavailable metric is missing, by metric name.
-        failed: reason why each requested model could not be loaded, by kind of model.
+        absent: for each metric that is not available, the reason, by metric name.
+        failed: for each requested model that could not be loaded, the reason, by kind of model.
     """
 
     models: list[ModelMetric]

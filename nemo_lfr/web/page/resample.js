@@ -6,7 +6,7 @@ const MIN_RATE = 100; // Hz; both limits are those of the server
 const MAX_RATE = 1_000_000;
 const ZERO_CROSSINGS = 32; // on each side; the transition band is about 6 % of the band
 const ROLLOFF = 0.95; // cutoff as a fraction of the lower Nyquist frequency
-const MAX_PHASES = 512; // if more are needed, fewer are computed, and the filters between them are interpolated
+const MAX_PHASES = 512; // if exact resampling needs more filters, some are computed, and those between them are interpolated
 const PHASES_PER_CROSSING = 1024; // interpolation with this many phases is exact to 100 dB
 const BETA = 10; // parameter of the Kaiser window, which gives 100 dB of attenuation
 
