@@ -55,7 +55,7 @@ def _is_alive(parent: int) -> bool:
 
 @contextmanager
 def family() -> Iterator[None]:
-    """Context manager that, if this process is killed, also kills all processes that were started inside it.
+    """Kill all processes that were started in this context if this process is killed before the context ends.
 
     A watcher process in its own session waits for this process to end. The watcher recognizes the processes by an
     environment variable, which child processes inherit. The watcher scans for new processes continuously, because some
@@ -118,7 +118,7 @@ class _Kin:
             self._started |= {pid: states[pid][1] for pid in found}
             unknown = {pid: parent for pid, parent in unknown.items() if pid not in found}
             found = {pid for pid, parent in unknown.items() if parent in self._started}
-        # A child of the run's main process (`head`) has the variable only after it has executed its own program.
+        # A new child of the run's main process (`head`) shows the variable only after its `exec`, so look at it again.
         self._strangers |= {pid for pid, parent in unknown.items() if parent != self._head and pid != self._head}
 
     def kill(self) -> bool:

@@ -72,7 +72,7 @@ class _Networks(AudioDiscriminator):
 
     @property
     def min_samples(self) -> int:
-        """Return the length, in samples, of the shortest audio that every layer of every network can pad."""
+        """Return the length, in samples, of the shortest audio that all networks accept."""
         return max(self._min_samples(network) for network in cast(Iterable[Network], self.discriminators))
 
     def _min_samples(self, network: Network) -> int:

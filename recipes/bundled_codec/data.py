@@ -19,7 +19,8 @@ GAIN_RANGE_DB = (-12.0, 6.0)
 MAX_PEAK = 0.98
 MARGIN = 512  # samples on each side of an augmented segment, which are cut off because a transform wraps around
 SIZE_STEP = 128  # sizes of transforms are multiples of this number, for which they are fast
-EQUALIZER_BANDS, EQUALIZER_START = 8, 60.0  # number of bands, equally spaced on a log scale from this frequency in Hz
+# Number of bands, and the center of the lowest band in Hz. On a log scale, the centers are equally spaced.
+EQUALIZER_BANDS, EQUALIZER_START = 8, 60.0
 
 
 @dataclass
@@ -40,7 +41,7 @@ class Draw:
     utterances: np.ndarray  # [B]
     sizes: np.ndarray  # number of recorded samples from which a segment and its margins are made, [B]
     starts: np.ndarray  # first sample of the segment in its utterance, without margin, [B]
-    gains: np.ndarray  # amplitude, negative to invert the polarity, [B]
+    gains: np.ndarray  # factors of the amplitude, negative to invert the polarity, [B]
     equalizer_db: np.ndarray  # gain of each band, [B, EQUALIZER_BANDS]
 
 

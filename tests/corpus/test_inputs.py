@@ -113,7 +113,7 @@ def test_entries_that_nemo_skips_are_passed_over(tmp_path, caplog):
         ("a~3", "4"),
         ("a~4", None),
     ]
-    assert "2 entries are passed over, because _skipme is true" in caplog.text
+    assert "2 entries are skipped, because _skipme is true" in caplog.text
 
 
 def test_a_file_in_two_tables_of_a_folder_is_one_clip(tmp_path):

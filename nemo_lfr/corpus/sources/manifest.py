@@ -39,7 +39,7 @@ ARROW_MAGIC = b"ARROW1"  # first bytes of a file that pyarrow or polars writes a
 class Manifest(CorpusReader):
     """Reader for a NeMo manifest: JSON lines with `audio_filepath` and, optionally, `offset` and `duration`.
 
-    As in NeMo, entries whose `_skipme` is true are passed over.
+    As in NeMo, entries whose `_skipme` is true are skipped.
 
     Args:
         path: the file.
@@ -130,7 +130,7 @@ class Manifest(CorpusReader):
                 shards[-1]["count"] = count
         if num_skipped:
             entries = counted(num_skipped, "entry is", "entries are")
-            logger.warning("%s: %s passed over, because _skipme is true.", self.path, entries)
+            logger.warning("%s: %s skipped, because _skipme is true.", self.path, entries)
         return shards
 
     def read(self, shard: ShardSpec) -> Iterator[Clip]:
@@ -191,7 +191,7 @@ def _is_in_tar(line: bytes) -> bool:
 
 
 def _is_skipped(line: bytes) -> bool:
-    """Return whether a line has the key `_skipme`, with which NeMo marks entries that its readers pass over."""
+    """Return whether a line has the key `_skipme`, with which NeMo marks entries that its readers skip."""
     if b"_skipme" not in line:
         return False
     try:
