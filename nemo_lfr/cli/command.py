@@ -82,7 +82,7 @@ def report(values: dict[str, Any] | None) -> None:
 
 
 class Group(click.Group):
-    """Group of commands. The error for an unknown command suggests the most similar name."""
+    """Group of commands. The error for an unknown command suggests a similar name, or lists all commands."""
 
     command_class = Command
     group_class = type

@@ -145,7 +145,8 @@ class CodecLosses(nn.Module):
         feature: function that computes the feature-matching term of the generator's loss.
 
     Raises:
-        ConfigError: if a loss is neither a loss of NeMo nor registered, or cannot be built.
+        ConfigError: if a loss is neither a loss of NeMo nor registered, or cannot be built, or if `feature_loss_type`
+            is unknown.
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:

@@ -137,7 +137,7 @@ def cut_to_clip(cut: Any, origin: str, number: int = 1, allow_url: bool = False)
 def _joined(supervisions: Sequence[Any], text: str | None) -> dict[str, Any]:
     """Return the manifest of one supervision with the time span of all `supervisions` and the joined `text`.
 
-    The supervisions are sorted by start time.
+    The supervisions must be sorted by start time.
     """
     joined = {key: value for key, value in supervisions[0].to_dict().items() if not is_missing(value)}
     joined |= {} if text is None else {"text": text}

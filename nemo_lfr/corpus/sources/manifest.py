@@ -47,7 +47,8 @@ class Manifest(CorpusReader):
             `resolve_audio_path`.
 
     Raises:
-        ConfigError: if the file cannot be read, or none of its first 100 lines is a manifest entry.
+        ConfigError: if the file cannot be read or is an archive, if none of its first 100 lines is a manifest entry,
+            or if all of them have the key `shard_id` (of tar files) and none of their audio files exists.
     """
 
     def __init__(self, path: Path, audio_dir: Path | None = None) -> None:
@@ -191,7 +192,7 @@ def _is_in_tar(line: bytes) -> bool:
 
 
 def _is_skipped(line: bytes) -> bool:
-    """Return whether a line has the key `_skipme`, with which NeMo marks entries that its readers skip."""
+    """Return whether `_skipme` is true in a line. NeMo marks entries in this way, and its readers skip them."""
     if b"_skipme" not in line:
         return False
     try:
