@@ -257,10 +257,10 @@ LAYOUTS: dict[str, Callable[[Path], Iterator[CorpusUtterance]]] = {
 def hold_out(utterances: list[CorpusUtterance], share: float) -> list[CorpusUtterance]:
     """Assign each utterance without a split to "train" or "valid".
 
-    The units to assign are speakers, or files if there is only one speaker. If speakers are unknown, the units are
-    folders, or files if `share` amounts to less than one folder. A hash of the unit's name decides, so that a growing
-    corpus keeps its validation set. Unless `share` is 0 or 1, "train" gets at least one unit and, if there are several
-    units, so does "valid".
+    The units to assign are speakers, or files if these utterances have only one speaker. If speakers are unknown, the
+    units are folders, or files if `share` is less than one folder. A hash of the unit's name decides, so that a
+    growing corpus keeps its validation set. Unless `share` is 0 or 1, "train" gets at least one unit and, if there are
+    several units, so does "valid".
 
     Args:
         utterances: utterances without a `problem`; those with a split keep it.
@@ -305,8 +305,8 @@ def held_out_by(utterances: list[CorpusUtterance], share: float) -> str:
 
 def _units(utterances: list[CorpusUtterance], share: float) -> Callable[[CorpusUtterance], str]:
     """Return a function from an utterance to its kind of unit: "speaker", "folder" or "file". See `hold_out`."""
-    speakers = {utterance.speaker for utterance in utterances}
-    folders = {utterance.path.parent for utterance in utterances}
+    speakers = {utterance.speaker for utterance in utterances if utterance.split is None}
+    folders = {utterance.path.parent for utterance in utterances if utterance.split is None}
 
     def unit(utterance: CorpusUtterance) -> str:
         if utterance.speaker and len(speakers) > 1:

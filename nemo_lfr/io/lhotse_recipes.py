@@ -6,7 +6,6 @@ import logging
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +25,7 @@ def lhotse_recipe(name: str) -> Callable[[Path], Iterator[CorpusUtterance]]:
 
     The function has the same signature as those in `nemo_lfr.io.layouts.LAYOUTS`. Each recording becomes one
     utterance. Its text joins the texts of all supervisions of the recording, and its speaker and language are those of
-    the first supervision. If the corpus has no validation set, the utterances for training get no split, so that
-    `hold_out` can assign one. Unlike the functions in `LAYOUTS`, recipes stop at the first file that they cannot read.
+    the first supervision. Unlike the functions in `LAYOUTS`, recipes stop at the first file that they cannot read.
 
     Args:
         name: name of the recipe, such as "ljspeech" for `lhotse.recipes.prepare_ljspeech`.
@@ -74,10 +72,7 @@ def lhotse_recipe(name: str) -> Callable[[Path], Iterator[CorpusUtterance]]:
                     f"{corpus}: Lhotse's recipe {name} failed ({type(error).__name__}: {reason}); {remedy}."
                 ) from error
             utterances = list(_utterances(manifests, corpus, name))  # before the temporary output folder is removed
-        has_validation = any(utterance.split == "valid" for utterance in utterances)
-        for utterance in utterances:
-            from_train = utterance.split == "train" and not has_validation
-            yield replace(utterance, split=None) if from_train else utterance
+        yield from utterances
 
     return read
 

@@ -168,7 +168,7 @@ def prepare(
         wanted = {"folder": "audio file", "table": "row"}.get(kind, f"utterance of {kind}")
         raise NemoLfrError(f"{source}: no {wanted} in this {_contents(kind, corpus)}; {_expected(kind)}")
     utterances = mark_repeated(utterances)
-    if kind == "folder" and all(utterance.split != "valid" for utterance in utterances):
+    if all(utterance.split != "valid" for utterance in utterances):
         utterances = [replace(item, split=None) if item.split == "train" else item for item in utterances]
     out.mkdir(parents=True, exist_ok=True)
     with exclusive(out):

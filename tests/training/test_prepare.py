@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -344,7 +345,7 @@ def test_invalid_row_of_common_voice_fails_only_its_clip(tmp_path, kind):
     header = b"\xef\xbb\xbfclient_id\tpath\tsentence\tlocale\r\n"
     rows = b's1\tc1.mp3\ter sagte "hallo\tde\r\n' + ROWS[kind] + b"s3\tc3.mp3\tdu\tde\r\n"
     (language / "train.tsv").write_bytes(header + rows)
-    prepare("commonvoice", tmp_path / "cv", tmp_path / "out")
+    prepare("commonvoice", tmp_path / "cv", tmp_path / "out", valid_share=0)
     entries = manifest(tmp_path / "out" / "train.json")
     assert [(entry["speaker"], entry["text"]) for entry in entries] == [("s1", 'er sagte "hallo'), ("s3", "du")]
     assert {entry["lang"] for entry in entries} == {"de"}
@@ -600,6 +601,23 @@ def test_folders_of_splits_are_kept_apart(tmp_path, tree, metadata):
     assert {split: len(files) for split, files in found.items()} == expected
     if "test" in found:
         assert all("test" in name for name in found["test"])
+
+
+@pytest.mark.parametrize("kind", ["librispeech", "table"])
+def test_a_labeled_training_set_without_validation_set_is_divided(tmp_path, kind):
+    corpus = tmp_path / "corpus"
+    if kind == "librispeech":
+        librispeech(corpus)
+        shutil.rmtree(corpus / "LibriSpeech" / "dev-clean")
+    else:
+        splits = {"a": "train", "b": "train", "c": "test"}
+        for name in splits:
+            audio(corpus / f"{name}.wav", 0.05)
+        rows = [f"{name}.wav,{split}" for name, split in splits.items()]
+        text(corpus / "t.csv", "\n".join(["audio_filepath,split", *rows]) + "\n")
+    prepare(kind, corpus / "t.csv" if kind == "table" else corpus, tmp_path / "out")
+    sizes = {split: len(files) for split, files in splits_of(tmp_path / "out").items()}
+    assert sizes == {"train": 1, "valid": 1, "test": 2 if kind == "librispeech" else 1}
 
 
 def test_a_speaker_whose_name_is_a_split_is_not_held_out(tmp_path):
