@@ -59,11 +59,14 @@ class CheckpointError(NemoLfrError):
 
 
 class ConfigError(NemoLfrError):
-    """Config with a missing, unknown or contradictory value."""
+    """Config with a missing, unknown or contradictory value.
+
+    This class is also raised for a manifest, table or folder of data that cannot be used.
+    """
 
 
 class MissingExtraError(NemoLfrError, ImportError):
-    """Optional dependency that is needed but not installed."""
+    """Optional dependency that is needed, but is not installed or cannot be imported."""
 
 
 class ServerError(NemoLfrError):

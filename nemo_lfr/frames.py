@@ -37,7 +37,7 @@ def check_first_lookahead(first_lookahead: int | None, lookahead: int | None) ->
     """Check the lookahead for the start of a stream.
 
     Args:
-        first_lookahead: lookahead in frames for the start of the recording; None for `lookahead`.
+        first_lookahead: lookahead in frames for the start of the recording; None for the value of `lookahead`.
         lookahead: lookahead in frames; None for the codec's full lookahead.
 
     Raises:

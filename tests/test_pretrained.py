@@ -445,8 +445,10 @@ def test_a_snapshot_that_may_not_be_main_is_not_used_if_the_hub_answers(tmp_path
         raise error
 
     monkeypatch.setattr("nemo_lfr.io.hub.files_on_hub", refuse)
-    with pytest.raises(CheckpointError, match="could not be downloaded from the Hub"):
+    with pytest.raises(CheckpointError, match=r"could not be downloaded .*\), and its main branch is not in the"):
         find_checkpoint("me/one")
+    with pytest.raises(CheckpointError, match=r"could not be downloaded .*\); check the name"):
+        find_checkpoint("me/one", refresh=True)
 
 
 @pytest.mark.parametrize("layout", slow_after(3, [name for name in CACHES if name != "in a folder"]))

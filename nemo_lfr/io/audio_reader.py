@@ -55,8 +55,8 @@ class AudioReader:
             raises AudioError with the message. Set it to check the data from a pipe.
 
     Raises:
-        AudioError: if the file is missing or is not audio. Here or when samples are read, also if the file is
-            truncated or damaged, or its peak is not valid (see `check_peak`).
+        AudioError: if the file is missing or is not audio. Also if the file is truncated or damaged, or its peak is
+            not valid (see `check_peak`); some of these faults are found only when samples are read.
         MissingExtraError: if the format needs PyAV, which is not installed.
     """
 
@@ -391,7 +391,7 @@ class AudioReader:
     def _check_count(self, decoder: Decoder, num_read: int) -> None:
         """Raise AudioError if fewer samples were read than the header declares, or than the frames contain.
 
-        Up to `decoder.slack` samples of the number in the header may be missing.
+        The header may declare up to `decoder.slack` samples too many.
         """
         expected = decoder.num_frames
         if expected is not None and num_read < expected - decoder.slack:

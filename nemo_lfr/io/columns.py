@@ -58,7 +58,7 @@ KNOWN = (
 
 
 def known_names(columns: Iterable[str]) -> dict[str, str]:
-    """Return the known name of each column whose name differs from it only in case, such as {"Path": "path"}.
+    """Return the known name of each column that is spelled in another case, such as {"Path": "path"}.
 
     If a column has exactly the known name, its other spellings are ignored.
 

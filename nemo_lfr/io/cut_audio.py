@@ -284,7 +284,7 @@ def _open(source: Any, allow_url: bool) -> Path | bytes:
         return _download(source.source)
     if not isinstance(source.source, bytes) or not source.source:
         place = "a Shar" if source.type == "shar" else "memory"
-        raise AudioError(f"the cut says that its audio is in {place}, but it contains no audio; create it again.")
+        raise AudioError(f"the cut says that its audio is in {place}, but there is no audio; create the cut again.")
     return source.source
 
 

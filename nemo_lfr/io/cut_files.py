@@ -335,5 +335,5 @@ def _supervisions(recordings: Path) -> dict[str, list[Any]]:
         except NOT_A_LINE:
             bad += 1
     if bad:
-        logger.warning("%s: %s skipped, because they are not supervisions.", path, counted(bad, "line"))
+        logger.warning("%s: skipped %s without a valid supervision.", path, counted(bad, "line"))
     return found

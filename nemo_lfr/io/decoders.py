@@ -130,8 +130,8 @@ class SndfileDecoder:
         """Seek to the sample with index `position`, from which `read` then continues.
 
         The samples are those that sequential reading returns (in Opus audio almost always; see `_LEAD`). Where
-        libsndfile cannot seek exactly, the samples before this position are decoded: all of them if it cannot seek at
-        all, else those of the last seconds.
+        libsndfile cannot seek exactly, samples before this position are decoded: all of them if libsndfile cannot seek
+        at all, else only those of `_LEAD` seconds.
         """
         start = position - self._lead
         if self._last_seek is not None:

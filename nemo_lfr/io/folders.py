@@ -188,9 +188,9 @@ def describe_contents(root: Path, wanted: Collection[str]) -> str:
 def find_matches(pattern: str) -> list[str]:
     """Return the paths that match a glob pattern, sorted.
 
-    `**` matches any number of nested folders. At the end of a pattern it adds nothing: `FOLDER/**` matches FOLDER. As
-    in `glob.glob`, a hidden name matches only if the pattern contains its dot. Links to folders are followed. A folder
-    that is reached more than once, for example through a link to its parent, is read once.
+    `**` matches any number of nested folders. At the end of a pattern, it has no effect: `FOLDER/**` matches only
+    FOLDER. As in `glob.glob`, a hidden name matches only if the pattern contains its dot. Links to folders are
+    followed. A folder that is reached more than once, for example through a link to its parent, is read once.
     """
     head, star, tail = pattern.partition("**")
     if not star or (head and head[-1] not in _SEPARATORS) or (tail and tail[0] not in _SEPARATORS):

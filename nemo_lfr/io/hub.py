@@ -33,8 +33,8 @@ LICENSES = {LFR: "NVIDIA's NSCLv1 (research and other non-commercial use only)"}
 def find_checkpoint(source: str | os.PathLike[str] | None, refresh: bool = False) -> Path:
     """Return the local path of a checkpoint, and download the checkpoint if necessary.
 
-    A Hub id stands for the main branch of the repository. If the Hub cannot be reached, a single snapshot in the cache
-    of which the branch is unknown is used with a warning.
+    A Hub id stands for the main branch of the repository. If this branch is not in the Hub's cache and the Hub cannot
+    be reached, but the cache contains a single snapshot from an unknown branch, that snapshot is used with a warning.
 
     Args:
         source: path (see `locate_checkpoint`), Hub id such as "OWNER/NAME", or NeMo's name of a model (see `ALIASES`);
@@ -45,8 +45,8 @@ def find_checkpoint(source: str | os.PathLike[str] | None, refresh: bool = False
         Path of a `.nemo` or `.ckpt` file, or of a folder with config and weights.
 
     Raises:
-        CheckpointError: if the path does not exist or is not a checkpoint, or if the repository has no checkpoint,
-            or is not cached and cannot be downloaded.
+        CheckpointError: if the path does not exist or is not a checkpoint. Also if the repository contains no
+            checkpoint or more than one, or if it is not cached and cannot be downloaded.
     """
     if source is None:
         return bundled_checkpoint()
@@ -72,9 +72,11 @@ def find_checkpoint(source: str | os.PathLike[str] | None, refresh: bool = False
 
 
 def _cached(repository: str) -> Path | None:
-    """Return the checkpoint of a repository's main branch from the Hub's cache; None if the cache has none or several.
+    """Return the checkpoint in the cached snapshot of a repository's main branch.
 
-    The client's own functions are not used, because they refuse a snapshot that lacks files of no use here.
+    The result is None if the cache has no such snapshot, or if the snapshot contains no checkpoint or more than one.
+    The functions of the Hub client are not used, because they refuse a snapshot that lacks any file of the repository,
+    even one that we do not need.
     """
     snapshot = main_snapshot(_cache_folder(repository))
     try:
@@ -116,10 +118,10 @@ def _choose(found: list[str], repository: str, place: str = "") -> str:
     Args:
         found: names of the `.nemo` files.
         repository: Hub id of the repository.
-        place: place of the files, for messages.
+        place: text that says where the files are, for messages, such as " in FOLDER".
 
     Raises:
-        CheckpointError: if there is no file, or if there are several without the usual name.
+        CheckpointError: if there is no file, or if there are several and none of them has the usual name.
     """
     # NeMo's `from_pretrained` expects this name.
     usual = repository.partition("/")[2] + ".nemo"
@@ -161,7 +163,7 @@ def files_on_hub(repository: str, revision: str | None = None, token: bool | str
 def _download(repository: str, refresh: bool) -> Path:
     """Return a repository's checkpoint from the Hub's cache, or download it.
 
-    If the Hub cannot be reached, a snapshot that may be from another commit than the main branch is used as well.
+    If the Hub cannot be reached, the only snapshot in the cache is used, even if it may not be the main branch.
     """
     from huggingface_hub import hf_hub_download, snapshot_download
 
@@ -172,7 +174,7 @@ def _download(repository: str, refresh: bool) -> Path:
     except Exception as error:  # the Hub client's transport (requests, httpx, ...) depends on its version
         folder = _cache_folder(repository)
         if refresh or _has_answered(error) or not (folder / "snapshots").is_dir():
-            raise _not_downloaded(repository, error) from error
+            raise _not_downloaded(repository, refresh, error) from error
         try:
             return checkpoint_in(main_snapshot(folder) or only_snapshot(folder), repository)
         except CheckpointError as cache_error:
@@ -192,7 +194,7 @@ def _download(repository: str, refresh: bool) -> Path:
     except CheckpointError:
         raise
     except Exception as error:
-        raise _not_downloaded(repository, error) from error
+        raise _not_downloaded(repository, refresh, error) from error
 
 
 def _has_answered(error: Exception) -> bool:
@@ -203,8 +205,9 @@ def _has_answered(error: Exception) -> bool:
     return isinstance(error, HfHubHTTPError) and (status is None or status < 500)
 
 
-def _not_downloaded(repository: str, error: Exception) -> CheckpointError:
+def _not_downloaded(repository: str, refresh: bool, error: Exception) -> CheckpointError:
+    missing = "" if refresh else ", and its main branch is not in the local cache"  # a refresh does not use the cache
     return CheckpointError(
-        f"{repository}: the repository could not be downloaded from the Hub and is not in the local cache "
-        f"({first_line(error)}); check the name and the network, or pass the path of a downloaded .nemo file."
+        f"{repository}: the repository could not be downloaded from the Hub ({first_line(error)}){missing}; check the "
+        "name and the network, or pass the path of a downloaded .nemo file."
     )

@@ -29,8 +29,8 @@ class CorpusUtterance:
     """One utterance that a corpus lists.
 
     Attributes:
-        path: path of the audio file, relative to the folder of the corpus. If there is a `problem`, this may be its
-            location instead, such as "train.tsv, line 3".
+        path: path of the audio file, relative to the folder of the corpus. If there is a `problem`, this may be
+            the location of the problem instead, such as "train.tsv, line 3".
         speaker: name of the speaker in the corpus; empty if unknown.
         split: one of `nemo_lfr.io.splits.SPLITS`; None if the corpus does not assign the utterance to a split.
         labels: the labels "lang" and "text", if the corpus provides them.

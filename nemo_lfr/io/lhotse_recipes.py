@@ -51,8 +51,8 @@ def lhotse_recipe(name: str) -> Callable[[Path], Iterator[CorpusUtterance]]:
     missing = [other.name for other in others if other.default is other.empty and other.name != "output_dir"]
     if missing:
         raise NemoLfrError(
-            f"Lhotse's recipe {name} needs more arguments than {first.name}: {', '.join(missing)}; run it yourself "
-            f"with `lhotse prepare`, and pass the manifests that it writes to `nemo-lfr tokenize`."
+            f"Lhotse's recipe {name} needs other arguments besides {first.name}: {', '.join(missing)}; run it "
+            f"yourself with `lhotse prepare`, and pass the manifests that it writes to `nemo-lfr tokenize`."
         )
 
     def read(corpus: Path) -> Iterator[CorpusUtterance]:

@@ -41,7 +41,7 @@ class Recording:
     Attributes:
         dataset: name of the dataset.
         path: path of the audio file.
-        name: value of `audio_filepath`; see `audio_name`.
+        name: path in `audio_filepath`, made relative to the folder of audio files if possible; see `audio_name`.
         offset: start of the recording in the file, in seconds.
         duration: duration in seconds.
         labels: values of the manifest entry, and the standard labels; see `nemo_lfr.io.columns`.
@@ -63,8 +63,9 @@ def read_manifest(
 ) -> list[Recording]:
     """Read a NeMo manifest (JSON lines), or a table that `nemo_lfr.io.tables` reads.
 
-    Each entry has `audio_filepath` and, in seconds, `offset` (default 0) and `duration` (default: the duration of the
-    whole audio file). An invalid entry, such as malformed JSON or an infinite duration, is skipped and reported.
+    Each entry has the key `audio_filepath`. The optional keys are `offset` (default 0) and `duration` (default: the
+    duration of the whole audio file), both in seconds. An invalid entry, such as malformed JSON or an infinite
+    duration, is skipped and reported.
 
     Args:
         path: path of the manifest or table; `~` is expanded.

@@ -62,10 +62,9 @@ def splits_of_folders(
     if len(values) == 1:  # one split that contains all files does not divide the corpus
         return dict.fromkeys(splits)
     if None in values and (held_out := sorted(values - {None, "train"}, key=str)):
-        text = (
-            "%s: some folders are named after splits, so their files are %s data; all other files are training data."
-        )
-        logger.warning(text, corpus, " and ".join("validation" if name == "valid" else str(name) for name in held_out))
+        text = "%s: some folders are named after splits, so their files are %s data; all other files are %s data."
+        named = " and ".join("validation" if name == "valid" else str(name) for name in held_out)
+        logger.warning(text, corpus, named, "training" if "valid" in values else "training or validation")
     rest = "train" if "valid" in values else None
     return {names: split or rest for names, split in splits.items()}
 
@@ -97,6 +96,7 @@ def check_one_split(path: Path, splits: Iterable[str | None], advice: str) -> No
     """
     found = set(splits)
     if len(found) > 1:
-        names = ", ".join(sorted(split for split in found if split))
-        names += " and files without a split" if None in found else ""
-        raise ConfigError(f"{path}: the folder contains the splits {names}, which must not be mixed; pass {advice}.")
+        names = sorted(split for split in found if split)
+        files = f"files of the split{'s' if len(names) > 1 else ''} {', '.join(names)}"
+        files += " and files without a split" if None in found else ""
+        raise ConfigError(f"{path}: the folder contains {files}, which must not be mixed; pass {advice}.")

@@ -120,7 +120,7 @@ def _entry(row: TableRow) -> TableRow:
     if not isinstance(name, str):
         value = "empty" if name is None else shorten(name)
         return TableRow(row.line, {}, f"the column {column!r} is {value}; expected the path of an audio file")
-    if column != "audio_filepath":  # only in NeMo's tables do these columns have a known meaning
+    if column != "audio_filepath":  # in tables of other programs, the meaning of these columns is unknown
         values = {key: value for key, value in values.items() if key not in ("offset", "duration")}
     return TableRow(row.line, {"audio_filepath": name, **standard_labels(values, strict=False)})
 

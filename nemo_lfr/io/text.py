@@ -101,7 +101,7 @@ def _decompressed(file: IO[bytes], truncate: bool) -> Iterator[bytes]:
 
 
 def is_nested_deeper(value: Any, levels: int) -> bool:
-    """Return whether lists and dictionaries are nested in each other at more than `levels` levels."""
+    """Return whether lists and dictionaries are nested more than `levels` levels deep."""
     if not isinstance(value, dict | list | tuple):
         return False
     items = value.values() if isinstance(value, dict) else value

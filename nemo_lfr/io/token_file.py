@@ -152,7 +152,7 @@ class TokenStreamWriter:
         metadata: metadata of the tokens.
         model: entropy model that compresses the tokens; None for packed frames.
         gather: number of frames per block; the last block may have up to 1.5 times as many. If None, each call of
-            `write` writes a block, or several if it has more frames than a block may have.
+            `write` writes its frames at once, as one block or, above the maximum block size, as several.
 
     Attributes:
         metadata: metadata of the tokens.
@@ -640,7 +640,8 @@ class TokenReader(_Sections):
         payload_bytes: total size of the blocks' payloads in bytes.
 
     Raises:
-        TokenFileError: if the file is missing, damaged or not a token file.
+        TokenFileError: if the file is missing, damaged or not a token file. Damage inside a block is found only when
+            the block is read.
     """
 
     def __init__(
@@ -782,7 +783,11 @@ class TokenReader(_Sections):
         rate = self.metadata.sample_rate
         seconds = self.num_samples / rate
         if not 0 <= start <= seconds:
-            raise TokenFileError(f"{self.path}: start is {start!r}, outside the recording of {seconds:.3f} s.")
+            end = math.floor(seconds * 1000) / 1000
+            raise TokenFileError(
+                f"{self.path}: start is {start!r}; pass a number of seconds from 0 to {end:.3f}, the duration of the "
+                "recording."
+            )
         if duration is not None and not 0 <= duration < math.inf:
             raise TokenFileError(f"{self.path}: duration is {duration!r}; pass a number of seconds, 0 or more.")
         first = count_samples(start, rate)

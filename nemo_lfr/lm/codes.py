@@ -32,7 +32,7 @@ def unfold(tokens: Any, levels: Levels) -> Any:
         levels [8, 7, 6, 6]. The codes of a dimension with n levels are in [0, n).
 
     Raises:
-        TokensError: if a token is outside its codebook, or `levels` has entries for another number of codebooks.
+        TokensError: if a token is outside its codebook, or `levels` and `tokens` differ in the number of codebooks.
     """
     tokens = as_integers(tokens, "tokens")
     groups = _groups(tokens, levels, "tokens")

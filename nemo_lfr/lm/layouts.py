@@ -298,7 +298,7 @@ class FlatLayout(Layout):
             return codebook * 0, frame * self.num_codebooks + codebook
         first = ids[:, 0] - self.first_id
         frames = run_length((first >= 0) & (first < self.codebook_size))[:, None, None]
-        # Frames after the end of the first codebook get a step that does not exist.
+        # Frames after the end of the first codebook get a step beyond the sequence, so they count as missing.
         step = where(frame < frames, codebook * frames + frame, ids.shape[2])
         return codebook * 0, step
 

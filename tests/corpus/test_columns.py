@@ -258,11 +258,11 @@ def test_several_splits_are_not_mixed(wav, tmp_path):
     audio = {"audio": [{"bytes": wav.read_bytes()}]}
     for name in ("train-0", "train-1", "test-0"):
         write(tmp_path / "hub" / "data" / f"{name}.parquet", audio)
-    with pytest.raises(ConfigError, match=r"contains the splits test, train, which must not be mixed"):
+    with pytest.raises(ConfigError, match=r"contains files of the splits test, train, which must not be mixed"):
         clips_of(tmp_path / "hub")
     write(tmp_path / "half" / "part-0.parquet", audio)
     write(tmp_path / "half" / "test.parquet", audio)
-    with pytest.raises(ConfigError, match=r"contains the splits test and files without a split"):
+    with pytest.raises(ConfigError, match=r"contains files of the split test and files without a split"):
         clips_of(tmp_path / "half")
     assert len(clips_of(tmp_path / "hub" / "data" / "test-0.parquet")) == 1
     (tmp_path / "hub" / "data" / "test-0.parquet").unlink()

@@ -672,9 +672,9 @@ def test_seconds_are_samples_within_the_recording(tmp_path, start, duration, spa
 @pytest.mark.parametrize(
     ("start", "duration", "message"),
     [
-        (-1, None, r"start is -1, outside the recording of 0\.136 s\."),
-        (0.2, None, r"start is 0\.2, outside the recording of 0\.136 s\."),
-        (float("nan"), 1, "start is nan, outside"),
+        (-1, None, r"start is -1; pass a number of seconds from 0 to 0\.136, the duration"),
+        (0.2, None, r"start is 0\.2; pass a number of seconds from 0 to 0\.136, the duration"),
+        (float("nan"), 1, "start is nan; pass a number"),
         (0, -1, r"duration is -1; pass a number of seconds, 0 or more\."),
         (0, float("nan"), "duration is nan; pass"),
         (0, float("inf"), "duration is inf; pass"),

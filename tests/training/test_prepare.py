@@ -589,7 +589,7 @@ FOLDER_SPLITS = {
 
 @pytest.mark.parametrize("metadata", [False, True])
 @pytest.mark.parametrize("tree", FOLDER_SPLITS)
-def test_folders_of_splits_are_kept_apart(tmp_path, tree, metadata):
+def test_folders_of_splits_are_kept_apart(tmp_path, tree, metadata, caplog):
     names, expected = FOLDER_SPLITS[tree]
     for name in names:
         audio(tmp_path / "corpus" / name, 0.05)
@@ -599,6 +599,8 @@ def test_folders_of_splits_are_kept_apart(tmp_path, tree, metadata):
     prepare("folder", tmp_path / "corpus", tmp_path / "out", valid_share=0.1)
     found = splits_of(tmp_path / "out")
     assert {split: len(files) for split, files in found.items()} == expected
+    assert ("other files are training data" in caplog.text) == (tree in ("only valid", "valid and test"))
+    assert ("other files are training or validation data" in caplog.text) == (tree == "only test")
     if "test" in found:
         assert all("test" in name for name in found["test"])
 

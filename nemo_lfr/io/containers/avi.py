@@ -37,8 +37,8 @@ class _Avi:
     Attributes:
         kinds: type of each stream, such as b"auds".
         movi_end: end of the current `movi` list; 0 outside of these lists.
-        data: a dict from each name of audio chunks, such as b"01wb", to the sizes in bytes of the chunks with this
-            name in the first RIFF chunk.
+        data: a dict from the name of audio chunks, such as b"01wb", to a list of their sizes in bytes. It contains
+            only the chunks in the first RIFF chunk.
     """
 
     kinds: list[bytes] = field(default_factory=list)

@@ -39,7 +39,7 @@ class BlockCodec:
         """
         blocks, rest = divmod(length, self.size)
         count, used = self.samples_in(rest)
-        is_padded = rest == 1 and length % 2 == 0 and not used  # the padding byte of a chunk is counted as audio
+        is_padded = rest == 1 and length % 2 == 0 and not used  # `length` includes the padding byte of a chunk
         if not rest and length % 2 == 0:
             return stream
         if not rest or is_padded:

@@ -34,7 +34,7 @@ def _stream(window: Window, start: int, stop: int) -> Stream:
         return Stream([(start, stop)], problem=HEADER_CUT)
     known = int.from_bytes(info[13:18], "big")
     total = known & MAX_SAMPLES
-    # With a fixed block size, a frame stores its index. Its first sample is the index times the block size.
+    # With a fixed block size, a frame stores its number. The index of its first sample is this number times the size.
     block_size = int.from_bytes(info[2:4], "big") if info[:2] == info[2:4] else 0
     end = without_tags(window, start, stop)
     is_file = start == 0 and stop == window.size

@@ -96,7 +96,7 @@ def until_end(window: Window, position: int) -> int | None:
         position: start of the samples.
 
     Returns:
-        The end of the file, or the start of the tags there; None if the file contains the header of another audio
+        The end of the file, or the start of the tags at its end; None if the file contains the header of another audio
         file.
     """
     return None if find_header(window, position) is not None else without_tags(window, position, window.size)

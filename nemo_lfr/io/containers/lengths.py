@@ -302,7 +302,7 @@ def _w64_samples(window: Window, header: WavHeader, position: int, length: int) 
 
 
 def _after_w64_chunks(window: Window, position: int) -> int:
-    """Return the end of the Wave64 chunks that begin at a position, or after the padding there."""
+    """Return the end of the Wave64 chunks at a position. Padding may precede them."""
     padded = position + -position % 8
     position = padded if window.is_zero(position, padded) else position
     while _W64_CHUNK.fullmatch(window.at(position, 16)) and not has_magic(window, position):

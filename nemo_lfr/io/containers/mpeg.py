@@ -287,7 +287,8 @@ def mpeg_streams(window: Window) -> list[Stream]:
             stream.header = _header_frames(piece.first, piece.count)
         elif first is not None:
             # libsndfile stops at a length that it estimates from the sizes of the file and of the first frame. If this
-            # is too short, frames are repeated; they make the file longer and are not read.
+            # estimate is too short, the stream contains the frames several times. The copies are not decoded; they
+            # only increase the estimate.
             stream.num_samples = piece.count * first.samples
             size = sum(stop - start for start, stop in piece.spans)
             stream.spans = piece.spans * -(-piece.count * piece.first_length // size)

@@ -18,7 +18,7 @@ _SPHERE_LAW = re.compile(rb"(?m)^sample_coding -s\d+ (ulaw|mu-law|alaw|pculaw)")
 _SPHERE_HEADER, _MAX_SPHERE_HEADER, _AVR_HEADER = 1024, 1 << 16, 128  # sizes in bytes
 _VOC_SOUND = {1: 2, 9: 12}  # types of blocks that begin a sound, and the size of their fields in bytes
 _VOC_MORE, _VOC_LAST = 2, 9  # type of a block that continues a sound, and the highest defined type
-_VOC_REST = re.compile(rb"[^\0\x1a]")  # not padding; programs for CP/M and DOS padded files with 0x1A
+_VOC_REST = re.compile(rb"[^\0\x1a]")  # any byte that is not padding; programs for CP/M and DOS pad files with 0x1A
 _VOC_CODECS = {0: 1, 4: 1, 6: 6, 7: 7}  # VOC codec to WAV format tag: linear, A-law, mu-law
 
 

@@ -148,7 +148,7 @@ class WavSamples:
         is_broken = _is_mock_chunk if last else _is_broken_chain
         is_mock = any(is_broken(window, start, order) for start in {0, self._odd})
         if (goes_on(data, left, order) and goes_on(data[self._odd :], left, order)) or (is_mock and self._at_samples):
-            # Zeros after samples are padding; without samples, they are silence.
+            # Zeros after samples are padding. If the header declares no samples, zeros are silence.
             self._zeros = 0 if self._declared else None
             self._left = self._left if self._declared else None
             return data
@@ -307,7 +307,7 @@ def _samples_follow(window: Window, stop: int, declared: int, order: str) -> boo
     more = goes_on(rest, left, order) and goes_on(rest[odd:], left - odd, order)
     if not more and not any(_is_mock_chunk(window, start, order) for start in (stop, stop + odd)):
         return False
-    # Zeros after samples are padding; without samples, they are silence.
+    # Zeros after samples are padding. If the header declares no samples, zeros are silence.
     return not declared or not window.is_zero(stop, window.size)
 
 
