@@ -49,5 +49,5 @@ def check_numbered(folder: Path, paths: Iterable[Path]) -> None:
         more = f" and {len(missing) - NAMED} more" if len(missing) > NAMED else ""
         raise ConfigError(
             f"{folder}: files are missing: {names}{more}; copy them into the folder. To use only the existing files, "
-            "remove '-of-' and the total from their names."
+            "remove the total (such as '-of-00003') from their names."
         )

@@ -168,7 +168,8 @@ class Network(nn.Module):
             largest = max(float(value.detach().abs().flatten().kthvalue(_rank(value)).values) for value in values)
             return math.floor(math.log2(127 / max(largest, 1e-3)))
 
-        # The second layer sums hidden units and features in the same unit, but features have two more fractional bits.
+        # The sums of the second layer need the same scale for hidden units and features, but features have two more
+        # fractional bits.
         extra = INPUT_BITS - HIDDEN_BITS
         hidden = min(exponent(self.hidden.weight), exponent(self.skip.weight) + extra)
         self.exponents = {
