@@ -41,8 +41,8 @@ def plain_keys(items: Iterable[tuple[str, Value]], what: str) -> dict[str, Value
         name = plain_key(key)
         if name in plain:
             raise CheckpointError(
-                f"{what}: {shorten(name)} is stored under two names, which differ only in parts that wrappers insert, "
-                "such as _orig_mod or module; keep one."
+                f"{what}: {shorten(name)} occurs twice (parts of names that wrappers insert, such as _orig_mod and "
+                "module, are ignored); keep one."
             )
         plain[name] = value
     return plain

@@ -209,7 +209,7 @@ _OPENERS = {
         _open_onnx,
         accepts=is_exported,
         check=_check_onnx,
-        model=f"a folder with {ENCODER} and {DECODER}",
+        model=f"a folder with exported ONNX files ({ENCODER} or {DECODER})",
         advice="write one with nemo-lfr export onnx --out FOLDER",
     ),
 }

@@ -56,7 +56,10 @@ def check_optimizers(checkpoint: Mapping[str, Any], optimizers: Sequence[torch.o
         sizes = [[len(group["params"]) for group in groups] for groups in (theirs, ours)]
         if sizes[0] != sizes[1]:
             raise _differs(
-                path, "optim", f"an optimizer in the checkpoint has {sizes[0]} weight tensors instead of {sizes[1]}"
+                path,
+                "optim",
+                f"the parameter groups of an optimizer in the checkpoint have {sizes[0]} weight tensors instead of "
+                f"{sizes[1]}",
             )
         missing = sorted(set(optimizer.defaults) - {"fused", "foreach"} - set(theirs[0]))
         unknown = sorted(set(theirs[0]) - set(optimizer.defaults) - {"params", "initial_lr"})

@@ -145,9 +145,9 @@ def _is_wavlm(key: str) -> bool:
 
 
 def _stock_names(state: Mapping[str, Any]) -> set[str]:
-    """Return NeMo's names for the weights of convolutions whose weight norm was removed.
+    """Return the names of the weight-norm directions for convolutions whose weight norm was removed.
 
-    `state` contains the plain weights of these convolutions. The result names the weight-norm directions instead.
+    NeMo's state dicts have these names. `state` contains plain weights instead.
     """
     stems = [key.removesuffix(".weight") for key in state if key.endswith(".conv.weight")]
     return {stem + DIRECTION for stem in stems if stem.partition(".")[0] in PARTS}

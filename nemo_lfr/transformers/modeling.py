@@ -254,8 +254,8 @@ class NemoLfrModel(PreTrainedAudioTokenizerBase):
             return_dict: whether to return an output object (default) or a tuple.
 
         Raises:
-            AudioError: if `input_values` or the mask has the wrong type or shape, or if the mask has ones after a
-                zero, no ones, or values other than 0 and 1.
+            AudioError: if `input_values` or the mask has the wrong type or shape, if samples are NaN, infinite or far
+                outside [-1, 1], or if the mask has ones after a zero, no ones, or values other than 0 and 1.
             TokensError: for an invalid `num_codebooks`.
         """
         check_tensor(input_values, "input_values", AudioError)
@@ -318,8 +318,8 @@ class NemoLfrModel(PreTrainedAudioTokenizerBase):
             samples = mask_lengths(padding_mask, (batch, width), "padding_mask", TokensError)
             assert samples is not None
             needed = -(-samples // self.config.samples_per_frame)
-            # Without a mask of frames, the longest clip must have all frames. A mask of one column fits one sample
-            # and one frame.
+            # Without a mask of frames, the longest clip must have all frames. A mask of one column is ambiguous: it
+            # may be for one sample or for one frame.
             fits = int(needed.max()) == frames if frames_len is None else torch.equal(needed, frames_len)
             if len(samples) and not (fits and (width > 1 or not is_frame_mask_possible)):
                 if fits:

@@ -763,11 +763,11 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
     "text": (lambda: with_state(**{KEY: "abc"}), "pre_conv"),
     "one weight with and without _orig_mod": (
         lambda: with_weights(STATE | {BIAS.replace("post_conv", "post_conv._orig_mod"): STATE[BIAS]}),
-        "with and without the prefix _orig_mod",
+        r"occurs twice \(parts of names that wrappers insert",
     ),
     "the codec with and without module": (
         lambda: with_weights(STATE | {f"module.{k}": v for k, v in STATE.items()}),
-        "both with and without the prefix _orig_mod or module; keep one",
+        r"occurs twice \(.* such as _orig_mod and module, are ignored\); keep one",
     ),
     "no encoder": (lambda: with_weights({k: v for k, v in STATE.items() if "encoder" not in k}), "audio_encoder lacks"),
     "no decoder": (lambda: with_weights({k: v for k, v in STATE.items() if "decoder" not in k}), "audio_decoder lacks"),

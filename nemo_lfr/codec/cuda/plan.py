@@ -2,8 +2,9 @@
 
 There are several implementations of a layer, called candidates: a cuDNN convolution between two pointwise kernels, or
 one fused Triton kernel with different tile sizes. The autotuner measures the candidates for each shape and chooses the
-fastest one. Without Triton, the layer runs in plain PyTorch. In bf16 and fp16, the first and the last layer of the
-network run in fp32: these layers are cheap, and their errors affect tokens and audio directly.
+fastest one. In fp32, only cuDNN is used. Without Triton, the layer runs in plain PyTorch. At every precision, the
+first and the last layer of the network run in fp32: these layers are cheap, and their errors affect tokens and audio
+directly.
 """
 
 import functools
