@@ -168,8 +168,8 @@ def prepare(
         wanted = {"folder": "audio file", "table": "row"}.get(kind, f"utterance of {kind}")
         raise NemoLfrError(f"{source}: no {wanted} in this {_contents(kind, corpus)}; {_expected(kind)}")
     utterances = mark_repeated(utterances)
-    if all(utterance.split != "valid" for utterance in utterances):
-        utterances = [replace(item, split=None) if item.split == "train" else item for item in utterances]
+    rest = "train" if any(item.split == "valid" for item in utterances) else None  # None: `hold_out` decides
+    utterances = [replace(item, split=rest) if item.split in ("train", None) else item for item in utterances]
     out.mkdir(parents=True, exist_ok=True)
     with exclusive(out):
         interrupted = (out / JOURNAL).exists()  # the earlier run may have written some manifests
