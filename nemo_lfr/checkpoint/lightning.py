@@ -16,15 +16,17 @@ from nemo_lfr.errors import ConfigError
 class Inert:
     """Placeholder for a pickled object of any class.
 
-    The placeholder stores the object's state. Calls and assignments in the pickle have no other effect.
+    The placeholder stores the object's state and, if the object is a dict of some class, its items. Calls and
+    assignments in the pickle have no other effect.
     """
 
-    __slots__ = ("state",)
+    __slots__ = ("items", "state")
 
     def __new__(cls, *_: Any) -> "Inert":
         """Return a new placeholder; the arguments are ignored."""
         inert = super().__new__(cls)
         inert.state = None
+        inert.items = {}
         return inert
 
     def __call__(self, *_: Any) -> "Inert":
@@ -35,7 +37,7 @@ class Inert:
         self.state = state
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        pass
+        self.items[key] = value
 
     def append(self, item: Any) -> None:
         """Ignore an item that the pickle appends to a list-like object."""
@@ -58,7 +60,7 @@ def config_text(checkpoint: Any) -> str:
 
 
 class _Plain:
-    """Convert pickled OmegaConf containers to dicts and lists, and limit the total number of values.
+    """Convert pickled containers to dicts and lists, and limit the total number of values.
 
     A value that several containers share counts once for each of them.
     """
@@ -78,11 +80,18 @@ class _Plain:
                 f"the hyper_parameters are too large or too deeply nested; at most {MAX_CONFIG_EVENTS} values and "
                 f"{MAX_CONFIG_DEPTH} levels are allowed."
             )
-        if isinstance(value, Inert):  # OmegaConf stores the items of a container as `_content`, a leaf as `_val`
-            state = value.state if isinstance(value.state, dict) else {}
-            value = dict.get(state, "_content", dict.get(state, "_val"))
+        if isinstance(value, Inert):
+            value = _content(value)
         if isinstance(value, dict):
             return {str(key): self.of(item, depth + 1) for key, item in dict.items(value)}
         if isinstance(value, list):
             return [self.of(item, depth + 1) for item in value]
         return value if isinstance(value, str | int | float | None) else None
+
+
+def _content(placeholder: Inert) -> Any:
+    """Return the content of an OmegaConf container or leaf, a dict of some class, or an `argparse.Namespace`."""
+    state = placeholder.state if isinstance(placeholder.state, dict) else {}
+    if "_content" in state or "_val" in state:  # a container or a leaf of OmegaConf
+        return dict.get(state, "_content", dict.get(state, "_val"))
+    return placeholder.items or state or None

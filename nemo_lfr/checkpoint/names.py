@@ -12,9 +12,11 @@ from nemo_lfr.modules.weight_norm import fold_weight_norm, row_norms
 # NeMo 2.4 and later name the weights of weight norm as PyTorch's parametrization does; NeMo 2.0 uses `weight_g` and
 # `weight_v`.
 GAIN, DIRECTION = ".parametrizations.weight.original0", ".parametrizations.weight.original1"
-# Name components that `torch.compile`, `DistributedDataParallel`, FSDP and activation checkpointing insert into the
-# names of a wrapped module's weights.
-WRAPPERS = frozenset(("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"))
+# Name components that `torch.compile`, `DistributedDataParallel`, FSDP, activation checkpointing and Lightning Fabric
+# insert into the names of a wrapped module's weights.
+WRAPPERS = frozenset(
+    ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module", "_original_module")
+)
 
 Value = TypeVar("Value")
 

@@ -89,13 +89,13 @@ def decode(
         if streams:
             from nemo_lfr.cli.pipes import decode_pipe
 
-            codec = open_codec(options["model"], options["device"], options["precision"])
+            codec = open_codec(options["model"], options["device"], options["precision"], ["decode"])
             decode_pipe(codec, sys.stdin.buffer, sys.stdout.buffer, lookahead, entropy_model)  # type: ignore[arg-type]
             return None
         with spooled(inputs[0], TOKEN_SUFFIX, f".{kind}") as task:
             if inputs[0] == "-":
                 check_input(task.source, {TOKEN_SUFFIX}, is_only=True)
-            codec = open_codec(options["model"], options["device"], options["precision"])
+            codec = open_codec(options["model"], options["device"], options["precision"], ["decode"])
             begin_work()
             decode_task(task, codec, **wanted)
         return None
@@ -109,7 +109,7 @@ def decode(
     tasks = tasks_to_run(inputs, out, {TOKEN_SUFFIX}, f".{kind}", overwrite, skip_existing, possible)
     if not tasks:
         return {"files": []}
-    codec = open_codec(options["model"], options["device"], options["precision"])
+    codec = open_codec(options["model"], options["device"], options["precision"], ["decode"])
 
     def work(batch: list[FileTask]) -> Iterator[FileFigures]:
         for task in batch:

@@ -38,7 +38,7 @@ def demo(out: Path, model: str | None, device: str | None, precision: str) -> di
     The command writes the clip, its tokens, the decoded audio, and a picture with the spectrograms of the clip and of
     the decoded audio. Existing files are replaced.
     """
-    codec = open_codec(model, device, precision)
+    codec = open_codec(model, device, precision, ["encode", "decode"])
     begin_work()
     values = run(out, codec)
     print_table(values)

@@ -75,7 +75,7 @@ def encode(
         check_pipe(inputs, out)
         if inputs[0] != "-":
             check_input(Path(inputs[0]), AUDIO_SUFFIXES, is_only=True)
-        codec = open_codec(options["model"], options["device"], options["precision"])
+        codec = open_codec(options["model"], options["device"], options["precision"], ["encode"])
         source = sys.stdin.buffer if inputs[0] == "-" else Path(inputs[0])
         model = model_to_write(codec, compress, entropy_model)
         reader = encode_pipe(codec, source, sys.stdout.buffer, block, lookahead, model)  # type: ignore[arg-type]
@@ -94,7 +94,7 @@ def encode(
     tasks = tasks_to_run(inputs, out, AUDIO_SUFFIXES, TOKEN_SUFFIX, overwrite, skip_existing)
     if not tasks:
         return {"files": []}
-    codec = open_codec(options["model"], options["device"], options["precision"])
+    codec = open_codec(options["model"], options["device"], options["precision"], ["encode"])
     model = model_to_write(codec, compress, entropy_model)
     return run_tasks(tasks, lambda batch: encode_tasks(batch, codec, overwrite, model), batch_size)
 

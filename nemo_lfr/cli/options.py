@@ -1,7 +1,7 @@
 """Option types, and options that several commands share."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from nemo_lfr.errors import NemoLfrError
 from nemo_lfr.io.locate import expand_home
 
 if TYPE_CHECKING:
+    from nemo_lfr.codec.backend import Operation
     from nemo_lfr.codec.codec import Codec
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -72,16 +73,20 @@ class PathText(click.ParamType):  # type: ignore[type-arg]  # generic in recent 
         return [CompletionItem(incomplete, type="file")]
 
 
-def open_codec(model: str | None, device: str | None, precision: str) -> "Codec[Any]":
+def open_codec(
+    model: str | None, device: str | None, precision: str, operations: Sequence["Operation"] = ()
+) -> "Codec[Any]":
     """Load the codec that the options select.
 
     Args:
         model: checkpoint, folder of ONNX files or Hub id; None for the bundled codec.
         device: device to run on; None for the default.
         precision: as in `nemo_lfr.load`.
+        operations: operations whose weights are loaded at once, so that a folder of ONNX files that lacks them is
+            refused before the work begins.
 
     Raises:
-        NemoLfrError: as in `nemo_lfr.load`, or if `model` is an audio file, a token file or an entropy model.
+        NemoLfrError: as in `nemo_lfr.load`, if the codec does not support one of `operations`, or if `model` is an audio file, a token file or an entropy model.
     """
     from nemo_lfr.cli.identify import refuse_other_kind
     from nemo_lfr.pretrained import load
@@ -89,7 +94,10 @@ def open_codec(model: str | None, device: str | None, precision: str) -> "Codec[
     if model:
         refuse_other_kind(expand_home(model), "a checkpoint")
     configure_malloc()
-    return load(model, device, precision)
+    codec = load(model, device, precision)
+    for operation in operations:
+        codec.backend.load(operation)
+    return codec
 
 
 def model_option(

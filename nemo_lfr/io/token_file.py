@@ -733,8 +733,17 @@ class TokenReader(_Sections):
         return data
 
     def blocks(self, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
-        """Yield the int32 tokens [C, T] of frames [start, stop), block by block. Other blocks are not read."""
-        stop = self.num_frames if stop is None else min(stop, self.num_frames)
+        """Yield the int32 tokens [C, T] of frames [start, stop), block by block. Other blocks are not read.
+
+        Args:
+            start: number of the first frame.
+            stop: number of the frame after the last one; None, or a number above `num_frames`, for all frames.
+
+        Raises:
+            TokenFileError: if `start` or `stop` is not an integer that is 0 or more, or a block is damaged.
+        """
+        start = self._frame_number("start", start)
+        stop = self.num_frames if stop is None else min(self._frame_number("stop", stop), self.num_frames)
         number = max(0, bisect_right(self._firsts, start) - 1)
         together = 1 if self.coding == CODING else BLOCKS_TOGETHER
         while number < len(self._positions) and (first := self._firsts[number]) < stop:
@@ -759,8 +768,21 @@ class TokenReader(_Sections):
         seconds = self.num_samples / self.metadata.sample_rate
         logger.warning("%s: the file is damaged or incomplete; its first %.2f s are read.", self.path, seconds)
 
+    def _frame_number(self, name: str, value: Any) -> int:
+        """Return the frame number that the caller passed as `name`, as an int."""
+        try:
+            number = operator.index(value)
+        except TypeError:
+            number = -1
+        if number < 0:
+            raise TokenFileError(
+                f"{self.path}: {name} is {shorten(repr(value))}; pass the number of a frame, an integer from 0 to "
+                f"{self.num_frames}."
+            )
+        return number
+
     def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Return the int32 tokens [C, T] of frames [start, stop) (default: all frames)."""
+        """Return the int32 tokens [C, T] of frames [start, stop) (default: all frames); see `blocks`."""
         empty = np.empty((self.metadata.num_codebooks, 0), dtype=np.int32)
         return np.concatenate([empty, *self.blocks(start, stop)], axis=1)
 

@@ -4,6 +4,7 @@
 file, or take much time or memory.
 """
 
+import argparse
 import bz2
 import copy
 import gzip
@@ -182,6 +183,10 @@ def as_module(state):
     return values
 
 
+class AttributeDict(dict):  # type: ignore[type-arg]
+    """Dict of a class of its own, as Lightning's hyperparameters are."""
+
+
 def lightning(values: Any, **more: Any) -> bytes:
     """Return a training checkpoint of the valid weights, as Lightning and NeMo write it."""
     parameters = OmegaConf.create({"cfg": values}) if isinstance(values, dict) else values
@@ -195,6 +200,7 @@ SPELLINGS: dict[str, Callable[[], bytes]] = {
     "NeMo 3.0, with WavLM": lambda: with_weights(nemo_3_0(STATE)),
     "weight norm removed": lambda: with_weights(plain(STATE)),
     "DistributedDataParallel": lambda: with_weights({f"module.{k}": v for k, v in STATE.items()}),
+    "Lightning Fabric": lambda: with_weights({f"_forward_module.{k}": v for k, v in STATE.items()}),
     "torch.compile": lambda: with_weights({f"_orig_mod.{k}": v for k, v in STATE.items()}),
     "both, in either order": lambda: with_weights(
         {f"{'_orig_mod.module' if 'encoder' in k else 'module._orig_mod'}.{k}": v for k, v in STATE.items()}
@@ -239,6 +245,10 @@ SPELLINGS: dict[str, Callable[[], bytes]] = {
         callbacks={"ModelCheckpoint": {"dirpath": Path("/tmp"), "best": torch.tensor(1.0), "time": time.gmtime(0)}},
     ),
     "training checkpoint that would run code": lambda: lightning(config(), callbacks=Payload()),
+    "training checkpoint with a Namespace": lambda: lightning(
+        None, hyper_parameters=argparse.Namespace(cfg=OmegaConf.create(config()), trainer=None)
+    ),
+    "training checkpoint with Lightning's dict": lambda: lightning(None, hyper_parameters=AttributeDict(cfg=config())),
     "NeMo's own resolver": lambda: with_config(config(optim={"steps": "${multiply:2,3}"})),
 }
 

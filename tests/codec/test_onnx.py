@@ -445,6 +445,17 @@ def test_onnx_rejects_bad_audio_and_tokens_like_torch(bundled):
     assert whole.shape == (1, 8, 22) and codec.encode(synthesize(1), sample_rate=16000)[0].shape == (1, 8, 30)
 
 
+@pytest.mark.parametrize(("command", "missing"), [("encode", "encoder"), ("decode", "decoder"), ("demo", "decoder")])
+def test_commands_refuse_a_folder_without_the_network_that_they_need(capsys, two_exports, tmp_path, command, missing):
+    shutil.copytree(two_exports[0], tmp_path / "x")
+    (tmp_path / "x" / f"{missing}.onnx").unlink()
+    soundfile.write(tmp_path / "a.wav", synthesize(0.1), RATE)
+    nemo_lfr.load(two_exports[0]).encode_file(tmp_path / "a.wav", tmp_path / "a.lfr")
+    inputs = {"encode": [tmp_path / "a.wav"], "decode": [tmp_path / "a.lfr"], "demo": []}[command]
+    code, _, err = run(capsys, command, *inputs, "--out", tmp_path / "out", "--model", tmp_path / "x")
+    assert code == 2 and f"{missing}.onnx: no such file" in err and not (tmp_path / "out").exists()
+
+
 @pytest.mark.slow
 def test_onnx_tokenizes_a_corpus(capsys, bundled, tmp_path):
     (tmp_path / "in").mkdir()

@@ -284,6 +284,16 @@ def test_a_huge_duration_ends_with_the_recording(tmp_path):
         assert reader.samples_between(0.0, 1e306) == (0, 2048)
 
 
+@pytest.mark.parametrize("value", [-1, 1.5, "3", float("nan"), np.array([0, 1])])
+@pytest.mark.parametrize("name", ["start", "stop"])
+def test_only_frame_numbers_are_accepted_as_the_ends_of_a_range(tmp_path, name, value):
+    write(tmp_path / "a.lfr", RELEASED, [random_tokens(RELEASED, 5)], 5 * 1024)
+    with TokenReader(tmp_path / "a.lfr") as reader:
+        with pytest.raises(TokenFileError, match=f"a.lfr: {name} is .*integer from 0 to 5"):
+            reader.read(**{name: value})
+        assert reader.read(np.int64(2), np.int32(9)).shape[1] == 3 and reader.read(start=7).shape[1] == 0
+
+
 def test_a_failed_replacement_leaves_the_old_file(tmp_path):
     path = write(tmp_path / "a.lfr", RELEASED, [random_tokens(RELEASED, 2)], 2048)
     before = path.read_bytes()

@@ -19,6 +19,7 @@ from omegaconf import OmegaConf, open_dict
 
 import nemo_lfr
 from nemo_lfr import AudioCodecModel, CheckpointError, ConfigError, TokensError, accelerate
+from nemo_lfr.checkpoint.names import WRAPPERS
 from nemo_lfr.codec.streaming import push_encoders
 from nemo_lfr.modules.encoder import HiFiGANEncoder
 from tests.models import KINDS, MODULES, codec_config, speech_like, stock_model, write_nemo
@@ -312,7 +313,7 @@ def test_invalid_state_dict_is_named_and_changes_nothing(nemo_file, expected, st
     assert torch.equal(tokens_of(model), expected)
 
 
-@pytest.mark.parametrize("wrapper", ["_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod", "module"])
+@pytest.mark.parametrize("wrapper", sorted(WRAPPERS))
 def test_names_of_any_wrapper_are_understood(nemo_file, expected, wrapper):
     state = ours(nemo_file).state_dict()
     model = AudioCodecModel(OmegaConf.create(codec_config())).eval()
