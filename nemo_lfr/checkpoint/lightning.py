@@ -21,6 +21,8 @@ class Inert:
     """
 
     __slots__ = ("items", "state")
+    items: dict[Any, Any]
+    state: Any
 
     def __new__(cls, *_: Any) -> "Inert":
         """Return a new placeholder; the arguments are ignored."""

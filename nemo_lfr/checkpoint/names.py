@@ -15,7 +15,14 @@ GAIN, DIRECTION = ".parametrizations.weight.original0", ".parametrizations.weigh
 # Name components that `torch.compile`, `DistributedDataParallel`, FSDP, activation checkpointing and Lightning Fabric
 # insert into the names of a wrapped module's weights.
 WRAPPERS = frozenset(
-    ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module", "_original_module")
+    (
+        "_orig_mod",
+        "module",
+        "_fsdp_wrapped_module",
+        "_checkpoint_wrapped_module",
+        "_forward_module",
+        "_original_module",
+    )
 )
 
 Value = TypeVar("Value")

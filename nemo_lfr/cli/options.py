@@ -86,7 +86,8 @@ def open_codec(
             refused before the work begins.
 
     Raises:
-        NemoLfrError: as in `nemo_lfr.load`, if the codec does not support one of `operations`, or if `model` is an audio file, a token file or an entropy model.
+        NemoLfrError: as in `nemo_lfr.load`, if the codec does not support one of `operations`, or if `model` is an
+            audio file, a token file or an entropy model.
     """
     from nemo_lfr.cli.identify import refuse_other_kind
     from nemo_lfr.pretrained import load

@@ -45,6 +45,17 @@ def audio_column(names: Sequence[str], types: Mapping[str, Any]) -> str | None:
     return by_name or next((name for name in names if _holds_audio(types.get(name))), None)
 
 
+def may_contain_paths(kind: Any) -> bool:
+    """Return whether cells of an Arrow type can contain paths of audio files; see `audio_cell`."""
+    import pyarrow.types as is_
+
+    if is_.is_dictionary(kind):
+        kind = kind.value_type
+    if is_.is_struct(kind):
+        return any(kind.field(number).name == "path" for number in range(kind.num_fields))
+    return any(test(kind) for test in (is_.is_string, is_.is_large_string, is_.is_string_view))
+
+
 def class_names(features: Mapping[str, Any]) -> dict[str, list[str]]:
     """Return the class names of integer columns in a table that Hugging Face `datasets` wrote.
 

@@ -6,6 +6,7 @@ resumes the run, provided that the corpus, the codec and the options that affect
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -35,9 +36,9 @@ from nemo_lfr.spec import same_fingerprint
 if TYPE_CHECKING:
     from nemo_lfr.codec.codec import Codec
 
-# Options that must not change when a run is resumed. `load_or_create_plan` also compares the corpus, the codec and the
-# entropy model.
-FIXED = ("kind", "precision", "pad", "context", "shard_size", "max_duration", "dataset", "audio_dir")
+# Options that must not change when a run is resumed. `load_or_create_plan` also compares the corpus, the folder that
+# its relative paths start from, the codec and the entropy model.
+FIXED = ("kind", "precision", "pad", "context", "shard_size", "max_duration", "dataset")
 
 
 @dataclass
@@ -184,8 +185,9 @@ def load_or_create_plan(
     options = asdict(config)
     expected = {key: options[key] for key in FIXED}
     with naming_extension(corpus, READER):
-        identity = corpus.identity
+        identity, base = corpus.identity, corpus.base
     expected |= {"corpus": identity, "codec": spec, "entropy model": entropy_model}
+    expected["audio_dir"] = None if base is None else str(resolve(base))
     if not path.exists():
         with naming_extension(corpus, READER):
             shards = corpus.shards(config.shard_size)
@@ -203,6 +205,8 @@ def load_or_create_plan(
                 "fingerprint: resume the run with the older version, or choose another --out."
             )
         stored["codec"] = spec
+    if _is_moved(stored.get("audio_dir"), expected["audio_dir"]):
+        stored["audio_dir"] = expected["audio_dir"]
     if differ := sorted(key for key in expected if stored.get(key) != expected[key]):
         reasons = "; ".join(_difference(key, stored.get(key), expected[key]) for key in differ)
         raise NemoLfrError(
@@ -212,10 +216,29 @@ def load_or_create_plan(
     return stored_shards
 
 
+def _is_moved(stored: Any, folder: str | None) -> bool:
+    """Return whether the folder that relative paths start from has another name or place than in the stored plan.
+
+    This is not the case if the stored folder still exists, because it may then contain other audio.
+
+    Args:
+        stored: path of the folder in the stored plan.
+        folder: current path of the folder; None if the corpus has no relative paths.
+    """
+    if folder is None or not isinstance(stored, str):
+        return False
+    try:
+        return not os.path.lexists(stored) or os.path.samefile(stored, folder)
+    except OSError:
+        return False
+
+
 def _difference(key: str, stored: Any, expected: Any) -> str:
     """Describe how a value in the stored plan differs from the current value, for an error message."""
     if key in ("corpus", "codec"):
         return f"the {key} is another one or was changed"
+    if key == "audio_dir":
+        return f"relative paths of audio files started from {stored}, but now start from {expected}"
     option = {"kind": "--format", "entropy model": "the entropy model"}.get(key, f"--{key.replace('_', '-')}")
     return f"{option} was {stored!r}, but is now {expected!r}"
 

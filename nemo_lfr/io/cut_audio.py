@@ -12,7 +12,7 @@ import dataclasses
 import math
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,16 +50,32 @@ def check_cut(manifest: Mapping[str, Any], allow_url: bool = False) -> None:
     Raises:
         AudioError: if a source is not allowed.
     """
-    waiting: list[Any] = [manifest]
+    for item in _mappings(manifest):
+        if "storage_type" in item and ("storage_key" in item or "storage_path" in item):
+            _check_array(item)
+    for source in sources_of(manifest):
+        check_source(source.get("type"), source["source"], allow_url)
+
+
+def sources_of(manifest: Any) -> Iterator[Mapping[str, Any]]:
+    """Yield the audio sources in the manifest of a cut or recording, including those in tracks and custom fields.
+
+    Each source is a dict that has at least the key "source".
+    """
+    for item in _mappings(manifest):
+        sources = item.get("sources")
+        for source in sources if isinstance(sources, list | tuple) else []:
+            if isinstance(source, Mapping) and "source" in source:
+                yield source
+
+
+def _mappings(value: Any) -> Iterator[Mapping[str, Any]]:
+    """Yield all mappings in nested mappings and lists."""
+    waiting: list[Any] = [value]
     while waiting:
         item = waiting.pop()
         if isinstance(item, Mapping):
-            if "storage_type" in item and ("storage_key" in item or "storage_path" in item):
-                _check_array(item)
-            sources = item.get("sources")
-            for source in sources if isinstance(sources, list | tuple) else []:
-                if isinstance(source, Mapping) and "source" in source:
-                    check_source(source.get("type"), source["source"], allow_url)
+            yield item
             waiting += item.values()
         elif isinstance(item, list | tuple):
             waiting += item

@@ -6,6 +6,7 @@ cannot read, and end without an error if a file of a Shar is truncated.
 
 import json
 import logging
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import Any
 
 from nemo_lfr.errors import AudioError, ConfigError, counted, shorten
 from nemo_lfr.io.bounded import member_bytes, open_tar
-from nemo_lfr.io.cut_audio import check_cut
+from nemo_lfr.io.cut_audio import check_cut, sources_of
 from nemo_lfr.io.manifests import NOT_A_LINE, describe, line_id
 from nemo_lfr.io.text import iter_lines
 
@@ -96,6 +97,17 @@ def kind_of(path: Path) -> str | None:
         if "recording_id" in item and "start" in item:
             return "supervisions"
     return None
+
+
+def has_relative_paths(path: Path) -> bool:
+    """Return whether the first cut or recording in a JSON-lines file contains a relative path of an audio file."""
+    for line in islice(json_lines(path), 1):
+        try:
+            files = [source["source"] for source in sources_of(json.loads(line)) if source.get("type") == "file"]
+            return any(not os.path.isabs(file) for file in files)
+        except NOT_A_LINE:
+            pass
+    return False
 
 
 def read_cuts(path: Path, allow_url: bool = False, start: int = 0, stop: int | None = None) -> Iterator[CutItem]:

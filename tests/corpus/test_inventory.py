@@ -109,6 +109,77 @@ def test_an_input_edited_to_the_same_size_is_not_resumed(kind, folder, model):
     assert tokenize(job, workers=1, device="cpu")["clips"] == 3  # the original input again
 
 
+def write_audio(folder: Path, frequency: float) -> None:
+    folder.mkdir(exist_ok=True)
+    for number, name in enumerate("abc", start=1):
+        soundfile.write(folder / f"{name}.wav", 0.3 * np.sin(np.arange(SAMPLES) * frequency * number), RATE)
+
+
+def write_csv(folder: Path) -> Path:
+    path = folder / "t.csv"
+    path.write_text("path,text\na.wav,x\nb.wav,y\nc.wav,z\n")
+    return path
+
+
+def write_saved(folder: Path) -> Path:
+    columns = {"audio": ["a.wav", "b.wav", "c.wav"], "text": list("xyz")}
+    pytest.importorskip("datasets", reason="pip install '.[corpus]'").Dataset.from_dict(columns).save_to_disk(
+        folder / "saved"
+    )
+    for name in "abc":
+        (folder / f"{name}.wav").rename(folder / "saved" / f"{name}.wav")
+    return folder / "saved"
+
+
+def with_relative_paths(write):
+    """Return a function that writes Lhotse files whose paths start from the working directory."""
+
+    def relative(folder: Path) -> Path:
+        os.chdir(folder)
+        return write(Path())
+
+    return relative
+
+
+# Functions that write a corpus with relative paths into a folder of audio files.
+PARALLEL = {
+    "manifest": lambda folder: write_manifest(folder, "xyz"),
+    "folder": lambda folder: folder,
+    "CSV": write_csv,
+    "Parquet": lambda folder: write_parquet(folder, "xyz"),
+    "saved dataset": write_saved,
+    "cuts": with_relative_paths(lambda folder: lines(folder / "c.jsonl", [cut(Path(f"{n}.wav")) for n in "abc"])),
+    "recordings": with_relative_paths(lambda folder: write_recordings(folder, "xyz")),
+    "Shar": with_relative_paths(lambda folder: write_shar(folder, "xyz")),
+}
+
+
+@pytest.mark.parametrize("kind", slow_except(PARALLEL, "manifest"))
+def test_an_equal_list_in_another_folder_is_not_resumed(kind, model, tmp_path, monkeypatch):
+    """Parallel corpora, such as clean and noisy speech, have equal lists of files."""
+    monkeypatch.chdir(tmp_path)
+    jobs = {}
+    for name, frequency in (("clean", 0.02), ("noisy", 0.03)):
+        write_audio(tmp_path / name, frequency)
+        source = PARALLEL[kind](tmp_path / name)
+        jobs[name] = TokenizeConfig(str(source), str(tmp_path / "out"), "lfr", model=str(model), shard_size=1)
+
+    def run(name):
+        if kind in ("cuts", "recordings", "Shar"):
+            os.chdir(tmp_path / name)
+        return tokenize(jobs[name], workers=1, device="cpu")
+
+    assert run("clean")["clips"] == 3
+    with pytest.raises(
+        NemoLfrError, match="relative paths of audio files started from .*clean"
+    ):
+        run("noisy")
+    assert run("clean")["clips"] == 3
+    (tmp_path / "noisy").rename(tmp_path / "removed")
+    (tmp_path / "clean").rename(tmp_path / "noisy")  # the same corpus in another place
+    assert run("noisy")["clips"] == 3
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", INPUTS)
 def test_an_input_edited_while_it_is_read_stops_the_run(kind, folder, model):

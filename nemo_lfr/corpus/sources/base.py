@@ -92,6 +92,14 @@ class CorpusReader(ABC):
         return hashlib.sha256("".join(digest(path) for path in self.files).encode()).hexdigest()[:16]
 
     @property
+    def base(self) -> Path | None:
+        """Folder that relative paths of audio files start from; None if the corpus has no such paths.
+
+        It is part of the plan of a run, because two corpora with the same list can be in different folders.
+        """
+        return None
+
+    @property
     @abstractmethod
     def files(self) -> list[Path]:
         """Return the files that list the clips.

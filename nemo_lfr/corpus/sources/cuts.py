@@ -12,7 +12,7 @@ from nemo_lfr.corpus.sources.base import Clip, CorpusReader, OpenOptions, ShardS
 from nemo_lfr.errors import ConfigError, counted, shorten
 from nemo_lfr.io.columns import LABEL_COLUMNS, OTHER_TOKENS, label_text, standard_labels
 from nemo_lfr.io.cut_audio import read_cut
-from nemo_lfr.io.cut_files import CutItem, explain, kind_of, read_cuts, supervisions_beside
+from nemo_lfr.io.cut_files import CutItem, explain, has_relative_paths, kind_of, read_cuts, supervisions_beside
 from nemo_lfr.io.shortage import require
 from nemo_lfr.io.text import is_missing
 
@@ -61,6 +61,11 @@ class Cuts(CorpusReader):
     def identity(self) -> str:
         """Return a hash of the files in `files`."""
         return list_digest((path.name, digest(path)) for path in self.files)
+
+    @property
+    def base(self) -> Path | None:
+        """The working directory; None if the first cut has only absolute paths."""
+        return Path.cwd() if has_relative_paths(self.path) else None
 
     @property
     def files(self) -> list[Path]:

@@ -99,6 +99,11 @@ class Manifest(CorpusReader):
         return digest(self.path)[:16]
 
     @property
+    def base(self) -> Path:
+        """The folder that relative paths are resolved against. It also affects the ids of absolute paths inside it."""
+        return self.audio_dir
+
+    @property
     def files(self) -> list[Path]:
         """Return the manifest."""
         return [self.path]

@@ -10,7 +10,7 @@ from nemo_lfr.corpus.inventory import list_digest, sampled_digest
 from nemo_lfr.corpus.sources.base import Clip, CorpusReader, OpenOptions, ShardSpec, repeat_number
 from nemo_lfr.corpus.sources.cuts import item_to_clip, number_cuts
 from nemo_lfr.errors import ConfigError, shorten
-from nemo_lfr.io.cut_files import check_fields, read_shar
+from nemo_lfr.io.cut_files import check_fields, has_relative_paths, read_shar
 from nemo_lfr.io.regular import open_regular
 from nemo_lfr.io.shortage import require
 
@@ -91,7 +91,12 @@ class Shar(CorpusReader):
     @property
     def identity(self) -> str:
         """Return a hash of all files."""
-        return list_digest((str(file), sampled_digest(file)) for file in self.files)
+        return list_digest((str(file.relative_to(self.path)), sampled_digest(file)) for file in self.files)
+
+    @property
+    def base(self) -> Path:
+        """The working directory if the first cut has a relative path of an audio file; otherwise the Shar folder."""
+        return Path.cwd() if has_relative_paths(self.fields["cuts"][0]) else self.path
 
     @property
     def files(self) -> list[Path]:

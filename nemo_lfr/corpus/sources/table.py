@@ -7,7 +7,15 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from nemo_lfr.corpus.columns import RATES, audio_cell, audio_column, class_names, is_label, label_value
+from nemo_lfr.corpus.columns import (
+    RATES,
+    audio_cell,
+    audio_column,
+    class_names,
+    is_label,
+    label_value,
+    may_contain_paths,
+)
 from nemo_lfr.corpus.ids import clean_id
 from nemo_lfr.corpus.inventory import list_digest, sampled_digest
 from nemo_lfr.corpus.sources.base import AudioLoader, Clip, CorpusReader, unreadable
@@ -59,6 +67,7 @@ class Table(CorpusReader):
                 "Rename the column that contains the audio."
             )
         self.column = column
+        self._has_paths = any(may_contain_paths(types[name]) for name in (column, CONTEXT) if name in types)
         self.left_out = {
             name: kind
             for name, kind in types.items()
@@ -70,6 +79,11 @@ class Table(CorpusReader):
     def identity(self) -> str:
         """Return a hash of the files."""
         return list_digest((file.name, sampled_digest(file)) for file in self.files)
+
+    @property
+    def base(self) -> Path | None:
+        """The folder that relative paths are resolved against; None if no column contains paths of audio files."""
+        return self.audio_dir if self._has_paths else None
 
     @property
     def files(self) -> list[Path]:
