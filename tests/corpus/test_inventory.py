@@ -170,9 +170,7 @@ def test_an_equal_list_in_another_folder_is_not_resumed(kind, model, tmp_path, m
         return tokenize(jobs[name], workers=1, device="cpu")
 
     assert run("clean")["clips"] == 3
-    with pytest.raises(
-        NemoLfrError, match="relative paths of audio files started from .*clean"
-    ):
+    with pytest.raises(NemoLfrError, match=r"relative paths of audio files started from .*clean"):
         run("noisy")
     assert run("clean")["clips"] == 3
     (tmp_path / "noisy").rename(tmp_path / "removed")
