@@ -18,8 +18,8 @@ from nemo_lfr.cli.options import (
 )
 from nemo_lfr.cli.progress import progress
 from nemo_lfr.cli.results import DetokenizeResult
-from nemo_lfr.cli.session import current, fail, print_line
-from nemo_lfr.errors import NemoLfrError
+from nemo_lfr.cli.session import current, fail, note, print_line
+from nemo_lfr.errors import NemoLfrError, counted
 from nemo_lfr.io.folders import WRITABLE_FORMATS
 
 
@@ -43,12 +43,13 @@ from nemo_lfr.io.folders import WRITABLE_FORMATS
 def detokenize(tokens: Path, out: Path, kind: str, overwrite: bool, **options: Any) -> dict[str, Any]:
     """Decode the output folder of `tokenize` to audio files.
 
-    Existing files are kept unless --overwrite is passed. Utterances that cannot be decoded are listed on stderr; the
-    exit code is then 1.
+    Existing files of the right length are kept unless --overwrite is passed; their number is printed. Utterances
+    that cannot be decoded are listed on stderr; the exit code is then 1.
     """
     from nemo_lfr.corpus.decode import decode_folder
 
     files: list[str] = []
+    kept: list[Path] = []
     total = 0
     advance: Callable[[str], None]
     with ExitStack() as stack:
@@ -57,7 +58,8 @@ def detokenize(tokens: Path, out: Path, kind: str, overwrite: bool, **options: A
             nonlocal total, advance
             total, advance = count, stack.enter_context(progress(count, "utterance", prints_lines=True))
 
-        for result in decode_folder(tokens, out, kind, overwrite=overwrite, on_start=start, **options):
+        results = decode_folder(tokens, out, kind, overwrite=overwrite, on_start=start, on_kept=kept.append, **options)
+        for result in results:
             if isinstance(result, NemoLfrError):
                 fail(tokens, result)
             else:
@@ -65,4 +67,9 @@ def detokenize(tokens: Path, out: Path, kind: str, overwrite: bool, **options: A
                 print_line(result)
             advance("")
     current().report_failures(total, failed=total - len(files))  # one failure may affect several utterances
-    return {"files": files}
+    if kept:
+        note(
+            f"{out}: {counted(len(kept), 'file')} existed and {'was' if len(kept) == 1 else 'were'} kept; to decode "
+            "again, pass --overwrite"
+        )
+    return {"files": files, "kept": len(kept)}

@@ -295,9 +295,15 @@ class TokenizeResult(Result):
 
 
 class DetokenizeResult(Result):
-    """Output of `detokenize`: the audio files, including files that already existed."""
+    """Output of `detokenize`.
+
+    Attributes:
+        files: the audio files, including those that already existed.
+        kept: number of files that already existed and were kept.
+    """
 
     files: list[str]
+    kept: int
 
 
 class EvaluateResult(Result):

@@ -5,6 +5,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import soundfile
+
 from nemo_lfr.codec.arrays import to_numpy
 from nemo_lfr.codec.codec import Codec
 from nemo_lfr.corpus.ids import UniqueIds, path_inside
@@ -28,6 +30,7 @@ def decode_folder(
     verify: bool = False,
     precision: str = "fp32",
     on_start: Callable[[int], None] = lambda count: None,
+    on_kept: Callable[[Path], None] = lambda path: None,
 ) -> Iterator[Path | NemoLfrError]:
     """Decode a folder of tokens, written by `tokenize`, to audio files.
 
@@ -39,10 +42,12 @@ def decode_folder(
         model: checkpoint or Hub id of the codec that produced the tokens; None for the bundled codec.
         device: "cpu" or "cuda"; None for a GPU if one is available, else the CPU.
         limit: maximum number of utterances, including those that fail; None for all.
-        overwrite: whether to decode utterances whose audio file already exists, and replace the file.
+        overwrite: whether to decode utterances whose audio file already exists, and replace the file. Without it, an
+            existing file is kept if it has the sample rate and the number of samples of its utterance.
         verify: before a file is read, compare its hash, and not only its size, with the record of the run.
         precision: precision of the codec; see `nemo_lfr.load`.
         on_start: callback that receives the number of utterances to decode, after the folder and codec were checked.
+        on_kept: callback that receives the path of each existing file that is kept, before the path is yielded.
 
     Yields:
         The path of each audio file, or the error that prevented its creation.
@@ -87,11 +92,36 @@ def decode_folder(
                 leftovers.sweep(path)
                 if overwrite or not path.exists():
                     _decode(utterance, codec, path, overwrite)
+                else:
+                    _check_existing(path, codec.sample_rate, utterance.num_samples)
+                    on_kept(path)
                 yield path
             except NemoLfrError as error:
                 yield error
             except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
                 yield NemoLfrError(f"{error.filename}: {error.strerror}.")
+
+
+def _check_existing(path: Path, sample_rate: int, num_samples: int) -> None:
+    """Raise NemoLfrError if an existing audio file cannot be the decoded audio of an utterance.
+
+    Args:
+        path: the file.
+        sample_rate: sample rate of the codec in Hz.
+        num_samples: number of samples of the utterance.
+    """
+    try:
+        found = soundfile.info(str(path))
+    except soundfile.SoundFileError:
+        what = "not an audio file"
+    else:
+        if (found.frames, found.samplerate) == (num_samples, sample_rate):
+            return
+        what = f"{found.frames} samples at {found.samplerate} Hz, not {num_samples} samples at {sample_rate} Hz"
+    raise OutputExistsError(
+        f"{path}: this file exists, but is not the audio of these tokens ({what}); choose another --out, or pass "
+        "--overwrite."
+    )
 
 
 def _decode(utterance: TokenizedUtterance, codec: Codec[Any], path: Path, overwrite: bool) -> None:

@@ -465,12 +465,31 @@ def test_verification_skips_changed_shards(whole, model, tmp_path, capsys):
 
 def test_existing_files_are_kept_without_overwrite(whole, model, tmp_path, capsys):
     out = tmp_path / "out"
-    (out / "s0").mkdir(parents=True)
-    (out / "s0" / "clip0.wav").write_text("mine")
-    assert run(whole["shar"], out, model, capsys) == (0, [])
-    assert (out / "s0" / "clip0.wav").read_text() == "mine"
-    assert run(whole["shar"], out, model, capsys, "--overwrite", "--limit", 1)[0] == 0
-    assert soundfile.info(str(out / "s0" / "clip0.wav")).frames > 0
+    assert run(whole["shar"], out, model, capsys, "--limit", 1) == (0, [])
+    kept = out / "s0" / "clip0.wav"
+    before = kept.stat().st_mtime_ns
+    code, (line,) = run(whole["shar"], out, model, capsys)
+    assert code == 0 and line == f"{out}: 1 file existed and was kept; to decode again, pass --overwrite"
+    assert kept.stat().st_mtime_ns == before
+    assert run(whole["shar"], out, model, capsys, "--overwrite", "--limit", 1) == (0, [])
+    assert kept.stat().st_mtime_ns > before
+
+
+@pytest.mark.parametrize("kind", ["text", "other length", "other rate"])
+def test_an_existing_file_that_is_not_the_audio_of_the_tokens_is_a_failure(kind, whole, model, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run(whole["shar"], out, model, capsys, "--limit", 1) == (0, [])
+    path = out / "s0" / "clip0.wav"
+    audio, rate = soundfile.read(path)
+    if kind == "text":
+        path.write_text("mine")
+    else:
+        soundfile.write(path, audio[: -1 if kind == "other length" else None], rate - 50 * (kind == "other rate"))
+    before = path.read_bytes()
+    code, lines = run(whole["shar"], out, model, capsys)
+    assert code == 1 and "clip0.wav: this file exists, but is not the audio of these tokens" in lines[0]
+    assert path.read_bytes() == before
+    assert run(whole["shar"], out, model, capsys, "--overwrite")[0] == 0
 
 
 @pytest.mark.slow
