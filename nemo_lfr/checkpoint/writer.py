@@ -13,7 +13,7 @@ from torch import nn
 from nemo_lfr.checkpoint.config import NEMO_MODEL, PARTS, nemo_config
 from nemo_lfr.checkpoint.names import DIRECTION, GAIN, gain_of
 from nemo_lfr.errors import CheckpointError
-from nemo_lfr.io.atomic import writing_folder
+from nemo_lfr.io.atomic import sync, writing_folder
 from nemo_lfr.io.locate import CONFIG_MEMBER, WEIGHTS_MEMBER
 from nemo_lfr.io.regular import check_replaceable
 from nemo_lfr.io.tensor_file import save_to_file
@@ -75,7 +75,7 @@ def _write_archive(path: Path, config: dict[str, Any], state_dict: Mapping[str, 
                 for name, member in members.items():
                     archive.add(member, arcname=name, filter=_anonymous)
             file.flush()
-            os.fsync(file.fileno())
+            sync(file.fileno())
         os.replace(temporary, path)
 
 

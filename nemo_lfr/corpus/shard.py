@@ -27,7 +27,7 @@ from nemo_lfr.corpus.records import ShardRecord
 from nemo_lfr.corpus.sources import register_source
 from nemo_lfr.corpus.sources.base import AudioLoader, Clip, CorpusReader, ShardSpec
 from nemo_lfr.errors import NemoLfrError, failure, shorten
-from nemo_lfr.io.atomic import naming
+from nemo_lfr.io.atomic import naming, sync
 from nemo_lfr.io.entropy.find import model_to_write
 from nemo_lfr.io.locate import resolve
 from nemo_lfr.io.regular import check_replaceable
@@ -101,7 +101,7 @@ def tokenize_shard(
             record.sizes[name] = path.stat().st_size
             with naming(out / name, staging):
                 with open(path, "rb") as file:
-                    os.fsync(file.fileno())
+                    sync(file.fileno())
                 (out / name).parent.mkdir(parents=True, exist_ok=True)
                 check_replaceable(out / name)
                 os.replace(path, out / name)

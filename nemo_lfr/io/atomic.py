@@ -6,6 +6,7 @@ left by a killed process, and the next run removes it. Symbolic links in place o
 """
 
 import contextlib
+import errno
 import os
 import re
 import secrets
@@ -23,6 +24,8 @@ PART = re.compile(r"(?P<name>.*)\.[0-9a-f]{8}\.part", re.DOTALL)
 WRITING = re.compile(r"\.writing-[a-z0-9_]{8}")
 # A temporary name keeps at most this many characters of the final name, since file systems limit the length of names.
 KEPT = 60
+# Error numbers of `fsync` on file systems that do not have it, such as some FUSE file systems and network drives.
+NO_SYNC = frozenset((errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP))
 
 
 def check_overwrite(path: Path, overwrite: bool) -> None:
@@ -73,13 +76,36 @@ def _link(temporary: Path, path: Path) -> bool:
     """Give a file the name `path`. Return False, without a change, if this name already exists."""
     try:
         os.link(temporary, path)
-    except FileExistsError:
-        return False
     except OSError:  # mostly a file system without hard links; after other errors, renaming fails, too
         if os.path.lexists(path):
-            return False
+            return _is_linked(temporary, path)
         os.replace(temporary, path)
     return True
+
+
+def _is_linked(temporary: Path, path: Path) -> bool:
+    """Return whether `path` is a second name of the temporary file, although `os.link` raised an error.
+
+    NFS repeats a request if the reply is lost. The repeated request finds the link of the first one.
+    """
+    status = os.stat(temporary)
+    return status.st_nlink == 2 and os.path.samestat(status, os.lstat(path))
+
+
+def sync(descriptor: int) -> None:
+    """Wait until the data of an open file is on disk. File systems without `fsync` are ignored.
+
+    Args:
+        descriptor: descriptor of the open file.
+
+    Raises:
+        OSError: if the data cannot be written, for instance on a full disk.
+    """
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in NO_SYNC:
+            raise
 
 
 def make_folder(path: Path) -> None:
@@ -140,7 +166,7 @@ def replacing(path: Path, overwrite: bool = True) -> Iterator[IO[bytes]]:
         try:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            sync(file.fileno())
             if os.name == "nt":  # Windows cannot rename an open file; the file is not locked there
                 file.close()
             publish(Path(file.name), path, overwrite)
@@ -187,7 +213,7 @@ def write_new(path: Path, data: bytes) -> bool:
         try:
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
+            sync(file.fileno())
             return _link(Path(file.name), path)
         finally:
             Path(file.name).unlink(missing_ok=True)

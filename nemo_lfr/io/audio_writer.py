@@ -11,7 +11,7 @@ import numpy as np
 import soundfile
 
 from nemo_lfr.errors import AudioError, NemoLfrError, quoted
-from nemo_lfr.io.atomic import check_overwrite, naming, open_temporary, publish
+from nemo_lfr.io.atomic import check_overwrite, naming, open_temporary, publish, sync
 from nemo_lfr.io.decoders import sndfile_reason
 from nemo_lfr.io.folders import WRITABLE_FORMATS, WRITABLE_SUFFIXES
 
@@ -95,7 +95,7 @@ class AudioWriter:
                     self._file.close()
                     self._sink.check(self.path)
                     self._raw.flush()
-                    os.fsync(self._raw.fileno())
+                    sync(self._raw.fileno())
                 if kind is None:
                     publish(temporary, self.path, self._overwrite)
         finally:

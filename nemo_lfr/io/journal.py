@@ -1,7 +1,6 @@
 """Append-only log in JSON lines for resuming long jobs, and the type of progress callbacks."""
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
@@ -9,7 +8,7 @@ from types import TracebackType
 from typing import Any
 
 from nemo_lfr.errors import NemoLfrError
-from nemo_lfr.io.atomic import naming, write_bytes
+from nemo_lfr.io.atomic import naming, sync, write_bytes
 from nemo_lfr.io.regular import open_regular
 
 # File names need not be valid UTF-8. This error handler writes an invalid byte as an escape sequence of JSON.
@@ -79,7 +78,7 @@ class Journal:
         with naming(self.path):
             self._file.write(json.dumps(entry, ensure_ascii=False) + "\n")
             self._file.flush()
-            os.fsync(self._file.fileno())
+            sync(self._file.fileno())
 
 
 def write_text(path: Path, text: str, overwrite: bool = True) -> Path:

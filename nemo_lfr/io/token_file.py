@@ -71,7 +71,7 @@ import numpy as np
 from nemo_lfr import frames
 from nemo_lfr._version import __version__
 from nemo_lfr.errors import EntropyModelError, TokenFileError, TokensError, shorten
-from nemo_lfr.io.atomic import check_overwrite, naming, open_temporary, publish
+from nemo_lfr.io.atomic import check_overwrite, naming, open_temporary, publish, sync
 from nemo_lfr.io.entropy import coding as compressed
 from nemo_lfr.io.entropy.find import check_layout, find_model
 from nemo_lfr.io.entropy.model import HASH, EntropyModel
@@ -365,7 +365,7 @@ class TokenWriter(TokenStreamWriter):
             with naming(self.path, temporary):
                 with self._temporary as file:
                     file.flush()
-                    os.fsync(file.fileno())
+                    sync(file.fileno())
                 if kind is None and not self._finished:
                     raise TokensError(
                         f"{self.path}: `finish` was not called, so the file was not written; call it after `write`."

@@ -17,7 +17,7 @@ from nemo_lfr.codec.ambient import building_state
 from nemo_lfr.codec.devices import choose_device
 from nemo_lfr.codec.torch_backend import TorchBackend
 from nemo_lfr.errors import CheckpointError, ConfigError, NemoLfrError, shorten
-from nemo_lfr.io.atomic import writing_folder
+from nemo_lfr.io.atomic import sync, writing_folder
 from nemo_lfr.io.hub import ALIASES, find_checkpoint
 from nemo_lfr.io.locate import check_path, expand_home, locate_checkpoint, looks_local
 from nemo_lfr.io.regular import check_replaceable
@@ -313,7 +313,7 @@ class NemoFiles(BaseModel):
             # Ranks other than 0 write nothing. A connector with `pack_nemo_file=False` writes a config and weights.
             for written in Path(folder).iterdir():
                 with open(written, "rb+") as file:
-                    os.fsync(file.fileno())
+                    sync(file.fileno())
                 os.replace(written, path.with_name(written.name))
 
 

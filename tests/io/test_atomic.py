@@ -13,11 +13,13 @@ import pytest
 import soundfile
 import torch
 
+import nemo_lfr
 from nemo_lfr.checkpoint import write_checkpoint
 from nemo_lfr.checkpoint.folder import export_safetensors, write_folder
 from nemo_lfr.codec.golden import export_golden
 from nemo_lfr.errors import NemoLfrError
 from nemo_lfr.io.atomic import (
+    NO_SYNC,
     check_overwrite,
     make_folder,
     open_temporary,
@@ -30,8 +32,10 @@ from nemo_lfr.io.atomic import (
 from nemo_lfr.io.audio import AudioWriter
 from nemo_lfr.io.entropy.find import bundled_model
 from nemo_lfr.io.entropy.model import write_model
+from nemo_lfr.io.journal import Journal
 from nemo_lfr.io.tensor_file import save_tensors
 from nemo_lfr.training.prepare import prepare
+from tests.corpora import write_tokens
 from tests.models import cached_codec, codec_config, write_nemo
 
 HOLD = """
@@ -152,6 +156,55 @@ def test_temporary_folders_of_killed_runs_are_removed(tmp_path):
 
 def refuse_links(*_):
     raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+
+def link_twice(source, target, link=os.link):
+    """Create a link as NFS does if the first reply is lost: the repeated request fails."""
+    link(source, target)
+    raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+
+
+def fail_with(number):
+    def fail(*_):
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
+LACKING = {
+    "no hard links": ("link", refuse_links),
+    "a link that was requested twice": ("link", link_twice),
+    **{f"no fsync ({errno.errorcode[number]})": ("fsync", fail_with(number)) for number in NO_SYNC},
+}
+
+
+@pytest.mark.parametrize("kind", LACKING)
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_files_are_written_on_file_systems_that_lack_a_function(kind, overwrite, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    soundfile.write("a.wav", np.zeros(2000), 22050)
+    monkeypatch.setattr(os, *LACKING[kind])
+    assert write_new(Path("claim"), b"mine")
+    write_bytes(Path("a"), b"x", overwrite)
+    cached_codec().encode_file("a.wav", Path("a.lfr"), overwrite=overwrite)
+    write_audio(Path("b.wav"))
+    write_nemo("t.nemo")
+    with Journal(Path("journal")) as journal:
+        journal.add(1)
+    write_tokens(Path("tokens"), "lfr", [1])
+    assert sorted(os.listdir()) == ["a", "a.lfr", "a.wav", "b.wav", "claim", "journal", "t.nemo", "tokens"]
+
+
+def test_an_error_of_fsync_is_not_ignored(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fsync", fail_with(errno.EIO))
+    with pytest.raises(OSError, match="Input/output error") as caught:
+        write_bytes(tmp_path / "a", b"x")
+    assert caught.value.filename == str(tmp_path / "a") and os.listdir(tmp_path) == []
+
+
+def test_all_modules_call_fsync_through_the_function_that_file_systems_without_it_need():
+    package = Path(nemo_lfr.__file__).parent
+    assert [path.name for path in package.rglob("*.py") if "fsync(" in path.read_text("utf-8")] == ["atomic.py"]
 
 
 @pytest.mark.parametrize("has_links", [True, False])

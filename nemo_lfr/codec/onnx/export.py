@@ -22,7 +22,7 @@ from nemo_lfr.codec.onnx.graph import check_graph
 from nemo_lfr.codec.programs import fp32_backend, graphs
 from nemo_lfr.codec.torch_backend import TorchBackend
 from nemo_lfr.errors import CheckpointError, NemoLfrError, install_command
-from nemo_lfr.io.atomic import check_overwrite, make_folder, naming, publish, writing_folder
+from nemo_lfr.io.atomic import check_overwrite, make_folder, naming, publish, sync, writing_folder
 from nemo_lfr.io.locate import expand_home
 from nemo_lfr.io.shortage import missing_extra
 
@@ -117,7 +117,7 @@ def _write_aside(path: Path, data: bytes, target: Path) -> str:
     with naming(target, path), open(path, "wb") as file:
         file.write(data)
         file.flush()
-        os.fsync(file.fileno())
+        sync(file.fileno())
     return hashlib.sha256(data).hexdigest()
 
 
