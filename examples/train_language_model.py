@@ -172,7 +172,8 @@ def check_server(url: str, codec: Metadata) -> None:
         codec: metadata of the tokens.
 
     Raises:
-        NemoLfrError: if the server cannot be reached or has another codec, or streams need a missing package.
+        NemoLfrError: if the server cannot be reached or has another codec, or if the package websockets, which streams
+            need, is not installed.
     """
     require_websockets()
     info = Client(url, timeout=10, retry_s=SERVER_WAIT_S).info()

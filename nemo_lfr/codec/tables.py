@@ -38,10 +38,11 @@ def as_list(audio: Any) -> Any:
 
 
 def from_arrow(value: Any) -> Any:
-    """Convert an Arrow array or scalar, and keep the type of its numbers; return any other value unchanged.
+    """Convert an Arrow array or scalar; return any other value unchanged.
 
-    Arrays of numbers become numpy arrays, other arrays become lists, and structs become dicts. A list of lists of
-    numbers becomes one array if the inner lists have equal length.
+    An array of numbers becomes a numpy array, and any other array a list with one converted item for each element. A
+    scalar that is a list of numbers becomes a numpy array; if it is a list of lists of numbers with equal lengths, it
+    becomes one numpy array. Numpy arrays keep the type of the numbers. A struct becomes a dict.
     """
     if not _is_arrow(value):
         return value

@@ -369,7 +369,7 @@ def _row(line: bytes, columns: list[str]) -> dict[str, str]:
     fields = decode(line).split("\t")
     if len(fields) != len(columns):
         found = counted(len(fields), "field")
-        raise ValueError(f"the row has {found}, but the header has {len(columns)}: {shorten(fields)}")
+        raise ValueError(f"the row has {found} ({shorten(fields)}), but the header has {len(columns)}")
     row = dict(zip(columns, fields, strict=True))
     for name, value in row.items():
         if len(value) > MAX_FIELD:

@@ -253,7 +253,7 @@ def _fields(lines: Sequence[bytes], delimiter: str, expected: int) -> tuple[list
             raise
         if len(fields) != expected:
             raise ValueError(
-                f"the row has {counted(len(fields), 'field')}, but the header has {expected}: {shorten(fields)}"
+                f"the row has {counted(len(fields), 'field')} ({shorten(fields)}), but the header has {expected}"
             )
         return fields, len(texts)
     raise csv.Error("a quote is not closed")

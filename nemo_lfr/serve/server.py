@@ -31,8 +31,8 @@ class _WebSockets(WebSocketsSansIOProtocol):
     It disconnects clients that stop reading. uvicorn would wait for them indefinitely, even after the application has
     closed the stream, because the close frame waits behind data that the client has not read.
 
-    It also disconnects clients that send too many pings or small fragments. These never reach the application, whose
-    limits therefore do not apply. A client that sends them in a loop would keep the event loop busy, and empty
+    It also disconnects clients that send too many pings, pongs or small fragments. These never reach the application,
+    whose limits therefore do not apply. A client that sends them in a loop would keep the event loop busy, and empty
     fragments would fill the memory.
     """
 

@@ -95,7 +95,7 @@ def test_tables_are_read(tmp_path, case):
 
 
 BAD_ROWS: dict[str, tuple[str, bytes, str]] = {
-    "too few fields": ("t.csv", b"a.wav", "the row has 1 field, but the header has 2"),
+    "too few fields": ("t.csv", b"a.wav", "the row has 1 field (['a.wav']), but the header has 2"),
     "too many fields": ("t.csv", b"a.wav,hi,ho", "the row has 3 fields"),
     "Latin-1": ("t.csv", b"a.wav,caf\xe9", "not UTF-8 text"),
     "NUL": ("t.csv", b"a.wav,\0", "NUL"),

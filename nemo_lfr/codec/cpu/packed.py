@@ -89,8 +89,8 @@ class Weights(Protocol):
 
         Args:
             layers: layers for which `use_winograd` is true. The dilation must be 1 if any of `starts` is not 0.
-            padded: input [B, H_in, T], stored in memory as [B, T, H_in]. In memory, at least `winograd.slack` time
-                steps of finite values must follow the input.
+            padded: input [B, H_in, T], stored in memory as [B, T, H_in]. In memory, at least
+                `winograd.slack(dilation)` time steps of finite values must follow the input.
             starts: for each layer, the index of the first time step in `padded` that its first output depends on.
             slope: slope of a leaky ReLU after the convolution; 1 for none.
 

@@ -46,7 +46,7 @@ class Table(CorpusReader):
         audio_dir: folder that relative paths are resolved against; None for the table's folder.
 
     Raises:
-        ConfigError: if no column contains audio.
+        ConfigError: if no column contains audio, or two columns have the same meaning; see `known_names`.
     """
 
     def __init__(
