@@ -52,9 +52,12 @@ def config_text(checkpoint: Any) -> str:
         ConfigError: if the checkpoint has no config, or its config is too large or too deeply nested.
     """
     parameters = dict.get(checkpoint, "hyper_parameters") if isinstance(checkpoint, dict) else None
-    config = _Plain().of(parameters)
-    if isinstance(config, dict) and isinstance(config.get("cfg"), dict):  # the layout that NeMo saves
-        config = config["cfg"]
+    if isinstance(parameters, Inert):
+        parameters = _content(parameters)
+    values = parameters if isinstance(parameters, dict) else {}
+    config = _Plain().of(dict.get(values, "cfg"))  # the layout that NeMo saves
+    if not isinstance(config, dict):
+        config = _Plain().of(parameters)
     if not isinstance(config, dict):
         raise ConfigError("the file has no hyper_parameters, so it is not a training checkpoint of NeMo.")
     text: str = yaml.safe_dump(config, sort_keys=False)
@@ -83,7 +86,7 @@ class _Plain:
                 f"{MAX_CONFIG_DEPTH} levels are allowed."
             )
         if isinstance(value, Inert):
-            value = _content(value)
+            value = _omegaconf_content(value)
         if isinstance(value, dict):
             return {str(key): self.of(item, depth + 1) for key, item in dict.items(value)}
         if isinstance(value, list):
@@ -92,8 +95,11 @@ class _Plain:
 
 
 def _content(placeholder: Inert) -> Any:
-    """Return the content of an OmegaConf container or leaf, a dict of some class, or an `argparse.Namespace`."""
+    """Return the content of an OmegaConf container, a dict of some class, or an `argparse.Namespace`."""
+    return _omegaconf_content(placeholder) or placeholder.items or placeholder.state
+
+
+def _omegaconf_content(placeholder: Inert) -> Any:
+    """Return the items of an OmegaConf container (`_content`) or the value of a leaf (`_val`); None for others."""
     state = placeholder.state if isinstance(placeholder.state, dict) else {}
-    if "_content" in state or "_val" in state:  # a container or a leaf of OmegaConf
-        return dict.get(state, "_content", dict.get(state, "_val"))
-    return placeholder.items or state or None
+    return dict.get(state, "_content", dict.get(state, "_val"))

@@ -64,6 +64,7 @@ def decode_folder(
     if not total:
         raise NemoLfrError(f"{tokens}: this folder has no utterances; failures.jsonl lists the clips that failed.")
     codec = load(model, device, precision)
+    codec.backend.load("decode")  # refuses a folder of ONNX files without decoder.onnx
     made = folder.metadata["codec"]
     if not codec.made(folder.codec.fingerprint):
         raise NemoLfrError(
@@ -111,7 +112,8 @@ def _check_existing(path: Path, sample_rate: int, num_samples: int) -> None:
         num_samples: number of samples of the utterance.
     """
     try:
-        found = soundfile.info(str(path))
+        with open(path, "rb") as file:  # not the path, which need not be valid UTF-8
+            found = soundfile.info(file)
     except soundfile.SoundFileError:
         what = "not an audio file"
     else:

@@ -187,7 +187,7 @@ def load_or_create_plan(
     with naming_extension(corpus, READER):
         identity, base = corpus.identity, corpus.base
     expected |= {"corpus": identity, "codec": spec, "entropy model": entropy_model}
-    expected["audio_dir"] = None if base is None else str(resolve(base))
+    expected["audio_dir"] = config.audio_dir if base is None else str(resolve(base))
     if not path.exists():
         with naming_extension(corpus, READER):
             shards = corpus.shards(config.shard_size)
@@ -205,7 +205,9 @@ def load_or_create_plan(
                 "fingerprint: resume the run with the older version, or choose another --out."
             )
         stored["codec"] = spec
-    if _is_moved(stored.get("audio_dir"), expected["audio_dir"]):
+    # Older versions stored None unless --audio-dir was passed.
+    is_unknown = stored.get("audio_dir") is None and config.audio_dir is None
+    if is_unknown or _is_moved(stored.get("audio_dir"), expected["audio_dir"]):
         stored["audio_dir"] = expected["audio_dir"]
     if differ := sorted(key for key in expected if stored.get(key) != expected[key]):
         reasons = "; ".join(_difference(key, stored.get(key), expected[key]) for key in differ)
@@ -237,7 +239,7 @@ def _difference(key: str, stored: Any, expected: Any) -> str:
     """Describe how a value in the stored plan differs from the current value, for an error message."""
     if key in ("corpus", "codec"):
         return f"the {key} is another one or was changed"
-    if key == "audio_dir":
+    if key == "audio_dir" and None not in (stored, expected):
         return f"relative paths of audio files started from {stored}, but now start from {expected}"
     option = {"kind": "--format", "entropy model": "the entropy model"}.get(key, f"--{key.replace('_', '-')}")
     return f"{option} was {stored!r}, but is now {expected!r}"
@@ -311,6 +313,7 @@ def _load_codec(
     codec = load(config.model, "cpu", config.precision if on_cpu else "fp32")
     metadata = asdict(Metadata.of(codec))
     metadata.pop("written_by")
+    codec.backend.load("encode")  # refuses a folder of ONNX files without encoder.onnx
     model = model_to_write(codec, config.compress, config.entropy_model)
     spec = metadata | {"levels": list(metadata["levels"]), "precision": config.precision}
     return spec, model, codec if on_cpu else None, codec.made

@@ -100,13 +100,14 @@ def kind_of(path: Path) -> str | None:
 
 
 def has_relative_paths(path: Path) -> bool:
-    """Return whether the first cut or recording in a JSON-lines file contains a relative path of an audio file."""
-    for line in islice(json_lines(path), 1):
+    """Return whether a file of cuts or recordings has a relative path of an audio file in its first 100 lines."""
+    for line in islice(json_lines(path), FIRST_LINES):
         try:
-            files = [source["source"] for source in sources_of(json.loads(line)) if source.get("type") == "file"]
-            return any(not os.path.isabs(file) for file in files)
+            sources = list(sources_of(json.loads(line)))
+            if any(source.get("type") == "file" and not os.path.isabs(source["source"]) for source in sources):
+                return True
         except NOT_A_LINE:
-            pass
+            continue
     return False
 
 

@@ -168,8 +168,6 @@ def prepare(
         wanted = {"folder": "audio file", "table": "row"}.get(kind, f"utterance of {kind}")
         raise NemoLfrError(f"{source}: no {wanted} in this {_contents(kind, corpus)}; {_expected(kind)}")
     utterances = mark_repeated(utterances)
-    rest = "train" if any(item.split == "valid" for item in utterances) else None  # None: `hold_out` decides
-    utterances = [replace(item, split=rest) if item.split in ("train", None) else item for item in utterances]
     out.mkdir(parents=True, exist_ok=True)
     with exclusive(out):
         interrupted = (out / JOURNAL).exists()  # the earlier run may have written some manifests
@@ -207,6 +205,8 @@ def _write_all(
         )
     # First leave out the files that cannot be used, because these may be all files of a split.
     utterances = [utterance for utterance in utterances if _is_usable(utterance, found)]
+    rest = "train" if any(item.split == "valid" for item in utterances) else None  # None: `hold_out` decides
+    utterances = [replace(item, split=rest) if item.split in ("train", None) else item for item in utterances]
     units = held_out_by(utterances, valid_share)
     utterances = hold_out(utterances, valid_share)
     result.held_out_by = units if valid_share and any(utterance.split == "valid" for utterance in utterances) else ""

@@ -183,6 +183,13 @@ def as_module(state):
     return values
 
 
+class Loop:
+    """Object that refers to itself, as a trainer does."""
+
+    def __init__(self) -> None:
+        self.loop = self
+
+
 class AttributeDict(dict):  # type: ignore[type-arg]
     """Dict of a class of its own, as Lightning's hyperparameters are."""
 
@@ -247,6 +254,9 @@ SPELLINGS: dict[str, Callable[[], bytes]] = {
     "training checkpoint that would run code": lambda: lightning(config(), callbacks=Payload()),
     "training checkpoint with a Namespace": lambda: lightning(
         None, hyper_parameters=argparse.Namespace(cfg=OmegaConf.create(config()), trainer=None)
+    ),
+    "training checkpoint with an object beside the config": lambda: lightning(
+        None, hyper_parameters={"cfg": OmegaConf.create(config()), "trainer": Loop()}
     ),
     "training checkpoint with Lightning's dict": lambda: lightning(None, hyper_parameters=AttributeDict(cfg=config())),
     "NeMo's own resolver": lambda: with_config(config(optim={"steps": "${multiply:2,3}"})),

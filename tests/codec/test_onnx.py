@@ -445,15 +445,30 @@ def test_onnx_rejects_bad_audio_and_tokens_like_torch(bundled):
     assert whole.shape == (1, 8, 22) and codec.encode(synthesize(1), sample_rate=16000)[0].shape == (1, 8, 30)
 
 
-@pytest.mark.parametrize(("command", "missing"), [("encode", "encoder"), ("decode", "decoder"), ("demo", "decoder")])
+@pytest.mark.parametrize(
+    ("command", "missing"),
+    [
+        ("encode {in}/a.wav --model {model}", "encoder"),
+        ("decode {tmp}/a.lfr --model {model}", "decoder"),
+        ("demo --model {model}", "decoder"),
+        ("tokenize {in} --model {model}", "encoder"),
+        ("detokenize {tmp}/tokens --model {model}", "decoder"),
+        ("evaluate {tmp}/m.json --codec lfr:{model}", "decoder"),
+    ],
+)
 def test_commands_refuse_a_folder_without_the_network_that_they_need(capsys, two_exports, tmp_path, command, missing):
     shutil.copytree(two_exports[0], tmp_path / "x")
     (tmp_path / "x" / f"{missing}.onnx").unlink()
-    soundfile.write(tmp_path / "a.wav", synthesize(0.1), RATE)
-    nemo_lfr.load(two_exports[0]).encode_file(tmp_path / "a.wav", tmp_path / "a.lfr")
-    inputs = {"encode": [tmp_path / "a.wav"], "decode": [tmp_path / "a.lfr"], "demo": []}[command]
-    code, _, err = run(capsys, command, *inputs, "--out", tmp_path / "out", "--model", tmp_path / "x")
-    assert code == 2 and f"{missing}.onnx: no such file" in err and not (tmp_path / "out").exists()
+    (tmp_path / "in").mkdir()
+    soundfile.write(tmp_path / "in" / "a.wav", synthesize(0.1), RATE)
+    (tmp_path / "m.json").write_text('{"audio_filepath": "in/a.wav", "duration": 0.1}\n')
+    nemo_lfr.load(two_exports[0]).encode_file(tmp_path / "in" / "a.wav", tmp_path / "a.lfr")
+    if command.startswith("detokenize"):
+        arguments = ("--out", tmp_path / "tokens", "--model", two_exports[0], "--workers", 1)
+        assert run(capsys, "tokenize", tmp_path / "in", *arguments)[0] == 0
+    names = {"in": tmp_path / "in", "tmp": tmp_path, "model": tmp_path / "x"}
+    code, _, err = run(capsys, *(word.format(**names) for word in command.split()), "--out", tmp_path / "out")
+    assert code == 2 and err.count(f"{missing}.onnx: no such file") == 1 and not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import shutil
+import sys
 import tarfile
 from collections.abc import Callable
 from operator import itemgetter
@@ -16,6 +17,7 @@ import soundfile
 import torch
 
 from nemo_lfr.cli.main import main
+from nemo_lfr.corpus.decode import decode_folder
 from nemo_lfr.corpus.formats import BUILT_IN
 from nemo_lfr.errors import OutputExistsError
 from tests.corpora import write_codec, write_tokens
@@ -473,6 +475,14 @@ def test_existing_files_are_kept_without_overwrite(whole, model, tmp_path, capsy
     assert kept.stat().st_mtime_ns == before
     assert run(whole["shar"], out, model, capsys, "--overwrite", "--limit", 1) == (0, [])
     assert kept.stat().st_mtime_ns > before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file systems with names that are not UTF-8")
+@pytest.mark.parametrize("kind", ["wav", "flac"])
+def test_a_folder_whose_name_is_not_utf8_is_resumed(kind, whole, model, tmp_path):
+    out = Path(os.fsdecode(bytes(tmp_path) + b"/d\xff"))
+    first, second = (list(decode_folder(whole["lfr"], out, kind, model=str(model), device="cpu")) for _ in range(2))
+    assert first == second and all(isinstance(path, Path) for path in first)
 
 
 @pytest.mark.parametrize("kind", ["text", "other length", "other rate"])

@@ -13,6 +13,7 @@ from nemo_lfr.cli.main import main
 from nemo_lfr.corpus import run as corpus_run
 from nemo_lfr.corpus.config import TokenizeConfig
 from nemo_lfr.corpus.inventory import WHOLE_BYTES, sampled_digest
+from nemo_lfr.corpus.records import PLAN, STATE
 from nemo_lfr.corpus.run import tokenize
 from nemo_lfr.errors import NemoLfrError
 from nemo_lfr.io.cut_files import read_cuts
@@ -141,6 +142,10 @@ def with_relative_paths(write):
     return relative
 
 
+def relative_cuts(folder: Path, *before: object) -> Path:
+    return lines(folder / "c.jsonl", [*before, *(cut(Path(f"{name}.wav")) for name in "abc")])
+
+
 # Functions that write a corpus with relative paths into a folder of audio files.
 PARALLEL = {
     "manifest": lambda folder: write_manifest(folder, "xyz"),
@@ -148,10 +153,13 @@ PARALLEL = {
     "CSV": write_csv,
     "Parquet": lambda folder: write_parquet(folder, "xyz"),
     "saved dataset": write_saved,
-    "cuts": with_relative_paths(lambda folder: lines(folder / "c.jsonl", [cut(Path(f"{n}.wav")) for n in "abc"])),
+    "cuts": with_relative_paths(relative_cuts),
+    "cuts after an invalid line": with_relative_paths(lambda folder: relative_cuts(folder, {"type": "MonoCut"}, 1)),
+    "cuts after an absolute path": with_relative_paths(lambda folder: relative_cuts(folder, cut(Path("/gone/z.wav")))),
     "recordings": with_relative_paths(lambda folder: write_recordings(folder, "xyz")),
     "Shar": with_relative_paths(lambda folder: write_shar(folder, "xyz")),
 }
+BY_PATH = ("folder", "CSV")  # the folder's path is part of the identity of these corpora
 
 
 @pytest.mark.parametrize("kind", slow_except(PARALLEL, "manifest"))
@@ -162,20 +170,54 @@ def test_an_equal_list_in_another_folder_is_not_resumed(kind, model, tmp_path, m
     for name, frequency in (("clean", 0.02), ("noisy", 0.03)):
         write_audio(tmp_path / name, frequency)
         source = PARALLEL[kind](tmp_path / name)
-        jobs[name] = TokenizeConfig(str(source), str(tmp_path / "out"), "lfr", model=str(model), shard_size=1)
+        jobs[name] = TokenizeConfig(
+            str(source), str(tmp_path / "out"), "lfr", model=str(model), shard_size=1, dataset="x"
+        )
 
     def run(name):
-        if kind in ("cuts", "recordings", "Shar"):
+        if PARALLEL[kind].__name__ == "relative":
             os.chdir(tmp_path / name)
         return tokenize(jobs[name], workers=1, device="cpu")
 
     assert run("clean")["clips"] == 3
-    with pytest.raises(NemoLfrError, match=r"relative paths of audio files started from .*clean"):
+    reason = "the corpus is another one" if kind in BY_PATH else "relative paths of audio files started from .*clean"
+    with pytest.raises(NemoLfrError, match=reason):
         run("noisy")
     assert run("clean")["clips"] == 3
-    (tmp_path / "noisy").rename(tmp_path / "removed")
-    (tmp_path / "clean").rename(tmp_path / "noisy")  # the same corpus in another place
-    assert run("noisy")["clips"] == 3
+    if kind not in (*BY_PATH, "Shar"):
+        (tmp_path / "noisy").rename(tmp_path / "removed")
+        (tmp_path / "clean").rename(tmp_path / "noisy")  # the same corpus in another place
+        assert run("noisy")["clips"] == 3
+
+
+def absolute_manifest(folder: Path, audio: Path) -> Path:
+    return lines(folder / "m.json", [{"audio_filepath": str(audio / f"{name}.wav")} for name in "abc"])
+
+
+def embedded_audio(folder: Path, audio: Path) -> Path:
+    cells = [{"bytes": (audio / f"{name}.wav").read_bytes(), "path": f"{name}.wav"} for name in "abc"]
+    pq.write_table(pa.table({"audio": cells}), folder / "t.parquet")
+    return folder / "t.parquet"
+
+
+@pytest.mark.parametrize("write", [absolute_manifest, embedded_audio])
+def test_a_copy_of_a_corpus_without_relative_paths_is_resumed(write, model, tmp_path):
+    write_audio(tmp_path / "audio", 0.02)
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        source = write(tmp_path / name, tmp_path / "audio")
+        job = TokenizeConfig(str(source), str(tmp_path / "out"), "lfr", model=str(model), dataset="x")
+        assert tokenize(job, workers=1, device="cpu")["clips"] == 3
+
+
+def test_a_plan_of_an_older_version_without_the_folder_is_resumed(model, tmp_path):
+    write_audio(tmp_path / "audio", 0.02)
+    source = write_manifest(tmp_path / "audio", "xyz")
+    job = TokenizeConfig(str(source), str(tmp_path / "out"), "lfr", model=str(model))
+    assert tokenize(job, workers=1, device="cpu")["clips"] == 3
+    plan = tmp_path / "out" / STATE / PLAN
+    plan.write_text(json.dumps(json.loads(plan.read_text()) | {"audio_dir": None}))
+    assert tokenize(job, workers=1, device="cpu")["clips"] == 3
 
 
 @pytest.mark.slow

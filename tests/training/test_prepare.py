@@ -630,6 +630,15 @@ def test_rows_without_a_split_are_training_data_if_there_is_a_validation_set(tmp
     assert splits_of(tmp_path / "out") == {"train": ["a.wav", "b.wav", "c.wav"], "valid": ["d.wav"]}
 
 
+def test_a_validation_set_whose_files_are_all_unusable_is_replaced(tmp_path):
+    for name in "abc":
+        audio(tmp_path / "corpus" / f"{name}.wav", 0.05)
+    text(tmp_path / "corpus" / "d.wav", "not audio")
+    text(tmp_path / "corpus" / "t.csv", "audio_filepath,split\na.wav,\nb.wav,train\nc.wav,train\nd.wav,validation\n")
+    prepare("table", tmp_path / "corpus" / "t.csv", tmp_path / "out", valid_share=0.5)
+    assert {split: len(files) for split, files in splits_of(tmp_path / "out").items()} == {"train": 2, "valid": 1}
+
+
 def test_a_speaker_whose_name_is_a_split_is_not_held_out(tmp_path):
     for name in ("ann", "val", "test"):
         audio(tmp_path / "corpus" / name / "a.wav", 0.05)

@@ -1,10 +1,12 @@
 """Reader for a folder of audio files."""
 
+import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from nemo_lfr.corpus.inventory import digest
 from nemo_lfr.corpus.sources.base import Clip, OpenOptions, unreadable
 from nemo_lfr.corpus.sources.manifest import Manifest
 from nemo_lfr.errors import NemoLfrError
@@ -36,6 +38,16 @@ class Folder(Manifest):
         if problem is None:
             return result
         return replace(result, origin=place, audio=unreadable(f"{place}: {problem}."), path=None)
+
+    @property
+    def identity(self) -> str:
+        """Return a hash of the folder's path and its list of clips, 16 hex digits."""
+        folder_and_files = f"{self.audio_dir} {digest(self.path)}".encode(errors="surrogateescape")
+        return hashlib.sha256(folder_and_files).hexdigest()[:16]
+
+    @property
+    def base(self) -> None:
+        """None, because the folder's path is part of `identity`."""
 
 
 def unusable(name: str, place: str, problem: str) -> dict[str, Any]:

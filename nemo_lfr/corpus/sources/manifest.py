@@ -69,6 +69,7 @@ class Manifest(CorpusReader):
         is_utf16 = bool(lines) and lines[0].startswith(UTF16_MARKS)  # which json.loads would accept
         if is_utf16 or not any(_is_entry(line) for line in lines):
             raise ConfigError(f"{path}: not a NeMo manifest: {_describe_content(lines)}.")
+        self._depends_on_folder = any(_depends_on(self.audio_dir, line) for line in lines)
         if all(map(_is_in_tar, lines)) and not any(map(self._exists, lines)):
             raise ConfigError(
                 f"{path}: none of the first {counted(len(lines), 'audio file')} exists. The entries have the key "
@@ -99,9 +100,9 @@ class Manifest(CorpusReader):
         return digest(self.path)[:16]
 
     @property
-    def base(self) -> Path:
-        """The folder that relative paths are resolved against. It also affects the ids of absolute paths inside it."""
-        return self.audio_dir
+    def base(self) -> Path | None:
+        """The folder that relative paths are resolved against; None if the first 100 lines do not depend on it."""
+        return self.audio_dir if self._depends_on_folder else None
 
     @property
     def files(self) -> list[Path]:
@@ -186,6 +187,17 @@ def _is_entry(line: bytes) -> bool:
         return isinstance(json.loads(line), dict) and "audio_filepath" in json.loads(line)
     except NOT_A_LINE:
         return False
+
+
+def _depends_on(folder: Path, line: bytes) -> bool:
+    """Return whether a manifest line has a relative path, or a path inside `folder`, whose id is relative to it."""
+    try:
+        entry = parse_entry(line)
+    except NOT_A_LINE:
+        return False
+    paths = [entry.get(key) for key in ("audio_filepath", "context_audio_filepath")]
+    names = [audio_name(folder, os.path.expanduser(path)) for path in paths if isinstance(path, str)]
+    return not all(map(os.path.isabs, names))
 
 
 def _is_in_tar(line: bytes) -> bool:

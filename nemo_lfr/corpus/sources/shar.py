@@ -91,12 +91,12 @@ class Shar(CorpusReader):
     @property
     def identity(self) -> str:
         """Return a hash of all files."""
-        return list_digest((str(file.relative_to(self.path)), sampled_digest(file)) for file in self.files)
+        return list_digest((str(file), sampled_digest(file)) for file in self.files)
 
     @property
-    def base(self) -> Path:
-        """The working directory if the first cut has a relative path of an audio file; otherwise the Shar folder."""
-        return Path.cwd() if has_relative_paths(self.fields["cuts"][0]) else self.path
+    def base(self) -> Path | None:
+        """The working directory; None if the first cuts have only absolute paths or no paths."""
+        return Path.cwd() if has_relative_paths(self.fields["cuts"][0]) else None
 
     @property
     def files(self) -> list[Path]:

@@ -26,6 +26,8 @@ class LFR(ComparedCodec):
         from nemo_lfr.pretrained import load
 
         self.codec = load(options or None, device)
+        for operation in ("encode", "decode"):  # refuses a folder of ONNX files that lacks one of the networks
+            self.codec.backend.load(operation)
         self.name = f"nemo_lfr ({Path(options).name if options else 'bundled'})"
         self.identity, self.levels = self.codec.fingerprint, self.codec.levels
 
