@@ -314,7 +314,7 @@ class Tensors:
     def _read_record(self, name: str, begin: int, buffer: memoryview) -> None:
         """Fill a buffer with the bytes of a stored record from `begin`, and verify the whole record's checksum.
 
-        If several tensors share a record, its checksum is verified only once.
+        If several tensors are parts of one record, its checksum is verified only for the first of them.
         """
         if name not in self._records:
             raise zipfile.BadZipFile(f"record {name} is missing")
