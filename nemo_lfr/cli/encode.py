@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from nemo_lfr.cli.command import Command
-from nemo_lfr.cli.files import FileTask, check_input, run_tasks, task_result, tasks_to_run
+from nemo_lfr.cli.files import FileTask, run_tasks, task_result, tasks_to_run
 from nemo_lfr.cli.identify import TOKEN_SUFFIX
+from nemo_lfr.cli.inputs import check_input
 from nemo_lfr.cli.options import (
     PathText,
     UserPath,

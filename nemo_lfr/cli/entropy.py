@@ -7,8 +7,8 @@ from typing import Any
 import click
 
 from nemo_lfr.cli.command import Command, Group
-from nemo_lfr.cli.files import check_input
 from nemo_lfr.cli.identify import TOKEN_SUFFIX
+from nemo_lfr.cli.inputs import check_input
 from nemo_lfr.cli.options import Number, UserPath, count_option, overwrite_option
 from nemo_lfr.cli.results import EntropyFitResult
 from nemo_lfr.cli.session import begin_work, fail, note, print_line

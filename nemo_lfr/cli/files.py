@@ -1,6 +1,5 @@
 """Plan, check and run the tasks of `encode` and `decode`. A task is an input file and its output file."""
 
-import contextlib
 import os
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -9,16 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_lfr.cli.identify import (
-    ANY_RATE,
-    AUDIO,
-    CHECKPOINT,
-    ENTROPY_MODEL,
     TOKEN_SUFFIX,
-    TOKENS,
-    Identity,
-    identify_content,
-    identify_suffix,
 )
+from nemo_lfr.cli.inputs import check_input, path_exists
 from nemo_lfr.cli.progress import progress
 from nemo_lfr.cli.results import FileFigures
 from nemo_lfr.cli.session import current, fail, note, print_line
@@ -70,7 +62,9 @@ def plan_tasks(
         new_suffix: suffix of the outputs.
         report: function that is called after all checks have passed, with one line for each folder in which files
             were skipped.
-        unread: list to which the errors of folders that cannot be read are added; see `find_files`.
+        unread: list to which the errors of folders that cannot be read are added; see `find_files`. If it is None, the
+            first of these errors is raised, except that folders in which a glob cannot search are ignored. If there
+            is only one input, and it cannot be read, its error is raised in any case.
         possible: all suffixes that an output file may have, for messages; None if `new_suffix` is the only one.
 
     Returns:
@@ -85,29 +79,51 @@ def plan_tasks(
     tasks: list[FileTask] = []
     for text in inputs:
         text = str(expand_home(text)) if text.startswith("~") and not os.path.lexists(text) else text
-        exists = text and os.path.lexists(text)  # an empty text is no path; Path("") would be the current folder
-        matches = [Path(text)] if exists else [Path(match) for match in find_matches(text)]
+        exists = path_exists(text)
+        unsearched: list[OSError] = []
+        matches = [Path(text)] if exists else [Path(match) for match in find_matches(text, unsearched)]
         if not matches:
-            raise NemoLfrError(_not_found(text, inputs, new_suffix))
-        if single and (len(inputs) > 1 or len(matches) > 1 or matches[0].is_dir()):
+            raise NemoLfrError(_not_found(text, inputs, new_suffix, unsearched))
+        if unread is not None:
+            unread += unsearched
+        is_only = len(inputs) == len(matches) == 1
+        if single and (not is_only or os.path.isdir(matches[0])):
             raise NemoLfrError(
                 f"--out {out} names one {new_suffix} file, but the input is not a single file; pass a folder as --out."
             )
         for path in sorted(matches):
-            if path.is_dir():
-                files = find_files(path, suffixes, report=passed_over.append, unread=unread)
-                if not files and len(matches) == 1:
+            if os.path.isdir(path):
+                try:
+                    files = find_files(path, suffixes, report=passed_over.append, unread=unread)
+                except OSError as error:
+                    if is_only or unread is None:
+                        raise
+                    unread.append(error)
+                    continue
+                if not files and len(matches) == 1 and (is_only or not unread):
                     contents = describe_contents(path, suffixes)
                     raise NemoLfrError(f"{path}: no {_kinds(suffixes)} file in this folder{contents}.")
                 tasks += [
                     FileTask(file, _renamed((out or path) / file.relative_to(path), new_suffix)) for file in files
                 ]
                 continue
-            check_input(path, suffixes, is_only=len(inputs) == len(matches) == 1)
+            try:
+                check_input(path, suffixes, is_only=is_only)
+            except OSError:  # the task fails, while the other inputs are processed
+                if is_only or unread is None:
+                    raise
             if single and out is not None:
                 tasks.append(FileTask(path, out))
             else:
                 tasks.append(FileTask(path, _renamed((out or path.parent) / path.name, new_suffix)))
+    _check_targets(tasks)
+    for line in passed_over:
+        report(f"nemo-lfr: {line}")
+    return list(dict.fromkeys(tasks))
+
+
+def _check_targets(tasks: Sequence[FileTask]) -> None:
+    """Raise NemoLfrError if two tasks have the same output, or a task has its input as output."""
     targets: dict[Path, Path] = {}
     for task in dict.fromkeys(tasks):
         if task.target in targets:
@@ -118,18 +134,16 @@ def plan_tasks(
         if task.target == task.source:
             raise NemoLfrError(f"{task.source} is the same file as its output; pass another folder as --out.")
         targets[task.target] = task.source
-    for line in passed_over:
-        report(f"nemo-lfr: {line}")
-    return list(dict.fromkeys(tasks))
 
 
-def _not_found(text: str, inputs: Sequence[str], new_suffix: str) -> str:
+def _not_found(text: str, inputs: Sequence[str], new_suffix: str, unread: Sequence[OSError]) -> str:
     """Return the message for an input that does not exist.
 
     If the missing input is the last one and looks like an output, the message suggests --out.
     """
     if any(char in text for char in "*?["):
-        return f"{text}: no file matches this pattern."
+        reason = f" ({unread[0].filename}: {unread[0].strerror})" if unread else ""
+        return f"{text}: no file matches this pattern{reason}."
     missing = f"{text or repr(text)}: no such file or folder"
     if len(inputs) > 1 and text == inputs[-1] and text:
         is_output = Path(text).suffix.lower() in {new_suffix, ""}
@@ -160,58 +174,6 @@ def names_a_file(out: Path | None, suffix: str, possible: Sequence[str] | None =
     if out.exists():
         raise NemoLfrError(f"--out {out} is a file; pass a folder, or a name that ends in {suffixes} for one input.")
     return False
-
-
-def check_input(path: Path, suffixes: Collection[str], *, is_only: bool = False) -> None:
-    """Check that an input is a file for this command. The content decides, not the suffix.
-
-    Without this check, a file for another command would be reported as damaged. An audio file, a token file, a
-    checkpoint or an entropy model is always an error if this command does not read it. Any other file that it cannot
-    read is an error only if it is the only input. Otherwise, it fails later, while the other inputs are processed.
-
-    Args:
-        path: input from the command line.
-        suffixes: suffixes of the files that the command selects in folders.
-        is_only: whether this is the only input.
-
-    Raises:
-        NemoLfrError: in these cases. The message names the command or option that accepts the file, if there is one.
-    """
-    wanted = TOKENS if TOKEN_SUFFIX in suffixes else AUDIO
-    identity = identify_content(path) if path.is_file() else None
-    if identity is None and wanted.kind == TOKENS.kind and _opens_as_audio(path):
-        identity = AUDIO
-    if identity is None:
-        if is_only:
-            _try_to_open(path, wanted)
-        return
-    known = {AUDIO.kind, TOKENS.kind, CHECKPOINT.kind, ENTROPY_MODEL.kind}
-    if identity.kind != wanted.kind and (is_only or identity.kind in known):
-        raise NemoLfrError(f"{path}: this is {identity.text}, not {wanted.text}; {identity.advice}.")
-
-
-def _opens_as_audio(path: Path) -> bool:
-    """Return whether a file has an audio suffix and can be opened as audio, even if its first bytes are not known."""
-    if not path.is_file() or identify_suffix(path).kind != AUDIO.kind:
-        return False
-    with contextlib.suppress(NemoLfrError, OSError):
-        _try_to_open(path, AUDIO)
-        return True
-    return False
-
-
-def _try_to_open(path: Path, wanted: Identity) -> None:
-    """Open a file as a token file or as audio, depending on `wanted`. Raise the reader's error if this fails."""
-    if wanted.kind == TOKENS.kind:
-        from nemo_lfr.io.token_file import TokenReader
-
-        with TokenReader(path):
-            pass
-    else:
-        from nemo_lfr.io.audio import AudioReader
-
-        with AudioReader(path, ANY_RATE):
-            pass
 
 
 def _renamed(path: Path, suffix: str) -> Path:
@@ -287,7 +249,7 @@ def tasks_to_run(
     tasks = pending_tasks(planned, overwrite, skip)
     for line in passed_over:
         note(line)
-    for error in unread:
+    for error in {os.path.abspath(error.filename): error for error in unread}.values():
         fail(error.filename, error)
     return tasks
 
@@ -320,6 +282,7 @@ def run_tasks(tasks: Sequence[FileTask], work: Work, batch_size: int) -> dict[st
         A dict with the keys of `FilesResult`, except `failures`.
     """
     results: list[FileFigures] = []
+    total = len(tasks) + len(current().failures)  # of folders that cannot be read
     shows_lines = not current().quiet and (current().verbose or sys.stderr.isatty())
     with progress(len(tasks)) as advance:
         for start in range(0, len(tasks), batch_size):
@@ -329,7 +292,7 @@ def run_tasks(tasks: Sequence[FileTask], work: Work, batch_size: int) -> dict[st
                 advance(_line(result) if shows_lines else "")
     for result in results:
         print_line(result["output"])
-    current().report_failures(len(tasks))
+    current().report_failures(total)
     return {"files": results}
 
 

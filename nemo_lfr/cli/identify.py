@@ -168,13 +168,15 @@ def _by_names(path: Path) -> Identity | None:
 def _folder(path: Path) -> Identity:
     if (named := _by_names(path)) is not None:
         return named
-    found = find_files(path, AUDIO_SUFFIXES | {TOKEN_SUFFIX}, report=lambda _: None, unread=[])
+    unread: list[OSError] = []
+    found = find_files(path, AUDIO_SUFFIXES | {TOKEN_SUFFIX}, report=lambda _: None, unread=unread)
     tokens = sum(file.suffix.lower() == TOKEN_SUFFIX for file in found)
     count = len(found) - tokens
     if count or tokens:
         readers = ["nemo-lfr encode, tokenize and prepare read the audio files"] if count else []
         readers += ["nemo-lfr decode reads the token files"] if tokens else []
         text = f"a folder of {counted(count, 'audio file')} and {counted(tokens, 'token file')}"
+        text += f" ({counted(len(unread), 'subfolder')} cannot be read)" if unread else ""
         return Identity("files", text, "; ".join(readers), (("audio_files", count), ("token_files", tokens)))
     return Identity(
         "unknown", "a folder without audio, token files, checkpoint or ONNX files", "nemo-lfr does not read it"

@@ -1,5 +1,6 @@
 """Search folders for files, and report which files were skipped."""
 
+import errno
 import glob
 import logging
 import os
@@ -111,6 +112,8 @@ PLURALS = {
     "link to a folder that was already read": "links to folders that were already read",
     "pipe, socket or device": "pipes, sockets or devices",
 }
+# Error numbers for a link whose target does not exist.
+BROKEN = frozenset((errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG))
 NAMED = 5  # maximum number of reasons, and of unreadable folders, that the report lists
 
 
@@ -118,7 +121,7 @@ def find_files(
     root: Path,
     suffixes: Collection[str],
     *,
-    silent_suffixes: Collection[str] = (),
+    companion_suffixes: Collection[str] = (),
     report: Callable[[str], None] = logger.warning,
     unread: list[OSError] | None = None,
 ) -> list[Path]:
@@ -131,10 +134,12 @@ def find_files(
     Args:
         root: folder to search; it may itself be hidden.
         suffixes: suffixes in lower case, with the dot; the comparison ignores case.
-        silent_suffixes: suffixes of companion files, such as transcripts, which are not reported as skipped.
+        companion_suffixes: suffixes of companion files, such as transcripts, in the case in which they are used. Such
+            a file is not reported as skipped if a file with the same name before the suffix is found beside it.
         report: function that is called at most once, with one line that says how many files were skipped and why.
-        unread: list to which the error of each unreadable folder below `root` is added. The files in such a folder are
-            missing from the result. If `unread` is None, the first of these errors is raised.
+        unread: list to which the error of each unreadable folder below `root` is added. Links count, too, if an error
+            hides whether they lead to a folder. The files in such a folder are missing from the result. If `unread` is
+            None, the first of these errors is raised.
 
     Returns:
         The sorted paths.
@@ -145,7 +150,7 @@ def find_files(
     """
     if not root.is_dir():
         raise NemoLfrError(f"{root}: no such folder.")
-    walk = _Walk(root, frozenset(suffixes), frozenset(silent_suffixes))
+    walk = _Walk(root, frozenset(suffixes), frozenset(companion_suffixes))
     if walk.unread and unread is None:
         raise walk.unread[0]
     if text := walk.passed_over():
@@ -185,42 +190,76 @@ def describe_contents(root: Path, wanted: Collection[str]) -> str:
     return f" ({report.partition('found; ')[2]})" + "".join(f"; {text}" for text in advice)
 
 
-def find_matches(pattern: str) -> list[str]:
+def find_matches(pattern: str, unread: list[OSError] | None = None) -> list[str]:
     """Return the paths that match a glob pattern, sorted.
 
     `**` matches any number of nested folders. At the end of a pattern, it has no effect: `FOLDER/**` matches only
     FOLDER. As in `glob.glob`, a hidden name matches only if the pattern contains its dot. Links to folders are
     followed. A folder that is reached more than once, for example through a link to its parent, is read once.
+
+    Args:
+        pattern: the pattern.
+        unread: list to which the error of each folder is added that had to be searched, but cannot be read. If it is
+            None, such folders are ignored.
     """
+    errors: list[OSError] = []
+    found = _matches(pattern, errors)
+    if unread is not None:
+        unread += {os.path.abspath(error.filename): error for error in errors}.values()
+    return found
+
+
+def _matches(pattern: str, unread: list[OSError]) -> list[str]:
+    """Return the paths that match a pattern. The errors of unreadable folders may be added several times."""
     head, star, tail = pattern.partition("**")
     if not star or (head and head[-1] not in _SEPARATORS) or (tail and tail[0] not in _SEPARATORS):
-        return sorted(glob.glob(pattern))
+        return _glob(pattern, unread)
     tail = tail.lstrip("".join(_SEPARATORS))
-    roots = glob.glob(head) if head else ["."]
+    roots = _glob(head, unread) if head else ["."]
     if not tail:
         return sorted(roots)
     found: set[str] = set()
     for root in roots:
-        for folder in _folders_below(root):
+        for folder in _folders_below(root, unread):
             path = os.path.join(glob.escape(os.path.relpath(folder) if not head else folder), tail)
-            found.update(find_matches(os.path.normpath(path) if not head else path))
+            found.update(_matches(os.path.normpath(path) if not head else path, unread))
     return sorted(found)
 
 
-def _folders_below(root: str) -> Iterator[str]:
-    """Yield a folder, and each folder below it exactly once. Hidden folders are skipped."""
+def _glob(pattern: str, unread: list[OSError]) -> list[str]:
+    """Return the paths that match a pattern without `**`, sorted. Errors of unreadable folders are added to a list."""
+    parent, rest = os.path.split(pattern.rstrip("".join(_SEPARATORS)))
+    while rest:
+        if glob.has_magic(rest):
+            for folder in glob.glob(parent) if parent else ["."]:
+                try:
+                    os.scandir(folder).close()
+                except NotADirectoryError:
+                    pass
+                except OSError as error:
+                    unread.append(error)
+        parent, rest = os.path.split(parent)
+    return sorted(glob.glob(pattern))
+
+
+def _folders_below(root: str, unread: list[OSError]) -> Iterator[str]:
+    """Yield a folder, and each folder below it exactly once. Hidden folders are skipped.
+
+    The errors of folders that cannot be read are added to a list.
+    """
     seen = {_identity(os.stat(root))}
 
     def is_new(path: str) -> bool:
         try:
             identity = _identity(os.stat(path))
-        except OSError:
+        except OSError as error:
+            unread.append(error)
             return False
         new = identity not in seen
         seen.add(identity)
         return new
 
-    for folder, names, _ in os.walk(root, followlinks=True):
+    for folder, names, _ in os.walk(root, onerror=unread.append, followlinks=True):
         shown = [name for name in names if not name.startswith(".")]
         shown.sort(key=lambda name: (os.path.islink(os.path.join(folder, name)), name))
         names[:] = [name for name in shown if is_new(os.path.join(folder, name))]
@@ -230,10 +269,10 @@ def _folders_below(root: str) -> Iterator[str]:
 class _Walk:
     """State of one recursive search."""
 
-    def __init__(self, root: Path, suffixes: frozenset[str], silent_suffixes: frozenset[str]) -> None:
+    def __init__(self, root: Path, suffixes: frozenset[str], companion_suffixes: frozenset[str]) -> None:
         self.root = os.fspath(root)
         self.suffixes = suffixes
-        self.silent_suffixes = silent_suffixes
+        self.companion_suffixes = companion_suffixes
         self.found: list[Path] = []
         self.passed: Counter[str] = Counter()
         self.unread: list[OSError] = []
@@ -248,7 +287,11 @@ class _Walk:
                 self._follow(self._links.popleft())
 
     def _follow(self, link: str) -> None:
-        identity = _identity(os.stat(link))
+        try:
+            identity = _identity(os.stat(link))
+        except OSError as error:
+            self.unread.append(error)
+            return
         if identity in self._seen:
             self.passed["link to a folder that was already read"] += 1
         else:
@@ -264,36 +307,47 @@ class _Walk:
                 raise
             self.unread.append(error)
             return
-        for entry in children:
-            self._take(entry)
+        number = len(self.found)
+        companions = [entry for entry in children if not self._take(entry)]
+        if companions:
+            stems = {path.stem for path in self.found[number:]}
+            for stem, suffix in (os.path.splitext(entry.name) for entry in companions):
+                if stem not in stems:
+                    self.passed[suffix.lower()] += 1
 
-    def _take(self, entry: "os.DirEntry[str]") -> None:
-        suffix = os.path.splitext(entry.name)[1].lower()
+    def _take(self, entry: "os.DirEntry[str]") -> bool:
+        """Add an entry of a folder to the results. Return False, without a change, if it is a companion file."""
+        ending = os.path.splitext(entry.name)[1]
+        suffix = ending.lower()
         hidden = entry.name.startswith(".")
-        # The folder listing contains the type of each entry, so regular files need no `stat` call.
-        is_file, status = entry.is_file(follow_symlinks=False), None
-        if not is_file:
-            try:
+        status = None
+        try:
+            # The folder listing contains the type of each entry, so regular files need no `stat` call.
+            if not (is_file := entry.is_file(follow_symlinks=False)):
                 status = entry.stat()
-            except OSError as error:
-                if not hidden and suffix in self.suffixes and entry.is_symlink():  # a broken link
-                    self.found.append(Path(entry.path))
-                else:
-                    self.passed[f"unreadable ({error.strerror})"] += 1
-                return
-            is_file = stat.S_ISREG(status.st_mode)
+                is_file = stat.S_ISREG(status.st_mode)
+        except OSError as error:
+            if not hidden and suffix in self.suffixes:  # mostly a broken link
+                self.found.append(Path(entry.path))
+            elif hidden or error.errno in BROKEN:
+                self.passed[f"unreadable ({error.strerror})"] += 1
+            else:  # a folder on a network drive that is not available, for instance
+                self.unread.append(error)
+            return True
         is_folder = status is not None and stat.S_ISDIR(status.st_mode)
         if hidden or (is_folder and entry.name.lower() in SYSTEM_FOLDERS):
             self.passed["hidden or system folder" if is_folder else "hidden file"] += 1
         elif is_folder:
             self._enter(entry)
         elif suffix not in self.suffixes:
-            if suffix not in self.silent_suffixes:
-                self.passed[shorten(suffix, 16) if suffix else "without a suffix"] += 1
+            if ending in self.companion_suffixes:
+                return False
+            self.passed[shorten(suffix, 16) if suffix else "without a suffix"] += 1
         elif is_file:
             self.found.append(Path(entry.path))
         else:
             self.passed["pipe, socket or device"] += 1
+        return True
 
     def _enter(self, entry: "os.DirEntry[str]") -> None:
         if entry.is_symlink():

@@ -11,17 +11,26 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from nemo_lfr.errors import ConfigError, NemoLfrError, counted, printable, shorten
+from nemo_lfr.errors import ConfigError, counted, shorten
 from nemo_lfr.io.columns import repeated_column
 from nemo_lfr.io.folders import AUDIO_SUFFIXES, MAX_NAME, find_files, find_named
 from nemo_lfr.io.splits import split_label, split_of_name, splits_of_folders
-from nemo_lfr.io.tables import METADATA_NAMES, RepeatedColumnError, is_table, read_table
+from nemo_lfr.io.tables import (
+    METADATA_NAMES,
+    RepeatedColumnError,
+    UnreadableTableError,
+    lists_file_names,
+    read_table,
+)
 from nemo_lfr.io.text import decode, read_lines
+from nemo_lfr.io.transcripts import text_of, transcript_lines, why_unreadable
 
 logger = logging.getLogger(__name__)
 
 # Maximum number of characters in a field. A longer field is not one sentence, but the result of a missing line end.
 MAX_FIELD = 1 << 17
+# Suffixes of the transcript beside an audio file, in order of precedence. TIMIT's names are in upper case.
+TRANSCRIPT_SUFFIXES = (".txt", ".TXT")
 
 
 @dataclass(frozen=True)
@@ -53,12 +62,13 @@ def librispeech(corpus: Path) -> Iterator[CorpusUtterance]:
 
     Audio files are PART/SPEAKER/CHAPTER/*.flac. Each chapter has one transcript, *.trans.txt.
     """
-    for transcript in find_named(corpus, "*.trans.txt"):
+    unread: list[OSError] = []
+    for transcript in find_named(corpus, "*.trans.txt", unread):
         part, speaker, _ = transcript.parent.parts[-3:]
         if (split := split_of_name(part)) is None:
             yield _without_split(transcript, corpus, part)
             continue
-        for number, (name, text, problem) in enumerate(_transcripts(transcript, corpus, b" "), start=1):
+        for number, (name, text, problem) in enumerate(transcript_lines(transcript, corpus, b" "), start=1):
             if name is None:
                 yield CorpusUtterance(Path(text), speaker, split, problem=problem)
                 continue
@@ -68,6 +78,7 @@ def librispeech(corpus: Path) -> Iterator[CorpusUtterance]:
                 continue
             path = (transcript.parent / f"{name}.flac").relative_to(corpus)
             yield CorpusUtterance(path, speaker, split, {"lang": "en", "text": text}, problem)
+    yield from _unread_folders(unread, corpus)
 
 
 def mls(corpus: Path) -> Iterator[CorpusUtterance]:
@@ -75,13 +86,14 @@ def mls(corpus: Path) -> Iterator[CorpusUtterance]:
 
     Each folder mls_LANGUAGE/SPLIT contains transcripts.txt, and audio files audio/SPEAKER/BOOK/*.
     """
-    for transcript in find_named(corpus, "transcripts.txt"):
+    unread: list[OSError] = []
+    for transcript in find_named(corpus, "transcripts.txt", unread):
         folder = transcript.parent
         language = folder.parent.name.removeprefix("mls_").removesuffix("_opus")
         if (split := split_of_name(folder.name)) is None:
             yield _without_split(transcript, corpus, folder.name)
             continue
-        for number, (name, text, problem) in enumerate(_transcripts(transcript, corpus, b"\t"), start=1):
+        for number, (name, text, problem) in enumerate(transcript_lines(transcript, corpus, b"\t"), start=1):
             if name is None:
                 yield CorpusUtterance(Path(text), "", split, problem=problem)
                 continue
@@ -91,9 +103,12 @@ def mls(corpus: Path) -> Iterator[CorpusUtterance]:
                 yield CorpusUtterance(place, "", split, problem=f"{shorten(name)!r} should be SPEAKER_BOOK_NUMBER")
                 continue
             stem = folder / "audio" / words[0] / words[1] / name
-            path = next((found for kind in (".flac", ".opus") if (found := stem.with_suffix(kind)).exists()), None)
+            path = next(
+                (found for kind in (".flac", ".opus") if os.path.exists(found := stem.with_suffix(kind))), None
+            )
             path = (path or stem.with_suffix(".flac")).relative_to(corpus)
             yield CorpusUtterance(path, words[0], split, {"lang": language, "text": text}, problem)
+    yield from _unread_folders(unread, corpus)
 
 
 def commonvoice(corpus: Path) -> Iterator[CorpusUtterance]:
@@ -107,9 +122,10 @@ def commonvoice(corpus: Path) -> Iterator[CorpusUtterance]:
     Raises:
         ValueError: if a table lacks the column of speakers, audio files or texts, or repeats the name of a column.
     """
-    for table in find_named(corpus, "*.tsv"):
+    unread: list[OSError] = []
+    for table in find_named(corpus, "*.tsv", unread):
         spontaneous = table.name.startswith("ss-corpus-")
-        if not table.is_file() or not (spontaneous or table.stem in ("train", "dev", "test")):
+        if not (spontaneous or table.stem in ("train", "dev", "test")):
             continue
         place = table.relative_to(corpus)
         split = None if spontaneous else split_of_name(table.stem)
@@ -117,7 +133,7 @@ def commonvoice(corpus: Path) -> Iterator[CorpusUtterance]:
             header, *rows = read_lines(table)
             columns = decode(header).split("\t")
         except (OSError, ValueError) as error:
-            yield CorpusUtterance(place, "", split, problem=_why(error, table))
+            yield CorpusUtterance(place, "", split, problem=why_unreadable(error, table))
             continue
         audio, text, folder = (
             ("audio_file", "transcription", "audios") if "audio_file" in columns else ("path", "sentence", "clips")
@@ -139,23 +155,25 @@ def commonvoice(corpus: Path) -> Iterator[CorpusUtterance]:
             labels = {"lang": row.get("locale") or row.get("language") or table.parent.name}
             labels |= {"text": row[text]} if row[text] or not spontaneous else {}
             yield CorpusUtterance((table.parent / folder / path).relative_to(corpus), row["client_id"], own, labels)
+    yield from _unread_folders(unread, corpus)
 
 
 def vctk(corpus: Path) -> Iterator[CorpusUtterance]:
     """Read VCTK 0.92 (wav48_silence_trimmed, first microphone) or 0.80 (wav48), with txt/SPEAKER/*.txt."""
-    for path in sorted(
-        [*find_named(corpus, "wav48_silence_trimmed/*/*_mic1.flac"), *find_named(corpus, "wav48/*/*.wav")]
-    ):
+    unread: list[OSError] = []
+    names = ("wav48_silence_trimmed/*/*_mic1.flac", "wav48/*/*.wav")
+    for path in sorted(path for name in names for path in find_named(corpus, name, unread)):
         speaker = path.parent.name
         text = path.parents[2] / "txt" / speaker / f"{path.stem.removesuffix('_mic1')}.txt"
         labels, problem = text_of(text)
         yield CorpusUtterance(path.relative_to(corpus), speaker, None, {"lang": "en"} | labels, problem)
+    yield from _unread_folders(unread, corpus)
 
 
 def folder(corpus: Path, speaker_level: int | None = None) -> Iterator[CorpusUtterance]:
     """Read the audio files below a folder.
 
-    The transcript of an audio file is a .txt file with the same name. The labels of an AudioFolder table
+    The transcript of an audio file is a .txt or .TXT file with the same name. The labels of an AudioFolder table
     (`metadata.csv`, `metadata.tsv` or `metadata.jsonl`) take precedence. Splits come from folder names such as `train`
     and `test`; see `nemo_lfr.io.splits.splits_of_folders`.
 
@@ -168,7 +186,7 @@ def folder(corpus: Path, speaker_level: int | None = None) -> Iterator[CorpusUtt
     for row in _metadata(corpus):
         rows.setdefault(row.path, []).append(row)
     unread: list[OSError] = []
-    paths = find_files(corpus, AUDIO_SUFFIXES, silent_suffixes={".txt"}, unread=unread)
+    paths = find_files(corpus, AUDIO_SUFFIXES, companion_suffixes=TRANSCRIPT_SUFFIXES, unread=unread)
     folders = {path: path.relative_to(corpus).parts[:-1] for path in paths}
     splits = splits_of_folders(corpus, set(folders.values()), speaker_level)
     for path, names in folders.items():
@@ -179,13 +197,22 @@ def folder(corpus: Path, speaker_level: int | None = None) -> Iterator[CorpusUtt
             for row in found:
                 yield replace(row, speaker=row.speaker or speaker, split=row.split or split)
         else:
-            labels, problem = text_of(path.with_suffix(".txt"))
+            labels, problem = text_of(*(path.with_suffix(suffix) for suffix in TRANSCRIPT_SUFFIXES))
             yield CorpusUtterance(path.relative_to(corpus), speaker, split, labels, problem)
     for row in (row for found in rows.values() for row in found):
         yield row if row.problem else replace(row, problem="the file is listed in a table, but does not exist")
-    for error in unread:
-        problem = f"this folder cannot be read ({error.strerror}), so its files are missing; make it readable"
-        yield CorpusUtterance(Path(error.filename).relative_to(corpus), "", problem=problem)
+    yield from _unread_folders(unread, corpus)
+
+
+def _unread_folders(errors: list[OSError], corpus: Path) -> Iterator[CorpusUtterance]:
+    """Yield an utterance with a problem for each folder that cannot be read."""
+    for name, error in {error.filename: error for error in errors}.items():
+        yield CorpusUtterance(Path(name).relative_to(corpus), "", problem=unread_folder(error))
+
+
+def unread_folder(error: OSError) -> str:
+    """Return a message about a folder that cannot be read, without the name of the folder."""
+    return f"this folder cannot be read ({error.strerror}), so its files are missing; make it readable"
 
 
 def table(path: Path, *, by_file: bool = False) -> Iterator[CorpusUtterance]:
@@ -230,16 +257,24 @@ def _as_text(value: object) -> str:
 
 
 def _metadata(corpus: Path) -> Iterator[CorpusUtterance]:
-    """Yield the rows of all AudioFolder tables, such as metadata.csv, in a folder and its subfolders."""
+    """Yield the rows of all AudioFolder tables, such as metadata.csv, in a folder and its subfolders.
+
+    A table that cannot be read gives an utterance with a problem. Tables of other kinds are skipped.
+    """
     # `folder`, the caller, reports the folders that cannot be read.
-    for path in [path for name in METADATA_NAMES for path in find_named(corpus, name, unread=[]) if is_table(path)]:
+    for path in [path for name in METADATA_NAMES for path in find_named(corpus, name, unread=[])]:
         folder_name = path.parent.relative_to(corpus)
         try:
+            if path.suffix == ".jsonl" and not lists_file_names(path):
+                continue
             # `by_file`, since a file with an invalid row must not be used without the labels in that row.
             for row in table(path, by_file=True):
                 yield replace(row, path=Path(os.path.normpath(folder_name / row.path)))
         except RepeatedColumnError:
             raise
+        except (UnreadableTableError, OSError) as error:
+            problem = f"{why_unreadable(error, path)}; the labels in this table are not used"
+            yield CorpusUtterance(path.relative_to(corpus), "", problem=problem)
         except ConfigError as error:  # a table of another kind, such as LJSpeech's
             logger.warning("%s The labels in this table are not used.", error)
 
@@ -321,42 +356,6 @@ def _without_split(transcript: Path, corpus: Path, name: str) -> CorpusUtterance
     return CorpusUtterance(transcript.relative_to(corpus), "", problem=problem)
 
 
-def text_of(transcript: Path) -> tuple[dict[str, str], str | None]:
-    """Read the text file beside a recording.
-
-    Returns:
-        A dictionary with the label "text", and an error message or None. If the file exists but cannot be read, the
-        dictionary is empty. If there is no file, the dictionary is empty and the message is None.
-    """
-    try:
-        if not os.path.lexists(transcript):  # a broken link counts as an unreadable transcript
-            return {}, None
-        lines = [decode(line) for line in read_lines(transcript)]
-    except (OSError, ValueError) as error:
-        return {}, f"the transcript {transcript.name}: {_why(error, transcript)}"
-    return {"text": " ".join(line for line in lines if line.strip())}, None
-
-
-def _transcripts(path: Path, corpus: Path, separator: bytes) -> Iterator[tuple[str | None, str, str | None]]:
-    """Yield (name, text, error message or None) for each line of a transcript, in which `separator` follows the name.
-
-    If the file cannot be read, yield only (None, path relative to `corpus`, error message).
-    """
-    try:
-        lines = read_lines(path)
-    except (OSError, ValueError) as error:
-        yield None, str(path.relative_to(corpus)), _why(error, path)
-        return
-    for line in lines:
-        if not line.strip():
-            continue
-        name, _, text = line.partition(separator)
-        try:
-            yield decode(name), decode(text), None
-        except ValueError as error:
-            yield shorten(name.decode(errors="replace")), "", f"the line in {path.name}: {error}"
-
-
 def _row(line: bytes, columns: list[str]) -> dict[str, str]:
     """Split one line of a TSV table, and return a dict from each column to its field.
 
@@ -392,9 +391,3 @@ def _below(name: str) -> Path:
 def _is_file_name(name: str) -> bool:
     """Return whether a name in a transcript is a valid file name, without folders."""
     return name == Path(name).name and len(os.fsencode(name)) <= MAX_NAME - len(".flac")
-
-
-def _why(error: Exception, path: Path) -> str:
-    if isinstance(error, NemoLfrError):  # the message already names the file
-        return str(error).removeprefix(f"{printable(str(path))}: ").rstrip(".")
-    return f"the file cannot be read: {error.strerror}" if isinstance(error, OSError) else str(error)

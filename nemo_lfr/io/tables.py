@@ -14,6 +14,7 @@ from typing import Any
 
 from nemo_lfr.errors import ConfigError, NemoLfrError, counted, quoted, shorten
 from nemo_lfr.io.columns import AUDIO, known_names, repeated_column, standard_labels
+from nemo_lfr.io.regular import open_regular
 from nemo_lfr.io.text import GZIP, decode, is_missing, read_lines
 
 TABLE_SUFFIXES = frozenset((".csv", ".tsv"))
@@ -30,6 +31,10 @@ DECIMAL_COMMA = re.compile(r"\d+,\d+", re.ASCII)
 METADATA_NAMES = ("metadata.csv", "metadata.tsv", "metadata.jsonl")
 # Maximum number of lines that a row with quoted fields may span.
 MAX_LINES = 64
+
+
+class UnreadableTableError(ConfigError):
+    """Error for a table that cannot be read, for instance because its file is damaged."""
 
 
 class RepeatedColumnError(ConfigError):
@@ -76,10 +81,24 @@ def is_table(path: Path) -> bool:
     if suffix not in (".jsonl", ".json") or not path.is_file():
         return False
     try:
-        with open(path, "rb") as file:
-            first = json.loads(decode(file.readline(1 << 20)))
-    except (OSError, ValueError, RecursionError):
+        return lists_file_names(path)
+    except (ConfigError, OSError):
         return False
+
+
+def lists_file_names(path: Path) -> bool:
+    """Return whether the first entry of a JSON lines file has the key `file_name` but not `audio_filepath`.
+
+    Raises:
+        UnreadableTableError: if the first line is not JSON, or the path is not a regular file.
+        OSError: if the file cannot be read.
+    """
+    with open_regular(path, UnreadableTableError) as file:
+        line = file.readline(1 << 20)
+    try:
+        first = json.loads(decode(line)) if line else None
+    except (ValueError, RecursionError) as error:
+        raise UnreadableTableError(f"{path}: the first line is not JSON ({shorten(error)}).") from error
     keys = {str(key).lower() for key in first} if isinstance(first, dict) else set()
     return "audio_filepath" not in keys and "file_name" in keys
 
@@ -95,16 +114,17 @@ def read_table(path: Path) -> Iterator[TableRow]:
             recognized in upper and lower case.
 
     Raises:
-        ConfigError: if the file cannot be read, if a CSV or TSV file has no audio column, or if two columns have the
-            same name; see also `known_names`.
+        UnreadableTableError: if the file or the header cannot be read.
+        ConfigError: if a CSV or TSV file has no audio column, or if two columns have the same name; see also
+            `known_names`.
     """
     try:
-        lines = read_lines(path, ConfigError)
+        lines = read_lines(path, UnreadableTableError)
     except NemoLfrError:
         raise
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        raise ConfigError(f"{path}: the table cannot be read: {reason}.") from error
+        raise UnreadableTableError(f"{path}: the table cannot be read: {reason}.") from error
     rows = _json_lines(lines) if table_suffix(path) is None else _delimited(path, lines)
     for row in rows:
         yield row if row.problem else _entry(row)
@@ -211,7 +231,7 @@ def _header(path: Path, line: bytes, declared: str | None) -> tuple[str, list[st
         text = decode(line)
         splits = {mark: [name.strip() for name in _split([text], mark)] for mark in delimiters}
     except (ValueError, csv.Error) as error:
-        raise ConfigError(f"{path}: the header cannot be read: {shorten(error, 200)}.") from error
+        raise UnreadableTableError(f"{path}: the header cannot be read: {shorten(error, 200)}.") from error
     # If no delimiter gives an audio column, the first one that gives several columns is used for the message.
     delimiter = max(splits, key=lambda mark: (_has_audio(splits[mark]), len(splits[mark]) > 1))
     columns = splits[delimiter]

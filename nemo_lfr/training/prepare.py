@@ -238,7 +238,7 @@ def _contents(kind: str, corpus: Path) -> str:
     """Describe what a folder or table without utterances contains; the text is part of a message."""
     if kind == "table":
         return "table"
-    count = len(find_files(corpus, AUDIO_SUFFIXES, report=lambda _: None))
+    count = len(find_files(corpus, AUDIO_SUFFIXES, report=lambda _: None, unread=[]))
     if not count:
         return f"folder{describe_contents(corpus, AUDIO_SUFFIXES)}"
     names = sorted(path.name for path in corpus.iterdir() if not path.name.startswith("."))

@@ -1,5 +1,6 @@
 """Tests of the command line: exit codes, output, and the files that remain on disk."""
 
+import errno
 import io
 import json
 import os
@@ -125,6 +126,33 @@ def test_a_bad_file_does_not_stop_the_others(capsys, folder, tmp_path):
     assert "1 of 3 failed" in err
     left = sorted(path.name for path in (tmp_path / "tokens").rglob("*") if path.is_file())
     assert left == ["a.lfr", "b.lfr"]
+
+
+@pytest.mark.parametrize(
+    "inputs", [["speech"], ["speech/**/*.*"], ["speech/*/*.*", "speech/a.wav"], ["speech/closed", "speech"],
+               ["speech/locked.wav", "speech"]]
+)  # fmt: skip
+def test_an_unreadable_folder_or_file_is_a_failure_while_the_others_are_encoded(
+    inputs, capsys, folder, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    bad = folder / ("locked.wav" if "speech/locked.wav" in inputs else "closed")
+    bad.write_bytes(b"RIFF") if bad.suffix else bad.mkdir()
+    (folder / "notes.txt").unlink()
+
+    def closing(function):
+        def checked(path, *arguments, **options):
+            if os.path.abspath(path) == str(bad):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+            return function(path, *arguments, **options)
+
+        return checked
+
+    for name in ("scandir", "open"):
+        monkeypatch.setattr(os, name, closing(getattr(os, name)))
+    code, out, err = run(capsys, "encode", *inputs, "--out", "tokens")
+    assert code == 1 and sorted(Path(line).name for line in out.split()) == ["a.lfr", "b.lfr"]
+    assert err.count(f"error: speech/{bad.name}: ") == 1 and "1 of 3 failed" in err
 
 
 MP3 = io.BytesIO()

@@ -1,5 +1,6 @@
 """Tests of invalid corpora: only the clip of an invalid entry fails, and an invalid file is a one-line error."""
 
+import io
 import json
 
 import numpy as np
@@ -8,7 +9,9 @@ import soundfile
 
 from nemo_lfr.corpus.sources import open_corpus
 from nemo_lfr.errors import AudioError, ConfigError
+from nemo_lfr.io.tables import METADATA_NAMES
 from tests.models import RATE, synthesize
+from tests.permissions import closed
 
 WAVE = synthesize(0.2)
 
@@ -49,6 +52,102 @@ def test_invalid_transcript_fails_only_its_clip(kind, tmp_path):
         assert len(clips[name].audio(RATE, 100)) == len(WAVE)
     with pytest.raises(AudioError, match=r"b\.wav: the transcript b\.txt: "):
         clips["b"].audio(RATE, 100)
+
+
+METADATA = {
+    "Latin-1": "file_name,caf\u00e9\n".encode("latin-1"),
+    "UTF-16": "file_name,text\na.wav,x\n".encode("utf-16"),
+    "a Git LFS pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n",
+    "a link to nothing": "gone.csv",
+    "not readable": b'{"file_name": "a.wav", "text": "x"}',
+}
+
+
+@pytest.mark.parametrize("name", METADATA_NAMES)
+@pytest.mark.parametrize("kind", METADATA)
+def test_invalid_table_of_a_folder_is_one_failure(kind, name, tmp_path):
+    root = tmp_path / "audio"
+    root.mkdir()
+    soundfile.write(root / "a.wav", WAVE, RATE)
+    data = METADATA[kind]
+    if isinstance(data, str):
+        (root / name).symlink_to(data)
+    else:
+        (root / name).write_bytes(data)
+    with closed(*[root / name] if kind == "not readable" else [], root=tmp_path):
+        clip, bad = clips_of(root).values()
+    assert len(clip.audio(RATE, 100)) == len(WAVE) and "text" not in clip.labels
+    with pytest.raises(AudioError, match=rf"{name}: .*; the labels in this table are not used\.$") as error:
+        bad.audio(RATE, 100)
+    assert str(error.value).count(name) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        *((name, text) for name in METADATA_NAMES for text in ("", '{"audio_filepath": "a.wav", "text": "x"}', "[1]")),
+        ("metadata.csv", "LJ001-0001|text|text"),
+    ],
+)
+def test_table_of_another_kind_is_not_used(name, text, tmp_path):
+    root = tmp_path / "audio"
+    root.mkdir()
+    soundfile.write(root / "a.wav", WAVE, RATE)
+    (root / name).write_text(text)
+    (clip,) = clips_of(root).values()
+    assert len(clip.audio(RATE, 100)) == len(WAVE) and "text" not in clip.labels
+
+
+# Corpora by their files, of which the first one, a file or folder, cannot be read.
+UNREADABLE = {
+    "a subfolder of audio": ("sub", "sub/b.wav", "a.wav", "c.wav"),
+    "a subfolder without audio": ("sub", "a.wav", "c.wav"),
+    "an audio file": ("b.wav", "a.wav", "c.wav"),
+    "a transcript": ("b.txt", "b.wav", "a.wav", "c.wav"),
+    "a subfolder of Parquet": ("sub", "sub/b.parquet", "a.parquet", "c.parquet"),
+    "a partition": ("lang=de", "lang=de/b.parquet", "lang=en/a.parquet", "lang=fr/c.parquet"),
+    "the first Parquet file": ("0.parquet", "a.parquet", "c.parquet"),
+    "the last Parquet file": ("z.parquet", "a.parquet", "c.parquet"),
+}
+
+
+@pytest.mark.parametrize("kind", UNREADABLE)
+def test_unreadable_file_or_subfolder_is_one_failure(kind, tmp_path):
+    bad, *others = UNREADABLE[kind]
+    root = tmp_path / "corpus"
+    for name in (bad, *others):
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".wav":
+            soundfile.write(path, WAVE, RATE)
+        elif path.suffix == ".parquet":
+            pytest.importorskip("pyarrow.parquet", reason="pip install '.[corpus]'")
+            write_parquet(path)
+        elif path.suffix:
+            path.write_text("text")
+        else:
+            path.mkdir(exist_ok=True)
+    with closed(root / bad, root=tmp_path):
+        corpus = open_corpus(root, None, tmp_path / "unused.json")
+        shards = json.loads(json.dumps(corpus.shards(1)))
+        clips = [clip for shard in shards for clip in corpus.read(shard)]
+        assert all(corpus.files_of(shard) is not None for shard in shards) and len(corpus.identity) == 16
+        failures = []
+        for clip in clips:
+            try:
+                assert len(clip.audio(RATE, 100)) == len(WAVE)
+            except AudioError as error:
+                failures.append(str(error))
+    assert len(clips) == 3 and len({clip.id for clip in clips}) == 3
+    assert len(failures) == 1 and bad in failures[0] and "Permission denied" in failures[0]
+
+
+def write_parquet(path):
+    import pyarrow
+    import pyarrow.parquet
+
+    soundfile.write(data := io.BytesIO(), WAVE, RATE, format="WAV")
+    pyarrow.parquet.write_table(pyarrow.table({"audio": [data.getvalue()]}), path)
 
 
 def test_manifest_may_begin_with_a_byte_order_mark_or_an_invalid_line(tmp_path, monkeypatch):

@@ -4,7 +4,7 @@ import os
 import re
 import socket
 import sys
-from unittest import mock
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +12,9 @@ import soundfile
 
 from nemo_lfr.errors import NemoLfrError
 from nemo_lfr.io.folders import AUDIO_SUFFIXES, MEDIA_SUFFIXES, SOUND_SUFFIXES, find_files, find_matches
+from nemo_lfr.io.layouts import LAYOUTS
 from nemo_lfr.io.layouts import folder as folder_layout
+from tests.permissions import closed
 
 # Formats that libsndfile reads, but that are skipped in folders: such files have no header, or are rarely audio.
 NOT_TAKEN = {"RAW", "MAT4", "MAT5", "MPC2K", "SD2"}
@@ -133,22 +135,54 @@ class TestLinks:
 
     def test_a_folder_that_cannot_be_read_is_named(self, tmp_path):
         make(tmp_path, "a.wav", "closed/b.wav")
-        tmp_path.joinpath("closed").chmod(0)
-        user = os.geteuid()
-        if user == 0:
-            for folder in (tmp_path, *tmp_path.parents[:3]):  # folders of pytest, one more in a parallel run
-                folder.chmod(0o755)
-            os.seteuid(65534)
-        try:
+        with closed(tmp_path / "closed", root=tmp_path):
             found, lines = names(tmp_path)
-            problems = [utterance.problem for utterance in folder_layout(tmp_path)]
+            problems = {
+                kind: [str(item.path) for item in read(tmp_path) if "cannot be read (Perm" in (item.problem or "")]
+                for kind, read in LAYOUTS.items()
+                if kind != "table"
+            }
             with pytest.raises(PermissionError):
                 find_files(tmp_path, AUDIO_SUFFIXES)
-        finally:
-            os.seteuid(user)
-            tmp_path.joinpath("closed").chmod(0o700)
-        assert problems == [None, mock.ANY] and "cannot be read (Permission denied)" in problems[1]
+        assert len(problems) == 5 and all(places == ["closed"] for places in problems.values()), problems
         assert found == ["a.wav"] and "1 folder cannot be read: closed (Permission denied)" in lines[0]
+
+    def test_a_link_that_may_lead_to_a_folder_and_a_folder_without_status_are_named(self, tmp_path):
+        """The folder of a network drive that is not available is listed, but has no status."""
+        make(tmp_path, "root/a.wav", "closed/b.wav", "root/listed/below/c.wav", "root/listed/d.wav")
+        (tmp_path / "root" / "link").symlink_to(tmp_path / "closed" / "more")
+        unread = []
+        (tmp_path / "root" / "listed").chmod(0o444)
+        with closed(tmp_path / "closed", root=tmp_path):
+            found = find_files(tmp_path / "root", AUDIO_SUFFIXES, report=str, unread=unread)
+        (tmp_path / "root" / "listed").chmod(0o755)
+        assert [path.name for path in found] == ["a.wav", "d.wav"]
+        assert sorted(Path(error.filename).name for error in unread) == ["below", "link"]
+
+    @pytest.mark.parametrize(
+        ("pattern", "found", "unread"),
+        [
+            ("**/*.wav", ["a.wav", "open/b.wav"], ["closed"]),
+            ("*/*.wav", ["open/b.wav"], ["closed"]),
+            ("*/b.wav", ["open/b.wav"], []),
+            ("*/*/../b.wav", [], ["closed"]),
+            ("c*/*/*.wav", [], ["closed"]),
+            ("./**/closed/**/*.wav", [], ["closed"]),
+            ("o*/*.wav", ["open/b.wav"], []),
+            ("*.wav", ["a.wav"], []),
+            ("[a]*", ["a.wav"], []),
+        ],
+    )
+    def test_a_folder_that_a_glob_cannot_search_is_named_once(self, pattern, found, unread, tmp_path, monkeypatch):
+        make(tmp_path, "a.wav", "open/b.wav", "closed/c.wav", "closed/more/d.wav")
+        monkeypatch.chdir(tmp_path)
+        errors = []
+        with closed(tmp_path / "closed", root=tmp_path):
+            assert find_matches(pattern, errors) == found
+            assert find_matches(pattern) == found
+            absolute = find_matches(f"{tmp_path}/{pattern}", errors)
+        assert [os.path.relpath(path) for path in absolute] == found
+        assert [os.path.relpath(error.filename) for error in errors] == unread * 2
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems' file names are text")
@@ -167,6 +201,27 @@ def test_the_folder_layout_finds_the_same_files_and_their_texts(tmp_path):
         (utterance,) = folder_layout(tmp_path, level)
         expected = ("s/a.oga", speaker, {"text": "hello"})
         assert (utterance.path.as_posix(), utterance.speaker, utterance.labels) == expected
+
+
+@pytest.mark.parametrize(
+    ("names", "text", "skipped"),
+    [
+        (("SA1.WAV", "SA1.TXT"), "SA1.TXT", ""),  # TIMIT
+        (("a.wav", "a.TXT", "a.txt"), "a.txt", ""),
+        (("a.wav", "a.normalized.txt", "a.original.txt"), None, "2 skipped: 2 .txt"),  # LibriTTS
+        (("a.wav", "README.txt", "b.TXT"), None, "2 skipped: 2 .txt"),
+        (("a.wav", "x/a.txt"), None, "1 skipped: 1 .txt"),
+        (("a.wav", "a.Txt"), None, "1 skipped: 1 .txt"),
+        (("a.mp3", "a.json"), None, "1 skipped: 1 .json"),  # Emilia
+    ],
+)
+def test_a_transcript_is_used_or_counted_as_skipped(names, text, skipped, tmp_path, caplog):
+    for name in names:
+        make(tmp_path, name)
+        (tmp_path / name).write_text(name)
+    (utterance,) = folder_layout(tmp_path)
+    assert utterance.labels.get("text") == text and utterance.problem is None
+    assert caplog.messages == ([f"{tmp_path}: 1 file found; {skipped}"] if skipped else [])
 
 
 def test_a_glob_with_two_stars_ends_where_links_lead_back(tmp_path, monkeypatch):

@@ -18,11 +18,11 @@ from nemo_lfr.errors import NemoLfrError
 from nemo_lfr.io.audio import AudioReader
 from nemo_lfr.io.entropy.model import EntropyModel
 from nemo_lfr.io.journal import Journal
-from nemo_lfr.io.layouts import text_of
 from nemo_lfr.io.manifests import read_manifest
 from nemo_lfr.io.regular import _NamedFile, open_regular
 from nemo_lfr.io.text import read_lines
 from nemo_lfr.io.token_file import TokenReader
+from nemo_lfr.io.transcripts import text_of
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
 

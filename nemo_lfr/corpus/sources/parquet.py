@@ -13,6 +13,7 @@ from nemo_lfr.corpus.sources.table import ROWS, Table
 from nemo_lfr.errors import ConfigError, MissingExtraError, NemoLfrError, shorten
 from nemo_lfr.io.columns import CONTEXT, known_names, repeated_column
 from nemo_lfr.io.folders import find_files
+from nemo_lfr.io.layouts import unread_folder
 from nemo_lfr.io.numbered import check_numbered
 from nemo_lfr.io.parquet import PARQUET_SUFFIXES, READ_ERRORS, ParquetFooter, open_parquet
 from nemo_lfr.io.partitions import partition_of
@@ -41,7 +42,8 @@ class Parquet(Table):
 
     def __init__(self, path: Path, audio_dir: Path | None = None) -> None:
         require("pyarrow.parquet")
-        files = [path] if path.is_file() else parquet_files(path)
+        self.unread: list[OSError] = []
+        files = [path] if path.is_file() else parquet_files(path, self.unread)
         if path.is_dir():
             splits = [split_of(file.relative_to(path)) for file in files]
             check_one_split(path, splits, "one file, or a folder with the files of one split")
@@ -76,10 +78,11 @@ class Parquet(Table):
     @property
     def identity(self) -> str:
         """Return a hash of the files, and of the columns that the names of their folders add."""
-        if not any(self.partitions):
-            return super().identity
         pairs = zip(self.files, self.partitions, strict=True)
-        return list_digest((f"{file.name} {sorted(keys.items())}", sampled_digest(file)) for file, keys in pairs)
+        return list_digest(
+            (f"{file.name} {sorted(keys.items())}" if any(self.partitions) else file.name, _digest(file))
+            for file, keys in pairs
+        )
 
     def _open(self, file: Path) -> tuple[Any, ParquetFooter]:
         try:
@@ -113,13 +116,14 @@ class Parquet(Table):
         return None
 
     def files_of(self, shard: ShardSpec) -> list[Path]:
-        """Return a list with the file from which a shard is read."""
-        return [self.files[shard["file"]]]
+        """Return a list with the file from which a shard is read. It is empty for a folder that cannot be read."""
+        return [self.files[shard["file"]]] if "file" in shard else []
 
     def shards(self, size: int) -> list[ShardSpec]:
         """Split the row groups into shards of about `size` clips.
 
-        If a file cannot be used, its only shard has the key "problem", and yields a clip that raises AudioError.
+        If a file or subfolder cannot be used, its only shard has the key "problem", and yields a clip that raises
+        AudioError.
         """
         shards: list[ShardSpec] = []
         number = 0
@@ -151,11 +155,14 @@ class Parquet(Table):
                 shards[-1]["groups"].append(index)
                 count += group.num_rows
                 number += group.num_rows
+        for unread in self.unread:
+            problem = f"{unread.filename}: {unread_folder(unread)}."
+            shards.append({"folder": unread.filename, "groups": [], "start": number, "problem": problem})
         return shards
 
     def read(self, shard: ShardSpec) -> Iterator[Clip]:
         """Yield the clips of a shard in order."""
-        path = self.files[shard["file"]]
+        path = Path(shard["folder"]) if "folder" in shard else self.files[shard["file"]]
         if "problem" in shard:
             yield Clip(clean_id(path.stem), str(path), unreadable(shard["problem"]))
             return
@@ -175,9 +182,22 @@ class Parquet(Table):
             yield Clip(f"{row:08d}", origin, unreadable(f"{origin}: damaged Parquet ({reason})."))
 
 
-def parquet_files(folder: Path) -> list[Path]:
-    """Return the Parquet files in a folder and its subfolders."""
-    return find_files(folder, PARQUET_SUFFIXES, report=lambda _: None)
+def parquet_files(folder: Path, unread: list[OSError] | None = None) -> list[Path]:
+    """Return the Parquet files in a folder and its subfolders.
+
+    Args:
+        folder: the folder.
+        unread: list to which the errors of subfolders that cannot be read are added; None to ignore them.
+    """
+    return find_files(folder, PARQUET_SUFFIXES, report=lambda _: None, unread=[] if unread is None else unread)
+
+
+def _digest(file: Path) -> str:
+    """Return a hash of a file; a constant for a file that cannot be read, which is a failure of the run."""
+    try:
+        return sampled_digest(file)
+    except OSError:
+        return "unreadable"
 
 
 def _difference(columns: Sequence[str], expected: Sequence[str]) -> str:

@@ -1,0 +1,58 @@
+"""Read the transcripts of a speech corpus: text files beside recordings, and lists of texts."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from nemo_lfr.errors import NemoLfrError, printable, shorten
+from nemo_lfr.io.folders import BROKEN
+from nemo_lfr.io.text import decode, read_lines
+
+
+def text_of(*transcripts: Path) -> tuple[dict[str, str], str | None]:
+    """Read the text file beside a recording.
+
+    Args:
+        transcripts: possible paths of the text file. The first one that exists is read.
+
+    Returns:
+        A dictionary with the label "text", and an error message or None. If the file exists but cannot be read, the
+        dictionary is empty. If there is no file, the dictionary is empty and the message is None.
+    """
+    for transcript in transcripts:
+        try:
+            os.lstat(transcript)  # a broken link counts as an unreadable transcript
+            lines = [decode(line) for line in read_lines(transcript)]
+        except (OSError, ValueError) as error:
+            if isinstance(error, OSError) and error.errno in BROKEN and not os.path.lexists(transcript):
+                continue
+            return {}, f"the transcript {transcript.name}: {why_unreadable(error, transcript)}"
+        return {"text": " ".join(line for line in lines if line.strip())}, None
+    return {}, None
+
+
+def transcript_lines(path: Path, corpus: Path, separator: bytes) -> Iterator[tuple[str | None, str, str | None]]:
+    """Yield (name, text, error message or None) for each line of a transcript, in which `separator` follows the name.
+
+    If the file cannot be read, yield only (None, path relative to `corpus`, error message).
+    """
+    try:
+        lines = read_lines(path)
+    except (OSError, ValueError) as error:
+        yield None, str(path.relative_to(corpus)), why_unreadable(error, path)
+        return
+    for line in lines:
+        if not line.strip():
+            continue
+        name, _, text = line.partition(separator)
+        try:
+            yield decode(name), decode(text), None
+        except ValueError as error:
+            yield shorten(name.decode(errors="replace")), "", f"the line in {path.name}: {error}"
+
+
+def why_unreadable(error: Exception, path: Path) -> str:
+    """Return the reason why a text file cannot be used, without the path of the file."""
+    if isinstance(error, NemoLfrError):  # the message already names the file
+        return str(error).removeprefix(f"{printable(str(path))}: ").rstrip(".")
+    return f"the file cannot be read: {error.strerror}" if isinstance(error, OSError) else str(error)
