@@ -88,7 +88,7 @@ class RegistryOption(click.Option):
     multiple=True,
     cls=RegistryOption,
     metavar="KIND[:MODEL]",
-    help="Model that computes metrics, repeatable; kinds: {} (default: none).",
+    help="Model that computes metrics, repeatable; kinds: {} (default: squim, if its weights are downloaded).",
 )
 @click.option(
     "--by",

@@ -160,7 +160,7 @@ def reference_state(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def building_state(device: torch.device | None = None) -> Iterator[None]:
-    """Build trainable fp32 modules inside a `with` block, whatever the caller's settings are.
+    """Context manager in which new modules are trainable and have fp32 weights, whatever the caller's settings are.
 
     Inference mode and CPU autocast are disabled, and the default dtype is fp32.
 

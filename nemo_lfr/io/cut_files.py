@@ -100,8 +100,8 @@ def kind_of(path: Path) -> str | None:
 
 
 def has_relative_paths(path: Path) -> bool:
-    """Return whether a file of cuts or recordings has a relative path of an audio file in its first 100 lines."""
-    for line in islice(json_lines(path), FIRST_LINES):
+    """Return whether a file of cuts or recordings contains a relative path of an audio file."""
+    for line in json_lines(path):
         try:
             sources = list(sources_of(json.loads(line)))
             if any(source.get("type") == "file" and not os.path.isabs(source["source"]) for source in sources):

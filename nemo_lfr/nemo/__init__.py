@@ -1,1 +1,5 @@
-"""NeMo integration: `LFRCodecModel`, a drop-in replacement for NeMo's `AudioCodecModel`, and `accelerate`."""
+"""NeMo integration.
+
+`LFRCodecModel` is a drop-in replacement for NeMo's `AudioCodecModel`. The function `accelerate` converts a loaded
+`AudioCodecModel` in place.
+"""

@@ -72,7 +72,7 @@ class RunLock(Callback):
             raise ConfigError(problem)
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Record that the run was not complete."""
+        """Record that training starts. Lightning does not call this method if the run was already complete."""
         self._has_trained = True
 
     def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:

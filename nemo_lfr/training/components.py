@@ -297,7 +297,9 @@ class AudioTerms(nn.Module):
         reserved: names of built-in terms, which custom terms must not use.
 
     Raises:
-        ConfigError: if a name is reserved or not an identifier, or a component cannot be built.
+        ConfigError: if `sections` is not a mapping, a name is reserved, does not consist of a letter and further
+            letters, digits or underscores, or is that of an attribute of `nn.ModuleDict`, or if a component cannot be
+            built.
     """
 
     def __init__(self, sections: Mapping[str, Any] | None, where: str, reserved: Collection[str]) -> None:

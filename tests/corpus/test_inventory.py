@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -132,6 +133,15 @@ def write_saved(folder: Path) -> Path:
     return folder / "saved"
 
 
+def write_mixed(folder: Path, write_table) -> Path:
+    """Write a list whose first entries have absolute paths of a third corpus."""
+    paths = [*["/gone/z.wav"] * 120, "a.wav", "b.wav", "c.wav"]
+    if write_table is None:
+        return lines(folder / "m.json", [{"audio_filepath": path} for path in paths])
+    write_table(pa.table({"audio": paths}), folder / "t.parquet")
+    return folder / "t.parquet"
+
+
 def with_relative_paths(write):
     """Return a function that writes Lhotse files whose paths start from the working directory."""
 
@@ -152,6 +162,8 @@ PARALLEL = {
     "folder": lambda folder: folder,
     "CSV": write_csv,
     "Parquet": lambda folder: write_parquet(folder, "xyz"),
+    "Parquet after an absolute path": lambda folder: write_mixed(folder, pq.write_table),
+    "manifest after absolute paths": lambda folder: write_mixed(folder, None),
     "saved dataset": write_saved,
     "cuts": with_relative_paths(relative_cuts),
     "cuts after an invalid line": with_relative_paths(lambda folder: relative_cuts(folder, {"type": "MonoCut"}, 1)),
@@ -171,7 +183,7 @@ def test_an_equal_list_in_another_folder_is_not_resumed(kind, model, tmp_path, m
         write_audio(tmp_path / name, frequency)
         source = PARALLEL[kind](tmp_path / name)
         jobs[name] = TokenizeConfig(
-            str(source), str(tmp_path / "out"), "lfr", model=str(model), shard_size=1, dataset="x"
+            str(source), str(tmp_path / "out"), "lfr", model=str(model), shard_size=200, dataset="x"
         )
 
     def run(name):
@@ -190,24 +202,30 @@ def test_an_equal_list_in_another_folder_is_not_resumed(kind, model, tmp_path, m
         assert run("noisy")["clips"] == 3
 
 
-def absolute_manifest(folder: Path, audio: Path) -> Path:
-    return lines(folder / "m.json", [{"audio_filepath": str(audio / f"{name}.wav")} for name in "abc"])
-
-
-def embedded_audio(folder: Path, audio: Path) -> Path:
-    cells = [{"bytes": (audio / f"{name}.wav").read_bytes(), "path": f"{name}.wav"} for name in "abc"]
-    pq.write_table(pa.table({"audio": cells}), folder / "t.parquet")
-    return folder / "t.parquet"
-
-
-@pytest.mark.parametrize("write", [absolute_manifest, embedded_audio])
-def test_a_copy_of_a_corpus_without_relative_paths_is_resumed(write, model, tmp_path):
+def test_a_copy_of_a_manifest_without_relative_paths_is_resumed(model, tmp_path):
     write_audio(tmp_path / "audio", 0.02)
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
-        source = write(tmp_path / name, tmp_path / "audio")
+        entries = [{"audio_filepath": str(tmp_path / "audio" / f"{letter}.wav")} for letter in "abc"]
+        source = lines(tmp_path / name / "m.json", entries)
         job = TokenizeConfig(str(source), str(tmp_path / "out"), "lfr", model=str(model), dataset="x")
         assert tokenize(job, workers=1, device="cpu")["clips"] == 3
+
+
+def test_a_copy_of_a_table_is_resumed_with_the_earlier_folder(model, tmp_path):
+    write_audio(tmp_path / "audio", 0.02)
+    cells = [{"bytes": (tmp_path / "audio" / f"{name}.wav").read_bytes(), "path": f"{name}.wav"} for name in "abc"]
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        pq.write_table(pa.table({"audio": cells}), tmp_path / name / "t.parquet")
+    job = TokenizeConfig(
+        str(tmp_path / "one" / "t.parquet"), str(tmp_path / "out"), "lfr", model=str(model), dataset="x"
+    )
+    assert tokenize(job, workers=1, device="cpu")["clips"] == 3
+    copy = replace(job, source=str(tmp_path / "two" / "t.parquet"))
+    with pytest.raises(NemoLfrError, match="relative paths of audio files started from"):
+        tokenize(copy, workers=1, device="cpu")
+    assert tokenize(replace(copy, audio_dir=str(tmp_path / "one")), workers=1, device="cpu")["clips"] == 3
 
 
 def test_a_plan_of_an_older_version_without_the_folder_is_resumed(model, tmp_path):

@@ -64,7 +64,7 @@ class Cuts(CorpusReader):
 
     @property
     def base(self) -> Path | None:
-        """The working directory; None if the first 100 lines have only absolute paths."""
+        """The working directory; None if all paths are absolute."""
         return Path.cwd() if has_relative_paths(self.path) else None
 
     @property

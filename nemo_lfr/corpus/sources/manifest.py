@@ -69,7 +69,6 @@ class Manifest(CorpusReader):
         is_utf16 = bool(lines) and lines[0].startswith(UTF16_MARKS)  # which json.loads would accept
         if is_utf16 or not any(_is_entry(line) for line in lines):
             raise ConfigError(f"{path}: not a NeMo manifest: {_describe_content(lines)}.")
-        self._depends_on_folder = any(_depends_on(self.audio_dir, line) for line in lines)
         if all(map(_is_in_tar, lines)) and not any(map(self._exists, lines)):
             raise ConfigError(
                 f"{path}: none of the first {counted(len(lines), 'audio file')} exists. The entries have the key "
@@ -101,8 +100,9 @@ class Manifest(CorpusReader):
 
     @property
     def base(self) -> Path | None:
-        """The folder that relative paths are resolved against; None if the first 100 lines do not depend on it."""
-        return self.audio_dir if self._depends_on_folder else None
+        """The folder that relative paths are resolved against; None if no line depends on it."""
+        with open(self.path, "rb") as file:
+            return self.audio_dir if any(_depends_on(self.audio_dir, line) for line in bounded.lines(file)) else None
 
     @property
     def files(self) -> list[Path]:

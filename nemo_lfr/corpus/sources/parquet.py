@@ -11,7 +11,7 @@ from nemo_lfr.corpus.inventory import list_digest, sampled_digest
 from nemo_lfr.corpus.sources.base import Clip, OpenOptions, ShardSpec, unreadable
 from nemo_lfr.corpus.sources.table import ROWS, Table
 from nemo_lfr.errors import ConfigError, MissingExtraError, NemoLfrError, shorten
-from nemo_lfr.io.columns import CONTEXT, known_names, repeated_column
+from nemo_lfr.io.columns import known_names, repeated_column
 from nemo_lfr.io.folders import find_files
 from nemo_lfr.io.layouts import unread_folder
 from nemo_lfr.io.numbered import check_numbered
@@ -99,21 +99,6 @@ class Parquet(Table):
         except ConfigError as error:
             raise ConfigError(f"{file}: {error}.") from error
         return table, footer
-
-    def _first_rows(self) -> Any:
-        """Return a batch of one row, with only the columns of audio."""
-        for path in self.files:
-            try:
-                table, footer = self._open(path)
-                names = known_names(table.schema_arrow.names)
-                wanted = (self.column, CONTEXT)
-                columns = [name for name in table.schema_arrow.names if names.get(name, name) in wanted]
-                groups = [index for index, group in enumerate(footer.groups) if group.num_rows][:1]
-                for rows in table.iter_batches(1, row_groups=groups, columns=columns):
-                    return rows
-            except (ConfigError, *READ_ERRORS):
-                continue
-        return None
 
     def files_of(self, shard: ShardSpec) -> list[Path]:
         """Return a list with the file from which a shard is read. It is empty for a folder that cannot be read."""

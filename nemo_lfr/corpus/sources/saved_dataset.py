@@ -3,7 +3,6 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from nemo_lfr.corpus.ids import path_inside
 from nemo_lfr.corpus.sources.base import Clip, OpenOptions, ShardSpec
@@ -80,9 +79,6 @@ class SavedDataset(Table):
         """Split the rows into shards of `size` rows."""
         total = len(self.rows)
         return [{"start": start, "count": min(size, total - start)} for start in range(0, total, size)]
-
-    def _first_rows(self) -> Any:
-        return self.rows[:1] if len(self.rows) else None
 
     def read(self, shard: ShardSpec) -> Iterator[Clip]:
         """Yield the clips of a shard in order."""

@@ -95,8 +95,8 @@ class Shar(CorpusReader):
 
     @property
     def base(self) -> Path | None:
-        """The working directory; None if the first cuts have only absolute paths or no paths."""
-        return Path.cwd() if has_relative_paths(self.fields["cuts"][0]) else None
+        """The working directory; None if all paths are absolute, or the cuts contain no paths."""
+        return Path.cwd() if any(map(has_relative_paths, self.fields["cuts"])) else None
 
     @property
     def files(self) -> list[Path]:

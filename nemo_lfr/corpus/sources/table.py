@@ -1,7 +1,6 @@
 """Base class for readers of tables with a column of audio: Parquet files and saved datasets."""
 
 import logging
-import os
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -83,24 +82,8 @@ class Table(CorpusReader):
 
     @property
     def base(self) -> Path | None:
-        """The folder that relative paths are resolved against; None if the first row has no relative path."""
-        rows = self._first_rows() if self._has_paths else None
-        if rows is None:
-            return None
-        names = known_names(rows.schema.names)
-        for index, name in enumerate(rows.schema.names):
-            if names.get(name, name) in (self.column, CONTEXT) and rows.num_rows:
-                try:
-                    audio = audio_cell(rows.column(index)[0])
-                except AudioError:
-                    return self.audio_dir  # other rows may have paths
-                if isinstance(audio, str) and not os.path.isabs(os.path.expanduser(audio)):
-                    return self.audio_dir
-        return None
-
-    def _first_rows(self) -> Any:
-        """Return an Arrow table or batch that begins with the first row; None if there are no rows."""
-        raise NotImplementedError
+        """The folder that relative paths are resolved against; None if the column of audio cannot contain paths."""
+        return self.audio_dir if self._has_paths else None
 
     @property
     def files(self) -> list[Path]:

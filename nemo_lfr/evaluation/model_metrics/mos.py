@@ -40,10 +40,9 @@ class Squim(ModelMetric):
         import torch
         from torchaudio.pipelines import SQUIM_SUBJECTIVE
 
-        if not Path(torch.hub.get_dir(), "checkpoints", WEIGHTS).is_file():
-            raise FileNotFoundError(
-                f"{WEIGHTS} is not in torch.hub's checkpoint folder; download it with SQUIM_SUBJECTIVE.get_model()"
-            )
+        path = Path(torch.hub.get_dir(), "torchaudio", "models", WEIGHTS)  # where `get_model` downloads it to
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing; download it with SQUIM_SUBJECTIVE.get_model()")
         self.model, self.device = SQUIM_SUBJECTIVE.get_model().eval().to(device), device
 
     def measure(self, original: Signal, output: Signal, labels: Mapping[str, Any]) -> dict[str, Value]:
