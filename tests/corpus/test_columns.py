@@ -436,6 +436,13 @@ def test_unlisted_audio_files_beside_a_table_are_reported(wav, tmp_path, caplog)
     assert "of the 1 audio file in this folder of tables, only those that a table lists" in caplog.text
 
 
+def test_an_error_names_the_column_that_was_read_as_audio(wav, tmp_path):
+    rows = {"thumb": [b"\x89PNG\r\n\x1a\n" + bytes(100)], "sound": [{"bytes": wav.read_bytes()}]}
+    (clip,) = clips_of(write(tmp_path / "a.parquet", rows))
+    with pytest.raises(AudioError, match=r"a\.parquet, row 0, column 'thumb': "):
+        clip.audio(RATE, 100)
+
+
 def test_a_table_of_other_columns_is_refused_by_name(tmp_path):
     with pytest.raises(ConfigError, match=r"no audio column; expected one of audio, .*found \['text'\]"):
         clips_of(write(tmp_path / "a.parquet", {"text": ["a"]}))

@@ -161,11 +161,14 @@ class Table(CorpusReader):
                 if key in cells and cells[key].is_valid and values[key] is None:
                     raise ValueError(f"{key} has the type {shorten(cells[key].type)}; expected a number of seconds")
             audio_loader = self._loader(
-                audio.get(self.column), rate, origin, {key: seconds(labels, key) for key in keys}
+                audio.get(self.column),
+                rate,
+                f"{origin}, column {self.column!r}",
+                {key: seconds(labels, key) for key in keys},
             )
             context = None
             if CONTEXT in audio and audio[CONTEXT].is_valid and self.column != CONTEXT:
-                context = self._loader(audio[CONTEXT], rate, f"{origin}, {CONTEXT}")
+                context = self._loader(audio[CONTEXT], rate, f"{origin}, column {CONTEXT!r}")
         except (AudioError, *NOT_A_LINE) as error:
             return Clip(name, origin, unreadable(f"{origin}, column {self.column!r}: {describe(error)}."))
         return Clip(name, origin, audio_loader, context, labels)
