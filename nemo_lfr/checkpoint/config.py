@@ -1,6 +1,7 @@
 """Parse model configs, and build codec modules from an allow-list of classes."""
 
 import contextlib
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -235,8 +236,11 @@ def build_part(config: Mapping[str, Any], *, weight_norm: bool = True) -> nn.Mod
     target = str(config.get("_target_", ""))
     ours, implied, defaults = our_target(target)
     arguments = {key: value for key, value in config.items() if key not in _HYDRA_KEYS}
+    known = set(inspect.signature(ours).parameters)
+    if target in NEMO_CLASSES:
+        known -= {"causal", "weight_norm"}
     for key in arguments:
-        if str(key).startswith("_") or (key in ("causal", "weight_norm") and target in NEMO_CLASSES):
+        if key not in known:
             kind = target.rpartition(".")[2]
             raise ConfigError(f"{shorten(key)} is not an argument of {kind}; remove it from the config.")
     if ours in (HiFiGANEncoder, HiFiGANDecoder):

@@ -19,6 +19,7 @@ from nemo_lfr.errors import NemoLfrError, shorten
 from nemo_lfr.modules.conv import Conv1d, ConvTranspose1d
 from nemo_lfr.modules.empty import on_meta_device
 from nemo_lfr.modules.quantizer import FiniteScalarQuantizer, GroupFiniteScalarQuantizer
+from nemo_lfr.modules.residual import ResidualBlock
 from nemo_lfr.modules.weights import contiguous_values
 
 LENGTH = 16  # hex digits
@@ -54,19 +55,19 @@ def settings_of(
         NemoLfrError: if the levels of the quantizer were changed after it was built.
     """
     groups = list(quantizer.fsqs) if isinstance(quantizer, GroupFiniteScalarQuantizer) else [quantizer]
+    wanted = list(quantizer.levels)
     for group in groups:
         assert isinstance(group, FiniteScalarQuantizer)
-        if not group.num_levels.is_meta and (levels := group.num_levels.flatten().tolist()) != list(group.levels):
+        if not group.num_levels.is_meta and (levels := group.num_levels.flatten().tolist()) != wanted:
             raise NemoLfrError(
-                f"the quantizer's num_levels are {shorten(levels)}, but it was built with {list(group.levels)}; "
+                f"the quantizer's num_levels are {shorten(levels)}, but it was built with {wanted}; "
                 "load the codec again, or build another quantizer."
             )
-    first = groups[0]
-    assert isinstance(first, FiniteScalarQuantizer)
+    eps = [float(group.eps) for group in groups if isinstance(group, FiniteScalarQuantizer)]
     return {
         "sample_rate": int(sample_rate),
         "encoder": _layers(encoder),
-        "quantizer": [quantizer.num_codebooks, list(quantizer.levels), float(first.eps)],
+        "quantizer": [quantizer.num_codebooks, list(quantizer.levels), eps[0] if len(set(eps)) == 1 else eps],
         "decoder": _layers(decoder),
     }
 
@@ -98,10 +99,23 @@ def check_described(config: Mapping[str, Any], settings: Mapping[str, Any], name
         )
 
 
+def _unused_children(module: nn.Module) -> list[nn.Module]:
+    """Return the children of a layer that do nothing unless a caller alters them; altered codecs are refused."""
+    match module:
+        case Conv1d() | ConvTranspose1d():
+            return [module.activation]
+        case ResidualBlock():
+            return [module.dropout]
+    return []
+
+
 def _layers(network: nn.Module) -> list[list[Any]]:
     """Return the name, class name and settings of each layer in a network, sorted by name."""
     layers = []
+    unused = {id(child) for module in network.modules() for child in _unused_children(module)}
     for name, module in network.named_modules():
+        if id(module) in unused:
+            continue
         match module:
             case Conv1d(conv=conv):
                 sizes = [*conv.kernel_size, *conv.stride, *conv.dilation, conv.groups, *module.pad]

@@ -9,7 +9,7 @@ from torch import nn
 
 from nemo_lfr.codec.ambient import check_weights
 from nemo_lfr.errors import NemoLfrError, shorten
-from nemo_lfr.modules.altered import STREAM, check_unaltered
+from nemo_lfr.modules.altered import STREAM, check_unaltered, is_dropping
 from nemo_lfr.modules.decoder import HiFiGANDecoder
 from nemo_lfr.modules.encoder import HiFiGANEncoder
 from nemo_lfr.modules.quantizer import FiniteScalarQuantizer, GroupFiniteScalarQuantizer
@@ -64,12 +64,16 @@ def check_network(network: nn.Module, name: str) -> None:
     A stream uses the weights of the network without calling its modules, so it would ignore hooks and replaced layers.
 
     Raises:
-        NemoLfrError: if the network has hooks or replaced layers, or `check_weights` rejects it.
+        NemoLfrError: if the network has hooks, replaced layers or active dropout, or `check_weights` rejects it.
     """
 
     def check() -> bool:
         check_weights(network, name)
         check_unaltered(network, name, STREAM)
+        if is_dropping(network):
+            raise NemoLfrError(
+                f"{name} is in training mode and has dropout, which a stream does not apply; call its eval() first."
+            )
         return True
 
     check_once(network, "streams", check)

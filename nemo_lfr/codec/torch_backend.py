@@ -22,7 +22,7 @@ from nemo_lfr.codec.streaming import StreamDecoder, StreamEncoder
 from nemo_lfr.codec.torch_arrays import TorchArrays, guard_after_fork
 from nemo_lfr.codec.tracing import check_not_tracing
 from nemo_lfr.errors import NemoLfrError
-from nemo_lfr.modules.altered import FINGERPRINT, check_unaltered, is_altered, run_decoder, run_encoder
+from nemo_lfr.modules.altered import FINGERPRINT, check_unaltered, must_call_modules, run_decoder, run_encoder
 from nemo_lfr.modules.decoder import HiFiGANDecoder
 from nemo_lfr.modules.encoder import HiFiGANEncoder
 from nemo_lfr.modules.finite import quantize
@@ -252,7 +252,7 @@ class TorchBackend:
     def encode_frames(self, audio: torch.Tensor, num_frames: list[int]) -> torch.Tensor:
         """See `Backend.encode_frames`."""
         encoder, width = self.encoder, audio.shape[1] // self.spec.samples_per_frame
-        if self.device.type == "cuda" and not is_altered(encoder):
+        if self.device.type == "cuda" and self.quantizer.is_plain and not must_call_modules(encoder):
             check_weights(encoder, f"the encoder of {self.name}")
             return self._cuda_module(encoder)(audio, num_frames, width)
         return quantize(self.quantizer, self.encode_latents(audio, num_frames))
@@ -263,7 +263,7 @@ class TorchBackend:
         encoder, width = self.encoder, audio.shape[1] // self.spec.samples_per_frame
         check_weights(encoder, f"the encoder of {self.name}")
         with self.autocast():
-            if is_altered(encoder) or self.device.type == "cuda":  # the GPU's kernels return tokens only
+            if must_call_modules(encoder) or self.device.type == "cuda":  # the GPU's kernels return tokens only
                 encoded = run_encoder(encoder, audio, num_frames, width)
             else:
                 encoded = inference.encode_frames(encoder, audio, _ends(num_frames, width, encoder.min_frames))
@@ -280,11 +280,11 @@ class TorchBackend:
         """See `Backend.decode_frames`."""
         decoder, width = self.decoder, tokens.shape[2]
         check_weights(decoder, f"the decoder of {self.name}")
-        if is_altered(decoder):
+        if must_call_modules(decoder):
             with self.autocast():
                 codes = self.quantizer.decode_unchecked(tokens.transpose(0, 1))
                 return run_decoder(decoder, codes, num_frames, self.spec.samples_per_frame).float()
-        if self.device.type == "cuda":
+        if self.device.type == "cuda" and self.quantizer.is_plain:
             return self._cuda_module(decoder)(tokens, num_frames, width)
         length = torch.tensor(num_frames, device=tokens.device) if min(num_frames) < width else None
         codes = self.quantizer.decode_unchecked(tokens.transpose(0, 1), length)

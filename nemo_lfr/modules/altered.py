@@ -3,15 +3,16 @@
 Fast inference (packed weights on a CPU, plans on CUDA) uses copies of the weights and does not call the modules.
 Forward hooks would not run, and weights that a hook recomputes before each call would not be updated (as with
 `torch.nn.utils.prune` and the older `weight_norm` and `spectral_norm`). Altered networks are therefore run by calling
-their modules.
+their modules. So are all networks while hooks for all modules are registered (`register_module_forward_hook`), and
+networks in training mode with dropout.
 """
 
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules import module as _hooks
 
 from nemo_lfr.errors import NemoLfrError
 from nemo_lfr.modules.activation import CodecActivation
@@ -37,12 +38,29 @@ def _is_patched(module: nn.Module) -> bool:
     return not _methods(kind).isdisjoint(module.__dict__)
 
 
+def has_global_hooks() -> bool:
+    """Return whether hooks for all modules are registered, as by PyTorch's `register_module_forward_hook`."""
+    return bool(
+        _hooks._global_forward_hooks
+        or _hooks._global_forward_pre_hooks
+        or _hooks._global_backward_hooks
+        or _hooks._global_backward_pre_hooks
+    )
+
+
 def must_be_called(layer: nn.Module, kind: type[nn.Module]) -> bool:
     """Return whether a layer must be run by calling it.
 
-    This is the case if the layer has hooks, or if its `forward` method is not that of the class `kind`, such as
-    `nn.Conv1d`. A kernel that only uses the weights of such a layer would give other results.
+    This is the case if the layer has hooks, if hooks for all modules are registered, or if its `forward` method is not
+    that of the class `kind`, such as `nn.Conv1d`. A kernel that only uses the weights of such a layer would give other
+    results.
     """
+    if layer._backward_hooks or layer._backward_pre_hooks or has_global_hooks():
+        return True
+    return _is_altered(layer, kind)
+
+
+def _is_altered(layer: nn.Module, kind: type[nn.Module]) -> bool:
     if layer._forward_hooks or layer._forward_pre_hooks or not isinstance(layer, kind):
         return True
     return _is_patched(layer) or type(layer).forward is not kind.forward
@@ -62,32 +80,52 @@ def _overrides(kind: Any) -> bool:
     return False
 
 
-def _layers(module: nn.Module) -> Iterator[nn.Module]:
-    """Yield the layers within a module, without the contents of activations and parametrizations."""
-    for name, child in module.named_children():
-        if name != "parametrizations" and not isinstance(child, CodecActivation):
-            yield child
-            yield from _layers(child)
-
-
 def is_altered(network: nn.Module) -> bool:
     """Return whether a network has hooks, replaced layers, or methods that a caller has patched or overridden."""
-    kinds: list[Any] = [type(network), *map(type, _layers(network))]
-    if any(map(_overrides, kinds)):
-        return True
-    for module in network.modules():
+    pending = [(network, True)]
+    while pending:
+        module, is_layer = pending.pop()
         if module._forward_hooks or module._forward_pre_hooks or _is_patched(module):
             return True
+        # Activations may contain modules of a user, and weights may have a user's parametrizations.
+        kind: Any = type(module)
+        if is_layer and _overrides(kind):
+            return True
+        is_layer = is_layer and not isinstance(module, CodecActivation)
         for name, child in module._modules.items():
-            if name == "conv" and must_be_called(child, _conv_kind(child)):  # type: ignore[arg-type]
-                return True
-            if name.endswith("_activation") and name != "out_activation" and not isinstance(child, CodecActivation):
-                return True
+            if child is not None:
+                if not _is_expected(module, name, child):
+                    return True
+                pending.append((child, is_layer and name != "parametrizations"))
     activations = getattr(network, "activations", ())
     return not all(isinstance(activation, CodecActivation) for activation in activations)
 
 
-def _conv_kind(layer: nn.Module | None) -> type[nn.Module]:
+def _is_expected(module: nn.Module, name: str, child: nn.Module) -> bool:
+    """Return whether a child that is not run by calling it is of the kind that this package builds."""
+    if name == "conv":
+        return not _is_altered(child, _conv_kind(child))
+    # NeMo's layers have the children "activation" and "dropout" too, which do nothing unless a caller sets them.
+    if name == "activation":
+        return "conv" not in module._modules or type(child) is nn.Identity
+    if name == "dropout":
+        return type(child) is nn.Dropout
+    if name == "fsqs":
+        return all(type(group).__module__.startswith("nemo_lfr.") for group in child.children())
+    return not name.endswith("_activation") or name == "out_activation" or isinstance(child, CodecActivation)
+
+
+def is_dropping(network: nn.Module) -> bool:
+    """Return whether a network is in training mode and has a dropout layer with a probability above 0."""
+    return any(isinstance(module, nn.Dropout) and module.training and module.p > 0 for module in network.modules())
+
+
+def must_call_modules(network: nn.Module) -> bool:
+    """Return whether a network must be run by calling its modules, instead of with packed weights or a plan."""
+    return has_global_hooks() or is_altered(network) or is_dropping(network)
+
+
+def _conv_kind(layer: nn.Module) -> type[nn.Module]:
     return nn.ConvTranspose1d if isinstance(layer, nn.ConvTranspose1d) else nn.Conv1d
 
 

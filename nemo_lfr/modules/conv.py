@@ -101,6 +101,10 @@ class Conv1d(nn.Module):
     A symmetric convolution pads both ends with the mode `pad_mode`. A causal one only adds zeros before the first time
     step, so that no output depends on later inputs.
 
+    The child `conv` has the settings that it has in NeMo. In a symmetric layer it pads its input itself; a causal
+    layer pads the input first. `conv` is only called if a caller has altered it (see `must_be_called`). The child
+    `activation` does nothing unless a caller replaces it.
+
     Args:
         in_channels: number of input channels.
         out_channels: number of output channels.
@@ -113,7 +117,6 @@ class Conv1d(nn.Module):
 
     Attributes:
         pad: numbers of time steps that are added before and after the signal.
-        pad_mode: PyTorch's name of the padding mode: "reflect", "constant" (zeros) or "replicate".
         stride: time steps between outputs.
         span: receptive field of an output, in time steps: (kernel_size - 1) * dilation + 1.
 
@@ -136,7 +139,6 @@ class Conv1d(nn.Module):
         super().__init__()
         if pad_mode not in PAD_MODES:
             raise ConfigError(f"pad_mode {pad_mode!r} is unknown; use one of {sorted(PAD_MODES)}.")
-        self.pad_mode = "constant" if causal else PAD_MODES[pad_mode]
         span = (kernel_size - 1) * dilation + 1
         if causal:
             self.pad = (span - stride, 0)
@@ -147,9 +149,34 @@ class Conv1d(nn.Module):
         else:
             self.pad = ((span - 1) // 2,) * 2
         # Stored here, because a caller may replace `conv` with a module that does not have them.
-        self.stride, self.span = stride, span
-        conv = nn.Conv1d(in_channels, out_channels, kernel_size, stride=stride, dilation=dilation, dtype=torch.float32)
+        self.stride, self.span, self.causal = stride, span, causal
+        self._pad_mode = "constant" if causal else PAD_MODES[pad_mode]
+        conv = nn.Conv1d(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride=stride,
+            padding=0 if causal else self.pad[0],
+            dilation=dilation,
+            padding_mode=pad_mode,  # type: ignore[arg-type]
+            dtype=torch.float32,
+        )
         self.conv = add_weight_norm(conv) if weight_norm else conv
+        self.activation = nn.Identity()
+
+    @property
+    def pad_mode(self) -> str:
+        """PyTorch's name of the padding mode: "reflect", "constant" (zeros) or "replicate"."""
+        conv = self._modules["conv"]
+        if self.causal or not isinstance(conv, nn.Conv1d):
+            return self._pad_mode
+        return PAD_MODES.get(conv.padding_mode, conv.padding_mode)
+
+    @pad_mode.setter
+    def pad_mode(self, mode: str) -> None:
+        self._pad_mode = mode
+        if not self.causal and isinstance(self.conv, nn.Conv1d):
+            setattr(self.conv, "padding_mode", "zeros" if mode == "constant" else mode)  # noqa: B010 any text, until checked
 
     @property
     def is_consistent(self) -> bool:
@@ -158,8 +185,10 @@ class Conv1d(nn.Module):
         if not isinstance(conv, nn.Conv1d):
             return True  # the caller has replaced `conv`, and this layer calls the new module
         span = (conv.kernel_size[0] - 1) * conv.dilation[0] + 1
-        settings = conv.stride[0], span, conv.padding, conv.padding_mode, conv.groups
-        return settings == (self.stride, self.span, (0,), "zeros", 1) and self.pad_mode in PAD_MODES.values()
+        settings = conv.stride[0], span, conv.groups
+        padding = (0,) if self.causal else self.pad[:1]
+        is_padded = conv.padding == padding or conv.padding == "same"
+        return settings == (self.stride, self.span, 1) and is_padded and self.pad_mode in PAD_MODES.values()
 
     @property
     def min_length(self) -> int:
@@ -177,13 +206,15 @@ class Conv1d(nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Pad and convolve: [B, H_in, T] -> [B, H_out, T // stride]."""
-        if not torch.compiler.is_compiling() and must_be_called(self.conv, nn.Conv1d):
-            result: torch.Tensor = self.conv(self.pad_ends(hidden))
-            return result
-        if self.pad_mode == "constant" and self.pad[0] == self.pad[1]:
+        if not torch.compiler.is_compiling() and _must_be_called(self):
+            result = self.conv(self.pad_ends(hidden) if self.causal else hidden)
+        elif self.pad_mode == "constant" and self.pad[0] == self.pad[1]:
             conv = self.conv
-            return convolve(hidden, conv.weight, conv.bias, conv.stride[0], conv.dilation[0], self.pad[0])
-        return self.convolve(self.pad_ends(hidden))
+            result = convolve(hidden, conv.weight, conv.bias, conv.stride[0], conv.dilation[0], self.pad[0])
+        else:
+            result = self.convolve(self.pad_ends(hidden))
+        activated: torch.Tensor = self.activation(result)
+        return activated
 
 
 class ConvTranspose1d(nn.Module):
@@ -192,6 +223,9 @@ class ConvTranspose1d(nn.Module):
     Such a convolution gives `stride` more outputs than needed. A symmetric layer removes half of the extra outputs at
     each end (if `stride` is odd, one more at the start than at the end). A causal layer removes all extra outputs at
     the end.
+
+    The child `conv` has the settings that it has in NeMo. In a symmetric layer it removes the extra outputs itself.
+    For when `conv` is called, and for the child `activation`, see `Conv1d`.
 
     Args:
         in_channels: number of input channels.
@@ -204,6 +238,7 @@ class ConvTranspose1d(nn.Module):
     Attributes:
         stride: outputs per input.
         first_sample: number of outputs that are removed at the start.
+        cut: `padding` and `output_padding` of `conv`; (0, 0) if the layer is causal.
     """
 
     def __init__(
@@ -219,8 +254,19 @@ class ConvTranspose1d(nn.Module):
         super().__init__()
         self.stride = stride
         self.first_sample = 0 if causal else (stride + 1) // 2
-        conv = nn.ConvTranspose1d(in_channels, out_channels, 2 * stride, stride, groups=groups, dtype=torch.float32)
+        self.cut = (0, 0) if causal else (self.first_sample, stride % 2)
+        conv = nn.ConvTranspose1d(
+            in_channels,
+            out_channels,
+            2 * stride,
+            stride,
+            padding=self.cut[0],
+            output_padding=self.cut[1],
+            groups=groups,
+            dtype=torch.float32,
+        )
         self.conv = add_weight_norm(conv) if weight_norm else conv
+        self.activation = nn.Identity()
 
     @property
     def is_consistent(self) -> bool:
@@ -228,8 +274,8 @@ class ConvTranspose1d(nn.Module):
         conv = self.conv
         if not isinstance(conv, nn.ConvTranspose1d):
             return True
-        settings = conv.kernel_size[0], conv.stride[0], conv.dilation[0], conv.padding, conv.output_padding
-        return settings == (2 * self.stride, self.stride, 1, (0,), (0,)) and conv.padding_mode == "zeros"
+        settings = conv.kernel_size[0], conv.stride[0], conv.dilation[0], (*conv.padding, *conv.output_padding)
+        return settings == (2 * self.stride, self.stride, 1, self.cut) and conv.padding_mode == "zeros"
 
     def overlap(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return only the outputs that depend on two inputs: [B, H_in, T] -> [B, H_out, (T - 1) * stride].
@@ -260,12 +306,20 @@ class ConvTranspose1d(nn.Module):
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Up-sample: [B, H_in, T] -> [B, H_out, T * stride]."""
         stride, length = self.stride, hidden.shape[-1]
-        hidden = F.pad(hidden, (1, 1))
-        if not torch.compiler.is_compiling() and must_be_called(self.conv, nn.ConvTranspose1d):
-            full: torch.Tensor = self.conv(hidden)[..., stride:-stride]
+        if not torch.compiler.is_compiling() and _must_be_called(self):
+            full = self.conv(hidden)
+            result = full if self.first_sample else full[..., : full.shape[-1] - stride]  # as NeMo's classes cut it
         else:
-            full = self.overlap(hidden)  # [B, H_out, (T + 1) * stride]
-        return full[..., self.first_sample : self.first_sample + length * stride]
+            full = self.overlap(F.pad(hidden, (1, 1)))  # [B, H_out, (T + 1) * stride]
+            result = full[..., self.first_sample : self.first_sample + length * stride]
+        activated: torch.Tensor = self.activation(result)
+        return activated
+
+
+def _must_be_called(layer: Conv1d | ConvTranspose1d) -> bool:
+    """Return whether the child `conv` must be called, because a caller has altered it or its settings."""
+    kind = nn.Conv1d if isinstance(layer, Conv1d) else nn.ConvTranspose1d
+    return must_be_called(layer.conv, kind) or not layer.is_consistent
 
 
 def fold(layer: Conv1d | ConvTranspose1d) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -8,12 +8,14 @@ in fp32 even under autocast, because tokens depend on its rounding.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
 from nemo_lfr.errors import ConfigError, TokensError
+from nemo_lfr.modules.altered import is_altered, must_be_called
 from nemo_lfr.modules.neural_module import NeuralModule
 
 _FINITE = "check that the audio and the weights are finite"
@@ -114,11 +116,16 @@ class FiniteScalarQuantizer(NeuralModule):
                 f"levels {levels} do not form a codebook; use at least 2 levels in each dimension, and a product "
                 "of at most 2^24."
             )
-        bases = [math.prod(levels[:dim]) for dim in range(len(levels))]
         self.levels = tuple(levels)
         self.eps = eps
-        self.register_buffer("dim_base_index", torch.tensor(bases, dtype=torch.int32).reshape(1, -1, 1))
-        self.register_buffer("num_levels", torch.tensor(levels, dtype=torch.int32).reshape(1, -1, 1))
+        for name, table in self.tables().items():
+            self.register_buffer(name, table)
+
+    def tables(self) -> dict[str, torch.Tensor]:
+        """Return the values that the buffers should have, by name; both are int32 and have the shape [1, D, 1]."""
+        bases = [math.prod(self.levels[:dim]) for dim in range(len(self.levels))]
+        values = {"dim_base_index": bases, "num_levels": list(self.levels)}
+        return {name: torch.tensor(value, dtype=torch.int32).reshape(1, -1, 1) for name, value in values.items()}
 
     @property
     def num_codebooks(self) -> int:
@@ -129,6 +136,11 @@ class FiniteScalarQuantizer(NeuralModule):
     def codebook_size(self) -> int:
         """Number of entries in the codebook: the product of the levels."""
         return math.prod(self.levels)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the quantizer has no hooks and no patched or overridden methods."""
+        return not is_altered(self) and not must_be_called(self, FiniteScalarQuantizer)
 
     @property
     def dim(self) -> int:
@@ -192,7 +204,7 @@ class FiniteScalarQuantizer(NeuralModule):
         Raises:
             TokensError: if a frame contains NaN or infinite values.
         """
-        tokens: torch.Tensor = self(inputs, input_len)[1]
+        tokens: torch.Tensor = self(inputs=inputs, input_len=input_len)[1]
         _check_tokens(tokens, inputs, self.codebook_size, input_len, "encoded frames", _FINITE)
         return tokens
 
@@ -260,6 +272,9 @@ def _check_dimensions(codes: torch.Tensor, dim: int) -> None:
 class GroupFiniteScalarQuantizer(NeuralModule):
     """Quantizer with `num_groups` codebooks, each for a group of dimensions.
 
+    The groups have the same levels, so the first group's quantizer handles all groups at once. If a caller has altered
+    one of the quantizers `fsqs`, each is called for its own group, as in NeMo.
+
     Args:
         num_groups: number of codebooks C.
         num_levels_per_group: number of levels in each dimension of one codebook; all codebooks have the same levels.
@@ -298,6 +313,26 @@ class GroupFiniteScalarQuantizer(NeuralModule):
         """Number of dimensions D of an encoded frame, for all codebooks together."""
         return self.num_groups * len(self.levels)
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether nothing is altered in this quantizer and those of the groups, so that one can handle all groups."""
+        return not is_altered(self) and self._is_uniform()
+
+    def _is_uniform(self) -> bool:
+        if torch.compiler.is_compiling():
+            return True
+        groups = self.fsqs._modules.values() if type(self.fsqs) is nn.ModuleList else ()
+        settings = set()
+        for group in groups:
+            if type(group) is not FiniteScalarQuantizer or must_be_called(group, FiniteScalarQuantizer):
+                return False
+            settings.add((group.levels, group.eps))
+        return len(groups) == self.num_groups and settings.issubset({(self.levels, self.fsqs[0].eps)})
+
+    def _split(self, values: torch.Tensor, dim: int) -> Iterator[tuple[Any, torch.Tensor]]:
+        """Yield the quantizer of each group with its part of a tensor, which is split along the dimension `dim`."""
+        return zip(self.fsqs, values.chunk(self.num_groups, dim), strict=False)  # as NeMo, if a caller changed fsqs
+
     def _fold(self, values: torch.Tensor) -> torch.Tensor:
         """Move the codebooks into the batch dimension. They have the same levels, so one quantizer handles all."""
         return torch.unflatten(values, 1, (-1, len(self.levels))).flatten(0, 1)
@@ -306,6 +341,12 @@ class GroupFiniteScalarQuantizer(NeuralModule):
         self, inputs: torch.Tensor, input_len: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Quantize, with a straight-through gradient: [B, D, T] -> codes [B, D, T] and tokens [C, B, T]."""
+        return self._quantize(inputs, input_len)
+
+    def _quantize(self, inputs: torch.Tensor, input_len: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self._is_uniform():
+            parts = [group(inputs=part, input_len=input_len) for group, part in self._split(inputs, dim=1)]
+            return torch.cat([part[0] for part in parts], dim=1), torch.cat([part[1] for part in parts], dim=0)
         codes, tokens = self.fsqs[0](self._fold(inputs))
         codes = codes.reshape(inputs.shape)
         tokens = tokens.reshape(inputs.shape[0], self.num_groups, inputs.shape[2])
@@ -317,7 +358,10 @@ class GroupFiniteScalarQuantizer(NeuralModule):
         Raises:
             TokensError: if a frame contains NaN or infinite values.
         """
-        tokens: torch.Tensor = self(inputs, input_len)[1]
+        if not self._is_uniform():
+            parts = [group.encode(inputs=part, input_len=input_len) for group, part in self._split(inputs, dim=1)]
+            return torch.cat(parts, dim=0)
+        tokens = self._quantize(inputs, input_len)[1]  # NeMo does not call `forward` and its hooks here either
         _check_tokens(tokens, inputs, self.codebook_size, input_len, "encoded frames", _FINITE)
         return tokens
 
@@ -327,6 +371,9 @@ class GroupFiniteScalarQuantizer(NeuralModule):
         Raises:
             TokensError: if the shape of `indices` is not [C, B, T], or a token is outside the codebook.
         """
+        if not self._is_uniform():
+            parts = [group.decode(indices=part, input_len=input_len) for group, part in self._split(indices, dim=0)]
+            return torch.cat(parts, dim=1)
         _check_indices(indices, self.num_codebooks, self.codebook_size, input_len)
         return self.decode_unchecked(indices, input_len)
 
@@ -335,6 +382,12 @@ class GroupFiniteScalarQuantizer(NeuralModule):
 
         A token outside the codebook is taken modulo the codebook size.
         """
+        if not self._is_uniform():
+            parts = [
+                group.decode(indices=part % group.codebook_size, input_len=input_len)
+                for group, part in self._split(indices, dim=0)
+            ]
+            return torch.cat(parts, dim=1)
         batch, frames = indices.shape[1:]
         quantizer = self.fsqs[0]
         assert isinstance(quantizer, FiniteScalarQuantizer)
@@ -383,6 +436,9 @@ class GroupFiniteScalarQuantizer(NeuralModule):
             TokensError: if the shape of `codes` is not [B, D, T], or a code is NaN, infinite or out of range.
         """
         _check_dimensions(codes, self.codebook_dim)
+        if not self._is_uniform():
+            parts = [group.codes_to_indices(codes=part) for group, part in self._split(codes, dim=1)]
+            return torch.stack([_mask(part, input_len) for part in parts], dim=1)
         quantizer = self.fsqs[0]
         assert isinstance(quantizer, FiniteScalarQuantizer)
         tokens = quantizer._to_indices(self._fold(codes))

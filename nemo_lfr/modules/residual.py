@@ -7,11 +7,14 @@ import torch
 from torch import nn
 
 from nemo_lfr.modules.activation import CodecActivation
+from nemo_lfr.modules.altered import is_dropping
 from nemo_lfr.modules.conv import Conv1d
 
 
 class ResidualBlock(nn.Module):
-    """Residual block: activation, dilated convolution, activation, convolution.
+    """Residual block: activation, dilated convolution, activation, convolution, dropout.
+
+    The dropout has a probability of 0, as in NeMo, unless a caller sets it.
 
     Args:
         channels: number of channels H.
@@ -36,6 +39,7 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.input_activation = CodecActivation(activation, channels)
         self.skip_activation = CodecActivation(activation, channels)
+        self.dropout = nn.Dropout(0.0)
         self.input_conv = Conv1d(
             channels,
             channels,
@@ -52,7 +56,12 @@ class ResidualBlock(nn.Module):
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Run the block: [B, H, T] -> [B, H, T]."""
         residual = self.input_conv(self.input_activation(hidden))
-        result: torch.Tensor = hidden + self.skip_conv(self.skip_activation(residual))
+        residual = self.skip_conv(self.skip_activation(residual))
+        if not torch.compiler.is_exporting():
+            if is_dropping(self.dropout):
+                residual = residual.contiguous()  # so that a seed drops the same values as in NeMo
+            residual = self.dropout(residual)
+        result: torch.Tensor = hidden + residual
         return result
 
 

@@ -87,18 +87,21 @@ def _replacement(name: str, config: Mapping[str, Any], stock: Any) -> torch.nn.M
         part = build_part(dict(config), weight_norm=has_norm).requires_grad_(False)
     levels = build_part(dict(config)).state_dict() if name == "vector_quantizer" else {}
     differ = [key for key, value in levels.items() if key in tensors and not torch.equal(tensors[key].cpu(), value)]
-    try:
-        if differ:
-            wanted = shorten(levels[differ[0]].flatten().tolist())
-            raise ConfigError(f"{differ[0]} is {shorten(tensors[differ[0]].flatten().tolist())} instead of {wanted}")
-        part.load_state_dict(tensors, assign=True)
-    except (RuntimeError, ConfigError) as error:
-        reason = shorten(" ".join(str(error).split()), 200)
-        raise ConfigError(f"{name} does not match the model's config: {reason}") from error
-    finally:
-        for key, value in tensors.items():
-            if value.requires_grad != needs_gradient[key]:
-                value.requires_grad_(needs_gradient[key])
+    # `load_state_dict` sets `requires_grad`. For tensors made in inference mode this is only allowed in that mode.
+    with torch.inference_mode(any(value.is_inference() for value in tensors.values())):
+        try:
+            if differ:
+                wanted = shorten(levels[differ[0]].flatten().tolist())
+                used = shorten(tensors[differ[0]].flatten().tolist())
+                raise ConfigError(f"{differ[0]} is {used} instead of {wanted}")
+            part.load_state_dict(tensors, assign=True)
+        except (RuntimeError, ConfigError) as error:
+            reason = shorten(" ".join(str(error).split()), 200)
+            raise ConfigError(f"{name} does not match the model's config: {reason}") from error
+        finally:
+            for key, value in tensors.items():
+                if value.requires_grad != needs_gradient[key]:
+                    value.requires_grad_(needs_gradient[key])
     modes = {plain_key(path): module.training for path, module in stock.named_modules()}
     for path, module in part.named_modules():
         module.training = modes.get(path, stock.training)

@@ -11,6 +11,7 @@ import torch
 from nemo_lfr.checkpoint import PARTS
 from nemo_lfr.checkpoint.names import DIRECTION, plain_key, plain_keys, spell_as
 from nemo_lfr.errors import CheckpointError, shorten
+from nemo_lfr.modules.quantizer import FiniteScalarQuantizer
 from nemo_lfr.nemo.base import DISCRIMINATOR, WAVLM, BaseModel, NeMoAudioCodecModel
 
 
@@ -80,13 +81,16 @@ class StateDicts(BaseModel):
                 f"{judged[0]}: {list(state_dict[judged[0]].shape)} instead of {list(shapes[judged[0]])}; build "
                 "the model from the config of that codec."
             )
-        levels = [key for key, value in own.items() if key.startswith("vector_quantizer.")]
-        for key in levels:
-            if key in state_dict and not torch.equal(state_dict[key].to(own[key]), own[key]):
+        tables = self._quantizer_tables()
+        for key in own:
+            wanted = tables.get(key, own[key])
+            if not key.startswith("vector_quantizer.") or key not in state_dict:
+                continue
+            if not torch.equal(state_dict[key].to(wanted), wanted):
                 raise CheckpointError(
                     f"the state dict belongs to another codec: {key} is "
                     f"{shorten(state_dict[key].flatten().tolist())} in the state dict, but "
-                    f"{shorten(own[key].flatten().tolist())} in the model; build the model from the config of that "
+                    f"{shorten(wanted.flatten().tolist())} in the model; build the model from the config of that "
                     "codec."
                 )
         state = {key: value for key, value in state_dict.items() if WAVLM not in key and key not in other}
@@ -105,6 +109,16 @@ class StateDicts(BaseModel):
                 )
         self._is_random = False
         return result
+
+    def _quantizer_tables(self) -> dict[str, torch.Tensor]:
+        """Return the values of the quantizer's buffers by key, even if the buffers are empty after `to_empty`."""
+        with torch.device("cpu"):
+            return {
+                f"{path}.{name}": value
+                for path, module in self.named_modules()
+                if isinstance(module, FiniteScalarQuantizer)
+                for name, value in module.tables().items()
+            }
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         """Rename weights to match the modules, then load them.

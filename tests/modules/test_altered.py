@@ -16,6 +16,7 @@ from nemo_lfr.codec.onnx.export import export_onnx
 from nemo_lfr.codec.programs import export_programs
 from nemo_lfr.errors import NemoLfrError
 from nemo_lfr.modules.altered import is_altered
+from nemo_lfr.modules.quantizer import FiniteScalarQuantizer
 from nemo_lfr.modules.residual import ResidualBlock
 from nemo_lfr.modules.weights import unchanged_networks, weights_version
 from tests.models import build_codec, same_parts, speech_like, write_nemo
@@ -97,6 +98,18 @@ def overridden_forward(part):
     part.res_layers[0].res_blocks[0].res_blocks[0].__class__ = LouderBlock
 
 
+def activation_of_a_convolution(part):
+    part.pre_conv.activation = nn.Tanh()
+
+
+def other_dropout(part):
+    part.res_layers[0].res_blocks[0].res_blocks[0].dropout = Halving()
+
+
+def active_dropout(part):
+    part.res_layers[0].res_blocks[0].res_blocks[0].dropout = nn.Dropout(0.5).train()
+
+
 CHANGES = [
     scaling_hook,
     hook_before,
@@ -109,6 +122,8 @@ CHANGES = [
     other_residual_layer,
     other_residual_block,
     overridden_forward,
+    activation_of_a_convolution,
+    other_dropout,
 ]
 
 
@@ -168,6 +183,42 @@ def test_stream_rejects_networks_with_hooks(change):
                 decoder.push(torch.zeros(8, 20, dtype=torch.int32).numpy())
 
 
+def test_active_dropout_is_applied_and_refused_by_streams():
+    codec = build_codec("two_stages")
+    tokens, _ = codec.encode(AUDIO, LENGTHS)
+    audio, _ = codec.decode(tokens)
+    fingerprint = codec.fingerprint
+    active_dropout(codec.encoder)
+    active_dropout(codec.decoder)
+    assert not torch.equal(codec.encode(AUDIO, LENGTHS)[0], tokens)
+    assert not torch.equal(codec.decode(tokens)[0], audio)
+    for push, data in (
+        (codec.stream_encoder().push, AUDIO[0].numpy()),
+        (codec.stream_decoder().push, tokens[0].numpy()),
+    ):
+        with pytest.raises(NemoLfrError, match="has dropout, which a stream does not apply"):
+            push(data)
+    codec.encoder.eval()
+    codec.decoder.eval()
+    assert torch.equal(codec.encode(AUDIO, LENGTHS)[0], tokens) and torch.equal(codec.decode(tokens)[0], audio)
+    assert codec.fingerprint == fingerprint
+
+
+def test_hooks_for_all_modules_are_called():
+    codec = build_codec("two_stages")
+    tokens, _ = codec.encode(AUDIO, LENGTHS)
+    audio, _ = codec.decode(tokens)
+    seen = []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, inputs, output: seen.append(module))
+    try:
+        assert torch.equal(codec.encode(AUDIO, LENGTHS)[0], tokens)
+        assert torch.allclose(codec.decode(tokens)[0], audio, atol=1e-6)
+    finally:
+        handle.remove()
+    expected = codec.encoder.pre_conv.conv, codec.quantizer.fsqs[1], codec.decoder.post_conv
+    assert set(map(id, expected)) <= set(map(id, seen))
+
+
 def test_a_hook_is_called_and_leaves_when_it_is_removed():
     codec = build_codec("two_stages")
     expected = codec.encode(AUDIO, LENGTHS)[0]
@@ -207,12 +258,29 @@ def eps(codec):
     codec.quantizer.fsqs[0].eps = 0.2
 
 
+def eps_of_one_group(codec):
+    codec.quantizer.fsqs[1].eps = 0.2
+
+
+class SteepReLU(nn.LeakyReLU):
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return super().forward(hidden * 2)
+
+
+def subclass_in_an_activation(codec):
+    codec.encoder.activations[0].activation = SteepReLU()
+
+
 def pad_mode(codec):
     codec.encoder.pre_conv.pad_mode = "replicate"
 
 
 def levels(codec):
     codec.quantizer.fsqs[1].num_levels[0, 0, 0] = 4
+
+
+def group_of_other_levels(codec):
+    codec.quantizer.fsqs[1] = FiniteScalarQuantizer([9, 8, 7, 4])
 
 
 def on_encoder(change):
@@ -223,9 +291,17 @@ def on_encoder(change):
     return changed
 
 
-HOOKED = [*map(on_encoder, CHANGES), hook_on_quantizer, patched_method]
+def replaced_group(codec):
+    codec.quantizer.fsqs[1] = OtherGroup()
+
+
+class OtherGroup(nn.Module):
+    pass
+
+
+HOOKED = [*map(on_encoder, CHANGES), hook_on_quantizer, patched_method, replaced_group]
 # Settings that a fingerprint covers, but a saved config does not.
-SETTINGS = [slopes, tanh_in_an_activation, eps, pad_mode]
+SETTINGS = [slopes, tanh_in_an_activation, subclass_in_an_activation, eps, eps_of_one_group, pad_mode]
 
 
 def fingerprint(codec, folder):
@@ -287,9 +363,10 @@ def test_changed_settings_change_the_fingerprint_and_are_not_saved(loaded, chang
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("change", [levels, group_of_other_levels])
 @pytest.mark.parametrize("door", [fingerprint, encode_file, save])
-def test_changed_levels_are_refused(loaded, door, tmp_path):
-    levels(loaded)
+def test_changed_levels_are_refused(loaded, change, door, tmp_path):
+    change(loaded)
     with pytest.raises(NemoLfrError, match="num_levels are"):
         door(loaded, tmp_path)
 
@@ -347,12 +424,28 @@ def padding_of_one_branch(part):
     part.res_layers[0].res_blocks[1].res_blocks[0].input_conv.pad_mode = "constant"
 
 
+def padding_mode_of_one_branch(part):
+    part.res_layers[0].res_blocks[1].res_blocks[0].input_conv.conv.padding_mode = "zeros"
+
+
+def subclass_in_one_branch(part):
+    part.res_layers[0].res_blocks[1].res_blocks[0].skip_activation.activation = SteepReLU()
+
+
 def tanh_in_one_branch(part):
     part.res_layers[0].res_blocks[1].res_blocks[0].skip_activation.activation = nn.Tanh()
 
 
 @pytest.mark.parametrize(
-    "change", [slope_of_one_branch, second_slope_of_one_branch, padding_of_one_branch, tanh_in_one_branch]
+    "change",
+    [
+        slope_of_one_branch,
+        second_slope_of_one_branch,
+        padding_of_one_branch,
+        padding_mode_of_one_branch,
+        tanh_in_one_branch,
+        subclass_in_one_branch,
+    ],
 )
 @torch.no_grad()
 def test_settings_of_one_branch_are_used(change):

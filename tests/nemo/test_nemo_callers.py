@@ -141,7 +141,185 @@ def test_submodule_saves_and_loads_plain_names(nemo_file, expected, target):
     assert torch.equal(tokens_of(model), expected)
 
 
+# Changes to single layers, beside stock NeMo.
+
+
+class Beside(torch.nn.Module):
+    """Adapter that adds the output of an own layer to that of a convolution."""
+
+    def __init__(self, conv):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = conv
+        self.own = torch.nn.Conv1d(conv.in_channels, conv.out_channels, 1, conv.stride)
+
+    def forward(self, inputs):
+        result = self.conv(inputs)
+        return result + 0.1 * self.own(inputs)[..., : result.shape[-1]]
+
+
+class NextToken(torch.nn.Module):
+    """Quantizer of a group whose tokens are higher by 1."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def encode(self, inputs, input_len):
+        return (self.inner.encode(inputs=inputs, input_len=input_len) + 1) % 2016
+
+    def decode(self, indices, input_len):
+        return self.inner.decode(indices=(indices + 1) % 2016, input_len=input_len)
+
+
+def on_conv(change, *layers):
+    def changed(model):
+        for part in (model.audio_encoder, model.audio_decoder):
+            for layer in layers or (part.pre_conv, part.post_conv):
+                layer = layer(part) if callable(layer) and not isinstance(layer, torch.nn.Module) else layer
+                change(layer)
+
+    return changed
+
+
+def adapter(layer):
+    layer.conv = Beside(layer.conv)
+
+
+def shifted_input(layer):
+    layer.conv.register_forward_pre_hook(lambda module, inputs: (inputs[0] + 0.3,))
+
+
+def fresh_conv(layer):
+    old = layer.conv
+    torch.manual_seed(0)
+    layer.conv = torch.nn.Conv1d(old.in_channels, old.out_channels, old.kernel_size, padding=old.padding)
+
+
+def padding_mode(layer):
+    layer.conv.padding_mode = "replicate"
+
+
+def halved_resampling(model):
+    for layer in (model.audio_encoder.down_sample_conv_layers[0], model.audio_decoder.up_sample_conv_layers[0]):
+        layer.conv.register_forward_hook(lambda module, inputs, output: output * 0.5)
+
+
+def tanh_after(layer):
+    layer.activation = torch.nn.Tanh()
+
+
+def block_of(part):
+    return part.res_layers[0].res_blocks[0].res_blocks[0]
+
+
+def smaller(block):
+    block.dropout.register_forward_hook(lambda module, inputs, output: output * 0.5)
+
+
+def group_hook(model):
+    model.vector_quantizer.fsqs[1].register_forward_hook(lambda module, inputs, out: (out[0], (out[1] + 1) % 2016))
+
+
+def group_pre_hook(model):
+    model.vector_quantizer.fsqs[1].register_forward_pre_hook(
+        lambda module, inputs, named: (inputs, named | {"inputs": named["inputs"] * 0.5}), with_kwargs=True
+    )
+
+
+def group_methods(model):
+    group = model.vector_quantizer.fsqs[1]
+    encode, decode = group.encode, group.decode
+    group.encode = lambda **named: (encode(**named) + 1) % 2016
+    group.decode = lambda **named: decode(**named) * 0.5
+
+
+def replaced_group(model):
+    model.vector_quantizer.fsqs[1] = NextToken(model.vector_quantizer.fsqs[1])
+
+
+def group_eps(model):
+    model.vector_quantizer.fsqs[1].eps = 0.2
+
+
+def quantizer_hook(model):
+    model.vector_quantizer.register_forward_hook(lambda module, inputs, out: (out[0], (out[1] + 1) % 2016))
+
+
+SURGERY = {
+    "adapter": on_conv(adapter),
+    "pre-hook": on_conv(shifted_input),
+    "fresh convolution": on_conv(fresh_conv),
+    "padding mode": on_conv(padding_mode),
+    "resampling": halved_resampling,
+    "activation": on_conv(tanh_after),
+    "dropout": on_conv(smaller, block_of),
+    "hook of a group": group_hook,
+    "pre-hook of a group": group_pre_hook,
+    "methods of a group": group_methods,
+    "replaced group": replaced_group,
+    "eps of a group": group_eps,
+    "hook of the quantizer": quantizer_hook,
+}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("surgery")
+    return {kind: write_nemo(folder / f"{kind}.nemo", codec_config(kind)) for kind in ("symmetric", "nano")}
+
+
+@pytest.mark.parametrize("kind", ["symmetric", "nano"])
+@pytest.mark.parametrize("surgery", SURGERY)
+def test_changed_layers_give_what_stock_gives(files, kind, surgery):
+    results = []
+    for model in (stock_model(files[kind]), ours(files[kind]), accelerate(stock_model(files[kind]))):
+        SURGERY[surgery](model)
+        model.eval()
+        tokens = torch.arange(9).tile(1, model.num_codebooks, 1) * 7
+        with torch.no_grad():
+            results.append((tokens_of(model), model.decode(tokens=tokens, tokens_len=torch.tensor([9]))[0]))
+    for tokens, audio in results[1:]:
+        assert torch.equal(tokens, results[0][0])
+        torch.testing.assert_close(audio, results[0][1], rtol=1e-4, atol=1e-5)
+    if surgery != "hook of the quantizer":  # stock NeMo does not call it
+        assert not torch.equal(results[0][0], tokens_of(stock_model(files[kind])))
+
+
+def test_dropout_is_applied_in_training_as_in_stock(nemo_file):
+    results = []
+    for model in (stock_model(nemo_file), ours(nemo_file), accelerate(stock_model(nemo_file))):
+        model.train()
+        layers = [module for module in model.modules() if isinstance(module, torch.nn.Dropout)]
+        for layer in layers:
+            layer.p = 0.5
+        torch.manual_seed(1)
+        results.append((len(layers), model.encode_audio(audio=AUDIO, audio_len=LENGTHS)[0].detach()))
+    for count, encoded in results[1:]:
+        assert count == results[0][0]
+        torch.testing.assert_close(encoded, results[0][1], rtol=1e-3, atol=1e-4)
+
+
+def test_weights_load_after_to_empty(nemo_file, expected):
+    model = ours(nemo_file)
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    model.to_empty(device="meta").to_empty(device="cpu").load_state_dict(state)
+    assert torch.equal(tokens_of(model), expected)
+
+
 # accelerate
+
+
+def test_accelerate_takes_a_model_that_was_loaded_in_inference_mode(nemo_file, expected):
+    with torch.inference_mode():
+        models = [stock_model(nemo_file), stock_model(nemo_file)]
+    gradients = [value.requires_grad for value in models[0].parameters()]
+    assert torch.equal(tokens_of(accelerate(models[0])), expected)
+    other_channels(models[1])
+    with pytest.raises(ConfigError):
+        accelerate(models[1])
+    for model in models:
+        assert [value.requires_grad for value in model.parameters()] == gradients
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])

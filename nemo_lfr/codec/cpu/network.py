@@ -276,12 +276,11 @@ def _scaled(ends: list[int] | None, factor: int) -> list[int] | None:
 
 def slope_of(activation: CodecActivation | None) -> float | None:
     """Return the slope of a leaky ReLU; 1 if there is no activation; None for any other activation."""
-    match activation and activation.activation:
-        case None:
-            return 1.0
-        case nn.LeakyReLU(negative_slope=slope):
-            return float(slope)
-    return None
+    inner = activation and activation.activation
+    if inner is None:
+        return 1.0
+    # Not `isinstance`: a user's subclass may compute something else.
+    return float(inner.negative_slope) if type(inner) is nn.LeakyReLU else None
 
 
 def _padded(

@@ -51,12 +51,14 @@ class Activation:
     @classmethod
     def of(cls, module: CodecActivation) -> "Activation":
         """Convert an activation module."""
-        match inner := module.activation:
-            case nn.LeakyReLU():
+        inner = module.activation
+        known = type(inner) in (nn.LeakyReLU, Snake, HalfSnake)  # a user's subclass may compute something else
+        match inner:
+            case nn.LeakyReLU() if known:
                 return cls(inner, "lrelu", inner.negative_slope)
-            case Snake():
+            case Snake() if known:
                 return cls(inner, "snake", 0.0, contiguous_values(inner.alpha).flatten())
-            case HalfSnake():
+            case HalfSnake() if known:
                 return cls(
                     inner, "snake", inner.lrelu.negative_slope, contiguous_values(inner.snake_act.alpha).flatten()
                 )
