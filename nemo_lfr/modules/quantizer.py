@@ -17,77 +17,10 @@ from torch import nn
 from nemo_lfr.errors import ConfigError, TokensError
 from nemo_lfr.modules.altered import is_altered, must_be_called
 from nemo_lfr.modules.neural_module import NeuralModule
+from nemo_lfr.modules.token_checks import check_indices, check_tokens, mask
 
 _FINITE = "check that the audio and the weights are finite"
 _IN_RANGE = "pass codes that this quantizer returned"
-
-
-def _mask(values: torch.Tensor, length: torch.Tensor | None) -> torch.Tensor:
-    """Set values [B, ..., T] after the end of each example to zero; `length` [B] has the numbers of valid frames."""
-    if length is None or bool((length == values.shape[-1]).all()):
-        return values
-    valid = torch.arange(values.shape[-1], device=values.device) < length.to(values.device)[:, None]
-    return values * valid.reshape(valid.shape[0], *[1] * (values.dim() - 2), -1)
-
-
-def _check_tokens(
-    tokens: torch.Tensor, values: torch.Tensor, codebook_size: int, length: torch.Tensor | None, name: str, remedy: str
-) -> None:
-    """Raise an error if a token is outside the codebook, or was made from NaN or infinite values.
-
-    The values are checked too, because the conversion of NaN to an integer is undefined and may give a valid token.
-    The check synchronizes a GPU. Nothing is checked while a graph is traced or captured.
-
-    Args:
-        tokens: the tokens, in any shape.
-        values: values that the tokens were made from, [B, D, T].
-        codebook_size: number of entries.
-        length: frames in each example, [B]; None for all frames.
-        name: name of `values` in messages.
-        remedy: end of the message.
-    """
-    if not _has_values(tokens):
-        return
-    is_outside = (tokens < 0) | (tokens >= codebook_size)
-    is_bad = ~values.isfinite().all(dim=1)
-    if length is not None:
-        is_bad = is_bad & (torch.arange(values.shape[-1], device=values.device) < length.to(values.device)[:, None])
-    if bool(is_outside.any() | is_bad.any()):
-        raise TokensError(
-            f"some {name} are NaN, infinite or out of range, and cannot be converted to tokens of a codebook of "
-            f"{codebook_size} entries; {remedy}."
-        )
-
-
-def _check_indices(indices: torch.Tensor, num_codebooks: int, codebook_size: int, length: torch.Tensor | None) -> None:
-    """Raise an error if tokens to decode have the wrong shape or are outside the codebook.
-
-    Checking the values synchronizes a GPU. The values are not checked while a graph is traced or captured.
-
-    Args:
-        indices: tokens, which should be [C, B, T].
-        num_codebooks: number of codebooks C.
-        codebook_size: number of entries.
-        length: frames in each example, [B]; later tokens may have any value. None for all frames.
-    """
-    if indices.dim() != 3 or indices.shape[0] != num_codebooks:
-        raise TokensError(f"tokens have shape {list(indices.shape)}; this quantizer takes [{num_codebooks}, B, T].")
-    if not _has_values(indices):
-        return
-    is_bad = ~((indices >= 0) & (indices < codebook_size))  # also for NaN
-    if length is not None:
-        is_bad = is_bad & (torch.arange(indices.shape[-1], device=indices.device) < length.to(indices.device)[:, None])
-    if bool(is_bad.any()):
-        token = indices[is_bad][0].item()
-        raise TokensError(f"the token {token} is outside [0, {codebook_size}); pass tokens of this codec.")
-
-
-def _has_values(tokens: torch.Tensor) -> bool:
-    """Return whether a tensor has values that can be read. It has none while a graph is traced or captured."""
-    is_plain = type(tokens) is torch.Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(tokens)
-    is_captured = tokens.is_cuda and torch.cuda.is_current_stream_capturing()
-    is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-    return is_plain and not is_captured and not is_traced and not tokens.is_meta and tokens.numel() > 0
 
 
 class FiniteScalarQuantizer(NeuralModule):
@@ -196,7 +129,7 @@ class FiniteScalarQuantizer(NeuralModule):
             codes = rounded / middle
             digits = rounded.detach().round().to(torch.int32) + middle
         tokens = (digits * self.dim_base_index).sum(dim=1, dtype=torch.int32)
-        return _mask(codes, input_len), _mask(tokens, input_len).unsqueeze(0)
+        return mask(codes, input_len), mask(tokens, input_len).unsqueeze(0)
 
     def encode(self, inputs: torch.Tensor, input_len: torch.Tensor | None = None) -> torch.Tensor:
         """Quantize encoded frames to tokens: [B, D, T] -> [1, B, T].
@@ -205,7 +138,7 @@ class FiniteScalarQuantizer(NeuralModule):
             TokensError: if a frame contains NaN or infinite values.
         """
         tokens: torch.Tensor = self(inputs=inputs, input_len=input_len)[1]
-        _check_tokens(tokens, inputs, self.codebook_size, input_len, "encoded frames", _FINITE)
+        check_tokens(tokens, inputs, self.codebook_size, input_len, "encoded frames", _FINITE)
         return tokens
 
     def decode(self, indices: torch.Tensor, input_len: torch.Tensor | None = None) -> torch.Tensor:
@@ -214,7 +147,7 @@ class FiniteScalarQuantizer(NeuralModule):
         Raises:
             TokensError: if the shape of `indices` is not [1, B, T], or a token is outside the codebook.
         """
-        _check_indices(indices, self.num_codebooks, self.codebook_size, input_len)
+        check_indices(indices, self.num_codebooks, self.codebook_size, input_len)
         return self.decode_unchecked(indices, input_len)
 
     def decode_unchecked(self, indices: torch.Tensor, input_len: torch.Tensor | None = None) -> torch.Tensor:
@@ -223,7 +156,7 @@ class FiniteScalarQuantizer(NeuralModule):
         A token outside the codebook is taken modulo the codebook size.
         """
         digits = (indices.squeeze(0).unsqueeze(1) // self.dim_base_index) % self.num_levels
-        return _mask(self.nonnegative_to_codes(digits), input_len)
+        return mask(self.nonnegative_to_codes(digits), input_len)
 
     # Single steps of `forward` and `decode`, under their names in NeMo.
 
@@ -252,7 +185,7 @@ class FiniteScalarQuantizer(NeuralModule):
         """
         _check_dimensions(codes, self.dim)
         tokens = self._to_indices(codes)
-        _check_tokens(tokens, codes, self.codebook_size, None, "codes", _IN_RANGE)
+        check_tokens(tokens, codes, self.codebook_size, None, "codes", _IN_RANGE)
         return tokens
 
     def _to_indices(self, codes: torch.Tensor) -> torch.Tensor:
@@ -350,7 +283,7 @@ class GroupFiniteScalarQuantizer(NeuralModule):
         codes, tokens = self.fsqs[0](self._fold(inputs))
         codes = codes.reshape(inputs.shape)
         tokens = tokens.reshape(inputs.shape[0], self.num_groups, inputs.shape[2])
-        return _mask(codes, input_len), _mask(tokens, input_len).transpose(0, 1)
+        return mask(codes, input_len), mask(tokens, input_len).transpose(0, 1)
 
     def encode(self, inputs: torch.Tensor, input_len: torch.Tensor | None = None) -> torch.Tensor:
         """Quantize encoded frames to tokens: [B, D, T] -> [C, B, T].
@@ -362,7 +295,7 @@ class GroupFiniteScalarQuantizer(NeuralModule):
             parts = [group.encode(inputs=part, input_len=input_len) for group, part in self._split(inputs, dim=1)]
             return torch.cat(parts, dim=0)
         tokens = self._quantize(inputs, input_len)[1]  # NeMo does not call `forward` and its hooks here either
-        _check_tokens(tokens, inputs, self.codebook_size, input_len, "encoded frames", _FINITE)
+        check_tokens(tokens, inputs, self.codebook_size, input_len, "encoded frames", _FINITE)
         return tokens
 
     def decode(self, indices: torch.Tensor, input_len: torch.Tensor | None = None) -> torch.Tensor:
@@ -374,7 +307,7 @@ class GroupFiniteScalarQuantizer(NeuralModule):
         if not self._is_uniform():
             parts = [group.decode(indices=part, input_len=input_len) for group, part in self._split(indices, dim=0)]
             return torch.cat(parts, dim=1)
-        _check_indices(indices, self.num_codebooks, self.codebook_size, input_len)
+        check_indices(indices, self.num_codebooks, self.codebook_size, input_len)
         return self.decode_unchecked(indices, input_len)
 
     def decode_unchecked(self, indices: torch.Tensor, input_len: torch.Tensor | None = None) -> torch.Tensor:
@@ -392,7 +325,7 @@ class GroupFiniteScalarQuantizer(NeuralModule):
         quantizer = self.fsqs[0]
         assert isinstance(quantizer, FiniteScalarQuantizer)
         codes = quantizer.decode_unchecked(indices.transpose(0, 1).flatten(0, 1)[None])
-        return _mask(codes.reshape(batch, self.codebook_dim, frames), input_len)
+        return mask(codes.reshape(batch, self.codebook_dim, frames), input_len)
 
     def dropout_codebooks(self, encoded: torch.Tensor, num_codebooks: torch.Tensor) -> torch.Tensor:
         """Keep the first codebooks of each example, and set the dimensions of the other codebooks to zero.
@@ -438,10 +371,10 @@ class GroupFiniteScalarQuantizer(NeuralModule):
         _check_dimensions(codes, self.codebook_dim)
         if not self._is_uniform():
             parts = [group.codes_to_indices(codes=part) for group, part in self._split(codes, dim=1)]
-            return torch.stack([_mask(part, input_len) for part in parts], dim=1)
+            return torch.stack([mask(part, input_len) for part in parts], dim=1)
         quantizer = self.fsqs[0]
         assert isinstance(quantizer, FiniteScalarQuantizer)
         tokens = quantizer._to_indices(self._fold(codes))
-        tokens = _mask(torch.unflatten(tokens, 0, (codes.shape[0], self.num_groups)), input_len)
-        _check_tokens(tokens, codes, self.codebook_size, input_len, "codes", _IN_RANGE)
+        tokens = mask(torch.unflatten(tokens, 0, (codes.shape[0], self.num_groups)), input_len)
+        check_tokens(tokens, codes, self.codebook_size, input_len, "codes", _IN_RANGE)
         return tokens

@@ -1,0 +1,73 @@
+"""Checks and masks of the tokens and values that a quantizer receives or returns."""
+
+import torch
+
+from nemo_lfr.errors import TokensError
+
+
+def mask(values: torch.Tensor, length: torch.Tensor | None) -> torch.Tensor:
+    """Set values [B, ..., T] after the end of each example to zero; `length` [B] has the numbers of valid frames."""
+    if length is None or bool((length == values.shape[-1]).all()):
+        return values
+    valid = torch.arange(values.shape[-1], device=values.device) < length.to(values.device)[:, None]
+    return values * valid.reshape(valid.shape[0], *[1] * (values.dim() - 2), -1)
+
+
+def check_tokens(
+    tokens: torch.Tensor, values: torch.Tensor, codebook_size: int, length: torch.Tensor | None, name: str, remedy: str
+) -> None:
+    """Raise an error if a token is outside the codebook, or was made from NaN or infinite values.
+
+    The values are checked too, because the conversion of NaN to an integer is undefined and may give a valid token.
+    The check synchronizes a GPU. Nothing is checked while a graph is traced or captured.
+
+    Args:
+        tokens: the tokens, in any shape.
+        values: values that the tokens were made from, [B, D, T].
+        codebook_size: number of entries.
+        length: frames in each example, [B]; None for all frames.
+        name: name of `values` in messages.
+        remedy: end of the message.
+    """
+    if not has_values(tokens):
+        return
+    is_outside = (tokens < 0) | (tokens >= codebook_size)
+    is_bad = ~values.isfinite().all(dim=1)
+    if length is not None:
+        is_bad = is_bad & (torch.arange(values.shape[-1], device=values.device) < length.to(values.device)[:, None])
+    if bool(is_outside.any() | is_bad.any()):
+        raise TokensError(
+            f"some {name} are NaN, infinite or out of range, and cannot be converted to tokens of a codebook of "
+            f"{codebook_size} entries; {remedy}."
+        )
+
+
+def check_indices(indices: torch.Tensor, num_codebooks: int, codebook_size: int, length: torch.Tensor | None) -> None:
+    """Raise an error if tokens to decode have the wrong shape or are outside the codebook.
+
+    Checking the values synchronizes a GPU. The values are not checked while a graph is traced or captured.
+
+    Args:
+        indices: tokens, which should be [C, B, T].
+        num_codebooks: number of codebooks C.
+        codebook_size: number of entries.
+        length: frames in each example, [B]; later tokens may have any value. None for all frames.
+    """
+    if indices.dim() != 3 or indices.shape[0] != num_codebooks:
+        raise TokensError(f"tokens have shape {list(indices.shape)}; this quantizer takes [{num_codebooks}, B, T].")
+    if not has_values(indices):
+        return
+    is_bad = ~((indices >= 0) & (indices < codebook_size))  # also for NaN
+    if length is not None:
+        is_bad = is_bad & (torch.arange(indices.shape[-1], device=indices.device) < length.to(indices.device)[:, None])
+    if bool(is_bad.any()):
+        token = indices[is_bad][0].item()
+        raise TokensError(f"the token {token} is outside [0, {codebook_size}); pass tokens of this codec.")
+
+
+def has_values(tokens: torch.Tensor) -> bool:
+    """Return whether a tensor has values that can be read. It has none while a graph is traced or captured."""
+    is_plain = type(tokens) is torch.Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(tokens)
+    is_captured = tokens.is_cuda and torch.cuda.is_current_stream_capturing()
+    is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    return is_plain and not is_captured and not is_traced and not tokens.is_meta and tokens.numel() > 0
