@@ -33,6 +33,7 @@ import soundfile
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
@@ -389,8 +390,8 @@ def read_config(path: Path, overrides: list[str]) -> DictConfig:
         config = OmegaConf.merge(config, OmegaConf.from_dotlist(overrides))
         for key in ("tokens", "out"):
             _ = config[key]  # raises for ???
-    except (OSError, OmegaConfBaseException) as error:
-        reason = str(error).splitlines()[0]
+    except (OSError, OmegaConfBaseException, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split()) if isinstance(error, yaml.YAMLError) else str(error).splitlines()[0]
         raise NemoLfrError(f"{path.name}: {reason}; pass options such as tokens=FOLDER out=FOLDER.") from error
     assert isinstance(config, DictConfig)
     check_numbers(config, OmegaConf.to_container(OmegaConf.load(CONFIG)))
@@ -405,6 +406,9 @@ def check_numbers(config: Any, defaults: Any, prefix: str = "") -> None:
     """Raise NemoLfrError if a number is negative, is 0 although it must be positive, or has the wrong type."""
     for key, default in defaults.items():
         value = config[key]
+        if isinstance(default, dict) and not isinstance(value, DictConfig):
+            example = next(iter(default))
+            raise NemoLfrError(f"{prefix}{key} is {value!r}; set its values, such as {prefix}{key}.{example}=...")
         if isinstance(default, dict):
             check_numbers(value, default, f"{key}.")
         elif isinstance(default, int | float):
@@ -413,6 +417,9 @@ def check_numbers(config: Any, defaults: Any, prefix: str = "") -> None:
             if isinstance(value, bool) or is_low:
                 allowed = "0 or a positive" if key in ZERO else "a positive"
                 raise NemoLfrError(f"{prefix}{key} is {value!r}; pass {allowed} {type(default).__name__}.")
+            if (key == "seed" and value >= 2**40) or (key == "temperature" and value < 1e-3):
+                bound = "less than 2^40" if key == "seed" else "0.001 or more"
+                raise NemoLfrError(f"{key} is {value!r}; pass {bound}.")
 
 
 @contextlib.contextmanager

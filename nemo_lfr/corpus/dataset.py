@@ -83,7 +83,7 @@ class TokenDataset(IterableDataset[TokenizedUtterance]):
         self.buffer_size, self.bucket_size = buffer_size, bucket_size
         self._given = None if rank is None or world_size is None else (rank, world_size)
         self._inherited: tuple[int, int, bool] | None = None
-        self._epoch = _shared_zero()  # shared memory, so that data loader workers see updates
+        self._epoch = _shared(torch.zeros((), dtype=torch.int64))
         self._progress: dict[str, int] | None = None
         self._resumed: dict[str, Any] | None = None
 
@@ -94,6 +94,16 @@ class TokenDataset(IterableDataset[TokenizedUtterance]):
         """
         inherited = (*self._place(), _is_accelerated()) if _is_distributed() else self._inherited
         return self.__dict__ | {"_inherited": inherited}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a pickled or copied dataset.
+
+        The epoch of a dataset that a data loader sends to a spawned worker is still in shared memory; that of other
+        copies is moved there again.
+        """
+        self.__dict__.update(state)
+        if not self._epoch.is_shared():
+            self._epoch = _shared(self._epoch)
 
     @property
     def num_codebooks(self) -> int:
@@ -325,11 +335,11 @@ def _pad(rows: Sequence[torch.Tensor], pad: int) -> tuple[torch.Tensor, torch.Te
     return padded, lengths, torch.arange(padded.shape[2]) < lengths[:, None]
 
 
-def _shared_zero() -> torch.Tensor:
+def _shared(epoch: torch.Tensor) -> torch.Tensor:
+    """Move the epoch into shared memory, so that data loader workers see updates."""
     with sharing("data loader workers"):
-        zero = torch.zeros((), dtype=torch.int64)
-        cast(Callable[[], torch.Tensor], zero.share_memory_)()  # torch declares no types for it
-        return zero
+        cast(Callable[[], torch.Tensor], epoch.share_memory_)()  # torch declares no types for it
+        return epoch
 
 
 def _is_distributed() -> bool:

@@ -15,6 +15,9 @@ from nemo_lfr.io.atomic import check_overwrite, naming, open_temporary, publish,
 from nemo_lfr.io.decoders import sndfile_reason
 from nemo_lfr.io.folders import WRITABLE_FORMATS, WRITABLE_SUFFIXES
 
+# libsndfile writes a file of 0 bytes in this case.
+NO_EMPTY = "the recording has no samples, and {} files cannot be empty"
+
 
 def pcm16(wave: np.ndarray) -> bytes:
     """Return samples [T] as little-endian 16-bit PCM, rounded; values outside [-1, 1) are clipped."""
@@ -37,13 +40,15 @@ class AudioWriter:
     Raises:
         OutputExistsError: if the file exists when writing starts or ends, and `overwrite` is not set.
         NemoLfrError: if the suffix of `path` is not in `WRITABLE_SUFFIXES`.
-        AudioError: if the format does not support the sample rate.
+        AudioError: if the format does not support the sample rate, or a FLAC file would contain no samples. An error
+            about the number of samples is raised when the `with` block ends.
     """
 
     def __init__(self, path: str | os.PathLike[str], sample_rate: int, *, overwrite: bool = False) -> None:
         self.path = Path(path)
         self._overwrite = overwrite
         check_overwrite(self.path, overwrite)
+        self._num_samples = 0
         kind = self.path.suffix[1:]
         if kind.lower() not in WRITABLE_FORMATS:
             # Lossy formats would change the audio, and some of them the number of samples.
@@ -86,6 +91,7 @@ class AudioWriter:
                 f"{self.path}: the file could not be written; the incomplete file was removed."
             ) from error
         self._sink.check(self.path)
+        self._num_samples += len(wave)
 
     def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
         temporary = Path(self._raw.name)
@@ -97,6 +103,8 @@ class AudioWriter:
                     self._raw.flush()
                     sync(self._raw.fileno())
                 if kind is None:
+                    if not self._num_samples and self.path.suffix.lower() == ".flac":
+                        raise AudioError(f"{self.path}: {NO_EMPTY.format('FLAC')}; write .wav instead.")
                     publish(temporary, self.path, self._overwrite)
         finally:
             temporary.unlink(missing_ok=True)

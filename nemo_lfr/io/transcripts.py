@@ -1,12 +1,16 @@
 """Read the transcripts of a speech corpus: text files beside recordings, and lists of texts."""
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from nemo_lfr.errors import NemoLfrError, printable, shorten
 from nemo_lfr.io.folders import BROKEN
 from nemo_lfr.io.text import decode, read_lines
+
+# The numbers of the first and last sample, which precede the sentence in the text files of TIMIT
+_TIMIT = re.compile(r"^0 \d{4,6} (?=\S)")
 
 
 def text_of(*transcripts: Path) -> tuple[dict[str, str], str | None]:
@@ -27,7 +31,7 @@ def text_of(*transcripts: Path) -> tuple[dict[str, str], str | None]:
             if isinstance(error, OSError) and error.errno in BROKEN and not os.path.lexists(transcript):
                 continue
             return {}, f"the transcript {transcript.name}: {why_unreadable(error, transcript)}"
-        return {"text": " ".join(line for line in lines if line.strip())}, None
+        return {"text": _TIMIT.sub("", " ".join(line for line in lines if line.strip()))}, None
     return {}, None
 
 

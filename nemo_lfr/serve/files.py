@@ -19,8 +19,9 @@ import soundfile
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from nemo_lfr.errors import NemoLfrError, shorten
+from nemo_lfr.errors import AudioError, NemoLfrError, shorten
 from nemo_lfr.io.audio import AudioReader, Resampler
+from nemo_lfr.io.audio_writer import NO_EMPTY
 from nemo_lfr.io.token_file import Metadata, TokenStreamReader, TokenStreamWriter
 from nemo_lfr.serve.engine import Engine
 from nemo_lfr.serve.protocol import (
@@ -197,6 +198,7 @@ class _AudioFile:
         container, subtype, self._media_type = _FORMATS[kind]
         rate = OPUS_RATE if kind == "opus" else sample_rate
         self._resampler = Resampler(sample_rate, rate) if rate != sample_rate else None
+        self._kind, self._num_samples = kind, 0
         self._file = tempfile.TemporaryFile(prefix="nemo-lfr-")  # noqa: SIM115  the response still reads it
         self._writer = soundfile.SoundFile(self._file, "w", rate, 1, subtype, format=container)
 
@@ -205,11 +207,18 @@ class _AudioFile:
         if self._resampler is not None:
             audio = self._resampler.push(audio, last=last)
         self._writer.write(audio.clip(-1, 1))
+        self._num_samples += len(audio)
 
     def response(self) -> Response:
-        """Finish the file, and return a response that sends it."""
+        """Finish the file, and return a response that sends it.
+
+        Raises:
+            AudioError: if a FLAC or Opus file would contain no samples.
+        """
         self.write(np.zeros(0, np.float32), last=True)
         self._writer.close()
+        if not self._num_samples and self._kind != "wav":
+            raise AudioError(f"{NO_EMPTY.format(self._kind)}; use format=wav.")
         size = self._file.seek(0, io.SEEK_END)
         self._file.seek(0)
         pieces = iter(functools.partial(self._file.read, _PIECE), b"")

@@ -1,6 +1,8 @@
 """Tests of `TokenDataset`: equal shares in real process groups, workers, batches and damaged files."""
 
+import copy
 import gzip
+import io
 import json
 import os
 import pickle
@@ -142,6 +144,25 @@ def test_epochs_have_different_orders_shared_by_workers(folders):
             dataset.set_epoch(epoch)
             orders.append([utterance.id for utterance in loader])
     assert orders == [first, second] * 2
+
+
+def saved(dataset):
+    file = io.BytesIO()
+    torch.save(dataset, file)
+    return torch.load(io.BytesIO(file.getvalue()), weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [lambda dataset: pickle.loads(pickle.dumps(dataset)), copy.deepcopy, saved])
+def test_workers_of_a_copied_dataset_see_its_epoch(copied, folders):
+    dataset = TokenDataset(folders["lfr"], shuffle=True)
+    expected = [[utterance.id for utterance in dataset] for _ in range(2)]
+    duplicate = copied(TokenDataset(folders["lfr"], shuffle=True))
+    loader = DataLoader(duplicate, batch_size=None, num_workers=1, persistent_workers=True)
+    orders = []
+    for epoch in (0, 1):
+        duplicate.set_epoch(epoch)
+        orders.append([utterance.id for utterance in loader])
+    assert orders == expected
 
 
 @pytest.mark.parametrize("shuffle", [False, True])

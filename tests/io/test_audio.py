@@ -235,6 +235,16 @@ def test_written_files_are_16_bit_mono_and_read_back(tmp_path, suffix):
     assert len(list(tmp_path.iterdir())) == 1
 
 
+@pytest.mark.parametrize("suffix", [".flac", ".FLAC"])
+def test_an_empty_recording_is_not_written_as_flac(tmp_path, suffix):
+    with (
+        pytest.raises(AudioError, match=r"no samples, and FLAC files cannot be empty; write \.wav"),
+        AudioWriter(tmp_path / f"a{suffix}", 22050) as writer,
+    ):
+        writer.write(np.zeros(0, np.float32))
+    assert not list(tmp_path.iterdir())
+
+
 def test_samples_at_full_scale_do_not_wrap_round(tmp_path):
     wave = np.array([1.0, -1.0, 1.5, -1.5], np.float32)
     with AudioWriter(tmp_path / "a.wav", 22050) as writer:

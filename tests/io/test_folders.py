@@ -224,6 +224,22 @@ def test_a_transcript_is_used_or_counted_as_skipped(names, text, skipped, tmp_pa
     assert caplog.messages == ([f"{tmp_path}: 1 file found; {skipped}"] if skipped else [])
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("0 46797 She had your dark suit.\n", "She had your dark suit."),  # TIMIT
+        ("0 10 is a score", "0 10 is a score"),
+        ("1 46797 people", "1 46797 people"),
+        ("0 46797", "0 46797"),
+    ],
+)
+def test_the_sample_numbers_of_timit_are_removed(text, expected, tmp_path):
+    make(tmp_path, "a.wav")
+    (tmp_path / "a.TXT").write_text(text)
+    (utterance,) = folder_layout(tmp_path)
+    assert utterance.labels == {"text": expected}
+
+
 def test_a_glob_with_two_stars_ends_where_links_lead_back(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("a.wav", "x/b.wav", "x/y[1]/c.wav", ".hidden/d.wav", "x/.e.wav", "far/f.wav", "x/y[1]/n.txt"):

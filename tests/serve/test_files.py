@@ -163,6 +163,17 @@ def test_a_decoded_file_is_not_held_in_memory(tmp_path, monkeypatch):
         assert abs(len(result) / rate - 3.0) < 0.001
 
 
+@pytest.mark.parametrize("kind", files._FORMATS)
+def test_an_empty_recording_is_only_sent_as_wav(kind):
+    with running() as server:
+        headers = {"Content-Type": "application/json"}
+        status, body = post(server, f"/v1/decode?format={kind}", b'{"tokens": []}', **headers)
+    if kind == "wav":
+        assert status == 200 and len(soundfile.read(io.BytesIO(body))[0]) == 0
+    else:
+        assert status == 400 and f"{kind} files cannot be empty; use format=wav".encode() in body
+
+
 def test_a_thread_that_reads_is_awaited_when_its_task_is_canceled():
     reading, proceed = threading.Event(), threading.Event()
 
