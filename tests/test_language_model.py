@@ -258,7 +258,7 @@ def test_two_ranks_stop_together_and_resume_exactly(undisturbed, tmp_path):
         ("model.width=33", "model.width is 33; pass a multiple of model.heads"),
         ("model=null", "model is None; set its values, such as model.width=..."),
         ("model=3", "model is 3; set its values"),
-        ("tokens={{", "flow mapping"),
+        ("tokens={{", "while parsing"),
         ("seed=9223372036854775807", "seed is 9223372036854775807; pass less than"),
         ("temperature=1e-40", "temperature is 1e-40; pass 0.001 or more"),
         ("model.layers=2", "saved with other values of model; restore .* another out="),

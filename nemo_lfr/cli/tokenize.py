@@ -43,6 +43,10 @@ class FormatName(click.Choice):  # type: ignore[type-arg]  # generic in recent r
         return value
 
 
+# A repaired list, text file or folder changes the list of clips, so the run cannot be resumed.
+AFTER_REPAIR = "after repairing audio files, rerun with --retry-failed; after other repairs, choose another --out"
+
+
 @click.command(cls=Command, result=TokenizeResult, short_help="Tokenize a corpus.")
 @click.argument("corpus", type=UserPath())
 @click.option("--out", type=UserPath(file_okay=False), required=True, help="Folder for the tokens.")
@@ -178,7 +182,7 @@ def _report(out: Path, done: dict[str, Any], failures: list[dict[str, str]]) -> 
     if failures and missing:
         echo_stderr(f"{text}; {counted(len(failures), 'clip')} failed; failures.jsonl will list them")
     elif failures:
-        echo_stderr(f"{text}; {len(failures)} failed, see {failures_file}; fix them and rerun with --retry-failed")
+        echo_stderr(f"{text}; {len(failures)} failed, see {failures_file}; {AFTER_REPAIR}")
     else:
         note(text)
     session = current()

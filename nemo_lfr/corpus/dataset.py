@@ -1,6 +1,7 @@
 """PyTorch dataset that reads a folder of tokens, for training language models."""
 
 import contextlib
+import os
 import random
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -83,7 +84,7 @@ class TokenDataset(IterableDataset[TokenizedUtterance]):
         self.buffer_size, self.bucket_size = buffer_size, bucket_size
         self._given = None if rank is None or world_size is None else (rank, world_size)
         self._inherited: tuple[int, int, bool] | None = None
-        self._epoch = _shared(torch.zeros((), dtype=torch.int64))
+        self._shared_epoch, self._owner = _shared(torch.zeros((), dtype=torch.int64)), os.getpid()
         self._progress: dict[str, int] | None = None
         self._resumed: dict[str, Any] | None = None
 
@@ -102,8 +103,18 @@ class TokenDataset(IterableDataset[TokenizedUtterance]):
         copies is moved there again.
         """
         self.__dict__.update(state)
-        if not self._epoch.is_shared():
-            self._epoch = _shared(self._epoch)
+        self._shared_epoch = _shared(self._shared_epoch)  # does nothing if it is in shared memory
+
+    @property
+    def _epoch(self) -> torch.Tensor:
+        """The current epoch, in memory that this process shares with its data loader workers.
+
+        A process that inherited the dataset, such as a rank started by `torch.multiprocessing.spawn`, gets an epoch of
+        its own: its passes must not change the order in other processes.
+        """
+        if self._owner != os.getpid() and get_worker_info() is None:
+            self._shared_epoch, self._owner = _shared(self._shared_epoch.clone()), os.getpid()
+        return self._shared_epoch
 
     @property
     def num_codebooks(self) -> int:

@@ -26,6 +26,11 @@ def text_of(*transcripts: Path) -> tuple[dict[str, str], str | None]:
     for transcript in transcripts:
         try:
             os.lstat(transcript)  # a broken link counts as an unreadable transcript
+        except PermissionError:
+            continue  # the folder cannot be entered, so the recording cannot be read either
+        except OSError:
+            pass  # `read_lines` raises it again
+        try:
             lines = [decode(line) for line in read_lines(transcript)]
         except (OSError, ValueError) as error:
             if isinstance(error, OSError) and error.errno in BROKEN and not os.path.lexists(transcript):

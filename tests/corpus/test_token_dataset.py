@@ -165,6 +165,31 @@ def test_workers_of_a_copied_dataset_see_its_epoch(copied, folders):
     assert orders == expected
 
 
+def read_epochs(dataset, barrier, queue):
+    orders = []
+    for _ in range(2):
+        barrier.wait()
+        orders.append([utterance.id for utterance in DataLoader(dataset, batch_size=None)])
+        barrier.wait()
+    queue.put(orders)
+
+
+@pytest.mark.parametrize("method", [pytest.param("spawn", marks=pytest.mark.slow), "fork"])
+def test_processes_that_inherit_a_dataset_count_their_own_epochs(method, folders):
+    if method not in torch.multiprocessing.get_all_start_methods():
+        pytest.skip(f"no start method {method}")
+    context = torch.multiprocessing.get_context(method)
+    dataset = TokenDataset(folders["lfr"], shuffle=True)
+    barrier, queue = context.Barrier(2), context.Queue()
+    processes = [context.Process(target=read_epochs, args=(dataset, barrier, queue)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    first, second = (queue.get(timeout=120) for _ in processes)
+    for process in processes:
+        process.join()
+    assert first == second == [[utterance.id for utterance in dataset] for _ in range(2)]
+
+
 @pytest.mark.parametrize("shuffle", [False, True])
 @pytest.mark.parametrize("world_size", [2, 3])
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from nemo_lfr.errors import NemoLfrError
 from nemo_lfr.io.folders import AUDIO_SUFFIXES, MEDIA_SUFFIXES, SOUND_SUFFIXES, find_files, find_matches
 from nemo_lfr.io.layouts import LAYOUTS
 from nemo_lfr.io.layouts import folder as folder_layout
+from nemo_lfr.io.transcripts import text_of
 from tests.permissions import closed
 
 # Formats that libsndfile reads, but that are skipped in folders: such files have no header, or are rarely audio.
@@ -262,3 +263,11 @@ def test_a_glob_with_two_stars_ends_where_links_lead_back(tmp_path, monkeypatch)
     assert find_matches("nothing/**/*.wav") == []
     monkeypatch.chdir(tmp_path / "g")
     assert find_matches("**/*.wav") == wanted
+
+
+def test_a_folder_that_cannot_be_entered_is_not_a_problem_of_the_transcript(tmp_path):
+    folder = tmp_path / "sub"
+    folder.mkdir()
+    make(tmp_path, "sub/u0.wav")
+    with closed(folder, root=tmp_path):
+        assert text_of(folder / "u0.txt", folder / "u0.TXT") == ({}, None)
