@@ -211,9 +211,13 @@ def load_or_create_plan(
         stored["audio_dir"] = expected["audio_dir"]
     if differ := sorted(key for key in expected if stored.get(key) != expected[key]):
         reasons = "; ".join(_difference(key, stored.get(key), expected[key]) for key in differ)
-        raise NemoLfrError(
-            f"{config.out}: the folder contains the tokens of another run ({reasons}); choose another --out."
-        )
+        remedy = "choose another --out"
+        if differ == ["audio_dir"] and isinstance(stored["audio_dir"], str):
+            how = f"run the command in {stored['audio_dir']}"
+            if not corpus.follows_working_directory:
+                how = f"pass --audio-dir {stored['audio_dir']}"
+            remedy += f", or {how} if it is the same audio"
+        raise NemoLfrError(f"{config.out}: the folder contains the tokens of another run ({reasons}); {remedy}.")
     stored_shards: list[dict[str, Any]] = stored["parts"]
     return stored_shards
 
@@ -240,7 +244,7 @@ def _difference(key: str, stored: Any, expected: Any) -> str:
     if key in ("corpus", "codec"):
         return f"the {key} is another one or was changed"
     if key == "audio_dir" and None not in (stored, expected):
-        return f"relative paths of audio files started from {stored}, but now start from {expected}"
+        return f"the folder that relative paths start from was {stored}, but is now {expected}"
     option = {"kind": "--format", "entropy model": "the entropy model"}.get(key, f"--{key.replace('_', '-')}")
     return f"{option} was {stored!r}, but is now {expected!r}"
 

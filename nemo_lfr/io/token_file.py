@@ -79,6 +79,7 @@ from nemo_lfr.io.locate import expand_home
 from nemo_lfr.io.packing import check_range, pack, unpack
 from nemo_lfr.io.regular import open_regular
 from nemo_lfr.io.resampling import count_samples
+from nemo_lfr.io.whole import read_whole, write_whole
 from nemo_lfr.spec import CodecSpec, KnownCodec, check_text
 
 logger = logging.getLogger(__name__)
@@ -185,7 +186,7 @@ class TokenStreamWriter:
     def _write_section(self, data: bytes, before: bytes = b"") -> bytes:
         """Write a section and its CRC field, and return the CRC field. The CRC covers `before` and the section."""
         checksum = struct.pack("<I", zlib.crc32(data, zlib.crc32(before)))
-        self._file.write(data + checksum)
+        write_whole(self._file, data + checksum)
         self._file.flush()  # so that the block survives if the process is killed
         return checksum
 
@@ -416,7 +417,7 @@ class _Sections:
         return TokenFileError(f"{self.path}: {reason}{conclusion}.{hint}")
 
     def _take(self, size: int) -> bytes:
-        data = self._file.read(size)
+        data = read_whole(self._file, size)
         if len(data) != size:
             raise self._fail("the data ends too early")
         return data
@@ -434,7 +435,7 @@ class _Sections:
         return checksum
 
     def _read_header(self) -> tuple[int, int, Metadata]:
-        head = self._file.read(5)
+        head = read_whole(self._file, 5)
         if not head:
             raise TokenFileError(
                 f"{self.path}: the input is empty; check the program that wrote it, or copy it again."
@@ -559,7 +560,7 @@ class _Sections:
         """Read and check the rest of the end section, after its first field; return the number of samples."""
         fields = self._take(8 if self.version == 1 else 12)
         self._check(bytes(4) + fields, "the end section")
-        if self._file.read(1):
+        if read_whole(self._file, 1):
             raise self._fail("other bytes follow its end section")
         if self.version > 1 and fields[8:] != struct.pack("<I", self._outline):
             raise self._fail("its blocks were replaced or reordered", conclusion="")

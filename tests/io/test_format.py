@@ -16,7 +16,14 @@ from hypothesis import strategies as st
 
 from nemo_lfr.errors import NemoLfrError, TokenFileError, TokensError
 from nemo_lfr.io.packing import pack
-from nemo_lfr.io.token_file import MAX_BLOCK_FRAMES, Metadata, TokenReader, TokenStreamReader, TokenWriter
+from nemo_lfr.io.token_file import (
+    MAX_BLOCK_FRAMES,
+    Metadata,
+    TokenReader,
+    TokenStreamReader,
+    TokenStreamWriter,
+    TokenWriter,
+)
 from tests.crash import ROOT, killed_at_random_moments, on_a_full_disk
 from tests.models import build_codec, cached_codec
 from tests.tiers import slow_after
@@ -282,6 +289,52 @@ def test_a_huge_duration_ends_with_the_recording(tmp_path):
     path = write(tmp_path / "a.lfr", RELEASED, [random_tokens(RELEASED, 2)], 2048)
     with TokenReader(path) as reader:
         assert reader.samples_between(0.0, 1e306) == (0, 2048)
+
+
+class InPieces(io.RawIOBase):
+    """Unbuffered file that reads and writes at most three bytes per call, as a pipe may do."""
+
+    def __init__(self, data=b""):
+        self.file = io.BytesIO(data)
+
+    def readable(self):
+        return True
+
+    def writable(self):
+        return True
+
+    def read(self, size=-1):
+        return self.file.read(min(size, 3))
+
+    def write(self, data):
+        return self.file.write(data[:3])
+
+
+class NonBlocking(InPieces):
+    def read(self, size=-1):
+        return None
+
+    def write(self, data):
+        return None
+
+
+def test_pipes_that_transfer_a_few_bytes_at_a_time_lose_none(tmp_path):
+    tokens = random_tokens(RELEASED, 5)
+    expected, pieces = io.BytesIO(), InPieces()
+    for file in (expected, pieces):
+        writer = TokenStreamWriter(file, RELEASED)
+        writer.write(tokens)
+        writer.finish(5 * 1024)
+    assert pieces.file.getvalue() == expected.getvalue()
+    reader = TokenStreamReader(InPieces(expected.getvalue()), "pipe")
+    assert np.array_equal(np.concatenate(list(reader.blocks()), axis=1), tokens)
+
+
+def test_a_non_blocking_pipe_is_refused():
+    with pytest.raises(BlockingIOError, match="non-blocking mode"):
+        TokenStreamWriter(NonBlocking(), RELEASED)
+    with pytest.raises(BlockingIOError, match="non-blocking mode"):
+        TokenStreamReader(NonBlocking(), "pipe")
 
 
 @pytest.mark.parametrize("value", [-1, 1.5, "3", float("nan"), np.array([0, 1])])

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -67,7 +67,13 @@ class OpenOptions:
 
 
 class CorpusReader(ABC):
-    """Base class for corpus readers, which yield the clips of a corpus in a fixed order."""
+    """Base class for corpus readers, which yield the clips of a corpus in a fixed order.
+
+    Attributes:
+        follows_working_directory: whether relative paths in the corpus start from the working directory.
+    """
+
+    follows_working_directory: ClassVar[bool] = False
 
     @classmethod
     @abstractmethod

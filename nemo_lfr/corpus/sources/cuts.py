@@ -29,6 +29,8 @@ class Cuts(CorpusReader):
         allow_url: whether to download audio that is at an http(s) URL.
     """
 
+    follows_working_directory = True
+
     def __init__(self, path: Path, allow_url: bool = False) -> None:
         require("lhotse")
         self.path, self.allow_url = path, allow_url

@@ -35,6 +35,8 @@ class Shar(CorpusReader):
             is not a regular file.
     """
 
+    follows_working_directory = True
+
     def __init__(self, path: Path, allow_url: bool = False) -> None:
         require("lhotse")
         self.path, self.allow_url = path, allow_url
