@@ -1,10 +1,11 @@
 """Checks and temporary files for the argument "-", which stands for stdin or stdout."""
 
+import os
 import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from nemo_lfr.cli.files import FileTask
@@ -14,7 +15,9 @@ from nemo_lfr.io.atomic import naming
 
 
 def check_pipe(inputs: Sequence[str], out: Path | None) -> None:
-    """Check the arguments of a command that reads stdin or writes stdout.
+    """Check the arguments of a command that reads stdin or writes stdout, and set both to blocking mode.
+
+    Another process may have set non-blocking mode, in which a pause of the sender looks like the end of the input.
 
     Args:
         inputs: inputs from the command line; at least one is "-".
@@ -34,6 +37,9 @@ def check_pipe(inputs: Sequence[str], out: Path | None) -> None:
         raise NemoLfrError("-: stdin or stdout is closed; connect it to a pipe or a file.")
     if sys.stdout.isatty() or (inputs[0] == "-" and sys.stdin.isatty()):
         raise NemoLfrError("-: stdin or stdout is a terminal; connect both to a pipe or a file.")
+    for stream in (sys.stdin, sys.stdout) if inputs[0] == "-" else (sys.stdout,):
+        with suppress(OSError, ValueError):  # streams without a descriptor
+            os.set_blocking(stream.fileno(), True)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ import soundfile
 import torch
 
 from nemo_lfr.cli import main as cli
+from nemo_lfr.cli.stdio import check_pipe
 from nemo_lfr.errors import AudioError
 from nemo_lfr.io.audio import AudioReader
 from nemo_lfr.io.containers import WavSamples, read_wav_header
@@ -368,3 +369,16 @@ def test_non_audio_input_is_refused_before_it_is_spooled():
     writer.kill()
     writer.wait()
     assert encoder.returncode == 2 and b"stdin: not an audio file" in encoder.stderr
+
+
+@pytest.mark.skipif(os.name == "nt", reason="pipes on Windows cannot be set to non-blocking mode")
+def test_stdin_and_stdout_are_set_to_blocking_mode(monkeypatch):
+    ends = os.pipe()
+    for end in ends:
+        os.set_blocking(end, False)
+    with open(ends[0], "rb") as stdin, open(ends[1], "wb") as stdout:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        monkeypatch.setattr(sys, "stdout", stdout)
+        check_pipe(["-", "-"], None)
+        assert all(os.get_blocking(end) for end in ends)
+        monkeypatch.undo()
