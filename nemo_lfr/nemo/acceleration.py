@@ -10,6 +10,7 @@ from nemo_lfr.checkpoint.names import DIRECTION, plain_key, plain_keys, unwrappe
 from nemo_lfr.codec.ambient import building_state
 from nemo_lfr.errors import ConfigError, shorten
 from nemo_lfr.modules.empty import on_meta_device
+from nemo_lfr.nemo.alterations import check_layers, check_settings, stock_module
 from nemo_lfr.nemo.base import DISCRIMINATOR, WAVLM, NeMoAudioCodecModel, model_utils, wrapt
 from nemo_lfr.nemo.config import checked_values
 from nemo_lfr.nemo.model import LFRCodecModel
@@ -19,7 +20,8 @@ def accelerate(model: NeMoAudioCodecModel) -> NeMoAudioCodecModel:
     """Replace the encoder, quantizer and decoder of a loaded NeMo `AudioCodecModel` with modules of this package.
 
     The weights are kept: the parameters remain the same objects, with their dtype, device and `requires_grad`.
-    If `torch.compile` or `DistributedDataParallel` wraps a replaced module, the wrapper is removed.
+    If `torch.compile` or `DistributedDataParallel` wraps a replaced module, the wrapper is removed. Changed rates of
+    dropout are kept. Modules that are already those of this package are not replaced.
 
     Args:
         model: model to change in place. A plain `AudioCodecModel` becomes an `LFRCodecModel`; an instance of a
@@ -29,8 +31,9 @@ def accelerate(model: NeMoAudioCodecModel) -> NeMoAudioCodecModel:
         The same model object.
 
     Raises:
-        ConfigError: if the model is not an `AudioCodecModel` of the LFR codec family, or its modules do not match its
-            config. The model is then unchanged.
+        ConfigError: if the model is not an `AudioCodecModel` of the LFR codec family; if its modules do not match its
+            config; or if a hook, an overridden method, a layer of another class or a changed setting in its encoder,
+            quantizer or decoder would be lost. The model is then unchanged.
     """
     inner = unwrapped(model) if isinstance(model, torch.nn.Module) else model
     if isinstance(inner, LFRCodecModel):
@@ -64,20 +67,20 @@ def accelerate(model: NeMoAudioCodecModel) -> NeMoAudioCodecModel:
     return model
 
 
-def _replacement(name: str, config: Mapping[str, Any], stock: Any) -> torch.nn.Module:
-    """Build this package's module around the parameters of a NeMo module.
+def _replacement(name: str, config: Mapping[str, Any], given: Any) -> torch.nn.Module:
+    """Build this package's module around the parameters of a NeMo module; return a module of this package unchanged.
 
     Args:
         name: attribute of the module, such as "audio_encoder".
         config: config section of the module.
-        stock: NeMo's module.
+        given: NeMo's module.
 
     Raises:
-        ConfigError: if the NeMo module does not match the config.
+        ConfigError: if the NeMo module does not match the config, or was altered in a way that would be lost.
     """
-    if not isinstance(stock, torch.nn.Module):
-        raise ConfigError(f"the model's {name} is {shorten(repr(stock))}, not a module; load the model again.")
-    stock = unwrapped(stock)
+    if not isinstance(given, torch.nn.Module):
+        raise ConfigError(f"the model's {name} is {shorten(repr(given))}, not a module; load the model again.")
+    stock = unwrapped(given)
     tensors = plain_keys(stock.state_dict(keep_vars=True).items(), name)
     needs_gradient = {key: value.requires_grad for key, value in tensors.items()}
     if any(value.is_meta for value in tensors.values()):
@@ -85,6 +88,11 @@ def _replacement(name: str, config: Mapping[str, Any], stock: Any) -> torch.nn.M
     has_norm = any(key.endswith((DIRECTION, ".weight_v")) for key in tensors)
     with on_meta_device():
         part = build_part(dict(config), weight_norm=has_norm).requires_grad_(False)
+    is_ours = type(stock) is type(part)
+    if not is_ours:
+        # Before the weights are compared with the config, because another class of layer may have other weights.
+        reference = stock_module(config)
+        check_layers(given, reference, name)
     levels = build_part(dict(config)).state_dict() if name == "vector_quantizer" else {}
     differ = [key for key, value in levels.items() if key in tensors and not torch.equal(tensors[key].cpu(), value)]
     # `load_state_dict` sets `requires_grad`. For tensors made in inference mode this is only allowed in that mode.
@@ -102,7 +110,13 @@ def _replacement(name: str, config: Mapping[str, Any], stock: Any) -> torch.nn.M
             for key, value in tensors.items():
                 if value.requires_grad != needs_gradient[key]:
                     value.requires_grad_(needs_gradient[key])
-    modes = {plain_key(path): module.training for path, module in stock.named_modules()}
+    if is_ours:
+        return given
+    check_settings(given, reference, name)
+    layers = {plain_key(path): module for path, module in stock.named_modules(remove_duplicate=False)}
     for path, module in part.named_modules():
-        module.training = modes.get(path, stock.training)
+        layer = layers.get(path, stock)
+        module.training = layer.training
+        if isinstance(module, torch.nn.Dropout) and isinstance(layer, torch.nn.Dropout):
+            module.p = layer.p
     return part

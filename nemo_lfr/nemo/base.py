@@ -24,6 +24,7 @@ try:
     from lightning.pytorch import Trainer
     from nemo.collections.common.callbacks import EMA
     from nemo.collections.tts.models.audio_codec import AudioCodecModel as NeMoAudioCodecModel
+    from nemo.collections.tts.modules import audio_codec_modules
     from nemo.core.classes import common
     from nemo.core.classes.common import PretrainedModelInfo
     from nemo.core.connectors.save_restore_connector import SaveRestoreConnector
@@ -46,6 +47,7 @@ __all__ = [
     "PretrainedModelInfo",
     "SaveRestoreConnector",
     "Trainer",
+    "audio_codec_modules",
     "common",
     "logging",
     "model_utils",

@@ -15,10 +15,13 @@ pytest.importorskip("nemo", reason="these tests run NeMo's code: pip install '.[
 
 from nemo.collections.tts.models.audio_codec import AudioCodecModel as StockModel
 from nemo.collections.tts.modules.audio_codec_modules import GroupFiniteScalarQuantizer, VectorQuantizerIndexConverter
+from nemo.collections.tts.modules.audio_codec_modules import HiFiGANEncoder as StockEncoder
 from omegaconf import OmegaConf, open_dict
+from torch.nn.utils import parametrize
 
 import nemo_lfr
 from nemo_lfr import AudioCodecModel, CheckpointError, ConfigError, TokensError, accelerate
+from nemo_lfr.checkpoint import build_part
 from nemo_lfr.checkpoint.names import WRAPPERS
 from nemo_lfr.codec.streaming import push_encoders
 from nemo_lfr.modules.encoder import HiFiGANEncoder
@@ -429,6 +432,200 @@ def test_accelerate_keeps_the_mode_of_every_layer(nemo_file):
     assert model.training and model.audio_decoder.training and model.audio_decoder.res_layers[1].training
     assert not model.audio_decoder.res_layers[0].training
     assert not any(module.training for module in model.audio_encoder.modules())
+
+
+class Halved(torch.nn.Module):
+    def __init__(self, module):
+        super().__init__()
+        self.module = module  # the name that DistributedDataParallel uses too
+
+    def forward(self, *args, **kwargs):
+        result = self.module(*args, **kwargs)
+        return result * 0.5 if torch.is_tensor(result) else (result[0] * 0.5, *result[1:])
+
+
+class Doubled(torch.nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+class OtherEncoder(StockEncoder):
+    def forward(self, audio, audio_len):
+        return super().forward(audio=audio * 0.5, audio_len=audio_len)
+
+
+def replaced(model, path, make):
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, make(model.get_submodule(path)))
+
+
+def overridden(model, path, method):
+    layer = model.get_submodule(path)
+    original = getattr(layer, method)
+    setattr(layer, method, lambda *args, **kwargs: original(*args, **kwargs))
+
+
+def changed(model, path, **settings):
+    for key, value in settings.items():
+        assert getattr(model.get_submodule(path), key) != value
+        setattr(model.get_submodule(path), key, value)
+
+
+def of_another_class(model, path, kind):
+    model.get_submodule(path).__class__ = kind
+
+
+def parametrized(model, path):
+    parametrize.register_parametrization(model.get_submodule(path), "weight", Doubled())
+
+
+def compiled_with_hook(model):
+    compiled(model, "audio_encoder").audio_encoder.register_forward_hook(lambda *_: None)
+
+
+CONV, BLOCK = "audio_encoder.pre_conv.conv", "audio_decoder.res_layers.0.res_blocks.0.res_blocks.0"
+HOOKS = {
+    "forward hook": "register_forward_hook",
+    "forward pre-hook": "register_forward_pre_hook",
+    "backward hook": "register_full_backward_hook",
+    "backward pre-hook": "register_full_backward_pre_hook",
+    "state dict hook": "register_state_dict_post_hook",
+    "load_state_dict pre-hook": "register_load_state_dict_pre_hook",
+}
+ALTERATIONS = {
+    f"{path} has a {kind}": lambda model, path=path, method=method: getattr(model.get_submodule(path), method)(
+        lambda *_: None
+    )
+    for path in ("audio_encoder", CONV, "vector_quantizer.fsqs.1", BLOCK + ".dropout")
+    for kind, method in HOOKS.items()
+} | {
+    "audio_decoder has a backward hook": lambda model: model.audio_decoder.register_backward_hook(lambda *_: None),
+    "audio_encoder has a forward hook": compiled_with_hook,
+    "audio_encoder.forward is overridden": lambda model: overridden(model, "audio_encoder", "forward"),
+    "vector_quantizer.encode is overridden": lambda model: overridden(model, "vector_quantizer", "encode"),
+    "vector_quantizer.fsqs.0.decode is overridden": lambda model: overridden(
+        model, "vector_quantizer.fsqs.0", "decode"
+    ),
+    f"{CONV}.forward is overridden": lambda model: overridden(model, CONV, "forward"),
+    f"{BLOCK}.dropout.forward is overridden": lambda model: overridden(model, BLOCK + ".dropout", "forward"),
+    "audio_encoder is a Halved, not the stock HiFiGANEncoder": lambda model: replaced(model, "audio_encoder", Halved),
+    "audio_encoder is a OtherEncoder": lambda model: of_another_class(model, "audio_encoder", OtherEncoder),
+    "audio_encoder.pre_conv is a Halved, not": lambda model: replaced(model, "audio_encoder.pre_conv", Halved),
+    f"{CONV} is a Halved, not the stock Conv1d": lambda model: replaced(model, CONV, Halved),
+    "audio_encoder.activations.0.activation is a Tanh, not the stock LeakyReLU": lambda model: replaced(
+        model, "audio_encoder.activations.0.activation", lambda _: torch.nn.Tanh()
+    ),
+    "audio_decoder.pre_conv.activation is a ReLU, not the stock Identity": lambda model: replaced(
+        model, "audio_decoder.pre_conv.activation", lambda _: torch.nn.ReLU()
+    ),
+    f"{BLOCK}.dropout is a AlphaDropout, not the stock Dropout": lambda model: replaced(
+        model, BLOCK + ".dropout", lambda _: torch.nn.AlphaDropout(0.1)
+    ),
+    f"{CONV}.parametrizations.weight.1 is a Doubled that": lambda model: parametrized(model, CONV),
+    "vector_quantizer.extra is a Identity that": lambda model: model.vector_quantizer.add_module(
+        "extra", torch.nn.Identity()
+    ),
+    "audio_encoder.activations.0.activation.negative_slope is 0.3 instead of 0.01": lambda model: changed(
+        model, "audio_encoder.activations.0.activation", negative_slope=0.3
+    ),
+    f"{CONV}.padding is \\(0,\\) instead of": lambda model: changed(model, CONV, padding=(0,)),
+    f"{CONV}.stride is": lambda model: changed(model, CONV, stride=(2,)),
+    f"{CONV}.dilation is": lambda model: changed(model, CONV, dilation=(2,)),
+    f"{CONV}.padding_mode is 'circular'": lambda model: changed(model, CONV, padding_mode="circular"),
+    "vector_quantizer.fsqs.2.eps is 0.1 instead of": lambda model: changed(model, "vector_quantizer.fsqs.2", eps=0.1),
+    "audio_encoder.down_sample_rates is": lambda model: changed(
+        model, "audio_encoder", down_sample_rates=[2, 2, 2, 2]
+    ),
+}
+
+
+@pytest.mark.parametrize("message", ALTERATIONS)
+def test_accelerate_refuses_altered_modules(nemo_file, message):
+    model = stock_model(nemo_file)
+    ALTERATIONS[message](model)
+    before = list(model.modules())
+    hooks = [len(module._forward_hooks) for module in before]
+    with pytest.raises(ConfigError, match=message) as error:
+        accelerate(model)
+    assert "before accelerate(), and " in str(error.value) and "\n" not in str(error.value)
+    assert type(model) is StockModel
+    assert list(model.modules()) == before and [len(module._forward_hooks) for module in before] == hooks
+
+
+def with_other_weights(model):
+    for value in model.parameters():
+        value.data.mul_(1.01)
+
+
+def with_old_weight_norm(model):
+    removed_norm(model)
+    for module in list(model.modules()):
+        if isinstance(module, torch.nn.Conv1d | torch.nn.ConvTranspose1d):
+            torch.nn.utils.weight_norm(module)
+
+
+def removed_norm(model):
+    for module in list(model.modules()):
+        if parametrize.is_parametrized(module):
+            parametrize.remove_parametrizations(module, "weight")
+
+
+def our_encoder(model):
+    encoder = build_part(OmegaConf.to_container(model.cfg.audio_encoder))
+    encoder.load_state_dict(model.audio_encoder.state_dict())
+    return encoder.eval()
+
+
+def compiled_layers(model):
+    replaced(model, "audio_encoder.pre_conv", lambda layer: torch.compile(layer, backend="eager"))
+    model.audio_decoder.compile(backend="eager")
+
+
+UNALTERED = {
+    "weights": with_other_weights,
+    "no weight norm": removed_norm,
+    "old weight norm": with_old_weight_norm,
+    "frozen": lambda model: model.freeze(),
+    "compiled layers": compiled_layers,
+    "our encoder": lambda model: setattr(model, "audio_encoder", our_encoder(model)),
+}
+
+
+@pytest.mark.parametrize("kind", UNALTERED)
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated")
+def test_accelerate_takes_every_model_with_the_layers_of_stock(nemo_file, kind):
+    model = stock_model(nemo_file)
+    UNALTERED[kind](model)
+    expected = tokens_of(model)
+    assert torch.equal(tokens_of(accelerate(model)), expected)
+
+
+def test_accelerate_keeps_the_rates_of_dropout(nemo_file):
+    model = stock_model(nemo_file).train()
+    layers = [module for module in model.audio_encoder.modules() if isinstance(module, torch.nn.Dropout)]
+    for index, layer in enumerate(layers):
+        layer.p = 0.1 * (index % 3)
+
+    def encoded():
+        torch.manual_seed(0)
+        with torch.no_grad():
+            return model.audio_encoder(audio=AUDIO[:1, :8192], audio_len=torch.tensor([8192]))[0]
+
+    expected = encoded()
+    accelerate(model)
+    assert torch.allclose(encoded(), expected, atol=1e-5)
+
+
+def test_a_second_accelerate_keeps_hooks_on_the_accelerated_modules(nemo_file):
+    class Subclass(StockModel):
+        pass
+
+    model = stock_model(nemo_file)
+    model.__class__ = Subclass
+    accelerate(model)
+    model.audio_encoder.pre_conv.conv.register_forward_hook(lambda _, inputs, result: result * 0.5)
+    expected = tokens_of(model)
+    assert torch.equal(tokens_of(accelerate(model)), expected)
 
 
 def under_bf16_default():
