@@ -236,7 +236,7 @@ CONVERSIONS: dict[str, Callable[[torch.nn.Module], object]] = {
     "bfloat16": lambda module: module.bfloat16(),
     "to": lambda module: module.to(torch.bfloat16),
     "double": lambda module: module.double(),
-    "one layer": lambda module: [*module.modules()][-1].half(),
+    "one layer": lambda module: module.conv.half(),
 }
 USES = {
     "encode": lambda codec: codec.encode(WAVE),
