@@ -46,7 +46,7 @@ GUARDS = [
     ("io/token_file.py", 'if checksum != struct.pack("<I", zlib.crc32(section, zlib.crc32(before))):', "if False:"),
     ("io/token_file.py", 'before if self.version > 1 else b""', 'b""'),
     ("io/token_file.py", 'if self.version > 1 and fields[8:] != struct.pack("<I", self._outline):', "if False:"),
-    ("io/token_file.py", "if self._file.read(1):", "if False:"),
+    ("io/token_file.py", "if read_whole(self._file, 1):", "if False:"),
     (
         "io/token_file.py",
         "if count > self._max_block_frames:",
