@@ -257,7 +257,7 @@ METRICS: dict[str, Metric] = {
     "F0 error": Metric(
         "cents",
         "lower",
-        "RMS difference of F0 over frames that are voiced in both recordings (pYIN, every 20 ms).",
+        "RMS difference of F0 over frames that are voiced in both recordings (pYIN, 61 to 495 Hz, every 20 ms).",
         "librosa",
         f0_error,
         1,
@@ -265,7 +265,7 @@ METRICS: dict[str, Metric] = {
     "voicing error": Metric(
         "%",
         "lower",
-        "Percentage of frames that are voiced in only one of the two recordings (pYIN, every 20 ms).",
+        "Percentage of frames that are voiced in only one of the two recordings (pYIN, 61 to 495 Hz, every 20 ms).",
         "librosa",
         voicing_error,
         1,

@@ -18,10 +18,14 @@ from filelock import FileLock
 SAMPLE_RATE = 16000
 HOP_LENGTH = 320
 RANGE_HZ = (60.0, 500.0)
+END_FACTOR = 1.01  # estimates closer than this to an end of the range are not trusted, see `estimate_pitch`
 
 
 def estimate_pitch(audio: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Estimate F0 and voicing with pYIN (Mauch and Dixon, 2014).
+    """Estimate F0 and voicing with pYIN (Mauch and Dixon, 2014), from 60 to 500 Hz.
+
+    librosa's pYIN moves frequencies outside of this range to its nearest end. It therefore reports rumble and hum in
+    pauses as voiced, with an F0 of 60 Hz. In this function, frames within 1 % of an end of the range are unvoiced.
 
     The first call on a machine compiles librosa's kernels, which takes 10 to 30 s.
 
@@ -36,7 +40,9 @@ def estimate_pitch(audio: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         ModuleNotFoundError: if librosa is not installed.
     """
     f0, voiced, _ = _pyin()(np.ascontiguousarray(audio, dtype=np.float32))
-    return f0, voiced
+    # Comparisons with NaN, the F0 of an unvoiced frame, are false.
+    voiced = voiced & (f0 > RANGE_HZ[0] * END_FACTOR) & (f0 < RANGE_HZ[1] / END_FACTOR)
+    return np.where(voiced, f0, np.nan), voiced
 
 
 @cache

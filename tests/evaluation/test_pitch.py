@@ -36,6 +36,15 @@ def test_the_pitch_of_a_tone_is_found_and_silence_is_unvoiced(hertz):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("hertz", [40, 50, 58, 505, 520])
+def test_a_periodic_sound_outside_of_the_range_is_unvoiced(hertz):
+    pytest.importorskip("librosa")
+    phase = 2 * np.pi * hertz / SAMPLE_RATE * np.arange(SAMPLE_RATE)
+    f0, voiced = estimate_pitch(sum(np.sin(phase * k) / k for k in range(1, 6)).astype(np.float32))
+    assert not voiced.any() and np.isnan(f0).all()
+
+
+@pytest.mark.slow
 def test_processes_that_compile_at_the_same_time_leave_a_cache_that_works(tmp_path):
     pytest.importorskip("librosa")
     environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
