@@ -319,6 +319,8 @@ def collate(utterances: Iterable[TokenizedUtterance], pad: int = 0) -> dict[str,
         TokensError: if `utterances` is empty, or contains anything but tokenized utterances.
         NemoLfrError: if `pad` is not an integer.
     """
+    if isinstance(utterances, TokenizedUtterance):
+        raise TokensError("utterances is one utterance; pass a list of utterances.")
     utterances, pad = list(utterances), check_whole_number(pad, "pad", -(2**63), 2**63 - 1)
     if not utterances:
         raise TokensError("no utterances to collate; pass one or more.")

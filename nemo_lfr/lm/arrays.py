@@ -1,16 +1,33 @@
-"""Array operations that have different names or semantics in NumPy and PyTorch."""
+"""Array operations that have different names or semantics in NumPy and PyTorch, and a check of integers."""
 
+import operator
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, SupportsIndex, TypeVar
 
 import numpy as np
 
-from nemo_lfr.errors import TokensError
+from nemo_lfr.errors import ConfigError, TokensError, quoted
 
 if TYPE_CHECKING:
     import torch
 
 Array = TypeVar("Array", np.ndarray, "torch.Tensor")
+MAX_SIZE = 2**31 - 1  # so that all ids fit into int64
+
+
+def whole_number(value: SupportsIndex, name: str, least: int) -> int:
+    """Return an integer of Python, NumPy or PyTorch as an `int`.
+
+    Raises:
+        ConfigError: if `value` is not an integer from `least` to `MAX_SIZE`. The message contains `name`.
+    """
+    try:
+        number = -1 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = -1
+    if not least <= number <= MAX_SIZE:
+        raise ConfigError(f"{name} is {quoted(value)}; pass an integer from {least} to {MAX_SIZE}.")
+    return number
 
 
 def as_integers(value: Any, name: str) -> Any:

@@ -23,7 +23,7 @@ from typing import Any, Literal
 import numpy as np
 
 from nemo_lfr.errors import ConfigError, TokensError
-from nemo_lfr.lm.arrays import arange, as_integers, constant, run_length, where
+from nemo_lfr.lm.arrays import arange, as_integers, constant, run_length, where, whole_number
 
 NUM_SPECIAL = 4
 
@@ -42,7 +42,7 @@ class Layout(ABC):
         num_streams: number of parallel sequences, S.
 
     Raises:
-        ConfigError: if `num_codebooks`, `codebook_size` or `first_id` is not an integer, or is too small.
+        ConfigError: if `num_codebooks`, `codebook_size` or `first_id` is not an integer, or is too small or too large.
     """
 
     num_streams: int = 1
@@ -50,15 +50,10 @@ class Layout(ABC):
     def __init__(
         self, num_codebooks: int, codebook_size: int, *, bos: bool = True, eos: bool = True, first_id: int = 0
     ) -> None:
-        for name, value, least in (
-            ("num_codebooks", num_codebooks, 1),
-            ("codebook_size", codebook_size, 1),
-            ("first_id", first_id, 0),
-        ):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ConfigError(f"{name} is {value!r}; pass an integer of at least {least}.")
-        self.num_codebooks, self.codebook_size = num_codebooks, codebook_size
-        self.bos, self.eos, self.first_id = bool(bos), bool(eos), first_id
+        self.num_codebooks = whole_number(num_codebooks, "num_codebooks", 1)
+        self.codebook_size = whole_number(codebook_size, "codebook_size", 1)
+        self.first_id = whole_number(first_id, "first_id", 0)
+        self.bos, self.eos = bool(bos), bool(eos)
 
     @property
     def num_token_ids(self) -> int:
@@ -153,7 +148,8 @@ class Layout(ABC):
             either.
 
         Raises:
-            TokensError: if the shape of `ids` is not one that `arrange` returns.
+            TokensError: if the shape of `ids` is not one that `arrange` returns, or a sequence does not begin with BOS
+                although the layout has `bos=True`.
         """
         ids = as_integers(ids, "ids")
         dims = 2 if self._is_flat else 3
@@ -163,7 +159,11 @@ class Layout(ABC):
             expected = "[B, L]" if self._is_flat else f"[B, {self.num_streams}, L]"
             raise TokensError(f"ids have shape {list(ids.shape)[not batched :]}; pass {expected} to this layout.")
         ids = ids[:, None] if self._is_flat else ids
-        ids = ids[:, :, int(self.bos) :]
+        if self.bos:
+            if bool((ids[:, :, :1] != self.bos_id).any()):
+                advice = "add BOS, remove padding before it, or use a layout with bos=False."
+                raise TokensError(f"a sequence begins with an id other than BOS ({self.bos_id}); {advice}")
+            ids = ids[:, :, 1:]
         width = ids.shape[2]
         frames = arange(self._most_frames(width), ids)[None, None]  # [1, 1, T]
         codebooks = arange(self.num_codebooks, ids)[None, :, None]
@@ -186,7 +186,10 @@ class Layout(ABC):
         if tokens_len is None:
             return constant([width] * batch, tokens)
         listed = tokens_len.tolist() if hasattr(tokens_len, "tolist") else tokens_len
-        values = np.reshape(listed, -1).tolist()
+        try:
+            values = np.reshape(listed, -1).tolist()
+        except ValueError:  # nested lists of different lengths
+            values = list(listed)
         if len(values) != batch or not all(type(count) is int and 0 <= count <= width for count in values):
             raise TokensError(f"tokens_len is {values[:8]}; pass {batch} whole numbers from 0 to {width}, in frames.")
         return constant(values, tokens)
@@ -329,12 +332,11 @@ class DelayLayout(Layout):
         first_id: int = 0,
     ) -> None:
         super().__init__(num_codebooks, codebook_size, bos=bos, eos=eos, first_id=first_id)
-        self.num_streams = num_codebooks
-        self.delays = tuple(range(num_codebooks)) if delays is None else tuple(delays)
-        if len(self.delays) != num_codebooks or not all(
-            isinstance(delay, int) and delay >= 0 for delay in self.delays
-        ):
-            raise ConfigError(f"delays are {list(self.delays)}; pass {num_codebooks} integers of at least 0.")
+        self.num_streams = self.num_codebooks
+        delays = range(self.num_codebooks) if delays is None else delays
+        self.delays = tuple(whole_number(delay, "a delay", 0) for delay in delays)
+        if len(self.delays) != self.num_codebooks:
+            raise ConfigError(f"there are {len(self.delays)} delays; pass {self.num_codebooks}, one per codebook.")
 
     def _late(self, like: Any) -> Any:
         return constant(self.delays, like)[None, :, None]
@@ -381,10 +383,8 @@ class StackLayout(Layout):
         first_id: int = 0,
     ) -> None:
         super().__init__(num_codebooks, codebook_size, bos=bos, eos=eos, first_id=first_id)
-        if isinstance(frames_per_step, bool) or not isinstance(frames_per_step, int) or frames_per_step < 1:
-            raise ConfigError(f"frames_per_step is {frames_per_step!r}; pass an integer of at least 1.")
-        self.frames_per_step = frames_per_step
-        self.num_streams = num_codebooks * frames_per_step
+        self.frames_per_step = whole_number(frames_per_step, "frames_per_step", 1)
+        self.num_streams = self.num_codebooks * self.frames_per_step
 
     def _num_steps(self, length: Any) -> Any:
         return -(-length // self.frames_per_step)

@@ -295,6 +295,8 @@ def test_batches_are_padded_and_masked(collate_fn, workers, tmp_path):
         collate([])
     with pytest.raises(NemoLfrError, match="utterance 1 is None; pass items of a TokenDataset"):
         collate([next(iter(TokenDataset(tmp_path))), None])
+    with pytest.raises(NemoLfrError, match="is one utterance; pass a list"):
+        collate(next(iter(TokenDataset(tmp_path))))
     for pad in (None, 1.5, "0"):
         with pytest.raises(NemoLfrError, match=r"pad is .*; pass an integer"):
             collate(TokenDataset(tmp_path), pad)

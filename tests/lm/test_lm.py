@@ -96,6 +96,12 @@ def test_a_sequence_cut_anywhere_gives_the_whole_frames_before_the_cut(name):
     assert counts[0] == 0 and counts[-1] == 6 and counts == sorted(counts)
 
 
+def test_sizes_may_be_integers_of_numpy():
+    layout = DelayLayout(np.int64(C), np.int64(K), delays=np.arange(C), first_id=np.int32(4))
+    assert layout.delays == DelayLayout(C, K).delays and type(layout.vocab_size) is int
+    assert StackLayout(C, K, frames_per_step=np.uint8(2)).num_streams == 2 * C
+
+
 @pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize("garbage", ["pad_id", "mask_id", "bos_id", "eos_id"])
 def test_a_special_id_among_the_tokens_ends_the_recording(name, garbage):
@@ -146,7 +152,18 @@ BAD = [
     (lambda: FlatLayout(0, K), ConfigError, "num_codebooks is 0"),
     (lambda: FlatLayout(C, K, order="codebook", offsets=False), ConfigError, "needs offsets"),
     (lambda: FlatLayout(C, K, order="rows"), ConfigError, "use 'frame' or 'codebook'"),
-    (lambda: DelayLayout(C, K, delays=[0, 1]), ConfigError, "pass 3 integers"),
+    (lambda: DelayLayout(C, K, delays=[0, 1]), ConfigError, "2 delays; pass 3, one per codebook"),
+    (lambda: DelayLayout(C, K, delays=[0, 1, -1]), ConfigError, "delay is -1"),
+    (lambda: DelayLayout(C, K, delays=[0, 1, 1.0]), ConfigError, "delay is 1.0"),
+    (lambda: FlatLayout(C, 2**62), ConfigError, "codebook_size is 4611686018427387904; pass an integer from 1 to"),
+    (lambda: FlatLayout(C, K, first_id=2**62), ConfigError, "first_id is 4611686018427387904"),
+    (lambda: FlatLayout(True, K), ConfigError, "num_codebooks is True"),
+    (lambda: LAYOUTS["delay"].arrange(np.zeros((2, C, 4), int), [[1, 2], [3]]), TokensError, "pass 2 whole numbers"),
+    *(
+        (lambda ids=ids: FlatLayout(C, K).restore(ids), TokensError, "begins with an id other than BOS")
+        for ids in (np.arange(6), np.full((1, 6), FlatLayout(C, K).pad_id))
+    ),
+    (lambda: StackLayout(C, K).restore(torch.zeros((2, C, 4), dtype=torch.int64)), TokensError, "other than BOS"),
     (lambda: StackLayout(C, K, frames_per_step=0), ConfigError, "frames_per_step is 0"),
     (lambda: LAYOUTS["delay"].arrange(np.zeros((2, 4), int)), TokensError, r"shape \[2, 4\]"),
     (lambda: LAYOUTS["delay"].arrange(np.full((C, 4), K)), TokensError, r"outside \[0, 10\)"),
