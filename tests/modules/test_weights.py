@@ -75,6 +75,27 @@ def test_both_checksums_change_with_any_byte_of_any_type(dtype, size):
     assert weights._checksums([values]) == sums
 
 
+# Places and factors of changes that a sum of products would miss.
+CHANGES: dict[str, tuple[list[int] | slice, float]] = {
+    "two signs": ([1, 3], -1),
+    "two signs, far apart": ([1, 1 + 2 * weights.COLUMNS * weights.ROWS], -1),
+    "every second sign": (slice(1, None, 2), -1),
+    "all signs": (slice(None), -1),
+    "two values doubled": ([5, 9], 2),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_both_checksums_change_if_several_values_change(dtype, change):
+    places, factor = CHANGES[change]
+    values = torch.rand(300_000, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    sums, device_sum = weights._checksums([values]), weights._device_checksum(values)
+    values[places] *= factor
+    assert weights._checksums([values]) != sums
+    assert not torch.equal(weights._device_checksum(values), device_sum)
+
+
 @pytest.mark.parametrize("write", slow_after(1, ["data, one", "numpy view", "permuted outputs"]))
 def test_cuda_module_and_packed_weights_notice_uncounted_writes(write):
     codec = copy.deepcopy(cached_codec("symmetric"))
