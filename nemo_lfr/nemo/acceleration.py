@@ -60,7 +60,8 @@ def accelerate(model: NeMoAudioCodecModel) -> NeMoAudioCodecModel:
             inner.discriminator = None
         # NeMo wraps `training_step` in a proxy, which still calls the method of the old class. Create the proxy again.
         # Copies of a model have no proxy yet. If a caller has replaced the proxy with a function, keep the function.
-        if isinstance(inner.__dict__.get("training_step"), wrapt.ObjectProxy):
+        proxies = wrapt.FunctionWrapper, wrapt.BoundFunctionWrapper  # not an ObjectProxy in wrapt 2
+        if isinstance(inner.__dict__.get("training_step"), proxies):
             del inner.training_step
         if "training_step" not in inner.__dict__:
             inner.training_step = model_utils.wrap_training_step(inner.training_step)

@@ -424,6 +424,12 @@ def test_accelerate_takes_a_model_whatever_its_training_step_is(nemo_file, expec
     assert prepare is copied or model.training_step() == "the caller's"
 
 
+def test_an_accelerated_model_trains_with_the_step_of_its_new_class(nemo_file):
+    model = stock_model(nemo_file)
+    assert model.training_step.__wrapped__.__func__ is StockModel.training_step
+    assert accelerate(model).training_step.__wrapped__.__func__ is AudioCodecModel.training_step
+
+
 def test_accelerate_keeps_the_mode_of_every_layer(nemo_file):
     model = stock_model(nemo_file).train()
     model.audio_decoder.res_layers[0].eval()
