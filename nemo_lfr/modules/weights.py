@@ -137,9 +137,9 @@ def weights_version(*modules: nn.Module) -> Callable[[], Any]:
         )
         seen = _SEEN.get()
         if seen is None:
-            return places, _checksums(tensors)
+            return places, checksums(tensors)
         if places not in seen:
-            seen[places] = _checksums(tensors)
+            seen[places] = checksums(tensors)
         return places, seen[places]
 
     return version
@@ -198,7 +198,7 @@ class _Entry(Generic[Form]):
 
 
 @torch.no_grad()
-def _checksums(tensors: list[torch.Tensor]) -> tuple[int, ...]:
+def checksums(tensors: list[torch.Tensor]) -> tuple[int, ...]:
     """Return checksums of `tensors`; if a single byte changes, at least one checksum changes."""
     kinds: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
     for tensor in tensors:

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 
-from nemo_lfr.nemo.base import BaseModel, Trainer
+from nemo_lfr.nemo.base import BaseModel, Trainer, logging
 from nemo_lfr.training.average import Average
 
 # Modules whose weights are averaged, in the order of `_generator`.
@@ -24,6 +24,7 @@ class RestoreTrainedWeights(Callback):
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
         """Switch back to the trained weights."""
         pl_module._use_average(False)
+        pl_module._finish_average()
 
 
 class WeightAveraging(BaseModel):
@@ -34,14 +35,31 @@ class WeightAveraging(BaseModel):
         return torch.nn.ModuleList([getattr(self, name) for name in PARTS])
 
     def _use_average(self, averaged: bool) -> None:
+        if averaged:
+            self._drop_stale_average()
         if self._average is not None:
             self._average.use(self._generator, averaged)
+
+    def _finish_average(self) -> None:
+        if self._average is not None and not self._average.in_use:
+            self._average.finish(self._generator)
+
+    def _drop_stale_average(self) -> None:
+        """Drop the average if the weights were loaded or edited after the training that it belongs to."""
+        average = self._average
+        if average is not None and not average.in_use and not average.describes(self._generator):
+            self._average = None
+            logging.warning(
+                "The weights were changed after the training, so their moving average (ema_decay) is not used. The "
+                ".ckpt files of the training contain it."
+            )
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """Use the averaged weights of the encoder and decoder inside a `with` block.
 
-        Without a moving average, the weights do not change.
+        Without a moving average, the weights do not change. If the weights were changed after the training, the
+        moving average is dropped with a warning.
         """
         before = self._average is not None and self._average.in_use
         self._use_average(True)
@@ -53,7 +71,13 @@ class WeightAveraging(BaseModel):
     def on_train_start(self) -> None:
         """Switch to the trained weights, because a failed validation may have left the averaged ones in use."""
         self._use_average(False)
+        self._drop_stale_average()
         super().on_train_start()
+
+    def on_train_end(self) -> None:
+        """Remember the trained weights, to notice later changes."""
+        super().on_train_end()
+        self._finish_average()
 
     def on_validation_start(self) -> None:
         """Switch to the averaged weights for validation."""
@@ -76,6 +100,7 @@ class WeightAveraging(BaseModel):
         averaged weights.
         """
         super().on_save_checkpoint(checkpoint)
+        self._drop_stale_average()
         if self._average is None:
             return
         state, names = checkpoint["state_dict"], self._averaged_names()

@@ -2,6 +2,8 @@
 
 import torch
 
+from nemo_lfr.modules.weights import checksums
+
 
 class Average:
     """Exponential moving average of a module's parameters.
@@ -21,11 +23,13 @@ class Average:
         self.decay = decay
         self.count = 0
         self.in_use = False
+        self._trained: tuple[int, ...] | None = None
         self.weights = [parameter.detach().clone() for parameter in module.parameters()]
 
     @torch.no_grad()
     def update(self, module: torch.nn.Module) -> None:
         """Update the average with the module's current parameters."""
+        self._trained = None
         self.count += 1
         decay = min(self.decay, self.count / (self.count + 50))
         self._move(module)
@@ -40,6 +44,14 @@ class Average:
         for index, parameter in enumerate(module.parameters()):
             parameter.data, self.weights[index] = self.weights[index], parameter.data
 
+    def finish(self, module: torch.nn.Module) -> None:
+        """Remember the trained weights at the end of training, for `describes`. The module must hold them."""
+        self._trained = _checksums(module)
+
+    def describes(self, module: torch.nn.Module) -> bool:
+        """Return whether the module still holds the weights with which training ended."""
+        return self._trained is None or _checksums(module) == self._trained
+
     def _move(self, module: torch.nn.Module) -> None:
         """Move `weights` to the device of the module.
 
@@ -48,3 +60,8 @@ class Average:
         with torch.inference_mode(False):  # the first call may be during validation
             pairs = zip(self.weights, module.parameters(), strict=True)
             self.weights = [weight.to(parameter.device) for weight, parameter in pairs]
+
+
+def _checksums(module: torch.nn.Module) -> tuple[int, ...]:
+    # On the CPU, because a GPU computes other checksums and a model may be moved after its training.
+    return checksums([parameter.detach().cpu() for parameter in module.parameters()])

@@ -66,13 +66,13 @@ def test_both_checksums_change_with_any_byte_of_any_type(dtype, size):
     rng = np.random.default_rng(size)
     values = torch.from_numpy(rng.integers(0, 2, size)).to(dtype)
     flat = values.view(torch.uint8)
-    sums, device_sum = weights._checksums([values]), weights._device_checksum(values.view(torch.uint8))
+    sums, device_sum = weights.checksums([values]), weights._device_checksum(values.view(torch.uint8))
     for place in {0, len(flat) // 2, len(flat) - 1}:
         flat[place] ^= 1
-        assert weights._checksums([values]) != sums
+        assert weights.checksums([values]) != sums
         assert not torch.equal(weights._device_checksum(values.view(torch.uint8)), device_sum)
         flat[place] ^= 1
-    assert weights._checksums([values]) == sums
+    assert weights.checksums([values]) == sums
 
 
 # Places and factors of changes that a sum of products would miss.
@@ -90,9 +90,9 @@ CHANGES: dict[str, tuple[list[int] | slice, float]] = {
 def test_both_checksums_change_if_several_values_change(dtype, change):
     places, factor = CHANGES[change]
     values = torch.rand(300_000, dtype=dtype, generator=torch.Generator().manual_seed(0))
-    sums, device_sum = weights._checksums([values]), weights._device_checksum(values)
+    sums, device_sum = weights.checksums([values]), weights._device_checksum(values)
     values[places] *= factor
-    assert weights._checksums([values]) != sums
+    assert weights.checksums([values]) != sums
     assert not torch.equal(weights._device_checksum(values), device_sum)
 
 
@@ -155,8 +155,8 @@ def test_forms_are_built_once_for_each_key_and_again_after_a_write():
 
 def test_checksum_once_reads_contents_once(monkeypatch):
     looks = []
-    read = weights._checksums
-    monkeypatch.setattr(weights, "_checksums", lambda tensors: looks.append(1) or read(tensors))
+    read = weights.checksums
+    monkeypatch.setattr(weights, "checksums", lambda tensors: looks.append(1) or read(tensors))
     codec = copy.deepcopy(cached_codec("two_stages"))
     now = weights_version(codec.encoder)
     with checksum_once():

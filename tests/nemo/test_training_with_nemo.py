@@ -485,6 +485,57 @@ def test_the_average_of_the_weights_is_validated_exported_and_resumed(tmp_path):
     assert torch.equal(resumed.trained, last) and torch.equal(resumed.average, average)
 
 
+def load_the_first_weights(model, first):
+    model.load_state_dict(first)
+    return model
+
+
+def edit_without_a_count(model, first):
+    model.audio_decoder.post_conv.conv.bias.data.add_(1.0)
+    return model
+
+
+def fold_the_weight_norm(model, first):
+    model.audio_encoder.remove_weight_norm()
+    return model
+
+
+def copy_and_edit(model, first):
+    return edit_without_a_count(copy.deepcopy(model), first)
+
+
+@pytest.mark.parametrize(
+    ("change", "is_averaged"),
+    [
+        (lambda model, first: model, True),
+        (lambda model, first: copy.deepcopy(model), True),
+        (load_the_first_weights, False),
+        (edit_without_a_count, False),
+        (fold_the_weight_norm, False),
+        (copy_and_edit, False),
+    ],
+)
+def test_weights_that_are_changed_after_the_training_are_saved(tmp_path, change, is_averaged):
+    config = training_config([], ema_decay=0.9, optim={"_target_": "torch.optim.SGD", "lr": 0.01})
+    _, model = models(tmp_path, config)
+    first = {key: value.clone() for key, value in model.state_dict().items()}
+    batches = torch.utils.data.DataLoader([batch(frames=8)] * 2, batch_size=None)
+    quiet_trainer(max_epochs=1).fit(model, batches)
+    average = torch.cat([value.flatten() for value in model._average.weights])
+    model = change(model, first)
+    model._trainer = None
+    held = {key: value.clone() for key, value in model.state_dict().items() if key.startswith("audio_")}
+    model.save_to(tmp_path / "saved.nemo")
+    saved = AudioCodecModel.restore_from(tmp_path / "saved.nemo", map_location="cpu")
+    assert all(torch.equal(value, held[key]) for key, value in model.state_dict().items() if key in held)
+    if is_averaged:
+        torch.testing.assert_close(generator_weights(saved), average)
+    else:
+        assert all(torch.equal(value, held[key]) for key, value in saved.state_dict().items() if key in held)
+        quiet_trainer(max_epochs=1).fit(model, batches)
+        assert model._average.count == 2
+
+
 def opened(path: Path, config: dict[str, Any]) -> dict[str, torch.Tensor]:
     """Return the encoder's and decoder's weights that each way of opening a training checkpoint reads."""
     first, validated, stock = (AudioCodecModel(OmegaConf.create(config)) for _ in range(3))
