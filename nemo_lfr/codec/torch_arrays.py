@@ -89,7 +89,7 @@ def _tensor(value: object, name: str, error: type[NemoLfrError]) -> torch.Tensor
     check_plain_tensor(tensor, name, error)
     if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
         raise error(f"{name} is a sparse, quantized or meta tensor; pass a plain dense tensor.")
-    return tensor
+    return tensor.resolve_neg()  # numpy cannot read a view such as z.conj().imag
 
 
 _computed_in: int | None = None  # id of the process that used a network last

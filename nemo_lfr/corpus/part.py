@@ -9,7 +9,7 @@ without a part tokenizes all missing shards and writes the summary.
 import os
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -188,13 +188,26 @@ def reserve(out: Path, state: Path, part: Part | None) -> Iterator[None]:
             yield
 
 
-def _check_free(state: Path, out: Path) -> None:
-    """Raise NemoLfrError if a part is being tokenized, possibly on another machine.
+def forget_count(out: Path, state: Path, part: Part) -> None:
+    """Remove the record of the number of parts, unless another part is being tokenized.
+
+    A run that fails before its plan is stored calls this function, so that the next run may have another number of
+    parts. The caller must have reserved `part`.
+    """
+    with suppress(OSError, NemoLfrError):
+        _check_free(state, out, part)
+        (state / FOLDER / COUNT_FILE).unlink()
+
+
+def _check_free(state: Path, out: Path, own: Part | None = None) -> None:
+    """Raise NemoLfrError if a part other than `own` is being tokenized, possibly on another machine.
 
     This function checks the lock files of the parts. Unlike a lock on the output folder, they are visible to all
     machines.
     """
     for path in sorted((state / FOLDER).glob("*.lock")):
+        if own is not None and path.stem == own.name:
+            continue
         message = f"{out}: part {path.stem.replace('-of-', '/')} is being tokenized; wait until it ends, or stop it."
         with exclusive_file(path, message):
             pass

@@ -20,7 +20,7 @@ from nemo_lfr.corpus.config import TokenizeConfig
 from nemo_lfr.corpus.formats import get_format
 from nemo_lfr.corpus.formats.base import OutputFormat
 from nemo_lfr.corpus.inventory import Watch
-from nemo_lfr.corpus.part import reserve
+from nemo_lfr.corpus.part import forget_count, reserve
 from nemo_lfr.corpus.records import METADATA, PLAN, STATE, ShardRecord
 from nemo_lfr.corpus.sources import READER
 from nemo_lfr.corpus.sources.base import CorpusReader, ShardSpec
@@ -144,14 +144,18 @@ def _check_has_plan(state: Path, out: Path) -> None:
 def _withdraw(config: TokenizeConfig, out: Path, is_new: bool) -> None:
     """Remove the files of a run that ends before its plan is stored, so that its folder can be used again.
 
-    Nothing is removed if the folder belongs to another run, or if other parts of this run may use it.
+    Nothing is removed if the folder belongs to another run. If the run is one part of several, only the record of the
+    number of parts is removed, because other parts may use the other files.
 
     Args:
         config: options of the run, with its claim.
         out: the output folder.
         is_new: whether this run created the output folder.
     """
-    if config.part is not None or (config.state / PLAN).exists() or not holds_claim(config.state, config.claim):
+    if (config.state / PLAN).exists() or not holds_claim(config.state, config.claim):
+        return
+    if config.part is not None:
+        forget_count(out, config.state, config.part)
         return
     with suppress(OSError):
         config.listing.unlink(missing_ok=True)

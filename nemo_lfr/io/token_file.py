@@ -115,7 +115,7 @@ class Metadata(CodecSpec):
         Raises:
             ValueError: if the metadata is invalid. The error may also be a TypeError or KeyError.
         """
-        return cls._from_values(json.loads(raw))
+        return cls._from_values(json.loads(raw.decode()))
 
     @classmethod
     def from_list(cls, raw: bytes) -> tuple["Metadata", str]:
@@ -126,7 +126,7 @@ class Metadata(CodecSpec):
         Raises:
             ValueError: if the metadata is invalid. The error may also be a TypeError or KeyError.
         """
-        values = json.loads(raw)
+        values = json.loads(raw.decode())
         if not isinstance(values, list):
             raise TypeError(f"expected a list, found {shorten(repr(values))}")
         named = dict(zip((*cls.__dataclass_fields__, "entropy"), values, strict=False))

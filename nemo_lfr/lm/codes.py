@@ -13,6 +13,8 @@ import operator
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from nemo_lfr.errors import TokensError, shorten
 from nemo_lfr.lm.arrays import as_integers, constant
 
@@ -130,7 +132,7 @@ def regroup(tokens: Any, levels: Levels, new_levels: Levels) -> Any:
 
 
 def _is_nested(levels: Levels) -> bool:
-    return bool(len(levels)) and hasattr(levels[0], "__len__")
+    return bool(len(levels)) and np.ndim(levels[0]) > 0
 
 
 def _as_groups(levels: Levels) -> list[tuple[int, ...]]:

@@ -44,6 +44,7 @@ GOOD_AUDIO: dict[str, tuple[Any, Any, Any]] = {
     "Fortran order": (np.asfortranarray(PAIR), None, None),
     "transposed tensor": (torch.from_numpy(PAIR).T.contiguous().T, None, None),
     "with a gradient": (torch.from_numpy(WAVE).requires_grad_(), None, None),
+    "a negated view": (torch.complex(torch.zeros(T), torch.from_numpy(-WAVE)).conj().imag, None, None),
     "inference tensor": (torch.inference_mode()(lambda: torch.from_numpy(WAVE).clone())(), None, None),
     "padding of NaN": (np.concatenate([WAVE, np.full(50, np.nan, np.float32)]), [T], None),
     "padding of 1e30": (np.concatenate([WAVE, np.full(50, 1e30, np.float32)]), [T], None),

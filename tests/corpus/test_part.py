@@ -163,6 +163,15 @@ def test_failures_are_tried_again_by_the_part_that_has_them(audio, model, tmp_pa
     assert not (tmp_path / "out" / "failures.jsonl").read_text()
 
 
+def test_a_part_that_finds_no_corpus_does_not_fix_the_number_of_parts(audio, model, tmp_path):
+    config = job(audio / "manifest.json", tmp_path / "out", model)
+    with pytest.raises(NemoLfrError, match="no such file"):
+        run(replace(config, source=str(tmp_path / "none.json")), Part(0, 4))
+    run(config, Part(0, 2))
+    run(config, Part(1, 2))
+    assert (tmp_path / "out" / METADATA).exists()
+
+
 REFUSED = {
     "another number of parts": (lambda config: run(config, Part(0, 3)), "started with 2 parts, not 3"),
     "other options": (

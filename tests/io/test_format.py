@@ -221,7 +221,21 @@ def test_metadata_that_makes_no_sense_is_refused(tmp_path, changes):
         TokenReader(tmp_path / "a.lfr")
 
 
-@pytest.mark.parametrize("text", [b"[]", b"5", b"{", b"\xff\xfe", b"{}", b"[" * 3000, b'"levels"', b"null"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"[]",
+        b"5",
+        b"{",
+        b"\xff\xfe",
+        b"{}",
+        b"[" * 3000,
+        b'"levels"',
+        b"null",
+        json.dumps(asdict(RELEASED)).encode("utf-16"),
+        json.dumps(asdict(RELEASED)).encode("utf-8-sig"),
+    ],
+)
 def test_metadata_that_is_no_json_object_is_refused(tmp_path, text):
     raw = b"LFRT" + struct.pack("<BI", 2, len(text)) + text
     (tmp_path / "a.lfr").write_bytes(empty(raw + struct.pack("<I", zlib.crc32(raw))))

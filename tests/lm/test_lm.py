@@ -214,6 +214,7 @@ def test_every_token_survives_unfolding(library):
     assert tuple(codes.shape) == (1, 8, 2016)
     assert [int(code) for code in codes[0, :4, 8 * 7 + 3]] == [3, 0, 1, 0]  # least significant digit first
     assert bool((fold(codes, LEVELS) == tokens).all())
+    assert bool((fold(codes, library(np.array(LEVELS))) == tokens).all())
 
 
 @pytest.mark.parametrize(
