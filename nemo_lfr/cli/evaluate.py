@@ -63,7 +63,7 @@ class RegistryOption(click.Option):
     help="Base folder for relative paths in SOURCE (default: the folder that contains SOURCE).",
 )
 @count_option("--limit", "Maximum number of recordings, chosen at random (default: all).")
-@count_option("--seed", "Random seed for --limit and for presets that choose recordings at random.", 0, low=None)
+@count_option("--seed", "Random seed for --limit and for presets that choose recordings at random.", 0, low=0)
 @click.option(
     "--rate",
     type=click.IntRange(8000, 48000),

@@ -10,7 +10,7 @@ from click.shell_completion import CompletionItem
 
 from nemo_lfr.bundled import bundled_quality
 from nemo_lfr.codec.cpu.malloc import configure_malloc
-from nemo_lfr.errors import NemoLfrError
+from nemo_lfr.errors import NemoLfrError, shorten
 from nemo_lfr.io.locate import expand_home
 
 if TYPE_CHECKING:
@@ -19,6 +19,17 @@ if TYPE_CHECKING:
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
+
+
+class WholeNumber(click.IntRange):
+    """Type of an option whose value is an integer below 2^63, which PyTorch and NumPy accept."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Convert the value to an int, and check it."""
+        number = super().convert(value, param, ctx)
+        if abs(number) >= 2**63:
+            self.fail(f"{shorten(str(value))} is too large; pass a number below 2^63.", param, ctx)
+        return number
 
 
 class Number(click.FloatRange):
@@ -137,17 +148,17 @@ def entropy_model_option(text: str) -> Decorator:
     return click.option("--entropy-model", type=UserPath(dir_okay=False), help=text)
 
 
-def count_option(name: str, text: str, default: int | None = None, low: int | None = 1, **options: Any) -> Decorator:
+def count_option(name: str, text: str, default: int | None = None, low: int = 1, **options: Any) -> Decorator:
     """Return an option whose value is a whole number.
 
     Args:
         name: name of the option, such as "--workers".
         text: help text. If `default` is None, it must say what happens without the option.
         default: default value, which is appended to the help text; None for no value.
-        low: smallest value; None for any.
+        low: smallest value.
         options: other arguments of `click.option`.
     """
-    kind = click.INT if low is None else click.IntRange(min=low)
+    kind = WholeNumber(min=low)
     return click.option(
         name, type=kind, metavar="N", default=default, show_default=default is not None, help=text,
         **options,

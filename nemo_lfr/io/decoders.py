@@ -199,7 +199,7 @@ class LimitedDecoder:
 
 
 def sndfile_reason(error: Exception) -> str:
-    """Return the message of an exception of soundfile, without the file name at its beginning."""
+    """Return why soundfile cannot read a file, without the file name, such as "unknown format"."""
     if getattr(error, "code", None) in _NO_FORMAT:
         return "unknown format"
     return str(error).rpartition(": ")[2].rstrip(".")

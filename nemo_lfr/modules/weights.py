@@ -243,10 +243,11 @@ def _checksum(data: np.ndarray) -> int:
 
 
 def _device_checksum(flat: torch.Tensor) -> torch.Tensor:
-    """Return a checksum of elements [n] as a tensor on their device, without synchronizing a GPU.
+    """Return a checksum of elements [n] as a tensor on their device.
 
-    The sum of each column is multiplied by a factor of its own. The factors are odd, so a change of a single sum
-    always changes the total.
+    The elements are arranged in rows of `COLUMNS` integers. The sum of each column is multiplied by its own factor,
+    and the checksum is the sum of the products. The factors are odd, so a change of a single column's sum always
+    changes the checksum.
     """
     values = flat.view(_INTEGERS[flat.element_size()])
     factors = torch.from_numpy(_FACTORS.view(np.int64)).to(flat.device)

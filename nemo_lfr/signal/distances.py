@@ -132,7 +132,7 @@ def _mean(values: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
 def si_sdr(real: torch.Tensor, gen: torch.Tensor, audio_len: torch.Tensor | None = None) -> torch.Tensor:
     """Compute the mean scale-invariant signal-to-distortion ratio of a batch.
 
-    The result matches NeMo's `SISDRLoss`.
+    NeMo's `SISDRLoss` is the negative of this ratio, if the padding is zero.
 
     Args:
         real: recordings, shape [B, T_audio].

@@ -547,3 +547,17 @@ def test_the_shell_completes_commands_options_and_paths(monkeypatch, capsys):
         monkeypatch.setenv("COMP_WORDS", " ".join(words))
         monkeypatch.setenv("COMP_CWORD", str(len(words) - 1))
         assert run(capsys)[1].splitlines() == [expected]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("entropy", "fit", "c", "--out", "m.lfrm", "--seed"),
+        ("evaluate", "c", "--out", "o", "--limit"),
+        ("encode", "a.wav", "--batch-size"),
+    ],
+    ids=" ".join,
+)
+def test_a_number_that_no_integer_type_holds_is_a_usage_error(capsys, arguments):
+    code, _, err = run(capsys, *arguments, 2**64)
+    assert code == 2 and f"Invalid value for '{arguments[-1]}': {2**64} is too large; pass a number below 2^63." in err

@@ -162,7 +162,10 @@ def _split(
 def _examples(
     spec: ModelSpec, utterances: list[np.ndarray], random: np.random.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the int8 features [N, F] and the int64 FSQ values [N, D] of all frames."""
+    """Return the int8 features [N, F] and the int64 FSQ values [N, D] of N frames.
+
+    These are all frames, and frames of random excerpts, whose features are those at the start of a block.
+    """
     features, digits = [], []
     for tokens in utterances:
         blocks = _blocks(tokens, BLOCK_FRAMES)
