@@ -38,7 +38,8 @@ def check_pipe(inputs: Sequence[str], out: Path | None) -> None:
     if sys.stdout.isatty() or (inputs[0] == "-" and sys.stdin.isatty()):
         raise NemoLfrError("-: stdin or stdout is a terminal; connect both to a pipe or a file.")
     for stream in (sys.stdin, sys.stdout) if inputs[0] == "-" else (sys.stdout,):
-        with suppress(OSError, ValueError):  # streams without a descriptor
+        # Streams without a descriptor, and Windows before Python 3.12.
+        with suppress(OSError, ValueError, AttributeError):
             os.set_blocking(stream.fileno(), True)
 
 

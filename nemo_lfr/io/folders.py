@@ -112,7 +112,7 @@ PLURALS = {
     "link to a folder that was already read": "links to folders that were already read",
     "pipe, socket or device": "pipes, sockets or devices",
 }
-# Error numbers for a link whose target does not exist.
+# Error numbers for a link whose target does not exist, or is not a folder.
 BROKEN = frozenset((errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG))
 NAMED = 5  # maximum number of reasons, and of unreadable folders, that the report lists
 
@@ -234,10 +234,9 @@ def _glob(pattern: str, unread: list[OSError]) -> list[str]:
             for folder in glob.glob(parent) if parent else ["."]:
                 try:
                     os.scandir(folder).close()
-                except NotADirectoryError:
-                    pass
                 except OSError as error:
-                    unread.append(error)
+                    if error.errno not in BROKEN:
+                        unread.append(error)
         parent, rest = os.path.split(parent)
     return sorted(glob.glob(pattern))
 
@@ -253,7 +252,8 @@ def _folders_below(root: str, unread: list[OSError]) -> Iterator[str]:
         try:
             identity = _identity(os.stat(path))
         except OSError as error:
-            unread.append(error)
+            if error.errno not in BROKEN:
+                unread.append(error)
             return False
         new = identity not in seen
         seen.add(identity)

@@ -37,8 +37,8 @@ def write_whole(file: IO[bytes], data: bytes) -> None:
     rest = memoryview(data)
     while rest:
         count = file.write(rest)
-        if count is None:
-            if isinstance(file, io.RawIOBase):
-                raise BlockingIOError(NOT_BLOCKING)
-            return  # other objects with a method `write` need not return a number
+        if count is None and isinstance(file, io.RawIOBase):
+            raise BlockingIOError(NOT_BLOCKING)
+        if type(count) is not int or not 0 < count < len(rest):
+            return  # all is written, or an object whose method `write` does not return the number of bytes
         rest = rest[count:]

@@ -17,7 +17,7 @@ from torch import nn
 from nemo_lfr.errors import ConfigError, TokensError
 from nemo_lfr.modules.altered import is_altered, must_be_called
 from nemo_lfr.modules.neural_module import NeuralModule
-from nemo_lfr.modules.token_checks import check_indices, check_tokens, mask
+from nemo_lfr.modules.token_checks import check_indices, check_shape, check_tokens, mask
 
 _FINITE = "check that the audio and the weights are finite"
 _IN_RANGE = "pass codes that this quantizer returned"
@@ -263,8 +263,18 @@ class GroupFiniteScalarQuantizer(NeuralModule):
         return len(groups) == self.num_groups and settings.issubset({(self.levels, self.fsqs[0].eps)})
 
     def _split(self, values: torch.Tensor, dim: int) -> Iterator[tuple[Any, torch.Tensor]]:
-        """Yield the quantizer of each group with its part of a tensor, which is split along the dimension `dim`."""
-        return zip(self.fsqs, values.chunk(self.num_groups, dim), strict=False)  # as NeMo, if a caller changed fsqs
+        """Yield the quantizer of each group with its part of a tensor, which is split along the dimension `dim`.
+
+        Raises:
+            TokensError: if the shape is wrong. It is not checked, as in NeMo, if a caller has changed the number of
+                groups.
+        """
+        if len(self.fsqs) == self.num_groups:
+            if dim == 1:
+                _check_dimensions(values, self.codebook_dim)
+            else:
+                check_shape(values, self.num_codebooks)
+        return zip(self.fsqs, values.chunk(self.num_groups, dim), strict=False)
 
     def _fold(self, values: torch.Tensor) -> torch.Tensor:
         """Move the codebooks into the batch dimension. They have the same levels, so one quantizer handles all."""

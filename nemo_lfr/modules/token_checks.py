@@ -53,8 +53,7 @@ def check_indices(indices: torch.Tensor, num_codebooks: int, codebook_size: int,
         codebook_size: number of entries.
         length: frames in each example, [B]; later tokens may have any value. None for all frames.
     """
-    if indices.dim() != 3 or indices.shape[0] != num_codebooks:
-        raise TokensError(f"tokens have shape {list(indices.shape)}; this quantizer takes [{num_codebooks}, B, T].")
+    check_shape(indices, num_codebooks)
     if not has_values(indices):
         return
     is_bad = ~((indices >= 0) & (indices < codebook_size))  # also for NaN
@@ -63,6 +62,12 @@ def check_indices(indices: torch.Tensor, num_codebooks: int, codebook_size: int,
     if bool(is_bad.any()):
         token = indices[is_bad][0].item()
         raise TokensError(f"the token {token} is outside [0, {codebook_size}); pass tokens of this codec.")
+
+
+def check_shape(indices: torch.Tensor, num_codebooks: int) -> None:
+    """Raise an error unless tokens have the shape [num_codebooks, B, T]."""
+    if indices.dim() != 3 or indices.shape[0] != num_codebooks:
+        raise TokensError(f"tokens have shape {list(indices.shape)}; this quantizer takes [{num_codebooks}, B, T].")
 
 
 def has_values(tokens: torch.Tensor) -> bool:

@@ -41,7 +41,8 @@ class WeightAveraging(BaseModel):
             self._average.use(self._generator, averaged)
 
     def _finish_average(self) -> None:
-        if self._average is not None and not self._average.in_use:
+        # An error of a later validation must not mark weights that were changed since as trained.
+        if self._average is not None and not self._average.in_use and not self._average.is_finished:
             self._average.finish(self._generator)
 
     def _drop_stale_average(self) -> None:
@@ -50,8 +51,8 @@ class WeightAveraging(BaseModel):
         if average is not None and not average.in_use and not average.describes(self._generator):
             self._average = None
             logging.warning(
-                "The weights were changed after the training, so their moving average (ema_decay) is not used. The "
-                ".ckpt files of the training contain it."
+                "The weights were changed or converted after the training, so their moving average (ema_decay) is not "
+                "used. The .ckpt files that the training wrote contain it."
             )
 
     @contextmanager
@@ -74,9 +75,10 @@ class WeightAveraging(BaseModel):
         self._drop_stale_average()
         super().on_train_start()
 
-    def on_train_end(self) -> None:
+    def on_fit_end(self) -> None:
         """Remember the trained weights, to notice later changes."""
-        super().on_train_end()
+        # Lightning calls `on_train_end` only if the run was not already complete.
+        super().on_fit_end()
         self._finish_average()
 
     def on_validation_start(self) -> None:

@@ -48,6 +48,11 @@ class Average:
         """Remember the trained weights at the end of training, for `describes`. The module must hold them."""
         self._trained = _checksums(module)
 
+    @property
+    def is_finished(self) -> bool:
+        """Whether `finish` was called after the last update."""
+        return self._trained is not None
+
     def describes(self, module: torch.nn.Module) -> bool:
         """Return whether the module still holds the weights with which training ended."""
         return self._trained is None or _checksums(module) == self._trained

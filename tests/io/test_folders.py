@@ -252,6 +252,7 @@ def test_a_glob_with_two_stars_ends_where_links_lead_back(tmp_path, monkeypatch)
     for number in range(4):
         os.symlink("..", tmp_path / "g" / "x" / f"up{number}")
     os.symlink(tmp_path / "far", tmp_path / "g" / "linked")
+    os.symlink(tmp_path / "gone", tmp_path / "g" / "x" / "broken")
     wanted = ["a.wav", "far/f.wav", "linked/z.wav", "x/b.wav", "x/y[1]/c.wav"]
     assert find_matches("g/**/*.wav") == [f"g/{name}" for name in wanted]
     assert find_matches(f"{tmp_path}/g/**/*.wav") == [f"{tmp_path}/g/{name}" for name in wanted]
@@ -259,6 +260,12 @@ def test_a_glob_with_two_stars_ends_where_links_lead_back(tmp_path, monkeypatch)
     assert find_matches("g/x/**/*.wav") == ["g/x/b.wav", "g/x/up0/a.wav", "g/x/up0/far/f.wav", "g/x/up0/linked/z.wav",
                                            "g/x/y[1]/c.wav"]  # fmt: skip
     assert find_matches("g/**") == ["g/"]
+    unread: list[OSError] = []
+    assert find_matches("g/x/*/*.wav", unread) == [
+        "g/x/up0/a.wav", "g/x/up1/a.wav", "g/x/up2/a.wav", "g/x/up3/a.wav", "g/x/y[1]/c.wav",
+    ]  # fmt: skip
+    find_matches("g/x/**/*.wav", unread)
+    assert not unread
     assert find_matches("g/*.wav") == ["g/a.wav"]
     assert find_matches("nothing/**/*.wav") == []
     monkeypatch.chdir(tmp_path / "g")

@@ -7,6 +7,7 @@ import sys
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -330,6 +331,21 @@ class NonBlocking(InPieces):
 
     def write(self, data):
         return None
+
+
+@pytest.mark.parametrize("result", [None, 0, True, "3", 10**6])
+def test_an_object_that_does_not_count_bytes_gets_each_piece_once(result):
+    pieces = []
+    writer = TokenStreamWriter(
+        SimpleNamespace(write=lambda data: pieces.append(bytes(data)) or result, flush=lambda: None), RELEASED
+    )
+    writer.write(random_tokens(RELEASED, 5))
+    writer.finish(5 * 1024)
+    expected = io.BytesIO()
+    writer = TokenStreamWriter(expected, RELEASED)
+    writer.write(random_tokens(RELEASED, 5))
+    writer.finish(5 * 1024)
+    assert b"".join(pieces) == expected.getvalue()
 
 
 def test_pipes_that_transfer_a_few_bytes_at_a_time_lose_none(tmp_path):

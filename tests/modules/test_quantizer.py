@@ -205,3 +205,13 @@ def test_tokens_that_are_not_of_the_codebook_are_not_decoded(num_groups, token, 
         assert torch.equal(padded[..., :4], expected[..., :4])
     with pytest.raises(TokensError, match=message):
         quantizer.decode(tokens)
+
+
+@pytest.mark.parametrize("door", ["forward", "encode", "decode", "decode_unchecked"])
+@pytest.mark.parametrize("size", [2, 5])
+def test_a_hook_does_not_turn_off_the_check_of_shapes(door, size):
+    quantizer = GroupFiniteScalarQuantizer(num_groups=3, num_levels_per_group=[4, 4])
+    quantizer.fsqs[1].register_forward_hook(lambda *_: None)
+    values = torch.zeros(1, size, 2) if door in ("forward", "encode") else torch.zeros(size, 1, 2, dtype=torch.int64)
+    with pytest.raises(TokensError, match=r"this quantizer takes \[(3, B|B, 6), T\]"):
+        getattr(quantizer, door)(values)

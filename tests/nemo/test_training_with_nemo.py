@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -504,9 +505,31 @@ def copy_and_edit(model, first):
     return edit_without_a_count(copy.deepcopy(model), first)
 
 
+class Unreadable(torch.utils.data.Dataset):
+    def __len__(self):
+        raise RuntimeError("unreadable")
+
+
+def load_before_a_failed_validation(model, first):
+    model.load_state_dict(first)
+    with pytest.raises(RuntimeError, match="unreadable"):
+        quiet_trainer().validate(model, torch.utils.data.DataLoader(Unreadable()), verbose=False)
+    return model
+
+
+def resume_a_complete_run(model, first):
+    with tempfile.TemporaryDirectory() as folder:
+        model.trainer.save_checkpoint(Path(folder, "last.ckpt"))
+        other = AudioCodecModel(model.cfg)
+        quiet_trainer(max_epochs=1).fit(other, model.batches, ckpt_path=Path(folder, "last.ckpt"))
+    return load_the_first_weights(other, first)
+
+
 @pytest.mark.parametrize(
     ("change", "is_averaged"),
     [
+        (load_before_a_failed_validation, False),
+        (resume_a_complete_run, False),
         (lambda model, first: model, True),
         (lambda model, first: copy.deepcopy(model), True),
         (load_the_first_weights, False),
@@ -522,6 +545,7 @@ def test_weights_that_are_changed_after_the_training_are_saved(tmp_path, change,
     batches = torch.utils.data.DataLoader([batch(frames=8)] * 2, batch_size=None)
     quiet_trainer(max_epochs=1).fit(model, batches)
     average = torch.cat([value.flatten() for value in model._average.weights])
+    model.batches = batches
     model = change(model, first)
     model._trainer = None
     held = {key: value.clone() for key, value in model.state_dict().items() if key.startswith("audio_")}
