@@ -147,8 +147,7 @@ def load_parts(
     config: DictConfig | None = None,
     *,
     strict: bool = True,
-    others: str | None = None,
-) -> tuple[CodecModules, dict[str, torch.Tensor]]:
+) -> tuple[CodecModules, Tensors]:
     """Load the modules of a codec for training, with weight norm.
 
     Args:
@@ -156,10 +155,9 @@ def load_parts(
         config: model config (default: the one in the checkpoint).
         strict: whether to raise an error for missing and for unknown weights of the modules. Otherwise, missing
             weights are initialized and unknown ones are ignored.
-        others: prefix of the names of additional tensors to return (default: none).
 
     Returns:
-        The modules, and the additional tensors by name.
+        The modules, and all tensors of the checkpoint by name. Each tensor is read when it is accessed.
 
     Raises:
         CheckpointError: if the checkpoint is missing, is damaged or does not match the config.
@@ -174,7 +172,7 @@ def load_parts(
     check_pair(tensors, own)
     for name, part in parts.named().items():
         _fill(tensors, name, part, _match(tensors, name, part, strict), strict)
-    return parts, {key: tensors[key] for key in tensors.entries if others and key.startswith(others)}
+    return parts, tensors
 
 
 def read_weights(

@@ -23,8 +23,6 @@ from nemo_lfr.io.locate import check_path, expand_home, locate_checkpoint, looks
 from nemo_lfr.io.regular import check_replaceable
 from nemo_lfr.modules.altered import SAVE
 from nemo_lfr.nemo.base import (
-    DISCRIMINATOR,
-    WAVLM,
     BaseModel,
     NeMoAudioCodecModel,
     PretrainedModelInfo,
@@ -111,8 +109,8 @@ class NemoFiles(BaseModel):
         trainer: Trainer | None,
     ) -> Any:
         config = read_config(path) if override is None else override
-        others = DISCRIMINATOR if config.get("discriminator") else None
-        parts, rest = load_parts(path, override, strict=strict, others=others)
+        parts, tensors = load_parts(path, override, strict=strict)
+        loaded = [value for part in parts.named().values() for value in part.state_dict(keep_vars=True).values()]
         read_parts = READ_PARTS.set(parts)
         try:
             # While this flag is set, NeMo's constructor does not open the training data that the config names.
@@ -123,7 +121,7 @@ class NemoFiles(BaseModel):
         finally:
             cls._set_model_restore_state(is_being_restored=False)
             READ_PARTS.reset(read_parts)
-        model._unbuilt_discriminator = {key: value for key, value in rest.items() if WAVLM not in key}
+        model.load_rest(tensors, loaded)
         model._restored_from = path
         if save_restore_connector is not None:
             model._save_restore_connector = save_restore_connector

@@ -3,16 +3,20 @@
 State dicts from any NeMo version can be loaded. Returned state dicts use NeMo's names.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, cast
 
 import torch
 
 from nemo_lfr.checkpoint import PARTS
-from nemo_lfr.checkpoint.names import DIRECTION, plain_key, plain_keys, spell_as
+from nemo_lfr.checkpoint.names import DIRECTION, GAIN, plain_key, plain_keys, spell_as
+from nemo_lfr.checkpoint.tensors import Tensors
 from nemo_lfr.errors import CheckpointError, shorten
 from nemo_lfr.modules.quantizer import FiniteScalarQuantizer
 from nemo_lfr.nemo.base import DISCRIMINATOR, WAVLM, BaseModel, NeMoAudioCodecModel
+
+# Attributes with the modules that are built from the config when they are first used.
+_CONFIGURED = ("discriminator", "_losses", "_metrics")
 
 
 class StateDicts(BaseModel):
@@ -55,8 +59,8 @@ class StateDicts(BaseModel):
         """Load a state dict saved by any NeMo version.
 
         Prefixes that `torch.compile` and `DistributedDataParallel` add to names are removed. The weights of WavLM are
-        not loaded. Tensors outside of the encoder, quantizer and decoder (discriminators, windows and filters of the
-        losses) vary between NeMo versions and configs. Such a tensor is loaded if its shape fits.
+        not loaded. The tensors of discriminators, losses and metrics vary between NeMo versions and configs. Such a
+        tensor is loaded if its shape fits.
 
         Args:
             state_dict: tensors by name.
@@ -67,19 +71,21 @@ class StateDicts(BaseModel):
             The missing and unexpected keys, as in `torch.nn.Module.load_state_dict`.
 
         Raises:
-            CheckpointError: if `state_dict` does not map names to tensors, or if its shapes or FSQ levels differ from
-                those of the model. With `strict`, also if weights are missing or unknown.
+            CheckpointError: if `state_dict` does not map names to tensors, or if the shapes of other tensors or the
+                FSQ levels differ from those of the model. With `strict`, also if weights are missing or unknown.
         """
         _check_state_dict(state_dict)
         own = super(NeMoAudioCodecModel, self).state_dict()
         shapes = {key: value.shape for key, value in own.items()}
         state_dict = _spelled_for(own, state_dict)
         other = [key for key, value in state_dict.items() if value.shape != shapes.get(key, value.shape)]
-        if judged := [key for key in other if key.partition(".")[0] in PARTS]:
+        if judged := [key for key in other if not self._varies(key)]:
+            is_codec = judged[0].partition(".")[0] in PARTS
+            remedy = "from the config of that codec" if is_codec else "with the modules whose weights were saved"
             raise CheckpointError(
-                f"the state dict belongs to another codec: {len(judged)} weights have other shapes, for example "
-                f"{judged[0]}: {list(state_dict[judged[0]].shape)} instead of {list(shapes[judged[0]])}; build "
-                "the model from the config of that codec."
+                f"the state dict belongs to another {'codec' if is_codec else 'model'}: {len(judged)} weights have "
+                f"other shapes, for example {judged[0]}: {list(state_dict[judged[0]].shape)} instead of "
+                f"{list(shapes[judged[0]])}; build the model {remedy}."
             )
         tables = self._quantizer_tables()
         for key in own:
@@ -109,6 +115,55 @@ class StateDicts(BaseModel):
                 )
         self._is_random = False
         return result
+
+    def load_rest(self, tensors: Tensors, loaded: Sequence[torch.Tensor]) -> None:
+        """Load the weights of a checkpoint beside those of the encoder, quantizer and decoder of this package.
+
+        Args:
+            tensors: tensors of the checkpoint. Each one is read when it is accessed.
+            loaded: tensors of the model that are loaded already.
+
+        Raises:
+            CheckpointError: if a weight is damaged or has another shape.
+        """
+        if added := {name: tensors[name] for name in self._added_names(tensors.entries, loaded)}:
+            try:
+                self.load_state_dict(added, strict=False)
+            except CheckpointError as error:
+                raise CheckpointError(f"{tensors.path}: {error}") from error
+        # A subclass may have deleted the discriminator, or built its own.
+        if self.cfg.get("discriminator") and getattr(self, "discriminator", self) is None:
+            names = [key for key in tensors.entries if key.startswith(DISCRIMINATOR) and WAVLM not in key]
+            self._unbuilt_discriminator = {key: tensors[key] for key in names}
+
+    def _added_names(self, stored: Collection[str], loaded: Sequence[torch.Tensor]) -> list[str]:
+        """Return the names of the weights to load into modules that a subclass's constructor added or replaced.
+
+        The tensors of NeMo's losses follow from the config, so they are not included. Weights that the checkpoint
+        lacks keep their initial values, as in NeMo.
+
+        Args:
+            stored: names of the tensors in the checkpoint.
+            loaded: tensors of the model that are loaded already.
+        """
+        done = {id(value) for value in loaded}
+        names: list[str] = []
+        for key, value in super(NeMoAudioCodecModel, self).state_dict(keep_vars=True).items():
+            key = plain_key(key)
+            if id(value) not in done and not self._is_loss(key) and not _is_wavlm(key):
+                stem = key.removesuffix(".weight").removesuffix(GAIN).removesuffix(DIRECTION)
+                spellings = [key] if key in stored else [stem + GAIN, stem + DIRECTION, stem + ".weight"]
+                names += [name for name in spellings if name in stored]
+        return names
+
+    def _varies(self, key: str) -> bool:
+        """Return whether a tensor belongs to the discriminators, losses or metrics that the config describes."""
+        return key.partition(".")[0] in _CONFIGURED or self._is_loss(key)
+
+    def _is_loss(self, key: str) -> bool:
+        """Return whether a tensor belongs to a loss of NeMo's."""
+        loss = getattr(self, key.partition(".")[0], None)
+        return type(loss).__module__.startswith("nemo.collections.tts.losses.")
 
     def _quantizer_tables(self) -> dict[str, torch.Tensor]:
         """Return the values of the quantizer's buffers by key, even if the buffers are empty after `to_empty`."""

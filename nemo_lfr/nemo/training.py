@@ -391,5 +391,6 @@ def _pad_to(audio: torch.Tensor, length: int) -> torch.Tensor:
 
 def _wavlm_weights(path: Path) -> dict[str, torch.Tensor]:
     """Return the WavLM weights in a file that NeMo 3.0 saved; an empty dict if the file has none."""
-    _, rest = load_parts(path, others=DISCRIMINATOR)
-    return {key.partition(WAVLM)[2]: value for key, value in rest.items() if WAVLM in key}
+    _, tensors = load_parts(path)
+    names = [key for key in tensors.entries if key.startswith(DISCRIMINATOR) and WAVLM in key]
+    return {key.partition(WAVLM)[2]: tensors[key] for key in names}

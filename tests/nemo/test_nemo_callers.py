@@ -668,6 +668,72 @@ def other_codebook(state):
     return state | {"vector_quantizer.fsqs.3.num_levels": state["vector_quantizer.fsqs.3.num_levels"].roll(1, 1)}
 
 
+class WithHead(AudioCodecModel):
+    """Model with modules of a user."""
+
+    def __init__(self, cfg, trainer=None):
+        super().__init__(cfg=cfg, trainer=trainer)
+        self.head = torch.nn.Linear(3, 3)
+
+
+class WithEncoder(AudioCodecModel):
+    def __init__(self, cfg, trainer=None):
+        super().__init__(cfg=cfg, trainer=trainer)
+        self.audio_encoder = build_part(OmegaConf.to_container(cfg.audio_encoder))
+
+
+class WithLayer(AudioCodecModel):
+    def __init__(self, cfg, trainer=None):
+        super().__init__(cfg=cfg, trainer=trainer)
+        conv = self.audio_encoder.pre_conv.conv
+        padding = {"padding": conv.padding, "padding_mode": conv.padding_mode}
+        self.audio_encoder.pre_conv.conv = torch.nn.Conv1d(1, conv.out_channels, 7, **padding)
+
+
+class WithDiscriminator(AudioCodecModel):
+    def __init__(self, cfg, trainer=None):
+        super().__init__(cfg=cfg, trainer=trainer)
+        self.discriminator = torch.nn.ModuleDict({"net": torch.nn.Linear(3, 3)})
+
+
+class WithoutDiscriminator(AudioCodecModel):
+    def __init__(self, cfg, trainer=None):
+        super().__init__(cfg=cfg, trainer=trainer)
+        del self.discriminator
+
+
+SUBCLASSES = {
+    "new module": (WithHead, "head.weight"),
+    "new encoder": (WithEncoder, f"{CONV}.parametrizations.weight.original1"),
+    "new layer": (WithLayer, f"{CONV}.parametrizations.weight.original1"),
+    "discriminator": (WithDiscriminator, "discriminator.net.weight"),
+}
+
+
+@pytest.mark.parametrize("kind", SUBCLASSES)
+def test_weights_that_a_subclass_saves_are_restored(nemo_file, tmp_path, kind):
+    model_class, key = SUBCLASSES[kind]
+    model = model_class.restore_from(nemo_file, map_location="cpu")
+    for value in model.parameters():
+        value.data.mul_(1.25)
+    model.save_to(tmp_path / "saved.nemo")
+    restored = model_class.restore_from(tmp_path / "saved.nemo", map_location="cpu")
+    assert restored.state_dict().keys() == model.state_dict().keys() and key in model.state_dict()
+    torch.testing.assert_close(restored.state_dict()[key], model.state_dict()[key])
+    assert torch.equal(tokens_of(restored), tokens_of(model))
+
+
+def test_weights_of_a_subclass_with_another_shape_are_refused(nemo_file, tmp_path):
+    model = WithHead.restore_from(nemo_file, map_location="cpu")
+    model.head = torch.nn.Linear(5, 5)
+    model.save_to(tmp_path / "saved.nemo")
+    message = r"2 weights have other shapes, for example head.weight: \[5, 5\] instead of \[3, 3\]"
+    with pytest.raises(CheckpointError, match=rf"saved.nemo: the state dict belongs to another model: {message}"):
+        WithHead.restore_from(tmp_path / "saved.nemo", map_location="cpu")
+    with pytest.raises(CheckpointError, match=message):
+        WithHead.restore_from(nemo_file, map_location="cpu").load_state_dict(model.state_dict(), strict=False)
+
+
 STRANGE = {
     "whole checkpoint": (lambda state: {"state_dict": state, "epoch": 3}, "pass the value of that key"),
     "number": (
@@ -737,6 +803,8 @@ def test_deleting_the_discriminator_frees_its_weights(nemo_file, tmp_path, expec
     stock.load_state_dict(stock_model(nemo_file).state_dict())
     path = tmp_path / "trained.nemo"
     stock.save_to(str(path))
+    restored = WithoutDiscriminator.restore_from(path, map_location="cpu")
+    assert not any(key.startswith("discriminator.") for key in restored.state_dict())
     for model in (ours(path), accelerate(stock_model(path))):
         assert any(key.startswith("discriminator.") for key in model.state_dict())
         del model.discriminator
