@@ -31,6 +31,8 @@ WRITTEN = {*(f"{split}.json" for split in SPLITS), FAILURES}  # files that a run
 JOURNAL = ".opened.jsonl"
 NAMED = 5  # maximum number of names of files that a message lists
 # For messages: the files that each layout of a published corpus consists of.
+# Layouts whose tables name the split of each recording.
+KEEPS_SPLITS = ("commonvoice", "table")
 EXPECTED = {
     "librispeech": "PART/SPEAKER/CHAPTER/*.flac with *.trans.txt beside them, as in LibriSpeech (openslr.org/12)",
     "mls": "mls_LANGUAGE/SPLIT/transcripts.txt and audio/SPEAKER/BOOK/*, as in Multilingual LibriSpeech "
@@ -111,7 +113,8 @@ def prepare(
         corpus: folder with the unpacked archive, or path of a table. Audio files are not copied.
         out: output folder for the manifests.
         valid_share: fraction of the speakers (or of folders or files, see `hold_out`) to use for validation if the
-            corpus has no validation set. At least one of them remains for training, unless the fraction is 1.
+            corpus has no validation set. At least one of them remains for training, unless the fraction is 1. If a
+            table or Common Voice names the split of a recording, it keeps this split.
         speaker_level: for the layout "folder", depth of the folders that are named after speakers; see `folder`.
         workers: number of files to open in parallel.
         check: whether to decode every file completely, which finds truncated and damaged files and gives exact
@@ -206,7 +209,8 @@ def _write_all(
     # First leave out the files that cannot be used, because these may be all files of a split.
     utterances = [utterance for utterance in utterances if _is_usable(utterance, found)]
     rest = "train" if any(item.split == "valid" for item in utterances) else None  # None: `hold_out` decides
-    utterances = [replace(item, split=rest) if item.split in ("train", None) else item for item in utterances]
+    divided = (None,) if kind in KEEPS_SPLITS else ("train", None)
+    utterances = [replace(item, split=rest) if item.split in divided else item for item in utterances]
     units = held_out_by(utterances, valid_share)
     utterances = hold_out(utterances, valid_share)
     result.held_out_by = units if valid_share and any(utterance.split == "valid" for utterance in utterances) else ""
