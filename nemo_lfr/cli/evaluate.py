@@ -16,7 +16,7 @@ from nemo_lfr.cli.progress import progress
 from nemo_lfr.cli.results import EvaluateResult
 from nemo_lfr.cli.session import current, fail, note, print_line
 from nemo_lfr.errors import NemoLfrError, counted
-from nemo_lfr.io.locate import resolve
+from nemo_lfr.io.locate import resolve_folder
 from nemo_lfr.io.regular import open_regular
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ def evaluate(
             device=device,
             jobs=workers or os.cpu_count() or 1,
             models=requested,
-            source=f"{preset or 'manifest'} {resolve(source)}",
+            source=f"{preset or 'manifest'} {resolve_folder(source)}",
             progress=progress,
         )
         _record_failures(evaluation, requested)
@@ -220,7 +220,7 @@ def _read_recordings(
     else:
         _check_manifest(source)
         recordings = read_manifest(source, audio_dir, on_bad_line=lambda line: fail(source, NemoLfrError(line)))
-        look = {"title": f"Speech codecs on {resolve(source).parent.name}/{source.name}"}
+        look = {"title": f"Speech codecs on {resolve_folder(source).parent.name}/{source.name}"}
         current().report_failures()
     if not recordings:
         raise NemoLfrError(f"{source}: no recordings found; pass a manifest with at least one usable line.")

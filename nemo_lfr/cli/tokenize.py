@@ -27,7 +27,7 @@ from nemo_lfr.cli.terminal import echo_stderr, heartbeat, progress_bar
 from nemo_lfr.corpus.formats import BUILT_IN, format_names
 from nemo_lfr.errors import Failure, counted
 from nemo_lfr.frames import duration_text
-from nemo_lfr.io.locate import resolve
+from nemo_lfr.io.locate import resolve_folder
 
 
 class FormatName(click.Choice):  # type: ignore[type-arg]  # generic in recent releases of click
@@ -138,7 +138,7 @@ def tokenize(
         kind,
         audio_dir=None if audio_dir is None else str(audio_dir),
         entropy_model=None if entropy_model is None else str(entropy_model),
-        dataset=dataset or resolve(corpus).name.partition(".")[0],
+        dataset=dataset or resolve_folder(corpus).name.partition(".")[0],
         part=None if shard_of is None else parse_part(shard_of),
         **options,
     )

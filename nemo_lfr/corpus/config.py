@@ -11,7 +11,7 @@ from nemo_lfr.corpus.records import STATE
 from nemo_lfr.corpus.sources import open_corpus
 from nemo_lfr.corpus.sources.base import CorpusReader
 from nemo_lfr.errors import NemoLfrError
-from nemo_lfr.io.locate import expand_home, resolve
+from nemo_lfr.io.locate import expand_home, resolve_folder
 
 PADS = ("encode", "magpie")
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
@@ -113,7 +113,10 @@ class TokenizeConfig:
             )
 
     def absolute(self) -> "TokenizeConfig":
-        """Return a copy with absolute paths, for workers in other working directories."""
+        """Return a copy with absolute paths, for workers in other working directories.
+
+        A link to a file keeps its name and folder; see `resolve_folder`.
+        """
         paths = {
             "source": self.source,
             "out": self.out,
@@ -122,7 +125,7 @@ class TokenizeConfig:
             "entropy_model": self.entropy_model,
         }
         resolved: dict[str, Any] = {
-            name: str(resolve(expand_home(path)))
+            name: str(resolve_folder(expand_home(path)))
             for name, path in paths.items()
             if path is not None and (name != "model" or expand_home(path).exists())  # else a Hub id
         }

@@ -101,6 +101,20 @@ def resolve(path: str | os.PathLike[str]) -> Path:
     return Path(os.path.realpath(path))
 
 
+def resolve_folder(path: str | os.PathLike[str]) -> Path:
+    """Return an absolute path in which only links to folders are resolved.
+
+    The path of a link to a file keeps the name and folder of the link, because the file's kind depends on the suffix
+    of this name, and relative paths in the file start from this folder. In the cache of the Hugging Face Hub, each
+    file is a link to a file without suffix in another folder.
+
+    Raises:
+        OSError: if the links form a loop; the error names `path`.
+    """
+    resolved = resolve(path)
+    return resolved if resolved.is_dir() else resolve(Path(path).parent) / Path(path).name
+
+
 def looks_local(name: str) -> bool:
     """Return whether a name is a local path rather than a Hub repository.
 

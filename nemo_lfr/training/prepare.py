@@ -18,7 +18,7 @@ from nemo_lfr.io.folders import AUDIO_SUFFIXES, describe_contents, find_files
 from nemo_lfr.io.journal import Journal, Progress, write_text
 from nemo_lfr.io.layouts import LAYOUTS, CorpusUtterance, folder, held_out_by, hold_out
 from nemo_lfr.io.lhotse_recipes import PREFIX, lhotse_recipe
-from nemo_lfr.io.locate import resolve
+from nemo_lfr.io.locate import resolve, resolve_folder
 from nemo_lfr.io.manifests import MAX_SECONDS
 from nemo_lfr.io.reading import DURATION_SLACK
 from nemo_lfr.io.repeated import mark_repeated
@@ -152,7 +152,7 @@ def prepare(
             problem = "this is a table, not a folder; use `nemo-lfr prepare table`"
         raise NemoLfrError(f"{corpus}: {problem}.")
     try:
-        utterances = list(read(resolve(corpus)))
+        utterances = list(read(resolve_folder(corpus)))
     except NemoLfrError:
         raise
     except (KeyError, TypeError, ValueError) as error:

@@ -207,6 +207,31 @@ def test_an_equal_list_in_another_folder_is_not_resumed(kind, model, tmp_path, m
         assert run("noisy")["clips"] == 3
 
 
+@pytest.mark.parametrize(
+    "kind", slow_after(2, [kind for kind in PARALLEL if kind not in ("folder", "saved dataset", "Shar")])
+)
+def test_a_link_to_a_list_is_read_like_a_copy(kind, model, tmp_path, monkeypatch):
+    """In the cache of the Hugging Face Hub, each file is a link to a file without suffix in another folder."""
+    write_audio(tmp_path / "snapshot", 0.02)
+    monkeypatch.chdir(tmp_path / "snapshot")
+    source, blob = PARALLEL[kind](tmp_path / "snapshot"), tmp_path / "blobs" / "0a1b"
+    path = tmp_path / "snapshot" / source
+    blob.parent.mkdir()
+    path.rename(blob)
+    path.symlink_to(Path("..", "blobs", blob.name))
+    job = TokenizeConfig(str(source), str(tmp_path / "out"), "lfr", model=str(model), shard_size=200, dataset="x")
+    counts = tokenize(job, workers=1, device="cpu")
+    assert counts["clips"] == 3 and counts["source"] == str(path)
+    path.unlink()
+    blob.rename(path)
+    assert tokenize(job, workers=1, device="cpu")["clips"] == 3  # resumed
+    lines(blob, [{"audio_filepath": "a.wav"}])
+    path.unlink()
+    path.symlink_to(blob)
+    with pytest.raises(NemoLfrError):
+        tokenize(job, workers=1, device="cpu")
+
+
 def test_a_copy_of_a_manifest_without_relative_paths_is_resumed(model, tmp_path):
     write_audio(tmp_path / "audio", 0.02)
     for name in ("one", "two"):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from nemo_lfr.io.locate import resolve
+from nemo_lfr.io.locate import resolve, resolve_folder
 from tests.cli.test_cli import run
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="symbolic links need a privilege on Windows")
@@ -53,13 +53,14 @@ def test_a_broken_link_is_a_one_line_error_and_is_kept(kind, tmp_path, capsys, m
     assert not (tmp_path / "gone").exists() and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("function", [resolve, resolve_folder])
 @pytest.mark.parametrize("name", ["loop", "loop/below", "to_loop", "sub/../loop"])
-def test_resolve_names_the_path_of_a_loop(name, tmp_path):
+def test_resolve_names_the_path_of_a_loop(name, function, tmp_path):
     (tmp_path / "sub").mkdir()
     (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "to_loop").symlink_to("loop")
     with pytest.raises(OSError, match="symbolic links") as raised:
-        resolve(tmp_path / name)
+        function(tmp_path / name)
     assert raised.value.filename == str(tmp_path / name)
 
 
@@ -68,3 +69,9 @@ def test_resolve_follows_links_and_accepts_missing_files(tmp_path, monkeypatch):
     (tmp_path / "link").symlink_to("folder")
     monkeypatch.chdir(tmp_path)
     assert resolve("link/missing") == tmp_path.resolve() / "folder" / "missing"
+    (tmp_path / "folder" / "a.csv").symlink_to("blob")  # at first a link to nothing
+    for _ in range(2):
+        assert resolve("link/a.csv") == tmp_path.resolve() / "folder" / "blob"
+        assert resolve_folder("link/a.csv") == tmp_path.resolve() / "folder" / "a.csv"
+        (tmp_path / "folder" / "blob").write_text("")
+    assert resolve_folder("link") == resolve_folder("folder/../link/.") == tmp_path.resolve() / "folder"

@@ -647,7 +647,7 @@ def test_a_speaker_whose_name_is_a_split_is_not_held_out(tmp_path):
     assert splits_of(tmp_path / "out").keys() == {"train"}
 
 
-@pytest.mark.parametrize("kind", ["table", "folder"])
+@pytest.mark.parametrize("kind", ["table", "folder", "link to a table"])
 def test_sections_of_a_table_keep_their_audio(tmp_path, kind):
     audio(tmp_path / "c" / "long.wav", 1.0)
     audio(tmp_path / "c" / "b.wav", 0.5)
@@ -656,8 +656,11 @@ def test_sections_of_a_table_keep_their_audio(tmp_path, kind):
         "long.wav,0.5,0.25,again", "long.wav,0.5,3,beyond", "b.wav,0.6,,after", "b.wav,x,,not a number",
     ]  # fmt: skip
     text(tmp_path / "c" / "metadata.csv", "\n".join(["audio_filepath,offset,duration,text", *rows]) + "\n")
-    corpus = tmp_path / "c" / "metadata.csv" if kind == "table" else tmp_path / "c"
-    result = prepare(kind, corpus, tmp_path / "out", valid_share=0)
+    corpus = tmp_path / "c" if kind == "folder" else tmp_path / "c" / "metadata.csv"
+    if kind == "link to a table":
+        corpus.rename(tmp_path / "blob")
+        corpus.symlink_to(tmp_path / "blob")
+    result = prepare("folder" if kind == "folder" else "table", corpus, tmp_path / "out", valid_share=0)
     entries = {entry["text"]: entry for entry in manifest(tmp_path / "out" / "train.json")}
     found = {name: (entry.get("offset"), entry["duration"]) for name, entry in entries.items()}
     assert found == {"first": (0.0, 0.3), "second": (0.5, 0.25), "rest": (0.75, 0.25), "whole": (None, 0.5)}
