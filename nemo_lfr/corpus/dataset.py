@@ -4,9 +4,11 @@ import contextlib
 import os
 import random
 import sys
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
+from weakref import WeakSet
 
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
@@ -87,12 +89,14 @@ class TokenDataset(IterableDataset[TokenizedUtterance]):
         self._shared_epoch, self._owner = _shared(torch.zeros((), dtype=torch.int64)), os.getpid()
         self._progress: dict[str, int] | None = None
         self._resumed: dict[str, Any] | None = None
+        _DATASETS.add(self)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state for pickling, which includes the rank and the world size.
 
         A spawned data loader worker has no process group from which it could read these values.
         """
+        self._own_epoch()
         inherited = (*self._place(), _is_accelerated()) if _is_distributed() else self._inherited
         return self.__dict__ | {"_inherited": inherited}
 
@@ -104,17 +108,21 @@ class TokenDataset(IterableDataset[TokenizedUtterance]):
         """
         self.__dict__.update(state)
         self._shared_epoch = _shared(self._shared_epoch)  # does nothing if it is in shared memory
+        _DATASETS.add(self)
 
     @property
     def _epoch(self) -> torch.Tensor:
-        """The current epoch, in memory that this process shares with its data loader workers.
+        """The current epoch, in memory that this process shares with its data loader workers."""
+        self._own_epoch()
+        return self._shared_epoch
 
-        A process that inherited the dataset, such as a rank started by `torch.multiprocessing.spawn`, gets an epoch of
-        its own: its passes must not change the order in other processes.
+    def _own_epoch(self) -> None:
+        """Give a process that inherited the dataset, such as a spawned rank, an epoch that its workers share.
+
+        Its passes must not change the order in other processes.
         """
         if self._owner != os.getpid() and get_worker_info() is None:
             self._shared_epoch, self._owner = _shared(self._shared_epoch.clone()), os.getpid()
-        return self._shared_epoch
 
     @property
     def num_codebooks(self) -> int:
@@ -301,6 +309,13 @@ class TokenDataset(IterableDataset[TokenizedUtterance]):
     def collate(utterances: Iterable[TokenizedUtterance], pad: int = 0) -> dict[str, Any]:
         """Collate utterances into a batch; see the function `collate` of this module."""
         return collate(utterances, pad)
+
+
+_DATASETS: WeakSet[TokenDataset] = WeakSet()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
+    os.register_at_fork(before=lambda: deque(map(TokenDataset._own_epoch, list(_DATASETS)), 0))
 
 
 def collate(utterances: Iterable[TokenizedUtterance], pad: int = 0) -> dict[str, Any]:

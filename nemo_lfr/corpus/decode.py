@@ -116,6 +116,8 @@ def _check_existing(path: Path, sample_rate: int, num_samples: int) -> None:
             found = soundfile.info(file)
     except soundfile.SoundFileError:
         what = "not an audio file"
+    except OSError as error:
+        what = f"it cannot be read: {error.strerror}"
     else:
         if (found.frames, found.samplerate) == (num_samples, sample_rate):
             return

@@ -1,5 +1,6 @@
 """Tests of `nemo-lfr detokenize` with damaged or malicious folders: each fault is one line, the rest is decoded."""
 
+import errno
 import gzip
 import io
 import json
@@ -519,3 +520,14 @@ def test_non_regular_audio_target_fails_only_its_utterance(kind, whole, model, t
     place.mkdir() if kind == "folder" else os.mkfifo(place)
     code, lines = run(whole["lfr"], out, model, capsys)
     assert code == 1 and "clip0.wav: not a regular file" in lines[0] and (out / "s0" / "clip1.wav").is_file()
+
+
+def test_an_existing_file_that_cannot_be_read_is_a_failure(whole, model, tmp_path, monkeypatch):
+    list(decode_folder(whole["lfr"], tmp_path, "wav", model=str(model), device="cpu"))
+    monkeypatch.setattr(soundfile, "info", _denied)
+    found = list(decode_folder(whole["lfr"], tmp_path, "wav", model=str(model), device="cpu"))
+    assert found and all("it cannot be read: Permission denied" in str(error) for error in found)
+
+
+def _denied(file: object) -> None:
+    raise PermissionError(errno.EACCES, "Permission denied")

@@ -190,6 +190,27 @@ def test_processes_that_inherit_a_dataset_count_their_own_epochs(method, folders
     assert first == second == [[utterance.id for utterance in dataset] for _ in range(2)]
 
 
+def set_an_epoch_late(dataset, method, queue):
+    loader = DataLoader(
+        dataset, batch_size=None, num_workers=1, persistent_workers=True, multiprocessing_context=method
+    )
+    orders = [[utterance.id for utterance in loader]]
+    dataset.set_epoch(1)
+    queue.put([*orders, [utterance.id for utterance in loader]])
+
+
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("start", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
+def test_persistent_workers_of_an_inherited_dataset_follow_its_epoch(start, method, folders):
+    context = torch.multiprocessing.get_context(start)
+    dataset, queue = TokenDataset(folders["lfr"], shuffle=True), context.Queue()
+    process = context.Process(target=set_an_epoch_late, args=(dataset, method, queue))
+    process.start()
+    orders = queue.get(timeout=120)
+    process.join()
+    assert orders == [[utterance.id for utterance in dataset] for _ in range(2)]
+
+
 @pytest.mark.parametrize("shuffle", [False, True])
 @pytest.mark.parametrize("world_size", [2, 3])
 @pytest.mark.parametrize(
