@@ -62,23 +62,34 @@ def check_listed(path: Path) -> None:
         pass  # the reader reports other problems
 
 
-def read_bytes(data: bytes, name: str, sample_rate: int, longest: float = math.inf) -> np.ndarray:
-    """Read an audio file whose bytes are in memory, for instance from a cell of a table.
+def read_bytes(
+    data: bytes,
+    name: str,
+    sample_rate: int,
+    longest: float = math.inf,
+    *,
+    offset: float | None = None,
+    duration: float | None = None,
+) -> np.ndarray:
+    """Read an audio file whose bytes are in memory, for instance from a cell of a table, or a section of it.
 
     Args:
         data: content of the audio file.
         name: name of the clip for messages.
         sample_rate: sample rate of the result in Hz.
         longest: maximum duration of the clip in seconds.
+        offset: start in seconds, as in `read_file`.
+        duration: seconds to read, as in `read_file`.
 
     Returns:
         Mono float32 samples [T].
 
     Raises:
-        AudioError: if the bytes cannot be read as audio, or the clip lasts more than `longest` seconds.
+        AudioError: if the bytes cannot be read as audio, are shorter than the section, or the clip lasts more than
+            `longest` seconds.
     """
     with AudioReader(name, sample_rate, data) as reader:
-        return _read(reader, None, None, longest, name)
+        return _read(reader, offset, duration, longest, name)
 
 
 def read_part(

@@ -361,6 +361,27 @@ def test_sections_of_a_file_are_clips_where_the_column_is_that_of_nemo(name, col
     assert [len(clip.audio(RATE, 100)) / RATE for clip in clips] == pytest.approx(seconds, abs=1e-3)
 
 
+@pytest.mark.parametrize("kind", ["bytes", "struct", "samples"])
+def test_sections_of_embedded_audio_are_clips_or_failures(kind, wav, tmp_path):
+    samples, rate = soundfile.read(wav, dtype="float32")
+    cell = {
+        "bytes": wav.read_bytes(),
+        "struct": {"bytes": wav.read_bytes(), "path": "a.wav"},
+        "samples": {"array": samples.tolist(), "sampling_rate": rate},
+    }[kind]
+    write(
+        tmp_path / "a.parquet",
+        {"audio_filepath": [cell] * 3, "offset": [0.1, None, 0.0], "duration": [0.2, None, 0.51]},
+    )
+    part, *whole = clips_of(tmp_path / "a.parquet")
+    assert [len(clip.audio(RATE, 100)) / RATE for clip in whole] == pytest.approx([0.5, 0.5], abs=1e-3)
+    if kind == "samples":
+        with pytest.raises(AudioError, match=r"row 0.*cannot select a part of decoded samples"):
+            part.audio(RATE, 100)
+    else:
+        assert len(part.audio(RATE, 100)) / RATE == pytest.approx(0.2, abs=1e-3)
+
+
 DURATIONS = [datetime.timedelta(seconds=0.1), datetime.timedelta(seconds=0.2)]
 TYPED_TIMES = {  # values of `offset` and `duration`; None if the row is a failure
     "timedelta": (pa.array(DURATIONS), True),
