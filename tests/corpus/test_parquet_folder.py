@@ -115,3 +115,14 @@ def test_files_with_other_labels_are_reported(sound, tmp_path, caplog):
         "b.parquet: the columns differ from those of the first file: missing 'text', additional 'sentence'."
         in caplog.text
     )
+
+
+def test_files_that_do_not_belong_to_the_table_are_skipped(sound, tmp_path):
+    folder = tmp_path / "_data"
+    for name in ("a.parquet", "_temporary/0/a.parquet", "x/_attempt.parquet"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        write(folder / name, {"audio": [sound]})
+    assert len(clips_of(folder)) == 1
+    (folder / "_delta_log").mkdir()
+    with pytest.raises(ConfigError, match="this is a Delta Lake or Hudi table"):
+        clips_of(folder)

@@ -47,6 +47,13 @@ def test_a_gap_between_shards_is_reported(kind, shar, caplog):
     assert (message in caplog.text) if message else ("missing" not in caplog.text)
 
 
+def test_hidden_files_are_skipped(shar):
+    for path in list(shar.iterdir()):
+        (shar / f"._{path.name}").write_bytes(b"AppleDouble")
+    corpus = open_corpus(shar, None, shar / "unused.json")
+    assert len([clip for part in corpus.shards(100) for clip in corpus.read(part)]) == 8
+
+
 def test_fields_of_other_shards_are_refused(shar):
     (shar / "cuts.000001.jsonl.gz").unlink()
     with pytest.raises(ConfigError, match=r"different numbers of shards \(cuts: 3, recording: 4\); copy the missing"):

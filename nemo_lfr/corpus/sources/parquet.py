@@ -168,13 +168,23 @@ class Parquet(Table):
 
 
 def parquet_files(folder: Path, unread: list[OSError] | None = None) -> list[Path]:
-    """Return the Parquet files in a folder and its subfolders.
+    """Return the Parquet files in a folder and its subfolders. Names that begin with `_` or `.` are skipped.
 
     Args:
         folder: the folder.
         unread: list to which the errors of subfolders that cannot be read are added; None to ignore them.
+
+    Raises:
+        ConfigError: if the folder is a Delta Lake or Hudi table.
     """
-    return find_files(folder, PARQUET_SUFFIXES, report=lambda _: None, unread=[] if unread is None else unread)
+    for name in ("_delta_log", ".hoodie"):
+        if (folder / name).is_dir():
+            raise ConfigError(
+                f"{folder}: this is a Delta Lake or Hudi table, whose folder also contains files of earlier versions; "
+                "write the table to a folder of plain Parquet files."
+            )
+    found = find_files(folder, PARQUET_SUFFIXES, report=lambda _: None, unread=[] if unread is None else unread)
+    return [file for file in found if not any(part.startswith("_") for part in file.relative_to(folder).parts)]
 
 
 def _digest(file: Path) -> str:

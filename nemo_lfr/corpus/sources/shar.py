@@ -43,6 +43,8 @@ class Shar(CorpusReader):
         self.fields: dict[str, list[Path]] = {}
         for file in sorted([*path.glob("*.*.*"), *path.glob("*/*.*.*")]):
             flat = file.parent == path
+            if file.name.startswith(".") or (not flat and file.parent.name.startswith(".")):
+                continue  # such as the AppleDouble files of macOS
             name = file.name.partition(".")[0] if flat or file.name.startswith("cuts.") else file.parent.name
             if re.search(r"\.\d+\.(jsonl(\.gz)?|tar(\.gz)?)$", file.name):
                 self.fields.setdefault(name, []).append(file)
