@@ -207,9 +207,13 @@ def read_samples(
     return resample(wave, float(rate), sample_rate) if rate != sample_rate and len(wave) else wave
 
 
+def rounding(duration: float) -> float:
+    """Return how much the duration of a file may differ from that in a list, which may be rounded, in seconds."""
+    return max(DURATION_SLACK, 0.02 * duration)
+
+
 def _read(reader: AudioReader, offset: float | None, duration: float | None, longest: float, name: str) -> np.ndarray:
-    slack = max(DURATION_SLACK, 0.02 * (duration or 0.0))
-    rounded, offset = slack if offset is None else 0.0, offset or 0.0
+    rounded, offset = rounding(duration or 0.0) if offset is None else 0.0, offset or 0.0
     if duration is not None:
         check_end(reader, offset, duration, name)
     _check_length(reader.duration - offset if duration is None else duration, longest, name)
@@ -231,7 +235,7 @@ def check_end(reader: AudioReader, offset: float, duration: float, name: str) ->
         AudioError: if the file is shorter than the manifest says, unless the difference is so small that it may be due
             to a rounded duration.
     """
-    if offset + duration > reader.duration + max(DURATION_SLACK, 0.02 * duration):
+    if offset + duration > reader.duration + rounding(duration):
         raise AudioError(
             f"{name}: the audio lasts {reader.duration:.2f} s, but its manifest requires {offset + duration:.2f} s."
         )

@@ -23,7 +23,7 @@ from nemo_lfr.errors import AudioError, ConfigError, counted, shorten
 from nemo_lfr.io.columns import AUDIO, CONTEXT, OTHER_TOKENS, chosen_columns, known_names, standard_labels
 from nemo_lfr.io.folders import AUDIO_SUFFIXES, find_files
 from nemo_lfr.io.manifests import NOT_A_LINE, describe, resolve_audio_path, seconds
-from nemo_lfr.io.reading import DURATION_SLACK, read_bytes, read_file, read_samples
+from nemo_lfr.io.reading import read_bytes, read_file, read_samples, rounding
 from nemo_lfr.io.text import is_missing
 
 logger = logging.getLogger(__name__)
@@ -186,7 +186,7 @@ class Table(CorpusReader):
             length = max(audio.array.shape, default=0) / float(audio.rate)
         except (TypeError, ValueError, ZeroDivisionError):
             length = 0.0  # `read_samples` names the fault
-        if offset or (duration is not None and abs(length - duration) > max(DURATION_SLACK, 0.02 * duration)):
+        if offset or (duration is not None and abs(length - duration) > rounding(duration)):
             return unreadable(
                 f"{origin}: offset and duration cannot select a part of decoded samples; store only the part and "
                 "remove these columns, or store audio files."
