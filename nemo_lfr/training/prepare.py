@@ -20,7 +20,7 @@ from nemo_lfr.io.layouts import LAYOUTS, CorpusUtterance, folder, held_out_by, h
 from nemo_lfr.io.lhotse_recipes import PREFIX, lhotse_recipe
 from nemo_lfr.io.locate import resolve, resolve_folder
 from nemo_lfr.io.manifests import MAX_SECONDS
-from nemo_lfr.io.reading import DURATION_SLACK
+from nemo_lfr.io.reading import rounding
 from nemo_lfr.io.repeated import mark_repeated
 from nemo_lfr.io.splits import SPLITS
 from nemo_lfr.io.tables import is_table, refuse_spreadsheet
@@ -344,7 +344,7 @@ def _fitted(utterance: CorpusUtterance, found: dict[str, float | Failure]) -> Co
     if utterance.problem or not isinstance(total, float | int):
         return utterance
     start, duration = utterance.offset or 0.0, utterance.duration
-    slack = max(DURATION_SLACK, 0.02 * (duration or 0.0))
+    slack = rounding(duration or 0.0)
     if start + (duration or 0.0) > total + slack or start >= total:
         stop = "the end" if duration is None else f"{start + duration:.2f} s"
         return replace(
