@@ -134,7 +134,7 @@ def main() -> None:
     parser.add_argument(
         "--parts",
         default="memory,stock,batches,ray",
-        help="parts to run (default %(default)s); batches requires stock",
+        help="comma-separated parts to run (default %(default)s); 'batches' only runs together with 'stock'",
     )
     args = parser.parse_args()
     cores = len(os.sched_getaffinity(0))

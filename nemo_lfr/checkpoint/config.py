@@ -198,7 +198,10 @@ def our_target(target: str) -> tuple[type[nn.Module], dict[str, Any], dict[str, 
     if target in _OUR_CLASSES:
         return _OUR_CLASSES[target], {}, {}
     known = ", ".join(sorted(name.rpartition(".")[2] for name in NEMO_CLASSES))
-    raise ConfigError(f"_target_ {target!r} is not a class of the LFR codec family; use one of {known}.")
+    raise ConfigError(
+        f"_target_ {target!r} is not a class of the LFR codec family; use the full name of one of these classes in "
+        f"{_NEMO_MODULES.rstrip('.')}: {known}."
+    )
 
 
 def nemo_config(config: Mapping[str, Any]) -> dict[str, Any]:

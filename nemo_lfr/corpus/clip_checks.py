@@ -48,7 +48,7 @@ def check_clip(clip: Clip) -> None:
     try:
         (clip.id + where).encode()
     except UnicodeEncodeError:
-        raise AudioError(f"{where}: the name is not valid UTF-8; rename the file.") from None
+        raise AudioError(f"{where}: the id or the file name is not valid UTF-8; rename it.") from None
     if clip.id.startswith("/") or ".." in PurePosixPath(clip.id).parts or "\0" in clip.id:
         raise AudioError(
             f"{where}: the id of the clip, {shorten(repr(clip.id))}, leads out of the output folder; pass it through "

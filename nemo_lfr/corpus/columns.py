@@ -212,7 +212,9 @@ def _array(cell: Any) -> np.ndarray:
     if not _is_list(values.type):
         return _numbers(values)
     rows = [_numbers(row.values) for row in values if row.is_valid]
-    if len({len(row) for row in rows}) > 1 or len(rows) < len(values):
+    if len(rows) < len(values):
+        raise AudioError("one of the channels is null")
+    if len({len(row) for row in rows}) > 1:
         raise AudioError("the channels have different lengths")
     return np.stack(rows) if rows else np.zeros(0, np.float32)
 

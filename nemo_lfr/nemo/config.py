@@ -243,7 +243,7 @@ def _loaded(file: Any, name: str) -> DictConfig | ListConfig:
 
 
 def check_hparams(file: Any) -> None:
-    """Check the lengths of the interpolations in the hyperparameter file that Lightning will read.
+    """Check the lengths of OmegaConf interpolations (`${...}`) in the hyperparameter file that Lightning will read.
 
     Lightning reports a file that cannot be read or parsed.
 
@@ -251,7 +251,7 @@ def check_hparams(file: Any) -> None:
         file: local path of a YAML file. Other values are not checked.
 
     Raises:
-        ConfigError: if an interpolation in the file is too long.
+        ConfigError: if one string with an interpolation is too long, or all of them together are.
     """
     if not isinstance(file, str | os.PathLike) or not os.path.isfile(file):
         return

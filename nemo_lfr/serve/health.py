@@ -14,8 +14,8 @@ _PROBE_S = 5.0
 async def find_fault(engine: Engine) -> str | None:
     """Return why an engine cannot process streams; None if it can.
 
-    A fault such as a CUDA error ends the streams in a step, and usually affects all later steps too. After a fault,
-    this function decodes one frame to find out whether the fault persists.
+    After a fault in a step of the engine, such as a CUDA error, later steps usually fail too. This function then
+    decodes one frame to find out whether they do.
 
     Args:
         engine: engine that is neither draining nor closed.

@@ -1,4 +1,4 @@
-"""Validate the arguments of `NemoLfrModel`."""
+"""Check the arguments of `NemoLfrModel`, and the files of a model before `transformers` reads them."""
 
 import json
 import os

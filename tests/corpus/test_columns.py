@@ -187,6 +187,7 @@ BAD_CELLS = {
     "a number": [7],
     "words": [["a", "b"]],
     "channels of different lengths": [struct([[0.0, 0.1], [0.1]])],
+    "a null channel": [struct([[0.0, 0.1], None])],
     "as many channels as samples": [struct(np.zeros((5, 5)).tolist())],
     "a spectrogram": [struct(np.zeros((80, 200)).tolist())],
     "three axes": [struct(np.zeros((2, 2, 20)).tolist())],

@@ -574,7 +574,7 @@ def test_a_name_that_is_not_utf8_fails_only_its_clip(kind, audio, model, tmp_pat
     done = tokenize(job(tmp_path / "audio", tmp_path / "out", model, kind), device="cpu", workers=1)
     assert (done["clips"], done["failures"]) == (1, 1)
     (failure,) = (tmp_path / "out" / "failures.jsonl").read_text().splitlines()
-    assert "name is not valid UTF-8" in json.loads(failure)["error"]
+    assert "file name is not valid UTF-8" in json.loads(failure)["error"]
 
 
 def lhotse_cuts(audio: Path, names: list[str]) -> list:

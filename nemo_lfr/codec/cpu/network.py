@@ -1,13 +1,13 @@
 """Run encoders and decoders on a CPU, with the same results as their modules but fewer passes over memory.
 
-- An activation or an addition after a convolution is fused into the convolution where oneDNN supports it. The result
-  of an activation before a convolution is written directly into the convolution's padded input.
+- An activation or an addition after a convolution is fused into the convolution where oneDNN supports it. A leaky ReLU
+  before a convolution writes its result directly into the convolution's padded input.
 - The branches of a residual layer share one padded input.
 - Residual layers do most of the work. They process long signals in pieces with context on both sides, which limits
   memory.
-- The examples in a batch may have different lengths. They are stored in a buffer of one width, and every layer writes
-  its padding directly after the end of each example, so that every example gets the same result as alone. Batches of
-  many lengths thus share a few widths, and oneDNN can reuse the kernels that it compiles for each shape.
+- The examples in a batch may have different lengths, and the batch may be wider than its longest example. Every layer
+  writes its padding directly after the end of each example, so each example gets the same result as alone. Callers can
+  therefore round the widths of batches. oneDNN compiles kernels for each width.
 """
 
 from collections.abc import Iterator

@@ -212,12 +212,12 @@ def walked(window: Window, parts: Iterator[int], section: re.Pattern[bytes] | No
     Args:
         window: the file.
         parts: size of each section in bytes, in order; 0 if the size is unknown.
-        section: pattern of the beginning of a section. A match after the last section shows that the file is damaged
-            in the middle. None if a header states the number of sections.
+        section: pattern of the beginning of a section. If it matches after the sections in `parts`, the file is
+            damaged between them and the match. None if a header states the number of sections.
 
     Returns:
-        The file as one `Stream`. The stream has a `problem` if the file is truncated or damaged, or if several files
-        are joined. It has a `note` if other bytes follow the audio.
+        The file as one `Stream`. The stream has a `problem` if the file is truncated or damaged, if the size of a
+        section is unknown, or if several files are joined. It has a `note` if other bytes follow the audio.
     """
     position = 0
     for size in parts:
