@@ -8,6 +8,8 @@ import json
 import logging
 import os
 import re
+import tarfile
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -166,6 +168,27 @@ def check_fields(folder: Path, fields: Iterable[str]) -> None:
                 f"{folder}: {shorten(name)!r} is the name of a field of this Shar, but is not a valid name for custom "
                 "data of a cut; rename the field's files, or move them to another folder."
             )
+
+
+def is_shar_file(path: Path) -> bool:
+    """Return whether the content of a `.jsonl` or `.tar` file is that of a file in a Shar.
+
+    A tar file that cannot be read is accepted, so that the reader of the Shar reports the reason.
+    """
+    if not path.is_file():
+        return False
+    if ".jsonl" in path.suffixes:
+        try:
+            line = next(json_lines(path), None)
+            return line is None or kind_of(path) == "cuts" or "cut_id" in json.loads(line)
+        except NOT_A_LINE:
+            return False
+    try:
+        with open_tar(path) as tar:
+            names = [member.name for member in islice(tar, 2)]  # data, and its manifest
+    except (OSError, EOFError, ValueError, zlib.error, tarfile.TarError):
+        return True
+    return not names or names[-1].endswith((".json", ".nometa"))
 
 
 def read_shar(cuts: Path, fields: Mapping[str, Path], allow_url: bool = False) -> Iterator[CutItem]:

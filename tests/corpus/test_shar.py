@@ -11,19 +11,77 @@ import soundfile
 
 from nemo_lfr.corpus.formats.shar import ArrayTar
 from nemo_lfr.corpus.sources import open_corpus
+from nemo_lfr.corpus.sources.base import Clip
 from nemo_lfr.errors import ConfigError
 from tests.models import RATE, synthesize
 
 lhotse = pytest.importorskip("lhotse", reason="pip install '.[corpus]'")
 
 
+def write_shar(folder: Path, shard_size: int | None) -> Path:
+    soundfile.write(folder / "a.wav", synthesize(0.1), RATE)
+    cuts = [lhotse.Recording.from_file(folder / "a.wav", recording_id=f"r{index}").to_cut() for index in range(8)]
+    (folder / "shar").mkdir()
+    lhotse.CutSet.from_cuts(cuts).to_shar(folder / "shar", fields={"recording": "wav"}, shard_size=shard_size)
+    return folder / "shar"
+
+
 @pytest.fixture
 def shar(tmp_path) -> Path:
-    soundfile.write(tmp_path / "a.wav", synthesize(0.1), RATE)
-    cuts = [lhotse.Recording.from_file(tmp_path / "a.wav", recording_id=f"r{index}").to_cut() for index in range(8)]
-    (tmp_path / "shar").mkdir()
-    lhotse.CutSet.from_cuts(cuts).to_shar(tmp_path / "shar", fields={"recording": "wav"}, shard_size=2)
-    return tmp_path / "shar"
+    return write_shar(tmp_path, 2)
+
+
+def read_clips(path: Path) -> list[Clip]:
+    corpus = open_corpus(path, None, path / "unused.json")
+    return [clip for part in corpus.shards(100) for clip in corpus.read(part)]
+
+
+def nothing(path: Path) -> None: ...
+
+
+def add_other_files(path: Path) -> None:
+    """Write files that do not belong to the Shar."""
+    (path / "recordings.jsonl").write_text('{"id": "a", "sources": [], "sampling_rate": 1}\n')
+    (path / "notes.jsonl").write_text("no JSON\n")
+    soundfile.write(path / "x.wav", synthesize(0.1), RATE)
+    with tarfile.open(path / "backup.tar", "w") as tar:
+        tar.add(path / "x.wav")
+        tar.add(path / "x.wav")
+
+
+def move_to_subfolders(path: Path) -> None:
+    for file in list(path.iterdir()):
+        folder = path / file.name.partition(".")[0]
+        folder.mkdir(exist_ok=True)
+        file.rename(folder / file.name)
+
+
+def remove_data(path: Path) -> None:
+    add_other_files(path)
+    for file in path.glob("recording.*tar"):
+        file.unlink()
+
+
+# Number of cuts per shard, a change to the folder, and the class of the reader.
+LAYOUTS = {
+    "shard numbers": (2, nothing, "Shar"),
+    "shard numbers and other files": (2, add_other_files, "Shar"),
+    "no shard numbers": (None, nothing, "Shar"),
+    "no shard numbers but other files": (None, add_other_files, "Shar"),
+    "no shard numbers in subfolders": (None, move_to_subfolders, "Shar"),
+    "cuts in a folder of audio files": (None, remove_data, "Folder"),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_files_of_a_shar_are_found(layout, tmp_path):
+    shard_size, change, reader = LAYOUTS[layout]
+    path = write_shar(tmp_path, shard_size)
+    change(path)
+    assert type(open_corpus(path, None, tmp_path / "list.json")).__name__ == reader
+    if reader == "Shar":
+        assert [clip.id for clip in read_clips(path)] == [f"r{index}" for index in range(8)]
+        assert all(len(clip.audio(RATE, 10)) for clip in read_clips(path))
 
 
 # Shards that are deleted, and the message about the others.
@@ -41,8 +99,7 @@ def test_a_gap_between_shards_is_reported(kind, shar, caplog):
     for number in gone:
         for file in shar.glob(f"*.{number:06d}.*"):
             file.unlink()
-    corpus = open_corpus(shar, None, shar / "unused.json")
-    clips = [clip for part in corpus.shards(100) for clip in corpus.read(part)]
+    clips = read_clips(shar)
     assert len(clips) == 2 * (4 - len(gone)) and all(len(clip.audio(RATE, 10)) for clip in clips)
     assert (message in caplog.text) if message else ("missing" not in caplog.text)
 
@@ -50,8 +107,7 @@ def test_a_gap_between_shards_is_reported(kind, shar, caplog):
 def test_hidden_files_are_skipped(shar):
     for path in list(shar.iterdir()):
         (shar / f"._{path.name}").write_bytes(b"AppleDouble")
-    corpus = open_corpus(shar, None, shar / "unused.json")
-    assert len([clip for part in corpus.shards(100) for clip in corpus.read(part)]) == 8
+    assert len(read_clips(shar)) == 8
 
 
 def test_fields_of_other_shards_are_refused(shar):
@@ -69,8 +125,7 @@ def test_damage_after_the_last_cut_does_not_matter(shar):
     with tarfile.open(path) as tar:
         last = tar.getmembers()[-1]
     path.write_bytes(path.read_bytes()[: last.offset_data + last.size + 10])  # without the padding of a tar file
-    corpus = open_corpus(shar, None, shar / "unused.json")
-    clips = [clip for part in corpus.shards(100) for clip in corpus.read(part)]
+    clips = read_clips(shar)
     assert len(clips) == 8 and all(len(clip.audio(RATE, 10)) for clip in clips)
 
 

@@ -3,25 +3,27 @@
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from nemo_lfr.corpus.inventory import list_digest, sampled_digest
 from nemo_lfr.corpus.sources.base import Clip, CorpusReader, OpenOptions, ShardSpec, repeat_number
 from nemo_lfr.corpus.sources.cuts import item_to_clip, number_cuts
 from nemo_lfr.errors import ConfigError, shorten
-from nemo_lfr.io.cut_files import check_fields, has_relative_paths, read_shar
+from nemo_lfr.io.cut_files import check_fields, has_relative_paths, is_shar_file, read_shar
 from nemo_lfr.io.regular import open_regular
 from nemo_lfr.io.shortage import require
 
 logger = logging.getLogger(__name__)
 
 NAMED = 5  # maximum number of missing shards that a message names
+_NUMBERED = re.compile(r"\.(\d+)\.(?:jsonl|tar)(?:\.gz)?$")  # end of the name of a file with a shard number
+_UNNUMBERED = re.compile(r"[^.]+\.(?:jsonl|tar)(?:\.gz)?")
 MAX_SHARDS = 1_000_000  # a larger number in the name of a file is not the number of a shard
 
 
 class Shar(CorpusReader):
-    """Reader for a Lhotse Shar: `cuts.*.jsonl.gz`, and the files of the other fields.
+    """Reader for a Lhotse Shar: `cuts.*.jsonl.gz` or `cuts.jsonl.gz`, and the files of the other fields.
 
     The files may be in one folder, or in a subfolder for each field. Each input shard becomes one output shard, so
     that an input shard and its output shard can be read together. The option for the shard size has no effect.
@@ -40,14 +42,7 @@ class Shar(CorpusReader):
     def __init__(self, path: Path, allow_url: bool = False) -> None:
         require("lhotse")
         self.path, self.allow_url = path, allow_url
-        self.fields: dict[str, list[Path]] = {}
-        for file in sorted([*path.glob("*.*.*"), *path.glob("*/*.*.*")]):
-            flat = file.parent == path
-            if file.name.startswith(".") or (not flat and file.parent.name.startswith(".")):
-                continue  # such as the AppleDouble files of macOS
-            name = file.name.partition(".")[0] if flat or file.name.startswith("cuts.") else file.parent.name
-            if re.search(r"\.\d+\.(jsonl(\.gz)?|tar(\.gz)?)$", file.name):
-                self.fields.setdefault(name, []).append(file)
+        self.fields = _find_fields(path)
         for files in self.fields.values():
             for file in files:
                 open_regular(file, ConfigError).close()  # opening a pipe would block
@@ -73,7 +68,11 @@ class Shar(CorpusReader):
     @classmethod
     def accepts(cls, path: Path) -> bool:
         """Return whether the path is a Shar folder."""
-        return path.is_dir() and any(list(path.glob(name)) for name in ("cuts.*.jsonl*", "cuts/cuts.*.jsonl*"))
+        if not path.is_dir() or not any(list(path.glob(name)) for name in ("cuts.*jsonl*", "cuts/cuts.*jsonl*")):
+            return False
+        fields = _find_fields(path)
+        # Without a shard number and other fields, the cuts may be a list of the audio files in this folder.
+        return "cuts" in fields and (len(fields) > 1 or bool(_numbers(fields["cuts"])))
 
     @classmethod
     def open(cls, path: Path, options: OpenOptions) -> "Shar":
@@ -86,7 +85,9 @@ class Shar(CorpusReader):
     def log_gaps(self) -> None:
         """Log which shards are missing between the first and the last one, since Lhotse numbers them continuously."""
         numbers = _numbers(self.fields["cuts"])
-        missing = sorted(set(range(numbers[0], numbers[-1])) - set(numbers)) if numbers[-1] < MAX_SHARDS else []
+        if not numbers or numbers[-1] >= MAX_SHARDS:
+            return
+        missing = sorted(set(range(numbers[0], numbers[-1])) - set(numbers))
         if missing:
             names = ", ".join(f"{number:06d}" for number in missing[:NAMED])
             more = f" and {len(missing) - NAMED} more" if len(missing) > NAMED else ""
@@ -126,7 +127,26 @@ class Shar(CorpusReader):
             yield item_to_clip(item, str(cuts), repeat_number(shard, number), self.allow_url)
 
 
+def _find_fields(path: Path) -> dict[str, list[Path]]:
+    """Return the files of each field in a folder, sorted by path.
+
+    If a cuts file has a shard number, files without a number do not belong to the Shar.
+    """
+    fields: dict[str, list[Path]] = {}
+    for file in sorted([*path.glob("*.*"), *path.glob("*/*.*")]):
+        flat = file.parent == path
+        if file.name.startswith(".") or (not flat and file.parent.name.startswith(".")):
+            continue  # such as the AppleDouble files of macOS
+        name = file.name.partition(".")[0] if flat or file.name.startswith("cuts.") else file.parent.name
+        if _NUMBERED.search(file.name) or _UNNUMBERED.fullmatch(file.name):
+            fields.setdefault(name, []).append(file)
+    is_numbered = bool(_numbers(fields.get("cuts", [])))
+    belongs: Callable[[Path], bool] = (lambda file: bool(_numbers([file]))) if is_numbered else is_shar_file
+    kept = {name: [file for file in files if belongs(file)] for name, files in fields.items()}
+    return {name: files for name, files in kept.items() if files}
+
+
 def _numbers(files: Sequence[Path]) -> list[int]:
-    """Return the shard numbers in the names of the files, sorted."""
-    found = (re.search(r"\.(\d+)\.(?:jsonl|tar)(?:\.gz)?$", file.name) for file in files)
+    """Return the shard numbers in the names of the files, sorted. Lhotse writes a Shar of one shard without numbers."""
+    found = (_NUMBERED.search(file.name) for file in files)
     return sorted(int(match[1]) for match in found if match)
