@@ -147,6 +147,6 @@ def _find_fields(path: Path) -> dict[str, list[Path]]:
 
 
 def _numbers(files: Sequence[Path]) -> list[int]:
-    """Return the shard numbers in the names of the files, sorted. Lhotse writes a Shar of one shard without numbers."""
+    """Return the sorted shard numbers in the names of files; a Shar that has one shard may have no numbers."""
     found = (_NUMBERED.search(file.name) for file in files)
     return sorted(int(match[1]) for match in found if match)
