@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import IO
@@ -61,7 +61,7 @@ class AudioWriter:
             )
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._raw = open_temporary(self.path)
-        self._sink = _SinkFile(self._raw)
+        self._sink = SinkFile(self._raw)
         try:
             self._file = soundfile.SoundFile(self._sink, "w", sample_rate, 1, format=kind.upper())
         except (soundfile.LibsndfileError, TypeError, ValueError) as error:
@@ -84,13 +84,12 @@ class AudioWriter:
             AudioError: if libsndfile cannot write the samples.
         """
         try:
-            self._file.write(_rounded(wave))  # libsndfile would round toward negative infinity
-        except (AssertionError, soundfile.LibsndfileError) as error:  # raised by soundfile if a callback fails
-            self._sink.check(self.path)
+            with self._sink.raising(self.path):
+                self._file.write(_rounded(wave))  # libsndfile would round toward negative infinity
+        except (AssertionError, soundfile.LibsndfileError) as error:
             raise AudioError(
                 f"{self.path}: the file could not be written; the incomplete file was removed."
             ) from error
-        self._sink.check(self.path)
         self._num_samples += len(wave)
 
     def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
@@ -98,8 +97,8 @@ class AudioWriter:
         try:
             with naming(self.path, temporary):
                 with self._raw:
-                    self._file.close()
-                    self._sink.check(self.path)
+                    with self._sink.raising(self.path):
+                        self._file.close()
                     self._raw.flush()
                     sync(self._raw.fileno())
                 if kind is None:
@@ -110,23 +109,31 @@ class AudioWriter:
             temporary.unlink(missing_ok=True)
 
 
-class _SinkFile:
-    """File wrapper that stores the first exception, since exceptions in libsndfile's callbacks are lost."""
+class SinkFile:
+    """File wrapper that stores the first exception, since exceptions in libsndfile's callbacks are lost.
+
+    Args:
+        file: file that libsndfile writes to.
+    """
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
         self._error: BaseException | None = None
 
     def write(self, data: bytes) -> int:
+        """Write bytes; return 0 after an exception."""
         return self._try(lambda: self._file.write(data))
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Change the position; return 0 after an exception."""
         return self._try(lambda: self._file.seek(offset, whence))  # seeking flushes the buffer, which may fail
 
     def tell(self) -> int:
+        """Return the position; return 0 after an exception."""
         return self._try(lambda: self._file.tell())
 
     def read(self, size: int) -> bytes:
+        """Read bytes; return no bytes after an exception."""
         return self._file.read(size) if self._error is None else b""
 
     def _try(self, act: Callable[[], int]) -> int:
@@ -136,9 +143,22 @@ class _SinkFile:
             self._error = error
             return 0
 
-    def check(self, path: Path) -> None:
-        """Raise the exception that was stored, if any. An OSError gets the file name `path`."""
-        if isinstance(self._error, OSError):
+    @contextlib.contextmanager
+    def raising(self, path: Path | None = None) -> Iterator[None]:
+        """Raise the stored exception when the `with` block ends; see `check`.
+
+        It replaces the error that soundfile raises if a callback fails.
+        """
+        try:
+            yield
+        except (AssertionError, soundfile.LibsndfileError):
+            self.check(path)
+            raise
+        self.check(path)
+
+    def check(self, path: Path | None = None) -> None:
+        """Raise the exception that was stored, if any. An OSError gets the file name `path`, if it is passed."""
+        if isinstance(self._error, OSError) and path is not None:
             raise OSError(self._error.errno, self._error.strerror, str(path)) from self._error
         if self._error is not None:
             raise self._error

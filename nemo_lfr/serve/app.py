@@ -26,7 +26,7 @@ from nemo_lfr._version import __version__
 from nemo_lfr.codec.codec import Codec
 from nemo_lfr.errors import NemoLfrError, shorten
 from nemo_lfr.serve.engine import Engine, OverloadedError
-from nemo_lfr.serve.files import MediaTypeError, decode_file, encode_file
+from nemo_lfr.serve.files import MediaTypeError, StorageError, decode_file, encode_file, storing
 from nemo_lfr.serve.health import find_fault
 from nemo_lfr.serve.metrics import Metrics
 from nemo_lfr.serve.openapi import OPENAPI
@@ -90,7 +90,8 @@ def create_app(codec: Codec[Any], settings: Settings | None = None) -> Starlette
             if files.locked():
                 raise OverloadedError(f"the server is at its limit of {settings.max_files} files; try again later.")
             async with files:
-                return await serve(request, engine, settings.max_body_bytes, settings.stream)
+                with storing():
+                    return await serve(request, engine, settings.max_body_bytes, settings.stream)
 
         return endpoint
 
@@ -181,6 +182,8 @@ async def _report(_: Request, error: Exception) -> Response:
     status = 400
     if isinstance(error, OverloadedError):
         status = 503
+    elif isinstance(error, StorageError):
+        status = 507
     elif isinstance(error, MediaTypeError):
         status = 415
     elif isinstance(error, ProtocolError):

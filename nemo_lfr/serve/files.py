@@ -6,13 +6,14 @@ results are the same as in a live stream.
 
 import asyncio
 import codecs
-import functools
+import errno
 import io
+import logging
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import numpy as np
 import soundfile
@@ -21,7 +22,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from nemo_lfr.errors import AudioError, NemoLfrError, shorten
 from nemo_lfr.io.audio import AudioReader, Resampler
-from nemo_lfr.io.audio_writer import NO_EMPTY
+from nemo_lfr.io.audio_writer import NO_EMPTY, SinkFile
 from nemo_lfr.io.token_file import Metadata, TokenStreamReader, TokenStreamWriter
 from nemo_lfr.serve.engine import Engine
 from nemo_lfr.serve.protocol import (
@@ -39,6 +40,8 @@ from nemo_lfr.serve.tasks import stop_tasks, within
 
 T = TypeVar("T")
 
+logger = logging.getLogger(__name__)
+
 _PIECE = 1 << 18  # bytes to send at once
 _FORM = "multipart/form-data"
 _JSON = "application/json"
@@ -53,6 +56,31 @@ _FORMATS: dict[str, tuple[str, str, str]] = {
 
 class MediaTypeError(NemoLfrError):
     """Raised if a body is compressed, is a form, or does not match its content type."""
+
+
+class StorageError(NemoLfrError):
+    """Raised if the server cannot write a temporary file."""
+
+
+@contextmanager
+def storing() -> Iterator[None]:
+    """Turn failures of the folder for temporary files into a `StorageError`, and log them.
+
+    Raises:
+        StorageError: if a temporary file cannot be written, for example because the disk is full.
+    """
+    try:
+        yield
+    except (OSError, AudioError) as error:
+        # `AudioReader` copies some recordings to a file of its own. A seek to an invalid place has the number EINVAL.
+        cause = error if isinstance(error, OSError) else error.__cause__
+        if not isinstance(cause, OSError) or cause.errno in (None, errno.EINVAL):
+            raise
+        logger.error("a temporary file cannot be written: %s", cause)
+        raise StorageError(
+            f"the server cannot write a temporary file ({cause.strerror}); check the server's folder for temporary "
+            "files, or try again later."
+        ) from error
 
 
 async def encode_file(request: Request, engine: Engine, max_bytes: int, limits: StreamLimits) -> Response:
@@ -106,10 +134,14 @@ async def decode_file(request: Request, engine: Engine, max_bytes: int, limits: 
     async with _spooled(request, max_bytes, limits) as path:
         read = _read_json if _media_type(request) == _JSON else _read_lfr
         tokens, num_samples = await asyncio.to_thread(read, path, engine, limits)
-    with engine.decoder(live=False) as session:
-        audio = _AudioFile(engine.codec.sample_rate, kind)
-        await _through(request, session, _steps(iter([tokens])), audio.write, num_samples)
-    return await asyncio.to_thread(audio.response)
+    audio = _AudioFile(engine.codec.sample_rate, kind)
+    try:
+        with engine.decoder(live=False) as session:
+            await _through(request, session, _steps(iter([tokens])), audio.write, num_samples)
+        return await asyncio.to_thread(audio.response)
+    except BaseException:
+        audio.close()
+        raise
 
 
 def _media_type(request: Request) -> str:
@@ -200,13 +232,19 @@ class _AudioFile:
         self._resampler = Resampler(sample_rate, rate) if rate != sample_rate else None
         self._kind, self._num_samples = kind, 0
         self._file = tempfile.TemporaryFile(prefix="nemo-lfr-")  # noqa: SIM115  the response still reads it
-        self._writer = soundfile.SoundFile(self._file, "w", rate, 1, subtype, format=container)
+        self._sink = SinkFile(self._file)
+        self._writer = soundfile.SoundFile(self._sink, "w", rate, 1, subtype, format=container)
 
     def write(self, audio: np.ndarray, last: bool = False) -> None:
-        """Write samples [n]. With `last`, also write the samples that the resampler holds back."""
+        """Write samples [n]. With `last`, also write the samples that the resampler holds back.
+
+        Raises:
+            OSError: if the file cannot be written, for instance on a full disk.
+        """
         if self._resampler is not None:
             audio = self._resampler.push(audio, last=last)
-        self._writer.write(audio.clip(-1, 1))
+        with self._sink.raising():
+            self._writer.write(audio.clip(-1, 1))
         self._num_samples += len(audio)
 
     def response(self) -> Response:
@@ -214,15 +252,29 @@ class _AudioFile:
 
         Raises:
             AudioError: if a FLAC or Opus file would contain no samples.
+            OSError: if the file cannot be written, for instance on a full disk.
         """
         self.write(np.zeros(0, np.float32), last=True)
-        self._writer.close()
+        with self._sink.raising():
+            self._writer.close()
         if not self._num_samples and self._kind != "wav":
             raise AudioError(f"{NO_EMPTY.format(self._kind)}; use format=wav.")
         size = self._file.seek(0, io.SEEK_END)
         self._file.seek(0)
-        pieces = iter(functools.partial(self._file.read, _PIECE), b"")
-        return StreamingResponse(pieces, headers={"Content-Length": str(size)}, media_type=self._media_type)
+        headers = {"Content-Length": str(size)}
+        return StreamingResponse(_pieces(self._file), headers=headers, media_type=self._media_type)
+
+    def close(self) -> None:
+        """Remove the file. `response` must not be called afterwards."""
+        with suppress(OSError):  # closing writes the rest, which fails on a full disk
+            self._file.close()
+
+
+def _pieces(file: IO[bytes]) -> Iterator[bytes]:
+    """Yield the content of a file in pieces, and close the file at the end."""
+    with file:
+        while piece := file.read(_PIECE):
+            yield piece
 
 
 def _rates(engine: Engine) -> dict[str, Any]:
@@ -307,6 +359,7 @@ async def _spooled(request: Request, max_bytes: int, limits: StreamLimits) -> As
         ProtocolError: if the body has more than `max_bytes`, or no data arrives for `limits.idle_s`.
         MediaTypeError: if the body is a form, or compressed.
         NemoLfrError: if the body is empty.
+        OSError: if the file cannot be written.
     """
     _check_is_plain(request)
     parts = request.stream()
@@ -314,7 +367,7 @@ async def _spooled(request: Request, max_bytes: int, limits: StreamLimits) -> As
     async def next_part() -> bytes | None:
         return await anext(parts, None)
 
-    with tempfile.TemporaryDirectory(prefix="nemo-lfr-") as folder:
+    with tempfile.TemporaryDirectory(prefix="nemo-lfr-", ignore_cleanup_errors=True) as folder:
         path = Path(folder, "body")
         size = 0
         with path.open("wb") as file:

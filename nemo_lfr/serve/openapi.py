@@ -33,6 +33,7 @@ _ERRORS = {
         "413": "The body is too large, or the recording is too long.",
         "415": "The body is a form or compressed, or its content type does not match its content.",
         "503": "The server has too many streams or files, or is shutting down.",
+        "507": "The server cannot write a temporary file, for example because its disk is full.",
     }.items()
 }
 

@@ -185,7 +185,7 @@ def test_truncated_mp3_is_refused_and_a_complete_one_is_not(tmp_path):
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "full")])
 def test_exceptions_in_libsndfile_callbacks_are_raised(tmp_path, monkeypatch, error):
-    write, calls = audio_writer._SinkFile.write, []
+    write, calls = audio_writer.SinkFile.write, []
 
     def struck(self, data):
         calls.append(1)
@@ -197,7 +197,7 @@ def test_exceptions_in_libsndfile_callbacks_are_raised(tmp_path, monkeypatch, er
         def write(self, data):
             raise error
 
-    monkeypatch.setattr(audio_writer._SinkFile, "write", struck)
+    monkeypatch.setattr(audio_writer.SinkFile, "write", struck)
     expected = type(error) if isinstance(error, Exception) else error
     with pytest.raises(expected), AudioWriter(tmp_path / "a.wav", 22050) as writer:
         for _ in range(20):

@@ -1,9 +1,12 @@
 """Tests of files over HTTP: limits, clients that disconnect, and reader threads."""
 
 import asyncio
+import errno
 import io
 import json
+import resource
 import socket
+import tempfile
 import threading
 import time
 from contextlib import contextmanager, suppress
@@ -17,6 +20,7 @@ pytest.importorskip("uvicorn")
 pytest.importorskip("websockets")
 pytest.importorskip("prometheus_client")
 
+from nemo_lfr.io.audio import AudioReader
 from nemo_lfr.serve import files
 from nemo_lfr.serve.app import Settings
 from nemo_lfr.serve.engine import Engine
@@ -161,6 +165,74 @@ def test_a_decoded_file_is_not_held_in_memory(tmp_path, monkeypatch):
         assert int(response.headers["content-length"]) == sum(map(len, pieces))
         result, rate = soundfile.read(io.BytesIO(b"".join(pieces)))
         assert abs(len(result) / rate - 3.0) < 0.001
+
+
+def mp3(audio):
+    file = io.BytesIO()
+    soundfile.write(file, audio, 22050, format="MP3")
+    return file.getvalue()
+
+
+@contextmanager
+def full_disk(monkeypatch):
+    """Fail to write files of more than 10,000 bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@contextmanager
+def missing_folder(monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(tempfile, "tempdir", "/nowhere")
+        yield
+
+
+@contextmanager
+def full_at_second_copy(monkeypatch):
+    """Fail when the reader copies a recording that libsndfile must open by its name."""
+
+    def fail(self, source):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(AudioReader, "_spool", fail)
+        yield
+
+
+@pytest.mark.parametrize(
+    ("failing", "path", "reason"),
+    [
+        pytest.param(full_disk, "encode", "File too large", id="body"),
+        pytest.param(full_disk, "decode?format=wav", "File too large", id="wav"),
+        pytest.param(full_disk, "decode?format=flac", "File too large", id="flac"),
+        pytest.param(full_disk, "decode?format=opus", "File too large", id="opus"),
+        pytest.param(missing_folder, "encode", "No such file or directory", id="no folder"),
+        pytest.param(missing_folder, "decode", "No such file or directory", id="no folder, decode"),
+        pytest.param(full_at_second_copy, "encode", "No space left on device", id="copy of the body"),
+    ],
+)
+def test_a_temporary_file_that_cannot_be_written_is_reported(monkeypatch, caplog, failing, path, reason):
+    opened = []
+    create = tempfile.TemporaryFile
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda **options: opened.append(create(**options)) or opened[-1])
+    noise = np.random.default_rng(0).normal(size=44100).astype(np.float32) / 8
+    with running() as server:
+        body = bytes(100) + mp3(noise) if failing is full_at_second_copy else wav(noise)
+        if "decode" in path:
+            _, body = post(server, "/v1/encode", body)
+        caplog.clear()
+        with failing(monkeypatch):
+            status, text = post(server, f"/v1/{path}", body)
+        error = json.loads(text)
+        assert (status, error["type"]) == (507, "StorageError") and f"({reason});" in error["error"]
+        assert [record.levelname for record in caplog.records if not record.name.startswith("asyncio")] == ["ERROR"]
+        assert all(file.closed for file in opened)  # an open file would still occupy the disk
+        assert post(server, f"/v1/{path}", body)[0] == 200
+    assert all(file.closed for file in opened)
 
 
 @pytest.mark.parametrize("kind", files._FORMATS)
