@@ -21,10 +21,11 @@ NO_EMPTY = "the recording has no samples, and {} files cannot be empty"
 
 def pcm16(wave: np.ndarray) -> bytes:
     """Return samples [T] as little-endian 16-bit PCM, rounded; values outside [-1, 1) are clipped."""
-    return _rounded(wave).tobytes()
+    return to_int16(wave).tobytes()
 
 
-def _rounded(wave: np.ndarray) -> np.ndarray:
+def to_int16(wave: np.ndarray) -> np.ndarray:
+    """Return samples [T] as little-endian 16-bit integers, rounded; values outside [-1, 1) are clipped."""
     samples: np.ndarray = np.rint(wave * np.float32(32768)).clip(-32768, 32767).astype("<i2")
     return samples
 
@@ -85,7 +86,7 @@ class AudioWriter:
         """
         try:
             with self._sink.raising(self.path):
-                self._file.write(_rounded(wave))  # libsndfile would round toward negative infinity
+                self._file.write(to_int16(wave))  # libsndfile would round toward negative infinity
         except (AssertionError, soundfile.LibsndfileError) as error:
             raise AudioError(
                 f"{self.path}: the file could not be written; the incomplete file was removed."

@@ -22,7 +22,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from nemo_lfr.errors import AudioError, NemoLfrError, shorten
 from nemo_lfr.io.audio import AudioReader, Resampler
-from nemo_lfr.io.audio_writer import NO_EMPTY, SinkFile
+from nemo_lfr.io.audio_writer import NO_EMPTY, SinkFile, to_int16
 from nemo_lfr.io.token_file import Metadata, TokenStreamReader, TokenStreamWriter
 from nemo_lfr.serve.engine import Engine
 from nemo_lfr.serve.protocol import (
@@ -244,7 +244,7 @@ class _AudioFile:
         if self._resampler is not None:
             audio = self._resampler.push(audio, last=last)
         with self._sink.raising():
-            self._writer.write(audio.clip(-1, 1))
+            self._writer.write(audio.clip(-1, 1) if self._kind == "opus" else to_int16(audio))
         self._num_samples += len(audio)
 
     def response(self) -> Response:

@@ -256,6 +256,9 @@ def test_files_are_encoded_and_decoded_like_streams(server):
             assert abs(len(result) / rate - len(audio) / 22050) < 0.001
             results.setdefault(kind, result)
             assert np.array_equal(results[kind], result)
+    samples, _ = server.codec.decode(expected, audio_len=[len(audio)])
+    for kind in ("wav", "flac"):
+        assert np.abs(results[kind] - np.asarray(samples[0])).max() < 0.6 / 32768  # rounded, not truncated
     status, text = post(server, "/v1/decode", lfr[:-9])
     assert status == 400 and json.loads(text)["error"].endswith("truncated. Send the complete, intact file.")
 
