@@ -37,7 +37,9 @@ from nemo_lfr.io.folders import WRITABLE_FORMATS
 @overwrite_option
 @count_option("--limit", "Maximum number of utterances to decode (default: all).")
 @click.option("--verify", is_flag=True, help="Check the token files by their hashes, not only by their sizes.")
-@model_option("the one that made the tokens, as a checkpoint (.nemo or .ckpt), folder of safetensors, or Hub id")
+@model_option(
+    "the one that made the tokens, as a checkpoint (.nemo or .ckpt), folder of safetensors or ONNX files, or Hub id"
+)
 @device_option()
 @precision_option
 def detokenize(tokens: Path, out: Path, kind: str, overwrite: bool, **options: Any) -> dict[str, Any]:

@@ -101,7 +101,7 @@ AFTER_REPAIR = "after repairing audio files, rerun with --retry-failed; after ot
     is_flag=True,
     help="Process shards with failed clips again, for example after you have repaired the files.",
 )
-@model_option("checkpoint (.nemo or .ckpt), folder of safetensors, or Hub id")
+@model_option()
 @device_option("all GPUs, else the CPU")
 @precision_option
 def tokenize(
