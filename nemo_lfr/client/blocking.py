@@ -251,8 +251,8 @@ class DecodeStream(_Stream):
 
         Args:
             num_samples: length of the recording in samples. The audio is trimmed to this length; None for no trimming.
-                With a lookahead of 0, the server has already sent the last frame untrimmed, so trim the audio
-                yourself.
+                If the lookahead or the first lookahead is 0, the server may already have sent the whole last frame,
+                so trim the audio yourself.
 
         Raises:
             NemoLfrError: if the stream is closed, another thread is using it, or `num_samples` is not valid.

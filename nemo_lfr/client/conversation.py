@@ -295,7 +295,7 @@ class Conversation(CodecProperties):
             raise self.invalid(
                 f"reports {reported} {units_out} in its last message, but {self._num_received} {units_out} arrived"
             )
-        # With a lookahead of 0, the server has sent the last frame before it knows the length, and does not trim it.
+        # With a lookahead or first lookahead of 0, the server may send the whole last frame before the input ends.
         expected = self._num_expected if self._num_samples is None else min(self._num_samples, self._num_expected)
         if reported not in (expected, self._num_expected):
             raise self.invalid(

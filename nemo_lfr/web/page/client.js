@@ -614,7 +614,7 @@ export class Stream {
     const reported = this.#kind === "decode" ? message.num_samples : message.num_frames;
     const received = `${this.#numReceived} ${this.#unit} arrived`;
     if (reported !== this.#numReceived) return `the last message reports ${reported} ${this.#unit}, but ${received}`;
-    // With a lookahead of 0, the server has sent the last frame before it knows the length, and does not trim it.
+    // With a lookahead or first lookahead of 0, the server may send the whole last frame before the input ends.
     const trimmed = this.#numSamples ?? this.#numExpected;
     if (reported !== trimmed && reported !== this.#numExpected) return `${received}, not ${trimmed}`;
     this.#isDone = true;
