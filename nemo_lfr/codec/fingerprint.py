@@ -18,6 +18,7 @@ from nemo_lfr.checkpoint.config import build_parts
 from nemo_lfr.errors import NemoLfrError, shorten
 from nemo_lfr.modules.conv import Conv1d, ConvTranspose1d
 from nemo_lfr.modules.empty import on_meta_device
+from nemo_lfr.modules.level_tables import level_tables
 from nemo_lfr.modules.quantizer import FiniteScalarQuantizer, GroupFiniteScalarQuantizer
 from nemo_lfr.modules.residual import ResidualBlock
 from nemo_lfr.modules.weights import contiguous_values
@@ -52,17 +53,18 @@ def settings_of(
     """Return the settings that tokens and audio depend on, as values that JSON can store.
 
     Raises:
-        NemoLfrError: if the levels of the quantizer were changed after it was built.
+        NemoLfrError: if a buffer of the quantizer was changed after it was built.
     """
     groups = list(quantizer.fsqs) if isinstance(quantizer, GroupFiniteScalarQuantizer) else [quantizer]
-    wanted = list(quantizer.levels)
     for group in groups:
         assert isinstance(group, FiniteScalarQuantizer)
-        if not group.num_levels.is_meta and (levels := group.num_levels.flatten().tolist()) != wanted:
-            raise NemoLfrError(
-                f"the quantizer's num_levels are {shorten(levels)}, but it was built with {wanted}; "
-                "load the codec again, or build another quantizer."
-            )
+        for name, wanted in level_tables(quantizer.levels).items():
+            buffer = getattr(group, name)
+            if not buffer.is_meta and (values := buffer.flatten().tolist()) != wanted:
+                raise NemoLfrError(
+                    f"the quantizer's {name} are {shorten(values)}, but it was built with {wanted}; "
+                    "load the codec again, or build another quantizer."
+                )
     eps = [float(group.eps) for group in groups if isinstance(group, FiniteScalarQuantizer)]
     return {
         "sample_rate": int(sample_rate),

@@ -8,8 +8,9 @@ from torch import nn
 
 from nemo_lfr.codec.ambient import building_state
 from nemo_lfr.codec.base import CodecBase
+from nemo_lfr.codec.fingerprint import settings_of
 from nemo_lfr.codec.torch_backend import TorchBackend
-from nemo_lfr.errors import NemoLfrError
+from nemo_lfr.errors import NemoLfrError, shorten
 from nemo_lfr.modules.altered import EXPORT
 from nemo_lfr.modules.finite import quantize, to_audio
 
@@ -99,7 +100,8 @@ def fp32_backend(codec: CodecBase[Any], target: str) -> TorchBackend:
         target: what will be exported, in the plural, for messages; for example "ONNX files".
 
     Raises:
-        NemoLfrError: if the codec does not run in PyTorch in fp32, or has hooks or replaced layers.
+        NemoLfrError: if the codec does not run in PyTorch in fp32, has hooks or replaced layers, or its codebooks
+            have changed buffers or different settings.
     """
     backend = codec.backend
     if not isinstance(backend, TorchBackend):
@@ -112,6 +114,12 @@ def fp32_backend(codec: CodecBase[Any], target: str) -> TorchBackend:
             'precision="fp32".'
         )
     backend.check_unaltered(EXPORT)
+    _, _, eps = settings_of(backend.encoder, backend.quantizer, backend.decoder, codec.sample_rate)["quantizer"]
+    if isinstance(eps, list):
+        raise NemoLfrError(
+            f"{codec.name}: the codebooks have the eps {shorten(eps)}, but {target} have one for all codebooks; set "
+            "the same eps in each of the quantizers."
+        )
     return backend
 
 

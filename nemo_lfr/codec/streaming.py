@@ -20,7 +20,7 @@ from nemo_lfr.codec.stream_batches import BaseStream, flush, push, run_step
 from nemo_lfr.codec.stream_modules import StreamModules, check_network
 from nemo_lfr.codec.stream_ops import LayerState, StreamOps
 from nemo_lfr.errors import TokensError
-from nemo_lfr.modules.finite import quantize, to_audio
+from nemo_lfr.modules.finite import dequantize, quantize, to_audio
 
 
 class StreamEncoder(BaseStream):
@@ -168,7 +168,7 @@ class StreamDecoder(BaseStream):
     def _take(self, tokens: torch.Tensor) -> torch.Tensor:
         """Dequantize tokens [C, k] to frames [1, D, k]."""
         self._num_in += tokens.shape[1]
-        return self.modules.quantizer.decode_unchecked(tokens[:, None])
+        return dequantize(self.modules.quantizer, tokens[None])
 
 
 def push_encoders(streams: Sequence[StreamEncoder], samples: Sequence[np.ndarray]) -> list[np.ndarray]:

@@ -25,7 +25,7 @@ from nemo_lfr.errors import NemoLfrError
 from nemo_lfr.modules.altered import FINGERPRINT, check_unaltered, must_call_modules, run_decoder, run_encoder
 from nemo_lfr.modules.decoder import HiFiGANDecoder
 from nemo_lfr.modules.encoder import HiFiGANEncoder
-from nemo_lfr.modules.finite import quantize
+from nemo_lfr.modules.finite import dequantize, quantize
 from nemo_lfr.modules.quantizer import FiniteScalarQuantizer, GroupFiniteScalarQuantizer
 from nemo_lfr.modules.weight_norm import CANONICAL, OTHERS, SumOrder
 from nemo_lfr.modules.weights import checksum_once, weights_version
@@ -255,7 +255,7 @@ class TorchBackend:
         if self.device.type == "cuda" and self.quantizer.is_plain and not must_call_modules(encoder):
             check_weights(encoder, f"the encoder of {self.name}")
             return self._cuda_module(encoder)(audio, num_frames, width)
-        return quantize(self.quantizer, self.encode_latents(audio, num_frames))
+        return quantize(self.quantizer, self.encode_latents(audio, num_frames), num_frames)
 
     @torch.no_grad()
     def encode_latents(self, audio: torch.Tensor, num_frames: list[int]) -> torch.Tensor:
@@ -282,12 +282,11 @@ class TorchBackend:
         check_weights(decoder, f"the decoder of {self.name}")
         if must_call_modules(decoder):
             with self.autocast():
-                codes = self.quantizer.decode_unchecked(tokens.transpose(0, 1))
+                codes = dequantize(self.quantizer, tokens, num_frames)
                 return run_decoder(decoder, codes, num_frames, self.spec.samples_per_frame).float()
         if self.device.type == "cuda" and self.quantizer.is_plain:
             return self._cuda_module(decoder)(tokens, num_frames, width)
-        length = torch.tensor(num_frames, device=tokens.device) if min(num_frames) < width else None
-        codes = self.quantizer.decode_unchecked(tokens.transpose(0, 1), length)
+        codes = dequantize(self.quantizer, tokens, num_frames)
         with self.autocast():
             return inference.decode_frames(decoder, codes, _ends(num_frames, width, decoder.min_frames)).float()
 

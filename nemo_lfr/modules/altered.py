@@ -8,7 +8,7 @@ networks in training mode with dropout.
 """
 
 import functools
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -25,6 +25,18 @@ PICKLE = "which are not pickled, so the unpickled codec would give other results
 EXPORT = "which are not exported, so the exported codec would give other results; remove or merge them"
 
 
+Module = TypeVar("Module", bound=type[nn.Module])
+
+# Methods of the classes that `notice_patches` decorates, by name, as they were when the class was created.
+_ORIGINALS: dict[type, dict[str, Any]] = {}
+
+
+def notice_patches(kind: Module) -> Module:
+    """Class decorator, after which methods that a caller replaces in the class count as patched, as in an object."""
+    _ORIGINALS[kind] = {name: value for name, value in vars(kind).items() if callable(value)}
+    return kind
+
+
 @functools.cache
 def _methods(kind: Any) -> frozenset[str]:
     """Return "forward" and the names of the methods that a module class adds to `nn.Module` or overrides."""
@@ -33,9 +45,18 @@ def _methods(kind: Any) -> frozenset[str]:
     return frozenset(names | {"forward"})
 
 
-def _is_patched(module: nn.Module) -> bool:
+def is_patched(module: nn.Module) -> bool:
+    """Return whether a caller has replaced a method of a module, or of its class (see `notice_patches`)."""
     kind: Any = type(module)
-    return not _methods(kind).isdisjoint(module.__dict__)
+    if not _methods(kind).isdisjoint(module.__dict__):
+        return True
+    return any(vars(parent).get(name) is not method for parent, name, method in _originals(kind))
+
+
+@functools.cache
+def _originals(kind: Any) -> tuple[tuple[type, str, Any], ...]:
+    parents = [parent for parent in kind.__mro__ if parent in _ORIGINALS]
+    return tuple((parent, name, method) for parent in parents for name, method in _ORIGINALS[parent].items())
 
 
 def has_global_hooks() -> bool:
@@ -63,7 +84,7 @@ def must_be_called(layer: nn.Module, kind: type[nn.Module]) -> bool:
 def _is_altered(layer: nn.Module, kind: type[nn.Module]) -> bool:
     if layer._forward_hooks or layer._forward_pre_hooks or not isinstance(layer, kind):
         return True
-    return _is_patched(layer) or type(layer).forward is not kind.forward
+    return is_patched(layer) or type(layer).forward is not kind.forward
 
 
 @functools.cache
@@ -85,7 +106,7 @@ def is_altered(network: nn.Module) -> bool:
     pending = [(network, True)]
     while pending:
         module, is_layer = pending.pop()
-        if module._forward_hooks or module._forward_pre_hooks or _is_patched(module):
+        if module._forward_hooks or module._forward_pre_hooks or is_patched(module):
             return True
         # Activations may contain modules of a user, and weights may have a user's parametrizations.
         kind: Any = type(module)
@@ -111,7 +132,8 @@ def _is_expected(module: nn.Module, name: str, child: nn.Module) -> bool:
     if name == "dropout":
         return type(child) is nn.Dropout
     if name == "fsqs":
-        return all(type(group).__module__.startswith("nemo_lfr.") for group in child.children())
+        is_own = all(type(group).__module__.startswith("nemo_lfr.") for group in child.children())
+        return is_own and len(child._modules) == module.num_groups
     return not name.endswith("_activation") or name == "out_activation" or isinstance(child, CodecActivation)
 
 

@@ -14,17 +14,24 @@ from typing import Any
 import torch
 from torch import nn
 
-from nemo_lfr.errors import ConfigError, TokensError
-from nemo_lfr.modules.altered import is_altered, must_be_called
+from nemo_lfr.errors import ConfigError
+from nemo_lfr.modules.altered import is_altered, is_patched, must_be_called, notice_patches
+from nemo_lfr.modules.codebook_dropout import CodebookDropout
+from nemo_lfr.modules.level_tables import has_level_tables, level_tables
 from nemo_lfr.modules.neural_module import NeuralModule
-from nemo_lfr.modules.token_checks import check_indices, check_shape, check_tokens, mask
+from nemo_lfr.modules.token_checks import check_dimensions, check_indices, check_shape, check_tokens, mask
+from nemo_lfr.modules.weights import check_once
 
 _FINITE = "check that the audio and the weights are finite"
 _IN_RANGE = "pass codes that this quantizer returned"
 
 
+@notice_patches
 class FiniteScalarQuantizer(NeuralModule):
     """Quantizer with one codebook, which has D dimensions.
+
+    If a caller has patched or overridden a method, or changed a buffer, the results are those of NeMo's class with the
+    same change, and the resulting tokens are not checked.
 
     Args:
         num_levels: number of levels in each dimension, at least 2.
@@ -56,9 +63,8 @@ class FiniteScalarQuantizer(NeuralModule):
 
     def tables(self) -> dict[str, torch.Tensor]:
         """Return the values that the buffers should have, by name; both are int32 and have the shape [1, D, 1]."""
-        bases = [math.prod(self.levels[:dim]) for dim in range(len(self.levels))]
-        values = {"dim_base_index": bases, "num_levels": list(self.levels)}
-        return {name: torch.tensor(value, dtype=torch.int32).reshape(1, -1, 1) for name, value in values.items()}
+        values = level_tables(self.levels).items()
+        return {name: torch.tensor(value, dtype=torch.int32).reshape(1, -1, 1) for name, value in values}
 
     @property
     def num_codebooks(self) -> int:
@@ -68,12 +74,24 @@ class FiniteScalarQuantizer(NeuralModule):
     @property
     def codebook_size(self) -> int:
         """Number of entries in the codebook: the product of the levels."""
-        return math.prod(self.levels)
+        return math.prod(self.levels) if self.is_consistent else int(self.num_levels.prod())
+
+    @property
+    def is_consistent(self) -> bool:
+        """Whether no caller has changed the buffers."""
+        return has_level_tables(self, self.levels)
 
     @property
     def is_plain(self) -> bool:
-        """Whether the quantizer has no hooks and no patched or overridden methods."""
-        return not is_altered(self) and not must_be_called(self, FiniteScalarQuantizer)
+        """Whether no caller has changed the quantizer: its hooks, methods and buffers."""
+        return not is_altered(self) and not must_be_called(self, FiniteScalarQuantizer) and self.is_consistent
+
+    @property
+    def _is_own(self) -> bool:
+        """Whether `forward` may compute tokens in one step, and check them."""
+        if torch.compiler.is_compiling():
+            return True
+        return type(self) is FiniteScalarQuantizer and not is_patched(self) and self.is_consistent
 
     @property
     def dim(self) -> int:
@@ -89,7 +107,7 @@ class FiniteScalarQuantizer(NeuralModule):
     def codes(self) -> torch.Tensor:
         """All entries of the codebook in token order, [codebook_size, D]."""
         tokens = torch.arange(self.codebook_size, device=self.num_levels.device)
-        return self.decode_unchecked(tokens.reshape(1, -1, 1)).squeeze(-1)
+        return self.decode(indices=tokens.reshape(1, -1, 1), input_len=None).squeeze(-1)
 
     @property
     def codebook(self) -> torch.Tensor:
@@ -123,12 +141,16 @@ class FiniteScalarQuantizer(NeuralModule):
         Returns:
             Codes in [-1, 1], [B, D, T], and tokens [1, B, T] as int32.
         """
-        with torch.autocast(inputs.device.type, enabled=False):
-            rounded = self.round(self.compress(inputs.float()))
-            middle = self.num_levels // 2
-            codes = rounded / middle
-            digits = rounded.detach().round().to(torch.int32) + middle
-        tokens = (digits * self.dim_base_index).sum(dim=1, dtype=torch.int32)
+        if self._is_own:
+            with torch.autocast(inputs.device.type, enabled=False):
+                rounded = self.round(self.compress(inputs.float()))
+                middle = self.num_levels // 2
+                codes = rounded / middle
+                digits = rounded.detach().round().to(torch.int32) + middle
+            tokens = (digits * self.dim_base_index).sum(dim=1, dtype=torch.int32)
+        else:
+            codes = self.inputs_to_codes(inputs=inputs, input_len=input_len)
+            tokens = self.codes_to_indices(codes=codes)
         return mask(codes, input_len), mask(tokens, input_len).unsqueeze(0)
 
     def encode(self, inputs: torch.Tensor, input_len: torch.Tensor | None = None) -> torch.Tensor:
@@ -138,7 +160,8 @@ class FiniteScalarQuantizer(NeuralModule):
             TokensError: if a frame contains NaN or infinite values.
         """
         tokens: torch.Tensor = self(inputs=inputs, input_len=input_len)[1]
-        check_tokens(tokens, inputs, self.codebook_size, input_len, "encoded frames", _FINITE)
+        if self._is_own:
+            check_tokens(tokens, inputs, self.codebook_size, input_len, "encoded frames", _FINITE)
         return tokens
 
     def decode(self, indices: torch.Tensor, input_len: torch.Tensor | None = None) -> torch.Tensor:
@@ -162,8 +185,9 @@ class FiniteScalarQuantizer(NeuralModule):
 
     def inputs_to_codes(self, inputs: torch.Tensor, input_len: torch.Tensor | None = None) -> torch.Tensor:
         """Quantize encoded frames to codes, [B, D, T] -> [B, D, T], with a straight-through gradient."""
-        codes: torch.Tensor = self(inputs)[0]
-        return codes
+        with torch.autocast(inputs.device.type, enabled=False):
+            compressed = self.compress(inputs=inputs.float(), input_len=input_len)
+            return self.round(inputs=compressed, input_len=input_len) / (self.num_levels // 2)
 
     def codes_to_nonnegative(self, codes: torch.Tensor) -> torch.Tensor:
         """Convert codes in [-1, 1] to level indices in [0, num_levels): [B, D, T] -> [B, D, T]."""
@@ -183,7 +207,9 @@ class FiniteScalarQuantizer(NeuralModule):
         Raises:
             TokensError: if the shape of `codes` is not [B, D, T], or a code is NaN, infinite or out of range.
         """
-        _check_dimensions(codes, self.dim)
+        if not self._is_own:  # the codes may lie between levels; NeMo does not round them
+            return (self.codes_to_nonnegative(codes) * self.dim_base_index).sum(dim=1).to(torch.int32)
+        check_dimensions(codes, self.dim)
         tokens = self._to_indices(codes)
         check_tokens(tokens, codes, self.codebook_size, None, "codes", _IN_RANGE)
         return tokens
@@ -197,12 +223,8 @@ class FiniteScalarQuantizer(NeuralModule):
         return tokens.masked_fill(is_outside, -1)
 
 
-def _check_dimensions(codes: torch.Tensor, dim: int) -> None:
-    if codes.dim() != 3 or codes.shape[1] != dim:
-        raise TokensError(f"codes have shape {list(codes.shape)}; this quantizer takes [B, {dim}, T].")
-
-
-class GroupFiniteScalarQuantizer(NeuralModule):
+@notice_patches
+class GroupFiniteScalarQuantizer(CodebookDropout):
     """Quantizer with `num_groups` codebooks, each for a group of dimensions.
 
     The groups have the same levels, so the first group's quantizer handles all groups at once. If a caller has altered
@@ -234,30 +256,28 @@ class GroupFiniteScalarQuantizer(NeuralModule):
     @property
     def codebook_size(self) -> int:
         """Number of entries in one codebook."""
-        return math.prod(self.levels)
+        first = next(iter(self.fsqs), None)
+        return first.codebook_size if type(first) is FiniteScalarQuantizer else math.prod(self.levels)
 
     @property
-    def codebook_dim_per_group(self) -> int:
-        """Number of dimensions of one codebook."""
-        return len(self.levels)
-
-    @property
-    def codebook_dim(self) -> int:
-        """Number of dimensions D of an encoded frame, for all codebooks together."""
-        return self.num_groups * len(self.levels)
+    def is_consistent(self) -> bool:
+        """Whether no caller has changed the buffers of a group."""
+        return all(group.is_consistent for group in self.fsqs if isinstance(group, FiniteScalarQuantizer))
 
     @property
     def is_plain(self) -> bool:
         """Whether nothing is altered in this quantizer and those of the groups, so that one can handle all groups."""
-        return not is_altered(self) and self._is_uniform()
+        return check_once(self, "plain", lambda: not is_altered(self) and self._is_uniform())
 
     def _is_uniform(self) -> bool:
-        if torch.compiler.is_compiling():
-            return True
+        return torch.compiler.is_compiling() or check_once(self, "uniform", self._are_groups_plain)
+
+    def _are_groups_plain(self) -> bool:
         groups = self.fsqs._modules.values() if type(self.fsqs) is nn.ModuleList else ()
         settings = set()
         for group in groups:
-            if type(group) is not FiniteScalarQuantizer or must_be_called(group, FiniteScalarQuantizer):
+            kind = FiniteScalarQuantizer
+            if type(group) is not kind or must_be_called(group, kind) or not group.is_consistent:
                 return False
             settings.add((group.levels, group.eps))
         return len(groups) == self.num_groups and settings.issubset({(self.levels, self.fsqs[0].eps)})
@@ -271,7 +291,7 @@ class GroupFiniteScalarQuantizer(NeuralModule):
         """
         if len(self.fsqs) == self.num_groups:
             if dim == 1:
-                _check_dimensions(values, self.codebook_dim)
+                check_dimensions(values, self.codebook_dim)
             else:
                 check_shape(values, self.num_codebooks)
         return zip(self.fsqs, values.chunk(self.num_groups, dim), strict=False)
@@ -337,37 +357,6 @@ class GroupFiniteScalarQuantizer(NeuralModule):
         codes = quantizer.decode_unchecked(indices.transpose(0, 1).flatten(0, 1)[None])
         return mask(codes.reshape(batch, self.codebook_dim, frames), input_len)
 
-    def dropout_codebooks(self, encoded: torch.Tensor, num_codebooks: torch.Tensor) -> torch.Tensor:
-        """Keep the first codebooks of each example, and set the dimensions of the other codebooks to zero.
-
-        Args:
-            encoded: output of the encoder, or the values after FSQ, [B, D, T].
-            num_codebooks: number of codebooks to keep in each example, [B].
-
-        Returns:
-            The frames with the other codebooks set to zero, [B, D, T].
-        """
-        groups = torch.arange(self.codebook_dim, device=encoded.device) // self.codebook_dim_per_group
-        is_dropped = groups >= num_codebooks.to(encoded.device)[:, None]
-        return encoded.masked_fill(is_dropped[:, :, None], 0)
-
-    def dropout_random_codebooks(self, encoded: torch.Tensor, rate: float) -> torch.Tensor:
-        """Drop the last codebooks of randomly chosen examples.
-
-        The number of codebooks to keep is also random, from 1 to C - 1.
-
-        Args:
-            encoded: output of the encoder, or the values after FSQ, [B, D, T].
-            rate: probability that an example loses codebooks.
-
-        Returns:
-            The frames with the dropped codebooks set to zero, [B, D, T].
-        """
-        batch, device = [encoded.shape[0]], encoded.device
-        is_reduced = torch.rand(batch, device=device) < rate
-        kept = torch.randint(1, self.num_groups, batch, device=device)
-        return self.dropout_codebooks(encoded, torch.where(is_reduced, kept, self.num_groups))
-
     def codes_to_indices(self, codes: torch.Tensor, input_len: torch.Tensor | None = None) -> torch.Tensor:
         """Convert codes in [-1, 1] to tokens: [B, D, T] -> [B, C, T] as int32.
 
@@ -378,7 +367,7 @@ class GroupFiniteScalarQuantizer(NeuralModule):
         Raises:
             TokensError: if the shape of `codes` is not [B, D, T], or a code is NaN, infinite or out of range.
         """
-        _check_dimensions(codes, self.codebook_dim)
+        check_dimensions(codes, self.codebook_dim)
         if not self._is_uniform():
             parts = [group.codes_to_indices(codes=part) for group, part in self._split(codes, dim=1)]
             return torch.stack([mask(part, input_len) for part in parts], dim=1)

@@ -70,6 +70,12 @@ def check_shape(indices: torch.Tensor, num_codebooks: int) -> None:
         raise TokensError(f"tokens have shape {list(indices.shape)}; this quantizer takes [{num_codebooks}, B, T].")
 
 
+def check_dimensions(values: torch.Tensor, dim: int) -> None:
+    """Raise an error unless codes or encoded frames have the shape [B, dim, T]."""
+    if values.dim() != 3 or values.shape[1] != dim:
+        raise TokensError(f"codes have shape {list(values.shape)}; this quantizer takes [B, {dim}, T].")
+
+
 def has_values(tokens: torch.Tensor) -> bool:
     """Return whether a tensor has values that can be read. It has none while a graph is traced or captured."""
     is_plain = type(tokens) is torch.Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(tokens)

@@ -53,7 +53,7 @@ def stock_module(config: Mapping[str, Any]) -> nn.Module:
 
 
 def check_layers(module: nn.Module, reference: nn.Module, path: str) -> None:
-    """Check that a module has no hooks, no methods of its own and no layers of other classes than a stock module.
+    """Check that a module has no hooks, no patched methods and no layers of other classes than a stock module.
 
     Args:
         module: NeMo's module, possibly inside wrappers such as `torch.compile`.
@@ -72,6 +72,22 @@ def check_layers(module: nn.Module, reference: nn.Module, path: str) -> None:
                 f"the method {name}.{shorten(patched[0])} is overridden, which accelerate() would drop; delete that "
                 "attribute before accelerate(), and set it afterwards on the accelerated model."
             )
+        if (method := _patched_in_class(type(layer))) is not None:
+            raise ConfigError(
+                f"{name}: the method {shorten(method)} of NeMo is patched, which accelerate() would drop; undo the "
+                "patch before accelerate(), and patch the modules of the accelerated model afterwards."
+            )
+
+
+def _patched_in_class(kind: type) -> str | None:
+    """Return the name of a method that is not from the file in which NeMo defines the class; None if there is none."""
+    for parent in kind.__mro__:
+        if parent.__module__ == audio_codec_modules.__name__:
+            for name, method in vars(parent).items():
+                code = getattr(getattr(method, "__func__", method), "__code__", None)
+                if code is not None and code.co_filename != audio_codec_modules.__file__:
+                    return f"{parent.__name__}.{name}"
+    return None
 
 
 def check_settings(module: nn.Module, reference: nn.Module, path: str) -> None:

@@ -1,6 +1,7 @@
 """Encode and decode with the NeMo model."""
 
 from inspect import getattr_static
+from typing import Any
 
 import torch
 
@@ -64,8 +65,9 @@ class Inference(BaseModel):
             part = getattr(self, name)
             if not isinstance(part, torch.nn.Module) or not isinstance(unwrapped(part), _CLASSES[name]):
                 return f"the model's {name} is {type(part).__name__}, not a module of nemo_lfr"
-        if is_altered(unwrapped(self.vector_quantizer)):
-            return "the model's vector_quantizer has hooks, replaced layers or overridden methods"
+        quantizer: Any = unwrapped(self.vector_quantizer)
+        if is_altered(quantizer) or not quantizer.is_consistent:
+            return "the model's vector_quantizer has hooks, changed buffers, replaced layers or overridden methods"
         step = next((name for name in _STEPS if self._overrides(name)), None)
         return None if step is None else f"the model's method {step} is overridden"
 

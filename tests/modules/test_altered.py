@@ -279,6 +279,10 @@ def levels(codec):
     codec.quantizer.fsqs[1].num_levels[0, 0, 0] = 4
 
 
+def bases(codec):
+    codec.quantizer.fsqs[1].dim_base_index += 1
+
+
 def group_of_other_levels(codec):
     codec.quantizer.fsqs[1] = FiniteScalarQuantizer([9, 8, 7, 4])
 
@@ -299,7 +303,11 @@ class OtherGroup(nn.Module):
     pass
 
 
-HOOKED = [*map(on_encoder, CHANGES), hook_on_quantizer, patched_method, replaced_group]
+def removed_group(codec):
+    del codec.quantizer.fsqs[-1]
+
+
+HOOKED = [*map(on_encoder, CHANGES), hook_on_quantizer, patched_method, replaced_group, removed_group]
 # Settings that a fingerprint covers, but a saved config does not.
 SETTINGS = [slopes, tanh_in_an_activation, subclass_in_an_activation, eps, eps_of_one_group, pad_mode]
 
@@ -363,11 +371,18 @@ def test_changed_settings_change_the_fingerprint_and_are_not_saved(loaded, chang
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("change", [levels, group_of_other_levels])
-@pytest.mark.parametrize("door", [fingerprint, encode_file, save])
+@pytest.mark.parametrize("change", [levels, bases, group_of_other_levels])
+@pytest.mark.parametrize("door", [fingerprint, encode_file, save, programs, golden])
 def test_changed_levels_are_refused(loaded, change, door, tmp_path):
     change(loaded)
-    with pytest.raises(NemoLfrError, match="num_levels are"):
+    with pytest.raises(NemoLfrError, match=r"(num_levels|dim_base_index) are"):
+        door(loaded, tmp_path)
+
+
+@pytest.mark.parametrize("door", [programs, golden])
+def test_different_eps_are_not_exported(loaded, door, tmp_path):
+    eps_of_one_group(loaded)
+    with pytest.raises(NemoLfrError, match=r"have the eps \[0.001, 0.2, .* set the same eps"):
         door(loaded, tmp_path)
 
 

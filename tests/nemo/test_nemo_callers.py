@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import inspect
 import io
 import pickle
@@ -20,10 +21,12 @@ from omegaconf import OmegaConf, open_dict
 from torch.nn.utils import parametrize
 
 import nemo_lfr
-from nemo_lfr import AudioCodecModel, CheckpointError, ConfigError, TokensError, accelerate
+from nemo_lfr import AudioCodecModel, CheckpointError, ConfigError, NemoLfrError, TokensError, accelerate
 from nemo_lfr.checkpoint import build_part
 from nemo_lfr.checkpoint.names import WRAPPERS
+from nemo_lfr.codec import Codec
 from nemo_lfr.codec.streaming import push_encoders
+from nemo_lfr.codec.torch_backend import TorchBackend
 from nemo_lfr.modules.encoder import HiFiGANEncoder
 from tests.models import KINDS, MODULES, codec_config, speech_like, stock_model, write_nemo
 
@@ -249,6 +252,41 @@ def quantizer_hook(model):
     model.vector_quantizer.register_forward_hook(lambda module, inputs, out: (out[0], (out[1] + 1) % 2016))
 
 
+def group_step(name, change):
+    """Return a change that wraps one method of a group; `change` is applied to its result."""
+
+    def changed(model):
+        group = model.vector_quantizer.fsqs[1]
+        step = getattr(group, name)
+        setattr(group, name, lambda *values, **named: change(step(*values, **named)))
+
+    return changed
+
+
+def subclassed_group(model):
+    group = model.vector_quantizer.fsqs[1]
+    step = type(group).codes_to_indices
+    methods = {"codes_to_indices": lambda self, codes: (step(self, codes=codes) + 1) % 2016}
+    group.__class__ = type("Shifted", (type(group),), methods)
+
+
+def group_levels(model):
+    model.vector_quantizer.fsqs[1].num_levels[0, 0, 0] = 5
+
+
+def levels_through_data(model):
+    tokens_of(model)  # the buffers were compared once
+    model.vector_quantizer.fsqs[1].num_levels.data[0, 0, 0] = 5
+
+
+def more_levels(model):
+    model.vector_quantizer.fsqs[0].num_levels = torch.tensor([9, 7, 6, 8], dtype=torch.int32).reshape(1, 4, 1)
+
+
+def group_bases(model):
+    model.vector_quantizer.fsqs[1].dim_base_index = torch.tensor([252, 36, 6, 1]).reshape(1, 4, 1)
+
+
 SURGERY = {
     "adapter": on_conv(adapter),
     "pre-hook": on_conv(shifted_input),
@@ -263,7 +301,26 @@ SURGERY = {
     "replaced group": replaced_group,
     "eps of a group": group_eps,
     "hook of the quantizer": quantizer_hook,
+    "inputs_to_codes of a group": group_step("inputs_to_codes", lambda codes: codes * 0.8),
+    "codes_to_indices of a group": group_step("codes_to_indices", lambda tokens: (tokens + 1) % 2016),
+    "compress of a group": group_step("compress", lambda values: values * 0.6),
+    "round of a group": group_step("round", lambda values: values * 0.7),
+    "codes_to_nonnegative of a group": group_step("codes_to_nonnegative", lambda values: values * 0.5),
+    "encode of a group": group_step("encode", lambda tokens: (tokens + 1) % 2016),
+    "nonnegative_to_codes of a group": lambda model: (
+        group_step("nonnegative_to_codes", lambda codes: codes * 0.5)(model),
+        group_hook(model),
+    ),
+    "subclass of a group": subclassed_group,
+    "levels of a group": group_levels,
+    "levels of a group, through data": levels_through_data,
+    "more levels": more_levels,
+    "bases of a group": group_bases,
 }
+
+
+# `Codec` refuses tokens outside the codebook that it was built for.
+STOCK_ONLY = {"more levels"}
 
 
 @pytest.fixture(scope="module")
@@ -282,11 +339,58 @@ def test_changed_layers_give_what_stock_gives(files, kind, surgery):
         tokens = torch.arange(9).tile(1, model.num_codebooks, 1) * 7
         with torch.no_grad():
             results.append((tokens_of(model), model.decode(tokens=tokens, tokens_len=torch.tensor([9]))[0]))
+    if surgery not in STOCK_ONLY:
+        codec = Codec(TorchBackend(model.audio_encoder, model.vector_quantizer, model.audio_decoder, 22050))
+        results.append((codec.encode(AUDIO, LENGTHS)[0], codec.decode(tokens)[0]))
     for tokens, audio in results[1:]:
         assert torch.equal(tokens, results[0][0])
         torch.testing.assert_close(audio, results[0][1], rtol=1e-4, atol=1e-5)
     if surgery != "hook of the quantizer":  # stock NeMo does not call it
         assert not torch.equal(results[0][0], tokens_of(stock_model(files[kind])))
+
+
+@pytest.mark.parametrize("name", ["inputs_to_codes", "codes_to_indices", "encode", "forward"])
+def test_methods_patched_in_the_class_give_what_stock_gives(nemo_file, expected, monkeypatch, name):
+    models = stock_model(nemo_file), ours(nemo_file), accelerate(stock_model(nemo_file))
+    for kind in {type(model.vector_quantizer.fsqs[0]) for model in models}:
+        step = getattr(kind, name)
+        scale = 0.8 if name == "inputs_to_codes" else 1
+
+        def changed(self, step=step, scale=scale, **named):
+            result = step(self, **named)
+            return result * scale if name == "inputs_to_codes" else next_tokens(result)
+
+        monkeypatch.setattr(kind, name, changed)
+    stock, *others = map(tokens_of, models)
+    assert all(torch.equal(tokens, stock) for tokens in others) and not torch.equal(stock, expected)
+
+
+@pytest.mark.parametrize("name", ["codes_to_indices", "round"])  # the second one is a static method
+def test_accelerate_refuses_methods_patched_in_the_class(nemo_file, monkeypatch, name):
+    model = stock_model(nemo_file)
+    kind = type(model.vector_quantizer.fsqs[0])
+    monkeypatch.setattr(kind, name, functools.wraps(getattr(kind, name))(lambda *_, **named: named))
+    message = rf"vector_quantizer\.fsqs\.0: the method FiniteScalarQuantizer\.{name} of NeMo is patched"
+    with pytest.raises(ConfigError, match=message):
+        accelerate(model)
+    assert type(model) is StockModel
+
+
+def next_tokens(result):
+    return (result[0], (result[1] + 1) % 2016) if isinstance(result, tuple) else (result + 1) % 2016
+
+
+def test_a_removed_group_gives_what_stock_gives(nemo_file, expected):
+    models = stock_model(nemo_file), ours(nemo_file), accelerate(stock_model(nemo_file))
+    for model in models:
+        del model.vector_quantizer.fsqs[-1]
+        assert torch.equal(tokens_of(model), expected[:, :-1])
+        with pytest.raises(RuntimeError):
+            model.decode(tokens=expected, tokens_len=torch.tensor([9, 9]))
+    model = models[1]
+    codec = Codec(TorchBackend(model.audio_encoder, model.vector_quantizer, model.audio_decoder, 22050))
+    with pytest.raises(NemoLfrError, match="shape"):
+        codec.encode(AUDIO, LENGTHS)
 
 
 def test_dropout_is_applied_in_training_as_in_stock(nemo_file):

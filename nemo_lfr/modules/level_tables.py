@@ -1,0 +1,79 @@
+"""Values of a quantizer's buffers, and detection of buffers that a caller has changed."""
+
+import math
+from functools import cache
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from torch import nn
+
+from nemo_lfr.modules.token_checks import has_values
+
+
+class _Buffers(NamedTuple):
+    """Buffers of a quantizer, as they were when their values were first compared.
+
+    Attributes:
+        tensors: the buffers.
+        places: address and version of each buffer.
+        arrays: views of the buffers, whose values are compared each time; None on a GPU, where reading values would
+            wait for the GPU.
+        are_own: whether the values were those for the levels.
+    """
+
+    tensors: list[torch.Tensor]
+    places: list[tuple[int, int]]
+    arrays: list[np.ndarray] | None
+    are_own: bool
+
+
+_COMPARED: WeakKeyDictionary[nn.Module, _Buffers] = WeakKeyDictionary()
+
+
+@cache
+def level_tables(levels: tuple[int, ...]) -> dict[str, list[int]]:
+    """Return the values of the buffers of a quantizer with these levels, by name, one per dimension."""
+    bases = [math.prod(levels[:dim]) for dim in range(len(levels))]
+    return {"dim_base_index": bases, "num_levels": list(levels)}
+
+
+@cache
+def _as_bytes(levels: tuple[int, ...]) -> list[bytes]:
+    return [np.array(values, np.int32).tobytes() for values in level_tables(levels).values()]
+
+
+def has_level_tables(quantizer: nn.Module, levels: tuple[int, ...]) -> bool:
+    """Return whether the buffers of a quantizer have the values for its levels.
+
+    On a GPU, writes that PyTorch does not count are missed, such as those through `.data`. The result is True if the
+    buffers have no values, or a graph is traced or captured.
+    """
+    buffers = [quantizer._buffers.get(name) for name in level_tables(levels)]
+    tensors = [buffer for buffer in buffers if buffer is not None]
+    known = _COMPARED.get(quantizer)
+    if known is None or not _is_for(known, tensors):
+        if not all(map(has_values, tensors)):
+            return True
+        arrays = [tensor.detach().cpu().numpy() for tensor in tensors]
+        are_own = [array.tobytes() for array in arrays] == _as_bytes(levels)
+        is_on_cpu = all(tensor.device.type == "cpu" for tensor in tensors)
+        known = _Buffers(tensors, list(map(_place, tensors)), arrays if is_on_cpu else None, are_own)
+        _COMPARED[quantizer] = known
+    elif known.arrays is not None:
+        return [array.tobytes() for array in known.arrays] == _as_bytes(levels)
+    return known.are_own
+
+
+def _is_for(known: _Buffers, tensors: list[torch.Tensor]) -> bool:
+    if len(known.tensors) != len(tensors):
+        return False
+    return all(
+        tensor is other and _place(tensor) == place
+        for tensor, other, place in zip(tensors, known.tensors, known.places, strict=True)
+    )
+
+
+def _place(tensor: torch.Tensor) -> tuple[int, int]:
+    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
