@@ -45,23 +45,47 @@ class Inert:
         """Ignore an item that the pickle appends to a list-like object."""
 
 
+class InertNamespace(Inert):
+    """Placeholder for an `argparse.Namespace`, in which older versions of Lightning stored hyperparameters."""
+
+    __slots__ = ()
+
+
 def config_text(checkpoint: Any) -> str:
     """Return the model config of an unpickled training checkpoint as YAML.
 
     Raises:
         ConfigError: if the checkpoint has no config, or its config is too large or too deeply nested.
     """
-    parameters = dict.get(checkpoint, "hyper_parameters") if isinstance(checkpoint, dict) else None
-    if isinstance(parameters, Inert):
-        parameters = _content(parameters)
-    values = parameters if isinstance(parameters, dict) else {}
-    config = _Plain().of(dict.get(values, "cfg"))  # the layout that NeMo saves
+    config = _Plain().of(_cfg(checkpoint))
     if not isinstance(config, dict):
-        config = _Plain().of(parameters)
+        config = _Plain().of(_parameters(checkpoint))
     if not isinstance(config, dict):
         raise ConfigError("the file has no hyper_parameters, so it is not a training checkpoint of NeMo.")
     text: str = yaml.safe_dump(config, sort_keys=False)
     return text
+
+
+def has_dict_config(checkpoint: Any) -> bool:
+    """Return whether NeMo can build a model from an unpickled training checkpoint.
+
+    NeMo needs the hyperparameter `cfg`, and it must be a `DictConfig`.
+    """
+    cfg = _cfg(checkpoint)
+    return isinstance(cfg, Inert) and isinstance(cfg.state, dict) and "_content" in cfg.state
+
+
+def _parameters(checkpoint: Any) -> Any:
+    parameters = dict.get(checkpoint, "hyper_parameters") if isinstance(checkpoint, dict) else None
+    if isinstance(parameters, Inert):
+        return _content(parameters) or parameters.state
+    return parameters
+
+
+def _cfg(checkpoint: Any) -> Any:
+    """Return the hyperparameter `cfg`, in which NeMo saves the config; None if there is none."""
+    parameters = _parameters(checkpoint)
+    return dict.get(parameters, "cfg") if isinstance(parameters, dict) else None
 
 
 class _Plain:
@@ -86,7 +110,7 @@ class _Plain:
                 f"{MAX_CONFIG_DEPTH} levels are allowed."
             )
         if isinstance(value, Inert):
-            value = _omegaconf_content(value)
+            value = _content(value)
         if isinstance(value, dict):
             return {str(key): self.of(item, depth + 1) for key, item in dict.items(value)}
         if isinstance(value, list):
@@ -95,11 +119,9 @@ class _Plain:
 
 
 def _content(placeholder: Inert) -> Any:
-    """Return the content of an OmegaConf container, a dict of some class, or an `argparse.Namespace`."""
-    return _omegaconf_content(placeholder) or placeholder.items or placeholder.state
-
-
-def _omegaconf_content(placeholder: Inert) -> Any:
-    """Return the items of an OmegaConf container (`_content`) or the value of a leaf (`_val`); None for others."""
+    """Return the content of an OmegaConf container or leaf, a dict of some class, or a Namespace; None for others."""
     state = placeholder.state if isinstance(placeholder.state, dict) else {}
-    return dict.get(state, "_content", dict.get(state, "_val"))
+    for key in ("_content", "_val"):  # of a container, and of a leaf
+        if key in state:
+            return dict.get(state, key)
+    return placeholder.items or (state if isinstance(placeholder, InertNamespace) else None)

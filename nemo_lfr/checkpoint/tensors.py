@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from nemo_lfr.checkpoint.archive import ZIP_MAGIC
-from nemo_lfr.checkpoint.lightning import Inert
+from nemo_lfr.checkpoint.lightning import Inert, InertNamespace
 from nemo_lfr.checkpoint.names import plain_keys
 from nemo_lfr.checkpoint.source import ByteSource
 from nemo_lfr.errors import CheckpointError, shorten
@@ -135,7 +135,7 @@ class _Unpickler(pickle.Unpickler):
         """
         if (module, name) not in _NAMES:
             if self._training:
-                return Inert
+                return InertNamespace if (module, name) == ("argparse", "Namespace") else Inert
             raise pickle.UnpicklingError(
                 f"its pickle names {shorten(module)}.{shorten(name)}, which is not allowed in a state dict"
             )

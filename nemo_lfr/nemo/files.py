@@ -11,7 +11,6 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nemo_lfr.bundled import LFR
 from nemo_lfr.checkpoint import PARTS, CodecModules, load_parts, read_config
-from nemo_lfr.checkpoint.archive import read_members
 from nemo_lfr.checkpoint.names import unwrapped
 from nemo_lfr.codec.ambient import building_state
 from nemo_lfr.codec.devices import choose_device
@@ -31,6 +30,7 @@ from nemo_lfr.nemo.base import (
     logging,
 )
 from nemo_lfr.nemo.config import check_hparams, check_trainer, checked_values, override_config
+from nemo_lfr.nemo.training_checkpoint import problem_of_training_checkpoint
 
 # Modules that `restore_from` has loaded. The constructor uses these modules instead of building random ones.
 READ_PARTS: ContextVar[CodecModules | None] = ContextVar("parts", default=None)
@@ -230,11 +230,12 @@ class NemoFiles(BaseModel):
             return _stock(cls, "load_from_checkpoint")(
                 checkpoint_path, *args, map_location=map_location, hparams_file=hparams_file, strict=strict, **kwargs
             )
-        except (CheckpointError, ConfigError) as error:
-            raise CheckpointError(f"{shorten(checkpoint_path, 300)}: {error}") from error
         except Exception as error:  # Lightning, PyTorch and fsspec raise many classes
-            if (problem := _problem_of_training_checkpoint(checkpoint_path)) is not None:
+            is_known = isinstance(error, CheckpointError)
+            if not is_known and (problem := problem_of_training_checkpoint(checkpoint_path)) is not None:
                 raise problem from error
+            if is_known or isinstance(error, ConfigError):
+                raise CheckpointError(f"{shorten(checkpoint_path, 300)}: {error}") from error
             raise
 
     @classmethod
@@ -369,29 +370,3 @@ def _without_folders(config: DictConfig) -> DictConfig:
             if config.get(section) is not None:
                 config[section] = shortened(OmegaConf.to_container(config[section], resolve=False))
     return config
-
-
-def _problem_of_training_checkpoint(checkpoint: Any) -> CheckpointError | None:
-    """Return the error for a file that cannot be loaded as a training checkpoint of the codec.
-
-    The result is None if the file can be loaded, or is not local.
-    """
-    if not isinstance(checkpoint, str | os.PathLike) or "://" in str(checkpoint):
-        return None
-    path = Path(os.path.expanduser(checkpoint))
-    if path.is_dir():
-        return CheckpointError(f"{path}: this is a folder; pass a .ckpt file in it, or use restore_from.")
-    try:
-        if read_members(path).config is not None:
-            return CheckpointError(f"{path}: this is a .nemo file, not a training checkpoint; use restore_from.")
-        checked_values(read_config(path))
-        load_parts(path)
-    except CheckpointError as error:
-        return error
-    except ConfigError as error:
-        return CheckpointError(f"{path}: {error}")
-    except FileNotFoundError:
-        return CheckpointError(f"{path}: no such file; pass the path of a .ckpt file.")
-    except OSError as error:
-        return CheckpointError(f"{path}: the file cannot be read ({error.strerror}); check its permissions.")
-    return None

@@ -183,11 +183,23 @@ def as_module(state):
     return values
 
 
+def endless() -> argparse.Namespace:
+    values = argparse.Namespace()
+    values.values = values
+    return values
+
+
 class Loop:
     """Object that refers to itself, as a trainer does."""
 
     def __init__(self) -> None:
         self.loop = self
+
+
+def as_namespace(values: Any) -> Any:
+    if isinstance(values, dict):
+        return argparse.Namespace(**{key: as_namespace(value) for key, value in values.items()})
+    return [as_namespace(value) for value in values] if isinstance(values, list) else values
 
 
 class AttributeDict(dict):  # type: ignore[type-arg]
@@ -259,6 +271,16 @@ SPELLINGS: dict[str, Callable[[], bytes]] = {
         None, hyper_parameters={"cfg": OmegaConf.create(config()), "trainer": Loop()}
     ),
     "training checkpoint with Lightning's dict": lambda: lightning(None, hyper_parameters=AttributeDict(cfg=config())),
+    "training checkpoint whose config is Lightning's dict": lambda: lightning(
+        None, hyper_parameters={"cfg": AttributeDict(config())}
+    ),
+    "training checkpoint whose config is a Namespace": lambda: lightning(
+        None, hyper_parameters={"cfg": as_namespace(config())}
+    ),
+    "training checkpoint whose config is a Namespace of configs": lambda: lightning(
+        None,
+        hyper_parameters=argparse.Namespace(cfg=argparse.Namespace(**OmegaConf.create(config()), trainer=Loop())),
+    ),
     "NeMo's own resolver": lambda: with_config(config(optim={"steps": "${multiply:2,3}"})),
 }
 
@@ -860,6 +882,9 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
     "ckpt whose config is deep": (lambda: lightning(None, hyper_parameters=nested(40)), "deeply nested"),
     "ckpt whose config explodes": (lambda: lightning(None, hyper_parameters=shared(30)), "too large"),
     "ckpt whose config holds itself": (lambda: lightning(None, hyper_parameters=shared(0)), "deeply nested"),
+    "ckpt of an empty config": (lambda: lightning({}), "no 'sample_rate'"),
+    "ckpt of an empty Namespace": (lambda: lightning(argparse.Namespace(cfg=argparse.Namespace())), "no 'sample_rate'"),
+    "ckpt of a Namespace that holds itself": (lambda: lightning(None, hyper_parameters={"cfg": endless()}), "deeply nested"),
     "ckpt of another model": (lambda: lightning({"encoder": {"_target_": "os.system"}}), "no 'sample_rate'"),
     "ckpt of another config": (lambda: lightning(config(audio_encoder__encoded_dim=31)), "encoded_dim"),
     "ckpt truncated": (lambda: lightning(config())[:-3000], "damaged or unsafe"),

@@ -1,5 +1,6 @@
 """Tests that training steps equal those of stock NeMo: same weights and batch, same losses and updates."""
 
+import argparse
 import copy
 import os
 import shutil
@@ -832,6 +833,11 @@ def without_decoder(values: dict[str, Any]) -> dict[str, Any]:
     return values | {"state_dict": state}
 
 
+def with_namespace(values: dict[str, Any]) -> dict[str, Any]:
+    cfg = argparse.Namespace(**values["hyper_parameters"]["cfg"])
+    return values | {"hyper_parameters": {"cfg": cfg}}
+
+
 ASR_CONFIG = {"target": "nemo.collections.asr.models.EncDecCTCModel", "sample_rate": 16000, "encoder": {"layers": 2}}
 # How a file is made from a good checkpoint, and the error when it is loaded.
 BAD_TRAINING_CHECKPOINTS = {
@@ -853,6 +859,18 @@ BAD_TRAINING_CHECKPOINTS = {
         "pass a checkpoint of the LFR codec family",
     ),
     "half": (lambda path, target: rewritten(path, target, without_decoder), "lacks weights .*audio_decoder"),
+    "unconfigured": (
+        lambda path, target: rewritten(path, target, lambda v: v | {"hyper_parameters": OmegaConf.create({})}),
+        "no 'sample_rate'",
+    ),
+    "namespace": (
+        lambda path, target: rewritten(path, target, with_namespace),
+        "no DictConfig named cfg, which NeMo needs; use restore_from",
+    ),
+    "flat": (
+        lambda path, target: rewritten(path, target, lambda v: v | {"hyper_parameters": v["hyper_parameters"]["cfg"]}),
+        "no DictConfig named cfg, which NeMo needs; use restore_from",
+    ),
 }
 
 
