@@ -224,7 +224,8 @@ class ConvTranspose1d(nn.Module):
     each end (if `stride` is odd, one more at the start than at the end). A causal layer removes all extra outputs at
     the end.
 
-    The child `conv` has the settings that it has in NeMo. In a symmetric layer it removes the extra outputs itself.
+    The child `conv` has the settings that it has in NeMo. In a symmetric layer it removes the extra outputs itself,
+    unless the stride is 1: PyTorch refuses to call NeMo's convolution in that case.
     For when `conv` is called, and for the child `activation`, see `Conv1d`.
 
     Args:
@@ -238,7 +239,7 @@ class ConvTranspose1d(nn.Module):
     Attributes:
         stride: outputs per input.
         first_sample: number of outputs that are removed at the start.
-        cut: `padding` and `output_padding` of `conv`; (0, 0) if the layer is causal.
+        cut: `padding` and `output_padding` of `conv`; (0, 0) if the layer removes the extra outputs.
     """
 
     def __init__(
@@ -254,7 +255,7 @@ class ConvTranspose1d(nn.Module):
         super().__init__()
         self.stride = stride
         self.first_sample = 0 if causal else (stride + 1) // 2
-        self.cut = (0, 0) if causal else (self.first_sample, stride % 2)
+        self.cut = (0, 0) if causal or stride == 1 else (self.first_sample, stride % 2)
         conv = nn.ConvTranspose1d(
             in_channels,
             out_channels,
@@ -307,8 +308,9 @@ class ConvTranspose1d(nn.Module):
         """Up-sample: [B, H_in, T] -> [B, H_out, T * stride]."""
         stride, length = self.stride, hidden.shape[-1]
         if not torch.compiler.is_compiling() and _must_be_called(self):
-            full = self.conv(hidden)
-            result = full if self.first_sample else full[..., : full.shape[-1] - stride]  # as NeMo's classes cut it
+            result = self.conv(hidden)
+            if not self.cut[0]:  # as NeMo's classes cut it
+                result = result[..., self.first_sample : result.shape[-1] - stride + self.first_sample]
         else:
             full = self.overlap(F.pad(hidden, (1, 1)))  # [B, H_out, (T + 1) * stride]
             result = full[..., self.first_sample : self.first_sample + length * stride]
