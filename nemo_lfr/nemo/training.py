@@ -3,7 +3,7 @@
 import functools
 import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,7 +13,6 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from omegaconf import DictConfig, OmegaConf
-from torch.utils.data import IterableDataset
 
 from nemo_lfr.checkpoint import PARTS, load_parts
 from nemo_lfr.errors import ConfigError, shorten
@@ -22,18 +21,18 @@ from nemo_lfr.nemo.averaging import RestoreTrainedWeights
 from nemo_lfr.nemo.base import DISCRIMINATOR, WAVLM
 from nemo_lfr.nemo.config import check_fit, check_gradients, check_precision, check_segments, check_training
 from nemo_lfr.nemo.cuts import cut_loader, data_section, uses_lhotse
-from nemo_lfr.nemo.optimizers import Optimizers
 from nemo_lfr.nemo.process_means import mean_over_processes
 from nemo_lfr.nemo.resume import WholeCheckpoints
 from nemo_lfr.nemo.run_lock import RunLock
+from nemo_lfr.nemo.stock_steps import StockSteps
 from nemo_lfr.signal.codebooks import CodebookUse
 from nemo_lfr.signal.spectra import Spectra
-from nemo_lfr.training.audio_discriminator import Views, preprocess_audio, score_views
+from nemo_lfr.training.audio_discriminator import AudioDiscriminator, Views, preprocess_audio, score_views
 from nemo_lfr.training.average import Average
 from nemo_lfr.training.components import AudioTerms
 from nemo_lfr.training.data import manifest_loader
 from nemo_lfr.training.discriminators import build_discriminator, frozen
-from nemo_lfr.training.initialize import initialize_from_data
+from nemo_lfr.training.initialize import draw_segments, initialize_from_data
 from nemo_lfr.training.losses import CodecLosses
 from nemo_lfr.training.slm_discriminator import SLMDiscriminator
 
@@ -43,7 +42,7 @@ logger = logging.getLogger(__name__)
 _VALIDATED = ("loss", "perplexity", "levels_used")
 
 
-class TrainingSteps(Optimizers):
+class TrainingSteps(StockSteps):
     """Lightning hooks for training and validation.
 
     The discriminators are built when training starts (`setup("fit")`), so restoring a model requires neither WavLM nor
@@ -78,7 +77,8 @@ class TrainingSteps(Optimizers):
     def _min_samples(self) -> int:
         """Length, in samples, of the shortest batch that the losses and any discriminators can use."""
         least = self.losses.reconstruction.min_samples
-        return least if self.discriminator is None else max(least, self.discriminator.min_samples)
+        discriminator = self.discriminator  # a caller may have replaced it with NeMo's
+        return max(least, discriminator.min_samples) if isinstance(discriminator, AudioDiscriminator) else least
 
     def build_discriminator(self) -> None:
         """Build the discriminators in the config, and load their weights if the restored checkpoint contains them.
@@ -224,24 +224,15 @@ class TrainingSteps(Optimizers):
         Args:
             num_segments: minimum number of segments to draw.
         """
-        audio: list[torch.Tensor] = []
-        loader = self._train_dl
-        batches: Iterable[Mapping[str, torch.Tensor]] = loader
-        if loader.batch_sampler is not None and not isinstance(loader.dataset, IterableDataset):
-            # Bypass the loader's iterator: with persistent workers, training would continue the same iterator.
-            batches = (loader.collate_fn([loader.dataset[row] for row in rows]) for rows in loader.batch_sampler)
-        for drawn in batches:
-            audio += [*drawn["audio"]]
-            if len(audio) >= num_segments:
-                break
-        frames = max(segment.shape[-1] for segment in audio) // self.samples_per_frame
-        length = max(frames, self.audio_encoder.min_frames, self.audio_decoder.min_frames) * self.samples_per_frame
-        batch = torch.stack([F.pad(segment, (0, max(0, length - len(segment))))[:length] for segment in audio])
+        # A script may pass its own loader to `fit`.
+        loader = self._train_dl if self._train_dl is not None else self.trainer.train_dataloader
+        least = max(self.audio_encoder.min_frames, self.audio_decoder.min_frames)
+        batch = draw_segments(loader, num_segments, self.samples_per_frame, least)
         initialize_from_data(self.audio_encoder, self.vector_quantizer, self.audio_decoder, batch.to(self.device))
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             for parameter in self._generator.parameters():
                 torch.distributed.broadcast(parameter.data, 0)
-        logger.info("weights rescaled using %d segments of the training speech", len(audio))
+        logger.info("weights rescaled using %d segments of the training speech", len(batch))
 
     def reconstruct(
         self, batch: Mapping[str, torch.Tensor]
@@ -277,12 +268,18 @@ class TrainingSteps(Optimizers):
         As in NeMo, the discriminators are skipped in some steps. The updates equal NeMo's. The inputs of the
         discriminators are computed once per signal, under `no_grad` for real audio. The discriminators are frozen
         during the update of the generator. If the model config sets `accumulate_grad_batches`, each update uses the
-        gradients of that many batches. The last update of an epoch may use fewer.
+        gradients of that many batches. The last update of an epoch may use fewer. NeMo's own step runs if a caller
+        has changed the losses that it uses; see `StockSteps`.
 
         Args:
             batch: `audio` [B, T_audio] and `audio_lens` [B].
             batch_idx: index of the batch in its epoch.
         """
+        if self._changes:
+            super().training_step(batch, batch_idx)
+            if self._average is not None:
+                self._average.update(self._generator)
+            return
         every = self._batches_per_update
         first = batch_idx % every == 0
         last = (batch_idx + 1) % every == 0 or self.trainer.is_last_batch
@@ -306,6 +303,7 @@ class TrainingSteps(Optimizers):
                 self.manual_backward(loss / every)
                 if last:
                     self._step_optimizer(others[0], self.disc_params, name="discriminator")
+        self.losses.set_weights(self.loss_scales())
         terms = self.losses.terms(real, gen, audio_len, encoded)
         if self.discriminator is not None:
             with frozen(self.discriminator):
@@ -358,6 +356,9 @@ class TrainingSteps(Optimizers):
             batch: `audio` [B, T_audio] and `audio_lens` [B].
             batch_idx: index of the batch; not used.
         """
+        if self._changes:
+            super().validation_step(batch, batch_idx)
+            return
         audio, audio_len, audio_gen, _, tokens = self.reconstruct(batch)
         if self._codebook_use is None:
             self._codebook_use = CodebookUse(self.vector_quantizer.num_codebooks, self.vector_quantizer.levels)

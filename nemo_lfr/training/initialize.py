@@ -4,13 +4,45 @@ With the default initialization, the output of the encoder is almost constant, s
 1,000 steps of training. Weights that are initialized from data avoid this.
 """
 
+from collections.abc import Iterable, Mapping
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.utils.data import IterableDataset
 
 from nemo_lfr.checkpoint.names import GAIN
 from nemo_lfr.modules.conv import Conv1d, ConvTranspose1d
 from nemo_lfr.modules.decoder import HiFiGANDecoder
 from nemo_lfr.modules.encoder import HiFiGANEncoder
+
+
+def draw_segments(loader: Any, num_segments: int, samples_per_frame: int, min_frames: int) -> torch.Tensor:
+    """Draw a batch of training speech.
+
+    Args:
+        loader: `DataLoader`, or another iterable over batches with `audio` [B, T_audio].
+        num_segments: minimum number of segments to draw.
+        samples_per_frame: number of samples per frame.
+        min_frames: minimum length of the segments in frames.
+
+    Returns:
+        Audio [B, T_audio] of complete frames. Shorter segments are padded with zeros.
+    """
+    batches: Iterable[Mapping[str, torch.Tensor]] = loader
+    rows = getattr(loader, "batch_sampler", None)
+    if rows is not None and not isinstance(loader.dataset, IterableDataset):
+        # Bypass the loader's iterator: with persistent workers, training would continue the same iterator.
+        batches = (loader.collate_fn([loader.dataset[row] for row in batch]) for batch in rows)
+    audio: list[torch.Tensor] = []
+    for drawn in batches:
+        audio += [*drawn["audio"]]
+        if len(audio) >= num_segments:
+            break
+    frames = max(segment.shape[-1] for segment in audio) // samples_per_frame
+    length = max(frames, min_frames) * samples_per_frame
+    return torch.stack([F.pad(segment, (0, max(0, length - len(segment))))[:length] for segment in audio])
 
 
 @torch.no_grad()

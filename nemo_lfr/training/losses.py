@@ -114,8 +114,8 @@ FEATURE_LOSSES: dict[str, Callable[[FeatureMaps, FeatureMaps], torch.Tensor]] = 
     "relative": relative_feature_matching,
     "absolute": feature_matching,
 }
-# Config key and default weight of each reconstruction term. The keys marked "not in NeMo" are additions.
-WEIGHTS = {
+# Config key and default weight of each built-in term. The keys marked "not in NeMo" are additions.
+SCALES = {
     "mel_l1": ("mel_loss_l1_scale", 1.0),
     "mel_l2": ("mel_loss_l2_scale", 1.0),
     "stft": ("stft_loss_scale", 0.0),
@@ -123,6 +123,8 @@ WEIGHTS = {
     "time_domain": ("time_domain_loss_scale", 1.0),
     "si_sdr": ("si_sdr_loss_scale", 0.0),
     "spread": ("spread_loss_scale", 0.0),  # not in NeMo
+    "gen": ("gen_loss_scale", 1.0),
+    "feature": ("feature_loss_scale", 1.0),
 }
 # Names of the keyword arguments of NeMo's adversarial losses. Custom losses get the same arguments.
 _GENERATOR_ARGUMENTS = ("disc_scores_gen",)
@@ -139,7 +141,7 @@ class CodecLosses(nn.Module):
     Attributes:
         reconstruction: module that computes the distances between signals.
         custom: module that computes the custom terms.
-        weights: weight of each term, by name. Terms whose weight is zero are left out.
+        weights: weight of each term, by name. Terms whose weight is zero are not computed.
         generator: function that computes the adversarial term of the generator's loss.
         discriminator: function that computes the loss of the discriminators.
         feature: function that computes the feature-matching term of the generator's loss.
@@ -158,9 +160,8 @@ class CodecLosses(nn.Module):
             config.get("mel_loss_log_guard") or 1.0,
             config.get("stft_loss_log_guard") or 1.0,
         )
-        scales = WEIGHTS | {"gen": ("gen_loss_scale", 1.0), "feature": ("feature_loss_scale", 1.0)}
         # As in NeMo, a term whose weight is null is left out.
-        self.weights = {term: float(config.get(key, default) or 0) for term, (key, default) in scales.items()}
+        self.weights = {term: float(config.get(key, default) or 0) for term, (key, default) in SCALES.items()}
         sections, own_scales = split_scales(config.get("losses"))
         self.custom = AudioTerms(sections, "losses", reserved=self.weights.keys())
         self.weights |= own_scales
@@ -176,6 +177,10 @@ class CodecLosses(nn.Module):
             known = ", ".join(FEATURE_LOSSES)
             raise ConfigError(f"feature_loss_type {shorten(feature)!r} is unknown; use one of {known}.")
         self.feature = FEATURE_LOSSES[feature]
+
+    def set_weights(self, weights: Mapping[str, float]) -> None:
+        """Change the weights of some terms, by name."""
+        self.weights = {term: weight for term, weight in (self.weights | dict(weights)).items() if weight}
 
     def terms(
         self, real: Spectra, gen: Spectra, audio_len: torch.Tensor | None, encoded: torch.Tensor

@@ -674,6 +674,14 @@ class Clips(torch.utils.data.Dataset):
         return {key: value[0] for key, value in batch(1, 8, row).items()}
 
 
+def test_initialization_uses_the_loader_that_a_script_passes_to_fit():
+    config = training_config([]) | {"initialize_from_data": True}
+    model = AudioCodecModel(OmegaConf.create(config))
+    before = model.audio_encoder.pre_conv.conv.bias.clone()
+    train(model, [batch()])
+    assert not torch.equal(model.audio_encoder.pre_conv.conv.bias, before)
+
+
 def test_initialization_takes_no_batch_from_persistent_workers():
     model = AudioCodecModel(OmegaConf.create(training_config([], initialize_from_data=True)))
     loader = torch.utils.data.DataLoader(Clips(), batch_size=2, num_workers=1, persistent_workers=True)

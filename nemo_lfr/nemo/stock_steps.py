@@ -1,0 +1,157 @@
+"""Run NeMo's own training and validation steps if a caller has changed the losses or methods that they use."""
+
+import logging
+from collections.abc import Iterable
+from itertools import zip_longest
+from typing import Any
+
+import torch
+from nemo.collections.tts.losses import audio_codec_loss
+from torch import nn
+
+from nemo_lfr.errors import ConfigError
+from nemo_lfr.nemo.base import NeMoAudioCodecModel
+from nemo_lfr.nemo.config import ANY_LOSS, BUILT_IN, target_of
+from nemo_lfr.nemo.optimizers import Optimizers
+from nemo_lfr.training.audio_discriminator import AudioDiscriminator
+from nemo_lfr.training.losses import SCALES
+
+logger = logging.getLogger(__name__)
+
+# Losses that only NeMo's steps compute. The config cannot set them; see `check_training`.
+_NEMO_ONLY = ("commit_loss_scale", "mmd_loss_scale", "mmd_time_loss_scale", "use_slm_loss", "use_scl_loss")
+# Keys of the config that NeMo's steps do not support, and the values with which they have no effect
+_ADDITIONS: dict[str, tuple[Any, ...]] = {
+    "accumulate_grad_batches": (None, 0, 1),
+    "codebook_dropout_rate": (None, 0),
+    "log_mel_loss_scale": (None, 0),
+    "losses": (None, {}),
+    "metrics": (None, {}),
+    "spread_loss_scale": (None, 0),
+}
+
+
+class StockSteps(Optimizers):
+    """Mixin that runs NeMo's own steps if a caller has changed something that this package's steps would ignore."""
+
+    _changes: tuple[str, ...] = ()  # attributes that were changed
+
+    def setup(self, stage: str | None = None) -> None:
+        """Find the changes before the first validation.
+
+        Raises:
+            ConfigError: see `find_changes`.
+        """
+        super().setup(stage)
+        self.find_changes()
+
+    def on_train_start(self) -> None:
+        """Find the changes that callbacks made since `setup`.
+
+        Raises:
+            ConfigError: see `find_changes`.
+        """
+        super().on_train_start()
+        self.find_changes()
+
+    def find_changes(self) -> None:
+        """Set `_changes`.
+
+        Raises:
+            ConfigError: if something was changed, and the config sets a key that NeMo's own steps do not support.
+        """
+        changes = tuple(_changed_attributes(self))
+        if changes and changes != self._changes:
+            for key, neutral in _ADDITIONS.items():
+                if self.cfg.get(key) not in neutral:
+                    raise ConfigError(
+                        f"{changes[0]} of the model was changed, which only NeMo's own training step uses, but this "
+                        f"step does not support {key}; undo the change, or remove {key} from the model config."
+                    )
+            logger.warning("training uses NeMo's own, slower step, because the model's %s changed", ", ".join(changes))
+        self._changes = changes
+
+    def loss_scales(self) -> dict[str, float]:
+        """Return the weights of NeMo's loss terms. As in NeMo, they are attributes that may change at any time."""
+        scales = {term: getattr(self, key) for term, (key, _) in SCALES.items() if hasattr(self, key)}
+        return {term: float(scale or 0) for term, scale in scales.items()}
+
+
+def _changed_attributes(model: Any) -> Iterable[str]:
+    """Yield the names of the attributes that NeMo's steps use, and whose values this package's steps would ignore."""
+    kind = type(model)
+    if kind._process_batch is not NeMoAudioCodecModel._process_batch or "_process_batch" in vars(model):
+        yield "_process_batch"
+    yield from (key for key in _NEMO_ONLY if getattr(model, key, None))
+    cfg, resolutions = model.cfg, model.cfg.loss_resolutions
+    references = {
+        "mel_loss_fn": audio_codec_loss.MultiResolutionMelLoss(
+            sample_rate=model.sample_rate,
+            resolutions=resolutions,
+            mel_dims=cfg.get("mel_loss_dims"),
+            log_guard=cfg.get("mel_loss_log_guard", 1.0),
+        ),
+        "stft_loss_fn": audio_codec_loss.MultiResolutionSTFTLoss(
+            resolutions=resolutions, log_guard=cfg.get("stft_loss_log_guard", 1.0)
+        ),
+        "time_domain_loss_fn": audio_codec_loss.TimeDomainLoss(),
+        "si_sdr_loss_fn": audio_codec_loss.SISDRLoss(),
+        "feature_loss_fn": audio_codec_loss.FeatureMatchingLoss()
+        if cfg.get("feature_loss_type") == "absolute"
+        else audio_codec_loss.RelativeFeatureMatchingLoss(),
+    }
+    for name, reference in references.items():
+        if hasattr(model, name) and _differs(getattr(model, name), reference):
+            yield name
+    for name, key in {"gen_loss_fn": "generator_loss", "disc_loss_fn": "discriminator_loss"}.items():
+        if hasattr(model, name) and not _is_configured(getattr(model, name), cfg.get(key)):
+            yield name
+    discriminator = getattr(model, "discriminator", None)
+    if discriminator is not None and not _is_scored_directly(discriminator):
+        yield "discriminator"
+
+
+def _is_configured(loss: Any, section: Any) -> bool:
+    """Return whether a loss is an unchanged object of the class that a section of the config names."""
+    name = f"{type(loss).__module__}.{type(loss).__qualname__}"
+    target = target_of(section)
+    # The placeholder stands for a custom loss, which this package builds itself.
+    is_expected = name == target or (name == target_of(ANY_LOSS) and target not in BUILT_IN)
+    return is_expected and not (isinstance(loss, nn.Module) and _is_hooked(loss, {"forward"}))
+
+
+def _is_scored_directly(discriminator: nn.Module) -> bool:
+    """Return whether `preprocess` and `score` of a discriminator do what calling it does."""
+    parts = [part for part in discriminator.modules() if isinstance(part, AudioDiscriminator)]
+    return (
+        isinstance(discriminator, AudioDiscriminator)
+        and all(type(part).forward is AudioDiscriminator.forward for part in parts)
+        and not any(_is_hooked(part, {"forward"}) for part in parts)
+    )
+
+
+def _is_hooked(module: nn.Module, methods: set[str]) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or not methods.isdisjoint(vars(module)))
+
+
+def _differs(module: Any, reference: nn.Module) -> bool:
+    """Return whether a loss module has another class, setting, buffer, method or hook than a reference."""
+    if not isinstance(module, nn.Module):
+        return True
+    for (name, layer), (other, original) in zip_longest(
+        module.named_modules(), reference.named_modules(), fillvalue=(None, None)
+    ):
+        if name != other or type(layer) is not type(original):
+            return True
+        assert layer is not None  # because both names are equal
+        assert original is not None
+        added = {key for key, value in vars(layer).items() if callable(value) and key not in vars(original)}
+        if _is_hooked(layer, added):
+            return True
+        for key, expected in vars(original).items():
+            is_setting = isinstance(expected, str | int | float | None) and key != "training" and key[0] != "_"
+            if is_setting and vars(layer).get(key) != expected:
+                return True
+    tensors, expected_tensors = ([*part.parameters(), *part.buffers()] for part in (module, reference))
+    pairs = zip(tensors, expected_tensors, strict=False)
+    return len(tensors) != len(expected_tensors) or not all(torch.equal(a.cpu(), b.cpu()) for a, b in pairs)
