@@ -69,8 +69,12 @@ class ParquetWriter(FormatWriter):
             ("labels", pa.string()),
         ]
         table = pa.Table.from_pylist(self._rows, schema=pa.schema(columns))
-        with self._writing(f"data/{self.index:06d}.parquet") as path:
-            pq.write_table(table, path, compression="zstd")
+        with (
+            self._writing(f"data/{self.index:06d}.parquet") as path,
+            pq.ParquetWriter(path, table.schema, compression="zstd") as file,
+        ):
+            if self._rows:  # datasets cannot read a row group without rows
+                file.write_table(table)
 
 
 class ParquetReader(FormatReader):
