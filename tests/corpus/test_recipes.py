@@ -60,6 +60,21 @@ def test_lhotse_reads_a_shar_in_its_first_call(folder):
     assert all(np.array_equal(cut.target_codes.load(), expected[cut.id]) for cut in cuts)
 
 
+@pytest.mark.nemo
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["plain $x", "a (copy)", "[v1]", "<a>", "{a,b}", "_OP_1_CL_", "(${x})", r"\${x}\$"])
+def test_nemo_reads_a_shar_in_a_folder_whose_name_it_would_expand(name, folder):
+    pytest.importorskip("nemo", reason="pip install nemo_toolkit")
+    from nemo.collections.common.data.lhotse.cutset import read_cutset_from_config
+    from omegaconf import OmegaConf
+
+    expected = write_tokens(folder / name, "shar", [2, 0, 1], context=True)
+    config = {"input_cfg": OmegaConf.load(folder / name / "input_cfg.yaml"), "force_finite": True}
+    cuts, _ = read_cutset_from_config(OmegaConf.create(config))
+    found = {cut.id: cut.target_codes.load() for cut in cuts}
+    assert found.keys() == expected.keys() and all(np.array_equal(found[key], expected[key]) for key in expected)
+
+
 def earlier(folder: Path) -> None:
     """Rename the files of a Shar to the names in earlier versions."""
     for path in list((folder / "shar").iterdir()):

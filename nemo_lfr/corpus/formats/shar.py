@@ -13,7 +13,8 @@ import io
 import json
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ from nemo_lfr.io.locate import resolve
 from nemo_lfr.io.reading import DURATION_SLACK
 from nemo_lfr.io.shortage import require
 
+EXPANDED = re.compile(r"[()\[\]<>{}]|_OP_|_CL_")  # characters that NeMo expands in a path, but not in a list of paths
 SPEAKER = re.compile(r"\| Language:\w+ Dataset:.+ Speaker:.+ \|", re.DOTALL)  # Magpie's notation for a speaker
 
 
@@ -305,10 +307,16 @@ class SharFormat(OutputFormat):
         from omegaconf import OmegaConf
 
         layout, root = Layout(out), resolve(out)
-        numbers = f"_OP_000000..{num_shards - 1:06d}_CL_"  # NeMo's notation for a range
-        paths = {"cuts": f"{root}/{layout.cuts(numbers)}"}
+        folder = re.sub(r"(\\*)\$\{", r"\1\1\\${", str(root))  # OmegaConf would interpolate ${...}
+
+        def field_paths(name: Callable[[str], str]) -> str | list[str]:
+            if EXPANDED.search(folder):
+                return [f"{folder}/{name(f'{index:06d}')}" for index in range(num_shards)]
+            return f"{folder}/{name(f'_OP_000000..{num_shards - 1:06d}_CL_')}"  # NeMo's notation for a range
+
+        paths = {"cuts": field_paths(layout.cuts)}
         for field in ("target_codes", *(["context_codes"] if context else [])):
-            paths[field] = f"{root}/{layout.tar(field, numbers)}"
+            paths[field] = field_paths(partial(layout.tar, field))
         section = [{"type": "lhotse_shar", "shar_path": paths, "weight": 1.0}]
         write_text(out / "input_cfg.yaml", OmegaConf.to_yaml(OmegaConf.create(section)))
 
