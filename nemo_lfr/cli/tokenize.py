@@ -129,6 +129,7 @@ def tokenize(
     """
     from nemo_lfr.corpus.config import TokenizeConfig
     from nemo_lfr.corpus.part import parse_part
+    from nemo_lfr.corpus.records import stored_dataset
     from nemo_lfr.corpus.run import tokenize
 
     refuse_other_kind(corpus, "a manifest, a table, cuts or a folder")
@@ -138,7 +139,7 @@ def tokenize(
         kind,
         audio_dir=None if audio_dir is None else str(audio_dir),
         entropy_model=None if entropy_model is None else str(entropy_model),
-        dataset=dataset or resolve_folder(corpus).name.partition(".")[0],
+        dataset=dataset or stored_dataset(out) or resolve_folder(corpus).name.partition(".")[0],
         part=None if shard_of is None else parse_part(shard_of),
         **options,
     )

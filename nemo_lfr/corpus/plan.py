@@ -6,7 +6,6 @@ resumes the run, provided that the corpus, the codec and the options that affect
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -24,6 +23,7 @@ from nemo_lfr.corpus.part import forget_count, reserve
 from nemo_lfr.corpus.records import METADATA, PLAN, STATE, ShardRecord
 from nemo_lfr.corpus.sources import READER
 from nemo_lfr.corpus.sources.base import CorpusReader, ShardSpec
+from nemo_lfr.corpus.stored_plan import check_stored_plan
 from nemo_lfr.errors import ConfigError, NemoLfrError, shorten
 from nemo_lfr.io.atomic import sweep, write_new
 from nemo_lfr.io.entropy.find import model_to_write
@@ -31,7 +31,6 @@ from nemo_lfr.io.entropy.model import SUFFIX, EntropyModel, write_model
 from nemo_lfr.io.locate import expand_home, resolve
 from nemo_lfr.io.regular import open_regular
 from nemo_lfr.plugins import naming_extension
-from nemo_lfr.spec import same_fingerprint
 
 if TYPE_CHECKING:
     from nemo_lfr.codec.codec import Codec
@@ -191,66 +190,19 @@ def load_or_create_plan(
     with naming_extension(corpus, READER):
         identity, base = corpus.identity, corpus.base
     expected |= {"corpus": identity, "codec": spec, "entropy model": entropy_model}
-    expected["audio_dir"] = config.audio_dir if base is None else str(resolve(base))
+    expected["audio_dir"] = None if base is None else str(resolve(base))
     if not path.exists():
         with naming_extension(corpus, READER):
             shards = corpus.shards(config.shard_size)
         _check_not_empty(corpus, shards, config.source)
-        text = json.dumps(expected | {"parts": shards, "parts_digest": _shards_digest(shards)})
+        details = {"source": config.source, "parts": shards, "parts_digest": _shards_digest(shards)}
+        text = json.dumps(expected | details)
         if write_new(path, text.encode()):
             return shards  # otherwise another part of this run has stored its plan in the meantime
     stored = _read_plan(path, config)
-    if (older := _older_fingerprint(stored.get("codec"), spec, made)) is not None:
-        # Token files contain the fingerprint, and their reader accepts older fingerprints only for the bundled codec.
-        if config.kind == "lfr" and not same_fingerprint(older, spec["fingerprint"]):
-            raise NemoLfrError(
-                f"{config.out}: an older version of nemo_lfr started this run, with the fingerprint {older} for this "
-                f"codec; this version computes {spec['fingerprint']}. All .lfr files of a run must have the same "
-                "fingerprint: resume the run with the older version, or choose another --out."
-            )
-        stored["codec"] = spec
-    # Older versions stored None unless --audio-dir was passed.
-    is_unknown = stored.get("audio_dir") is None and config.audio_dir is None
-    if is_unknown or _is_moved(stored.get("audio_dir"), expected["audio_dir"]):
-        stored["audio_dir"] = expected["audio_dir"]
-    if differ := sorted(key for key in expected if stored.get(key) != expected[key]):
-        reasons = "; ".join(_difference(key, stored.get(key), expected[key]) for key in differ)
-        remedy = "choose another --out"
-        if differ == ["audio_dir"] and isinstance(stored["audio_dir"], str):
-            how = f"run the command in {stored['audio_dir']}"
-            if not corpus.follows_working_directory:
-                how = f"pass --audio-dir {stored['audio_dir']}"
-            remedy += f", or {how} if it is the same audio"
-        raise NemoLfrError(f"{config.out}: the folder contains the tokens of another run ({reasons}); {remedy}.")
-    stored_shards: list[dict[str, Any]] = stored["parts"]
+    check_stored_plan(stored, expected, config, corpus, made)
+    stored_shards: list[ShardSpec] = stored["parts"]
     return stored_shards
-
-
-def _is_moved(stored: Any, folder: str | None) -> bool:
-    """Return whether the folder that relative paths start from has another name or place than in the stored plan.
-
-    This is not the case if the stored folder still exists, because it may then contain other audio.
-
-    Args:
-        stored: path of the folder in the stored plan.
-        folder: current path of the folder; None if the corpus has no relative paths.
-    """
-    if folder is None or not isinstance(stored, str):
-        return False
-    try:
-        return not os.path.lexists(stored) or os.path.samefile(stored, folder)
-    except OSError:
-        return False
-
-
-def _difference(key: str, stored: Any, expected: Any) -> str:
-    """Describe how a value in the stored plan differs from the current value, for an error message."""
-    if key in ("corpus", "codec"):
-        return f"the {key} is another one or was changed"
-    if key == "audio_dir" and None not in (stored, expected):
-        return f"the folder that relative paths start from was {stored}, but is now {expected}"
-    option = {"kind": "--format", "entropy model": "the entropy model"}.get(key, f"--{key.replace('_', '-')}")
-    return f"{option} was {stored!r}, but is now {expected!r}"
 
 
 def _check_not_empty(corpus: CorpusReader, shards: list[ShardSpec], source: str) -> None:
@@ -263,27 +215,6 @@ def _check_not_empty(corpus: CorpusReader, shards: list[ShardSpec], source: str)
         except Exception:  # raised again when the shard is tokenized
             return
     raise ConfigError(f"{source}: this corpus has no clips; pass one that has at least one clip.")
-
-
-def _older_fingerprint(stored: Any, spec: dict[str, Any], made: Callable[[str], bool]) -> str | None:
-    """Return the fingerprint in a stored plan if an older version of this package computed it; otherwise None.
-
-    The two descriptions of the codec must differ only in the fingerprint, and both fingerprints must be of the same
-    codec. If this is not the case, the result is also None.
-
-    Args:
-        stored: description of the codec in the stored plan.
-        spec: current description of the codec.
-        made: see `load_or_create_plan`.
-    """
-    if not isinstance(stored, dict) or stored == spec or stored | {"fingerprint": spec["fingerprint"]} != spec:
-        return None
-    fingerprint = stored.get("fingerprint")
-    if not isinstance(fingerprint, str) or not (
-        same_fingerprint(fingerprint, spec["fingerprint"]) or made(fingerprint)
-    ):
-        return None
-    return fingerprint
 
 
 def _read_plan(path: Path, config: TokenizeConfig) -> dict[str, Any]:

@@ -27,6 +27,16 @@ def describe_unfinished(out: Path) -> str | None:
     return f"{done} of {shards} shards are complete"
 
 
+def stored_dataset(out: Path) -> str | None:
+    """Return the name of the corpus in the plan of an earlier run; None if there is no such run."""
+    try:
+        with open_regular(out / STATE / PLAN) as file:
+            name = json.load(file)["dataset"]
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return None
+    return name if isinstance(name, str) else None
+
+
 @dataclass
 class ShardRecord:
     """Record of a finished shard: counts, failures, and the hash and size of each file.

@@ -70,10 +70,10 @@ class CorpusReader(ABC):
     """Base class for corpus readers, which yield the clips of a corpus in a fixed order.
 
     Attributes:
-        follows_working_directory: whether relative paths in the corpus start from the working directory.
+        base_advice: how to make relative paths start from another folder, for messages; {} stands for the folder.
     """
 
-    follows_working_directory: ClassVar[bool] = False
+    base_advice: ClassVar[str] = "pass --audio-dir {}"
 
     @classmethod
     @abstractmethod
@@ -93,9 +93,23 @@ class CorpusReader(ABC):
     def identity(self) -> str:
         """Return a hash of the list of clips. A run is resumed only if the hash is unchanged.
 
-        By default, this is a hash of the contents of `files`.
+        The hash does not depend on the path of the corpus, so that a run can be resumed after the corpus was moved. By
+        default, this is a hash of the contents of `files`.
         """
         return hashlib.sha256("".join(digest(path) for path in self.files).encode()).hexdigest()[:16]
+
+    def older_shards(self, identity: str, shards: list[ShardSpec], size: int) -> list[ShardSpec] | None:
+        """Return the shards of a run that an earlier version of the reader planned.
+
+        Args:
+            identity: `identity` in the plan, which differs from that of this version.
+            shards: shards in the plan.
+            size: number of clips per shard.
+
+        Returns:
+            The shards; None if the plan is of another corpus. By default, this is assumed.
+        """
+        return None
 
     @property
     def base(self) -> Path | None:

@@ -29,7 +29,7 @@ class Cuts(CorpusReader):
         allow_url: whether to download audio that is at an http(s) URL.
     """
 
-    follows_working_directory = True
+    base_advice = "run the command in {}"
 
     def __init__(self, path: Path, allow_url: bool = False) -> None:
         require("lhotse")
@@ -62,7 +62,11 @@ class Cuts(CorpusReader):
     @property
     def identity(self) -> str:
         """Return a hash of the files in `files`."""
-        return list_digest((path.name, digest(path)) for path in self.files)
+        return list_digest(("", digest(path)) for path in self.files)
+
+    def older_shards(self, identity: str, shards: list[ShardSpec], size: int) -> list[ShardSpec] | None:
+        """Return `shards` if the hash contains the names of the files."""
+        return shards if identity == list_digest((path.name, digest(path)) for path in self.files) else None
 
     @property
     def base(self) -> Path | None:

@@ -6,21 +6,34 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from nemo_lfr.corpus.inventory import digest
-from nemo_lfr.corpus.sources.base import Clip, OpenOptions, unreadable
+from nemo_lfr.corpus.sources.base import Clip, OpenOptions, ShardSpec, unreadable
 from nemo_lfr.corpus.sources.manifest import Manifest
 from nemo_lfr.errors import NemoLfrError
 from nemo_lfr.io.folders import AUDIO_SUFFIXES, describe_contents
-from nemo_lfr.io.journal import write_text
+from nemo_lfr.io.journal import ANY_NAME, write_text
 from nemo_lfr.io.layouts import folder
 from nemo_lfr.io.repeated import mark_repeated
 
-# Key that marks an entry as unusable. The value is a list of two strings: the file or line, and the problem.
+# Key that marks an entry as unusable. The value is the problem. The name of the entry is the file or line that has it.
 PROBLEM = "nemo_lfr.problem"
 
 
 class Folder(Manifest):
-    """Reader for a folder of audio files. The list of files is first written to a manifest, and then read from it."""
+    """Reader for a folder of audio files. The list of files is first written to a manifest, and then read from it.
+
+    The list does not contain the path of the folder, so that the folder can be moved.
+
+    Args:
+        path: the manifest.
+        audio_dir: folder that relative paths are resolved against.
+        root: folder that the names of unusable entries start from; None for `audio_dir`.
+    """
+
+    base_advice = "pass {} as the corpus"
+
+    def __init__(self, path: Path, audio_dir: Path, root: Path | None = None) -> None:
+        super().__init__(path, audio_dir)
+        self.root = root or audio_dir
 
     @classmethod
     def accepts(cls, path: Path) -> bool:
@@ -33,32 +46,38 @@ class Folder(Manifest):
         return list_folder(path, options.listing) if options.relist else cls(options.listing, path)
 
     def _clip(self, name: str, labels: dict[str, Any]) -> Clip:
-        place, problem = labels.pop(PROBLEM, ("", None))
+        problem = labels.pop(PROBLEM, None)
         result = super()._clip(name, labels)
         if problem is None:
             return result
+        place = str(self.root / labels["audio_filepath"])
         return replace(result, origin=place, audio=unreadable(f"{place}: {problem}."), path=None)
 
-    @property
-    def identity(self) -> str:
-        """Return a hash of the folder's path and its list of clips, 16 hex digits."""
-        folder_and_files = f"{self.audio_dir} {digest(self.path)}".encode(errors="surrogateescape")
-        return hashlib.sha256(folder_and_files).hexdigest()[:16]
+    def older_shards(self, identity: str, shards: list[ShardSpec], size: int) -> list[ShardSpec] | None:
+        """Return the shards of a plan whose hash contains the path of the folder.
 
-    @property
-    def base(self) -> None:
-        """None, because the folder's path is part of `identity`."""
+        The list of such a plan also contained this path, so its shards start at other bytes.
+        """
+        listing = hashlib.sha256()
+        with open(self.path, "rb") as file:
+            for line in file:
+                if PROBLEM.encode() in line:
+                    entry = json.loads(line)
+                    entry[PROBLEM] = [str(self.root / entry["audio_filepath"]), entry[PROBLEM]]
+                    line = f"{json.dumps(entry, ensure_ascii=False)}\n".encode("utf-8", ANY_NAME)
+                listing.update(line)
+        folder_and_files = f"{self.audio_dir} {listing.hexdigest()}".encode(errors="surrogateescape")
+        return self.shards(size) if identity == hashlib.sha256(folder_and_files).hexdigest()[:16] else None
 
 
-def unusable(name: str, place: str, problem: str) -> dict[str, Any]:
+def unusable(name: str, problem: str) -> dict[str, Any]:
     """Return a manifest entry for a clip that cannot be used. The run reports such a clip as a failure.
 
     Args:
-        name: name from which the clip's id is made.
-        place: the file, or the line of a file, that has the problem.
+        name: the file, or the line of a file, that has the problem. The clip's id is made from it.
         problem: reason why the clip cannot be used.
     """
-    return {"audio_filepath": name, PROBLEM: [place, problem]}
+    return {"audio_filepath": name, PROBLEM: problem}
 
 
 def list_folder(root: Path, manifest: Path) -> Folder:
@@ -74,7 +93,7 @@ def list_folder(root: Path, manifest: Path) -> Folder:
             if (value := getattr(utterance, key)) not in ("", None):
                 entry[key] = value
         if utterance.problem:
-            entry |= unusable(str(utterance.path), str(root / utterance.path), utterance.problem)
+            entry |= unusable(str(utterance.path), utterance.problem)
         lines.append(json.dumps(entry, ensure_ascii=False))
     if not lines:
         contents = describe_contents(root, AUDIO_SUFFIXES)

@@ -7,7 +7,6 @@ from typing import Any
 
 from nemo_lfr.corpus.columns import parquet_features
 from nemo_lfr.corpus.ids import clean_id
-from nemo_lfr.corpus.inventory import list_digest, sampled_digest
 from nemo_lfr.corpus.sources.base import Clip, OpenOptions, ShardSpec, unreadable
 from nemo_lfr.corpus.sources.table import ROWS, Table
 from nemo_lfr.errors import ConfigError, MissingExtraError, NemoLfrError, shorten
@@ -75,14 +74,12 @@ class Parquet(Table):
             table.log_choices()
         return table
 
-    @property
-    def identity(self) -> str:
+    def _hash(self, names: Sequence[str]) -> str:
         """Return a hash of the files, and of the columns that the names of their folders add."""
-        pairs = zip(self.files, self.partitions, strict=True)
-        return list_digest(
-            (f"{file.name} {sorted(keys.items())}" if any(self.partitions) else file.name, _digest(file))
-            for file, keys in pairs
-        )
+        if any(self.partitions):
+            pairs = zip(names, self.partitions, strict=True)
+            names = [f"{name} {sorted(keys.items())}" for name, keys in pairs]
+        return super()._hash(names)
 
     def _open(self, file: Path) -> tuple[Any, ParquetFooter]:
         try:
@@ -185,14 +182,6 @@ def parquet_files(folder: Path, unread: list[OSError] | None = None) -> list[Pat
             )
     found = find_files(folder, PARQUET_SUFFIXES, report=lambda _: None, unread=[] if unread is None else unread)
     return [file for file in found if not any(part.startswith("_") for part in file.relative_to(folder).parts)]
-
-
-def _digest(file: Path) -> str:
-    """Return a hash of a file; a constant for a file that cannot be read, which is a failure of the run."""
-    try:
-        return sampled_digest(file)
-    except OSError:
-        return "unreadable"
 
 
 def _difference(columns: Sequence[str], expected: Sequence[str]) -> str:

@@ -4,6 +4,7 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 
 from nemo_lfr.corpus.inventory import list_digest, sampled_digest
@@ -37,7 +38,7 @@ class Shar(CorpusReader):
             is not a regular file.
     """
 
-    follows_working_directory = True
+    base_advice = "run the command in {}"
 
     def __init__(self, path: Path, allow_url: bool = False) -> None:
         require("lhotse")
@@ -96,7 +97,15 @@ class Shar(CorpusReader):
     @property
     def identity(self) -> str:
         """Return a hash of all files."""
-        return list_digest((str(file), sampled_digest(file)) for file in self.files)
+        return list_digest((file.relative_to(self.path).as_posix(), digest) for file, digest in self._digests)
+
+    def older_shards(self, identity: str, shards: list[ShardSpec], size: int) -> list[ShardSpec] | None:
+        """Return `shards` if the hash contains the paths of the files."""
+        return shards if identity == list_digest((str(file), digest) for file, digest in self._digests) else None
+
+    @cached_property
+    def _digests(self) -> list[tuple[Path, str]]:
+        return [(file, sampled_digest(file)) for file in self.files]
 
     @property
     def base(self) -> Path | None:

@@ -1,8 +1,8 @@
 """Base class for readers of tables with a column of audio: Parquet files and saved datasets."""
 
 import logging
-from collections.abc import Iterator, Mapping
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -18,7 +18,7 @@ from nemo_lfr.corpus.columns import (
 )
 from nemo_lfr.corpus.ids import clean_id
 from nemo_lfr.corpus.inventory import list_digest, sampled_digest
-from nemo_lfr.corpus.sources.base import AudioLoader, Clip, CorpusReader, unreadable
+from nemo_lfr.corpus.sources.base import AudioLoader, Clip, CorpusReader, ShardSpec, unreadable
 from nemo_lfr.errors import AudioError, ConfigError, counted, shorten
 from nemo_lfr.io.columns import AUDIO, CONTEXT, OTHER_TOKENS, chosen_columns, known_names, standard_labels
 from nemo_lfr.io.folders import AUDIO_SUFFIXES, find_files
@@ -77,8 +77,21 @@ class Table(CorpusReader):
 
     @property
     def identity(self) -> str:
-        """Return a hash of the files."""
-        return list_digest((file.name, sampled_digest(file)) for file in self.files)
+        """Return a hash of the files, and of their names if the table is a folder."""
+        is_file = self.files == [self.path]
+        return self._hash(["" if is_file else file.name for file in self.files])
+
+    def older_shards(self, identity: str, shards: list[ShardSpec], size: int) -> list[ShardSpec] | None:
+        """Return `shards` if the hash contains the name of the file that was passed."""
+        return shards if identity == self._hash([file.name for file in self.files]) else None
+
+    def _hash(self, names: Sequence[str]) -> str:
+        """Return a hash of the contents of the files, with these names."""
+        return list_digest(zip(names, self._digests, strict=True))
+
+    @cached_property
+    def _digests(self) -> list[str]:
+        return [_digest(file) for file in self.files]
 
     @property
     def base(self) -> Path | None:
@@ -192,3 +205,11 @@ class Table(CorpusReader):
                 "remove these columns, or store audio files."
             )
         return partial(read_samples, audio.array, audio.rate, origin)
+
+
+def _digest(file: Path) -> str:
+    """Return a hash of a file; a constant for a file that cannot be read, which is a failure of the run."""
+    try:
+        return sampled_digest(file)
+    except OSError:
+        return "unreadable"

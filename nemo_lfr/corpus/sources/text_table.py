@@ -6,7 +6,7 @@ from typing import Any
 
 from nemo_lfr.corpus.sources.base import OpenOptions
 from nemo_lfr.corpus.sources.folder import Folder, unusable
-from nemo_lfr.corpus.sources.manifest import entry_clip
+from nemo_lfr.corpus.sources.manifest import Manifest, entry_clip
 from nemo_lfr.errors import ConfigError
 from nemo_lfr.io.journal import write_text
 from nemo_lfr.io.manifests import NOT_A_LINE, describe
@@ -15,6 +15,8 @@ from nemo_lfr.io.tables import is_table, read_table
 
 class TextTable(Folder):
     """Reader for a table of audio files. The rows are first written to a manifest, and then read from it."""
+
+    base_advice = Manifest.base_advice
 
     @classmethod
     def accepts(cls, path: Path) -> bool:
@@ -32,14 +34,13 @@ class TextTable(Folder):
         if options.relist:
             lines = []
             for row in read_table(path):
-                name, place = f"{path.name}, line {row.line}", f"{path}, line {row.line}"
                 problem = row.problem or _problem(row.values, audio_dir)
-                entry = unusable(name, place, problem) if problem else row.values
+                entry = unusable(f"{path.name}, line {row.line}", problem) if problem else row.values
                 lines.append(json.dumps(entry, ensure_ascii=False))
             if not lines:
                 raise ConfigError(f"{path}: the table has no rows; add a row for each audio file.")
             write_text(options.listing, "\n".join(lines) + "\n")
-        return cls(options.listing, audio_dir)
+        return cls(options.listing, audio_dir, path.parent)
 
 
 def _problem(values: dict[str, Any], audio_dir: Path) -> str | None:

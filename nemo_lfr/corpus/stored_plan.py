@@ -1,0 +1,157 @@
+"""Compare the stored plan of an earlier run with the current corpus, codec and options."""
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from nemo_lfr.corpus.config import TokenizeConfig
+from nemo_lfr.corpus.sources import READER
+from nemo_lfr.corpus.sources.base import CorpusReader
+from nemo_lfr.errors import NemoLfrError
+from nemo_lfr.plugins import naming_extension
+from nemo_lfr.spec import same_fingerprint
+
+
+def check_stored_plan(
+    stored: dict[str, Any],
+    expected: dict[str, Any],
+    config: TokenizeConfig,
+    corpus: CorpusReader,
+    made: Callable[[str], bool],
+) -> None:
+    """Check that the plan of an earlier run is of the same run, and adapt it to this version and a moved corpus.
+
+    Args:
+        stored: the stored plan, which is changed.
+        expected: values that the plan must have.
+        config: options of the run.
+        corpus: reader of the corpus.
+        made: see `load_or_create_plan`.
+
+    Raises:
+        NemoLfrError: if the plan was made for another corpus, codec or options.
+    """
+    _adopt_codec(stored, expected["codec"], config, made)
+    _adopt_corpus(stored, expected, config, corpus)
+    _check_same_run(stored, expected, config, corpus)
+
+
+def _adopt_codec(
+    stored: dict[str, Any], spec: dict[str, Any], config: TokenizeConfig, made: Callable[[str], bool]
+) -> None:
+    """Replace the codec in a stored plan by `spec` if an older version computed another fingerprint of this codec.
+
+    Raises:
+        NemoLfrError: if files of the run would have different fingerprints.
+    """
+    if (older := _older_fingerprint(stored.get("codec"), spec, made)) is None:
+        return
+    # Token files contain the fingerprint, and their reader accepts older fingerprints only for the bundled codec.
+    if config.kind == "lfr" and not same_fingerprint(older, spec["fingerprint"]):
+        raise NemoLfrError(
+            f"{config.out}: an older version of nemo_lfr started this run, with the fingerprint {older} for this "
+            f"codec; this version computes {spec['fingerprint']}. All .lfr files of a run must have the same "
+            "fingerprint: resume the run with the older version, or choose another --out."
+        )
+    stored["codec"] = spec
+
+
+def _adopt_corpus(
+    stored: dict[str, Any], expected: dict[str, Any], config: TokenizeConfig, corpus: CorpusReader
+) -> None:
+    """Replace values in a stored plan that differ from `expected`, but stand for the same corpus.
+
+    This is the case if an older version computed another hash of the corpus, or if the corpus was moved.
+    """
+    with naming_extension(corpus, READER):
+        if stored.get("corpus") != expected["corpus"]:
+            shards = corpus.older_shards(str(stored.get("corpus")), stored["parts"], config.shard_size)
+            if shards is not None and len(shards) == len(stored["parts"]):
+                stored |= {"corpus": expected["corpus"], "parts": shards}
+        if _has_same_base(stored, expected["audio_dir"], config):
+            stored["audio_dir"] = expected["audio_dir"]
+
+
+def _check_same_run(
+    stored: dict[str, Any], expected: dict[str, Any], config: TokenizeConfig, corpus: CorpusReader
+) -> None:
+    """Raise NemoLfrError if a value in a stored plan differs from the value in `expected`."""
+    differ = sorted(key for key in expected if stored.get(key) != expected[key])
+    if not differ:
+        return
+    sources = stored.get("source"), config.source
+    reasons = "; ".join(_difference(key, stored.get(key), expected[key], *sources) for key in differ)
+    remedy = "choose another --out"
+    if "corpus" in differ and sources[0] in (None, config.source):
+        remedy = "restore the corpus, or choose another --out"
+    if differ == ["audio_dir"] and isinstance(stored["audio_dir"], str):
+        remedy += f", or {corpus.base_advice.format(stored['audio_dir'])} if it is the same audio"
+    raise NemoLfrError(f"{config.out}: the folder contains the tokens of another run ({reasons}); {remedy}.")
+
+
+def _has_same_base(plan: dict[str, Any], folder: str | None, config: TokenizeConfig) -> bool:
+    """Return whether the folder that relative paths start from is that of the stored plan, possibly moved.
+
+    This is not the case if the stored folder still exists, because it may then contain other audio.
+
+    Args:
+        plan: the stored plan.
+        folder: current path of the folder; None if the corpus has no relative paths.
+        config: options of the run.
+    """
+    stored = plan.get("audio_dir")
+    # Older versions stored the value of --audio-dir for some corpora, even if it had no effect.
+    if "source" not in plan and stored == config.audio_dir:
+        return True
+    if folder is None:  # an absolute path in a manifest may be inside the stored folder, which shortens the clip's id
+        return isinstance(stored, str) and replace(config, audio_dir=stored).open().base is None
+    if not isinstance(stored, str):
+        return False
+    try:
+        return not os.path.lexists(stored) or os.path.samefile(stored, folder)
+    except OSError:
+        return False
+
+
+def _difference(key: str, stored: Any, expected: Any, stored_source: Any, source: str) -> str:
+    """Describe how a value in the stored plan differs from the current value, for an error message.
+
+    Args:
+        key: key of the plan.
+        stored: value in the stored plan.
+        expected: current value.
+        stored_source: path of the corpus in the stored plan; None in the plan of an older version.
+        source: path of the corpus.
+    """
+    if key == "corpus" and stored_source == source:
+        return f"the corpus {source} was changed after the run was started"
+    if key in ("corpus", "codec"):
+        moved = f": it was {stored_source}, but is now {source}" if key == "corpus" and stored_source else ""
+        return f"the {key} is another one or was changed{moved}"
+    if key == "audio_dir":
+        names = ["not used" if folder is None else folder for folder in (stored, expected)]
+        return f"the folder that relative paths start from was {names[0]}, but is now {names[1]}"
+    option = {"kind": "--format", "entropy model": "the entropy model"}.get(key, f"--{key.replace('_', '-')}")
+    return f"{option} was {stored!r}, but is now {expected!r}"
+
+
+def _older_fingerprint(stored: Any, spec: dict[str, Any], made: Callable[[str], bool]) -> str | None:
+    """Return the fingerprint in a stored plan if an older version of this package computed it; otherwise None.
+
+    The two descriptions of the codec must differ only in the fingerprint, and both fingerprints must be of the same
+    codec. If this is not the case, the result is also None.
+
+    Args:
+        stored: description of the codec in the stored plan.
+        spec: current description of the codec.
+        made: see `load_or_create_plan`.
+    """
+    if not isinstance(stored, dict) or stored == spec or stored | {"fingerprint": spec["fingerprint"]} != spec:
+        return None
+    fingerprint = stored.get("fingerprint")
+    if not isinstance(fingerprint, str) or not (
+        same_fingerprint(fingerprint, spec["fingerprint"]) or made(fingerprint)
+    ):
+        return None
+    return fingerprint
