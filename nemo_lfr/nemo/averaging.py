@@ -51,9 +51,18 @@ class WeightAveraging(BaseModel):
         if average is not None and not average.in_use and not average.describes(self._generator):
             self._average = None
             logging.warning(
-                "The weights were changed or converted after the training, so their moving average (ema_decay) is not "
+                "The weights were changed after the training, so their moving average (ema_decay) is not "
                 "used. The .ckpt files that the training wrote contain it."
             )
+
+    def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> Any:
+        """Convert the weights, such as to another dtype, and also their average if the training has ended."""
+        average = self._average
+        if average is None or average.in_use or not average.is_finished or not average.describes(self._generator):
+            return super()._apply(fn, *args, **kwargs)
+        result = super()._apply(fn, *args, **kwargs)
+        average.convert(self._generator)
+        return result
 
     @contextmanager
     def averaged(self) -> Iterator[None]:

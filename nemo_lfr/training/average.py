@@ -57,6 +57,12 @@ class Average:
         """Return whether the module still holds the weights with which training ended."""
         return self._trained is None or _checksums(module) == self._trained
 
+    def convert(self, module: torch.nn.Module) -> None:
+        """Convert the average to the dtypes of the module, whose trained weights were just converted."""
+        pairs = zip(self.weights, module.parameters(), strict=True)
+        self.weights = [weight.to(parameter.dtype) for weight, parameter in pairs]
+        self.finish(module)
+
     def _move(self, module: torch.nn.Module) -> None:
         """Move `weights` to the device of the module.
 

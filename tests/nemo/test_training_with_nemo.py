@@ -533,6 +533,8 @@ def resume_a_complete_run(model, first):
         (resume_a_complete_run, False),
         (lambda model, first: model, True),
         (lambda model, first: copy.deepcopy(model), True),
+        (lambda model, first: model.double(), True),
+        (lambda model, first: copy.deepcopy(model.double()).float(), True),
         (load_the_first_weights, False),
         (edit_without_a_count, False),
         (fold_the_weight_norm, False),
