@@ -5,15 +5,17 @@ from typing import Any
 
 import torch
 
-from nemo_lfr.checkpoint import PARTS, build_part, build_parts
+from nemo_lfr.checkpoint import PARTS, build_part, build_parts, nemo_config
 from nemo_lfr.checkpoint.names import DIRECTION, plain_key, plain_keys, unwrapped
+from nemo_lfr.checkpoint.rebuilt import Operation, check_layers, check_settings
 from nemo_lfr.codec.ambient import building_state
 from nemo_lfr.errors import ConfigError, shorten
 from nemo_lfr.modules.empty import on_meta_device
-from nemo_lfr.nemo.alterations import check_layers, check_settings, stock_module
-from nemo_lfr.nemo.base import DISCRIMINATOR, WAVLM, NeMoAudioCodecModel, model_utils, wrapt
+from nemo_lfr.nemo.base import DISCRIMINATOR, PROXIES, WAVLM, NeMoAudioCodecModel, audio_codec_modules, model_utils
 from nemo_lfr.nemo.config import checked_values
 from nemo_lfr.nemo.model import LFRCodecModel
+
+_OPERATION = Operation("accelerate()", "the stock", "accelerated model")
 
 
 def accelerate(model: NeMoAudioCodecModel) -> NeMoAudioCodecModel:
@@ -60,8 +62,7 @@ def accelerate(model: NeMoAudioCodecModel) -> NeMoAudioCodecModel:
             inner.discriminator = None
         # NeMo wraps `training_step` in a proxy, which still calls the method of the old class. Create the proxy again.
         # Copies of a model have no proxy yet. If a caller has replaced the proxy with a function, keep the function.
-        proxies = wrapt.FunctionWrapper, wrapt.BoundFunctionWrapper  # not an ObjectProxy in wrapt 2
-        if isinstance(inner.__dict__.get("training_step"), proxies):
+        if isinstance(inner.__dict__.get("training_step"), PROXIES):
             del inner.training_step
         if "training_step" not in inner.__dict__:
             inner.training_step = model_utils.wrap_training_step(inner.training_step)
@@ -92,8 +93,9 @@ def _replacement(name: str, config: Mapping[str, Any], given: Any) -> torch.nn.M
     is_ours = type(stock) is type(part)
     if not is_ours:
         # Before the weights are compared with the config, because another class of layer may have other weights.
-        reference = stock_module(config)
-        check_layers(given, reference, name)
+        reference = _stock_module(config)
+        check_layers(given, reference, name, _OPERATION)
+        _check_classes(stock, name)
     levels = build_part(dict(config)).state_dict() if name == "vector_quantizer" else {}
     differ = [key for key, value in levels.items() if key in tensors and not torch.equal(tensors[key].cpu(), value)]
     # `load_state_dict` sets `requires_grad`. For tensors made in inference mode this is only allowed in that mode.
@@ -113,7 +115,7 @@ def _replacement(name: str, config: Mapping[str, Any], given: Any) -> torch.nn.M
                     value.requires_grad_(needs_gradient[key])
     if is_ours:
         return given
-    check_settings(given, reference, name)
+    check_settings(given, reference, name, _OPERATION)
     layers = {plain_key(path): module for path, module in stock.named_modules(remove_duplicate=False)}
     for path, module in part.named_modules():
         layer = layers.get(path, stock)
@@ -121,3 +123,54 @@ def _replacement(name: str, config: Mapping[str, Any], given: Any) -> torch.nn.M
         if isinstance(module, torch.nn.Dropout) and isinstance(layer, torch.nn.Dropout):
             module.p = layer.p
     return part
+
+
+def _stock_module(config: Mapping[str, Any]) -> torch.nn.Module:
+    """Build NeMo's module that a section of a model config describes, for comparison.
+
+    The weights of an encoder or decoder are on the meta device.
+
+    Args:
+        config: `_target_` and the constructor's arguments.
+
+    Raises:
+        ConfigError: if NeMo has no class for this module.
+    """
+    config = nemo_config(config)
+    name = str(config["_target_"]).rpartition(".")[2]
+    kind: type[torch.nn.Module] = getattr(audio_codec_modules, name)
+    arguments = {key: value for key, value in config.items() if not key.startswith("_")}
+    if name.endswith("Quantizer"):  # its constructor reads values of tensors
+        return kind(**arguments)
+    with on_meta_device():
+        return kind(**arguments)
+
+
+def _check_classes(stock: torch.nn.Module, path: str) -> None:
+    """Check that no method of a class of NeMo is patched.
+
+    Args:
+        stock: NeMo's module.
+        path: name of the module in the model, for messages.
+
+    Raises:
+        ConfigError: if a method of the class of the module or of a sub-module is patched.
+    """
+    for name, layer in stock.named_modules():
+        if (method := _patched_in_class(type(layer))) is not None:
+            raise ConfigError(
+                f"{plain_key(f'{path}.{name}').removesuffix('.')}: the method {shorten(method)} of NeMo is patched, "
+                "which accelerate() would drop; undo the patch before accelerate(), and patch the modules of the "
+                "accelerated model afterwards."
+            )
+
+
+def _patched_in_class(kind: type) -> str | None:
+    """Return the name of a method that is not from the file in which NeMo defines the class; None if there is none."""
+    for parent in kind.__mro__:
+        if parent.__module__ == audio_codec_modules.__name__:
+            for name, method in vars(parent).items():
+                code = getattr(getattr(method, "__func__", method), "__code__", None)
+                if code is not None and code.co_filename != audio_codec_modules.__file__:
+                    return f"{parent.__name__}.{name}"
+    return None

@@ -41,6 +41,7 @@ except Exception as error:  # importing NeMo can raise any exception
 __all__ = [
     "DISCRIMINATOR",
     "EMA",
+    "PROXIES",
     "WAVLM",
     "BaseModel",
     "NeMoAudioCodecModel",
@@ -51,13 +52,14 @@ __all__ = [
     "common",
     "logging",
     "model_utils",
-    "wrapt",
 ]
 
 DISCRIMINATOR = "discriminator."
 # State-dict keys of WavLM's weights contain this text. NeMo 3.0 saves these frozen, public weights (380 MB) by
 # mistake.
 WAVLM = ".slm_model.ssl_model."
+# Classes of the proxies that NeMo puts around `training_step` in each instance. In wrapt 2 they are not `ObjectProxy`.
+PROXIES = (wrapt.FunctionWrapper, wrapt.BoundFunctionWrapper)
 
 
 class BaseModel(NeMoAudioCodecModel):

@@ -1,24 +1,30 @@
 """Support for copying and pickling the NeMo model."""
 
 import copy
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+import functools
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from omegaconf import DictConfig
 
-from nemo_lfr.checkpoint.names import plain_key
+from nemo_lfr.checkpoint import build_parts
+from nemo_lfr.checkpoint.rebuilt import flags_of, restore_flags, restore_settings, settings_to_pickle
 from nemo_lfr.codec.ambient import building_state
-from nemo_lfr.nemo.base import BaseModel
+from nemo_lfr.modules.empty import on_meta_device
+from nemo_lfr.nemo.base import PROXIES, BaseModel, logging
+from nemo_lfr.nemo.config import checked_values
+from nemo_lfr.nemo.files import READ_PARTS
+from nemo_lfr.nemo.state_dicts import CONFIGURED
 from nemo_lfr.training.components import register_component, registered_components
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-# Attributes that are not copied. NeMo wraps each instance's `training_step` in a proxy that cannot be copied or
-# pickled.
-_NOT_COPIED = ("_codec", "_fabric", "_trainer", "training_step")
+# Attributes that are not copied. `Module.compile` sets `_compiled_call_impl`, which runs the original model. The proxy
+# that NeMo puts around each instance's `training_step` is not copied either, because it cannot be.
+_NOT_COPIED = ("_codec", "_compiled_call_impl", "_fabric", "_trainer")
 _NO_TRAINER = {"_trainer": None, "_fabric": None}
 _DATA_LOADERS = ("_train_dl", "_validation_dl", "_test_dl")
 
@@ -31,7 +37,7 @@ class Copies(BaseModel):
 
         Modules of the copy can be replaced without changing this model.
         """
-        state = {key: dict(value) if isinstance(value, dict) else value for key, value in self._to_copy()}
+        state = {key: copy.copy(value) if isinstance(value, dict | set) else value for key, value in self._to_copy()}
         other = type(self).__new__(type(self))
         other.__setstate__(state | _NO_TRAINER)
         return other
@@ -48,18 +54,26 @@ class Copies(BaseModel):
 
         PyTorch cannot pickle a module with weight norm directly.
 
-        Optimizers, the moving average of the weights and attributes of a subclass are not included.
+        The trainer, the optimizers and the data loaders are not included. Rates of dropout and other changed
+        attributes of the model and its layers are included.
+
+        Raises:
+            ConfigError: if the model has hooks, modules, methods, parameters or buffers that the config and the
+                constructor of its class do not describe. The message names the first one.
         """
-        modes = {plain_key(name): module.training for name, module in self.named_modules()}
-        gradients = {plain_key(name): parameter.requires_grad for name, parameter in self.named_parameters()}
-        kept = {"_is_random": self._is_random, "_restored_from": self._restored_from}
-        has_discriminator = hasattr(self, "discriminator")
-        components = registered_components(self.cfg)
-        arguments = (type(self), self.cfg, self.state_dict(), modes, gradients, has_discriminator, kept, components)
-        return _unpickled, arguments
+        kept = {"_is_random": self._is_random, "_restored_from": self._restored_from, "_average": self._average}
+        built = tuple(name for name in CONFIGURED if getattr(self, name, None) is not None)
+        recipe = (type(self), self.cfg, hasattr(self, "discriminator"), kept, registered_components(self.cfg), built)
+        state = self.state_dict()
+        with logging.temp_verbosity(logging.ERROR):
+            settings = settings_to_pickle(self, state, functools.partial(_rebuilt, *recipe), skipped=("model_guid",))
+        arguments = (*recipe[:2], state, *flags_of(self), *recipe[2:])
+        return _unpickled, arguments, settings or None, None, None, restore_settings
 
     def _to_copy(self) -> Iterator[tuple[str, Any]]:
-        return ((key, value) for key, value in vars(self).items() if key not in _NOT_COPIED)
+        for key, value in vars(self).items():
+            if key not in _NOT_COPIED and not (key == "training_step" and isinstance(value, PROXIES)):
+                yield key, value
 
 
 def _unpickled(
@@ -71,26 +85,66 @@ def _unpickled(
     has_discriminator: bool,
     attributes: dict[str, Any],
     components: dict[str, type[torch.nn.Module]],
+    built: Sequence[str] = (),  # older versions did not pickle this value
 ) -> BaseModel:
     """Rebuild a model from the values that `LFRCodecModel.__reduce__` returned.
 
     The model is on the same device as the weights in `state`.
     """
-    for name, component in components.items():
-        register_component(component, name=name)
-    cls._set_model_restore_state(is_being_restored=True)  # prevents NeMo from opening the training data
-    try:
-        with building_state(torch.device("cpu")):
-            model = cls(cfg=cfg)
-    finally:
-        cls._set_model_restore_state(is_being_restored=False)
+    has_weights = not cls.__init__.__module__.startswith("nemo_lfr.")  # a constructor of a user may use the weights
+    model = _rebuilt(cls, cfg, has_discriminator, attributes, components, built, has_weights)
     model.load_state_dict(state, assign=True)
-    if not has_discriminator:
-        del model.discriminator
-    for name, module in model.named_modules():
-        module.training = modes.get(name, modes[""])
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(gradients.get(name, True))
+    restore_flags(model, modes, gradients)
     for name, value in attributes.items():
         setattr(model, name, value)
+    if len(devices := {value.device for value in state.values()}) == 1:
+        model.to(*devices)
+    return model
+
+
+def _rebuilt(
+    cls: type[BaseModel],
+    cfg: DictConfig,
+    has_discriminator: bool,
+    attributes: dict[str, Any],
+    components: dict[str, type[torch.nn.Module]],
+    built: Sequence[str],
+    has_weights: bool,
+) -> BaseModel:
+    """Build a model without the weights of the original.
+
+    Args:
+        cls: class of the model.
+        cfg: config of the model.
+        has_discriminator: whether the model has the attribute `discriminator`.
+        attributes: further attributes of the original.
+        components: custom discriminators, losses and metrics by name.
+        built: attributes whose modules are built on first use and that the original has built.
+        has_weights: whether the encoder and the decoder have random weights. If not, they are on the meta device,
+            which saves time and memory.
+    """
+    for name, component in components.items():
+        register_component(component, name=name)
+    with building_state(torch.device("cpu")):
+        parts = None
+        if not has_weights:
+            with on_meta_device():
+                parts = build_parts(checked_values(cfg))
+        read_parts = READ_PARTS.set(parts)
+        cls._set_model_restore_state(is_being_restored=True)  # prevents NeMo from opening the training data
+        try:
+            model = cls(cfg=cfg)
+        finally:
+            cls._set_model_restore_state(is_being_restored=False)
+            READ_PARTS.reset(read_parts)
+        if not has_discriminator:
+            del model.discriminator
+        model._restored_from = attributes["_restored_from"]
+        training = cast(Any, model)
+        if "discriminator" in built:
+            training.build_discriminator()
+        if "_losses" in built:
+            _ = training.losses
+        if "_metrics" in built:
+            _ = training.metrics
     return model

@@ -16,7 +16,7 @@ from nemo_lfr.modules.quantizer import FiniteScalarQuantizer
 from nemo_lfr.nemo.base import DISCRIMINATOR, WAVLM, BaseModel, NeMoAudioCodecModel
 
 # Attributes with the modules that are built from the config when they are first used.
-_CONFIGURED = ("discriminator", "_losses", "_metrics")
+CONFIGURED = ("discriminator", "_losses", "_metrics")
 
 
 class StateDicts(BaseModel):
@@ -158,7 +158,7 @@ class StateDicts(BaseModel):
 
     def _varies(self, key: str) -> bool:
         """Return whether a tensor belongs to the discriminators, losses or metrics that the config describes."""
-        return key.partition(".")[0] in _CONFIGURED or self._is_loss(key)
+        return key.partition(".")[0] in CONFIGURED or self._is_loss(key)
 
     def _is_loss(self, key: str) -> bool:
         """Return whether a tensor belongs to a loss of NeMo's."""

@@ -5,7 +5,7 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -22,13 +22,11 @@ from nemo_lfr.codec.codec import Codec
 from nemo_lfr.codec.torch_backend import TorchBackend
 from nemo_lfr.errors import AudioError, CheckpointError, ConfigError, TokensError, counted, quoted
 from nemo_lfr.io.atomic import writing_folder
-from nemo_lfr.modules.altered import PICKLE, SAVE
+from nemo_lfr.modules.altered import SAVE
 from nemo_lfr.modules.quantizer import FiniteScalarQuantizer
 from nemo_lfr.transformers.arguments import check_tensor, checked_files, mask_lengths
 from nemo_lfr.transformers.configuration import NemoLfrConfig
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
+from nemo_lfr.transformers.copies import Copies
 
 _HUB_ARGUMENTS = {
     "repo_id", "commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags"
@@ -68,7 +66,7 @@ class NemoLfrOutput(ModelOutput):
     audio_codes_mask: torch.Tensor | None = None
 
 
-class NemoLfrModel(PreTrainedAudioTokenizerBase):
+class NemoLfrModel(Copies, PreTrainedAudioTokenizerBase):
     """Low Frame-rate Speech Codec, for inference.
 
     Args:
@@ -185,34 +183,6 @@ class NemoLfrModel(PreTrainedAudioTokenizerBase):
             init.copy_(module.dim_base_index, fresh.dim_base_index)
         elif isinstance(alpha := getattr(module, "alpha", None), nn.Parameter):
             init.ones_(alpha)
-
-    def __copy__(self) -> "Self":
-        """Return a model that shares the weights of this one. Its modules can be replaced separately."""
-        other = type(self).__new__(type(self))
-        state = {key: dict(value) if isinstance(value, dict) else value for key, value in vars(self).items()}
-        other.__setstate__(state | {"_codec": None})
-        return other
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Self":
-        """Return an independent copy."""
-        other = memo[id(self)] = type(self).__new__(type(self))
-        state = {key: copy.deepcopy(value, memo) for key, value in vars(self).items() if key != "_codec"}
-        other.__setstate__(state | {"_codec": None})
-        return other
-
-    def __reduce__(self) -> Any:
-        """Return the config and the weights, so that `pickle` can rebuild the model from them.
-
-        PyTorch cannot pickle a module with weight norm directly.
-
-        Raises:
-            NemoLfrError: if the model has hooks, replaced layers or changed settings, which would be lost.
-        """
-        backend: Any = self.codec.backend
-        backend.check_described(PICKLE)
-        modes = {name: module.training for name, module in self.named_modules()}
-        gradients = {name: parameter.requires_grad for name, parameter in self.named_parameters()}
-        return _unpickled, (type(self), self.config, self.state_dict(), modes, gradients, self._is_validated)
 
     @property
     def codec(self) -> Codec[torch.Tensor]:
@@ -373,23 +343,3 @@ class NemoLfrModel(PreTrainedAudioTokenizerBase):
 
     def _wants_dict(self, return_dict: bool | None) -> bool:
         return bool(getattr(self.config, "return_dict", True) if return_dict is None else return_dict)
-
-
-def _unpickled(
-    cls: type[NemoLfrModel],
-    config: NemoLfrConfig,
-    state: dict[str, torch.Tensor],
-    modes: dict[str, bool],
-    gradients: dict[str, bool],
-    is_validated: bool,
-) -> NemoLfrModel:
-    """Rebuild a model from the values that `NemoLfrModel.__reduce__` returned, on the device of the weights."""
-    with building_state(torch.device("cpu")):
-        model = cls(config)
-    model.load_state_dict(state, assign=True)
-    for name, module in model.named_modules():
-        module.training = modes[name]
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(gradients[name])
-    model._is_validated = is_validated
-    return model

@@ -177,13 +177,19 @@ def test_only_a_config_of_the_user_imports_components(how, tmp_path, monkeypatch
 
 def test_copies_and_pickles_train(tmp_path):
     model, _ = trained()
+    next(model.discriminator.parameters()).requires_grad_(False)
     copied, pickled = copy.deepcopy(model), pickle.dumps(model)
     components._REGISTERED.clear()
     loaded = pickle.loads(pickled)
     assert components._REGISTERED.keys() == {OWN + name for name in (
         "WaveDiscriminator", "MeanScore", "ScoreGap", "EnvelopeLoss", "SignalToNoise"
     )}  # fmt: skip
+    expected = model.state_dict()
+    assert "_losses.custom.terms.envelope.calls" in expected
     for other in (copied, loaded):
+        assert not next(other.discriminator.parameters()).requires_grad
+        assert expected.keys() == other.state_dict().keys()
+        assert all(torch.equal(value, expected[key]) for key, value in other.state_dict().items())
         fit(other)
 
 

@@ -3,6 +3,7 @@
 import argparse
 import copy
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -535,6 +536,7 @@ def resume_a_complete_run(model, first):
         (lambda model, first: copy.deepcopy(model), True),
         (lambda model, first: model.double(), True),
         (lambda model, first: copy.deepcopy(model.double()).float(), True),
+        (lambda model, first: pickle.loads(pickle.dumps(model)), True),
         (load_the_first_weights, False),
         (edit_without_a_count, False),
         (fold_the_weight_norm, False),

@@ -350,11 +350,36 @@ def test_copies_and_pickled_models_have_the_same_tokens_and_can_be_saved(folder,
     assert torch.equal(saved, again.encode(FIRST[None]).audio_codes) and not torch.equal(saved, codes)
 
 
-def test_a_model_with_hooks_is_not_pickled_without_them(folder):
+UNPICKLABLE = {
+    "patched methods or replaced layers, which are not pickled": lambda model: (
+        model.audio_encoder.register_forward_hook(lambda *_: None)
+    ),
+    "the model has a forward hook": lambda model: model.register_forward_hook(lambda *_: None),
+    "head is a Linear that": lambda model: model.add_module("head", torch.nn.Linear(3, 3)),
+    "scale is a tensor that": lambda model: model.register_buffer("scale", torch.ones(1), persistent=False),
+}
+
+
+@pytest.mark.parametrize("message", UNPICKLABLE)
+def test_a_model_is_not_pickled_without_a_part_of_it(folder, message):
     model = transformers.AutoModel.from_pretrained(folder)
-    model.audio_encoder.register_forward_hook(lambda *_: None)
-    with pytest.raises(NemoLfrError, match="patched methods or replaced layers, which are not pickled"):
+    UNPICKLABLE[message](model)
+    with pytest.raises(NemoLfrError, match=message):
         pickle.dumps(model)
+
+
+def test_rates_of_dropout_and_weights_without_weight_norm_are_pickled(folder):
+    model = transformers.AutoModel.from_pretrained(folder)
+    model.audio_encoder.remove_weight_norm()
+    model.audio_encoder.requires_grad_(False)
+    rates = [module for module in model.modules() if isinstance(module, torch.nn.Dropout)]
+    rates[0].p = 0.3
+    again = pickle.loads(pickle.dumps(model))
+    assert [module.p for module in again.modules() if isinstance(module, torch.nn.Dropout)] == [
+        module.p for module in rates
+    ]
+    assert not any(value.requires_grad for value in again.audio_encoder.parameters())
+    assert torch.equal(again.encode(FIRST[None]).audio_codes, model.encode(FIRST[None]).audio_codes)
 
 
 @pytest.mark.slow
