@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from torch.nn.utils import parametrize
@@ -94,7 +94,14 @@ class NeuralModule(nn.Module):
     def remove_weight_norm(self) -> None:
         """Remove weight norm, so that each weight is one parameter again instead of a direction and a gain."""
         for module in self.modules():
-            if parametrize.is_parametrized(module, "weight"):
-                weight = folded_weight(module)
-                parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
-                module.weight.data.copy_(weight)  # type: ignore[operator]
+            if not parametrize.is_parametrized(module, "weight"):
+                continue
+            weight, layer = folded_weight(module), cast(Any, module)
+            is_trained = any(value.requires_grad for value in layer.parametrizations.parameters())
+            # PyTorch gives a parametrized module a class of its own, and changes it here. Deep copies share the class.
+            kind = type(layer)
+            layer.__class__ = type(kind.__name__, kind.__bases__, dict(vars(kind)))
+            parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
+            layer.weight.data.copy_(weight)
+            if (frozen := layer._buffers.pop("weight", None)) is not None:  # PyTorch makes a frozen weight a buffer
+                layer.weight = nn.Parameter(frozen, requires_grad=is_trained)

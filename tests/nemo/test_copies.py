@@ -264,7 +264,7 @@ class WithHead(AudioCodecModel):
         super().__init__(cfg=cfg, trainer=trainer)
         self.head = nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.1))
         self.register_buffer("table", torch.zeros(3), persistent=False)
-        self.size = float(next(self.audio_encoder.parameters()).abs().sum())  # needs values
+        self.size = float(next(self.audio_encoder.parameters()).detach().abs().sum())  # needs values
         set_layer(self, CONV, Adapter)
         self.audio_encoder.register_forward_hook(lambda _, inputs, result: (result[0] * 0.5, result[1]))
 
