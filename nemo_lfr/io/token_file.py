@@ -641,8 +641,8 @@ class TokenReader(_Sections):
         payload_bytes: total size of the blocks' payloads in bytes.
 
     Raises:
-        TokenFileError: if the file is missing, damaged or not a token file. Damage inside a block is found only when
-            the block is read.
+        TokenFileError: if the file is missing, damaged or not a token file. Damage inside a block, or a change of the
+            file while it is open, is found only when the block is read.
     """
 
     def __init__(
@@ -661,6 +661,7 @@ class TokenReader(_Sections):
             self._lock = threading.Lock()
             # Position and first frame of each block, in compact arrays: a long live recording has millions of blocks.
             self._positions, self._firsts = array("Q"), array("Q", [0])
+            self._checksums = bytearray()  # CRC field of each block, to detect later changes of the file
             self.complete = True
             self.payload_bytes = 0
             self._end = 0  # position after the last block
@@ -703,6 +704,7 @@ class TokenReader(_Sections):
             self._add_to_outline(count, checksum)
             self.payload_bytes += size
             self._positions.append(position)
+            self._checksums += checksum
             self._firsts.append(self.num_frames + count)
             position = self._end = self._file.tell()
         return self._read_end(self.num_frames)
@@ -716,22 +718,21 @@ class TokenReader(_Sections):
             begin = self._positions[number]
             end = self._positions[number + 1] if number + 1 < len(self._positions) else self._end
             data = self._read_at(begin - 4, 4 + end - begin)
-            if data[4:8] != struct.pack("<I", count):
-                raise self._fail(f"the block at frame {first} has changed since the file was opened")
+            checksum = self._checksums[4 * number : 4 * number + 4]
+            if len(data) != 4 + end - begin or data[4:8] != struct.pack("<I", count) or data[-4:] != checksum:
+                raise TokenFileError(
+                    f"{self.path}: the block at frame {first} has changed since the file was opened; read it again."
+                )
             payloads.append((self._parse_payload(count, data[8:-4], data[-4:], first, data[:4]), count))
         return self._decode(payloads)
 
     def _read_at(self, position: int, size: int) -> bytes:
-        """Read `size` bytes without using the file position, which threads and forked processes share."""
+        """Read up to `size` bytes without using the file position, which threads and forked processes share."""
         if hasattr(os, "pread"):
-            data = os.pread(self._file.fileno(), size, position)
-        else:
-            with self._lock:
-                self._file.seek(position)
-                data = self._file.read(size)
-        if len(data) != size:
-            raise self._fail("the data ends too early")
-        return data
+            return os.pread(self._file.fileno(), size, position)
+        with self._lock:
+            self._file.seek(position)
+            return self._file.read(size)
 
     def blocks(self, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
         """Yield the int32 tokens [C, T] of frames [start, stop), block by block. Other blocks are not read.

@@ -711,17 +711,21 @@ def test_forked_processes_may_read_from_one_reader(tmp_path, version):
         assert [os.waitpid(child, 0)[1] for child in children] == [0] * 4
 
 
-def test_a_block_that_changes_while_a_reader_is_open_is_detected(tmp_path):
+@pytest.mark.parametrize("recover", [False, True])
+@pytest.mark.parametrize("version", WRITERS)
+@pytest.mark.parametrize("change", ["other blocks", "other tokens", "shorter"])
+def test_a_block_that_changes_while_a_reader_is_open_is_detected(tmp_path, version, recover, change):
     tokens = random_tokens(RELEASED, 30)
-    path = write(tmp_path / "a.lfr", RELEASED, np.split(tokens, 3, axis=1), 30 * 1024)
-    other = write(tmp_path / "b.lfr", RELEASED, np.split(tokens, 30, axis=1), 30 * 1024)
-    with TokenReader(path) as reader:
-        path.write_bytes(other.read_bytes())
-        with pytest.raises(TokenFileError, match=r"changed since|checksum"):
-            reader.read()
-        os.truncate(path, 200)
-        with pytest.raises(TokenFileError, match="ends too early"):
-            reader.read(20)
+    others = tokens if change == "shorter" else (tokens + 1) % RELEASED.codebook_size
+    path, other = (
+        WRITERS[version](tmp_path / name, RELEASED, np.split(values, count, axis=1), 30 * 1024)
+        for name, values, count in (("a.lfr", tokens, 3), ("b.lfr", others, 30 if change == "other blocks" else 3))
+    )
+    with TokenReader(path, recover=recover) as reader:
+        assert np.array_equal(reader.read(0, 15), tokens[:, :15])
+        path.write_bytes(other.read_bytes()[: -50 if change == "shorter" else None])
+        with pytest.raises(TokenFileError, match=r"the block at frame [12]0 has changed since the file was opened"):
+            reader.read(15)
 
 
 # --- spans
