@@ -12,6 +12,7 @@ from nemo_lfr.cli.command import Command
 from nemo_lfr.cli.files import FileTask, run_tasks, task_result, tasks_to_run
 from nemo_lfr.cli.identify import TOKEN_SUFFIX
 from nemo_lfr.cli.inputs import check_input
+from nemo_lfr.cli.interrupts import watch_signals
 from nemo_lfr.cli.options import (
     PathText,
     UserPath,
@@ -73,6 +74,7 @@ def decode(
     """Decode .lfr token files, folders or globs into audio of the original length.
 
     `decode - -` reads a token file from stdin and writes audio to stdout; WAV is written as tokens arrive.
+    Ctrl-C ends a recording from a pipe and completes the audio; a second Ctrl-C stops at once.
     `decode FILE -` writes the audio of FILE to stdout.
     """
     wanted = {"start": start, "duration": duration, "recover": recover, "entropy_model": entropy_model}
@@ -88,10 +90,12 @@ def decode(
                 "run `nemo-lfr decode - -` without --start, --duration, --recover and --format."
             )
         if streams:
-            from nemo_lfr.cli.pipes import decode_pipe
+            source: Any = sys.stdin.buffer
+            with watch_signals(source):
+                from nemo_lfr.cli.pipes import decode_pipe
 
-            codec = open_codec(options["model"], options["device"], options["precision"], ["decode"])
-            decode_pipe(codec, sys.stdin.buffer, sys.stdout.buffer, lookahead, entropy_model)  # type: ignore[arg-type]
+                codec = open_codec(options["model"], options["device"], options["precision"], ["decode"])
+                decode_pipe(codec, source, sys.stdout.buffer, lookahead, entropy_model)
             return None
         with spooled(inputs[0], TOKEN_SUFFIX, f".{kind}") as task:
             if inputs[0] == "-":

@@ -12,6 +12,7 @@ from nemo_lfr.cli.command import Command
 from nemo_lfr.cli.files import FileTask, run_tasks, task_result, tasks_to_run
 from nemo_lfr.cli.identify import TOKEN_SUFFIX
 from nemo_lfr.cli.inputs import check_input
+from nemo_lfr.cli.interrupts import watch_signals
 from nemo_lfr.cli.options import (
     PathText,
     UserPath,
@@ -67,19 +68,21 @@ def encode(
     """Encode audio files, folders or globs into .lfr token files.
 
     `encode - -` reads audio from stdin and writes a token file to stdout; WAV is encoded as it arrives.
+    Ctrl-C ends a recording from a pipe and completes the token file; a second Ctrl-C stops at once.
     `encode FILE -` encodes FILE and writes the token file to stdout.
     """
     if "-" in inputs:
-        from nemo_lfr.cli.pipes import encode_pipe
-        from nemo_lfr.io.entropy.find import model_to_write
-
         check_pipe(inputs, out)
         if inputs[0] != "-":
             check_input(Path(inputs[0]), AUDIO_SUFFIXES, is_only=True)
-        codec = open_codec(options["model"], options["device"], options["precision"], ["encode"])
-        source = sys.stdin.buffer if inputs[0] == "-" else Path(inputs[0])
-        model = model_to_write(codec, compress, entropy_model)
-        reader = encode_pipe(codec, source, sys.stdout.buffer, block, lookahead, model)  # type: ignore[arg-type]
+        source: Any = sys.stdin.buffer if inputs[0] == "-" else Path(inputs[0])
+        with watch_signals(None if isinstance(source, Path) else source) as signals:
+            from nemo_lfr.cli.pipes import encode_pipe
+            from nemo_lfr.io.entropy.find import model_to_write
+
+            codec = open_codec(options["model"], options["device"], options["precision"], ["encode"])
+            model = model_to_write(codec, compress, entropy_model)
+            reader = encode_pipe(codec, source, sys.stdout.buffer, block, signals, lookahead, model)
         if reader.channels > 1:
             note(f"{reader.name}: {reader.channels} channels mixed to mono")
         if not reader.samples_read:

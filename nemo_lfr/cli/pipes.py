@@ -4,7 +4,6 @@ import io
 import os
 import select
 import shutil
-import signal
 import struct
 import tempfile
 import threading
@@ -18,6 +17,7 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 import soundfile
 
+from nemo_lfr.cli.interrupts import InputSignals
 from nemo_lfr.cli.session import begin_work
 from nemo_lfr.errors import AudioError
 from nemo_lfr.io.audio import AudioReader, pcm16
@@ -40,6 +40,7 @@ def encode_pipe(
     source: Path | io.BufferedReader,
     sink: IO[bytes],
     block: int,
+    signals: InputSignals,
     lookahead: int | None = None,
     model: EntropyModel | None = None,
 ) -> AudioReader:
@@ -53,6 +54,7 @@ def encode_pipe(
             of the input.
         sink: file to write the token file to, block by block.
         block: number of frames per chunk. Larger chunks are faster in total, but increase latency.
+        signals: signals while stdin is read.
         lookahead: frames of lookahead; see `Codec.stream_encoder`.
         model: entropy model that compresses each block; None for no compression. Longer blocks compress better.
 
@@ -66,7 +68,7 @@ def encode_pipe(
     metadata = Metadata.of(codec)
     if not stream.exact:
         metadata = replace(metadata, precision=f"{metadata.precision}, lookahead {stream.delay_frames}")
-    with _open_audio(source, codec.sample_rate) as reader:
+    with _open_audio(source, codec.sample_rate, signals) as reader:
         tokens_out = TokenStreamWriter(sink, metadata, model)
         for samples in reader.blocks(block / codec.frame_rate):
             tokens_out.write(stream.push(samples))
@@ -132,7 +134,7 @@ def decode_pipe(
 
 
 @contextmanager
-def _open_audio(source: Path | io.BufferedReader, sample_rate: int) -> Iterator[AudioReader]:
+def _open_audio(source: Path | io.BufferedReader, sample_rate: int, signals: InputSignals) -> Iterator[AudioReader]:
     if isinstance(source, Path):
         begin_work()
         with AudioReader(source, sample_rate) as reader:
@@ -145,12 +147,11 @@ def _open_audio(source: Path | io.BufferedReader, sample_rate: int) -> Iterator[
         rest = source.read(len(source.peek()))  # empties the buffer: `_feed` reads from the descriptor directly
         # libsndfile needs a descriptor, so a thread copies the header and the samples into a second pipe.
         out, into = os.pipe()
-        with _woken_by_signals() as wake:
-            feeder = (header.rebuilt(None), rest, samples, source, into, wake)
-            threading.Thread(target=_feed, args=feeder, daemon=True).start()
-            with AudioReader("stdin", sample_rate, data=out) as reader:
-                reader.problem_at_end = lambda: samples.problem
-                yield reader
+        feeder = (header.rebuilt(None), rest, samples, source, into, signals.stopped)
+        threading.Thread(target=_feed, args=feeder, daemon=True).start()
+        with AudioReader("stdin", sample_rate, data=out) as reader:
+            reader.problem_at_end = lambda: samples.problem
+            yield reader
         return
     head += source.read(SNIFFED_BYTES)
     if not head:
@@ -163,6 +164,7 @@ def _open_audio(source: Path | io.BufferedReader, sample_rate: int) -> Iterator[
         with open(path, "wb") as file:
             file.write(head)
             shutil.copyfileobj(source, file)
+        signals.end_input()
         with AudioReader(path, sample_rate, name="stdin") as reader:
             yield reader
 
@@ -179,7 +181,7 @@ def _may_be_audio(head: bytes) -> bool:
 
 
 def _feed(
-    header: bytes, rest: bytes, samples: WavSamples, source: io.BufferedReader, into: int, wake: int | None
+    header: bytes, rest: bytes, samples: WavSamples, source: io.BufferedReader, into: int, stopped: int | None
 ) -> None:
     """Copy a WAV header and the samples of stdin into a pipe.
 
@@ -189,7 +191,8 @@ def _feed(
         samples: object that counts the sample data and finds its end.
         source: stdin.
         into: write end of the pipe; this function closes it.
-        wake: descriptor that becomes readable when copying must stop; None if copying is never stopped.
+        stopped: descriptor that becomes readable when copying must stop; None if copying is never stopped. Without
+            it, libsndfile and thus the main thread would wait for data while a signal is pending.
     """
     read: Callable[[int], bytes]
     try:
@@ -197,40 +200,17 @@ def _feed(
         descriptor = source.fileno()
         read = partial(os.read, descriptor)
     except OSError:  # `source` has no descriptor
-        wake, read = None, source.read1
+        stopped, read = None, source.read1
     # OSError and ValueError mean that the other side has closed the pipe or the stream.
     with suppress(OSError, ValueError), os.fdopen(into, "wb", buffering=0) as pipe:
         pipe.write(header)
         piece = rest or read(65536)
         while piece:
             pipe.write(samples.push(piece))
-            if wake is not None and wake in select.select([descriptor, wake], [], [])[0]:
+            if stopped is not None and stopped in select.select([descriptor, stopped], [], [])[0]:
                 return
             piece = read(65536)
         pipe.write(samples.finish())
-
-
-@contextmanager
-def _woken_by_signals() -> Iterator[int | None]:
-    """Yield a descriptor that becomes readable when a signal arrives or the context ends.
-
-    Yield None on Windows and outside the main thread, where signals cannot be watched.
-
-    Python handles a signal only when the main thread executes Python code. While libsndfile waits for data from the
-    pipe, the main thread executes no Python code. The thread that runs `_feed` therefore watches this descriptor, and
-    closes the pipe on a signal.
-    """
-    if os.name == "nt" or threading.current_thread() is not threading.main_thread():
-        yield None
-        return
-    out, into = os.pipe()
-    os.set_blocking(into, False)
-    before = signal.set_wakeup_fd(into, warn_on_full_buffer=False)
-    try:
-        yield out
-    finally:
-        signal.set_wakeup_fd(before)
-        os.close(into)  # makes `out` readable, so that a waiting `_feed` ends; `out` stays open for `_feed`
 
 
 def _position(sink: IO[bytes]) -> int | None:

@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from nemo_lfr.cli.files import FileTask
+from nemo_lfr.cli.interrupts import watch_signals
 from nemo_lfr.cli.session import current
 from nemo_lfr.errors import NemoLfrError
 from nemo_lfr.io.atomic import naming
@@ -65,7 +66,7 @@ def spooled(source: str, suffix: str, new_suffix: str) -> Iterator[FileTask]:
         path = Path(source)
         if source == "-":
             path = Path(folder, f"stdin{suffix}")
-            with naming(path), open(path, "wb") as file:
+            with watch_signals(sys.stdin.buffer), naming(path), open(path, "wb") as file:
                 shutil.copyfileobj(sys.stdin.buffer, file)
         task = FileTask(path, Path(folder, f"stdout{new_suffix}"))
         try:

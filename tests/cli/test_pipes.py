@@ -2,6 +2,7 @@
 
 import io
 import os
+import select
 import signal
 import struct
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 import soundfile
 import torch
 
+from nemo_lfr.cli import interrupts
 from nemo_lfr.cli import main as cli
 from nemo_lfr.cli.stdio import check_pipe
 from nemo_lfr.errors import AudioError
@@ -81,20 +83,82 @@ def test_a_bad_recording_on_a_pipe_that_stays_open_is_a_one_line_error_and_no_cr
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="has no such signals")
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_command_that_waits_for_input_can_be_terminated(number):
-    encoder = subprocess.Popen(
-        [sys.executable, "-m", "nemo_lfr", "encode", "-", "-", "--block", "1"], stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0, text=False,
-        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # a background job of a shell ignores SIGINT
+@pytest.mark.parametrize(
+    ("command", "signals", "expected"),
+    [
+        ("encode", ["SIGTERM"], 143),
+        ("encode", ["SIGINT", "SIGINT"], 130),
+        ("encode", ["SIGINT"], 0),
+        ("decode", ["SIGINT", "SIGINT"], 130),
+        ("decode", ["SIGINT"], 0),
+    ],
+)
+def test_command_that_waits_for_input_can_be_terminated(piped, command, signals, expected):
+    """With exit code 0, it first processes input that arrives after the signal."""
+    data = audio = wav(speech_like(40 * FRAME))
+    if command == "decode":
+        data = piped("encode", "-", stdin=audio).stdout
+    process = subprocess.Popen(
+        [sys.executable, "-m", "nemo_lfr", command, "-", "-", *(["--block", "1"] if command == "encode" else [])],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0, text=False,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job of a shell ignores SIGINT
     )  # fmt: skip
-    assert encoder.stdin is not None and encoder.stdout is not None
-    encoder.stdin.write(wav(speech_like(40 * FRAME))[: 44 + 2 * 30 * FRAME])
-    encoder.stdout.read(500)
-    time.sleep(0.5)
-    encoder.send_signal(number)
-    assert encoder.wait(20) == 128 + number
-    encoder.stdin.close()
+    assert process.stdin is not None and process.stdout is not None
+    sent = len(data) * 3 // 4
+    process.stdin.write(data[:sent])
+    result = process.stdout.read(500)
+    for name in signals:
+        time.sleep(0.5)
+        assert process.poll() is None
+        process.send_signal(getattr(signal, name))
+    if expected == 0:
+        time.sleep(0.5)
+        process.stdin.write(data[sent:])
+        process.stdin.close()
+        result += b"".join(iter(lambda: process.stdout.read(65536), b""))
+        count = len(samples_of(result)) if command == "decode" else tokens_of(result).shape[1] * FRAME
+        assert count == 40 * FRAME
+    assert process.wait(60) == expected
+    process.stdin.close()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals are not watched on Windows")
+@pytest.mark.parametrize(
+    ("is_pipe", "events", "interrupted"),
+    [
+        (True, ["SIGINT"], False),
+        (True, ["SIGINT", "SIGINT"], True),
+        (True, ["end", "SIGINT"], True),
+        (True, ["SIGINT", "end"], False),
+        (False, ["SIGINT"], True),
+    ],
+)
+def test_first_interrupt_lets_a_pipe_end(monkeypatch, capsys, tmp_path, is_pipe, events, interrupted):
+    monkeypatch.setattr(interrupts, "PATIENCE_S", 0.01)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    (tmp_path / "file").touch()
+    ends = os.pipe()
+    raised = False
+    try:
+        with (
+            open(ends[0] if is_pipe else tmp_path / "file", "rb") as source,
+            interrupts.watch_signals(source) as watched,
+        ):
+            for event in events:
+                time.sleep(0.3)
+                if event == "end":
+                    watched.end_input()
+                else:
+                    os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+            assert not select.select([watched.stopped], [], [], 0)[0]
+    except KeyboardInterrupt:
+        raised = True
+    finally:
+        assert signal.signal(signal.SIGINT, before) is signal.default_int_handler
+        os.close(ends[1])
+    assert raised == interrupted
+    assert ("Press Ctrl-C again" in capsys.readouterr().err) == (events[0] == "SIGINT" and is_pipe)
 
 
 def tokens_of(data: bytes) -> np.ndarray:
