@@ -25,7 +25,7 @@ class CodecSpec:
         levels: number of FSQ levels in each dimension of one codebook.
         num_codebooks: number of codebooks C, which is also the number of tokens in one frame.
         fingerprint: hash of the codec's weights and settings, 16 hex digits; empty if unknown.
-        precision: precision in which the encoder ran, such as "fp32".
+        precision: precision in which the encoder ran, such as "fp32"; empty if unknown.
     """
 
     sample_rate: int

@@ -94,8 +94,11 @@ def check_token_chunk(arrays: Arrays[Any], spec: CodecSpec, tokens: object) -> A
         TokensError: if the shape is not [C, k], the tokens are not integers, or a token is outside the codebook.
     """
     ids = arrays.convert(tokens, "tokens", TokensError)
-    if ids.ndim != 2:
-        raise TokensError(f"tokens have shape {list(ids.shape)}; pass chunks of one recording, each of shape [C, k].")
+    if ids.ndim != 2 or ids.shape[0] != spec.num_codebooks:
+        raise TokensError(
+            f"tokens have shape {list(ids.shape)}; pass chunks of one recording, each of shape "
+            f"[{spec.num_codebooks}, k]."
+        )
     return check_tokens(arrays, spec, ids, name="the chunk")[0][0]
 
 

@@ -23,7 +23,7 @@ from nemo_lfr.codec.devices import choose_device
 from nemo_lfr.codec.onnx import DECODER, ENCODER
 from nemo_lfr.errors import CheckpointError, NemoLfrError, shorten
 from nemo_lfr.io.hub import find_checkpoint
-from nemo_lfr.io.locate import check_path
+from nemo_lfr.io.locate import check_path, locate_checkpoint
 from nemo_lfr.io.shortage import check_address_space, missing_extra
 from nemo_lfr.plugins import load_plugin, plugin_names
 
@@ -150,6 +150,8 @@ def open_backend(
         what = "the bundled codec" if source is None else source
         raise NemoLfrError(f"backend {chosen!r} needs {opener.model}, but the source is {what}; {opener.advice}.")
     options = OpenOptions("the bundled codec" if source is None else os.fspath(source), device, precision)
+    if path is not None and opener.accepts is None and os.path.lexists(path):
+        locate_checkpoint(path)  # reports a wrong path before `check` asks for PyTorch
     if opener.check is not None:
         opener.check(options)
     if path is None or opener.accepts is None:

@@ -98,7 +98,7 @@ class Metadata(CodecSpec):
     """Metadata of a token file: the codec that produced the tokens, and the program that wrote the file.
 
     Attributes:
-        written_by: name and version of the program. See `CodecSpec` for the other attributes.
+        written_by: name and version of the program; empty if unknown. See `CodecSpec` for the other attributes.
     """
 
     written_by: str = f"nemo_lfr {__version__}"
@@ -131,13 +131,23 @@ class Metadata(CodecSpec):
             raise TypeError(f"expected a list, found {shorten(repr(values))}")
         named = dict(zip((*cls.__dataclass_fields__, "entropy"), values, strict=False))
         # The hash of the model becomes part of a file name, so only hex digits are allowed.
-        if not isinstance(named["entropy"], str) or not HASH.fullmatch(named["entropy"]):
-            raise ValueError(f"entropy is {shorten(repr(named['entropy']))}, not the hash of a model")
-        return cls._from_values(named), named["entropy"]
+        entropy = named.get("entropy")
+        if not isinstance(entropy, str) or not HASH.fullmatch(entropy):
+            raise ValueError(f"entropy is {shorten(repr(entropy))}, not the hash of a model")
+        return cls._from_values(named), entropy
 
     @classmethod
     def _from_values(cls, values: Any) -> "Metadata":
-        known = {name: values[name] for name in cls.__dataclass_fields__ if name in values}
+        if not isinstance(values, dict):
+            raise TypeError(f"expected an object, found {shorten(repr(values))}")
+        # The defaults of the class are those of a writer. Another program may have omitted these values.
+        known = {"precision": "", "written_by": ""}
+        known |= {name: values[name] for name in cls.__dataclass_fields__ if name in values}
+        for name in ("sample_rate", "samples_per_frame", "levels", "num_codebooks"):
+            if name not in known:
+                raise ValueError(f"{name} is missing")
+        if not isinstance(known["levels"], list):
+            raise TypeError(f"levels are {shorten(repr(known['levels']))}; expected a list")
         known["levels"] = tuple(known["levels"])
         metadata = cls(**known)
         metadata.validate()

@@ -436,9 +436,10 @@ def test_bad_chunks_of_samples_are_refused(small, samples, message, streams):
         (np.zeros((8, 3), np.float32), "float32"),
         (np.zeros((1, 8, 3), np.int64), r"shape \[1, 8, 3\]; pass chunks of one recording"),
         (np.zeros(8, np.int64), r"shape \[8\]; pass chunks"),
-        (np.zeros((7, 3), np.int64), "tokens have shape"),
+        (np.zeros((7, 3), np.int64), r"shape \[7, 3\]; pass chunks of one recording, each of shape \[8, k\]"),
+        (np.zeros((3, 8), np.int64), r"shape \[3, 8\]; pass chunks of one recording, each of shape \[8, k\]"),
     ],
-    ids=["codebook", "dtype", "batch", "frame", "layers"],
+    ids=["codebook", "dtype", "batch", "frame", "layers", "transposed"],
 )
 def test_bad_chunks_of_tokens_are_refused(small, tokens, message, streams):
     with pytest.raises(TokensError, match=message):

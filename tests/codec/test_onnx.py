@@ -122,16 +122,18 @@ codec = nemo_lfr.load(sys.argv[1], backend="onnx")
 codec.encode_file("a.wav", "a.lfr")
 codec.decode_file("a.lfr", "b.wav")
 print(codec)
-try:
-    nemo_lfr.load()
-except nemo_lfr.NemoLfrError as error:
-    print(error)
+for source in (None, f"{sys.argv[1]}/encoder.onnx"):
+    try:
+        nemo_lfr.load(source)
+    except nemo_lfr.NemoLfrError as error:
+        print(error)
 """
     command = [sys.executable, "-c", script, str(bundled)]
     root = str(nemo_lfr.__path__[0]).rpartition("/")[0]
     done = subprocess.run(command, cwd=tmp_path, env={"PYTHONPATH": root}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "Codec(" in done.stdout and "pip install torch" in done.stdout
+    assert f"encoder.onnx: this file is only a part of a checkpoint; pass the folder {bundled}." in done.stdout
     codec = nemo_lfr.load()
     wave, _ = soundfile.read(tmp_path / "a.wav", dtype="float32")
     with TokenReader(tmp_path / "a.lfr") as reader:
