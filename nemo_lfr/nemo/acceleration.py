@@ -57,9 +57,10 @@ def accelerate(model: NeMoAudioCodecModel) -> NeMoAudioCodecModel:
         inner.__class__ = LFRCodecModel
         # The model builds this package's discriminators when training starts. Keep the weights until then.
         kept = {plain_key(key): value for key, value in state.items() if WAVLM not in key}
-        inner.init_codec_state(is_random=False, discriminator=kept)
         if has_discriminator:
             inner.discriminator = None
+        inner.init_codec_state(is_random=False, discriminator=kept)
+        inner._is_without_gan = has_discriminator and discriminator is None
         # NeMo wraps `training_step` in a proxy, which still calls the method of the old class. Create the proxy again.
         # Copies of a model have no proxy yet. If a caller has replaced the proxy with a function, keep the function.
         if isinstance(inner.__dict__.get("training_step"), PROXIES):

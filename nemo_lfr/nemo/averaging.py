@@ -84,6 +84,21 @@ class WeightAveraging(BaseModel):
         self._drop_stale_average()
         super().on_train_start()
 
+    def start_average(self) -> None:
+        """Start or resume the moving average. It is updated after each step of the optimizers of the averaged weights.
+
+        A subclass may replace `training_step`, so the optimizers call the update.
+        """
+        self._average = self._average or Average(self._generator, float(self.cfg.ema_decay))
+        averaged = {id(parameter) for parameter in self._generator.parameters()}
+        for optimizer in self.trainer.optimizers:
+            if any(id(parameter) in averaged for group in optimizer.param_groups for parameter in group["params"]):
+                optimizer.register_step_post_hook(self._update_average)
+
+    def _update_average(self, *_: Any) -> None:
+        if self._average is not None:
+            self._average.update(self._generator)
+
     def on_fit_end(self) -> None:
         """Remember the trained weights, to notice later changes."""
         # Lightning calls `on_train_end` only if the run was not already complete.

@@ -61,7 +61,12 @@ class Copies(BaseModel):
             ConfigError: if the model has hooks, modules, methods, parameters or buffers that the config and the
                 constructor of its class do not describe. The message names the first one.
         """
-        kept = {"_is_random": self._is_random, "_restored_from": self._restored_from, "_average": self._average}
+        kept = {
+            "_random_weights": self._random_weights,
+            "_is_without_gan": self._is_without_gan,
+            "_restored_from": self._restored_from,
+            "_average": self._average,
+        }
         built = tuple(name for name in CONFIGURED if getattr(self, name, None) is not None)
         recipe = (type(self), self.cfg, hasattr(self, "discriminator"), kept, registered_components(self.cfg), built)
         state = self.state_dict()

@@ -113,7 +113,7 @@ class StateDicts(BaseModel):
                     f"the state dict {what} weights ({len(judged)} in total, the first are {judged[:5]}); pass "
                     "strict=False to load the weights that fit."
                 )
-        self._is_random = False
+        self._random_weights = None
         return result
 
     def load_rest(self, tensors: Tensors, loaded: Sequence[torch.Tensor]) -> None:

@@ -20,6 +20,10 @@ logger = logging.getLogger(__name__)
 
 # Losses that only NeMo's steps compute. The config cannot set them; see `check_training`.
 _NEMO_ONLY = ("commit_loss_scale", "mmd_loss_scale", "mmd_time_loss_scale", "use_slm_loss", "use_scl_loss")
+_PARTS = (
+    "mel_loss_fn", "stft_loss_fn", "time_domain_loss_fn", "si_sdr_loss_fn", "feature_loss_fn", "gen_loss_fn",
+    "disc_loss_fn", "discriminator",
+)  # fmt: skip
 # Keys of the config that NeMo's steps do not support, and the values with which they have no effect
 _ADDITIONS: dict[str, tuple[Any, ...]] = {
     "accumulate_grad_batches": (None, 0, 1),
@@ -35,6 +39,7 @@ class StockSteps(Optimizers):
     """Mixin that runs NeMo's own steps if a caller has changed something that this package's steps would ignore."""
 
     _changes: tuple[str, ...] = ()  # attributes that were changed
+    _checked: Any = None  # state of the attributes when `_changes` was set
 
     def setup(self, stage: str | None = None) -> None:
         """Find the changes before the first validation.
@@ -45,21 +50,15 @@ class StockSteps(Optimizers):
         super().setup(stage)
         self.find_changes()
 
-    def on_train_start(self) -> None:
-        """Find the changes that callbacks made since `setup`.
-
-        Raises:
-            ConfigError: see `find_changes`.
-        """
-        super().on_train_start()
-        self.find_changes()
-
     def find_changes(self) -> None:
-        """Set `_changes`.
+        """Set `_changes`. Each step calls this method, because a callback may change losses during training.
 
         Raises:
             ConfigError: if something was changed, and the config sets a key that NeMo's own steps do not support.
         """
+        state = _state(self)
+        if state == self._checked:
+            return
         changes = tuple(_changed_attributes(self))
         if changes and changes != self._changes:
             for key, neutral in _ADDITIONS.items():
@@ -69,12 +68,25 @@ class StockSteps(Optimizers):
                         f"step does not support {key}; undo the change, or remove {key} from the model config."
                     )
             logger.warning("training uses NeMo's own, slower step, because the model's %s changed", ", ".join(changes))
-        self._changes = changes
+        self._changes, self._checked = changes, state
 
     def loss_scales(self) -> dict[str, float]:
         """Return the weights of NeMo's loss terms. As in NeMo, they are attributes that may change at any time."""
         scales = {term: getattr(self, key) for term, (key, _) in SCALES.items() if hasattr(self, key)}
         return {term: float(scale or 0) for term, scale in scales.items()}
+
+
+def _state(model: Any) -> tuple[Any, ...]:
+    """Return values that change if a caller replaces, hooks or patches one of the attributes that NeMo's steps use."""
+    parts = [getattr(model, name, None) for name in _PARTS]
+    hooks = [
+        (len(layer._forward_hooks), len(layer._forward_pre_hooks), id(vars(layer).get("forward")))
+        for part in parts
+        if isinstance(part, nn.Module)
+        for layer in part.modules()
+    ]
+    values = [getattr(model, key, None) for key in _NEMO_ONLY]
+    return [id(part) for part in parts], hooks, values, id(vars(model).get("_process_batch"))
 
 
 def _changed_attributes(model: Any) -> Iterable[str]:

@@ -28,7 +28,6 @@ from nemo_lfr.nemo.stock_steps import StockSteps
 from nemo_lfr.signal.codebooks import CodebookUse
 from nemo_lfr.signal.spectra import Spectra
 from nemo_lfr.training.audio_discriminator import AudioDiscriminator, Views, preprocess_audio, score_views
-from nemo_lfr.training.average import Average
 from nemo_lfr.training.components import AudioTerms
 from nemo_lfr.training.data import manifest_loader
 from nemo_lfr.training.discriminators import build_discriminator, frozen
@@ -83,13 +82,15 @@ class TrainingSteps(StockSteps):
     def build_discriminator(self) -> None:
         """Build the discriminators in the config, and load their weights if the restored checkpoint contains them.
 
-        Lightning's `fit` calls this method. WavLM is loaded at the first training step that uses it.
+        Lightning's `fit` calls this method. WavLM is loaded at the first training step that uses it. No discriminator
+        is built if a caller has set `discriminator` to None.
 
         Raises:
             ConfigError: if the config names an unknown discriminator, or one that cannot be built.
         """
-        self.discriminator = getattr(self, "discriminator", None)  # callers may have deleted it to free memory
-        if self.discriminator is not None or not self.cfg.get("discriminator"):
+        if not hasattr(self, "discriminator"):  # callers may have deleted it to free memory
+            self.register_module("discriminator", None)
+        if self.discriminator is not None or self._is_without_gan or not self.cfg.get("discriminator"):
             return
         config = OmegaConf.to_container(self.cfg.discriminator, resolve=True)
         self.discriminator = build_discriminator(cast(dict[str, Any], config)).to(self.device)
@@ -208,13 +209,13 @@ class TrainingSteps(StockSteps):
         # Only rank 0, which loads the weights for all processes, knows whether weights were loaded.
         if self.cfg.get("initialize_from_data") and self.trainer.strategy.broadcast(self._is_random):
             self.initialize_from_data()
-        self._is_random = False
+        self._random_weights = None
         self._step_began = time.perf_counter()
         if compiler := self.cfg.get("compile"):
             for part in (self.audio_encoder, self.audio_decoder):
                 part.compile(backend="inductor" if compiler is True else compiler)
         if self.cfg.get("ema_decay"):
-            self._average = self._average or Average(self._generator, float(self.cfg.ema_decay))
+            self.start_average()
 
     def initialize_from_data(self, num_segments: int = 32) -> None:
         """Rescale the random weights of the encoder and decoder, using a batch of training speech.
@@ -275,10 +276,9 @@ class TrainingSteps(StockSteps):
             batch: `audio` [B, T_audio] and `audio_lens` [B].
             batch_idx: index of the batch in its epoch.
         """
+        self.find_changes()
         if self._changes:
             super().training_step(batch, batch_idx)
-            if self._average is not None:
-                self._average.update(self._generator)
             return
         every = self._batches_per_update
         first = batch_idx % every == 0
@@ -316,8 +316,6 @@ class TrainingSteps(StockSteps):
         self.manual_backward(self.losses.total(terms) / every)
         if last:
             self._step_optimizer(optim_gen, self.gen_params, name="generator")
-            if self._average is not None:
-                self._average.update(self._generator)
             self.update_lr()
         metrics |= {f"g_loss_{name}": value.detach() for name, value in terms.items()}
         now = time.perf_counter()
@@ -356,6 +354,7 @@ class TrainingSteps(StockSteps):
             batch: `audio` [B, T_audio] and `audio_lens` [B].
             batch_idx: index of the batch; not used.
         """
+        self.find_changes()
         if self._changes:
             super().validation_step(batch, batch_idx)
             return

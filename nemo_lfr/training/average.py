@@ -46,7 +46,7 @@ class Average:
 
     def finish(self, module: torch.nn.Module) -> None:
         """Remember the trained weights at the end of training, for `describes`. The module must hold them."""
-        self._trained = _checksums(module)
+        self._trained = weight_checksums(module)
 
     @property
     def is_finished(self) -> bool:
@@ -55,7 +55,7 @@ class Average:
 
     def describes(self, module: torch.nn.Module) -> bool:
         """Return whether the module still holds the weights with which training ended."""
-        return self._trained is None or _checksums(module) == self._trained
+        return self._trained is None or weight_checksums(module) == self._trained
 
     def convert(self, module: torch.nn.Module) -> None:
         """Convert the average to the dtypes of the module, whose trained weights were just converted."""
@@ -73,6 +73,7 @@ class Average:
             self.weights = [weight.to(parameter.device) for weight, parameter in pairs]
 
 
-def _checksums(module: torch.nn.Module) -> tuple[int, ...]:
-    # On the CPU, because a GPU computes other checksums and a model may be moved after its training.
-    return checksums([parameter.detach().cpu() for parameter in module.parameters()])
+def weight_checksums(*modules: torch.nn.Module) -> tuple[int, ...]:
+    """Return checksums of the parameters of modules, which do not depend on the device."""
+    # Computed on the CPU, because a GPU computes other checksums.
+    return checksums([parameter.detach().cpu() for module in modules for parameter in module.parameters()])

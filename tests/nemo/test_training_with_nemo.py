@@ -101,6 +101,9 @@ def batch_without_ties(model, frames: int, size: int = 2) -> dict[str, torch.Ten
     raise AssertionError("every batch has a tie")
 
 
+FROZEN = {"_target_": "torch.optim.SGD", "lr": 0.0}
+
+
 class Recorder(pl.Callback):
     """Record of the values that each step logs, and of the gradients of each update.
 
@@ -678,6 +681,51 @@ class Clips(torch.utils.data.Dataset):
         return {key: value[0] for key, value in batch(1, 8, row).items()}
 
 
+class OwnStep(AudioCodecModel):
+    """A model with a training step of a user, which does not call ours."""
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        audio, _, audio_gen, _, _ = self.reconstruct(batch)
+        optimizer.zero_grad()
+        self.manual_backward((audio - audio_gen).square().mean())
+        optimizer.step()
+
+
+def test_the_average_follows_a_training_step_of_a_user():
+    model = OwnStep(OmegaConf.create(training_config([], ema_decay=0.5)))
+    start = generator_weights(model).clone()
+    train(model, [batch()] * 3)
+    trained = generator_weights(model).clone()
+    with model.averaged():
+        average = generator_weights(model).clone()
+    assert not torch.equal(average, start)
+    assert (average - trained).norm() < (start - trained).norm()
+
+
+def weights_of_a_part(model, other):
+    model.audio_encoder.load_state_dict(other.audio_encoder.state_dict())
+
+
+def a_replaced_part(model, other):
+    model.audio_decoder = other.audio_decoder
+
+
+def weights_through_data(model, other):
+    for weight, source in zip(model.audio_encoder.parameters(), other.audio_encoder.parameters(), strict=True):
+        weight.data.copy_(source)
+
+
+@pytest.mark.parametrize("change", [weights_of_a_part, a_replaced_part, weights_through_data])
+def test_weights_that_a_script_loads_into_a_part_are_not_scaled(change):
+    config = OmegaConf.create(training_config([], optim=FROZEN) | {"initialize_from_data": True})
+    model, other = AudioCodecModel(config), AudioCodecModel(config)
+    change(model, other)
+    before = generator_weights(model).clone()
+    train(model, [batch()])
+    assert torch.equal(generator_weights(model), before)
+
+
 def test_initialization_uses_the_loader_that_a_script_passes_to_fit():
     config = training_config([]) | {"initialize_from_data": True}
     model = AudioCodecModel(OmegaConf.create(config))
@@ -717,7 +765,8 @@ def run(processes, rank):
         refused(processes)
     torch.manual_seed(0)
     model = AudioCodecModel(OmegaConf.load("config.yaml"))
-    model._is_random = rank != 0  # weights are read in the first process, for all
+    if rank == 0:  # weights are read in the first process, for all
+        model._random_weights = None
     rows = batch(4, 8)
     split = [{key: value[i : i + 4 // processes] for key, value in rows.items()} for i in range(0, 4, 4 // processes)]
     trainer = pl.Trainer(
@@ -1192,3 +1241,26 @@ def test_a_run_is_resumed_only_with_its_discriminators_and_optimizer(tmp_path, d
         return
     with pytest.raises(ConfigError, match=rf"last\.ckpt: .*{match}.*init_from_ptl_ckpt"):
         quiet_trainer(max_epochs=2).fit(resumed, loader, ckpt_path=tmp_path / "last.ckpt")
+
+
+def add_a_name(group):
+    group["name"] = "generator"
+
+
+def remove_a_newer_setting(group):
+    del group["decoupled_weight_decay"]  # unknown to PyTorch 2.6
+
+
+@pytest.mark.parametrize("change", [add_a_name, remove_a_newer_setting])
+def test_a_run_is_resumed_with_the_settings_of_another_version_or_script(tmp_path, change):
+    config = OmegaConf.create(training_config([], optim=ADAM))
+    loader = torch.utils.data.DataLoader([batch(frames=8)], batch_size=None)
+    trainer = quiet_trainer(max_epochs=1)
+    trainer.fit(AudioCodecModel(config), loader)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=False)
+    change(checkpoint["optimizer_states"][0]["param_groups"][0])
+    torch.save(checkpoint, tmp_path / "last.ckpt")
+    trainer = quiet_trainer(max_epochs=2)
+    trainer.fit(AudioCodecModel(config), loader, ckpt_path=tmp_path / "last.ckpt")
+    assert trainer.current_epoch == 2
