@@ -22,6 +22,7 @@ ORDER = (
     "_version",
     "telemetry",
     "errors",
+    "arguments",
     "bundled",
     "frames",
     "spec",

@@ -1,14 +1,14 @@
 """Validate the arguments of `Codec`, and the tokens and audio that its encoder and decoder return."""
 
 import math
-import operator
 from collections.abc import Sequence
-from typing import Any, SupportsIndex
+from typing import Any
 
 import numpy as np
 
+from nemo_lfr.arguments import check_whole_number
 from nemo_lfr.codec.arrays import Arrays, Kind, to_numpy
-from nemo_lfr.errors import AudioError, NemoLfrError, TokensError, quoted, shorten
+from nemo_lfr.errors import AudioError, NemoLfrError, TokensError
 from nemo_lfr.frames import num_frames
 from nemo_lfr.io.audio import check_peak, check_rate, resample
 from nemo_lfr.spec import CodecSpec
@@ -134,43 +134,6 @@ def resample_clips(
     return arrays.cast(arrays.convert(padded, "audio", AudioError), np.float32), [len(clip) for clip in clips]
 
 
-def check_whole_number(
-    value: object, name: str, least: int, most: int | None = None, error: type[NemoLfrError] = NemoLfrError
-) -> int:
-    """Check that an argument is an integer (from Python or numpy), and return it as an `int`.
-
-    Args:
-        value: the argument.
-        name: its name, for messages.
-        least: smallest valid value.
-        most: largest valid value; None if there is no limit.
-        error: type of the error to raise.
-
-    Raises:
-        NemoLfrError: of the type `error`, if the value is not an integer, or is out of range.
-    """
-    is_whole = isinstance(value, SupportsIndex) and not isinstance(value, bool | np.bool_)
-    try:
-        number = operator.index(value) if is_whole else None  # type: ignore[arg-type]
-    except TypeError:  # an array of several values
-        number = None
-    if number is None or number < least or (most is not None and number > most):
-        limits = f"of {least} or more" if most is None else f"from {least} to {most}"
-        raise error(f"{name} is {quoted(value)}; pass an integer {limits}.")
-    return number
-
-
-def check_flag(value: object, name: str) -> bool:
-    """Check that an argument is True or False (from Python or numpy), and return it as a `bool`.
-
-    Raises:
-        NemoLfrError: if it is anything else, such as the text "no", which would count as true.
-    """
-    if not isinstance(value, bool | np.bool_):
-        raise NemoLfrError(f"{name} is {quoted(value)}; pass True or False.")
-    return bool(value)
-
-
 def check_num_codebooks(spec: CodecSpec, num_codebooks: object) -> int:
     """Return `num_codebooks`, or the codec's number of codebooks if the argument is None.
 
@@ -179,12 +142,7 @@ def check_num_codebooks(spec: CodecSpec, num_codebooks: object) -> int:
     """
     if num_codebooks is None:
         return spec.num_codebooks
-    number = operator.index(num_codebooks) if isinstance(num_codebooks, SupportsIndex) else 0
-    if isinstance(num_codebooks, bool) or not 1 <= number <= spec.num_codebooks:
-        raise TokensError(
-            f"num_codebooks is {shorten(repr(num_codebooks))}; pass an integer from 1 to {spec.num_codebooks}."
-        )
-    return number
+    return check_whole_number(num_codebooks, "num_codebooks", 1, spec.num_codebooks, TokensError)
 
 
 def check_tokens(

@@ -9,6 +9,7 @@ from typing import Any, Generic, cast
 
 import numpy as np
 
+from nemo_lfr.arguments import check_whole_number
 from nemo_lfr.codec import arguments
 from nemo_lfr.codec.arrays import Array, to_numpy
 from nemo_lfr.codec.backend import Backend, check_backend, check_result
@@ -49,7 +50,7 @@ class CodecBase(Generic[Array]):
 
     @chunk_frames.setter
     def chunk_frames(self, frames: int) -> None:
-        self._chunk_frames = arguments.check_whole_number(frames, "chunk_frames", 1)
+        self._chunk_frames = check_whole_number(frames, "chunk_frames", 1)
 
     @property
     def spec(self) -> CodecSpec:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from nemo_lfr.codec.arguments import check_whole_number
+from nemo_lfr.arguments import check_whole_number
 from nemo_lfr.codec.base import CodecBase
 from nemo_lfr.codec.cpu.products import stream_weights
 from nemo_lfr.codec.stream_batches import BaseStream, flush, push, run_step

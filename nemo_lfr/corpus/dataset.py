@@ -13,7 +13,7 @@ from weakref import WeakSet
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from nemo_lfr.codec.arguments import check_flag, check_whole_number
+from nemo_lfr.arguments import check_flag, check_whole_number
 from nemo_lfr.corpus.order import EpochOrder
 from nemo_lfr.corpus.token_folder import TokenFolder, TokenizedUtterance
 from nemo_lfr.errors import NemoLfrError, TokensError, quoted, shorten

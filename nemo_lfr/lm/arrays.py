@@ -1,33 +1,21 @@
-"""Array operations that have different names or semantics in NumPy and PyTorch, and a check of integers."""
+"""Array operations that have different names or semantics in NumPy and PyTorch, and a check of sizes."""
 
-import operator
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, SupportsIndex, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from nemo_lfr.errors import ConfigError, TokensError, quoted
+from nemo_lfr.arguments import check_whole_number
+from nemo_lfr.errors import ConfigError, TokensError
 
 if TYPE_CHECKING:
     import torch
 
 Array = TypeVar("Array", np.ndarray, "torch.Tensor")
 MAX_SIZE = 2**31 - 1  # so that all ids fit into int64
-
-
-def whole_number(value: SupportsIndex, name: str, least: int) -> int:
-    """Return an integer of Python, NumPy or PyTorch as an `int`.
-
-    Raises:
-        ConfigError: if `value` is not an integer from `least` to `MAX_SIZE`. The message contains `name`.
-    """
-    try:
-        number = -1 if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        number = -1
-    if not least <= number <= MAX_SIZE:
-        raise ConfigError(f"{name} is {quoted(value)}; pass an integer from {least} to {MAX_SIZE}.")
-    return number
+# Function (value, name, smallest valid value) -> the value as an int.
+check_size = partial(check_whole_number, most=MAX_SIZE, error=ConfigError)
 
 
 def as_integers(value: Any, name: str) -> Any:

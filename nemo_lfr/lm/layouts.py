@@ -23,7 +23,7 @@ from typing import Any, Literal
 import numpy as np
 
 from nemo_lfr.errors import ConfigError, TokensError
-from nemo_lfr.lm.arrays import arange, as_integers, constant, run_length, where, whole_number
+from nemo_lfr.lm.arrays import arange, as_integers, check_size, constant, run_length, where
 
 NUM_SPECIAL = 4
 
@@ -50,9 +50,9 @@ class Layout(ABC):
     def __init__(
         self, num_codebooks: int, codebook_size: int, *, bos: bool = True, eos: bool = True, first_id: int = 0
     ) -> None:
-        self.num_codebooks = whole_number(num_codebooks, "num_codebooks", 1)
-        self.codebook_size = whole_number(codebook_size, "codebook_size", 1)
-        self.first_id = whole_number(first_id, "first_id", 0)
+        self.num_codebooks = check_size(num_codebooks, "num_codebooks", 1)
+        self.codebook_size = check_size(codebook_size, "codebook_size", 1)
+        self.first_id = check_size(first_id, "first_id", 0)
         self.bos, self.eos = bool(bos), bool(eos)
 
     @property
@@ -334,7 +334,7 @@ class DelayLayout(Layout):
         super().__init__(num_codebooks, codebook_size, bos=bos, eos=eos, first_id=first_id)
         self.num_streams = self.num_codebooks
         delays = range(self.num_codebooks) if delays is None else delays
-        self.delays = tuple(whole_number(delay, "a delay", 0) for delay in delays)
+        self.delays = tuple(check_size(delay, "a delay", 0) for delay in delays)
         if len(self.delays) != self.num_codebooks:
             raise ConfigError(f"there are {len(self.delays)} delays; pass {self.num_codebooks}, one per codebook.")
 
@@ -383,7 +383,7 @@ class StackLayout(Layout):
         first_id: int = 0,
     ) -> None:
         super().__init__(num_codebooks, codebook_size, bos=bos, eos=eos, first_id=first_id)
-        self.frames_per_step = whole_number(frames_per_step, "frames_per_step", 1)
+        self.frames_per_step = check_size(frames_per_step, "frames_per_step", 1)
         self.num_streams = self.num_codebooks * self.frames_per_step
 
     def _num_steps(self, length: Any) -> Any:
