@@ -241,3 +241,41 @@ def test_samples_are_those_of_the_file(tmp_path):
     (tmp_path / "m.json").write_text('{"audio_filepath": "a.wav"}\n')
     (clip,) = clips_of(tmp_path / "m.json").values()
     assert np.array_equal(clip.audio(RATE, 100), soundfile.read(tmp_path / "a.wav", dtype="float32")[0])
+
+
+# Line of a manifest in the folder "corpus", and whether it depends on the path of the folder.
+LINES = {
+    "relative": ('{"audio_filepath": "a.wav"}', True),
+    "relative context": ('{"audio_filepath": "/x/a.wav", "context_audio_filepath":"b.wav"}', True),
+    "outside": ('{"audio_filepath": "/x/a.wav", "text": "\\u00e9", "context_audio_filepath" : "/x/b.wav"}', False),
+    "outside, with a similar name": ('{"audio_filepath": "FOLDER2/a.wav"}', False),
+    "inside": ('{"audio_filepath": "FOLDER/a.wav"}', True),
+    "inside after ..": ('{"audio_filepath": "/x/..FOLDER/a.wav"}', True),
+    "inside after //": ('{"audio_filepath": "FOLDER//../corpus/a.wav"}', True),
+    "outside after ..": ('{"audio_filepath": "FOLDER/../a.wav"}', False),
+    "inside, with an escape": ('{"audio_filepath": "FOLDER\\/a.wav"}', True),
+    "home": ('{"audio_filepath": "~/a.wav"}', False),
+    "an escaped key": ('{"\\u0061udio_filepath": "a.wav"}', True),
+    "two keys": ('{"audio_filepath": "/x/a.wav", "audio_filepath": "a.wav"}', True),
+    "a key in a list": ('{"audio_filepath": "/x/a.wav", "more": [{"audio_filepath": "a.wav"}]}', False),
+    "a key in the text": ('{"audio_filepath": "/x/a.wav", "text": "audio_filepath\\": \\"a.wav"}', False),
+    "a number": ('{"audio_filepath": 1}', False),
+    "no JSON": ('{"audio_filepath": "a.wav"', False),
+}
+
+
+@pytest.mark.parametrize("kind", LINES)
+def test_a_line_that_depends_on_the_folder_of_its_manifest(kind, tmp_path):
+    text, depends = LINES[kind]
+    path = tmp_path / "corpus" / "m.json"
+    path.parent.mkdir()
+    text = text.replace("FOLDER", str(path.parent))
+    path.write_text('{"audio_filepath": "/x/z.wav"}\n' + text + "\n")
+    assert open_corpus(path, None, tmp_path / "unused.json").base == (path.parent if depends else None)
+
+
+def test_lines_of_absolute_paths_are_not_parsed_to_find_the_folder(tmp_path, monkeypatch):
+    (tmp_path / "m.json").write_text("".join(f'{{"audio_filepath": "/x/.y/{i}.wav"}}\n' for i in range(200)))
+    corpus = open_corpus(tmp_path / "m.json", None, tmp_path / "unused.json")
+    monkeypatch.setattr("nemo_lfr.corpus.sources.manifest.parse_entry", None)
+    assert corpus.base is None

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import islice
@@ -101,8 +102,10 @@ class Manifest(CorpusReader):
     @property
     def base(self) -> Path | None:
         """The folder that relative paths are resolved against; None if no line depends on it."""
+        may_depend = _dependence_pattern(self.audio_dir).search
         with open(self.path, "rb") as file:
-            return self.audio_dir if any(_depends_on(self.audio_dir, line) for line in bounded.lines(file)) else None
+            lines = filter(may_depend, bounded.lines(file))
+            return self.audio_dir if any(_depends_on(self.audio_dir, line) for line in lines) else None
 
     @property
     def files(self) -> list[Path]:
@@ -187,6 +190,18 @@ def _is_entry(line: bytes) -> bool:
         return isinstance(json.loads(line), dict) and "audio_filepath" in json.loads(line)
     except NOT_A_LINE:
         return False
+
+
+def _dependence_pattern(folder: Path) -> re.Pattern[bytes]:
+    """Return a pattern that matches at least the manifest lines for which `_depends_on` is true.
+
+    Most lines do not match if all their paths are absolute and outside of the folder. Parsing them would take long.
+    """
+    prefix = re.escape(os.fsencode(os.path.join(os.path.abspath(os.path.expanduser(folder)), "")))
+    part = rb'/(?!/|\.\.?[/"])[^"\\/]*'  # of a path that `os.path.normpath` would not change
+    outside = rb'\s*:\s*"(?!' + prefix + rb")(?:" + part + rb')+"'
+    escaped_letter = rb"\\u00[5-7]"  # may be part of a key
+    return re.compile(rb'audio_filepath"(?!' + outside + rb")|" + escaped_letter)
 
 
 def _depends_on(folder: Path, line: bytes) -> bool:
