@@ -17,7 +17,7 @@ def export() -> None:
     """Export a codec for another runtime."""
 
 
-@export.command("safetensors", cls=Command, result=ExportResult, short_help="Export a codec to a safetensors file.")
+@export.command("safetensors", cls=Command, result=ExportResult, short_help="Export a codec to a safetensors folder.")
 @click.option(
     "--out",
     type=UserPath(file_okay=False),

@@ -35,8 +35,8 @@ class Client:
         url: address of the server.
         token: access token, if the server requires one.
         timeout: maximum time in seconds to wait for a connection or a response. A large file or response may take
-            longer if at least 64 kB are transferred per second. While the client waits in a stream, the stream fails
-            if the server neither reads input nor sends a result for `timeout` seconds.
+            longer if at least 64 kB are transferred per second. A method of a stream fails if the server neither reads
+            input nor sends a result for `timeout` seconds.
         retry_s: number of seconds for which the client keeps trying to open a stream or to send a file while the
             server is full, is shutting down or cannot be reached.
 

@@ -115,7 +115,7 @@ class TokenizeConfig:
     def absolute(self) -> "TokenizeConfig":
         """Return a copy with absolute paths, for workers in other working directories.
 
-        A link to a file keeps its name and folder; see `resolve_folder`.
+        Links to folders are resolved. A link to a file is not resolved; see `resolve_folder`.
         """
         paths = {
             "source": self.source,

@@ -121,7 +121,10 @@ def _utterance(recording: Any, supervisions: list[Any], corpus: Path, split: str
 
 
 def _path(recording: Any, corpus: Path) -> tuple[Path, str | None]:
-    """Return the path of a recording relative to the corpus, and an error message or None."""
+    """Return the path of a recording relative to the corpus, and an error message or None.
+
+    If the recording is not one file in the corpus, the path is its id.
+    """
     sources = recording.sources
     if len(sources) != 1 or sources[0].type != "file":
         kinds = shorten([source.type for source in sources])

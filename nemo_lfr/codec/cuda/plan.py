@@ -145,7 +145,7 @@ class CudaOps:
     Args:
         network: encoder or decoder. Its first and last layer stay in fp32.
         precision: precision of all other layers.
-        runner: object that will run the folded layers.
+        runner: object that will run the recorded layers.
     """
 
     def __init__(self, network: HiFiGANEncoder | HiFiGANDecoder, precision: Precision, runner: "LayerRunner") -> None:

@@ -261,7 +261,7 @@ def _xing_frames(frame_bytes: bytes, frame: Frame) -> int | None:
 
 
 def mpeg_streams(window: Window) -> list[Stream]:
-    """Find the recordings in MPEG audio, and add or correct their Xing headers."""
+    """Find the recordings in MPEG audio, and add or correct Xing headers where this is needed."""
     pieces = [piece for piece in _pieces(window) if piece.count or piece.promised]
     if not pieces and window.at(0, 3) == b"ID3" and after_id3(window, 0) >= window.size:
         return [whole_file(window.size, HEADER_CUT)]
