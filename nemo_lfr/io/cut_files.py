@@ -136,17 +136,23 @@ def read_cuts(path: Path, allow_url: bool = False, start: int = 0, stop: int | N
     """
     whole = kind_of(path) == "recordings"
     supervisions = _supervisions(path) if whole else {}
+    listed = set()
     for line in islice(json_lines(path), start, stop):
         try:
             manifest = json.loads(line)
             if whole:
                 manifest = _cut_of(manifest, supervisions)
+                listed.add(manifest["id"])
             yield _item(manifest, allow_url)
         except NOT_A_LINE as error:
             yield CutItem(
                 line_id(line),
                 problem=f"not a Lhotse cut: {describe(error)}: {shorten(line.decode(errors='replace').strip())}",
             )
+    unlisted = sum(len(items) for key, items in supervisions.items() if key not in listed)
+    if unlisted and not start and stop is None:
+        text = "%s: skipped %s of recordings that are not listed in %s."
+        logger.warning(text, supervisions_beside(path), counted(unlisted, "supervision"), path.name)
 
 
 def check_fields(folder: Path, fields: Iterable[str]) -> None:

@@ -13,6 +13,7 @@ from nemo_lfr.corpus.formats.shar import ArrayTar
 from nemo_lfr.corpus.sources import open_corpus
 from nemo_lfr.corpus.sources.base import Clip
 from nemo_lfr.errors import ConfigError
+from tests.corpora import write_tokens
 from tests.models import RATE, synthesize
 
 lhotse = pytest.importorskip("lhotse", reason="pip install '.[corpus]'")
@@ -127,6 +128,31 @@ def test_damage_after_the_last_cut_does_not_matter(shar):
     path.write_bytes(path.read_bytes()[: last.offset_data + last.size + 10])  # without the padding of a tar file
     clips = read_clips(shar)
     assert len(clips) == 8 and all(len(clip.audio(RATE, 10)) for clip in clips)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("out/shar", "part of the tokenized corpus .*/out, which contains no audio"),
+        ("out/shar/cuts.000000.jsonl.gz", "part of the tokenized corpus .*/out, which contains no audio"),
+        ("shar/cuts.000000.jsonl.gz", "in the other files of a Lhotse Shar; pass the folder of the Shar"),
+    ],
+)
+def test_cuts_without_their_audio_are_refused(name, reason, tmp_path):
+    write_shar(tmp_path, 2)
+    write_tokens(tmp_path / "out", "shar", [2, 1])
+    with pytest.raises(ConfigError, match=reason):
+        open_corpus(tmp_path / name, None, tmp_path / "unused.json")
+
+
+def test_cuts_in_a_tokenized_corpus_that_refer_to_audio_are_read(tmp_path):
+    write_shar(tmp_path, 2)
+    write_tokens(tmp_path / "out", "shar", [1])
+    cut = lhotse.Recording.from_file(tmp_path / "a.wav", recording_id="s0/clip0").to_cut()
+    lhotse.CutSet.from_cuts([cut]).to_file(tmp_path / "out" / "shar" / "cuts.000000.jsonl.gz")
+    for path in (tmp_path / "out" / "shar", tmp_path / "out" / "shar" / "cuts.000000.jsonl.gz"):
+        (clip,) = read_clips(path)
+        assert len(clip.audio(RATE, 100))
 
 
 @pytest.mark.parametrize("name", ["wds-000000.tar", "a.tar.gz", "a.TGZ", "a.zip"])

@@ -8,10 +8,11 @@ from typing import Any
 
 from nemo_lfr.corpus.ids import UniqueIds, clean_id, numbered_id
 from nemo_lfr.corpus.inventory import digest, list_digest
+from nemo_lfr.corpus.records import METADATA, STATE
 from nemo_lfr.corpus.sources.base import Clip, CorpusReader, OpenOptions, ShardSpec, repeat_number, unreadable
 from nemo_lfr.errors import ConfigError, counted, shorten
 from nemo_lfr.io.columns import LABEL_COLUMNS, OTHER_TOKENS, label_text, standard_labels
-from nemo_lfr.io.cut_audio import read_cut
+from nemo_lfr.io.cut_audio import read_cut, sources_of
 from nemo_lfr.io.cut_files import CutItem, explain, has_relative_paths, kind_of, read_cuts, supervisions_beside
 from nemo_lfr.io.shortage import require
 from nemo_lfr.io.text import is_missing
@@ -57,6 +58,15 @@ class Cuts(CorpusReader):
             raise ConfigError(
                 f"{path}: the file contains Lhotse {kind}, which refer to no audio; pass cuts or recordings."
             )
+        if options.relist:
+            refuse_tokens(path, [path])
+            item = next(read_cuts(path, options.allow_url), None)
+            sources = [] if item is None or item.cut is None else list(sources_of(item.cut.to_dict()))
+            if sources and all(source.get("type") == "shar" for source in sources):
+                raise ConfigError(
+                    f"{path}: the audio of these cuts is in the other files of a Lhotse Shar; pass the folder of the "
+                    "Shar instead of this file."
+                )
         return cls(path, options.allow_url)
 
     @property
@@ -98,6 +108,26 @@ class Cuts(CorpusReader):
         start = shard["start"]
         for number, item in enumerate(read_cuts(self.path, self.allow_url, start, start + shard["count"])):
             yield item_to_clip(item, str(self.path), repeat_number(shard, number), self.allow_url)
+
+
+def refuse_tokens(path: Path, cuts: Sequence[Path]) -> None:
+    """Raise ConfigError for the cuts in a folder that `tokenize` wrote, if none of them refers to audio.
+
+    Args:
+        path: the file or folder that was passed as the corpus.
+        cuts: its files of cuts.
+    """
+    parents = [
+        folder for folder in (path, *path.parents[:2]) if (folder / METADATA).exists() or (folder / STATE).is_dir()
+    ]
+    if not parents:
+        return
+    found = (item.cut for file in cuts for item in read_cuts(file) if item.cut is not None)
+    if not any(cut.has_recording or cut.has_custom("target_audio") for cut in found):
+        raise ConfigError(
+            f"{path}: this is a part of the tokenized corpus {parents[0]}, which contains no audio; pass the corpus "
+            "from which it was made."
+        )
 
 
 def cut_to_clip(cut: Any, origin: str, number: int = 1, allow_url: bool = False) -> Clip:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from nemo_lfr.corpus.inventory import list_digest, sampled_digest
 from nemo_lfr.corpus.sources.base import Clip, CorpusReader, OpenOptions, ShardSpec, repeat_number
-from nemo_lfr.corpus.sources.cuts import item_to_clip, number_cuts
+from nemo_lfr.corpus.sources.cuts import item_to_clip, number_cuts, refuse_tokens
 from nemo_lfr.errors import ConfigError, shorten
 from nemo_lfr.io.cut_files import check_fields, has_relative_paths, is_shar_file, read_shar
 from nemo_lfr.io.regular import open_regular
@@ -81,6 +81,8 @@ class Shar(CorpusReader):
         shar = cls(path, options.allow_url)
         if options.relist:  # log in the process that plans the run, not in each worker
             shar.log_gaps()
+            if shar.fields.keys() <= {"cuts", "target_codes", "context_codes"}:
+                refuse_tokens(path, shar.fields["cuts"])
         return shar
 
     def log_gaps(self) -> None:
