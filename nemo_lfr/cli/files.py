@@ -17,7 +17,7 @@ from nemo_lfr.cli.session import current, fail, note, print_line
 from nemo_lfr.errors import NemoLfrError, OutputExistsError, counted
 from nemo_lfr.io.atomic import check_overwrite, sweep
 from nemo_lfr.io.folders import AUDIO_SUFFIXES, describe_contents, find_files, find_matches
-from nemo_lfr.io.locate import expand_home
+from nemo_lfr.io.locate import URL, expand_home
 from nemo_lfr.io.shortage import shortage_of
 
 if TYPE_CHECKING:
@@ -78,7 +78,8 @@ def plan_tasks(
     single = names_a_file(out, new_suffix, possible)
     tasks: list[FileTask] = []
     for text in inputs:
-        text = str(expand_home(text)) if text.startswith("~") and not os.path.lexists(text) else text
+        if (text.startswith("~") or URL.match(text)) and not os.path.lexists(text):
+            text = str(expand_home(text))
         exists = path_exists(text)
         unsearched: list[OSError] = []
         matches = [Path(text)] if exists else [Path(match) for match in find_matches(text, unsearched)]

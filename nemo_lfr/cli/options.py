@@ -1,6 +1,7 @@
 """Option types, and options that several commands share."""
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,7 +49,7 @@ class UserPath(click.Path):
 
     `~` is expanded, because a shell does not expand it in quotes or in `--out=~/tokens`. An empty path is an error,
     because it is usually the result of an unset shell variable. The path "-" is also an error, because it stands for
-    stdin or stdout.
+    stdin or stdout. A folder must not be a link to a folder that does not exist, since it could not be created.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -64,9 +65,26 @@ class UserPath(click.Path):
                 ctx,
             )
         try:
-            return super().convert(expand_home(value), param, ctx)
+            path: Any = super().convert(expand_home(value), param, ctx)
         except NemoLfrError as error:
             self.fail(str(error).rstrip("."), param, ctx)
+        for folder in () if self.file_okay else (path, *path.parents):
+            if _is_dangling(folder):
+                self.fail(
+                    f"{folder} is a link to a missing folder; create that folder, or remove the link", param, ctx
+                )
+        return path
+
+
+def _is_dangling(path: Path) -> bool:
+    """Return whether a path is a link to a file or folder that does not exist."""
+    try:
+        os.stat(path)
+    except FileNotFoundError:
+        return os.path.islink(path)
+    except OSError:  # such as a loop of links, which is reported when the path is used
+        return False
+    return False
 
 
 class PathText(click.ParamType):  # type: ignore[type-arg]  # generic in recent releases of click

@@ -89,8 +89,8 @@ def prepare(
     if done.failures_file is not None:
         print_line(f"failures   {done.failures_file}  ({len(done.failures)})")
     print_line(f"audio_dir  {done.audio_dir}")
-    if kind == "folder" and not any(figures.speakers for figures in done.splits.values()):
-        print_line("speakers   unknown; if the folders in CORPUS are named after speakers, pass --speaker-level 1")
+    if kind == "folder" and speaker_level is None and not any(figures.speakers for figures in done.splits.values()):
+        print_line("speakers   unknown; if folders are named after speakers, pass their depth as --speaker-level")
     session = current()
     session.failures += done.failures
     session.report_failures(shown=0)

@@ -65,7 +65,7 @@ def check_keys(recordings: Iterable[Recording], keys: Iterable[str]) -> None:
         if key not in known:
             names = ", ".join(map(shorten, sorted(known - {"audio_filepath", "offset", "duration"})))
             raise NemoLfrError(
-                f"--by (by=) is {shorten(key)!r}, which is not a key of any recording; "
+                f"--by (by=): no recording has the key {shorten(key)!r}; "
                 + (f"use one of {names}." if names else "the recordings have no labels, so remove this option.")
             )
 

@@ -12,6 +12,8 @@ from nemo_lfr.errors import CheckpointError, NemoLfrError, shorten
 
 logger = logging.getLogger(__name__)
 
+URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")  # such as "s3://"; as a path, it would be a folder with the name "s3:"
+
 # Members of a `.nemo` archive, and files in the folder of an unpacked one.
 CONFIG_MEMBER = "model_config.yaml"
 WEIGHTS_MEMBER = "model_weights.ckpt"
@@ -70,18 +72,21 @@ def expand_home(path: str | os.PathLike[str], error: type[NemoLfrError] = NemoLf
     """Expand `~` and `~user` in a path.
 
     A name that begins with `~` but is not a home folder is returned unchanged. An empty path is an error, since it
-    would silently become the current folder.
+    would silently become the current folder. A URL is an error too.
 
     Args:
         path: path to expand.
         error: class of the exception.
 
     Raises:
-        NemoLfrError: of class `error`, if `path` is empty, or is not a path (see `check_path`).
+        NemoLfrError: of class `error`, if `path` is empty or a URL, or is not a path (see `check_path`).
     """
     check_path(path, error)
-    if not os.fspath(path):
+    text = os.fspath(path)
+    if not text:
         raise error("the path '' is empty; pass . for the current folder.")
+    if URL.match(text):
+        raise error(f"{shorten(text, 300)}: only local files and folders are read and written; pass a local path.")
     return Path(os.path.expanduser(path))
 
 

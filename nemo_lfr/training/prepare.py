@@ -128,8 +128,9 @@ def prepare(
 
     Raises:
         NemoLfrError: if the layout is unknown, the corpus does not have this layout, no file can be used, or
-            `speaker_level` is passed for another layout than "folder". Also if another run is writing to the output
-            folder, or if the folder has manifests of a completed run and `overwrite` is not set.
+            `speaker_level` is passed for another layout than "folder" or exceeds the depth of the files. Also if
+            another run is writing to the output folder, or if the folder has manifests of a completed run and
+            `overwrite` is not set.
         MissingExtraError: if Lhotse is needed but not installed.
     """
     read = lhotse_recipe(kind.removeprefix(PREFIX)) if kind.startswith(PREFIX) else LAYOUTS.get(kind)
@@ -170,6 +171,7 @@ def prepare(
     if not utterances:
         wanted = {"folder": "audio file", "table": "row"}.get(kind, f"utterance of {kind}")
         raise NemoLfrError(f"{source}: no {wanted} in this {_contents(kind, corpus)}; {_expected(kind)}")
+    _check_level(speaker_level, utterances, corpus)
     utterances = mark_repeated(utterances)
     out.mkdir(parents=True, exist_ok=True)
     with exclusive(out):
@@ -178,6 +180,17 @@ def prepare(
         for name in sorted(WRITTEN):
             check_overwrite(out / name, overwrite)
         return _write_all(kind, utterances, corpus, out, valid_share, workers, check, overwrite, progress)
+
+
+def _check_level(speaker_level: int | None, utterances: Sequence[CorpusUtterance], corpus: Path) -> None:
+    """Raise NemoLfrError if no audio file is in a folder of the depth `speaker_level`."""
+    depth = max(len(utterance.path.parts) for utterance in utterances) - 1
+    if speaker_level is not None and speaker_level > depth:
+        remedy = f"pass a number from 1 to {depth}, or remove it" if depth else "remove it"
+        raise NemoLfrError(
+            f"{corpus}: --speaker-level (speaker_level=) is {speaker_level}, but the audio files are at most "
+            f"{counted(depth, 'folder')} deep; {remedy}."
+        )
 
 
 def _write_all(

@@ -1,4 +1,4 @@
-"""Tests that empty paths, as from an unset shell variable, are refused: `Path("")` is the current folder."""
+"""Tests of paths that are refused: empty ones (`Path("")` is the current folder), URLs and links to nothing."""
 
 import shlex
 
@@ -56,6 +56,28 @@ def test_an_empty_path_is_a_one_line_error_in_every_command(line, tmp_path, caps
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.lfr", "a.wav", "audio"]
 
 
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("tokenize s3://bucket/m.json --out out", "s3://bucket/m.json: only local files and folders are read"),
+        ("tokenize audio --out hf://datasets/x", "hf://datasets/x: only local files and folders are read"),
+        ("encode https://host/a.wav", "https://host/a.wav: only local files and folders are read"),
+        ("prepare folder audio --out link", "link is a link to a missing folder; create that folder"),
+        ("tokenize audio --out link", "link is a link to a missing folder; create that folder"),
+        ("tokenize audio --out link/tokens", "link is a link to a missing folder; create that folder"),
+    ],
+)
+def test_a_url_or_a_link_to_a_missing_folder_is_a_one_line_error(line, reason, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "audio").mkdir()
+    soundfile.write(tmp_path / "audio" / "a.wav", np.zeros(1000), 22050)
+    (tmp_path / "link").symlink_to("gone")
+    code, printed, err = run(capsys, *shlex.split(line))
+    errors = [text for text in err.splitlines() if not text.startswith("using the bundled codec")]
+    assert (code, printed, len(errors)) == (2, "", 1) and reason in errors[0], err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["audio", "link"]
+
+
 CALLS = {
     "load": lambda: load(""),
     "TokenDataset": lambda: TokenDataset(""),
@@ -65,6 +87,7 @@ CALLS = {
     "encode_file to": lambda: cached_codec("symmetric").encode_file("a.wav", ""),
     "decode_file": lambda: cached_codec("symmetric").decode_file("", "a.wav"),
     "tokenize": lambda: tokenize(TokenizeConfig("", "out", "lfr")),
+    "a URL": lambda: tokenize(TokenizeConfig("s3://bucket/''", "out", "lfr")),
     "tokenize to": lambda: tokenize(TokenizeConfig("audio", "", "lfr")),
     "tokenize, audio_dir": lambda: tokenize(TokenizeConfig("audio", "out", "lfr", audio_dir="")),
     "export_onnx": lambda: export_onnx(cached_codec("symmetric"), ""),

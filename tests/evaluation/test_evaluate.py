@@ -269,7 +269,7 @@ def test_a_requested_model_that_cannot_be_loaded_gives_exit_code_1(capsys, corpu
         (["{corpus}/manifest.json", "--preset", "card-mls"], "no such folder"),
         (["{corpus}", "--preset", "card-daps"], "unpack daps.tar.gz"),
         (["{corpus}/manifest.json", "--codec", "mp3"], "unknown codec; use one of codec2:BIT"),
-        (["{corpus}/manifest.json", "--by", "nope"], "'nope', which is not a key of any recording; use one of lang, "),
+        (["{corpus}/manifest.json", "--by", "nope"], "no recording has the key 'nope'; use one of lang, "),
         (["{corpus}/empty.json"], "no recordings found"),
         (["{corpus}/gone.json"], "no codec processed any recording"),
     ],

@@ -550,6 +550,16 @@ def test_speaker_level_is_refused_for_other_layouts(tmp_path):
         prepare("vctk", tmp_path / "corpus", tmp_path / "out", speaker_level=1)
 
 
+@pytest.mark.parametrize(("name", "remedy"), [("ann/a.wav", "pass a number from 1 to 1, or"), ("a.wav", "")])
+def test_speaker_level_below_the_files_is_refused(tmp_path, name, remedy):
+    audio(tmp_path / "corpus" / name, 0.05)
+    with pytest.raises(
+        NemoLfrError, match=rf"is 5, but the audio files are at most \d folders? deep; {remedy}"
+    ) as error:
+        prepare("folder", tmp_path / "corpus", tmp_path / "out", speaker_level=5)
+    assert str(error.value).endswith(" remove it.") and not (tmp_path / "out").exists()
+
+
 SPLIT_NAMES = {
     "train": ("train", "TRAIN", "training", "train-clean-100", " train"),
     "valid": ("valid", "validation", "Validation", "val", "dev", "dev_clean", "development"),
