@@ -19,7 +19,12 @@ class NemoLfrError(ValueError):
 
     PyTorch's data loader raises errors of worker processes again in the main process. The message is then the worker's
     traceback, of which only the last line is kept.
+
+    Attributes:
+        source: name of the utterance that the error concerns; None if it concerns none, or the caller knows it.
     """
+
+    source: str | None = None
 
     def __init__(self, *args: object) -> None:
         super().__init__(*(_one_line(value) if isinstance(value, str) else value for value in args))

@@ -63,7 +63,7 @@ def detokenize(tokens: Path, out: Path, kind: str, overwrite: bool, **options: A
         results = decode_folder(tokens, out, kind, overwrite=overwrite, on_start=start, on_kept=kept.append, **options)
         for result in results:
             if isinstance(result, NemoLfrError):
-                fail(tokens, result)
+                fail(result.source or tokens, result)
             else:
                 files.append(str(result))
                 print_line(result)

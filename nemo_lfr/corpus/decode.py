@@ -97,10 +97,13 @@ def decode_folder(
                     _check_existing(path, codec.sample_rate, utterance.num_samples)
                     on_kept(path)
                 yield path
+                continue
             except NemoLfrError as error:
-                yield error
+                failed = error
             except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
-                yield NemoLfrError(f"{error.filename}: {error.strerror}.")
+                failed = NemoLfrError(f"{error.filename}: {error.strerror}.")
+            failed.source = f"{tokens}, utterance {utterance.id}"
+            yield failed
 
 
 def _check_existing(path: Path, sample_rate: int, num_samples: int) -> None:

@@ -206,15 +206,17 @@ class TokenFolder:
                 if item:
                     yield TokenFileError(item)
                 continue
+            where = f"{self.path}, shard {shard}, utterance {start + seen}"
             seen += 1
             try:
-                yield self._utterance(item, f"{self.path}, shard {shard}, utterance {start + seen - 1}")
+                yield self._utterance(item, where)
+                continue
             except NemoLfrError as error:
-                yield TokenFileError(str(error))
+                invalid = TokenFileError(str(error))
             except Exception as error:  # raised by torch, numpy or the values of the row
-                yield TokenFileError(
-                    f"{self.path}, shard {shard}, utterance {start + seen - 1}: cannot be read ({reason_of(error)})."
-                )
+                invalid = TokenFileError(f"{where}: cannot be read ({reason_of(error)}).")
+            invalid.source = where
+            yield invalid
         if stop < self.counts[shard] or damaged:
             return
         try:

@@ -456,6 +456,23 @@ def test_file_in_place_of_a_folder_fails_only_its_utterances(whole, model, tmp_p
     assert code == 1 and len(lines) == 3 and (tmp_path / "out" / "s0").read_text() == "mine"
 
 
+@pytest.mark.parametrize("is_invalid", [False, True])
+def test_failure_names_its_utterance(is_invalid, whole, model, tmp_path, capsys):
+    folder, out = tmp_path / "tokens", tmp_path / "out"
+    shutil.copytree(whole["shar"], folder)
+    if is_invalid:
+        edit_cuts(folder, lambda cut: cut["custom"].update(num_samples=-1))
+        shutil.rmtree(folder / ".tokenize")
+    else:
+        out.mkdir()
+        (out / "s0").write_text("mine")
+    with pytest.raises(SystemExit):
+        main(["detokenize", str(folder), "--out", str(out), "--model", str(model), "--device", "cpu", "--json"])
+    sources = [failure["input"] for failure in json.loads(capsys.readouterr().out)["failures"]]
+    place = "shard 0, utterance 0" if is_invalid else "utterance s0/clip0"
+    assert sources[0] == f"{folder}, {place}"
+
+
 def test_verification_skips_changed_shards(whole, model, tmp_path, capsys):
     shutil.copytree(whole["parquet"], tmp_path / "tokens")
     path = tmp_path / "tokens" / "data" / "000000.parquet"
