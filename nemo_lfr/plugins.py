@@ -48,7 +48,7 @@ def load_plugin(group: str, name: str) -> Any:
     for point in entry_points(group=group, name=name):
         try:
             return point.load()
-        except Exception as error:  # importing a package may raise anything
+        except (Exception, SystemExit) as error:  # importing a package may raise anything
             reason = shorten(" ".join(str(error).split()), 200)
             raise NemoLfrError(
                 f"{_described(point)} cannot be loaded ({reason}); repair or uninstall this package."

@@ -437,6 +437,7 @@ def test_lhotse_recordings_are_read_with_supervisions_beside_them(wav, tmp_path,
         for n, (start, text) in enumerate([(0.5, "there"), (0.0, "hello")])
     ]
     segments.append(segments[0] | {"id": "s2", "recording_id": "gone"})
+    segments[1] |= {"gender": "f", "custom": {"emotion": "sad", "vector": [1, 2]}}  # the first by its start
     write(tmp_path / "x_recordings_train.jsonl.gz", [recording("file", str(wav)), recording("command", "true", "b")])
     (clip_a, clip_b) = clips_of(tmp_path / "x_recordings_train.jsonl.gz", tmp_path).values()
     assert len(clip_a.audio(RATE, 100)) == RATE and "text" not in clip_a.labels
@@ -444,7 +445,7 @@ def test_lhotse_recordings_are_read_with_supervisions_beside_them(wav, tmp_path,
         clip_b.audio(RATE, 100)
     write(tmp_path / "x_supervisions_train.jsonl.gz", segments)
     clip_a = clips_of(tmp_path / "x_recordings_train.jsonl.gz", tmp_path)["a"]
-    assert clip_a.labels == {"text": "hello there", "speaker": "sam"}
+    assert clip_a.labels == {"text": "hello there", "speaker": "sam", "gender": "f", "emotion": "sad"}
     assert clip_a.cut["supervisions"][0]["text"] == "hello there" and len(clip_a.cut["supervisions"]) == 1
     assert "several supervisions in 1 cut;" in caplog.text
     assert "skipped 1 supervision of recordings that are not listed in x_recordings_train.jsonl.gz." in caplog.text

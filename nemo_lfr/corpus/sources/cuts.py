@@ -1,8 +1,9 @@
 """Reader for a JSON-lines file of Lhotse cuts or recordings, and conversion of cuts to clips."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +61,8 @@ class Cuts(CorpusReader):
             )
         if options.relist:
             refuse_tokens(path, [path])
-            item = next(read_cuts(path, options.allow_url), None)
-            sources = [] if item is None or item.cut is None else list(sources_of(item.cut.to_dict()))
+            cuts = [item.cut for item in islice(read_cuts(path, options.allow_url), 10) if item.cut is not None]
+            sources = [source for cut in cuts for source in sources_of(cut.to_dict())]
             if sources and all(source.get("type") == "shar" for source in sources):
                 raise ConfigError(
                     f"{path}: the audio of these cuts is in the other files of a Lhotse Shar; pass the folder of the "
@@ -135,7 +136,7 @@ def cut_to_clip(cut: Any, origin: str, number: int = 1, allow_url: bool = False)
 
     If the cut has the field `target_audio`, the recording in this field is used instead of the audio of the cut, as in
     NeMo's loaders. If the cut has several supervisions, their texts are joined in order of start time, and the clip
-    has the speaker and language of the first supervision.
+    has the other labels of the first supervision. Custom fields of the cut take precedence over its supervision's.
 
     Args:
         cut: the cut.
@@ -148,9 +149,9 @@ def cut_to_clip(cut: Any, origin: str, number: int = 1, allow_url: bool = False)
     if supervisions:
         texts = [label_text(item.text, "text", "text") for item in supervisions if not is_missing(item.text)]
         first = supervisions[0]
-        labels = {"text": " ".join(texts) if texts else None, "speaker": first.speaker, "lang": first.language}
-    custom = getattr(cut, "custom", None) or {}
-    labels |= {key: value for key, value in custom.items() if key in LABEL_COLUMNS or _is_plain(value)}
+        labels = _plain_labels((first.custom or {}) | {"gender": first.gender})
+        labels |= {"text": " ".join(texts) if texts else None, "speaker": first.speaker, "lang": first.language}
+    labels |= _plain_labels(getattr(cut, "custom", None) or {})
     labels = standard_labels(labels)
     target = cut.target_audio if cut.has_custom("target_audio") else cut
     context = None
@@ -173,6 +174,12 @@ def cut_to_clip(cut: Any, origin: str, number: int = 1, allow_url: bool = False)
         labels,
         manifest if manifest.get("type") in ("MonoCut", "MultiCut") else None,  # other types have no supervisions
     )
+
+
+def _plain_labels(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields that can be labels of a clip."""
+    labels = {key: value for key, value in fields.items() if key in LABEL_COLUMNS or _is_plain(value)}
+    return {key: value for key, value in labels.items() if value is not None}
 
 
 def _joined(supervisions: Sequence[Any], text: str | None) -> dict[str, Any]:
