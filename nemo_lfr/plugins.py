@@ -49,7 +49,8 @@ def load_plugin(group: str, name: str) -> Any:
         try:
             return point.load()
         except (Exception, SystemExit) as error:  # importing a package may raise anything
-            reason = shorten(" ".join(str(error).split()), 200)
+            message = f"it exits with {error}" if isinstance(error, SystemExit) else str(error)
+            reason = shorten(" ".join(message.split()), 200)
             raise NemoLfrError(
                 f"{_described(point)} cannot be loaded ({reason}); repair or uninstall this package."
             ) from error

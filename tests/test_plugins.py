@@ -210,3 +210,10 @@ def test_entry_points_are_found_by_group_and_name(tmp_path, monkeypatch):
         match=r"entry point 'four' \(group nemo_lfr.things\) of the package things_of_a_test cannot be loaded",
     ):
         load_plugin("nemo_lfr.things", "four")
+
+
+def test_a_module_that_exits_when_it_is_imported_is_named(tmp_path, monkeypatch):
+    install(tmp_path, "script_of_a_test", "import sys\nsys.exit(0)", {"nemo_lfr.things:five": "thing"})
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(NemoLfrError, match=r"package script_of_a_test cannot be loaded \(it exits with 0"):
+        load_plugin("nemo_lfr.things", "five")

@@ -37,7 +37,7 @@ def load_plugins() -> None:
     for point in entry_points(group=ENTRY_POINTS):
         try:
             point.load()
-        except Exception as error:  # another package's module may raise anything
+        except (Exception, SystemExit) as error:  # another package's module may raise anything
             logger.warning(
                 "the codecs and metrics of %s are not available, because this module cannot be imported (%s: %s)",
                 point.value, type(error).__name__, shorten(error, 200),
