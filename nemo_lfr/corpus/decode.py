@@ -63,15 +63,7 @@ def decode_folder(
     total = sum(folder.counts)
     if not total:
         raise NemoLfrError(f"{tokens}: this folder has no utterances; failures.jsonl lists the clips that failed.")
-    codec = load(model, device, precision)
-    codec.backend.load("decode")  # refuses a folder of ONNX files without decoder.onnx
-    made = folder.metadata["codec"]
-    if not codec.made(folder.codec.fingerprint):
-        raise NemoLfrError(
-            f"{tokens}: the tokens were made by the codec {shorten(made.get('model'))} (fingerprint "
-            f"{folder.codec.fingerprint}), not by {codec.name} (fingerprint {codec.fingerprint}); pass the codec that "
-            "made the tokens as --model."
-        )
+    codec = _codec_of(folder, load(model, device, precision))
     out.mkdir(parents=True, exist_ok=True)
     ids, leftovers = UniqueIds(), Sweeper()
     on_start(total if limit is None else min(total, limit))
@@ -129,6 +121,18 @@ def _check_existing(path: Path, sample_rate: int, num_samples: int) -> None:
         f"{path}: this file exists, but is not the audio of these tokens ({what}); choose another --out, or pass "
         "--overwrite."
     )
+
+
+def _codec_of(folder: TokenFolder, codec: Codec[Any]) -> Codec[Any]:
+    """Return a codec after checking that it can decode, and that it made the tokens of a folder."""
+    codec.backend.load("decode")  # refuses a folder of ONNX files without decoder.onnx
+    if not codec.made(folder.codec.fingerprint):
+        made = shorten(folder.metadata["codec"].get("model"))
+        raise NemoLfrError(
+            f"{folder.path}: the tokens were made by the codec {made} (fingerprint {folder.codec.fingerprint}), not "
+            f"by {codec.name} (fingerprint {codec.fingerprint}); pass the codec that made the tokens as --model."
+        )
+    return codec
 
 
 def _decode(utterance: TokenizedUtterance, codec: Codec[Any], path: Path, overwrite: bool) -> None:
