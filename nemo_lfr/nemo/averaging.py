@@ -16,10 +16,15 @@ PARTS = ("audio_encoder", "audio_decoder")
 
 
 class RestoreTrainedWeights(Callback):
-    """Callback that restores the trained weights if validation, which uses averaged weights, raises an exception.
+    """Callback that restores the trained weights after validation, which uses averaged weights.
 
-    Lightning runs this callback before the callbacks that save a checkpoint of the failed run.
+    It is needed if validation raises an exception, or if a subclass overrides the hooks of the model. Lightning runs
+    this callback before the callbacks that save checkpoints.
     """
+
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Switch back to the trained weights."""
+        pl_module._use_average(False)
 
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
         """Switch back to the trained weights."""

@@ -50,15 +50,17 @@ class StockSteps(Optimizers):
         super().setup(stage)
         self.find_changes()
 
-    def find_changes(self) -> None:
-        """Set `_changes`. Each step calls this method, because a callback may change losses during training.
+    def find_changes(self) -> bool:
+        """Set `_changes`, and return whether NeMo's own steps must run.
+
+        Each step calls this method, because a callback may change losses during training.
 
         Raises:
             ConfigError: if something was changed, and the config sets a key that NeMo's own steps do not support.
         """
         state = _state(self)
         if state == self._checked:
-            return
+            return bool(self._changes)
         changes = tuple(_changed_attributes(self))
         if changes and changes != self._changes:
             for key, neutral in _ADDITIONS.items():
@@ -69,6 +71,7 @@ class StockSteps(Optimizers):
                     )
             logger.warning("training uses NeMo's own, slower step, because the model's %s changed", ", ".join(changes))
         self._changes, self._checked = changes, state
+        return bool(changes)
 
     def loss_scales(self) -> dict[str, float]:
         """Return the weights of NeMo's loss terms. As in NeMo, they are attributes that may change at any time."""

@@ -102,6 +102,11 @@ class TrainingSteps(StockSteps):
             state, self._unbuilt_discriminator = self._unbuilt_discriminator, {}
             self.load_state_dict(self.state_dict() | state)
 
+    def configure_optimizers(self) -> Any:
+        """Build the discriminators, if a subclass has overridden `setup`, and then the optimizers."""
+        self.build_discriminator()
+        return super().configure_optimizers()
+
     @property
     def losses(self) -> CodecLosses:
         """Losses that the config names, built on first access.
@@ -276,8 +281,7 @@ class TrainingSteps(StockSteps):
             batch: `audio` [B, T_audio] and `audio_lens` [B].
             batch_idx: index of the batch in its epoch.
         """
-        self.find_changes()
-        if self._changes:
+        if self.find_changes():
             super().training_step(batch, batch_idx)
             return
         every = self._batches_per_update
@@ -354,8 +358,7 @@ class TrainingSteps(StockSteps):
             batch: `audio` [B, T_audio] and `audio_lens` [B].
             batch_idx: index of the batch; not used.
         """
-        self.find_changes()
-        if self._changes:
+        if self.find_changes():
             super().validation_step(batch, batch_idx)
             return
         audio, audio_len, audio_gen, _, tokens = self.reconstruct(batch)

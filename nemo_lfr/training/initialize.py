@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.data import IterableDataset
 
 from nemo_lfr.checkpoint.names import GAIN
+from nemo_lfr.errors import ConfigError
 from nemo_lfr.modules.conv import Conv1d, ConvTranspose1d
 from nemo_lfr.modules.decoder import HiFiGANDecoder
 from nemo_lfr.modules.encoder import HiFiGANEncoder
@@ -29,6 +30,9 @@ def draw_segments(loader: Any, num_segments: int, samples_per_frame: int, min_fr
 
     Returns:
         Audio [B, T_audio] of complete frames. Shorter segments are padded with zeros.
+
+    Raises:
+        ConfigError: if the batches have another form.
     """
     batches: Iterable[Mapping[str, torch.Tensor]] = loader
     rows = getattr(loader, "batch_sampler", None)
@@ -37,6 +41,11 @@ def draw_segments(loader: Any, num_segments: int, samples_per_frame: int, min_fr
         batches = (loader.collate_fn([loader.dataset[row] for row in batch]) for batch in rows)
     audio: list[torch.Tensor] = []
     for drawn in batches:
+        if not isinstance(drawn, Mapping) or not isinstance(drawn.get("audio"), torch.Tensor):
+            raise ConfigError(
+                f"initialize_from_data needs batches with the key 'audio', but the loader returns a "
+                f"{type(drawn).__name__}; set model.initialize_from_data=false."
+            )
         audio += [*drawn["audio"]]
         if len(audio) >= num_segments:
             break

@@ -703,6 +703,39 @@ def test_the_average_follows_a_training_step_of_a_user():
     assert (average - trained).norm() < (start - trained).norm()
 
 
+class OwnHooks(AudioCodecModel):
+    """A model whose hooks do not call those of the base class."""
+
+    def setup(self, stage=None):
+        pass
+
+    def on_validation_epoch_end(self, *args, **kwargs):
+        pass
+
+
+def test_hooks_of_a_user_leave_the_discriminators_and_the_trained_weights(tmp_path):
+    changes = {"ema_decay": 0.5}
+    model = OwnHooks(OmegaConf.create(training_config([SMALL_STFT], **changes)))
+    reference = AudioCodecModel(OmegaConf.create(training_config([SMALL_STFT], **changes)))
+    reference.load_state_dict(model.state_dict())
+    options = {"validate": [batch()], "val_check_interval": 1, "num_sanity_val_steps": 0}
+    runs = []
+    for each in (model, reference):
+        torch.manual_seed(0)  # for the discriminators
+        runs.append(train(each, [batch()] * 3, **options))
+    mine, expected = runs
+    names = [{name for name in run.logged[-1] if "loss" in name} for run in (mine, expected)]
+    assert "d_loss" in names[0] and names[0] == names[1]
+    assert not model._average.in_use
+    assert torch.allclose(generator_weights(model), generator_weights(reference), atol=1e-6)
+
+
+def test_initialization_names_batches_of_another_form():
+    model = AudioCodecModel(OmegaConf.create(training_config([]) | {"initialize_from_data": True}))
+    with pytest.raises(ConfigError, match="needs batches with the key 'audio', but the loader returns a list"):
+        train(model, [list(batch().values())])
+
+
 def weights_of_a_part(model, other):
     model.audio_encoder.load_state_dict(other.audio_encoder.state_dict())
 
