@@ -1,5 +1,6 @@
 """Compare the stored plan of an earlier run with the current corpus, codec and options."""
 
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,6 +12,8 @@ from nemo_lfr.corpus.sources.base import CorpusReader
 from nemo_lfr.errors import NemoLfrError
 from nemo_lfr.plugins import naming_extension
 from nemo_lfr.spec import same_fingerprint
+
+logger = logging.getLogger(__name__)
 
 
 def check_stored_plan(
@@ -70,6 +73,12 @@ def _adopt_corpus(
             if shards is not None and len(shards) == len(stored["parts"]):
                 stored |= {"corpus": expected["corpus"], "parts": shards}
         if _has_same_base(stored, expected["audio_dir"], config):
+            if isinstance(stored["audio_dir"], str) and stored["audio_dir"] != expected["audio_dir"]:
+                logger.warning(
+                    "%s: the corpus was moved from %s, which no longer exists, to %s. If this is other audio with the "
+                    "same file names, stop, and choose another --out.",
+                    config.out, stored["audio_dir"], expected["audio_dir"],
+                )  # fmt: skip
             stored["audio_dir"] = expected["audio_dir"]
 
 

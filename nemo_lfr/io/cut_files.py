@@ -186,7 +186,8 @@ def is_shar_file(path: Path) -> bool:
     if ".jsonl" in path.suffixes:
         try:
             line = next(json_lines(path), None)
-            return line is None or kind_of(path) == "cuts" or "cut_id" in json.loads(line)
+            is_cuts = path.name.startswith("cuts.") and kind_of(path) == "cuts"
+            return line is None or is_cuts or "cut_id" in json.loads(line)
         except NOT_A_LINE:
             return False
     try:

@@ -71,7 +71,9 @@ class Copies(BaseModel):
         recipe = (type(self), self.cfg, hasattr(self, "discriminator"), kept, registered_components(self.cfg), built)
         state = self.state_dict()
         with logging.temp_verbosity(logging.ERROR):
-            settings = settings_to_pickle(self, state, functools.partial(_rebuilt, *recipe), skipped=("model_guid",))
+            settings = settings_to_pickle(
+                self, state, functools.partial(_rebuilt, *recipe), skipped=("model_guid", "_checked")
+            )
         arguments = (*recipe[:2], state, *flags_of(self), *recipe[2:])
         return _unpickled, arguments, settings or None, None, None, restore_settings
 

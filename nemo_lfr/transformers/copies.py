@@ -29,9 +29,7 @@ class Copies(nn.Module):
     def __copy__(self) -> "Self":
         """Return a model that shares the weights of this one. Its modules can be replaced separately."""
         other = type(self).__new__(type(self))
-        state = {
-            key: copy.copy(value) if isinstance(value, dict | set) else value for key, value in vars(self).items()
-        }
+        state = {key: copy.copy(value) if isinstance(value, dict | set) else value for key, value in self._to_copy()}
         other.__setstate__(state | {"_codec": None})
         return other
 

@@ -63,6 +63,12 @@ def remove_data(path: Path) -> None:
         file.unlink()
 
 
+def copy_cuts(path: Path) -> None:
+    """Leave two lists of cuts beside audio files."""
+    remove_data(path)
+    (path / "cuts_dev.jsonl.gz").write_bytes((path / "cuts.jsonl.gz").read_bytes())
+
+
 # Number of cuts per shard, a change to the folder, and the class of the reader.
 LAYOUTS = {
     "shard numbers": (2, nothing, "Shar"),
@@ -71,6 +77,7 @@ LAYOUTS = {
     "no shard numbers but other files": (None, add_other_files, "Shar"),
     "no shard numbers in subfolders": (None, move_to_subfolders, "Shar"),
     "cuts in a folder of audio files": (None, remove_data, "Folder"),
+    "two lists of cuts in a folder of audio files": (None, copy_cuts, "Folder"),
 }
 
 

@@ -11,7 +11,7 @@ pytest.importorskip("nemo", reason="stock NeMo is the reference here: pip instal
 
 from hydra.utils import instantiate
 from nemo.collections.tts.losses import audio_codec_loss
-from omegaconf import open_dict
+from omegaconf import OmegaConf, open_dict
 from torch import nn
 
 from nemo_lfr import AudioCodecModel, accelerate
@@ -203,3 +203,20 @@ def test_a_change_that_needs_nemos_step_excludes_additions(tmp_path, caplog):
     assert [record.message for record in caplog.records if "slower step" in record.message] == [
         "training uses NeMo's own, slower step, because the model's mel_loss_fn changed"
     ]
+
+
+def test_a_custom_loss_of_the_config_excludes_nemos_step(tmp_path):
+    loss = {"_target_": "tests.own_components.MeanScore"}
+    ours = AudioCodecModel(OmegaConf.create(config() | {"generator_loss": loss}))
+    own_mel(ours)
+    with pytest.raises(ConfigError, match=r"mel_loss_fn of the model was changed.*the custom generator_loss"):
+        train(ours, [batch_without_ties(ours, frames=8)])
+
+
+def test_rounded_buffers_of_losses_are_no_change(tmp_path):
+    _, ours = models(tmp_path, config())
+    ours.half().float()
+    ours.find_changes()
+    assert ours._changes == ()
+    ours.stft_loss_fn.loss_fns[0].log_guard = 5.0
+    assert ours.find_changes()
