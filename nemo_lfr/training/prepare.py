@@ -30,9 +30,9 @@ WRITTEN = {*(f"{split}.json" for split in SPLITS), FAILURES}  # files that a run
 # Journal for resuming an interrupted run: durations of the files that were opened, with size and modification time
 JOURNAL = ".opened.jsonl"
 NAMED = 5  # maximum number of names of files that a message lists
-# For messages: the files that each layout of a published corpus consists of.
 # Layouts whose tables name the split of each recording.
 KEEPS_SPLITS = ("commonvoice", "table")
+# For messages: the files that each layout of a published corpus consists of.
 EXPECTED = {
     "librispeech": "PART/SPEAKER/CHAPTER/*.flac with *.trans.txt beside them, as in LibriSpeech (openslr.org/12)",
     "mls": "mls_LANGUAGE/SPLIT/transcripts.txt and audio/SPEAKER/BOOK/*, as in Multilingual LibriSpeech "
