@@ -224,9 +224,10 @@ class NemoFiles(BaseModel):
         Raises:
             CheckpointError: if the file does not exist, is damaged, is not a training checkpoint, belongs to a model
                 of another class, or contains weights that do not fit the model.
+            ConfigError: if an OmegaConf interpolation in `hparams_file` is too long.
         """
+        check_hparams(hparams_file)
         try:
-            check_hparams(hparams_file)
             return _stock(cls, "load_from_checkpoint")(
                 checkpoint_path, *args, map_location=map_location, hparams_file=hparams_file, strict=strict, **kwargs
             )
