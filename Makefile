@@ -15,7 +15,8 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 
 setup: $(VENV)/.full
 
-# Environment of the demo. locks/ pins the version and hashes of every package except torch, which constraints.txt limits.
+# Environment of the demo. Its lock files pin the version and hashes of every package except torch. constraints.txt
+# limits the version of torch.
 # Packages without a wheel are built with the pinned build tools of locks/build.txt, without build isolation.
 $(VENV)/.light: pyproject.toml constraints.txt locks/build.txt locks/demo.txt
 	test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)
@@ -38,7 +39,7 @@ lint: $(VENV)/.full
 	$(VENV)/bin/python -m codespell_lib
 	$(VENV)/bin/python -m mypy nemo_lfr
 
-# Tests start many processes, which would all compile the modules if Python might not write bytecode.
+# Tests start many processes. If Python did not write bytecode, each of them would compile all modules.
 PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(VENV)/bin/python -m pytest -n 2 --dist worksteal
 
 check: lint

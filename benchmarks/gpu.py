@@ -12,8 +12,8 @@ is installed. A speedup "over stock" is relative to NeMo if it is timed, and oth
 fp32, both use PyTorch's defaults, which means TF32 in the convolutions of cuDNN.
 
 Agreement of tokens is measured on real speech with the bundled codec, relative to fp32 on the CPU. If soundfile or
-omegaconf are missing, run --pack on a machine that has them. It writes the codec and speech to one file, which is used
-if it is in the root of the repository under the name above.
+omegaconf are missing, run --pack on a machine that has them. It writes the codec and speech to one file. Without
+--speech, the benchmark reads `.gpu_inputs.pt` in the root of the repository if it exists.
 
 The parts run independently and print results immediately. A failed part is reported, and makes the exit code nonzero.
 """

@@ -4,7 +4,7 @@
 
 Every measurement is a new process that loads a checkpoint, processes two seconds of audio, returns free memory to the
 system, measures its resident memory (the loaded model) and processes the recording. nemo_lfr processes it from file to
-file. NeMo processes it in one call under `no_grad`, as is usual, which needs tens of GiB for ten minutes. Without
+file. NeMo processes it in one call under `no_grad`, as is usual. Ten minutes of audio then need tens of GiB. Without
 --model, a full-size checkpoint with random weights is written first. At most one in ten thousand tokens may differ
 from NeMo's, because of rounding ties.
 """

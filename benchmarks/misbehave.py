@@ -2,7 +2,7 @@
 
     python benchmarks/misbehave.py 1000
 
-The script starts `nemo-lfr serve` with the bundled codec and opens 1000 connections, 100 at a time, which take turns
+The script starts `nemo-lfr serve` with the bundled codec and opens 1000 connections, 100 at a time. They cycle
 through the kinds of misbehavior in `KINDS`. Meanwhile a well-behaved client decodes the same tokens again and again.
 Its audio is compared with that of an idle server. Then the script prints the file descriptors, threads and memory of
 the server before and after. Finally it opens connections that never end by themselves, sends SIGTERM, and prints how

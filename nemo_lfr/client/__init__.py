@@ -14,7 +14,7 @@ never an incomplete or invalid result. A server that makes no progress for `time
 
 If the connection of a stream is lost, the server discards the state of the stream, and the stream's methods raise
 `ServerLostError`. Open another stream, and send the recording again. With `retry_s`, a client keeps trying for that
-many seconds to open a stream or to send a file.
+many seconds to open a stream or to send a request.
 """
 
 from nemo_lfr.client.asynchronous import AsyncClient, AsyncDecodeStream, AsyncEncodeStream

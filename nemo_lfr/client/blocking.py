@@ -37,8 +37,8 @@ class Client:
         timeout: maximum time in seconds to wait for a connection or a response. A large file or response may take
             longer if at least 64 kB are transferred per second. A method of a stream fails if the server neither reads
             input nor sends a result for `timeout` seconds.
-        retry_s: number of seconds for which the client keeps trying to open a stream or to send a file while the
-            server is full, is shutting down or cannot be reached.
+        retry_s: number of seconds for which the client keeps trying to open a stream or to send a request while
+            the server is full, is shutting down or cannot be reached.
 
     Raises:
         NemoLfrError: if an argument is not valid.

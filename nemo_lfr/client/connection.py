@@ -165,7 +165,7 @@ class Connection:
 
     def _watch(self) -> None:
         """Start the watchdog if the server must read input or send a message; otherwise stop it."""
-        must_answer = not self.conversation.opened or self.conversation.ended  # else it may have nothing to send
+        must_answer = not self.conversation.opened or self.conversation.ended  # else the server may owe no message
         self._watchdog.set(bool(self._num_sending) or (self._is_receiving and must_answer))
 
     def _lost(self, error: Any) -> ServerError:

@@ -96,8 +96,9 @@ def _read(server: Server, response: Any, max_bytes: int) -> bytes:
         size += len(piece)
         if size > max_bytes:
             raise ServerError(f"{server.url} answers with more than {max_bytes} bytes; is it `nemo-lfr serve`?")
-        if time.monotonic() - start > server.timeout + size / MIN_SPEED:
-            raise TimeoutError(f"only {size} bytes of the answer arrived within {server.timeout:g} s")
+        elapsed = time.monotonic() - start
+        if elapsed > server.timeout + size / MIN_SPEED:
+            raise TimeoutError(f"only {size} bytes of the answer arrived in {elapsed:.0f} s")
     content = b"".join(pieces)
     if response.length:  # `read1`, unlike `read`, does not raise this error itself
         raise http.client.IncompleteRead(content, response.length)

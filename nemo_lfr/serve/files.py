@@ -72,7 +72,8 @@ def storing() -> Iterator[None]:
     try:
         yield
     except (OSError, AudioError) as error:
-        # `AudioReader` copies some recordings to a file of its own. A seek to an invalid place has the number EINVAL.
+        # `AudioReader` copies some recordings to a temporary file. EINVAL is the error of a seek to an invalid
+        # position, which a damaged recording causes.
         cause = error if isinstance(error, OSError) else error.__cause__
         if not isinstance(cause, OSError) or cause.errno in (None, errno.EINVAL):
             raise

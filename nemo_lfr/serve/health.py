@@ -25,7 +25,8 @@ async def find_fault(engine: Engine) -> str | None:
     if engine.step_s > STALLED_S:
         return f"a step of the engine has been running for {engine.step_s:.0f} s; restart the server."
     if engine.fault is not None:
-        # Success resets `engine.fault`. After any error, even if the engine was only full, report the earlier fault.
+        # If the frame is decoded, `engine.fault` becomes None. Otherwise, even if the engine is only full, the earlier
+        # fault is returned.
         with suppress(Exception):
             await asyncio.wait_for(_decode_frame(engine), _PROBE_S)
     return engine.fault

@@ -78,9 +78,9 @@ OPENAPI: dict[str, Any] = {
         },
         "/health": {
             "get": {
-                "summary": "Return whether the server accepts new streams.",
+                "summary": "Return whether the server works and is not shutting down.",
                 "responses": {
-                    "200": {"description": "New streams are accepted."},
+                    "200": {"description": "The server works."},
                     "503": {"description": "The server is shutting down, or cannot process streams."},
                 },
             }

@@ -2,8 +2,8 @@
 
 Each stream is for one recording. Binary messages contain little-endian samples or tokens. Text messages are JSON
 objects with either `tokens` or the `type` of a control message. Every message is validated when it is parsed, so an
-invalid message ends only its own stream. Unknown and repeated keys and parameters are refused, because a value that is
-ignored would be lost without notice.
+invalid message ends only its own stream. Unknown and repeated keys and parameters are refused, so that no value is
+ignored without notice.
 """
 
 import json

@@ -228,7 +228,7 @@ def server_config(app: Starlette, settings: Settings) -> uvicorn.Config:
         ws=websockets,
         ws_max_size=settings.stream.max_message_bytes * 2,  # the server's own limit is smaller and gives a clear error
         ws_per_message_deflate=False,
-        # Pings have no time limit: a pong waits in the queue while the server does not read, which may take long.
+        # No time limit for pongs, because the server does not read them while it has enough input.
         ws_ping_timeout=None,
         timeout_graceful_shutdown=1,
     )

@@ -104,7 +104,7 @@ class Session:
             items: valid samples [n] or tokens [C, k] of this stream's codec.
         """
         with self._changed:
-            # A finished stream reads no input, and an empty chunk would stay in the queue until the next one.
+            # A finished stream takes no input. An empty piece would stay in the queue until more input arrives.
             if self._finished or not items.shape[-1]:
                 return
             self._started = self._started or time.monotonic()

@@ -18,7 +18,7 @@ FULL_SCALE = 32768  # amplitude of 16-bit samples
 GAIN_RANGE_DB = (-12.0, 6.0)
 MAX_PEAK = 0.98
 MARGIN = 512  # samples on each side of an augmented segment, which are cut off because a transform wraps around
-SIZE_STEP = 128  # sizes of transforms are multiples of this number, for which they are fast
+SIZE_STEP = 128  # sizes of FFTs are multiples of this number, because such FFTs are fast
 # Number of bands, and the center of the lowest band in Hz. On a log scale, the centers are equally spaced.
 EQUALIZER_BANDS, EQUALIZER_START = 8, 60.0
 
@@ -75,7 +75,7 @@ class SpeechSegments:
             padded with zeros.
         length: number of samples per segment.
         device: device for the samples.
-        augment: random changes of the segments; if None, only the gain is random.
+        augment: random changes of the segments; if None, only the gain is changed.
     """
 
     def __init__(

@@ -280,7 +280,7 @@ def main() -> None:
         "--config", type=expand_home, default=DEFAULT_CONFIG, help="YAML file of settings (default %(default)s)"
     )
     parser.add_argument(
-        "--import-state", type=expand_home, metavar="FILE", help="state.pt of the older script to continue from"
+        "--import-state", type=expand_home, metavar="FILE", help="continue from this state.pt of the older script"
     )
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")

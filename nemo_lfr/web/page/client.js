@@ -319,8 +319,9 @@ export class Client {
       pieces.push(value);
       size += value.byteLength;
       if (size > maxBytes) throw this.#stranger(`answers with more than ${maxBytes} bytes`);
-      if (Date.now() - start > 1000 * (this.timeoutSeconds + size / MIN_SPEED)) {
-        throw new Error(`only ${size} bytes of the answer arrived within ${this.timeoutSeconds} s`);
+      const elapsed = (Date.now() - start) / 1000;
+      if (elapsed > this.timeoutSeconds + size / MIN_SPEED) {
+        throw new Error(`only ${size} bytes of the answer arrived in ${Math.round(elapsed)} s`);
       }
     }
     return new Blob(/** @type {BlobPart[]} */ (pieces));

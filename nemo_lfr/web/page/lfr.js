@@ -111,7 +111,7 @@ function readHeader(reader) {
   if (length > MAX_METADATA_BYTES) throw damaged();
   const text = reader.bytes(length);
   reader.checkCrc(null);
-  if (coding === 1) throw new CompressedError("This token file is compressed, which only a server can read.");
+  if (coding === 1) throw new CompressedError("This token file is compressed. Only a server can read it.");
   if (coding) throw new UserError(`This token file has coding ${coding}, which this page cannot read.`);
   const metadata = parseMetadata(text);
   if (!metadata) throw damaged();
