@@ -1,4 +1,4 @@
-"""Corpora of three recordings, in formats that `tokenize` reads."""
+"""Corpora of three recordings, in formats that `tokenize` reads. This module needs the extra `corpus`."""
 
 import gzip
 import json
@@ -7,6 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+
+pa = pytest.importorskip("pyarrow", reason="pip install '.[corpus]'")
+pq = pytest.importorskip("pyarrow.parquet", reason="pip install '.[corpus]'")
+pytest.importorskip("lhotse", reason="pip install '.[corpus]'")
 
 RATE, SAMPLES = 22050, 4096
 
@@ -59,8 +63,6 @@ def write_shar(folder: Path, texts: str) -> Path:
 
 
 def write_parquet(folder: Path, texts: str) -> Path:
-    pa = pytest.importorskip("pyarrow", reason="pip install '.[corpus]'")
-    pq = pytest.importorskip("pyarrow.parquet", reason="pip install '.[corpus]'")
     path = folder / "t.parquet"
     columns = {"audio": [f"{name}.wav" for name in "abc"], "text": list(texts)}
     pq.write_table(pa.table(columns), path, row_group_size=1, compression=None)

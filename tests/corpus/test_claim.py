@@ -12,15 +12,9 @@ from nemo_lfr.corpus.config import TokenizeConfig
 from nemo_lfr.corpus.records import METADATA, ShardRecord
 from nemo_lfr.corpus.run import Totals, tokenize
 from nemo_lfr.errors import NemoLfrError
-from tests.corpora import write_codec
 from tests.models import RATE, synthesize
 
 CLIPS = 4
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return write_codec(tmp_path_factory.mktemp("model") / "tiny.nemo", "two_stages")
 
 
 @pytest.fixture(scope="module")

@@ -21,17 +21,12 @@ from nemo_lfr.cli.main import main
 from nemo_lfr.corpus.decode import decode_folder
 from nemo_lfr.corpus.formats import BUILT_IN
 from nemo_lfr.errors import OutputExistsError
-from tests.corpora import write_codec, write_tokens
+from tests.corpora import write_tokens
 from tests.crash import on_a_full_disk
 from tests.tiers import slow_after, slow_except, slow_if
 
 pytest.importorskip("lhotse", reason="pip install '.[corpus]'")
 pytest.importorskip("pyarrow", reason="pip install '.[corpus]'")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return write_codec(tmp_path_factory.mktemp("model") / "tiny.nemo", "two_stages")
 
 
 @pytest.fixture(scope="module")

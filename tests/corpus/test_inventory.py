@@ -14,10 +14,11 @@ from nemo_lfr.corpus.inventory import WHOLE_BYTES, sampled_digest
 from nemo_lfr.corpus.run import tokenize
 from nemo_lfr.errors import NemoLfrError
 from nemo_lfr.io.cut_files import read_cuts
-from tests.corpora import write_codec
 from tests.corpus.inputs import (
     cut,
     lines,
+    pa,
+    pq,
     write_audio,
     write_manifest,
     write_parquet,
@@ -25,15 +26,6 @@ from tests.corpus.inputs import (
     write_shar,
 )
 from tests.tiers import slow_after, slow_except
-
-pa = pytest.importorskip("pyarrow", reason="pip install '.[corpus]'")
-pq = pytest.importorskip("pyarrow.parquet", reason="pip install '.[corpus]'")
-pytest.importorskip("lhotse", reason="pip install '.[corpus]'")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return write_codec(tmp_path_factory.mktemp("model") / "tiny.nemo", "two_stages")
 
 
 @pytest.fixture

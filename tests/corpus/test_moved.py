@@ -16,18 +16,18 @@ from nemo_lfr.corpus.run import tokenize
 from nemo_lfr.corpus.sources.folder import PROBLEM
 from nemo_lfr.corpus.sources.manifest import Manifest
 from nemo_lfr.errors import NemoLfrError
-from tests.corpora import write_codec
-from tests.corpus.inputs import cut, lines, write_audio, write_manifest, write_parquet, write_recordings, write_shar
+from tests.corpus.inputs import (
+    cut,
+    lines,
+    pa,
+    pq,
+    write_audio,
+    write_manifest,
+    write_parquet,
+    write_recordings,
+    write_shar,
+)
 from tests.tiers import slow_after, slow_except
-
-pa = pytest.importorskip("pyarrow", reason="pip install '.[corpus]'")
-pq = pytest.importorskip("pyarrow.parquet", reason="pip install '.[corpus]'")
-pytest.importorskip("lhotse", reason="pip install '.[corpus]'")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return write_codec(tmp_path_factory.mktemp("model") / "tiny.nemo", "two_stages")
 
 
 def write_csv(folder: Path) -> Path:

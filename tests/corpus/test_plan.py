@@ -15,7 +15,7 @@ from nemo_lfr.corpus.records import METADATA, PLAN, STATE, ShardRecord
 from nemo_lfr.corpus.run import tokenize
 from nemo_lfr.corpus.token_folder import TokenFolder
 from nemo_lfr.errors import NemoLfrError
-from tests.corpora import write_codec, write_tokens
+from tests.corpora import write_tokens
 
 
 def write_parquet(path: Path, *, num_groups: int = 1) -> None:
@@ -62,11 +62,6 @@ EMPTY: dict[str, tuple[str, Callable[[Path], object]]] = {
     "Shar": ("shar", write_shar),
     "saved dataset": ("dataset", write_dataset),
 }
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return write_codec(tmp_path_factory.mktemp("model") / "a.nemo", "two_stages")
 
 
 @pytest.mark.parametrize("kind", EMPTY)
