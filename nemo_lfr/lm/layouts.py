@@ -117,7 +117,7 @@ class Layout(ABC):
             tokens = constant([0] * tokens.shape[0] * tokens.shape[1], tokens).reshape(*tokens.shape[:2], 1)
         steps = self._num_steps(length)
         longest = int(steps.max()) if len(steps) else 0
-        # Position 0 is the first frame; BOS is at position -1.
+        # Position 0 is the first step with tokens; BOS is at position -1.
         at = arange(longest + self.bos + self.eos, tokens)[None, None] - int(self.bos)  # [1, 1, L]
         ends, length = steps[:, None, None], length[:, None, None]
         codebook, frame = self._source(at, length)

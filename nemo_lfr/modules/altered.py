@@ -3,8 +3,8 @@
 Fast inference (packed weights on a CPU, plans on CUDA) uses copies of the weights and does not call the modules.
 Forward hooks would not run, and weights that a hook recomputes before each call would not be updated (as with
 `torch.nn.utils.prune` and the older `weight_norm` and `spectral_norm`). Altered networks are therefore run by calling
-their modules. So are all networks while hooks for all modules are registered (`register_module_forward_hook`), and
-networks in training mode with dropout.
+their modules. The modules are also called while global hooks are registered (`register_module_forward_hook`), and if
+a network with dropout is in training mode.
 """
 
 import functools
@@ -32,7 +32,10 @@ _ORIGINALS: dict[type, dict[str, Any]] = {}
 
 
 def notice_patches(kind: Module) -> Module:
-    """Class decorator, after which methods that a caller replaces in the class count as patched, as in an object."""
+    """Class decorator that lets `is_patched` detect methods replaced in the class.
+
+    For other classes, `is_patched` only detects methods replaced in an object.
+    """
     _ORIGINALS[kind] = {name: value for name, value in vars(kind).items() if callable(value)}
     return kind
 
@@ -72,9 +75,9 @@ def has_global_hooks() -> bool:
 def must_be_called(layer: nn.Module, kind: type[nn.Module]) -> bool:
     """Return whether a layer must be run by calling it.
 
-    This is the case if the layer has hooks, if hooks for all modules are registered, or if its `forward` method is not
-    that of the class `kind`, such as `nn.Conv1d`. A kernel that only uses the weights of such a layer would give other
-    results.
+    This is the case if the layer has hooks, if global hooks are registered, if a caller has patched a method, or if
+    its `forward` method is not that of the class `kind`, such as `nn.Conv1d`. A kernel that only uses the weights of
+    such a layer would give other results.
     """
     if layer._backward_hooks or layer._backward_pre_hooks or has_global_hooks():
         return True
@@ -108,7 +111,7 @@ def is_altered(network: nn.Module) -> bool:
         module, is_layer = pending.pop()
         if module._forward_hooks or module._forward_pre_hooks or is_patched(module):
             return True
-        # Activations may contain modules of a user, and weights may have a user's parametrizations.
+        # A user's own modules are allowed inside activations, and as parametrizations of weights.
         kind: Any = type(module)
         if is_layer and _overrides(kind):
             return True
@@ -123,7 +126,10 @@ def is_altered(network: nn.Module) -> bool:
 
 
 def _is_expected(module: nn.Module, name: str, child: nn.Module) -> bool:
-    """Return whether a child that is not run by calling it is of the kind that this package builds."""
+    """Return whether a child module is of the kind that this package builds.
+
+    Only the kinds of children that fast inference does not call are checked.
+    """
     if name == "conv":
         return not _is_altered(child, _conv_kind(child))
     # NeMo's layers have the children "activation" and "dropout" too, which do nothing unless a caller sets them.

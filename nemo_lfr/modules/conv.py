@@ -61,8 +61,8 @@ def convolve(
     if torch.compiler.is_exporting():
         return F.conv1d(hidden, weight, bias, stride=stride, padding=padding, dilation=dilation)
     outweighs = _outweighs(weight, hidden)
-    # With gradients, a matrix product is used only without dilation: its backward pass would also process the gaps
-    # between the taps.
+    # With gradients, a dilated convolution is never a matrix product, because the backward pass of the product would
+    # also process the gaps between the taps.
     if outweighs >= (16 if not torch.is_grad_enabled() else 4 if dilation == 1 else math.inf):
         if padding:
             hidden = F.pad(hidden.unsqueeze(2), (padding, padding, 0, 0)).squeeze(2)
@@ -96,14 +96,14 @@ def convolve_by_product(
 
 
 class Conv1d(nn.Module):
-    """Convolution with padding, which divides the length by `stride`.
+    """Padded convolution that divides the length of a signal by `stride`.
 
     A symmetric convolution pads both ends with the mode `pad_mode`. A causal one only adds zeros before the first time
     step, so that no output depends on later inputs.
 
-    The child `conv` has the settings that it has in NeMo. In a symmetric layer it pads its input itself; a causal
-    layer pads the input first. `conv` is only called if a caller has altered it (see `must_be_called`). The child
-    `activation` does nothing unless a caller replaces it.
+    The child `conv` has the same settings as in NeMo: those of a symmetric layer include the padding, and those of a
+    causal layer do not. `conv` is only called if a caller has altered it (see `must_be_called`). Otherwise, only its
+    weights are used. The child `activation` does nothing unless a caller replaces it.
 
     Args:
         in_channels: number of input channels.
@@ -121,7 +121,7 @@ class Conv1d(nn.Module):
         span: receptive field of an output, in time steps: (kernel_size - 1) * dilation + 1.
 
     Raises:
-        ConfigError: for an unknown `pad_mode`, or a symmetric convolution whose padding cannot be equal on both sides.
+        ConfigError: for an unknown `pad_mode`, or if `span` is even in a symmetric convolution with stride 1.
     """
 
     def __init__(
@@ -148,7 +148,7 @@ class Conv1d(nn.Module):
             self.pad = ((span - stride + 1) // 2,) * 2
         else:
             self.pad = ((span - 1) // 2,) * 2
-        # Stored here, because a caller may replace `conv` with a module that does not have them.
+        # These settings are stored here, because a caller may replace `conv` with a module that does not have them.
         self.stride, self.span, self.causal = stride, span, causal
         self._pad_mode = "constant" if causal else PAD_MODES[pad_mode]
         conv = nn.Conv1d(
@@ -218,15 +218,15 @@ class Conv1d(nn.Module):
 
 
 class ConvTranspose1d(nn.Module):
-    """Transposed convolution with kernel size 2 * stride, which multiplies the length by `stride`.
+    """Transposed convolution that multiplies the length of a signal by `stride`.
 
-    Such a convolution gives `stride` more outputs than needed. A symmetric layer removes half of the extra outputs at
-    each end (if `stride` is odd, one more at the start than at the end). A causal layer removes all extra outputs at
-    the end.
+    The kernel size is 2 * stride, so there are `stride` more outputs than needed. A symmetric layer removes half of
+    the extra outputs at each end (if `stride` is odd, one more at the start than at the end). A causal layer removes
+    all extra outputs at the end.
 
-    The child `conv` has the settings that it has in NeMo. In a symmetric layer it removes the extra outputs itself,
-    unless the stride is 1: PyTorch refuses to call NeMo's convolution in that case.
-    For when `conv` is called, and for the child `activation`, see `Conv1d`.
+    The child `conv` has the same settings as in NeMo: `conv` itself removes the extra outputs of a symmetric layer. If
+    the stride is 1, the layer removes them instead, because PyTorch refuses NeMo's settings for this stride. `Conv1d`
+    describes when `conv` is called, and the child `activation`.
 
     Args:
         in_channels: number of input channels.
@@ -309,7 +309,7 @@ class ConvTranspose1d(nn.Module):
         stride, length = self.stride, hidden.shape[-1]
         if not torch.compiler.is_compiling() and _must_be_called(self):
             result = self.conv(hidden)
-            if not self.cut[0]:  # as NeMo's classes cut it
+            if not self.cut[0]:  # `conv` has not removed the extra outputs
                 result = result[..., self.first_sample : result.shape[-1] - stride + self.first_sample]
         else:
             full = self.overlap(F.pad(hidden, (1, 1)))  # [B, H_out, (T + 1) * stride]
@@ -328,8 +328,7 @@ def fold(layer: Conv1d | ConvTranspose1d) -> tuple[torch.Tensor, torch.Tensor | 
     """Return a layer's weight, with weight norm folded, and its bias, both detached and contiguous.
 
     A transposed layer without groups is converted to an ordinary convolution with two taps. The input of the ordinary
-    convolution must be padded by one time step at both ends. `interleave` then turns its output channels into time
-    steps.
+    convolution must be padded with one zero at each end. `interleave` turns the output channels into time steps.
 
     Returns:
         Weight [H_out, H_in, K], and bias [H_out] or None. For a converted layer, the shapes are

@@ -125,7 +125,7 @@ class HiFiGANDecoder(NeuralModule):
             dequantized: dequantized frames, in the form that `ops` uses.
 
         Returns:
-            The input of the output activation, in the form that `ops` uses.
+            Audio before the output activation, in the form that `ops` uses.
         """
         return decode(self, ops, dequantized)
 
@@ -162,7 +162,7 @@ class HiFiGANDecoder(NeuralModule):
         return audio.squeeze(1)
 
     def hidden_frames(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Return the input of the output activation: [B, D, T] -> [B, 1, T * samples_per_frame]."""
+        """Decode up to the output activation: [B, D, T] -> [B, 1, T * samples_per_frame]."""
         return self.run(ModuleOps(), inputs)
 
     def forward(self, inputs: torch.Tensor, input_len: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -129,7 +129,7 @@ class HiFiGANEncoder(NeuralModule):
     @property
     def context(self) -> Context:
         """Numbers of earlier and later frames that an encoded frame depends on; both are 6 in NVIDIA's codec."""
-        # A frame depends on the samples from `field.past` before its first sample to `field.future` after it.
+        # `field` counts from the first sample of a frame, so the rest of the frame is part of `field.future`.
         rate, field = self.samples_per_frame, self._field
         return Context(num_frames(field.past, rate), num_frames(max(0, field.future - (rate - 1)), rate))
 

@@ -1,7 +1,7 @@
 """Mark NaN and infinite values in the results of a network.
 
-`quantize` and `to_audio` mark such values as invalid tokens or NaN samples, and `Codec` raises an error when it finds
-a mark. Without marks, the quantizer and the output activation would hide the values: `tanh` of infinity is 1, and
+`quantize` marks such values with the token `INVALID`, and `to_audio` with NaN. `Codec` raises an error when it finds a
+mark. Without marks, the quantizer and the output activation would hide the values: `tanh` of infinity is 1, and
 converting NaN to an integer is undefined. Marking runs on the device, without synchronizing a GPU.
 """
 

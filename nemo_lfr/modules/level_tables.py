@@ -17,10 +17,10 @@ class _Buffers(NamedTuple):
 
     Attributes:
         tensors: the buffers.
-        places: address and version of each buffer.
-        arrays: views of the buffers, whose values are compared each time; None on a GPU, where reading values would
-            wait for the GPU.
-        are_own: whether the values were those for the levels.
+        places: address of each buffer, and its version, by which PyTorch counts writes.
+        arrays: numpy views of the buffers on a CPU, to compare their values again; None on a GPU, where reading values
+            would wait for the GPU.
+        are_own: whether the values were correct for the quantizer's levels.
     """
 
     tensors: list[torch.Tensor]
@@ -34,7 +34,7 @@ _COMPARED: WeakKeyDictionary[nn.Module, _Buffers] = WeakKeyDictionary()
 
 @cache
 def level_tables(levels: tuple[int, ...]) -> dict[str, list[int]]:
-    """Return the values of the buffers of a quantizer with these levels, by name, one per dimension."""
+    """Return the correct values of a quantizer's buffers by name, one value per dimension."""
     bases = [math.prod(levels[:dim]) for dim in range(len(levels))]
     return {"dim_base_index": bases, "num_levels": list(levels)}
 
@@ -48,7 +48,7 @@ def has_level_tables(quantizer: nn.Module, levels: tuple[int, ...]) -> bool:
     """Return whether the buffers of a quantizer have the values for its levels.
 
     On a GPU, writes that PyTorch does not count are missed, such as those through `.data`. The result is True if the
-    buffers have no values, or a graph is traced or captured.
+    values were never compared and cannot be read now, for example on the meta device or while a graph is captured.
     """
     buffers = [quantizer._buffers.get(name) for name in level_tables(levels)]
     tensors = [buffer for buffer in buffers if buffer is not None]

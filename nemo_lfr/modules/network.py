@@ -86,7 +86,7 @@ def decode(decoder: DecoderLayers, ops: Ops[Signal], dequantized: Signal) -> Sig
     """Decode frames [B, D, T_encoded] with the operations of a backend.
 
     Returns:
-        The input of the output activation, [B, 1, T_audio].
+        Audio before the output activation, [B, 1, T_audio].
     """
     hidden = ops.conv(decoder.pre_conv, dequantized)
     for stage in decoder.stages:

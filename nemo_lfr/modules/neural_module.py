@@ -98,7 +98,8 @@ class NeuralModule(nn.Module):
                 continue
             weight, layer = folded_weight(module), cast(Any, module)
             is_trained = any(value.requires_grad for value in layer.parametrizations.parameters())
-            # PyTorch gives a parametrized module a class of its own, and changes it here. Deep copies share the class.
+            # PyTorch gives a parametrized module its own class, which deep copies share. The class is copied here,
+            # because `remove_parametrizations` changes it.
             kind = type(layer)
             layer.__class__ = type(kind.__name__, kind.__bases__, dict(vars(kind)))
             parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)

@@ -1,7 +1,7 @@
 """Padding at the ends of a signal: "reflect", "constant" (zeros) or "replicate".
 
 `pad_signal` pads a batch whose examples have the same length. `fill_padding` writes the same values into a batch whose
-examples may have different lengths. The Triton kernels use neither: they read the padding from the signal by index.
+examples may have different lengths. The Triton kernels call neither function: they compute the same values themselves.
 """
 
 from collections.abc import Sequence

@@ -83,7 +83,7 @@ class FiniteScalarQuantizer(NeuralModule):
 
     @property
     def is_plain(self) -> bool:
-        """Whether no caller has changed the quantizer: its hooks, methods and buffers."""
+        """Whether no caller has added hooks, or changed methods or buffers."""
         return not is_altered(self) and not must_be_called(self, FiniteScalarQuantizer) and self.is_consistent
 
     @property
@@ -123,7 +123,7 @@ class FiniteScalarQuantizer(NeuralModule):
         """Squash [B, D, T] into the range of the levels, so that rounding gives one of the levels."""
         levels = self.num_levels.to(torch.float32)  # dividing integers would give PyTorch's default dtype
         half_range = (levels - 1) / 2 * (1 - self.eps)
-        # Not torch.where with scalars: it copies them to the GPU, which is not possible in a CUDA graph.
+        # `torch.where` with scalars would copy them to the GPU, which is not possible in a CUDA graph.
         offset = (levels % 2 == 0).to(torch.float32) * 0.5
         # tan, not atanh: released checkpoints were trained with tan, and token ids depend on it.
         shift = (offset / half_range).tan()
@@ -266,7 +266,7 @@ class GroupFiniteScalarQuantizer(CodebookDropout):
 
     @property
     def is_plain(self) -> bool:
-        """Whether nothing is altered in this quantizer and those of the groups, so that one can handle all groups."""
+        """Whether no caller has changed this quantizer or the quantizers of its groups."""
         return check_once(self, "plain", lambda: not is_altered(self) and self._is_uniform())
 
     def _is_uniform(self) -> bool:
@@ -286,8 +286,8 @@ class GroupFiniteScalarQuantizer(CodebookDropout):
         """Yield the quantizer of each group with its part of a tensor, which is split along the dimension `dim`.
 
         Raises:
-            TokensError: if the shape is wrong. It is not checked, as in NeMo, if a caller has changed the number of
-                groups.
+            TokensError: if the shape is wrong. As in NeMo, the shape is not checked if a caller has changed the number
+                of groups.
         """
         if len(self.fsqs) == self.num_groups:
             if dim == 1:

@@ -1,8 +1,8 @@
 """Run a batch of examples with different lengths so that no example depends on the others.
 
-NeMo pads short examples and sets the padding to zero after each convolution. A clip that is encoded alone is instead
-padded by reflection at its end. In NeMo, the last tokens of a clip thus depend on whether the batch contains longer
-clips. Here, only examples of the same length run together, so no padding is needed.
+In NeMo, the last tokens of a clip depend on whether its batch contains longer clips. If so, NeMo pads the clip, and
+sets the padding to zero after each convolution. A clip that is encoded alone is instead padded by reflection in each
+convolution. Here, only examples of the same length run together, so no example is padded.
 """
 
 from collections.abc import Callable

@@ -5,10 +5,10 @@ values are also compared, by a checksum that reads every byte once. On one CPU c
 million fp32 weights. Encoding one second of audio takes 25 to 100 times as long as the checksum of the encoder.
 `Codec` uses `checksum_once`, so the checksum is computed once per call instead of once per batch.
 
-The checksum reads the weights as blocks of rows of 509 integers, and hashes the sum of each column of each block. (An
-integer has 8 bytes on a CPU. On a GPU, it has at most 4 bytes, and there is only one block.) It always detects a
-change of a single integer. It misses changes that leave every sum unchanged, such as a swap of two values in one
-column of a block. Other changes are missed with a probability of about 2^-60.
+The checksum reads the weights as rows of 509 integers, adds up each column of a block of 128 rows, and hashes the
+sums. (An integer has 8 bytes on a CPU. On a GPU, it has at most 4 bytes, and all rows form one block.) The checksum
+always detects a change of a single integer. It misses changes that leave every sum unchanged, such as a swap of two
+values in one column of a block. Other changes are missed with a probability of about 2^-60.
 """
 
 import operator
@@ -29,8 +29,8 @@ COLUMNS = 509
 ROWS = 128
 # Odd factors for the sums on a GPU.
 _FACTORS = np.random.default_rng(509).integers(0, 2**63, COLUMNS, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
-# Tensors of up to this many elements are concatenated, because each checksum has a fixed cost: as much as for
-# thousands of weights on a CPU, and a kernel launch on a GPU.
+# Tensors of up to this many elements are concatenated, because each checksum has a fixed cost. On a GPU, this cost is a
+# kernel launch; on a CPU, it is as high as that of reading thousands of weights.
 SMALL = {"cpu": 1 << 16}
 SMALL_ELSEWHERE = 1 << 24
 # Attributes of layers that packed weights and other derived objects depend on.
@@ -47,7 +47,8 @@ SETTINGS = (
     "alpha",
     "eps",
 )
-# The sums of 4-byte integers do not overflow. In sums of 8-byte integers, two changes of the highest bit would cancel.
+# Integer type for the sums on a GPU, by element size in bytes. Elements of 8 bytes are read as two integers: sums of
+# 4-byte integers do not overflow, but in sums of 8-byte integers, two changes of the highest bit would cancel.
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int32}
 
 _SEEN: ContextVar[dict[Any, tuple[int, ...]] | None] = ContextVar("weight_checksums", default=None)

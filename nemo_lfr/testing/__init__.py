@@ -3,13 +3,14 @@
     codec = nemo_lfr.testing.build_codec()
     tokens, tokens_len = codec.encode(nemo_lfr.testing.synthesize(2.0), sample_rate=codec.sample_rate)
 
-To test a backend of another package, run each check of `BACKEND_CHECKS` on a codec that uses it:
+To test a backend of another package, run each check of `BACKEND_CHECKS` on a codec with this backend:
 
     @pytest.mark.parametrize("check", BACKEND_CHECKS, ids=lambda check: check.__name__)
     def test_backend(check):
         check(nemo_lfr.load("model.tflite", backend="tflite"))
 
-The codecs have random weights, so they decode to noise. This module requires neither pytest nor NeMo.
+The codecs that this module builds have random weights, so they decode to noise. The module requires neither pytest nor
+NeMo.
 """
 
 from nemo_lfr.testing.backend_checks import (

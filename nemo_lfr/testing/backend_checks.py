@@ -78,7 +78,8 @@ def _audio(codec: Codec[Any], tokens: np.ndarray) -> np.ndarray:
 def check_spec(codec: Codec[Any]) -> None:
     """Check that `Codec.spec` is valid, and that the codec accepts tokens with its own fingerprint.
 
-    A codec that has a fingerprint must also refuse tokens with the fingerprint of another codec.
+    A codec that has a fingerprint must also refuse tokens with the fingerprint of another codec. The codec's `repr`
+    must contain its name.
     """
     spec = codec.spec
     spec.validate()
