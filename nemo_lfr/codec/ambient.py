@@ -102,7 +102,8 @@ def _attribute(owner: Any) -> ProcessSetting:
     """Return the `ProcessSetting` for oneDNN's precision in fp32 matrix products or convolutions.
 
     The value "none" means that a more general setting applies: the one for all of oneDNN, or the one for all backends.
-    A setting that was "none" is set to "none" again, so that later changes to the general setting still take effect.
+    A setting that was "none" before a `with` block is "none" again afterwards, so that later changes to the general
+    setting still take effect.
 
     Args:
         owner: `torch.backends.mkldnn.matmul` or `torch.backends.mkldnn.conv`.
@@ -204,7 +205,7 @@ def check_weights(module: nn.Module, name: str) -> None:
         NemoLfrError: if a weight is not fp32 or is sparse, or if the settings of a `Conv1d` or `ConvTranspose1d` were
             changed to values that the module does not support. The message says how to fix it.
     """
-    # Not `module.parameters()`, which takes three times as long.
+    # `module.parameters()` would take three times as long.
     for child in module.modules():
         if isinstance(child, Conv1d | ConvTranspose1d) and not child.is_consistent:
             raise NemoLfrError(

@@ -120,8 +120,8 @@ def check_result(backend: Any, operation: Operation, result: Any, inputs: Any, n
         num_frames: valid frames in each example.
 
     Raises:
-        NemoLfrError: if the result is not an array of the same library as `inputs`, if its shape is not the one that
-            `Backend` specifies, or if tokens are not integers or audio is not floating point.
+        NemoLfrError: if the result is not an array of the same library as `inputs`, its shape is not the one that
+            `Backend` specifies, or its elements have the wrong type (tokens are integers, audio is floating point).
     """
     spec, kinds = backend.spec, {"encode": "integers", "decode": "floating-point numbers"}
     expected: list[int] = [len(inputs), max(num_frames) * spec.samples_per_frame]

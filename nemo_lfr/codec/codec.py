@@ -213,7 +213,7 @@ class Codec(HubMethods[Array]):
             rolling_windows(chunks, frame, self.chunk_frames, cutter.limits.context)
         ):
             padding = cutter.width(window.num_frames) * frame - len(wave)
-            with self.backend.computing():  # ends before the `yield`, so the caller's settings are restored there
+            with self.backend.computing():  # ends before the `yield`, so that the caller's code has its own settings
                 arrays = self.backend.arrays
                 clips = arrays.cast(arrays.convert(np.pad(wave, (0, padding))[None], "audio", AudioError), np.float32)
                 results: Any = self._encode_frames(clips, [window.num_frames])

@@ -1,9 +1,8 @@
 """Fingerprint of a codec: a hash of its weights and of all settings that change tokens or audio.
 
-The fingerprint is derived from the modules, not from the config. It is therefore the same whether the config names
-NeMo's classes or the classes of this package, and whether the weights are stored with weight norm or without. Older
-`.lfr` files and corpora contain a hash of the weights alone, or a fingerprint that depends on the CPU. `Codec.made`
-accepts both.
+The fingerprint is derived from the modules, not from the config. It does not change if the config names NeMo's classes
+instead of the classes of this package, or if the weights are stored without weight norm. Older `.lfr` files and
+corpora contain a hash of the weights alone, or a fingerprint that depends on the CPU. `Codec.made` accepts both.
 """
 
 import hashlib
@@ -102,7 +101,10 @@ def check_described(config: Mapping[str, Any], settings: Mapping[str, Any], name
 
 
 def _unused_children(module: nn.Module) -> list[nn.Module]:
-    """Return the children of a layer that do nothing unless a caller alters them; altered codecs are refused."""
+    """Return the children of a layer that do nothing unless a caller alters them.
+
+    They are not part of the fingerprint, because a codec with altered layers has no fingerprint.
+    """
     match module:
         case Conv1d() | ConvTranspose1d():
             return [module.activation]

@@ -58,7 +58,8 @@ class BaseStream:
         self._num_in = 0  # complete frames of input
         self._num_computed = 0  # items of the output whose lookahead is complete
         self._num_out = 0  # items of the output that were returned
-        self._finished, self._has_more = False, False  # flushed; more input of the same `push` call follows
+        self._finished = False  # whether the stream was flushed
+        self._has_more = False  # whether more input of the same `push` call follows
         self._in_use = threading.Lock()
         self._name = ""  # in messages; empty if the stream is used alone
 

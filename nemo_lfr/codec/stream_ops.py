@@ -121,7 +121,10 @@ class StreamOps:
         return total / len(results)
 
     def _block(self, block: ResidualBlock, signal: torch.Tensor) -> torch.Tensor:
-        """Run a residual block, and keep its inputs until the outputs to which they are added are available."""
+        """Run a residual block.
+
+        Each input is kept until the convolutions' output for the same time step is known.
+        """
         slope = slope_of(block.skip_activation)  # a leaky ReLU is fused into the convolution before it
         hidden = self.conv(block.input_conv, signal, block.input_activation, 1.0 if slope is None else slope)
         added = self.conv(block.skip_conv, hidden, block.skip_activation if slope is None else None)

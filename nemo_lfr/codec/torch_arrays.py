@@ -69,7 +69,7 @@ def _tensor(value: object, name: str, error: type[NemoLfrError]) -> torch.Tensor
         raise error(f"{name} is a masked array with {int(np.sum(value.mask))} masked values; fill them first.")
     if hasattr(value, "__array__") and not isinstance(value, torch.Tensor | np.ndarray | np.generic):
         with contextlib.suppress(Exception):  # the `__array__` method of any class may raise any exception
-            value = np.asarray(value)  # PyTorch reads a pandas Series by its index
+            value = np.asarray(value)  # PyTorch would read a pandas Series by its index
     if isinstance(value, np.ndarray):
         if value.dtype.kind == "f" and value.dtype.itemsize > 8:
             value = value.astype(np.float64)  # PyTorch has no longdouble

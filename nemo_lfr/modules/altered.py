@@ -1,4 +1,4 @@
-"""Detect networks that a caller has altered with hooks, layers or methods, and run them without packed weights.
+"""Detect networks with hooks, replaced layers or patched methods, and run them without packed weights.
 
 Fast inference (packed weights on a CPU, plans on CUDA) uses copies of the weights and does not call the modules.
 Forward hooks would not run, and weights that a hook recomputes before each call would not be updated (as with
@@ -27,7 +27,7 @@ EXPORT = "which are not exported, so the exported codec would give other results
 
 Module = TypeVar("Module", bound=type[nn.Module])
 
-# Methods of the classes that `notice_patches` decorates, by name, as they were when the class was created.
+# Original methods of the classes that `notice_patches` decorates, by class and by name.
 _ORIGINALS: dict[type, dict[str, Any]] = {}
 
 

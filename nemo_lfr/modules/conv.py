@@ -176,7 +176,7 @@ class Conv1d(nn.Module):
     def pad_mode(self, mode: str) -> None:
         self._pad_mode = mode
         if not self.causal and isinstance(self.conv, nn.Conv1d):
-            setattr(self.conv, "padding_mode", "zeros" if mode == "constant" else mode)  # noqa: B010 any text, until checked
+            setattr(self.conv, "padding_mode", "zeros" if mode == "constant" else mode)  # noqa: B010 mypy expects a literal
 
     @property
     def is_consistent(self) -> bool:

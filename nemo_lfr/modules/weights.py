@@ -29,8 +29,8 @@ COLUMNS = 509
 ROWS = 128
 # Odd factors for the sums on a GPU.
 _FACTORS = np.random.default_rng(509).integers(0, 2**63, COLUMNS, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
-# Tensors of up to this many elements are concatenated, because each checksum has a fixed cost. On a GPU, this cost is a
-# kernel launch; on a CPU, it is as high as that of reading thousands of weights.
+# Tensors of up to this many elements are concatenated, because each checksum has a fixed cost. On a GPU, this cost is
+# a kernel launch; on a CPU, it is as high as the cost of reading thousands of weights.
 SMALL = {"cpu": 1 << 16}
 SMALL_ELSEWHERE = 1 << 24
 # Attributes of layers that packed weights and other derived objects depend on.

@@ -7,7 +7,7 @@
   memory.
 - The examples in a batch may have different lengths, and the batch may be wider than its longest example. Every layer
   writes its padding directly after the end of each example, so each example gets the same result as alone. Callers can
-  therefore round the widths of batches. oneDNN compiles kernels for each width.
+  therefore round up the widths of batches. This saves time, because oneDNN compiles kernels for each width.
 """
 
 from collections.abc import Iterator
@@ -83,7 +83,7 @@ class Batch(NamedTuple):
 class PackedOps:
     """Implementation of `nemo_lfr.modules.network.Ops` for CPUs.
 
-    It uses packed weights, or the weights of the modules (`ModuleWeights`) if these cannot be packed. Within
+    It uses packed weights, or `ModuleWeights` if the weights cannot be packed. Within
     `torch.autocast("cpu", torch.bfloat16)`, packed weights are bf16.
 
     Args:
@@ -214,8 +214,8 @@ class PackedOps:
         Args:
             layer: the convolution.
             signal: input, [B, H_in, T].
-            before: activation before the convolution; None for none.
-            after: activation after the convolution; None for none.
+            before: activation before the convolution, or None.
+            after: activation after the convolution, or None.
             residual: tensor to add to the result, [B, H_out, T // stride]; not changed. Must be None if `after` is
                 set.
 
@@ -279,7 +279,7 @@ def slope_of(activation: CodecActivation | None) -> float | None:
     inner = activation and activation.activation
     if inner is None:
         return 1.0
-    # Not `isinstance`: a user's subclass may compute something else.
+    # `isinstance` would also accept a user's subclass, which may compute something else.
     return float(inner.negative_slope) if type(inner) is nn.LeakyReLU else None
 
 
@@ -296,7 +296,7 @@ def _padded(
         signal: [B, H, T].
         pad: numbers of time steps to add before and after each example.
         mode: padding mode of the layer.
-        activation: activation before padding; None for none.
+        activation: activation before padding, or None.
         behind: number of time steps of zeros to append in memory after the last example.
 
     Returns:

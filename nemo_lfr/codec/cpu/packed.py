@@ -39,7 +39,7 @@ class Packed(NamedTuple):
 
     Attributes:
         packed: the weights.
-        bias: [H_out]; None for none.
+        bias: [H_out], or None.
         stride: stride of the convolution.
         dilation: dilation of the convolution.
     """
@@ -69,7 +69,7 @@ class Weights(Protocol):
         Args:
             layer: the convolution.
             padded: the padded input of the convolution, [B, H_in, T].
-            slope: slope of a leaky ReLU after the convolution; 1 for none.
+            slope: slope of a leaky ReLU after the convolution; 1 if there is none.
             residual: tensor to add to the output, [B, H_out, T_out]; only with slope 1.
 
         Returns:
@@ -92,7 +92,7 @@ class Weights(Protocol):
             padded: input [B, H_in, T], stored in memory as [B, T, H_in]. In memory, at least
                 `winograd.slack(dilation)` time steps of finite values must follow the input.
             starts: for each layer, the index of the first time step in `padded` that its first output depends on.
-            slope: slope of a leaky ReLU after the convolution; 1 for none.
+            slope: slope of a leaky ReLU after the convolution; 1 if there is none.
 
         Returns:
             For each layer, the output [B, H_out, n] with n >= T - start - layer.span + 1.
@@ -100,7 +100,7 @@ class Weights(Protocol):
 
 
 class ModuleWeights:
-    """Implementation of `Weights` that calls the network's own modules; used if the weights cannot be packed."""
+    """Implementation of `Weights` with the weights of the modules; used if the weights cannot be packed."""
 
     def cast(self, hidden: torch.Tensor, layer: Conv1d | None = None) -> torch.Tensor:
         """Return the input unchanged: PyTorch's autocast converts it where needed."""
@@ -227,7 +227,8 @@ _WEIGHTS: DerivedForms[PackedWeights] = DerivedForms()
 def weights_of(network: nn.Module, dtype: torch.dtype) -> Weights:
     """Return the packed weights of a network, or `ModuleWeights` if its weights cannot be packed.
 
-    Weights are packed only for inference on a CPU in fp32 or bf16, and only if PyTorch has oneDNN.
+    Weights are packed only if the network is on a CPU in evaluation mode, `dtype` is fp32 or bf16, and PyTorch has
+    oneDNN.
     """
     first = next(network.parameters())
     usable = first.device.type == "cpu" and first.dtype == torch.float32 and _MKLDNN.is_available()

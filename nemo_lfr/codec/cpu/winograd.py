@@ -36,7 +36,7 @@ class Transformed(NamedTuple):
 
     Attributes:
         bank: weights, [POINTS, num_pieces, H_out, H_in]. A piece is a group of four taps.
-        bias: [H_out]; None for none.
+        bias: [H_out], or None.
         span: number of input time steps from the first to the last one that an output depends on.
         dilation: dilation of the layer.
     """
@@ -76,7 +76,7 @@ def convolve(
         padded: input [B, H_in, T], stored in memory as [B, T, H_in]. In memory, at least `slack` time steps of finite
             values must follow the input.
         starts: for each layer, the index of the first time step in `padded` that its first output depends on.
-        slope: slope of a leaky ReLU after the convolution; 1 for none.
+        slope: slope of a leaky ReLU after the convolution; 1 if there is none.
 
     Returns:
         For each layer, the output [B, H_out, T - start - span + 1].

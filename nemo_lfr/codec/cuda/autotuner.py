@@ -31,8 +31,8 @@ class Autotuner:
     Attributes:
         benchmark: function that runs a candidate several times and returns its run time in seconds.
         chosen: name of the fastest candidate for each key of `run`.
-        measured: for each key, a dict from the name of each candidate that matches the reference to its run time in
-            seconds; for reports.
+        measured: for each key, the run times in seconds of the candidates that match the reference, by name; for
+            reports.
         force: name of a candidate to use wherever it exists, without measuring; for benchmarks and tests.
     """
 

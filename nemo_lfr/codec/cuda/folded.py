@@ -183,7 +183,7 @@ def padded(
         signal: [B, T, H].
         layer: convolution that needs the padding.
         ends: number of valid time steps in each example, [B], at most T.
-        activation: activation before padding; None for none.
+        activation: activation before padding, or None.
 
     Returns:
         [B, before + T + after, H]; values after the padding of an example are undefined.

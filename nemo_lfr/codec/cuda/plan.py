@@ -213,7 +213,7 @@ class LayerRunner:
 
         Args:
             layer: the folded layer.
-            activation: activation before the layer; None for none.
+            activation: activation before the layer, or None.
             dtype: dtype of the result.
             signal: [B, T, H_in].
             ends: number of valid time steps in each example, [B].

@@ -12,10 +12,10 @@ import triton.language as tl
 def _inside(at, end, mode: tl.constexpr):
     """Return the row of the signal to read for each position `at`, and whether to read it.
 
-    Positions below 0, and positions of `end` or above, are padding. With zero padding, nothing is read for them.
+    Positions below 0 or from `end` on are padding. With zero padding, nothing is read for them.
     """
     if mode == "reflect":
-        at = tl.where(at < 0, -at, at)  # not tl.abs, after which the compiler no longer sees the alignment
+        at = tl.where(at < 0, -at, at)  # tl.abs would hide the alignment from the compiler
         at = tl.where(at >= end, 2 * end - 2 - at, at)
     there = (at >= 0) & (at < end)
     if mode != "constant":
@@ -104,7 +104,7 @@ def convolution_kernel(
     for first in range(0, reduction_size, tile_sums):
         place = first + tl.arange(0, tile_sums)
         if inputs % tile_sums == 0:  # one tap at a time, so each line of the tile is from one row of the signal
-            # The compiler cannot see that these loads are aligned. Without the hints, they wait for one another.
+            # The compiler cannot see that these loads are aligned; without `multiple_of`, they wait for one another.
             source = tl.multiple_of(first % inputs, tile_sums) + tl.arange(0, tile_sums)
             at = (time * stride + (first // inputs) * dilation - before)[:, None]
             row, there = _inside(at, end, mode)

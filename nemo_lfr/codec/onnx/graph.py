@@ -1,12 +1,12 @@
 """Check that an ONNX file contains nothing except what the export writes.
 
 ONNX can express more than a codec needs: weights in other files, loops, functions, operators of other libraries, and
-tensors of any size. If a file refers to weights in other files, ONNX Runtime looks for these in the working directory,
-and it runs a loop for as long as the file says. Such files are therefore refused before ONNX Runtime opens them.
+tensors of any size. Files that contain any of these are refused before ONNX Runtime opens them. Otherwise, ONNX
+Runtime might read other files in the working directory, or run a loop without end.
 
-An ONNX file is a protobuf message. The `onnx` package could parse it, but running exported files does not need that
-package. The reader below knows only the fields that the export writes, and refuses all others. It reads the file once,
-skips weights without copying them, and gives up after `MAX_FIELDS` fields.
+An ONNX file is a protobuf message. The `onnx` package could parse it, but exported files also run where this package
+is not installed. The reader below knows only the fields that the export writes, and refuses all others. It reads the
+file once, skips weights without copying them, and gives up after `MAX_FIELDS` fields.
 """
 
 import math
