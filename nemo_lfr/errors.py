@@ -1,4 +1,4 @@
-"""Exceptions for bad input, and helpers for their messages.
+"""Exceptions of this package, and helpers for their messages.
 
 A good message names the file or argument, its value, what is wrong with it, and what to do.
 """
@@ -13,7 +13,7 @@ NEMO_PACKAGES = ("nemo_toolkit[tts]", "lightning", "pytorch-lightning")
 
 
 class NemoLfrError(ValueError):
-    """Base class of the errors that this package raises for bad input.
+    """Base class of this package's exceptions.
 
     Control characters in the message are replaced, because it may contain untrusted file names (see `printable`).
 
@@ -21,7 +21,7 @@ class NemoLfrError(ValueError):
     traceback, of which only the last line is kept.
 
     Attributes:
-        source: name of the utterance that the error concerns; None if it concerns none, or the caller knows it.
+        source: name of the utterance that caused the error; None if unknown, or if no utterance caused it.
     """
 
     source: str | None = None

@@ -81,9 +81,8 @@ class Window:
 def plan_windows(total: int, chunk: int, context: Context) -> Iterator[Window]:
     """Split `total` frames into chunks and yield a window with context for each.
 
-    Each window includes the context of its chunk. The output for the kept frames is therefore the same as if the whole
-    recording were processed at once. A last chunk that is not longer than the future context is merged into the
-    previous one.
+    The output for the kept frames is the same as if the whole recording were processed at once. A last chunk that is
+    not longer than the future context is merged into the previous one.
 
     Args:
         total: number of frames in the recording.

@@ -93,7 +93,7 @@ def naming_extension(extension: Any, role: str) -> Iterator[None]:
 
 
 def named_items(extension: Any, role: str, items: Iterable[T]) -> Iterator[T]:
-    """Yield items of an iterator that belongs to an extension; see `naming_extension`."""
+    """Yield the items of an extension's iterator; see `naming_extension` for its errors."""
     with naming_extension(extension, role):
         iterator = iter(items)
     while True:

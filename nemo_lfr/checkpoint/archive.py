@@ -133,7 +133,7 @@ def read_index(index: Path, pattern: str = SHARDS) -> dict[str, str]:
         pattern: pattern of the files' names.
 
     Raises:
-        CheckpointError: if the file is not an index, or as in `check_shards`.
+        CheckpointError: if the file is not a valid index; see `check_shards`.
     """
     text = _read_text(index)
     try:
@@ -152,7 +152,8 @@ def check_shards(index: Path, shards: Any, pattern: str = SHARDS) -> dict[str, s
         pattern: pattern of the files' names.
 
     Raises:
-        CheckpointError: if `shards` is not such a dict, or lists no files, too many files or files in other folders.
+        CheckpointError: if `shards` is not a dict, lists no files or more than MAX_SHARDS, or lists a file that is in
+            another folder or does not match `pattern`.
     """
     try:
         names = set(shards.values())

@@ -78,9 +78,9 @@ def parse_config(text: str) -> DictConfig:
     """Parse a model config from YAML, without resolving interpolations.
 
     Raises:
-        ConfigError: if the text is not valid YAML, is not a mapping, uses YAML aliases, or is too large or too deeply
-            nested; or if an interpolation is too long, refers to itself, is nested, expands to too many characters, or
-            uses an OmegaConf resolver that NeMo does not register.
+        ConfigError: if the text is not a YAML mapping, uses YAML aliases, is too large or too deeply nested, or
+            contains an interpolation that is not allowed (see `check_interpolations`, `Expansion` and
+            `NEMO_RESOLVERS`).
     """
     try:
         _check_yaml(text)

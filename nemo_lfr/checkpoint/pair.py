@@ -44,7 +44,7 @@ def _check_stored_config(tensors: Tensors, config: DictConfig) -> None:
         return
     try:
         values = codec_values(config)
-    except ConfigError:  # raised again, with the name of the file, when the modules are built
+    except ConfigError:  # reported with the name of the file when modules are built from this config
         return
     for key, expected in tensors.codec_config.items():
         if json.dumps(values.get(key), sort_keys=True) != json.dumps(expected, sort_keys=True):

@@ -110,7 +110,9 @@ class Checkpoint:
             yield key, _read(self._tensors, name, key, names, expected[key], order=order)[key]
 
     def iter_stored(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield the full name and the tensor of each stored weight, without folding weight norm.
+        """Yield the full name and the tensor of each stored weight that inference uses.
+
+        Weight norm is not folded.
 
         Raises:
             CheckpointError: if a tensor is damaged, or the file has changed since it was opened.
@@ -154,7 +156,7 @@ def load_parts(
         path: a `.nemo` file, a Lightning `.ckpt`, or the folder of an unpacked or exported codec.
         config: model config (default: the one in the checkpoint).
         strict: whether to raise an error for missing and for unknown weights of the modules. Otherwise, missing
-            weights are initialized and unknown ones are ignored.
+            weights are initialized at random, and unknown ones are ignored.
 
     Returns:
         The modules, and all tensors of the checkpoint by name. Each tensor is read when it is accessed.
@@ -243,7 +245,7 @@ def _empty_parts(path: Path, name: str, config: DictConfig, *, weight_norm: bool
 
 
 def _sources(tensors: Tensors, prefix: str) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Yield each weight's plain name (without weight norm), and the keys in the checkpoint that define the weight."""
+    """Yield each weight's name without weight norm, and the keys in the checkpoint that define the weight."""
     keys = {key.removeprefix(prefix + ".") for key in tensors.entries if key.startswith(prefix + ".")}
     for key in keys:
         for gain, direction in _SPELLINGS:
@@ -258,13 +260,13 @@ def _sources(tensors: Tensors, prefix: str) -> Iterator[tuple[str, tuple[str, ..
 
 
 def _match(tensors: Tensors, prefix: str, part: nn.Module, strict: bool) -> dict[str, tuple[str, ...]]:
-    """Map each weight of a module to the keys in the checkpoint that define the weight, and check their shapes.
+    """Map each weight of a module to the keys in the checkpoint that define it, and check the shapes and dtypes.
 
     Args:
         tensors: tensors of the checkpoint.
         prefix: name of the module in the checkpoint, such as "audio_encoder".
         part: the module.
-        strict: whether missing and unknown weights are errors; a wrong shape always is.
+        strict: whether missing and unknown weights are errors. A wrong shape or dtype is always an error.
     """
     path, expected = tensors.path, _expected(part)
     sources: dict[str, tuple[str, ...]] = {}
@@ -292,7 +294,7 @@ def _match(tensors: Tensors, prefix: str, part: nn.Module, strict: bool) -> dict
 
 
 def _expected(part: nn.Module) -> dict[str, torch.Tensor]:
-    """Return a module's weights under their plain names, even if the module was built with weight norm."""
+    """Return a module's weights under their names without weight norm, even if the module has weight norm."""
     state = part.state_dict()
     return {key.replace(DIRECTION, ".weight"): value for key, value in state.items() if not key.endswith(GAIN)}
 
@@ -349,8 +351,7 @@ def _read(
     if not is_valid:
         raise CheckpointError(
             f"{tensors.path}: {prefix}.{key} is not finite: a row of its direction (weight norm) is all zeros, or its "
-            "values are too small to be squared; use "
-            "another checkpoint."
+            "values are too small to be squared; use another checkpoint."
         )
     return weights
 

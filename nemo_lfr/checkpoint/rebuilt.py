@@ -30,7 +30,7 @@ _STATE_HOOKS = {
 _TENSOR_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 # Modules of PyTorch whose hooks implement weight norm, which is kept.
 _WEIGHT_NORM = ("torch.nn.utils.weight_norm", "torch.nn.utils.parametrizations")
-# Packages of the wrappers that are removed. A wrapper class of a user may change results.
+# Packages whose wrappers are removed. Wrappers from other packages may change results, so they are refused.
 _WRAPPER_PACKAGES = ("torch", "lightning", "lightning_fabric", "pytorch_lightning")
 # Attributes of every module, which are restored in other ways
 _OWN_ATTRIBUTES = frozenset(vars(nn.Module()))
@@ -54,7 +54,7 @@ _PICKLING = Operation("pickling", "the configured", "unpickled model, or in the 
 
 
 def check_layers(module: nn.Module, reference: nn.Module, path: str, operation: Operation) -> None:
-    """Check that a module has the same hooks, methods and classes of layers as a rebuilt module.
+    """Check that a module has the same hooks, methods and layer classes as a rebuilt module.
 
     Args:
         module: the module, possibly inside wrappers such as `torch.compile`.
@@ -77,9 +77,9 @@ def check_layers(module: nn.Module, reference: nn.Module, path: str, operation: 
 
 
 def check_settings(module: nn.Module, reference: nn.Module, path: str, operation: Operation) -> None:
-    """Check that the layers of a module have the settings of a rebuilt module, except for the rates of dropout.
+    """Check that the layers of a module have the same settings as in a rebuilt module.
 
-    For the arguments see `check_layers`.
+    Dropout rates may differ. For the arguments see `check_layers`.
 
     Raises:
         ConfigError: if a setting such as the padding of a convolution differs. The message says how to fix it.
@@ -103,7 +103,7 @@ def settings_to_pickle(
     build: Callable[[bool], nn.Module],
     skipped: Collection[str] = (),
 ) -> dict[str, dict[str, Any]]:
-    """Check that a model can be rebuilt without losses, and return the settings to pickle beside its weights.
+    """Check that a model can be rebuilt completely, and return the settings to pickle beside its weights.
 
     Args:
         model: model to pickle.
@@ -113,12 +113,12 @@ def settings_to_pickle(
         skipped: names of attributes to ignore.
 
     Returns:
-        The attributes of the layers that differ from those of the rebuilt model, for `restore_settings`: a dictionary
-        from the path of each layer to a dictionary from names to values.
+        The attributes that differ from those of the rebuilt model, for `restore_settings`. The path of each changed
+        layer maps to the names and values of its changed attributes.
 
     Raises:
-        ConfigError: if the model has hooks, modules, methods, parameters or buffers that the rebuilt model lacks, or
-            cannot be rebuilt.
+        ConfigError: if the model cannot be rebuilt, or if its hooks, modules, methods, parameters or buffers differ
+            from those of the rebuilt model.
     """
     try:
         with torch.random.fork_rng(devices=[]):
@@ -162,7 +162,10 @@ def flags_of(model: nn.Module) -> tuple[dict[str, bool], dict[str, bool]]:
 
 
 def restore_flags(model: nn.Module, modes: Mapping[str, bool], gradients: Mapping[str, bool]) -> None:
-    """Restore the flags that `flags_of` returned, in a model that may have weight norm where the other had none."""
+    """Set the flags that `flags_of` returned for the original of a rebuilt model.
+
+    The rebuilt model may have weight norm even if the original has none.
+    """
     for name, module in model.named_modules():
         layer = name.partition(".parametrizations")[0]
         module.training = modes[name] if name in modes else modes.get(layer, modes[""])
@@ -185,7 +188,8 @@ def _check_tensors(module: nn.Module, reference: nn.Module, path: str, operation
     The shapes are not compared. For the arguments see `check_layers`.
 
     Raises:
-        ConfigError: if a parameter or buffer was added or removed, or has a hook. The message says how to fix it.
+        ConfigError: if a parameter or buffer was added or removed, or if a parameter has a hook. The message says how
+            to fix it.
     """
     for name, layer, original in _pairs(module, reference, path, operation):
         tensors, expected = _tensors(layer), _tensors(original)
@@ -213,9 +217,8 @@ def _changed_settings(
 ) -> dict[str, dict[str, Any]]:
     """Return the attributes of a model and its layers that differ from those of a rebuilt model.
 
-    These are rates of dropout, other plain values, tensors that are not in the state dict, and public attributes that
-    were added. Other objects count as equal if they have the same type.
-
+    Tensors outside the state dict and plain values, such as dropout rates, are compared by value. Other objects only
+    differ if their types differ, and private attributes that hold such objects are ignored.
     For the arguments and the result see `settings_to_pickle`.
     """
     settings = {}
@@ -264,7 +267,7 @@ def _pairs(
         if child is not None and original is not None:
             yield from _pairs(child, original, f"{path}.{key}" if path else key, operation)
     for key, original in reference._modules.items():
-        # Weight norm may have been removed. Its parametrizations are compared with those of the other layers later.
+        # A layer without "parametrizations" may have had its weight norm removed. The weights are compared later.
         if original is not None and module._modules.get(key) is None and key != "parametrizations":
             raise ConfigError(
                 f"{_join(path, key)} was removed, and {operation.name} would add it again; restore {original_kind} "
@@ -343,7 +346,11 @@ def _name(kind: type) -> str:
 
 
 def _is_equal(value: Any, expected: Any) -> bool:
-    """Return whether two settings are equal. Objects other than numbers, texts and lists only need the same type."""
+    """Return whether two settings are equal.
+
+    Numbers, strings, tensors and iterables are compared by value, except meta tensors. Of other objects, only the
+    types are compared.
+    """
     if isinstance(expected, str | int | float | None):
         return isinstance(value, str | int | float | None) and value == expected
     if isinstance(expected, torch.Tensor):

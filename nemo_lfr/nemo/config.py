@@ -113,8 +113,8 @@ def check_fit(trainer: Trainer, has_discriminator: bool) -> None:
     Raises:
         ConfigError: if discriminators are trained and DDP expects gradients of all weights in each backward pass. A
             pass computes the gradients of either the generator or the discriminators. Also if NeMo's EMA callback
-            would have to read a checkpoint that it wrote: it uses `torch.load`, which refuses these files since
-            PyTorch 2.6, because they contain the config.
+            would have to read a checkpoint. The callback's checkpoints contain the config, so `torch.load` refuses
+            them since PyTorch 2.6.
     """
     wrapper = trainer.strategy.model
     if has_discriminator and isinstance(wrapper, DistributedDataParallel) and not wrapper.find_unused_parameters:

@@ -55,10 +55,9 @@ class NemoFiles(BaseModel):
     ) -> Any:
         """Restore a model from a checkpoint saved by any NeMo version.
 
-        See `nemo_lfr.checkpoint` for the accepted files.
-
         Args:
-            restore_path: `.nemo` or `.ckpt` file, folder of an unpacked `.nemo`, or folder that contains one `.nemo`.
+            restore_path: `.nemo` or `.ckpt` file, folder of an unpacked or exported codec, or folder that contains one
+                `.nemo`.
             override_config_path: path of a YAML file, or config, to use instead of the file's config.
             map_location: device of the model; default: a GPU if available, else the CPU.
             strict: whether missing or unknown weights of the encoder, quantizer and decoder are an error.

@@ -71,8 +71,9 @@ class StateDicts(BaseModel):
             The missing and unexpected keys, as in `torch.nn.Module.load_state_dict`.
 
         Raises:
-            CheckpointError: if `state_dict` does not map names to tensors, or if the shapes of other tensors or the
-                FSQ levels differ from those of the model. With `strict`, also if weights are missing or unknown.
+            CheckpointError: if `state_dict` does not map names to tensors, if the FSQ levels differ, or if a tensor
+                of the codec or of an added module has another shape. With `strict`, also if weights of the encoder,
+                quantizer or decoder are missing or unknown.
         """
         _check_state_dict(state_dict)
         own = super(NeMoAudioCodecModel, self).state_dict()
@@ -117,7 +118,9 @@ class StateDicts(BaseModel):
         return result
 
     def load_rest(self, tensors: Tensors, loaded: Sequence[torch.Tensor]) -> None:
-        """Load the weights of a checkpoint beside those of the encoder, quantizer and decoder of this package.
+        """Load those weights of a checkpoint that are not in the model yet.
+
+        These are the weights of modules that a subclass added or replaced, and of the discriminators.
 
         Args:
             tensors: tensors of the checkpoint. Each one is read when it is accessed.
@@ -161,7 +164,7 @@ class StateDicts(BaseModel):
         return key.partition(".")[0] in CONFIGURED or self._is_loss(key)
 
     def _is_loss(self, key: str) -> bool:
-        """Return whether a tensor belongs to a loss of NeMo's."""
+        """Return whether a tensor belongs to one of NeMo's losses."""
         loss = getattr(self, key.partition(".")[0], None)
         return type(loss).__module__.startswith("nemo.collections.tts.losses.")
 

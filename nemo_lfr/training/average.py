@@ -45,7 +45,7 @@ class Average:
             parameter.data, self.weights[index] = self.weights[index], parameter.data
 
     def finish(self, module: torch.nn.Module) -> None:
-        """Remember the trained weights at the end of training, for `describes`. The module must hold them."""
+        """Record checksums of the module's weights at the end of training, for `describes`."""
         self._trained = weight_checksums(module)
 
     @property
@@ -54,7 +54,10 @@ class Average:
         return self._trained is not None
 
     def describes(self, module: torch.nn.Module) -> bool:
-        """Return whether the module still holds the weights with which training ended."""
+        """Return whether the module's weights are the same as when `finish` was called.
+
+        The result is also True if `finish` was not called after the last update.
+        """
         return self._trained is None or weight_checksums(module) == self._trained
 
     def convert(self, module: torch.nn.Module) -> None:
@@ -74,6 +77,6 @@ class Average:
 
 
 def weight_checksums(*modules: torch.nn.Module) -> tuple[int, ...]:
-    """Return checksums of the parameters of modules, which do not depend on the device."""
+    """Return checksums of the parameters of modules. The checksums do not depend on the device."""
     # Computed on the CPU, because a GPU computes other checksums.
     return checksums([parameter.detach().cpu() for module in modules for parameter in module.parameters()])

@@ -291,15 +291,14 @@ class AudioTerms(nn.Module):
     returns a scalar.
 
     Args:
-        sections: config section of each term, by name. A section has `_target_` and the arguments of the constructor.
-            None if there are no terms.
+        sections: config section of each term, by name; None if there are no terms. A name consists of a letter and
+            further letters, digits and underscores. A section has `_target_` and the arguments of the constructor.
         where: key of the sections in the config, "losses" or "metrics".
         reserved: names of built-in terms, which custom terms must not use.
 
     Raises:
-        ConfigError: if `sections` is not a mapping, a name is reserved, does not consist of a letter and further
-            letters, digits or underscores, or is that of an attribute of `nn.ModuleDict`, or if a component cannot be
-            built.
+        ConfigError: if `sections` is not a mapping, if a name is invalid, reserved or the name of an attribute of
+            `nn.ModuleDict`, or if a component cannot be built.
     """
 
     def __init__(self, sections: Mapping[str, Any] | None, where: str, reserved: Collection[str]) -> None:

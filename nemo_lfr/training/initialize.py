@@ -24,7 +24,7 @@ def draw_segments(loader: Any, num_segments: int, samples_per_frame: int, min_fr
 
     Args:
         loader: `DataLoader`, or another iterable over batches with `audio` [B, T_audio].
-        num_segments: minimum number of segments to draw.
+        num_segments: batches are drawn until there are at least this many segments, or no more batches.
         samples_per_frame: number of samples per frame.
         min_frames: minimum length of the segments in frames.
 
@@ -32,7 +32,7 @@ def draw_segments(loader: Any, num_segments: int, samples_per_frame: int, min_fr
         Audio [B, T_audio] of complete frames. Shorter segments are padded with zeros.
 
     Raises:
-        ConfigError: if the batches have another form.
+        ConfigError: if a batch is not a mapping with a tensor `audio`.
     """
     batches: Iterable[Mapping[str, torch.Tensor]] = loader
     rows = getattr(loader, "batch_sampler", None)

@@ -113,8 +113,8 @@ def prepare(
         corpus: folder with the unpacked archive, or path of a table. Audio files are not copied.
         out: output folder for the manifests.
         valid_share: fraction of the speakers (or of folders or files, see `hold_out`) to use for validation if the
-            corpus has no validation set. At least one of them remains for training, unless the fraction is 1. If a
-            table or Common Voice names the split of a recording, it keeps this split.
+            corpus has no validation set. At least one of them remains for training, unless the fraction is 1.
+            Recordings whose split is named by a table or by Common Voice keep this split.
         speaker_level: for the layout "folder", depth of the folders that are named after speakers; see `folder`.
         workers: number of files to open in parallel.
         check: whether to decode every file completely, which finds truncated and damaged files and gives exact
@@ -219,7 +219,7 @@ def _write_all(
             f"none of the {counted(len(result.failures), 'file')} in the corpus can be used; "
             f"{out / FAILURES} lists the reasons."
         )
-    # First leave out the files that cannot be used, because these may be all files of a split.
+    # First leave out the files that cannot be used: they may be all files of a split.
     utterances = [utterance for utterance in utterances if _is_usable(utterance, found)]
     rest = "train" if any(item.split == "valid" for item in utterances) else None  # None: `hold_out` decides
     divided = (None,) if kind in KEEPS_SPLITS else ("train", None)
