@@ -86,9 +86,10 @@ def parquet_features(metadata: Mapping[bytes, bytes] | None) -> dict[str, Any]:
 def label_value(cell: Any, names: Sequence[str] | None, column: str) -> Any:
     """Convert the Arrow cell of a label to a Python value.
 
-    A duration becomes a number of seconds; a date, a time or a UUID becomes text. Times that are out of range, and
-    values of other types than text, numbers and booleans, become None; see `is_label`. In the columns of the standard
-    labels, however, any value is returned, so that `standard_labels` can raise an error for it.
+    Text, numbers and booleans are kept. A duration becomes a number of seconds; a date, a time or a UUID becomes text.
+    Times that are out of range and values of all other types become None; see `is_label`. In the columns of the
+    standard labels (`LABEL_COLUMNS`), however, values of any type are returned, so that `standard_labels` can raise an
+    error for them.
 
     Some databases and TensorFlow export text as bytes. Bytes are decoded only in columns that usually contain text
     (`TEXT_COLUMNS`).
@@ -220,7 +221,7 @@ def _array(cell: Any) -> np.ndarray:
 
 
 def _is_tensor(cell: Any) -> bool:
-    """Return whether a cell is a tensor of fixed shape. Arrow stores it as one list, so that `value` has no shape."""
+    """Return whether a cell is a tensor of fixed shape. Its `value` is a flat list, without the shape."""
     import pyarrow
 
     return isinstance(cell, pyarrow.FixedShapeTensorScalar)

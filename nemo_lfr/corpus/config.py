@@ -19,7 +19,7 @@ PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 
 @dataclass(frozen=True)
 class TokenizeConfig:
-    """Options of a run: the corpus, the output, and everything else that a worker on any machine needs.
+    """Options of a run: the corpus, the output, and everything else that workers need.
 
     Attributes:
         source: path of the corpus; see `open_corpus`.
@@ -30,19 +30,20 @@ class TokenizeConfig:
         pad: "encode" pads a clip with silence to a whole number of frames, as `AudioCodecModel.encode` does. "magpie"
             also appends a frame of silence to a clip whose length is a whole number of frames, as NeMo's Magpie
             datasets do when they encode audio.
-        context: whether to tokenize context audio too, which is the audio on which a TTS model is conditioned.
+        context: whether to also tokenize context audio (audio on which a TTS model is conditioned).
         shard_size: number of clips per shard.
         max_duration: maximum duration of a clip in seconds. Longer clips are reported as failures.
-        audio_dir: folder to which relative paths in a manifest or table refer; None for the folder that contains
-            this manifest or table.
-        allow_url: whether to download audio for which a Lhotse manifest has an http(s) URL.
+        audio_dir: folder that relative paths in a manifest or table start from; None for the folder of the manifest
+            or table.
+        allow_url: whether to download audio from http(s) URLs in Lhotse manifests.
         dataset: name of the corpus.
         strict: whether to stop at the first clip that fails.
-        threads: number of threads with which each worker runs the codec, if it runs on a CPU.
+        threads: number of threads per worker that run the codec on a CPU.
         readers: number of threads per worker that decode and resample audio.
         claim: random ID of the run that owns the output folder, set by `tokenize`; see `nemo_lfr.corpus.claim`.
         compress: whether to compress `.lfr` files losslessly.
-        entropy_model: path of the entropy model for compression; the codec's bundled model if None.
+        entropy_model: path of the entropy model for compression, which implies `compress`; None for the bundled
+            model.
         part: the shards that this process tokenizes, if several independent processes tokenize the corpus (see
             `nemo_lfr.corpus.part`); None for all shards.
     """
@@ -74,9 +75,10 @@ class TokenizeConfig:
 
     @property
     def listing(self) -> Path:
-        """Return the file that lists the clips if the corpus is a folder or table. Each part of a run has its own.
+        """Return the path of the list of clips in a folder of audio files or a text table.
 
-        If the corpus has changed since the other parts listed it, a new list must not replace their lists.
+        Each part of a run writes its own list. If the corpus changes between the starts of two parts, the second list
+        does not replace the first one.
         """
         return self.state / ("folder.json" if self.part is None else f"{PARTS}/{self.part.name}.json")
 
@@ -84,8 +86,8 @@ class TokenizeConfig:
         """Open the corpus.
 
         Args:
-            relist: whether to list the clips of a folder or table again. Only the process that plans the run passes
-                True.
+            relist: whether to write the list of clips again (see `listing`). Only the process that plans the run
+                passes True.
         """
         audio_dir = None if self.audio_dir is None else Path(self.audio_dir)
         return open_corpus(Path(self.source), audio_dir, self.listing, relist, self.allow_url)

@@ -103,8 +103,8 @@ class TokenDataset(IterableDataset[TokenizedUtterance]):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a pickled or copied dataset.
 
-        The epoch of a dataset that a data loader sends to a spawned worker is still in shared memory; that of other
-        copies is moved there again.
+        If a data loader sends the dataset to a spawned worker, the epoch is still in shared memory. After
+        `copy.deepcopy`, for example, it is not, and is moved there.
         """
         self.__dict__.update(state)
         self._shared_epoch = _shared(self._shared_epoch)  # does nothing if it is in shared memory
@@ -117,9 +117,10 @@ class TokenDataset(IterableDataset[TokenizedUtterance]):
         return self._shared_epoch
 
     def _own_epoch(self) -> None:
-        """Give a process that inherited the dataset, such as a spawned rank, an epoch that its workers share.
+        """Copy the epoch if another process created it, such as the parent of this rank.
 
-        Its passes must not change the order in other processes.
+        Without the copy, passes over the dataset in this process would change the order in the other process. Data
+        loader workers share the epoch of the process that started them.
         """
         if self._owner != os.getpid() and get_worker_info() is None:
             self._shared_epoch, self._owner = _shared(self._shared_epoch.clone()), os.getpid()

@@ -107,7 +107,7 @@ def _check_existing(path: Path, sample_rate: int, num_samples: int) -> None:
         num_samples: number of samples of the utterance.
     """
     try:
-        with open(path, "rb") as file:  # not the path, which need not be valid UTF-8
+        with open(path, "rb") as file:  # `info` may refuse a path that is not UTF-8
             found = soundfile.info(file)
     except soundfile.SoundFileError:
         what = "not an audio file"

@@ -1,7 +1,7 @@
 """Make clip ids that are unique and can be used as relative paths on Linux, macOS and Windows.
 
-Ids have no file suffix. A clean id contains no `..` and no leading slash, so a path joined from a folder, an id
-and a suffix is inside the folder. Ids are cleaned when tokens are written, and again when they are decoded to files.
+A clean id contains no `..` and no leading slash, so a path joined from a folder, an id and a file suffix is inside the
+folder. Ids are cleaned when tokens are written, and again when tokens are decoded to files.
 """
 
 import hashlib

@@ -28,7 +28,7 @@ def check_main_program() -> None:
     Raises:
         SystemExit: with exit code 1, as for an error that the main program raises.
     """
-    if getattr(process.current_process(), "_inheriting", False):  # as multiprocessing itself checks it
+    if getattr(process.current_process(), "_inheriting", False):  # multiprocessing makes the same check
         sys.exit(f"nemo_lfr: error: a worker runs the main program again: {REMEDY}.")
 
 

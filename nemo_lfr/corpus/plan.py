@@ -81,9 +81,9 @@ def open_plan(config: TokenizeConfig, on_cpu: bool) -> Iterator[Plan]:
         on_cpu: whether the codec will run on this machine's CPU.
 
     Raises:
-        NemoLfrError: if the corpus or codec cannot be read, an option is invalid, another run is writing to the output
-            folder, or the folder contains other files, the tokens of another run, or a run whose plan is missing or
-            damaged.
+        NemoLfrError: if the corpus or codec cannot be read, an option is invalid, or another run is writing to the
+            output folder. This error is also raised if the folder contains other files, the tokens of another run, or
+            a run whose plan is missing or damaged.
     """
     config.validate()
     requested_out = config.out
@@ -181,8 +181,8 @@ def load_or_create_plan(
         made: the codec's method `made`, which returns whether tokens with a certain fingerprint are from this codec.
 
     Raises:
-        NemoLfrError: if the corpus is empty, or the stored plan is damaged, or was made for another corpus, codec or
-            options.
+        NemoLfrError: if the corpus is empty, if the stored plan is damaged, or if it was made for another corpus,
+            codec or options.
     """
     path = config.state / PLAN
     options = asdict(config)

@@ -74,8 +74,8 @@ def tokenize(
         watch: callback that receives the totals, at the start and after every shard.
 
     Returns:
-        The content of `tokens.json`: format, codec, counts and hours. If shards of other parts are not complete yet,
-        `tokens.json` does not exist. The result then contains the counts of this part, and the keys "part" and
+        The content of `tokens.json`: format, codec, counts and hours. While shards of other parts are missing,
+        `tokens.json` is not written. The result then contains the counts of this part, and the keys "part" and
         "missing_shards".
 
     Raises:
@@ -272,7 +272,7 @@ def _check_inputs(
             for index in waiting:
                 ShardRecord.path(plan.out, index).unlink(missing_ok=True)
             raise NemoLfrError(
-                f"{path}: file was changed while it was tokenized; restore the file and run the same command again, "
+                f"{path}: file was changed during the run; restore the file and run the same command again, "
                 "or choose another --out."
             )
         del waiting[record.index]

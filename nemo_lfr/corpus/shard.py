@@ -204,7 +204,8 @@ def _read(clip: Clip, config: TokenizeConfig, sample_rate: int) -> list[np.ndarr
         samples of the context audio [T] are the second item.
 
     Raises:
-        AudioError: if the audio cannot be read or is silent, or the id or a label of the clip cannot be written.
+        AudioError: if the audio cannot be decoded or is silent, or the id or a label of the clip cannot be written.
+        OSError: if the audio file cannot be read.
     """
     loaders: list[AudioLoader] = [clip.audio]
     if config.context and clip.context is not None:

@@ -23,10 +23,12 @@ def check_stored_plan(
     corpus: CorpusReader,
     made: Callable[[str], bool],
 ) -> None:
-    """Check that the plan of an earlier run is of the same run, and adapt it to this version and a moved corpus.
+    """Check that a stored plan was made for the same corpus, codec and options.
+
+    If an older version of this package stored the plan, or if the corpus was moved, the plan is updated.
 
     Args:
-        stored: the stored plan, which is changed.
+        stored: the stored plan, which is updated in place.
         expected: values that the plan must have.
         config: options of the run.
         corpus: reader of the corpus.
@@ -102,7 +104,8 @@ def _check_same_run(
 def _has_same_base(plan: dict[str, Any], folder: str | None, config: TokenizeConfig) -> bool:
     """Return whether the folder that relative paths start from is that of the stored plan, possibly moved.
 
-    This is not the case if the stored folder still exists, because it may then contain other audio.
+    If the stored folder still exists under its old path, the result is False for any other folder, because the two may
+    contain different audio.
 
     Args:
         plan: the stored plan.

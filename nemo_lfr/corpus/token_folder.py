@@ -1,8 +1,8 @@
 """Read and validate a folder of tokens that `nemo-lfr tokenize` wrote.
 
-The files are compared with the records of the run: the number of clips and the size of each file, and with `verify`
-also the hash of each file. In place of damaged utterances, the reader yields an error, so that the caller can stop or
-continue. Files outside the folder are not read, even through links, and no code in the folder is executed.
+The number of clips and the size of each file are compared with the records of the run; with `verify`, also the hash of
+each file. In place of damaged utterances, the reader yields an error, so that the caller can stop or continue. Files
+outside the folder are not read, even through links, and no code in the folder is executed.
 """
 
 import hashlib

@@ -69,7 +69,7 @@ def test_an_input_edited_while_it_is_read_stops_the_run(kind, folder, model):
             for path in originals:
                 os.utime(path, (1e9, 1e9))  # a change that is detected even if the clock is coarse
 
-    with pytest.raises(NemoLfrError, match="was changed while it was tokenized"):
+    with pytest.raises(NemoLfrError, match="was changed during the run"):
         tokenize(job, workers=1, device="cpu", watch=edit)
     for path, data in originals.items():
         path.write_bytes(data)

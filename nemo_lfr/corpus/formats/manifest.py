@@ -39,7 +39,8 @@ LINES = f"{STATE}/lines"  # folder with the manifest lines of each shard, which 
 def own_labels(clip: Clip) -> dict[str, Any]:
     """Return the labels of a clip for its line in the manifest.
 
-    In this line, the key "id" contains the clip's id. If the corpus has a label "id", it is renamed to "source_id".
+    In this line, the key "id" contains the clip's id. A label "id" of the corpus is renamed to "source_id", or left
+    out if the corpus has a label "source_id".
     """
     labels = dict(clip.labels)
     if "id" in labels:

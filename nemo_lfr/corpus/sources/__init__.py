@@ -59,11 +59,11 @@ def open_corpus(
 
     Args:
         path: file or folder.
-        audio_dir: folder to which relative paths in a manifest or table refer; None for the folder that contains this
-            manifest or table.
-        listing: path of the file that lists the clips if the corpus is a folder or table.
-        relist: whether to list the clips again and write `listing`, instead of reading `listing`.
-        allow_url: whether to download audio for which a Lhotse manifest has an http(s) URL.
+        audio_dir: folder that relative paths in a manifest or table start from; None for the folder of the manifest
+            or table.
+        listing: path of the list of clips, a file that the readers of audio folders and of text tables write.
+        relist: whether to write `listing`; otherwise, an existing list is read.
+        allow_url: whether to download audio from http(s) URLs in Lhotse manifests.
 
     Raises:
         NemoLfrError: if the corpus cannot be read.

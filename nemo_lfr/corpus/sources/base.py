@@ -52,12 +52,12 @@ class OpenOptions:
     """Options for opening a corpus. Each reader uses only the options that apply to its kind of corpus.
 
     Attributes:
-        audio_dir: folder to which relative paths in a manifest or table refer; None for the folder that contains this
-            manifest or table.
-        listing: path of the file that lists the clips if the corpus is a folder or table.
-        relist: whether to list the clips again and write `listing`, instead of reading `listing`. It is True in the
-            process that plans a run, which also logs warnings about the corpus, and False in the workers.
-        allow_url: whether to download audio for which a Lhotse manifest has an http(s) URL.
+        audio_dir: folder that relative paths in a manifest or table start from; None for the folder of the manifest
+            or table.
+        listing: path of the list of clips, a file that the readers of audio folders and of text tables write.
+        relist: whether to write `listing`; otherwise, an existing list is read. It is True in the process that plans
+            a run, which also logs warnings about the corpus, and False in the workers.
+        allow_url: whether to download audio from http(s) URLs in Lhotse manifests.
     """
 
     audio_dir: Path | None
@@ -99,15 +99,15 @@ class CorpusReader(ABC):
         return hashlib.sha256("".join(digest(path) for path in self.files).encode()).hexdigest()[:16]
 
     def older_shards(self, identity: str, shards: list[ShardSpec], size: int) -> list[ShardSpec] | None:
-        """Return the shards of a run that an earlier version of the reader planned.
+        """Return the shards of a plan that an earlier version of this reader made.
 
         Args:
-            identity: `identity` in the plan, which differs from that of this version.
+            identity: hash of the corpus in the plan, which differs from the current `identity`.
             shards: shards in the plan.
             size: number of clips per shard.
 
         Returns:
-            The shards; None if the plan is of another corpus. By default, this is assumed.
+            The shards for this version; None if the plan was made for another corpus. The default is None.
         """
         return None
 
@@ -144,13 +144,14 @@ class CorpusReader(ABC):
 
 
 def repeat_number(shard: ShardSpec, index: int) -> int:
-    """Return how often a clip's name has occurred in the corpus so far, including this clip.
+    """Return the number to pass to `numbered_id`, which makes the id of a clip unique.
 
-    The number is 1 for the first clip with a name, 2 for the second, and so on; see `numbered_id`.
+    The number is 1 for the first clip with a name, 2 for the second, and so on. A number is left out if the numbered
+    id, such as "a~2", is the name of another clip.
 
     Args:
-        shard: specification of the shard. If the name of a clip has occurred before, the dictionary "repeats" maps the
-            index of the clip, as text, to this number.
+        shard: specification of the shard. For clips whose name has occurred before, the dictionary "repeats" maps the
+            index of the clip, as text, to the number.
         index: index of the clip in the shard.
     """
     number: int = shard.get("repeats", {}).get(str(index), 1)

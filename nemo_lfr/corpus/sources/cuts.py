@@ -76,7 +76,10 @@ class Cuts(CorpusReader):
         return list_digest(("", digest(path)) for path in self.files)
 
     def older_shards(self, identity: str, shards: list[ShardSpec], size: int) -> list[ShardSpec] | None:
-        """Return `shards` if the hash contains the names of the files."""
+        """Return `shards` if `identity` is the hash of an earlier version.
+
+        That hash included the names of the files.
+        """
         return shards if identity == list_digest((path.name, digest(path)) for path in self.files) else None
 
     @property
@@ -136,12 +139,13 @@ def cut_to_clip(cut: Any, origin: str, number: int = 1, allow_url: bool = False)
 
     If the cut has the field `target_audio`, the recording in this field is used instead of the audio of the cut, as in
     NeMo's loaders. If the cut has several supervisions, their texts are joined in order of start time, and the clip
-    has the other labels of the first supervision. Custom fields of the cut take precedence over its supervision's.
+    has the other labels of the first supervision. Custom fields of the cut take precedence over those of the
+    supervision.
 
     Args:
         cut: the cut.
         origin: name of the file, for messages.
-        number: how often the cut's id has occurred in the corpus so far, including this cut; see `numbered_id`.
+        number: number that makes the id of the clip unique; see `numbered_id`.
         allow_url: whether to download audio that is at an http(s) URL.
     """
     supervisions = sorted(cut.supervisions, key=lambda supervision: supervision.start)
@@ -203,7 +207,7 @@ def item_to_clip(item: CutItem, origin: str, number: int, allow_url: bool) -> Cl
     Args:
         item: the cut, or the reason why it is invalid.
         origin: path of the file, for messages.
-        number: how often the cut's id has occurred in the corpus so far, including this cut; see `numbered_id`.
+        number: number that makes the id of the clip unique; see `numbered_id`.
         allow_url: whether to download audio that is at an http(s) URL.
 
     Returns:
@@ -224,7 +228,7 @@ def number_cuts(paths: Sequence[Path]) -> list[tuple[int, dict[int, int]]]:
 
     Returns:
         For each file, the number of cuts, and a dictionary with an entry for each cut whose id has occurred before.
-        The entry maps the index of the cut in the file to the number of occurrences of its id so far.
+        The entry maps the index of the cut in the file to the number for `numbered_id`.
 
     Raises:
         ConfigError: if a file does not contain Lhotse cuts.

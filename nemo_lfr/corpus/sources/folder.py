@@ -14,7 +14,7 @@ from nemo_lfr.io.journal import ANY_NAME, write_text
 from nemo_lfr.io.layouts import folder
 from nemo_lfr.io.repeated import mark_repeated
 
-# Key that marks an entry as unusable. The value is the problem. The name of the entry is the file or line that has it.
+# Key of an entry that cannot be used. Its value is the reason; see `unusable`.
 PROBLEM = "nemo_lfr.problem"
 
 
@@ -26,7 +26,7 @@ class Folder(Manifest):
     Args:
         path: the manifest.
         audio_dir: folder that relative paths are resolved against.
-        root: folder that the names of unusable entries start from; None for `audio_dir`.
+        root: folder that the file names of unusable entries start from; None for `audio_dir`.
     """
 
     base_advice = "pass {} as the corpus"
@@ -54,9 +54,10 @@ class Folder(Manifest):
         return replace(result, origin=place, audio=unreadable(f"{place}: {problem}."), path=None)
 
     def older_shards(self, identity: str, shards: list[ShardSpec], size: int) -> list[ShardSpec] | None:
-        """Return the shards of a plan whose hash contains the path of the folder.
+        """Return new shards if `identity` is the hash of an earlier version.
 
-        The list of such a plan also contained this path, so its shards start at other bytes.
+        That version included the path of the folder in the hash and in the list of files, so the shards in the plan
+        start at other bytes.
         """
         listing = hashlib.sha256()
         with open(self.path, "rb") as file:

@@ -48,8 +48,9 @@ class Manifest(CorpusReader):
             `resolve_audio_path`.
 
     Raises:
-        ConfigError: if the file cannot be read or is an archive, if none of its first 100 lines is a manifest entry,
-            or if all of them have the key `shard_id` (of tar files) and none of their audio files exists.
+        ConfigError: if the file cannot be read, is an archive or a spreadsheet, or has no manifest entry in its first
+            100 lines. Also if all of these lines have the key `shard_id`, as for audio in tar files, and none of their
+            audio files exists.
     """
 
     def __init__(self, path: Path, audio_dir: Path | None = None) -> None:
@@ -67,7 +68,7 @@ class Manifest(CorpusReader):
             raise ConfigError(f"{path}: the manifest cannot be read: {error.strerror}.") from error
         except ValueError as error:
             raise ConfigError(f"{path}: not a NeMo manifest: {error}.") from error
-        is_utf16 = bool(lines) and lines[0].startswith(UTF16_MARKS)  # which json.loads would accept
+        is_utf16 = bool(lines) and lines[0].startswith(UTF16_MARKS)  # json.loads accepts UTF-16
         if is_utf16 or not any(_is_entry(line) for line in lines):
             raise ConfigError(f"{path}: not a NeMo manifest: {_describe_content(lines)}.")
         if all(map(_is_in_tar, lines)) and not any(map(self._exists, lines)):
@@ -117,8 +118,7 @@ class Manifest(CorpusReader):
 
         Returns:
             For each shard, a dictionary with the byte offset of its first line ("start"), the number of its lines
-            ("count") and, for clips whose name has occurred before, the number of occurrences ("repeats"); see
-            `repeat_number`.
+            ("count"), and numbers for the clips whose name has occurred before ("repeats", see `repeat_number`).
         """
         shards: list[ShardSpec] = []
         ids = UniqueIds()
@@ -193,19 +193,23 @@ def _is_entry(line: bytes) -> bool:
 
 
 def _dependence_pattern(folder: Path) -> re.Pattern[bytes]:
-    """Return a pattern that matches at least the manifest lines for which `_depends_on` is true.
+    """Return a pattern that finds candidates for `_depends_on` among manifest lines.
 
-    Most lines do not match if all their paths are absolute and outside of the folder. Parsing them would take long.
+    `_depends_on` is false for lines without a match, so they need not be parsed. This saves time for a manifest with
+    absolute paths outside the folder.
     """
     prefix = re.escape(os.fsencode(os.path.join(os.path.abspath(os.path.expanduser(folder)), "")))
-    part = rb'/(?!/|\.\.?[/"])[^"\\/]*'  # of a path that `os.path.normpath` would not change
+    part = rb'/(?!/|\.\.?[/"])[^"\\/]*'  # one component of a path that `os.path.normpath` would not change
     outside = rb'\s*:\s*"(?!' + prefix + rb")(?:" + part + rb')+"'
-    escaped_letter = rb"\\u00[5-7]"  # may be part of a key
+    escaped_letter = rb"\\u00[5-7]"  # JSON may escape the letters of a key
     return re.compile(rb'audio_filepath"(?!' + outside + rb")|" + escaped_letter)
 
 
 def _depends_on(folder: Path, line: bytes) -> bool:
-    """Return whether a manifest line has a relative path, or a path inside `folder`, whose id is relative to it."""
+    """Return whether the audio or the id of a manifest line depends on `folder`.
+
+    This is the case if the line has a relative path, or an absolute path inside `folder`, which becomes a relative id.
+    """
     try:
         entry = parse_entry(line)
     except NOT_A_LINE:

@@ -72,7 +72,7 @@ class Shar(CorpusReader):
         if not path.is_dir() or not any(list(path.glob(name)) for name in ("cuts.*jsonl*", "cuts/cuts.*jsonl*")):
             return False
         fields = _find_fields(path)
-        # Without a shard number and other fields, the cuts may be a list of the audio files in this folder.
+        # If the cuts file has no number and is the only field, it may list audio files in this folder.
         return "cuts" in fields and (len(fields) > 1 or bool(_numbers(fields["cuts"])))
 
     @classmethod
@@ -102,7 +102,10 @@ class Shar(CorpusReader):
         return list_digest((file.relative_to(self.path).as_posix(), digest) for file, digest in self._digests)
 
     def older_shards(self, identity: str, shards: list[ShardSpec], size: int) -> list[ShardSpec] | None:
-        """Return `shards` if the hash contains the paths of the files."""
+        """Return `shards` if `identity` is the hash of an earlier version.
+
+        That hash included the path of the folder.
+        """
         return shards if identity == list_digest((str(file), digest) for file, digest in self._digests) else None
 
     @cached_property

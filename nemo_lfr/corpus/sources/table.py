@@ -46,7 +46,7 @@ class Table(CorpusReader):
         audio_dir: folder that relative paths are resolved against; None for the table's folder.
 
     Raises:
-        ConfigError: if no column contains audio, or two columns have the same meaning; see `known_names`.
+        ConfigError: if no column contains audio, or the names of two columns differ only in case (see `known_names`).
     """
 
     def __init__(
@@ -82,7 +82,10 @@ class Table(CorpusReader):
         return self._hash(["" if is_file else file.name for file in self.files])
 
     def older_shards(self, identity: str, shards: list[ShardSpec], size: int) -> list[ShardSpec] | None:
-        """Return `shards` if the hash contains the name of the file that was passed."""
+        """Return `shards` if `identity` is the hash of an earlier version.
+
+        That hash included the names of all files.
+        """
         return shards if identity == self._hash([file.name for file in self.files]) else None
 
     def _hash(self, names: Sequence[str]) -> str:
@@ -106,7 +109,7 @@ class Table(CorpusReader):
     def log_choices(self) -> None:
         """Log which columns with nonstandard names are read as labels, and which columns are left out.
 
-        If the folder contains audio files, also log that an audio file is used only if a table lists it.
+        If the table is a folder that contains audio files, also log that only files listed in a table are used.
         """
         if chosen := chosen_columns(self.columns):
             text = ", ".join(f"{label} from column {column!r}" for label, column in chosen.items())
@@ -198,7 +201,7 @@ class Table(CorpusReader):
         try:
             length = max(audio.array.shape, default=0) / float(audio.rate)
         except (TypeError, ValueError, ZeroDivisionError):
-            length = 0.0  # `read_samples` names the fault
+            length = 0.0  # `read_samples` reports the error
         if offset or (duration is not None and abs(length - duration) > rounding(duration)):
             return unreadable(
                 f"{origin}: offset and duration cannot select a part of decoded samples; store only the part and "
@@ -208,7 +211,7 @@ class Table(CorpusReader):
 
 
 def _digest(file: Path) -> str:
-    """Return a hash of a file; a constant for a file that cannot be read, which is a failure of the run."""
+    """Return a hash of a file; "unreadable" if it cannot be read, which the run reports as a failure."""
     try:
         return sampled_digest(file)
     except OSError:
