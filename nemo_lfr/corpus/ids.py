@@ -17,13 +17,17 @@ MAX_COMPONENT_BYTES = 240
 MAX_ID_BYTES = 700
 HASH_DIGITS = 12
 # Characters that Windows rejects, and those that change how a line of text is displayed or split.
-_NOT_PORTABLE = re.compile(
-    r'[\x00-\x1f\x7f-\x9f<>:"|?*\\\u2028\u2029\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff]',
-)
+_BAD = r'\x00-\x1f\x7f-\x9f<>:"|?*\\\u2028\u2029\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff'
+_NOT_PORTABLE = re.compile(f"[{_BAD}]")
 # Names for which Windows opens a device, with or without a suffix.
-_RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³]|conin\$|conout\$) *(\.|$)", re.IGNORECASE)
+_DEVICE = r"(?i:con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³]|conin\$|conout\$) *"
+_RESERVED = re.compile(rf"{_DEVICE}(\.|$)")
 # Suffixes that the folders in an id must not have: such a folder could have the same path as another clip's file.
-_FILE_SUFFIX = re.compile(r"\.(lfr|pt|wav|flac)$", re.IGNORECASE)
+_SUFFIX = r"\.(?i:(lfr|pt|wav|flac))"
+_FILE_SUFFIX = re.compile(rf"{_SUFFIX}$")
+# Paths that are clean ids, apart from a leading slash and their length. Most names are, and cleaning takes long.
+_PART = rf"(?!{_DEVICE}(?:[./]|$))[^{_BAD}/]*[^{_BAD}/. ]"
+_CLEAN = re.compile(rf"/?(?!.*{_SUFFIX}/){_PART}(?:/{_PART})*")
 
 
 def clean_id(name: str) -> str:
@@ -33,6 +37,8 @@ def clean_id(name: str) -> str:
     Linux, macOS and Windows accept. A name that already is such a path is returned unchanged. A name or path component
     that is too long is truncated, and a hash of the full text is appended, so that different names stay different.
     """
+    if _CLEAN.fullmatch(name) and len(name.encode()) <= MAX_COMPONENT_BYTES:
+        return name.removeprefix("/")
     components = [part for part in PurePosixPath(name).parts if part not in ("/", "//", ".", "..")]
     if not components:
         return "_"

@@ -68,6 +68,33 @@ def test_odd_names_become_portable_paths(name, expected):
     assert clean_id(expected) == expected
 
 
+IDS = {
+    "a/b.c.wav": "a/b.c",
+    "a.b/c": "a.b/c",
+    "/s/a.wav": "s/a",
+    "//s/a.wav": "s/a",
+    "./a.wav": "a",
+    "a//b.wav": "a/b",
+    "a.wav/": "a",
+    "a.wav.": "a.wav_",
+    "x/.hidden": "x/.hidden",
+    ".a.wav": ".a",
+    "..a": "_",
+    "x/..a": "x",
+    "nul.wav": "_nul",
+    "a.flac/b.wav": "a.flac_/b",
+    "語/é.wav": "語/é",
+}
+
+
+@pytest.mark.parametrize(("path", "expected"), IDS.items())
+def test_ids_in_a_manifest_are_paths_without_suffix(path, expected, tmp_path):
+    manifest = tmp_path / "m.json"
+    manifest.write_text(json.dumps({"audio_filepath": path}) + "\n")
+    corpus = open_corpus(manifest, None, tmp_path / "unused.json")
+    assert [clip.id for clip in corpus.read(corpus.shards(1)[0])] == [expected]
+
+
 @pytest.mark.parametrize(
     "name",
     [

@@ -274,8 +274,19 @@ def _name(line: bytes, audio_dir: Path) -> str:
     """
     try:
         labels = json.loads(line)
-        name = PurePosixPath(audio_name(audio_dir, str(labels["audio_filepath"]))).with_suffix("")
+        name = _without_suffix(audio_name(audio_dir, str(labels["audio_filepath"])))
         offset = float(labels.get("offset") or 0)
-        return clean_id(f"{name}-{round(offset * 1000):08d}" if offset else str(name))
+        return clean_id(f"{name}-{round(offset * 1000):08d}" if offset else name)
     except NOT_A_LINE:
         return line_id(line)
+
+
+def _without_suffix(path: str) -> str:
+    """Return a path without the suffix of the file, in the same form as `PurePosixPath.with_suffix`.
+
+    For most paths, this takes much less time.
+    """
+    if "//" in path or "/." in path or path.startswith(".") or path.endswith(("/", ".")) or not path:
+        return str(PurePosixPath(path).with_suffix(""))
+    stem, dot, suffix = path.rpartition(".")
+    return stem if dot and "/" not in suffix else path
