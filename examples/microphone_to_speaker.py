@@ -96,7 +96,7 @@ def talk(codec: Codec, blocks: Iterator[np.ndarray], output: "Speaker | AudioWri
         codec: codec to use.
         blocks: blocks of mono float32 samples at the codec's sample rate, each of shape [n].
         output: speaker or file that receives the decoded audio.
-        lookahead: number of frames of lookahead in the encoder and again in the decoder; None for the full lookaheads.
+        lookahead: lookahead of the encoder and of the decoder, in frames; None for the full lookaheads.
     """
     encoder, decoder = codec.stream_encoder(lookahead), codec.stream_decoder(lookahead)
     computing, frames = 0.0, 0

@@ -113,8 +113,8 @@ def problem_of(values: Mapping[str, Any], schema: Mapping[str, Kind]) -> str | N
 def message_type(values: Mapping[str, Any]) -> str:
     """Return the type of a text message, or "" if the type is not valid.
 
-    A message with tokens has no type, and the result for it is "tokens". A type that is not text is not valid, nor is
-    an explicit type "tokens".
+    A message with tokens has no type, and the result for it is "tokens". A type is not valid if it is not text, or if
+    it is "tokens".
     """
     if "type" not in values:
         return "tokens"

@@ -137,7 +137,7 @@ class Engine:
 
         Raises:
             OverloadedError: if the engine has `max_streams` sessions; `ShutdownError` if the engine is draining.
-            NemoLfrError: if `lookahead` is invalid, or the codec's backend cannot process streams in batches.
+            NemoLfrError: if `lookahead` is invalid.
         """
         yield from self._open(lambda: self.codec.stream_encoder(lookahead), (), live)
 
@@ -164,7 +164,7 @@ class Engine:
 
         Raises:
             OverloadedError: as for `encoder`.
-            NemoLfrError: if a lookahead is invalid, or the codec's backend cannot process streams in batches.
+            NemoLfrError: if a lookahead is invalid.
         """
         yield from self._open(lambda: self.codec.stream_decoder(lookahead, first_lookahead), tuple(ramp), live)
 

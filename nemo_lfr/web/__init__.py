@@ -1,4 +1,4 @@
-"""Web page that encodes and decodes in a browser, for `nemo-lfr serve` and for static sites (files in `page/`)."""
+"""Web page that encodes and decodes, for `nemo-lfr serve` and for static sites. Its files are in `page/`."""
 
 from pathlib import Path
 

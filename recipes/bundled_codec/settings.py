@@ -70,7 +70,7 @@ def read_settings(config: Path = DEFAULT_CONFIG, overrides: Sequence[str] = ()) 
 
     Raises:
         ValueError: if a key is unknown, or a value is invalid or missing.
-        ConfigError: if a component cannot be imported, or an interpolation is too long.
+        ConfigError: if a component cannot be imported, or an OmegaConf interpolation is too long.
     """
     listed = [
         f"train=[{text.removeprefix('train=')}]" if text.startswith("train=") and "[" not in text else text
