@@ -161,7 +161,7 @@ def reference_state(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def building_state(device: torch.device | None = None) -> Iterator[None]:
-    """Context manager in which new modules are trainable and have fp32 weights, whatever the caller's settings are.
+    """Build trainable fp32 modules inside a `with` block, whatever the caller's settings.
 
     Inference mode and CPU autocast are disabled, and the default dtype is fp32.
 

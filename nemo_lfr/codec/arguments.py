@@ -43,7 +43,7 @@ def check_audio(
         audio: floating point in [-1, 1], or int16; [T_audio], [B, T_audio] or [B, 1, T_audio].
         audio_len: samples in each clip, [B]; default: the full length.
         name: name of `audio` in messages.
-        first: index that messages use for the first clip; not 0 if `audio` is a part of a longer list of clips.
+        first: index of the first clip in messages; not 0 if `audio` is a part of a longer list of clips.
 
     Returns:
         Audio [B, T_audio] and the number of samples in each clip.
@@ -236,7 +236,7 @@ def check_lengths(
         limit: maximum length; None for any length.
         name: name of `lengths` in messages.
         error: type of the error to raise.
-        first: index that messages use for the first example; not 0 if the batch is a part of a longer list.
+        first: index of the first example in messages; not 0 if the batch is a part of a longer list.
 
     Raises:
         NemoLfrError: of the type `error`, if the shape, the type or a value is invalid.

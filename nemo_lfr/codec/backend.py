@@ -69,7 +69,7 @@ class Batching:
         chunk_frames: frames in one window of a long recording, without the context of the window. The default suits a
             CPU, whose cache is too small for longer windows. With the context of NVIDIA's codec, a window of 132
             frames becomes 144 frames to encode and 158 to decode.
-        batch_frames: total frames in one batch of windows.
+        batch_frames: maximum number of frames, including padding, in a batch of several windows.
         pad_multiple: windows are padded to a multiple of this many frames, so that few different shapes occur.
         mix_widths: whether windows of similar widths share a batch. If false, all windows of a batch have the same
             width.

@@ -4,8 +4,8 @@
 that implements `Ops` runs them differently: `ModuleOps` calls the modules, for training and export; the CPU uses
 packed weights; CUDA records a plan; streams keep state between chunks; and `ContextOps` returns the receptive field.
 
-To add a new kind of stage, write its class in this folder and change `encode` or `decode`, or override `run` in a
-subclass of the encoder or decoder. A stage that only uses the three operations runs everywhere without other changes.
+To add a new kind of stage, write its class in this folder. Then change `encode` or `decode`, or override `run` in a
+subclass of the encoder or decoder. A stage that only uses the three operations needs no change in the implementations.
 """
 
 from collections.abc import Sequence
@@ -25,10 +25,10 @@ class Ops(Protocol[Signal]):
     """Operations that an encoder or decoder consists of."""
 
     def conv(self, layer: Conv1d, signal: Signal, activation: CodecActivation | None = None) -> Signal:
-        """Apply the activation, if there is one, and then the convolution; divide the length by its stride."""
+        """Apply the activation (if any) and the convolution, which divides the length by its stride."""
 
     def upsample(self, layer: ConvTranspose1d, signal: Signal, activation: CodecActivation) -> Signal:
-        """Apply the activation and then the transposed convolution; multiply the length by its stride."""
+        """Apply the activation and the transposed convolution, which multiplies the length by its stride."""
 
     def residual(self, layer: ResidualLayer, signal: Signal) -> Signal:
         """Return the mean of the layer's residual branches."""

@@ -82,7 +82,7 @@ class NeuralModule(nn.Module):
 
     @contextlib.contextmanager
     def as_frozen(self) -> Iterator[None]:
-        """Freeze the module inside a `with` block, and restore its state afterwards."""
+        """Freeze the module inside a `with` block; restore its mode and its `requires_grad` flags afterwards."""
         training = self.training
         self.freeze()
         try:

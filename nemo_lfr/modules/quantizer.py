@@ -30,8 +30,8 @@ _IN_RANGE = "pass codes that this quantizer returned"
 class FiniteScalarQuantizer(NeuralModule):
     """Quantizer with one codebook, which has D dimensions.
 
-    If a caller has patched or overridden a method, or changed a buffer, the results are those of NeMo's class with the
-    same change, and the resulting tokens are not checked.
+    A caller may patch or override methods, or change buffers. The results are then those of NeMo's class with the same
+    change, and the tokens in them are not checked.
 
     Args:
         num_levels: number of levels in each dimension, at least 2.
@@ -283,7 +283,7 @@ class GroupFiniteScalarQuantizer(CodebookDropout):
         return len(groups) == self.num_groups and settings.issubset({(self.levels, self.fsqs[0].eps)})
 
     def _split(self, values: torch.Tensor, dim: int) -> Iterator[tuple[Any, torch.Tensor]]:
-        """Yield the quantizer of each group with its part of a tensor, which is split along the dimension `dim`.
+        """Split a tensor along the dimension `dim`, and yield each group's quantizer with its part of the tensor.
 
         Raises:
             TokensError: if the shape is wrong. As in NeMo, the shape is not checked if a caller has changed the number

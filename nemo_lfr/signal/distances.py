@@ -21,7 +21,7 @@ class ReconstructionLoss(nn.Module):
         mel_dims: number of mel bands at each resolution.
         mel_guard: constant that is added to mel magnitudes before the logarithm. With the value 1.0, as in NeMo, the
             loss depends on the volume of the recording, and quiet speech sounds have almost no influence.
-        stft_guard: constant that is added to STFT magnitudes before the logarithm, with the same effect.
+        stft_guard: constant that is added to STFT magnitudes before the logarithm; see `mel_guard`.
         floor: lower bound for mel magnitudes in the term "log_mel", which does not exist in NeMo.
     """
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from nemo_lfr.modules.conv import Conv1d, fold
 
-# Elements per thread in one array of a block; 7 such arrays and their products fit into the cache.
+# Elements per thread in one array of a block. A block needs 7 such arrays and their products, and fits into the cache.
 BLOCK = 192 * 1024
 TILE, POINTS = 4, 7
 # Points: three pairs (a, -a), and infinity. Each row contains the value a of one pair, b^2 + c^2, and b^2 * c^2, where
