@@ -289,7 +289,7 @@ def build_parts(config: Mapping[str, Any], *, weight_norm: bool = True) -> Codec
         weight_norm: whether to build convolutions with weight norm, for training, or with plain weights.
 
     Raises:
-        ConfigError: if a key is missing or has an invalid value.
+        ConfigError: if a key is missing or has an invalid value, or if the modules do not fit together.
     """
     for key in ("sample_rate", "samples_per_frame", *PARTS):
         if config.get(key) is None:

@@ -219,6 +219,7 @@ def _changed_settings(
 
     Tensors outside the state dict and plain values, such as dropout rates, are compared by value. Other objects only
     differ if their types differ, and private attributes that hold such objects are ignored.
+
     For the arguments and the result see `settings_to_pickle`.
     """
     settings = {}

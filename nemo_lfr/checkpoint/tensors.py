@@ -250,7 +250,7 @@ class Tensors:
         return self._read_tensor(key, kept=True)
 
     def temporary(self, key: str) -> torch.Tensor:
-        """Read one tensor into a buffer that the next call reuses, which is faster than allocating new memory."""
+        """Read one tensor into a buffer that the next call overwrites. New memory would take more time."""
         return self._read_tensor(key, kept=False)
 
     def _read_tensor(self, key: str, kept: bool) -> torch.Tensor:
@@ -314,7 +314,7 @@ class Tensors:
     def _read_record(self, name: str, begin: int, buffer: memoryview) -> None:
         """Fill a buffer with the bytes of a stored record from `begin`, and verify the whole record's checksum.
 
-        If several tensors are parts of one record, its checksum is verified only for the first of them.
+        A record that several tensors share is only verified when the first of them is read.
         """
         if name not in self._records:
             raise zipfile.BadZipFile(f"record {name} is missing")

@@ -49,9 +49,9 @@ class Evaluation:
         recordings: recordings by key.
         rate: sample rate of the comparison in Hz.
         results: results of each codec.
-        absent: for each metric that is not available, the reason, by metric name.
-        models: for each metric that a model computes, the name of the model, by metric name.
-        failed_models: for each requested model that could not be loaded, the reason, by kind of model, such as "asr".
+        absent: reason for each metric that is not available, by metric name.
+        models: name of the model for each metric that a model computes, by metric name.
+        failed_models: reason for each requested model that could not be loaded, by kind of model, such as "asr".
     """
 
     recordings: dict[str, Recording]

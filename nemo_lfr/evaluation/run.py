@@ -1,6 +1,6 @@
 """Evaluate several codecs, and resume an interrupted evaluation.
 
-Each codec has a folder OUT/codecs/NAME-IDENTITY/. For each recording, the folder contains KEY.wav (float samples) and
+Each codec has a folder OUT/codecs/NAME-HASH/. For each recording, the folder contains KEY.wav (float samples) and
 KEY.npy (tokens). The results are in journals (JSON-lines files): `sent.jsonl` with sizes and times, `metrics.jsonl`,
 and one file for each model that computes metrics. If a run is repeated after an interruption, or with more codecs or
 recordings, only the missing results are computed.

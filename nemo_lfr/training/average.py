@@ -61,7 +61,7 @@ class Average:
         return self._trained is None or weight_checksums(module) == self._trained
 
     def convert(self, module: torch.nn.Module) -> None:
-        """Convert the average to the dtypes of the module, whose trained weights were just converted."""
+        """Convert the average to the dtypes of the module's weights, and call `finish` again."""
         pairs = zip(self.weights, module.parameters(), strict=True)
         self.weights = [weight.to(parameter.dtype) for weight, parameter in pairs]
         self.finish(module)

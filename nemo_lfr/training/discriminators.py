@@ -5,7 +5,7 @@ has no trainable weights. Then `score` computes scores and feature maps from the
 the representation of each signal is computed only once: without gradients for real audio, and with gradients for
 generated audio. The update of the discriminators uses a detached copy of the representation.
 
-State-dict keys are the same as in the NeMo classes with the same names. A custom discriminator is a subclass of
+State-dict keys are the same as in the NeMo classes that these classes replace. A custom discriminator is a subclass of
 `AudioDiscriminator`; see `nemo_lfr.training.components`.
 """
 

@@ -20,8 +20,8 @@ class OpenedModels(NamedTuple):
 
     Attributes:
         models: the loaded models.
-        absent: for each metric that is not available, the reason, by metric name.
-        failed: for each requested model that could not be loaded, the reason, by kind of model.
+        absent: reason for each metric that is not available, by metric name.
+        failed: reason for each requested model that could not be loaded, by kind of model.
     """
 
     models: list[ModelMetric]
