@@ -46,7 +46,7 @@ class WeightAveraging(BaseModel):
             self._average.use(self._generator, averaged)
 
     def _finish_average(self) -> None:
-        # An error of a later validation must not mark weights that were changed since as trained.
+        # Only once: if a later validation fails, the weights may have been changed since the training.
         if self._average is not None and not self._average.in_use and not self._average.is_finished:
             self._average.finish(self._generator)
 
@@ -90,9 +90,10 @@ class WeightAveraging(BaseModel):
         super().on_train_start()
 
     def start_average(self) -> None:
-        """Start or resume the moving average. It is updated after each step of the optimizers of the averaged weights.
+        """Start or resume the moving average.
 
-        A subclass may replace `training_step`, so the optimizers call the update.
+        A step of an optimizer that updates the averaged weights also updates the average. A subclass may replace
+        `training_step`, so the optimizers call the update.
         """
         self._average = self._average or Average(self._generator, float(self.cfg.ema_decay))
         averaged = {id(parameter) for parameter in self._generator.parameters()}
@@ -105,7 +106,7 @@ class WeightAveraging(BaseModel):
             self._average.update(self._generator)
 
     def on_fit_end(self) -> None:
-        """Remember the trained weights, to notice later changes."""
+        """Record checksums of the trained weights, to detect later changes."""
         # Lightning calls `on_train_end` only if the run was not already complete.
         super().on_fit_end()
         self._finish_average()

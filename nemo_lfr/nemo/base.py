@@ -103,7 +103,7 @@ class BaseModel(NeMoAudioCodecModel):
         return weights is not None and weights == weight_checksums(self.audio_encoder, self.audio_decoder)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set an attribute. For NeMo's code, `discriminator = None` turns off adversarial training."""
+        """Set an attribute. As in NeMo, `discriminator = None` turns off adversarial training."""
         super().__setattr__(name, value)
         if name == "discriminator":
             self._is_without_gan = value is None

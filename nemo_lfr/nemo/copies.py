@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 # Attributes that are not copied. `Module.compile` sets `_compiled_call_impl`, which runs the original model. The proxy
-# that NeMo puts around each instance's `training_step` is not copied either, because it cannot be.
+# that NeMo puts around each instance's `training_step` is not copied either, because `copy` cannot copy it.
 _NOT_COPIED = ("_codec", "_compiled_call_impl", "_fabric", "_trainer")
 _NO_TRAINER = {"_trainer": None, "_fabric": None}
 _DATA_LOADERS = ("_train_dl", "_validation_dl", "_test_dl")
@@ -126,7 +126,7 @@ def _rebuilt(
         has_discriminator: whether the model has the attribute `discriminator`.
         attributes: further attributes of the original.
         components: custom discriminators, losses and metrics by name.
-        built: attributes whose modules are built on first use and that the original has built.
+        built: attributes in `CONFIGURED` whose modules the original has built.
         has_weights: whether the encoder and the decoder have random weights. If not, they are on the meta device,
             which saves time and memory.
     """

@@ -53,7 +53,7 @@ def tidy_checkpoints(experiment: str | os.PathLike[str]) -> None:
 
     Call this function before `exp_manager`, in one process only. NeMo refuses to resume if the last checkpoint is
     unfinished, even if an older one is intact. NeMo resumes from a file named `*last.ckpt`. If a checkpoint is
-    unfinished and no intact file has such a name, the newest intact checkpoint is copied to a file with such a name.
+    unfinished and no such file is intact, the newest intact checkpoint is copied to such a file.
 
     Args:
         experiment: folder of the run, such as EXP_DIR/NAME. A missing folder is ignored.

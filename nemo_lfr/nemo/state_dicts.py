@@ -38,8 +38,8 @@ class StateDicts(BaseModel):
         """Return the state dict with NeMo's names.
 
         The state dict contains the weights of the discriminators even if they are not built yet, but not the weights
-        of WavLM. Modules that are wrapped by `torch.compile`, or whose weight norm was removed, have the same names
-        and tensors as in NeMo.
+        of WavLM. Wrappers such as `torch.compile`, and the removal of weight norm, change neither the names nor the
+        tensors.
 
         Args:
             destination: dict to add the tensors to, as in `torch.nn.Module.state_dict`.
