@@ -33,8 +33,8 @@ def check_stream(path: Path) -> None:
         path: file in Arrow's streaming format.
 
     Raises:
-        NemoLfrError: if the batches declare an implausible number of rows or bytes, or the file is damaged, truncated
-            or followed by other data.
+        NemoLfrError: if the file cannot be read, is damaged or truncated, or contains other data after the last batch.
+            Also if the batches declare an implausible number of rows or bytes.
     """
     arrow = require("pyarrow")
     rows = expanded = 0

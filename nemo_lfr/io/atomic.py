@@ -93,7 +93,9 @@ def _is_linked(temporary: Path, path: Path) -> bool:
 
 
 def sync(descriptor: int) -> None:
-    """Wait until the data of an open file is on disk. File systems without `fsync` are ignored.
+    """Wait until the data of an open file is on disk.
+
+    On file systems without `fsync`, this function does nothing.
 
     Args:
         descriptor: descriptor of the open file.
@@ -159,6 +161,7 @@ def replacing(path: Path, overwrite: bool = True) -> Iterator[IO[bytes]]:
         overwrite: whether an existing file may be replaced.
 
     Raises:
+        NemoLfrError: if `path` is a pipe, device or socket.
         OutputExistsError: if `path` exists at the end, and `overwrite` is not set.
         OSError: if the file cannot be written, for instance on a full disk; the error names `path`.
     """
@@ -185,6 +188,7 @@ def write_bytes(path: Path, data: bytes | Iterable[bytes], overwrite: bool = Tru
         overwrite: whether an existing file may be replaced.
 
     Raises:
+        NemoLfrError: if `path` is a pipe, device or socket.
         OutputExistsError: if `path` exists and `overwrite` is not set.
         OSError: if the file cannot be written, for instance on a full disk; the error names `path`.
     """
@@ -207,6 +211,7 @@ def write_new(path: Path, data: bytes) -> bool:
         Whether the file was written.
 
     Raises:
+        NemoLfrError: if `path` is a pipe, device or socket.
         OSError: if the file cannot be written, for instance on a full disk; the error names `path`.
     """
     with naming(path), open_temporary(path) as file, naming(path, Path(file.name)):
@@ -315,7 +320,7 @@ def naming(path: Path, temporary: Path | None = None) -> Iterator[None]:
             this folder, gets the name `path` instead.
 
     Raises:
-        OSError: if the block raises an OSError; the new error names the output file.
+        OSError: if the block raises an OSError. An error that names any other file is raised unchanged.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""Read, write and resample audio files in any format that libsndfile or FFmpeg decodes."""
+"""Read audio files that libsndfile or FFmpeg decodes, write WAV and FLAC files, and resample audio."""
 
 from nemo_lfr.io.audio_reader import BLOCK_SECONDS, MAX_BLOCK, AudioReader
 from nemo_lfr.io.audio_writer import AudioWriter, pcm16

@@ -34,10 +34,10 @@ MAX_BLOCK = 1 << 24
 class AudioReader:
     """Read an audio file as mono float32 blocks at `sample_rate`.
 
-    All samples in the file are read, even if the header declares fewer, and so are further recordings that were
-    appended with `cat`. A truncated file raises an error. Smaller faults are logged as warnings: an incomplete last
-    frame, as in MPEG or AAC audio that was recorded from a stream; a header without a length; in a file that
-    FFmpeg decodes, gaps in the time stamps or an end before the declared duration.
+    All samples in the file are read, even if the header declares fewer. Recordings that were appended with `cat` are
+    read, too. A truncated file raises an error. Smaller faults are logged as warnings, such as a header without a
+    length, or an incomplete last frame in MPEG or AAC audio that was recorded from a stream. For a file that FFmpeg
+    decodes, gaps in the time stamps and an end shortly before the declared duration are also only logged.
 
     Args:
         path: the file.

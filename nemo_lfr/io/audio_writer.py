@@ -15,7 +15,7 @@ from nemo_lfr.io.atomic import check_overwrite, naming, open_temporary, publish,
 from nemo_lfr.io.decoders import sndfile_reason
 from nemo_lfr.io.folders import WRITABLE_FORMATS, WRITABLE_SUFFIXES
 
-# libsndfile writes a file of 0 bytes in this case.
+# Without samples, libsndfile writes a FLAC file of 0 bytes, or an Opus file that lacks its last page.
 NO_EMPTY = "the recording has no samples, and {} files cannot be empty"
 
 
@@ -41,8 +41,8 @@ class AudioWriter:
     Raises:
         OutputExistsError: if the file exists when writing starts or ends, and `overwrite` is not set.
         NemoLfrError: if the suffix of `path` is not in `WRITABLE_SUFFIXES`.
-        AudioError: if the format does not support the sample rate, or a FLAC file would contain no samples. An error
-            about the number of samples is raised when the `with` block ends.
+        AudioError: if the format does not support the sample rate. Also at the end of the `with` block, if a FLAC file
+            would contain no samples.
     """
 
     def __init__(self, path: str | os.PathLike[str], sample_rate: int, *, overwrite: bool = False) -> None:

@@ -1,7 +1,7 @@
-"""Read the audio of Lhotse cuts without starting programs, and without downloads that the user did not allow.
+"""Read the audio of Lhotse cuts. No program is started, and URLs are opened only if the user allows it.
 
 Lhotse itself starts a shell for sources of type "command", for URLs that begin with "pipe:" and for file names that
-end in ".sph", and opens any URL in a manifest. This module accepts only regular files, bytes in memory and, if the
+end in ".sph". It also opens any URL in a manifest. This module accepts only regular files, bytes in memory and, if the
 caller allows it, http(s) URLs. The module reads these sources itself and passes only samples to Lhotse.
 
 `check_cut` checks the manifest of a cut. `read_cut` also checks each source with `check_source` before opening it.
@@ -82,7 +82,7 @@ def _mappings(value: Any) -> Iterator[Mapping[str, Any]]:
 
 
 def check_source(kind: object, source: object, allow_url: bool = False) -> None:
-    """Check that a Lhotse audio source is a file, bytes in memory or, if allowed, an http(s) URL.
+    """Check that a Lhotse audio source is a file, in memory, in a Shar or, if allowed, an http(s) URL.
 
     Args:
         kind: attribute `type` of Lhotse's `AudioSource`, such as "file".
@@ -130,9 +130,9 @@ def _check_array(item: Mapping[str, Any]) -> None:
 def read_cut(cut: Any, sample_rate: int, longest: float = math.inf, allow_url: bool = False) -> np.ndarray:
     """Read a Lhotse cut or recording as mono samples.
 
-    If the cut is an excerpt of one file, with all channels of the file and without augmentation, the samples are the
-    ones that Lhotse's `load_audio` returns, mixed to mono and resampled. For any other cut, this module reads the
-    sources, and Lhotse assembles the cut from their samples.
+    If the cut is an unmodified excerpt of all channels of one file, this module reads it without Lhotse. The samples
+    are the same as those of Lhotse's `load_audio`, mixed to mono and resampled. For any other cut, this module reads
+    the sources, and Lhotse assembles the cut from their samples.
 
     If a file ends before the cut does, the missing samples are filled by reflection, up to Lhotse's tolerance; see
     `lhotse.audio.get_audio_duration_mismatch_tolerance`.
@@ -147,8 +147,8 @@ def read_cut(cut: Any, sample_rate: int, longest: float = math.inf, allow_url: b
         Mono float32 samples [T_audio].
 
     Raises:
-        AudioError: if the cut cannot be read, is not allowed, lasts more than `longest` seconds, or lasts longer than
-            its audio by more than Lhotse's tolerance.
+        AudioError: if the cut cannot be read or is not allowed. Also if the cut lasts more than `longest` seconds, or
+            exceeds its audio by more than Lhotse's tolerance.
     """
     name = f"cut {shorten(getattr(cut, 'id', cut))}"
     try:
@@ -187,8 +187,8 @@ def _seconds(cut: Any, field: str) -> float:
 def forbid_programs() -> None:
     """Remove the backends that start a shell from Lhotse's default audio backends.
 
-    The change lasts until this process ends. `read_cut` does not use these backends, but NeMo's data loaders open
-    audio files with Lhotse before `read_cut` is called, to find the sample rate.
+    The change lasts until this process ends. `read_cut` does not use these backends. However, NeMo's data loaders use
+    Lhotse to find the sample rate of audio files before `read_cut` is called.
     """
     from lhotse.audio.backend import (
         FfmpegSubprocessOpusBackend,

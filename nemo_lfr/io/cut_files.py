@@ -265,7 +265,7 @@ def _attach(item: CutItem, values: Mapping[str, tuple[str, Any]], allow_url: boo
             manifest, data, member = value
             if manifest is None:
                 raise AudioError(
-                    f"the tar file of the field {name} has a manifest for this cut that is not JSON; create the Shar "
+                    f"in the tar file of the field {name}, the manifest of this cut is not JSON; create the Shar "
                     "again."
                 )
             if isinstance(manifest, dict):

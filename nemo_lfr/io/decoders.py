@@ -48,12 +48,12 @@ class Decoder(Protocol):
 # Number of seconds that are decoded before the position of a seek, by libsndfile's name of the codec. After a seek,
 # libsndfile itself decodes too few frames before the position, so that the first samples are wrong.
 # MPEG_LAYER_III: at the lowest bit rates, a frame needs data of up to 25 frames before it (0.6 s).
-# OPUS: in speech, the state in which the decoder began may change the samples of several seconds. Of 60 excerpts of
-# speech at 24 and 48 kHz, 15 differed from the same samples of the completely decoded file if 2 s were decoded before
-# the excerpt, 4 with 8 s, and none with 20 s (60 ms of CPU time).
+# OPUS: in speech, the initial state of the decoder may affect the samples of several seconds. 60 excerpts of speech at
+# 24 and 48 kHz were compared with the same samples of the completely decoded files. With 2 s decoded before each
+# excerpt, 15 excerpts differed; with 8 s, 4 differed; with 20 s (60 ms of CPU time), none.
 _LEAD = {"MPEG_LAYER_I": 1, "MPEG_LAYER_II": 1, "MPEG_LAYER_III": 1, "OPUS": 20, "VORBIS": 0}
-# If a position is at most this many seconds ahead, the samples before it are decoded. In Vorbis audio, libsndfile
-# skips blocks up to such a position without a seek, and then returns wrong samples.
+# To reach a position at most this many seconds ahead, the samples before it are decoded. In Vorbis audio, a seek of
+# libsndfile to such a position would only skip blocks, and the next samples would be wrong.
 _AHEAD = 2.5
 _VORBIS_BLOCK = 8192  # maximum number of samples in a block
 
@@ -129,9 +129,9 @@ class SndfileDecoder:
     def seek(self, position: int) -> None:
         """Seek to the sample with index `position`, from which `read` then continues.
 
-        The samples are those that sequential reading returns (in Opus audio almost always; see `_LEAD`). Where
-        libsndfile cannot seek exactly, samples before this position are decoded: all of them if libsndfile cannot seek
-        at all, else only those of `_LEAD` seconds.
+        `read` then returns the same samples as in sequential reading (in Opus audio almost always; see `_LEAD`). For
+        codecs in which libsndfile's seeks are not exact, `_LEAD` seconds before the position are decoded and dropped.
+        If libsndfile cannot seek at all, the file is decoded from its beginning.
         """
         start = position - self._lead
         if self._last_seek is not None:

@@ -137,9 +137,9 @@ def find_files(
         companion_suffixes: suffixes of companion files, such as transcripts, in the case in which they are used. Such
             a file is not reported as skipped if a file with the same name before the suffix is found beside it.
         report: function that is called at most once, with one line that says how many files were skipped and why.
-        unread: list to which the error of each unreadable folder below `root` is added. Links count, too, if an error
-            hides whether they lead to a folder. The files in such a folder are missing from the result. If `unread` is
-            None, the first of these errors is raised.
+        unread: list to which the error of each unreadable folder below `root` is added. The error of a link is added,
+            too, if it is unknown whether the link leads to a folder. The files in these folders are missing from the
+            result. If `unread` is None, the first of these errors is raised.
 
     Returns:
         The sorted paths.
@@ -178,8 +178,8 @@ def describe_contents(root: Path, wanted: Collection[str]) -> str:
         wanted: suffixes that were searched for.
 
     Returns:
-        What was found instead, and how to read it, such as " (2 skipped: 2 .tar); unpack archives ..."; an empty
-        string if the folder contains nothing else.
+        What was found instead, and how to read it, such as " (2 skipped: 2 .tar); unpack archives ...". The text is
+        empty if the folder contains nothing else.
     """
     walk = _Walk(root, frozenset(wanted), frozenset())
     report = walk.passed_over()
@@ -199,8 +199,7 @@ def find_matches(pattern: str, unread: list[OSError] | None = None) -> list[str]
 
     Args:
         pattern: the pattern.
-        unread: list to which the error of each folder is added that had to be searched, but cannot be read. If it is
-            None, such folders are ignored.
+        unread: list to which the errors of unreadable folders are added. If it is None, these folders are ignored.
     """
     errors: list[OSError] = []
     found = _matches(pattern, errors)

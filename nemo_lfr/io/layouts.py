@@ -220,8 +220,8 @@ def table(path: Path, *, by_file: bool = False) -> Iterator[CorpusUtterance]:
 
     Args:
         path: the table. Paths of audio files in it are relative to its folder.
-        by_file: for an invalid row, whether `CorpusUtterance.path` is the audio file, if the row names one. By
-            default, it is the location of the row, such as "train.tsv, line 3".
+        by_file: whether the `path` of an utterance from an invalid row is the audio file that the row names. By
+            default, or if the row names no file, `path` is the location of the row, such as "train.tsv, line 3".
     """
     # Imported late: this loads the audio readers, which `--help` does not need.
     from nemo_lfr.io.manifests import resolve_audio_path, seconds
@@ -293,12 +293,12 @@ def hold_out(utterances: list[CorpusUtterance], share: float) -> list[CorpusUtte
     """Assign each utterance without a split to "train" or "valid".
 
     The units to assign are speakers, or files if these utterances have only one speaker. If speakers are unknown, the
-    units are folders, or files if `share` is less than one folder. A hash of the unit's name decides, so that a
-    growing corpus keeps its validation set. Unless `share` is 0 or 1, "train" gets at least one unit and, if there are
-    several units, so does "valid".
+    units are folders, or files if `share` of the folders is less than one folder. A hash of the unit's name decides,
+    so that a growing corpus keeps its validation set. Unless `share` is 0 or 1, each of the two splits gets at least
+    one unit. If there is only one unit, it is assigned to "train".
 
     Args:
-        utterances: utterances without a `problem`; those with a split keep it.
+        utterances: utterances without a `problem`. An utterance that has a split keeps this split.
         share: fraction of the units to assign to "valid".
 
     Returns:

@@ -80,8 +80,8 @@ def lhotse_recipe(name: str) -> Callable[[Path], Iterator[CorpusUtterance]]:
 def _utterances(manifests: Any, corpus: Path, name: str, split: str | None = None) -> Iterator[CorpusUtterance]:
     """Yield the utterances in `manifests`, the return value of a recipe.
 
-    This is a dictionary with "recordings" and "supervisions", or a dictionary of such dictionaries, for example one
-    for each split or language.
+    `manifests` is a dictionary with "recordings" and "supervisions", or a dictionary of such dictionaries, for example
+    one for each split or language.
     """
     if not isinstance(manifests, Mapping):
         kind = type(manifests).__name__

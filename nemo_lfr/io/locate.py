@@ -58,8 +58,8 @@ def check_path(path: object, error: type[NemoLfrError] = NemoLfrError) -> None:
         error: class of the exception.
 
     Raises:
-        NemoLfrError: of class `error`, if `path` is neither a str nor a path-like object, if it is a
-            path as bytes, or if it contains a NUL character.
+        NemoLfrError: of class `error`, if `path` is neither a str nor a path-like object, or if it contains a NUL
+            character. Paths as bytes are refused, too.
     """
     text = os.fspath(path) if isinstance(path, os.PathLike) else path
     if not isinstance(text, str):
@@ -109,9 +109,9 @@ def resolve(path: str | os.PathLike[str]) -> Path:
 def resolve_folder(path: str | os.PathLike[str]) -> Path:
     """Return an absolute path in which only links to folders are resolved.
 
-    The path of a link to a file keeps the name and folder of the link, because the file's kind depends on the suffix
-    of this name, and relative paths in the file start from this folder. In the cache of the Hugging Face Hub, each
-    file is a link to a file without suffix in another folder.
+    The path of a link to a file keeps the name and folder of the link. The suffix of this name determines the kind of
+    the file, and relative paths in the file start from this folder. In the cache of the Hugging Face Hub, each file is
+    a link to a file without suffix in another folder.
 
     Raises:
         OSError: if the links form a loop; the error names `path`.
@@ -226,8 +226,8 @@ def main_snapshot(folder: Path) -> Path | None:
 def only_snapshot(folder: Path) -> Path:
     """Return the only snapshot in a folder of the Hub's cache, and warn that it may not be the main branch.
 
-    The cache does not say which branch a snapshot is from if the snapshot was downloaded by its commit, if the cache
-    was copied without references, or if a later download was interrupted.
+    The branch of a snapshot is unknown if the snapshot was downloaded by its commit, if the cache was copied without
+    references, or if a later download was interrupted.
 
     Args:
         folder: folder of a repository, named `models--OWNER--NAME`, without a snapshot of the main branch.
@@ -255,7 +255,7 @@ def only_snapshot(folder: Path) -> Path:
     if others := [name for name in names if name != "main"]:
         raise CheckpointError(
             f"{folder}: the folder in the Hub's cache has no snapshot of the main branch, but one of another revision "
-            f"({shorten(', '.join(others), 200)}); to use that one, pass its path {snapshots[0]}, else download the "
+            f"({shorten(', '.join(others), 200)}); pass its path {snapshots[0]} to use it, or download the "
             "repository."
         )
     logger.warning(

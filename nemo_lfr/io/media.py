@@ -145,7 +145,7 @@ class MediaDecoder:
                 raise
             raise AudioError(_reason(error)) from error
         name, is_single = self._container.format.name, len(self._container.streams) == 1
-        # The duration of a container in microseconds is approximately that of its longest track.
+        # The container states a duration in microseconds, approximately that of its longest track.
         self._expected = self._container.duration if is_single and name not in _ESTIMATED | _UNTIMED else None
         self._starts_at_zero = is_single and name not in _ESTIMATED | _RELATIVE
         is_listed = name.startswith("mov") and track.codec_context.name in _PACKETED

@@ -17,7 +17,7 @@ def missing_files(paths: Iterable[Path]) -> list[str]:
 
     Args:
         paths: files. The files of a set are in the same folder. Their names differ only in the number of the file and
-            in the text after the total.
+            in the text after the total, which is the number after "of".
     """
     sets: dict[tuple[Path, str, str, int, str], dict[int, re.Match[str]]] = {}
     for path in paths:

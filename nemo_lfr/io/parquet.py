@@ -28,7 +28,7 @@ from nemo_lfr.io.shortage import require
 
 PARQUET_SUFFIXES = frozenset((".parquet", ".parq", ".pq"))
 MAGIC = b"PAR1"
-TAIL_BYTES = 8  # length of the footer, and the magic number
+TAIL_BYTES = 8  # four bytes with the length of the footer, and the magic number
 MAX_FOOTER = 1 << 25  # bytes; a parsed footer takes up to 64 times as much memory
 MAX_DEPTH = 32  # levels of nested structs; Parquet's footers have 6
 # Type codes of Thrift's compact protocol.

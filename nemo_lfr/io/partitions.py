@@ -12,8 +12,8 @@ MISSING = "__HIVE_DEFAULT_PARTITION__"  # stands for a missing value in a folder
 def partition_of(file: Path, root: Path) -> dict[str, str]:
     """Return the columns that are stored in the names of a file's folders, with their values as text.
 
-    Columns come from folders named `COLUMN=VALUE`: all those between `root` and the file, then `root` and its parents,
-    up to the first folder whose name does not have this form. A partition that is read alone therefore keeps its
+    Columns come from folders named `COLUMN=VALUE`. All such folders between `root` and the file are used. `root` and
+    its parents are used up to the first folder with another kind of name, so a partition that is read alone keeps its
     columns. Missing and empty values are left out.
 
     Args:

@@ -71,7 +71,9 @@ def read_bytes(
     offset: float | None = None,
     duration: float | None = None,
 ) -> np.ndarray:
-    """Read an audio file whose bytes are in memory, for instance from a cell of a table, or a section of it.
+    """Read an encoded audio file in memory, or a section of it.
+
+    The file may be, for instance, a cell of a table.
 
     Args:
         data: content of the audio file.
@@ -208,7 +210,7 @@ def read_samples(
 
 
 def rounding(duration: float) -> float:
-    """Return how much the duration of a file may differ from that in a list, which may be rounded, in seconds."""
+    """Return by how many seconds a file may differ from its listed duration, which may be rounded."""
     return max(DURATION_SLACK, 0.02 * duration)
 
 
@@ -232,8 +234,7 @@ def check_end(reader: AudioReader, offset: float, duration: float, name: str) ->
         name: name of the clip for messages.
 
     Raises:
-        AudioError: if the file is shorter than the manifest says, unless the difference is so small that it may be due
-            to a rounded duration.
+        AudioError: if the file is shorter than the manifest says, by more than a rounded duration can explain.
     """
     if offset + duration > reader.duration + rounding(duration):
         raise AudioError(

@@ -73,7 +73,7 @@ def split_label(value: Any) -> str | None:
     """Return the split that a value of a "split" column refers to; None if the value is missing or empty.
 
     Raises:
-        ValueError: if the value does not name a split. The row must then not be used, not even for training.
+        ValueError: if the value does not name a split. The caller must skip such a row, since it may be test data.
     """
     if is_missing(value) or (isinstance(value, str) and not value.strip()):
         return None

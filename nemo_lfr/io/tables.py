@@ -259,7 +259,7 @@ def _fields(lines: Sequence[bytes], delimiter: str, expected: int) -> tuple[list
     """Return the fields of the row that begins in `lines[0]`, and the number of lines that the row spans.
 
     Raises:
-        ValueError: if the row is not UTF-8, or does not have `expected` fields, as the header has.
+        ValueError: if the row is not UTF-8, or its number of fields is not `expected`.
         csv.Error: if a quote is not closed, or a field is too long.
     """
     texts: list[str] = []

@@ -163,7 +163,7 @@ class TokenStreamWriter:
         metadata: metadata of the tokens.
         model: entropy model that compresses the tokens; None for packed frames.
         gather: number of frames per block; the last block may have up to 1.5 times as many. If None, each call of
-            `write` writes its frames at once, as one block or, above the maximum block size, as several.
+            `write` writes its frames at once, as one block, or as several blocks if they exceed the maximum size.
 
     Attributes:
         metadata: metadata of the tokens.
@@ -578,7 +578,7 @@ class _Sections:
         if frames.num_frames(num_samples, self.metadata.samples_per_frame) != num_frames:
             expected = frames.num_frames(num_samples, self.metadata.samples_per_frame)
             raise self._fail(
-                f"its end section declares {num_samples} samples, which corresponds to {expected} frames, but its "
+                f"its end section declares {num_samples} samples, which correspond to {expected} frames, but its "
                 f"blocks have {num_frames} frames"
             )
         return num_samples

@@ -41,9 +41,10 @@ def text_of(*transcripts: Path) -> tuple[dict[str, str], str | None]:
 
 
 def transcript_lines(path: Path, corpus: Path, separator: bytes) -> Iterator[tuple[str | None, str, str | None]]:
-    """Yield (name, text, error message or None) for each line of a transcript, in which `separator` follows the name.
+    """Yield (name, text, error message or None) for each line of a transcript.
 
-    If the file cannot be read, yield only (None, path relative to `corpus`, error message).
+    In each line, `separator` follows the name. If the file cannot be read, yield only (None, path relative to
+    `corpus`, error message).
     """
     try:
         lines = read_lines(path)

@@ -11,12 +11,13 @@ from dataclasses import dataclass, field
 from nemo_lfr.io.containers.parts import walked
 from nemo_lfr.io.containers.stream import CHUNK_NAME, UNKNOWN_BYTES, Stream, Window
 
-_HEAD, _LIST_HEAD = 8, 12  # sizes of the heads of a chunk and of a list in bytes
+_HEAD, _LIST_HEAD = 8, 12  # sizes in bytes: header of a chunk, header of a list
 _LISTS = frozenset((b"hdrl", b"strl", b"movi", b"rec "))  # lists whose chunks are checked
-_DATA = re.compile(rb"(\d\d)(wb|dc|db|pc|tx|sb|iv)")  # chunk of a stream: its number, and the kind of data
+_DATA = re.compile(rb"(\d\d)(wb|dc|db|pc|tx|sb|iv)")  # name of a data chunk: number of the stream, kind of data
 _OTHER = re.compile(rb"ix\d\d|JUNK|junk|LIST|rec |segm|\d\d__")  # other chunks in a `movi` list
 _INDEX_ENTRY = 16
-# Start of a data chunk or an index. A match after unrecognized bytes shows that the audio continues after damage.
+# Start of a data chunk, an index or a further RIFF chunk. A match after unrecognized bytes shows that the audio
+# continues after damage.
 _SECTION = re.compile(rb"\d\d(?:wb|dc|db|pc)...\0|idx1|RIFF....AVIX", re.DOTALL)
 
 

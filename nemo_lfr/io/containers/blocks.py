@@ -31,7 +31,7 @@ class BlockCodec:
 
         Args:
             stream: stream whose byte ranges end with the last block.
-            length: number of bytes in all blocks.
+            length: number of bytes in all blocks, as declared. Some programs count the padding byte of the chunk, too.
 
         Returns:
             The unchanged stream if its last block is complete and a decoder would not read beyond it. Otherwise, a
@@ -39,7 +39,7 @@ class BlockCodec:
         """
         blocks, rest = divmod(length, self.size)
         count, used = self.samples_in(rest)
-        is_padded = rest == 1 and length % 2 == 0 and not used  # `length` includes the padding byte of a chunk
+        is_padded = rest == 1 and length % 2 == 0 and not used  # `length` includes the padding byte
         if not rest and length % 2 == 0:
             return stream
         if not rest or is_padded:

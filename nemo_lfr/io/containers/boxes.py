@@ -1,7 +1,6 @@
 """Check the outermost elements of Matroska and MP4 files for truncation and damage.
 
-FFmpeg, which decodes these files, reads the available part of a truncated file, or only the first of several
-concatenated files, without an error.
+FFmpeg reads the available part of a truncated file, or only the first of several concatenated files, without an error.
 """
 
 import re

@@ -202,7 +202,7 @@ def _caf_packets_problem(window: Window, to_end: bool) -> str | None:
 
     Args:
         window: the file.
-        to_end: whether the audio extends to the end of the file, although its header declares a smaller size.
+        to_end: whether the audio extends to the end of the file, because its header declares a smaller size or none.
     """
     position, is_variable, available, promised = 8, False, 0, 0
     while position + 12 <= window.size:

@@ -19,8 +19,8 @@ DECODER_DELAY = 529
 DECODER_TRIM, XING_TRIM = DECODER_DELAY + 1152, 2 * 4095
 MAX_PADDING = 4096  # number of bytes of tags and zeros after the audio that are ignored without a warning
 
-# Encoders may write the LAME header after the Xing header. In bytes: size of the LAME header, and the position in it
-# of the encoder's delay and padding (two fields of 12 bits each).
+# Encoders may write the LAME header after the Xing header. LAME_BYTES: size of the LAME header in bytes. DELAY_AT:
+# byte of the LAME header at which the encoder's delay and padding begin, two fields of 12 bits each.
 LAME_BYTES, DELAY_AT = 36, 21
 
 _BITRATES = {  # kbit/s by (is MPEG 1, layer)

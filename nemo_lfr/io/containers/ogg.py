@@ -12,8 +12,8 @@ _OPUS = b"OpusHead"
 _AUDIO = (b"\x01vorbis", _OPUS, b"\x7fFLAC", b"Speex   ", b"fLaC")
 
 
-# Opus is decoded at the input rate in its header. If this rate is 0, which means "unknown" (RFC 7845), libsndfile
-# decodes at 8 kHz and loses the upper band, so the full rate of Opus is written into the header.
+# libsndfile decodes Opus at the input rate in the header. If this rate is 0, which means "unknown" (RFC 7845),
+# libsndfile decodes at 8 kHz and loses the upper band. `_with_rate` therefore writes the full rate into the header.
 _OPUS_RATE, _RATE_AT = 48000, 12
 
 
@@ -94,7 +94,9 @@ def _checksum(page: bytes) -> int:
 
 
 def _with_rate(page: bytes, begin: int) -> bytes:
-    """Add an input rate to the first page of an Opus stream without one; return b"" for any other page.
+    """Return the first page of an Opus stream with the input rate 0 replaced by 48 kHz.
+
+    The result is b"" for any other page, and for an Opus stream with another rate.
 
     Args:
         page: the page.

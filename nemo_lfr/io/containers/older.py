@@ -37,7 +37,7 @@ def sphere_streams(window: Window) -> list[Stream]:
         return [whole_file(window.size, HEADER_CUT)]
     if b"shorten" in header:
         return []
-    # A sample in A-law or mu-law has one byte. `sample_n_bytes` is not used, since libsndfile writes it as text.
+    # In A-law and mu-law, a sample has one byte. libsndfile then writes `sample_n_bytes` as text, which is not parsed.
     size = 1 if _SPHERE_LAW.search(header) else fields.get(b"sample_n_bytes", 2)
     block = size * fields.get(b"channel_count", 1)
     return compare_size(window, start, fields.get(b"sample_count", 0) * block)

@@ -29,8 +29,8 @@ def payload_range(count: int, bytes_per_frame: int) -> range:
 def encode_payload(model: EntropyModel, tokens: np.ndarray, bytes_per_frame: int) -> bytes:
     """Compress the tokens of a block.
 
-    If packed frames are not larger than the compressed ones, or if the block has only one frame, the payload contains
-    packed frames (see `nemo_lfr.io.packing`).
+    The payload contains packed frames (see `nemo_lfr.io.packing`) if compression would not make it smaller, or if the
+    block has only one frame.
 
     Args:
         model: entropy model.

@@ -40,7 +40,7 @@ def model_to_write(
 
 
 def as_model(model: EntropyModel | str | os.PathLike[str] | None) -> EntropyModel | None:
-    """Return an entropy model. If `model` is a path, read the model from this file.
+    """Return an entropy model. If `model` is a path, read the model from this file. None is returned unchanged.
 
     Raises:
         EntropyModelError: if the file cannot be read.
@@ -56,8 +56,8 @@ def model_for(codec: KnownCodec, model: EntropyModel | str | os.PathLike[str] | 
         model: entropy model or its path; None for the bundled model.
 
     Raises:
-        EntropyModelError: if the file of the model cannot be read, if the model and the codec differ in levels or
-            number of codebooks, or if `model` is None and the bundled model was fitted to another codec.
+        EntropyModelError: if the file of the model cannot be read, or if the model and the codec differ in levels or
+            number of codebooks. Also if `model` is None and the bundled model was fitted to another codec.
     """
     found = as_model(model)
     if found is None:

@@ -75,9 +75,9 @@ def fit(
         report: function that is called with progress messages.
 
     Returns:
-        The model, and a dictionary of measurements: the number of utterances and frames that it was trained on
-        ("utterances", "frames"), the number of held-out frames ("held_out_frames"), and the bits per held-out frame
-        with the model ("bits_per_frame") and without a model ("uniform_bits_per_frame"). The bits do not include the
+        The model, and a dictionary of measurements. "utterances" and "frames" count the training data.
+        "held_out_frames" is the number of held-out frames. For these frames, "bits_per_frame" and
+        "uniform_bits_per_frame" are the bits per frame with the model and without a model. They do not include the
         overhead of the coder and the file.
 
     Raises:
@@ -164,7 +164,8 @@ def _examples(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the int8 features [N, F] and the int64 FSQ values [N, D] of N frames.
 
-    These are all frames, and frames of random excerpts, whose features are those at the start of a block.
+    The examples are all frames of the utterances, and the frames of random excerpts. The features of an excerpt are
+    those at the start of a block.
     """
     features, digits = [], []
     for tokens in utterances:

@@ -293,7 +293,7 @@ class EntropyModel:
 class Layers:
     """Weights of a model in float32, laid out for matrix multiplication.
 
-    The last row of each matrix in `first`, `second` and `outputs` is the bias: the corresponding input is always 1.
+    The last row of `first`, of `second` and of each matrix in `outputs` is the bias. Its input is always 1.
 
     Attributes:
         first: weights of the first layer [F + 1, H1].
