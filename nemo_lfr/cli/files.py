@@ -31,7 +31,7 @@ class FileTask:
     Attributes:
         source: path of the input file.
         target: path of the output file.
-        replaces_link: whether `target` is a link to a missing file that the output replaces (--skip-existing).
+        replaces_link: whether `target` is a link to a missing file. The output replaces this link (--skip-existing).
         keeps_existing: whether the task counts as done if another process writes `target` first (--skip-existing).
     """
 
@@ -63,8 +63,8 @@ def plan_tasks(
         report: function that is called after all checks have passed, with one line for each folder in which files
             were skipped.
         unread: list to which the errors of folders that cannot be read are added; see `find_files`. If it is None, the
-            first of these errors is raised, except that folders in which a glob cannot search are ignored. If there
-            is only one input, and it cannot be read, its error is raised in any case.
+            first of these errors is raised, and folders that a glob cannot search are ignored. If the only input
+            cannot be read, its error is always raised.
         possible: all suffixes that an output file may have, for messages; None if `new_suffix` is the only one.
 
     Returns:
@@ -195,8 +195,8 @@ def pending_tasks(tasks: Sequence[FileTask], overwrite: bool, skip_existing: boo
             link to a missing file counts as missing. The link is replaced, and nothing is written to its target.
 
     Raises:
-        NemoLfrError: if both options are set, if an output exists and neither option is set, or if the path of an
-            output folder belongs to a file.
+        NemoLfrError: if both options are set, if an output exists and neither option is set, or if an output folder
+            is an existing file.
     """
     if overwrite and skip_existing:
         raise NemoLfrError("--overwrite and --skip-existing are mutually exclusive; remove one of them.")
@@ -283,7 +283,7 @@ def run_tasks(tasks: Sequence[FileTask], work: Work, batch_size: int) -> dict[st
         A dict with the keys of `FilesResult`, except `failures`.
     """
     results: list[FileFigures] = []
-    total = len(tasks) + len(current().failures)  # of folders that cannot be read
+    total = len(tasks) + len(current().failures)  # failures so far: folders that cannot be read
     shows_lines = not current().quiet and (current().verbose or sys.stderr.isatty())
     with progress(len(tasks)) as advance:
         for start in range(0, len(tasks), batch_size):

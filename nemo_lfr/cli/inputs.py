@@ -25,7 +25,7 @@ MISSING = BROKEN | {errno.EINVAL}
 
 
 def path_exists(text: str) -> bool:
-    """Return whether a path exists, or an error such as a missing permission hides whether it exists."""
+    """Return whether a path exists. If an error, such as a missing permission, hides this, return True."""
     try:
         os.lstat(text)
     except ValueError:  # NUL
@@ -39,8 +39,9 @@ def check_input(path: Path, suffixes: Collection[str], *, is_only: bool = False)
     """Check that an input is a file for this command. The content decides, not the suffix.
 
     Without this check, a file for another command would be reported as damaged. An audio file, a token file, a
-    checkpoint or an entropy model is always an error if this command does not read it. Any other file that it cannot
-    read is an error only if it is the only input. Otherwise, it fails later, while the other inputs are processed.
+    checkpoint or an entropy model is always an error if this command does not read it. Any other file that this
+    command cannot read is an error only if there are no other inputs. Otherwise, the file fails later, while the other
+    inputs are processed.
 
     Args:
         path: input from the command line.
@@ -64,7 +65,7 @@ def check_input(path: Path, suffixes: Collection[str], *, is_only: bool = False)
 
 
 def _opens_as_audio(path: Path) -> bool:
-    """Return whether a file has an audio suffix and can be opened as audio, even if its first bytes are not known."""
+    """Return whether a file has an audio suffix and can be opened as audio. Its first bytes need not be known."""
     if not path.is_file() or identify_suffix(path).kind != AUDIO.kind:
         return False
     with contextlib.suppress(NemoLfrError, OSError):

@@ -38,11 +38,11 @@ class InputSignals:
 
 
 class _Watcher:
-    """Decides which signals stop the command, in a thread.
+    """Watcher that runs in a thread and decides which signals stop the command.
 
-    Python handles a signal only when the main thread executes Python code, and merges signals that it has not handled.
-    While libsndfile waits for data, the main thread executes no Python code. The thread therefore reads the numbers of
-    the signals from a pipe, to which Python writes them immediately.
+    Python calls a signal handler only when the main thread executes Python code. While the main thread waits in
+    libsndfile for data, no handler is called, and a second signal of the same kind is lost. The watcher therefore
+    reads the numbers of the signals from a pipe, to which Python writes them immediately.
 
     Args:
         finishes: whether the first SIGINT only ends the recording.
@@ -105,7 +105,7 @@ def watch_signals(source: IO[bytes] | None) -> Iterator[InputSignals]:
     Ctrl-C sends SIGINT to all processes of a pipeline. The program that records then writes its last data and ends,
     and the command that reads from it finishes its output.
 
-    Signals are not watched on Windows and outside the main thread.
+    Signals are not watched on Windows or outside the main thread.
 
     Args:
         source: stdin; None if the command does not read it.

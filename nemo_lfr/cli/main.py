@@ -181,7 +181,8 @@ def _exit_for_usage(error: click.UsageError, session: Session) -> NoReturn:
 def _exit_for(error: Exception, session: Session) -> NoReturn:
     """Print an error that a command raised, and exit with the code for this error.
 
-    An error before the work begins (`session.begin_work`) counts as a usage error.
+    Before the work begins (see `session.begin_work`), an error of this package or of the operating system is a usage
+    error, unless the disk is full.
     """
     code = FAILED if session.started else USAGE
     if isinstance(error, NemoLfrError):

@@ -111,12 +111,12 @@ def open_codec(
         model: checkpoint, folder of ONNX files or Hub id; None for the bundled codec.
         device: device to run on; None for the default.
         precision: as in `nemo_lfr.load`.
-        operations: operations whose weights are loaded at once, so that a folder of ONNX files that lacks them is
-            refused before the work begins.
+        operations: operations whose weights are loaded now ("encode", "decode"), so that an incomplete folder of ONNX
+            files is refused before the work begins.
 
     Raises:
-        NemoLfrError: as in `nemo_lfr.load`, if the codec does not support one of `operations`, or if `model` is an
-            audio file, a token file or an entropy model.
+        NemoLfrError: if `nemo_lfr.load` raises it, if the codec does not support one of `operations`, or if `model` is
+            an audio file, a token file or an entropy model.
     """
     from nemo_lfr.cli.identify import refuse_other_kind
     from nemo_lfr.pretrained import load
@@ -208,8 +208,7 @@ skip_existing_option = click.option(
 )
 lookahead_option = count_option(
     "--lookahead",
-    "For pipes: number of later frames to wait for before the result for a frame is output. Fewer frames reduce "
-    "latency and quality "
-    "(default: the codec's lookahead).",
+    "For pipes: number of later frames that must arrive before a frame is output. Fewer frames reduce latency and "
+    "quality (default: the codec's lookahead).",
     low=0,
 )

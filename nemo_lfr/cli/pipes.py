@@ -191,8 +191,8 @@ def _feed(
         samples: object that counts the sample data and finds its end.
         source: stdin.
         into: write end of the pipe; this function closes it.
-        stopped: descriptor that becomes readable when copying must stop; None if copying is never stopped. Without
-            it, libsndfile and thus the main thread would wait for data while a signal is pending.
+        stopped: descriptor that becomes readable when copying must stop; None if copying is never stopped. When a
+            signal arrives, copying stops, so that libsndfile does not keep the main thread waiting for data.
     """
     read: Callable[[int], bytes]
     try:

@@ -43,7 +43,7 @@ class FormatName(click.Choice):  # type: ignore[type-arg]  # generic in recent r
         return value
 
 
-# A repaired list, text file or folder changes the list of clips, so the run cannot be resumed.
+# Other repairs, for example of a manifest or a transcript, change the list of clips, so the run cannot be resumed.
 AFTER_REPAIR = "after repairing audio files, rerun with --retry-failed; after other repairs, choose another --out"
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from nemo_lfr.corpus.config import TokenizeConfig
 from nemo_lfr.errors import NemoLfrError, first_line, shorten
 
-# Maximum number of workers that may die while they tokenize the same shard, or without any shard being completed.
+# Maximum number of workers that may die on the same shard, or between two completed shards.
 MAX_DEATHS = 20
 
 

@@ -86,7 +86,9 @@ def check_index(
     is_downloaded: bool = False,
     **_: Any,
 ) -> None:
-    """Check the index of weights in several files, because transformers opens any file that an index lists.
+    """Check the index of a model whose weights are in several files.
+
+    The check is needed, because transformers opens every file that the index lists.
 
     Args:
         name: local path or Hub id. If it is neither a local folder nor downloaded, nothing is checked.

@@ -93,7 +93,7 @@ class NemoLfrConfig(PreTrainedConfig):
 
 
 def _check_keys(changes: Mapping[str, Any]) -> None:
-    """Raise ConfigError if a change of the config sets a property, which is computed from the config."""
+    """Raise ConfigError if a key in `changes` names a property. Properties are computed from other keys."""
     for key, value in changes.items():
         if isinstance(getattr(NemoLfrConfig, key, None), property) and key in vars(NemoLfrConfig):
             resample = " To use audio at another rate, resample it." if key == "sampling_rate" else ""

@@ -46,8 +46,8 @@ class Copies(nn.Module):
         PyTorch cannot pickle a module with weight norm directly.
 
         Raises:
-            NemoLfrError: if the model has hooks, added or replaced modules, added parameters or buffers, or changed
-                settings of convolutions, activations or the quantizer, which would be lost.
+            NemoLfrError: if the model has changes that would be lost: hooks, added or replaced modules, added
+                parameters or buffers, or changed settings of convolutions, activations or the quantizer.
         """
         model: Any = self
         model.codec.backend.check_described(PICKLE)
@@ -58,7 +58,7 @@ class Copies(nn.Module):
         return _unpickled, arguments, settings or None, None, None, restore_settings
 
     def _to_copy(self) -> Iterator[tuple[str, Any]]:
-        # `Module.compile` sets `_compiled_call_impl`, which runs the original model.
+        # `Module.compile` sets `_compiled_call_impl`. In a copy, it would still run the original model.
         return ((key, value) for key, value in vars(self).items() if key not in ("_codec", "_compiled_call_impl"))
 
 

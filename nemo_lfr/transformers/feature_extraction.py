@@ -71,8 +71,8 @@ class NemoLfrFeatureExtractor(SequenceFeatureExtractor):
 
         Raises:
             ConfigError: if `padding_side` is not "right".
-            AudioError: if `sampling_rate` is not the codec's sample rate, if a clip is not mono, or if `raw_audio`
-                does not consist of samples but, for example, of paths or `datasets` items.
+            AudioError: if `sampling_rate` is not the codec's sample rate, if there are no clips, if a clip is not mono
+                or has invalid samples, or if `raw_audio` contains paths or `datasets` items instead of samples.
         """
         self._check_padding_side()
         if sampling_rate is None:

@@ -102,8 +102,8 @@ class NemoLfrModel(Copies, PreTrainedAudioTokenizerBase):
         The files are validated as in `nemo_lfr.load`. A missing weight is an error, and is not initialized at random.
 
         Raises:
-            CheckpointError: if a file is damaged, is not a safetensors file, or does not match the config or the index
-                of the files, or if the Hub cannot be reached and the model is not in the local cache.
+            CheckpointError: if a file is damaged, is not a safetensors file, or does not match the config or the
+                index. Also if the model is not in the local cache, and the Hub cannot be reached.
         """
         with checked_files(pretrained_model_name_or_path, **kwargs):
             result = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
