@@ -75,7 +75,7 @@ class _Watcher:
             signal.pthread_kill(self._main, signal.SIGINT)
 
     def _last_signal(self) -> bytes:
-        """Return the number of the signal that stops the command; nothing at the end of the context."""
+        """Return the number of the signal that stops the command, as one byte; b"" at the end of the context."""
         may_finish, timeout = self._finishes, None
         while True:
             if not select.select([self._numbers], [], [], timeout)[0]:

@@ -40,7 +40,7 @@ LOCAL = ("127.0.0.1", "localhost", "::1")
     "--allow-origin",
     multiple=True,
     metavar="URL",
-    help="Web site whose pages may use the server, such as https://example.org; repeatable.",
+    help="Web site whose pages may use the server, such as https://example.org; repeatable (default: none).",
 )
 @model_option("checkpoint (.nemo or .ckpt), folder of safetensors, or Hub id")
 @device_option()

@@ -16,7 +16,7 @@ from nemo_lfr.io.atomic import naming
 
 
 def check_pipe(inputs: Sequence[str], out: Path | None) -> None:
-    """Check the arguments of a command that reads stdin or writes stdout, and set both to blocking mode.
+    """Check the arguments of a command that reads stdin or writes stdout, and set these streams to blocking mode.
 
     Another process may have set non-blocking mode, in which a pause of the sender looks like the end of the input.
 

@@ -91,8 +91,8 @@ def part_of_environment(environment: Mapping[str, str] = os.environ) -> Part:
         environment: environment variables.
 
     Raises:
-        NemoLfrError: if neither torchrun nor Slurm has set its variables, one of them is missing or invalid, or the
-            indices of the job array are not evenly spaced.
+        NemoLfrError: if neither torchrun nor Slurm has set its variables, if a variable is missing or invalid, or if
+            the indices of the job array are not evenly spaced.
     """
     if "RANK" in environment or "WORLD_SIZE" in environment:
         part = _pair(environment, "RANK", "WORLD_SIZE")

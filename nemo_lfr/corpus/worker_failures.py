@@ -30,8 +30,8 @@ class WorkerFailures:
         """Count a dead worker, and remove the partial files of its shards.
 
         Args:
-            indices: indices of shards that were assigned to the worker.
-            error: the exception from which the caller learned that the worker is dead.
+            indices: indices of the shards that the worker may have been processing.
+            error: the exception that reports its death.
             is_death: False if this worker was counted before, for another of its shards.
 
         Raises:

@@ -50,7 +50,8 @@ def get_format(name: str) -> "type[OutputFormat]":
         name: value of `--format`.
 
     Raises:
-        NemoLfrError: if no format with that name is registered, or if a package's format cannot be imported.
+        NemoLfrError: if there is no format with this name, or if the format of an installed package cannot be
+            imported.
     """
     if name not in _registered:
         if name in BUILT_IN:

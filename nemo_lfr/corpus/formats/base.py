@@ -209,8 +209,8 @@ class FormatReader(ABC):
     def _shard_counts(self, count: Callable[[ShardFiles], int]) -> list[int]:
         """Return the number of utterances in each shard, according to `count`.
 
-        If `count` fails for some shards, the other shards are counted first. The utterances that are then missing from
-        the total in `tokens.json` are divided evenly among the shards that could not be counted.
+        If `count` fails for some shards, their numbers are estimated: they share the utterances that remain of the
+        total in `tokens.json` evenly.
         """
         counts: list[int | None] = []
         for shard in range(self.summary["shards"]):
