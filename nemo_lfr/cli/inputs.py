@@ -28,7 +28,7 @@ def path_exists(text: str) -> bool:
     """Return whether a path exists. If an error, such as a missing permission, hides this, return True."""
     try:
         os.lstat(text)
-    except ValueError:  # NUL
+    except ValueError:  # a NUL character in the path
         return False
     except OSError as error:
         return error.errno not in MISSING

@@ -110,7 +110,7 @@ def label_value(cell: Any, names: Sequence[str] | None, column: str) -> Any:
         return None
     try:
         if cell.is_valid and column not in LABEL_COLUMNS:
-            if is_.is_duration(cell.type):  # not as_py, which refuses nanoseconds if pandas is missing
+            if is_.is_duration(cell.type):  # `as_py` refuses nanoseconds if pandas is missing
                 return cell.value / UNITS[cell.type.unit]
             if is_.is_date(cell.type) or is_.is_time(cell.type) or is_.is_timestamp(cell.type):
                 return _time_text(cell)

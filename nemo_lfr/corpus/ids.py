@@ -25,7 +25,7 @@ _RESERVED = re.compile(rf"{_DEVICE}(\.|$)")
 # Suffixes that the folders in an id must not have: such a folder could have the same path as another clip's file.
 _SUFFIX = r"\.(?i:(lfr|pt|wav|flac))"
 _FILE_SUFFIX = re.compile(rf"{_SUFFIX}$")
-# Paths that are clean ids, apart from a leading slash and their length. Most names are, and cleaning takes long.
+# Matches names that are clean ids, apart from a leading slash and their length. Most names are, so this saves time.
 _PART = rf"(?!{_DEVICE}(?:[./]|$))[^{_BAD}/]*[^{_BAD}/. ]"
 _CLEAN = re.compile(rf"/?(?!.*{_SUFFIX}/){_PART}(?:/{_PART})*")
 

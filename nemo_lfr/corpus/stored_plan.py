@@ -116,7 +116,7 @@ def _has_same_base(plan: dict[str, Any], folder: str | None, config: TokenizeCon
     # Older versions stored the value of --audio-dir for some corpora, even if it had no effect.
     if "source" not in plan and stored == config.audio_dir:
         return True
-    if folder is None:  # an absolute path in a manifest may be inside the stored folder, which shortens the clip's id
+    if folder is None:  # if an absolute path is inside the stored folder, the clip's id is relative to this folder
         return isinstance(stored, str) and replace(config, audio_dir=stored).open().base is None
     if not isinstance(stored, str):
         return False

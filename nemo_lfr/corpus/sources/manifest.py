@@ -282,9 +282,9 @@ def _name(line: bytes, audio_dir: Path) -> str:
 
 
 def _without_suffix(path: str) -> str:
-    """Return a path without the suffix of the file, in the same form as `PurePosixPath.with_suffix`.
+    """Return `str(PurePosixPath(path).with_suffix(""))`.
 
-    For most paths, this takes much less time.
+    For most paths, the result is computed without a `PurePosixPath`, which takes much less time.
     """
     if "//" in path or "/." in path or path.startswith(".") or path.endswith(("/", ".")) or not path:
         return str(PurePosixPath(path).with_suffix(""))
