@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nemo_lfr.corpus.audio_sample import sample_audio
 from nemo_lfr.corpus.claim import NAME as CLAIM
 from nemo_lfr.corpus.claim import claim, holds_claim
 from nemo_lfr.corpus.config import TokenizeConfig
@@ -195,7 +196,8 @@ def load_or_create_plan(
         with naming_extension(corpus, READER):
             shards = corpus.shards(config.shard_size)
         _check_not_empty(corpus, shards, config.source)
-        details = {"source": config.source, "parts": shards, "parts_digest": _shards_digest(shards)}
+        audio = {key: found for key, (_, found) in sample_audio(corpus, shards, base).items()}
+        details = {"source": config.source, "parts": shards, "parts_digest": _shards_digest(shards), "audio": audio}
         text = json.dumps(expected | details)
         if write_new(path, text.encode()):
             return shards  # otherwise another part of this run has stored its plan in the meantime

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from nemo_lfr.corpus.audio_sample import sample_audio
 from nemo_lfr.corpus.config import TokenizeConfig
 from nemo_lfr.corpus.sources import READER
 from nemo_lfr.corpus.sources.base import CorpusReader
@@ -75,13 +76,42 @@ def _adopt_corpus(
             if shards is not None and len(shards) == len(stored["parts"]):
                 stored |= {"corpus": expected["corpus"], "parts": shards}
         if _has_same_base(stored, expected["audio_dir"], config):
-            if isinstance(stored["audio_dir"], str) and stored["audio_dir"] != expected["audio_dir"]:
-                logger.warning(
-                    "%s: the corpus was moved from %s, which no longer exists, to %s. If this is other audio with the "
-                    "same file names, stop, and choose another --out.",
-                    config.out, stored["audio_dir"], expected["audio_dir"],
-                )  # fmt: skip
+            if stored.get("corpus") == expected["corpus"]:
+                _check_audio(stored, expected["audio_dir"], config, corpus)
             stored["audio_dir"] = expected["audio_dir"]
+
+
+def _check_audio(stored: dict[str, Any], folder: str | None, config: TokenizeConfig, corpus: CorpusReader) -> None:
+    """Check that a corpus that was moved has the audio of the first run.
+
+    Args:
+        stored: the stored plan.
+        folder: current path of the folder that relative paths start from; None if the corpus has no relative paths.
+        config: options of the run.
+        corpus: reader of the corpus.
+
+    Raises:
+        NemoLfrError: if the folder of the first run no longer exists, and the audio in `folder` is not the same.
+    """
+    earlier = stored.get("audio_dir")
+    if folder is None or not isinstance(earlier, str) or os.path.lexists(earlier):
+        return
+    hashes = stored.get("audio")
+    hashes = hashes if isinstance(hashes, dict) else {}  # a plan of an older version has none
+    sample = sample_audio(corpus, stored["parts"], corpus.base)
+    sample = {key: pair for key, pair in sample.items() if key in hashes}
+    for key, (file, found) in sample.items():
+        if found != hashes[key]:
+            raise NemoLfrError(
+                f"{config.out}: the folder contains the tokens of another run: this run was started with audio in "
+                f"{earlier}, which no longer exists, and {file} differs from the file there; choose another --out."
+            )
+    if not sample:
+        logger.warning(
+            "%s: the corpus was moved from %s, which no longer exists, to %s. If this is other audio with the same "
+            "file names, stop, and choose another --out.",
+            config.out, earlier, folder,
+        )  # fmt: skip
 
 
 def _check_same_run(

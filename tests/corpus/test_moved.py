@@ -92,7 +92,7 @@ PARALLEL = {
 
 
 @pytest.mark.parametrize("kind", slow_except(PARALLEL, "manifest"))
-def test_an_equal_list_in_another_folder_is_not_resumed(kind, model, tmp_path, monkeypatch):
+def test_an_equal_list_in_another_folder_is_not_resumed(kind, model, tmp_path, monkeypatch, caplog):
     """Parallel corpora, such as clean and noisy speech, have equal lists of files."""
     monkeypatch.chdir(tmp_path)
     jobs = {}
@@ -118,11 +118,21 @@ def test_an_equal_list_in_another_folder_is_not_resumed(kind, model, tmp_path, m
     with pytest.raises(NemoLfrError, match=reason):
         run("noisy")
     assert run("clean")["clips"] == 3
+    (tmp_path / "clean").rename(tmp_path / "kept")
+    with pytest.raises(
+        NemoLfrError, match=r"started with audio in .*clean.*, which no longer exists, and .*\.wav differs"
+    ):
+        run("noisy")
     (tmp_path / "noisy").rename(tmp_path / "removed")
-    (tmp_path / "clean").rename(tmp_path / "noisy")  # the same corpus in another place
+    (tmp_path / "kept").rename(tmp_path / "noisy")  # the same corpus in another place
     for record in (tmp_path / "out" / STATE / "done").iterdir():
         record.unlink()
     assert run("noisy")["clips"] == 3
+    assert "was moved" not in caplog.text
+    plan = tmp_path / "out" / STATE / PLAN
+    plan.write_text(json.dumps(json.loads(plan.read_text()) | {"audio": None}))  # as of an older version
+    assert run("noisy")["clips"] == 3
+    assert "was moved" in caplog.text
 
 
 @pytest.mark.parametrize(

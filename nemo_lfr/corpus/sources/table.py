@@ -176,7 +176,7 @@ class Table(CorpusReader):
             for key in keys:
                 if key in cells and cells[key].is_valid and values[key] is None:
                     raise ValueError(f"{key} has the type {shorten(cells[key].type)}; expected a number of seconds")
-            audio_loader = self._loader(
+            audio_loader, path = self._loader(
                 audio.get(self.column),
                 rate,
                 f"{origin}, column {self.column!r}",
@@ -184,30 +184,33 @@ class Table(CorpusReader):
             )
             context = None
             if CONTEXT in audio and audio[CONTEXT].is_valid and self.column != CONTEXT:
-                context = self._loader(audio[CONTEXT], rate, f"{origin}, column {CONTEXT!r}")
+                context, _ = self._loader(audio[CONTEXT], rate, f"{origin}, column {CONTEXT!r}")
         except (AudioError, *NOT_A_LINE) as error:
             return Clip(name, origin, unreadable(f"{origin}, column {self.column!r}: {describe(error)}."))
-        return Clip(name, origin, audio_loader, context, labels)
+        return Clip(name, origin, audio_loader, context, labels, path=path)
 
     def _loader(
         self, cell: Any, rate: Any, origin: str, section: Mapping[str, float | None] = MappingProxyType({})
-    ) -> AudioLoader:
+    ) -> tuple[AudioLoader, Path | None]:
+        """Return the function that loads the audio of a cell, and its file; None if the table contains the audio."""
         audio = audio_cell(cell, rate)
         offset, duration = section.get("offset"), section.get("duration")
         if isinstance(audio, bytes):
-            return partial(read_bytes, audio, origin, offset=offset, duration=duration)
+            return partial(read_bytes, audio, origin, offset=offset, duration=duration), None
         if isinstance(audio, str):
-            return partial(read_file, resolve_audio_path(self.audio_dir, audio), offset, duration)
+            path = resolve_audio_path(self.audio_dir, audio)
+            return partial(read_file, path, offset, duration), path
         try:
             length = max(audio.array.shape, default=0) / float(audio.rate)
         except (TypeError, ValueError, ZeroDivisionError):
             length = 0.0  # `read_samples` reports the error
         if offset or (duration is not None and abs(length - duration) > rounding(duration)):
-            return unreadable(
+            problem = unreadable(
                 f"{origin}: offset and duration cannot select a part of decoded samples; store only the part and "
                 "remove these columns, or store audio files."
             )
-        return partial(read_samples, audio.array, audio.rate, origin)
+            return problem, None
+        return partial(read_samples, audio.array, audio.rate, origin), None
 
 
 def _digest(file: Path) -> str:

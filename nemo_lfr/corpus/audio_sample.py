@@ -1,0 +1,59 @@
+"""Hash a sample of a corpus's audio files, to recognize the audio after the corpus was moved.
+
+Corpora with equal lists of files, such as clean and noisy speech, differ only in their audio. Reading all audio files
+would take long, and so would asking a network drive for all their sizes.
+"""
+
+from collections.abc import Iterator
+from contextlib import suppress
+from itertools import islice
+from pathlib import Path
+
+from nemo_lfr.corpus.inventory import sampled_digest
+from nemo_lfr.corpus.sources.base import Clip, CorpusReader, ShardSpec
+from nemo_lfr.io.cut_audio import sources_of
+
+SHARDS, FILES = 8, 8  # number of shards, evenly spaced, and of files per shard
+SEARCHED = 1000  # maximum number of clips to read per shard
+WITHOUT_FILE = 16  # maximum number of clips without a file per shard; a table may contain their audio, which is large
+
+
+def sample_audio(corpus: CorpusReader, shards: list[ShardSpec], base: Path | None) -> dict[str, tuple[Path, str]]:
+    """Hash a sample of the audio files whose paths start from the folder `base`.
+
+    Args:
+        corpus: reader of the corpus.
+        shards: its shards.
+        base: `corpus.base`.
+
+    Returns:
+        Dictionary from the id of a clip to its file and the hash. Files that cannot be read are left out.
+    """
+    found: dict[str, tuple[Path, str]] = {}
+    if base is None:
+        return found
+    for shard in shards[:: max(1, -(-len(shards) // SHARDS))]:
+        with suppress(Exception):  # an error of the reader is raised again when the shard is tokenized
+            found.update(islice(_hashes(corpus, shard, base), FILES))
+    return found
+
+
+def _hashes(corpus: CorpusReader, shard: ShardSpec, base: Path) -> Iterator[tuple[str, tuple[Path, str]]]:
+    without_file = 0
+    for clip in islice(corpus.read(shard), SEARCHED):
+        file = _file_of(clip)
+        if file is None:
+            without_file += 1
+            if without_file == WITHOUT_FILE:
+                return
+        elif (not file.is_absolute() or file.is_relative_to(base)) and file.is_file():
+            with suppress(OSError):
+                yield clip.id, (file, sampled_digest(file))
+
+
+def _file_of(clip: Clip) -> Path | None:
+    """Return the audio file of a clip; None if the clip has none."""
+    if clip.path is not None or clip.cut is None:
+        return clip.path
+    sources = (source["source"] for source in sources_of(clip.cut) if source.get("type") == "file")
+    return next(map(Path, sources), None)
