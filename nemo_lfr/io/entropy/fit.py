@@ -102,7 +102,6 @@ def fit(
     random = np.random.default_rng(settings.seed)
     fitted, held = _split([part for part in utterances if part.shape[1]], settings, random)
     features, digits = _examples(spec, fitted, random)
-    network = Network(spec)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         network = Network(spec)
