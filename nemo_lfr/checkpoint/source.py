@@ -47,11 +47,11 @@ class MemorySource:
 
 
 class FileSource:
-    """Byte range of a file, which stays open as long as this object exists.
+    """Byte range of a file. The object keeps a descriptor of its own open as long as it exists.
 
     Args:
         path: path of the file, for messages.
-        file: the file; the caller may close it afterwards.
+        file: the open file. Its descriptor is duplicated, so the caller may close `file` at any time.
         offset: start of the range.
         size: length of the range in bytes.
         state: result of `file_state` before the file was first read.

@@ -191,8 +191,8 @@ class Tensors:
         source.read_into(0, memoryview(head))
         if head != ZIP_MAGIC:
             raise CheckpointError(
-                f"{what} is not a PyTorch zip file; it is damaged, or a bare pickle, the format before PyTorch "
-                "1.6. Reading such a pickle could run code. If you trust it, save it again with torch.save."
+                f"{what} is not a PyTorch zip file; it is damaged, or it is a bare pickle (the format before "
+                "PyTorch 1.6). Reading such a pickle could run code. If you trust it, save it again with torch.save."
             )
         self.path = path
         self._source = source

@@ -237,7 +237,8 @@ class TokenFolder:
         where = f"{where} ({shorten(clip_id)})"
         num_samples, labels, context = values["num_samples"], values["labels"], values.get("context")
         if type(num_samples) is not int or not 0 < num_samples < 2**48:
-            raise TokenFileError(f"{where}: num_samples is {shorten(repr(num_samples))}, not a positive integer.")
+            number = shorten(repr(num_samples))
+            raise TokenFileError(f"{where}: num_samples is {number}, not an integer from 1 to 2^48 - 1.")
         if not isinstance(labels, dict):
             raise TokenFileError(f"{where}: labels are {shorten(repr(labels))}, not a JSON object.")
         num_frames = frames.num_frames(num_samples, self.codec.samples_per_frame)

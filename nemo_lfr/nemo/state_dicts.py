@@ -217,10 +217,7 @@ def _is_wavlm(key: str) -> bool:
 
 
 def _stock_names(state: Mapping[str, Any]) -> set[str]:
-    """Return the names of the weight-norm directions for convolutions whose weight norm was removed.
-
-    NeMo's state dicts have these names. `state` contains plain weights instead.
-    """
+    """Return the names of the weight-norm directions that NeMo has where `state` has plain weights."""
     stems = [key.removesuffix(".weight") for key in state if key.endswith(".conv.weight")]
     return {stem + DIRECTION for stem in stems if stem.partition(".")[0] in PARTS}
 

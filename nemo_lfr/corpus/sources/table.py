@@ -89,7 +89,7 @@ class Table(CorpusReader):
         return shards if identity == self._hash([file.name for file in self.files]) else None
 
     def _hash(self, names: Sequence[str]) -> str:
-        """Return a hash of the contents of the files, with these names."""
+        """Return a hash of `names`, one for each file, and of the contents of the files."""
         return list_digest(zip(names, self._digests, strict=True))
 
     @cached_property

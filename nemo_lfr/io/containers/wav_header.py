@@ -26,9 +26,9 @@ class WavHeader:
         start: the first twelve bytes of the file.
         format: content of the `fmt ` chunk.
         data_size: size of the samples in bytes, as declared in the `data` chunk.
-        long_size: size of the samples in bytes, as declared in the `ds64` chunk of RF64; None without this chunk.
+        long_size: size of the samples in bytes, as declared in the `ds64` chunk; None without this chunk.
         long_total: size of the RIFF chunk in bytes, as declared in the `ds64` chunk; None without this chunk.
-        is_completed: whether `format` is longer than in the file; see `_with_bits`.
+        is_completed: whether the bits per sample, which the `fmt ` chunk lacks, were added to `format`.
     """
 
     start: bytes
