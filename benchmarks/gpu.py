@@ -158,7 +158,7 @@ def masked(values: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
 
 
 class Bench:
-    """Shared state of the parts: device, time limit and failures."""
+    """Shared state of the parts of the benchmark: device, time limit and failures."""
 
     def __init__(
         self, device: str, minutes: float, small: bool, precisions: Sequence[str], batches: Sequence[int]

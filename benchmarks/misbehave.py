@@ -220,7 +220,7 @@ async def too_large(target: Target, number: int) -> None:
 
 
 async def wrong_auth(target: Target, number: int) -> None:
-    """Use a wrong token, no token, or another origin."""
+    """Connect with a wrong access token, or from another origin."""
     wrong = Target(target.port, "wrong")
     async with connection(target) as peer:
         if number % 4 == 0:

@@ -240,7 +240,7 @@ def _changed_settings(
 def _pairs(
     module: nn.Module, reference: nn.Module, path: str, operation: Operation
 ) -> Iterator[tuple[str, nn.Module, nn.Module]]:
-    """Yield the path, the layer and the rebuilt layer for each layer, and check the hooks and the class of each."""
+    """Yield (path, layer, rebuilt layer) for each layer, after checking the hooks and the class of the layer."""
     name, original_kind = path or "the model", f"{operation.original} module"
     while len(module._modules) == 1 and type(module).__module__.partition(".")[0] in _WRAPPER_PACKAGES:
         (key, inner), *_ = module._modules.items()

@@ -65,7 +65,7 @@ def check_input(path: Path, suffixes: Collection[str], *, is_only: bool = False)
 
 
 def _opens_as_audio(path: Path) -> bool:
-    """Return whether a file has an audio suffix and can be opened as audio. Its first bytes need not be known."""
+    """Return whether a file has an audio suffix and can be opened as audio, whatever its first bytes are."""
     if not path.is_file() or identify_suffix(path).kind != AUDIO.kind:
         return False
     with contextlib.suppress(NemoLfrError, OSError):

@@ -49,7 +49,7 @@ class UserPath(click.Path):
 
     `~` is expanded, because a shell does not expand it in quotes or in `--out=~/tokens`. An empty path is an error,
     because it is usually the result of an unset shell variable. The path "-" is also an error, because it stands for
-    stdin or stdout. A folder must not be a link to a folder that does not exist, since it could not be created.
+    stdin or stdout. The path of a folder must not contain a broken link, because the folder could not be created.
     """
 
     def __init__(self, **options: Any) -> None:

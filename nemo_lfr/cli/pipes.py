@@ -89,7 +89,7 @@ def decode_pipe(
     The length in the WAV header is first set to "unknown", as usual for WAV in a pipe. If `sink` is a regular file,
     the length is corrected at the end.
 
-    Input that is not a token file counts as a usage error, and all later errors as failures of the work.
+    If the input is not a token file, the exit code is 2, as for a wrong argument. For all later errors, it is 1.
 
     Args:
         codec: codec to use.

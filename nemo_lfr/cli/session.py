@@ -164,7 +164,7 @@ class _StderrHandler(logging.Handler):
 def output_rules(session: Session) -> Iterator[None]:
     """Print the package's log messages on stderr while the context is active.
 
-    With --json, text that other packages (such as NeMo) print on stdout also goes to stderr.
+    With --json, text that other packages (such as NeMo) print on stdout is redirected to stderr.
     """
     handler = _StderrHandler(session.verbose)
     if session.quiet:

@@ -166,7 +166,10 @@ class HubMethods(CodecBase[Array]):
 
 
 def _check_upload(arguments: Mapping[str, Any], method: str) -> None:
-    """Check the names of an upload's arguments. `config=None` and `model_card_kwargs=None` are accepted."""
+    """Check the names of an upload's arguments.
+
+    `config` and `model_card_kwargs` must be None, because this package writes the config and the model card itself.
+    """
     if given := {name: value for name, value in arguments.items() if value is not None or name not in WRITTEN_HERE}:
         from huggingface_hub import ModelHubMixin
 

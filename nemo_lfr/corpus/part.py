@@ -2,8 +2,8 @@
 
 Part I of N consists of the shards whose index modulo N is I. The processes have no common driver and share only the
 output folder. Every process plans the run, and all of them use the first plan that was stored in the folder; see
-`nemo_lfr.corpus.plan`. A process that finds all shards complete writes the summary. The same command
-without a part tokenizes all missing shards and writes the summary.
+`nemo_lfr.corpus.plan`. A process that finds all shards complete writes the summary. The same command without
+`--shard-of` tokenizes all missing shards and writes the summary.
 """
 
 import os

@@ -66,9 +66,9 @@ def _adopt_codec(
 def _adopt_corpus(
     stored: dict[str, Any], expected: dict[str, Any], config: TokenizeConfig, corpus: CorpusReader
 ) -> None:
-    """Replace values in a stored plan that differ from `expected`, but stand for the same corpus.
+    """Update a stored plan if its corpus is the same, but has another hash or folder.
 
-    This is the case if an older version computed another hash of the corpus, or if the corpus was moved.
+    The hash differs if an older version of nemo_lfr computed it. The folder differs if the corpus was moved.
     """
     with naming_extension(corpus, READER):
         if stored.get("corpus") != expected["corpus"]:
@@ -132,14 +132,14 @@ def _check_same_run(
 
 
 def _has_same_base(plan: dict[str, Any], folder: str | None, config: TokenizeConfig) -> bool:
-    """Return whether the folder that relative paths start from is that of the stored plan, possibly moved.
+    """Return whether relative paths start from the same folder as in the stored plan; it may have been moved.
 
-    If the stored folder still exists under its old path, the result is False for any other folder, because the two may
-    contain different audio.
+    If the folder in the plan still exists, the result is False for any other folder, because the two may contain
+    different audio.
 
     Args:
         plan: the stored plan.
-        folder: current path of the folder; None if the corpus has no relative paths.
+        folder: folder that relative paths start from now; None if the corpus has no relative paths.
         config: options of the run.
     """
     stored = plan.get("audio_dir")

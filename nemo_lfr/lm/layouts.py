@@ -228,15 +228,15 @@ class Layout(ABC):
 
     @abstractmethod
     def _target(self, codebook: Any, frame: Any, ids: Any) -> tuple[Any, Any]:
-        """Return the stream and step of each token.
+        """Return the position of each token: the parallel sequence (stream), and the step in it.
 
         Args:
-            codebook: codebooks, shape [1, C, 1].
-            frame: frames, shape [1, 1, T].
-            ids: ids to restore, shape [B, S, L].
+            codebook: codebook of each token, shape [1, C, 1].
+            frame: frame of each token, shape [1, 1, T].
+            ids: ids that contain the tokens, shape [B, S, L].
 
         Returns:
-            Streams and steps, each of which broadcasts to [B, C, T].
+            Indices of the streams and steps, each of which broadcasts to [B, C, T].
         """
 
 

@@ -47,8 +47,9 @@ def _as_bytes(levels: tuple[int, ...]) -> list[bytes]:
 def has_level_tables(quantizer: nn.Module, levels: tuple[int, ...]) -> bool:
     """Return whether the buffers of a quantizer have the values for its levels.
 
-    On a GPU, writes that PyTorch does not count are missed, such as those through `.data`. The result is True if the
-    values were never compared and cannot be read now, for example on the meta device or while a graph is captured.
+    On a GPU, changes through `.data` are not noticed, because PyTorch does not count such writes. The result is True
+    if the values were never compared and cannot be read now, for example on the meta device or while a graph is
+    captured.
     """
     buffers = [quantizer._buffers.get(name) for name in level_tables(levels)]
     tensors = [buffer for buffer in buffers if buffer is not None]

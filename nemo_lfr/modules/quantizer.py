@@ -31,7 +31,7 @@ class FiniteScalarQuantizer(NeuralModule):
     """Quantizer with one codebook, which has D dimensions.
 
     A caller may patch or override methods, or change buffers. The results are then those of NeMo's class with the same
-    change, and the tokens in them are not checked.
+    change, and the returned tokens are not checked.
 
     Args:
         num_levels: number of levels in each dimension, at least 2.

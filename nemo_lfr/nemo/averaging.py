@@ -92,8 +92,8 @@ class WeightAveraging(BaseModel):
     def start_average(self) -> None:
         """Start or resume the moving average.
 
-        A step of an optimizer that updates the averaged weights also updates the average. A subclass may replace
-        `training_step`, so the optimizers call the update.
+        A hook on the optimizers updates the average after each step that updates the encoder and the decoder. The hook
+        is not in `training_step`, because a subclass may replace that method.
         """
         self._average = self._average or Average(self._generator, float(self.cfg.ema_decay))
         averaged = {id(parameter) for parameter in self._generator.parameters()}

@@ -139,8 +139,8 @@ class CarefulLines(LazyJsonlIterator):
 class StrictLines(CarefulLines):
     """JSON-lines iterator that raises an error for a malformed line.
 
-    NeMo matches the lines of some manifests to those of other files by their numbers. If one line were skipped, each
-    later line would be combined with a line about another clip.
+    For some manifests, NeMo combines line N with line N of another file. If one line were skipped, each later line
+    would be combined with a line about another clip.
     """
 
     cause = "NeMo matches the lines of this manifest to those of other files by their numbers"

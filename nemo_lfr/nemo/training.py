@@ -103,7 +103,7 @@ class TrainingSteps(StockSteps):
             self.load_state_dict(self.state_dict() | state)
 
     def configure_optimizers(self) -> Any:
-        """Build the discriminators, if a subclass has overridden `setup`, and then the optimizers."""
+        """Build the optimizers. If `setup` was overridden and did not build the discriminators, build them first."""
         self.build_discriminator()
         return super().configure_optimizers()
 

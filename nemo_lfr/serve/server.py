@@ -135,7 +135,8 @@ class _HeaderLimit(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         """Pass data on to uvicorn, or answer with status 400 if the headers or trailers are too large.
 
-        The timer is canceled when the headers are complete. It starts again with the first data after the response.
+        The timer for the headers is canceled when the headers are complete. The first data after the response starts
+        it again, for the next request.
         """
         if self._num_bytes is not None:
             self._num_bytes += len(data)

@@ -29,7 +29,7 @@ def draw_segments(loader: Any, num_segments: int, samples_per_frame: int, min_fr
         min_frames: minimum length of the segments in frames.
 
     Returns:
-        Audio [B, T_audio] of complete frames. Shorter segments are padded with zeros.
+        Audio [B, T_audio] of complete frames. Segments that are shorter than T_audio are padded with zeros.
 
     Raises:
         ConfigError: if a batch is not a mapping with a tensor `audio`.

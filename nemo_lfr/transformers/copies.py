@@ -79,6 +79,6 @@ def _unpickled(
 
 
 def _rebuilt(cls: Any, config: NemoLfrConfig, has_weights: bool) -> Any:
-    """Build a model with random weights, or on the meta device, which saves time and memory."""
+    """Build a model with random weights; without `has_weights`, on the meta device, which saves time and memory."""
     with building_state(torch.device("cpu")), nullcontext() if has_weights else on_meta_device():
         return cls(config)

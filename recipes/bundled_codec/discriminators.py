@@ -35,8 +35,8 @@ class DiscriminatorConfig:
         from_update: first update with discriminators. Choose an update at which the log-mel distance no longer falls.
         lr: constant learning rate of the discriminators.
         learn_alone: number of updates in which the discriminators train before the generator uses their gradients.
-        ramp: number of updates in which the weight of the score term then grows from zero. The feature-matching term
-            has its full weight at once.
+        ramp: number of updates in which the weight of the score term grows from zero to `score`, starting when the
+            generator first uses the gradients. The feature-matching term has its full weight at once.
         feature: weight of the generator's feature-matching term.
         score: weight of the generator's score term.
         batch_size: how many of the segments in each batch the discriminators process; None for all.

@@ -30,9 +30,9 @@ class Autotuner:
 
     Attributes:
         benchmark: function that runs a candidate several times and returns its run time in seconds.
-        chosen: name of the fastest candidate for each key of `run`.
-        measured: for each key, the run times in seconds of the candidates that match the reference, by name; for
-            reports.
+        chosen: dict from each `key` passed to `run` to the name of the fastest candidate.
+        measured: for each of these keys, the run time in seconds of each candidate that matches the reference, by
+            name. Only reports use it.
         force: name of a candidate to use wherever it exists, without measuring; for benchmarks and tests.
     """
 

@@ -76,7 +76,7 @@ class Cuts(CorpusReader):
         return list_digest(("", digest(path)) for path in self.files)
 
     def older_shards(self, identity: str, shards: list[ShardSpec], size: int) -> list[ShardSpec] | None:
-        """Return `shards` if `identity` is the hash of an earlier version.
+        """Return `shards` if `identity` is the hash that an older version computed.
 
         That hash included the names of the files.
         """
@@ -84,7 +84,7 @@ class Cuts(CorpusReader):
 
     @property
     def base(self) -> Path | None:
-        """The working directory; None if all paths are absolute."""
+        """The working directory, which relative paths start from; None if all paths are absolute."""
         return Path.cwd() if has_relative_paths(self.path) else None
 
     @property
@@ -115,11 +115,11 @@ class Cuts(CorpusReader):
 
 
 def refuse_tokens(path: Path, cuts: Sequence[Path]) -> None:
-    """Raise ConfigError for the cuts in a folder that `tokenize` wrote, if none of them refers to audio.
+    """Raise ConfigError if a corpus is an output of `tokenize` in which no cut refers to audio.
 
     Args:
         path: the file or folder that was passed as the corpus.
-        cuts: its files of cuts.
+        cuts: files of cuts in the corpus.
     """
     parents = [
         folder for folder in (path, *path.parents[:2]) if (folder / METADATA).exists() or (folder / STATE).is_dir()

@@ -54,7 +54,7 @@ class Folder(Manifest):
         return replace(result, origin=place, audio=unreadable(f"{place}: {problem}."), path=None)
 
     def older_shards(self, identity: str, shards: list[ShardSpec], size: int) -> list[ShardSpec] | None:
-        """Return new shards if `identity` is the hash of an earlier version.
+        """Return new shards if `identity` is the hash that an older version computed.
 
         That version included the path of the folder in the hash and in the list of files, so the shards in the plan
         start at other bytes.

@@ -110,7 +110,7 @@ class Manifest(CorpusReader):
 
     @property
     def files(self) -> list[Path]:
-        """Return the manifest."""
+        """Return a list with the path of the manifest."""
         return [self.path]
 
     def shards(self, size: int) -> list[ShardSpec]:

@@ -31,8 +31,8 @@ class Parquet(Table):
 
     Args:
         path: the file or folder.
-        audio_dir: folder that relative paths are resolved against; None for `path` if it is a folder, else for the
-            folder that contains the file.
+        audio_dir: folder that relative paths are resolved against. By default, this is `path` itself if it is a
+            folder, and the folder of the file otherwise.
 
     Raises:
         ConfigError: if no file can be read, if no column contains audio, if a folder contains several splits of a

@@ -102,7 +102,7 @@ class Shar(CorpusReader):
         return list_digest((file.relative_to(self.path).as_posix(), digest) for file, digest in self._digests)
 
     def older_shards(self, identity: str, shards: list[ShardSpec], size: int) -> list[ShardSpec] | None:
-        """Return `shards` if `identity` is the hash of an earlier version.
+        """Return `shards` if `identity` is the hash that an older version computed.
 
         That hash included the path of the folder.
         """
@@ -114,7 +114,7 @@ class Shar(CorpusReader):
 
     @property
     def base(self) -> Path | None:
-        """The working directory; None if all paths are absolute, or the cuts contain no paths."""
+        """The working directory, which relative paths start from; None if the cuts contain no relative paths."""
         return Path.cwd() if any(map(has_relative_paths, self.fields["cuts"])) else None
 
     @property

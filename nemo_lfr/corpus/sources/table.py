@@ -82,7 +82,7 @@ class Table(CorpusReader):
         return self._hash(["" if is_file else file.name for file in self.files])
 
     def older_shards(self, identity: str, shards: list[ShardSpec], size: int) -> list[ShardSpec] | None:
-        """Return `shards` if `identity` is the hash of an earlier version.
+        """Return `shards` if `identity` is the hash that an older version computed.
 
         That hash included the names of all files.
         """
@@ -140,7 +140,7 @@ class Table(CorpusReader):
         Args:
             rows: the table or batch.
             number: index of the first row of `rows`, counted over the whole corpus.
-            file: file that contains the rows, for messages; None for the corpus.
+            file: file that messages name; None to name the corpus.
             first: index of the first row of `file`, counted over the whole corpus.
             constants: values that are the same for all rows, such as {"lang": "de"} for a file in a folder `lang=de`.
         """

@@ -44,8 +44,8 @@ class OpusTimes:
     def problem(self, end: float | None) -> str | None:
         """Return an error message if headers contradict the time stamps.
 
-        Most packets of a track have the same duration. A header is wrong if it states another duration, but the next
-        packet follows after about the usual one. Lost packets, pauses and imprecise time stamps are not errors.
+        Most packets of a track have the same duration, for example 20 ms. If a header states 60 ms, but the next
+        packet follows after 20 ms, the header is wrong. Lost packets, pauses and imprecise time stamps are not errors.
 
         Args:
             end: end of the audio in seconds, according to the container; None if it is unknown.
