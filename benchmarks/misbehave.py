@@ -130,7 +130,7 @@ async def cut(target: Target, number: int) -> None:
 
 
 async def slow(target: Target, number: int) -> None:
-    """Send byte by byte, or do not read."""
+    """Send a request byte by byte, or send frames without reading the results."""
     if number % 3 == 0:
         async with connection(target, small=True) as peer:
             await peer.open()

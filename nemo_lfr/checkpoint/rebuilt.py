@@ -306,7 +306,7 @@ def _tensors(layer: nn.Module) -> set[str]:
 
 
 def _is_changed(key: str, value: Any, expected: Mapping[str, Any]) -> bool:
-    """Return whether `_changed_settings` should return an attribute of a layer.
+    """Return whether an attribute of a layer differs from the rebuilt layer; see `_changed_settings`.
 
     Args:
         key: name of the attribute.

@@ -296,7 +296,7 @@ class EncodeStream(_Stream):
 
 
 async def _receive_all(connection: Connection, results: "deque[np.ndarray]") -> None:
-    """Move all results of a stream to a queue. If receiving fails, the conversation records the error."""
+    """Move all results of a stream to a queue. If receiving fails, the error is recorded in the `Conversation`."""
     with suppress(NemoLfrError):
         async for result in connection.results():
             results.append(result)

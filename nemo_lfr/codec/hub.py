@@ -154,7 +154,7 @@ class HubMethods(CodecBase[Array]):
         size = f"{self.frame_rate:.2f} frames per second, {self.num_codebooks} x {self.codebook_size} tokens"
 
         class Upload(ModelHubMixin):
-            """Adapter that uploads the codec with the mixin's `push_to_hub`."""
+            """Adapter that uploads the codec with `ModelHubMixin.push_to_hub`."""
 
             def save_pretrained(self, save_directory: str | Path, **_: Any) -> None:
                 codec.save_pretrained(save_directory)

@@ -206,7 +206,7 @@ def flush(
 
 
 def _batch(streams: Sequence[Any], kind: type[BaseStream]) -> list[Any]:
-    """Return the streams as a list, if they can form a batch."""
+    """Check that the streams can form a batch, and return them as a list."""
     streams = _listed(streams, "streams")
     for stream in streams:
         if not isinstance(stream, kind):
@@ -222,7 +222,7 @@ def _batch(streams: Sequence[Any], kind: type[BaseStream]) -> list[Any]:
 
 
 def _one_each(values: Sequence[Any], streams: list[Any], what: str, remedy: str) -> list[Any]:
-    """Return the values as a list, if there is one for each stream."""
+    """Check that there is one value for each stream, and return the values as a list."""
     values = _listed(values, what)
     if len(streams) != len(values):
         raise NemoLfrError(f"got {len(values)} {what} for {len(streams)} streams; {remedy}.")

@@ -37,7 +37,7 @@ class Slot(NamedTuple):
         layer: key of the layer.
         num_items: number of inputs that the layer keeps, n.
         channels: number of values in each input, H.
-        started: as in `LayerState`.
+        started: whether the padding before the first input was added.
     """
 
     layer: Hashable

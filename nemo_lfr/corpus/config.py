@@ -75,7 +75,7 @@ class TokenizeConfig:
 
     @property
     def listing(self) -> Path:
-        """Return the path of the list of clips in a folder of audio files or a text table.
+        """Return the path of the file in which a run lists the clips of an audio folder or a text table.
 
         Each part of a run writes its own list. If the corpus changes between the starts of two parts, the second list
         does not replace the first one.

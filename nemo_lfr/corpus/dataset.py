@@ -101,10 +101,10 @@ class TokenDataset(IterableDataset[TokenizedUtterance]):
         return self.__dict__ | {"_inherited": inherited}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore a pickled or copied dataset.
+        """Restore a pickled or copied dataset, with its epoch in shared memory.
 
-        If a data loader sends the dataset to a spawned worker, the epoch is still in shared memory. After
-        `copy.deepcopy`, for example, it is not, and is moved there.
+        In a spawned data loader worker, the epoch is in shared memory already. A copy of the dataset, for example from
+        `copy.deepcopy`, has an epoch in its own memory, which this method moves.
         """
         self.__dict__.update(state)
         self._shared_epoch = _shared(self._shared_epoch)  # does nothing if it is in shared memory

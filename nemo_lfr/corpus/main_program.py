@@ -1,7 +1,7 @@
 """Report a main program that worker processes cannot import.
 
-A process that `multiprocessing` spawns imports the main program of its parent. If the program is not a file, this
-fails. If its calls are not under `if __name__ == "__main__":`, the whole program starts again.
+A process that `multiprocessing` spawns imports the main program of its parent. The import fails if the program is not
+a file. If the program's calls are not under `if __name__ == "__main__":`, the import runs the whole program again.
 """
 
 import multiprocessing

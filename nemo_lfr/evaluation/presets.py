@@ -1,8 +1,8 @@
 """Test sets from the public corpora that NVIDIA's model card names.
 
 The model card does not list the recordings that NVIDIA used, so the selections in this module are our own. The
-selection from MLS depends only on the files and the seed, and that from DAPS only on the files. The values from the
-card are those of the released checkpoint (170k steps).
+selection from MLS depends only on the files and the seed. The selection from DAPS depends only on the files. The
+values from the card are those of the released checkpoint (170k steps).
 """
 
 import random

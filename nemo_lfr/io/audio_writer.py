@@ -122,19 +122,19 @@ class SinkFile:
         self._error: BaseException | None = None
 
     def write(self, data: bytes) -> int:
-        """Write bytes; return 0 after an exception."""
+        """Write bytes. If this or an earlier call fails, return 0."""
         return self._try(lambda: self._file.write(data))
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """Change the position; return 0 after an exception."""
+        """Change the position. If this or an earlier call fails, return 0."""
         return self._try(lambda: self._file.seek(offset, whence))  # seeking flushes the buffer, which may fail
 
     def tell(self) -> int:
-        """Return the position; return 0 after an exception."""
+        """Return the position, or 0 if this or an earlier call fails."""
         return self._try(lambda: self._file.tell())
 
     def read(self, size: int) -> bytes:
-        """Read bytes; return no bytes after an exception."""
+        """Read bytes. If an earlier call failed, return no bytes."""
         return self._file.read(size) if self._error is None else b""
 
     def _try(self, act: Callable[[], int]) -> int:

@@ -134,12 +134,12 @@ def find_files(
     Args:
         root: folder to search; it may itself be hidden.
         suffixes: suffixes in lower case, with the dot; the comparison ignores case.
-        companion_suffixes: suffixes of companion files, such as transcripts, in the case in which they are used. Such
-            a file is not reported as skipped if a file with the same name before the suffix is found beside it.
+        companion_suffixes: suffixes of companion files, such as ".txt" of transcripts; the comparison does not ignore
+            case. If `a.wav` is found, its companion file `a.txt` in the same folder is not reported as skipped.
         report: function that is called at most once, with one line that says how many files were skipped and why.
-        unread: list to which the error of each unreadable folder below `root` is added. The error of a link is added,
-            too, if it is unknown whether the link leads to a folder. The files in these folders are missing from the
-            result. If `unread` is None, the first of these errors is raised.
+        unread: list to which the error of each unreadable folder below `root` is added. A link to a network drive that
+            is not available counts as such a folder. The files in these folders are missing from the result. If
+            `unread` is None, the first of these errors is raised.
 
     Returns:
         The sorted paths.

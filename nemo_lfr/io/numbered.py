@@ -16,8 +16,8 @@ def missing_files(paths: Iterable[Path]) -> list[str]:
     """Return the names of the files that are missing from numbered sets, in order and without their folders.
 
     Args:
-        paths: files. The files of a set are in the same folder. Their names differ only in the number of the file and
-            in the text after the total, which is the number after "of".
+        paths: the files that exist. The files of a set are in the same folder, and have names such as
+            `train-00001-of-00003-1a2b.parquet`. The number (00001) and the text after the total (-1a2b) may differ.
     """
     sets: dict[tuple[Path, str, str, int, str], dict[int, re.Match[str]]] = {}
     for path in paths:

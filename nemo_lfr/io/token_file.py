@@ -433,9 +433,9 @@ class _Sections:
         return data
 
     def _check(self, section: bytes, what: str, before: bytes = b"") -> bytes:
-        """Read, verify and return the CRC field of a section, which is named `what` in messages.
+        """Read and verify the CRC field after a section, and return the field.
 
-        The CRC covers `before` and the section.
+        The CRC covers `before` and the section. Error messages call the section `what`.
         """
         return self._compare(self._take(4), section, what, before)
 

@@ -59,7 +59,7 @@ def arange(stop: int, like: Array) -> Array:
 
 
 def constant(values: Sequence[int], like: Array) -> Array:
-    """Return `values` as an int64 NumPy array or PyTorch tensor, depending on `like`; see `arange`."""
+    """Return `values` as an int64 vector, which is a NumPy array if `like` is one, else a PyTorch tensor."""
     if isinstance(like, np.ndarray):
         return np.asarray(values, np.int64)
     import torch

@@ -199,11 +199,11 @@ class Layout(ABC):
         return 0
 
     def _is_start(self, at: Any, frame: Any) -> Any:
-        """Return a mask of the positions `at` [1, 1, L] whose id is BOS; `frame` is from `_source`."""
+        """Return a mask of the positions `at` whose id is BOS, from the frame of each position (see `_source`)."""
         return at < 0
 
     def _is_end(self, at: Any, length: Any, steps: Any) -> Any:
-        """Return a mask of the positions `at` [1, 1, L] whose id is EOS; `steps` is from `_num_steps`."""
+        """Return a mask of the positions `at` whose id is EOS, from the number of frames and of steps with tokens."""
         return at == steps
 
     @abstractmethod

@@ -126,9 +126,9 @@ def is_altered(network: nn.Module) -> bool:
 
 
 def _is_expected(module: nn.Module, name: str, child: nn.Module) -> bool:
-    """Return whether a child module is of the kind that this package builds.
+    """Return False if fast inference would ignore changes to a child module.
 
-    Only the kinds of children that fast inference does not call are checked.
+    Fast inference uses the weights of a convolution, for example, but does not call its `forward`.
     """
     if name == "conv":
         return not _is_altered(child, _conv_kind(child))
@@ -175,7 +175,7 @@ def check_unaltered(network: nn.Module, name: str, consequence: str) -> None:
 
 
 def run_encoder(encoder: nn.Module, audio: torch.Tensor, num_frames: list[int], width: int) -> torch.Tensor:
-    """Encode each clip of a batch [B, T_audio] alone by calling the module; return frames [B, D, width].
+    """Call the encoder for each clip of a batch separately, and return frames [B, D, width].
 
     Args:
         encoder: the encoder.

@@ -44,7 +44,7 @@ class StockSteps(Optimizers):
     _checked: Any = None  # state of the attributes when `_changes` was set
 
     def setup(self, stage: str | None = None) -> None:
-        """Find the changes before the first validation.
+        """Call `find_changes`, so that the changes are known before the first validation.
 
         Raises:
             ConfigError: see `find_changes`.

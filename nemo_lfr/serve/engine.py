@@ -136,7 +136,8 @@ class Engine:
             A session whose input is samples [n] at the codec's sample rate.
 
         Raises:
-            OverloadedError: if the engine has `max_streams` sessions; `ShutdownError` if the engine is draining.
+            OverloadedError: if the engine has `max_streams` sessions.
+            ShutdownError: if the engine is shutting down.
             NemoLfrError: if `lookahead` is invalid.
         """
         yield from self._open(lambda: self.codec.stream_encoder(lookahead), (), live)
@@ -163,7 +164,8 @@ class Engine:
             A session whose input is tokens [C, k].
 
         Raises:
-            OverloadedError: as for `encoder`.
+            OverloadedError: if the engine has `max_streams` sessions.
+            ShutdownError: if the engine is shutting down.
             NemoLfrError: if a lookahead is invalid.
         """
         yield from self._open(lambda: self.codec.stream_decoder(lookahead, first_lookahead), tuple(ramp), live)

@@ -82,7 +82,7 @@ class _WebSockets(WebSocketsSansIOProtocol):
         self._cutoff = asyncio.get_running_loop().call_later(self.send_s, self.transport.abort)
 
     def resume_writing(self) -> None:
-        """Cancel the timer when the client has read enough data."""
+        """Cancel the timer of `pause_writing` when the client has read enough data."""
         self._end_cutoff()
         super().resume_writing()
 
@@ -151,7 +151,7 @@ class _HeaderLimit(asyncio.Protocol):
             self._start_limit()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Cancel the timer."""
+        """Cancel the timer for the headers."""
         self._end_limit()
         super().connection_lost(exc)
 

@@ -54,9 +54,9 @@ class Average:
         return self._trained is not None
 
     def describes(self, module: torch.nn.Module) -> bool:
-        """Return whether the module's weights are the same as when `finish` was called.
+        """Return whether the module's weights are unchanged since `finish` was called.
 
-        The result is also True if `finish` was not called after the last update.
+        If `finish` was not called after the last update, the function does not compare weights and returns True.
         """
         return self._trained is None or weight_checksums(module) == self._trained
 

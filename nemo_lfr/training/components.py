@@ -114,7 +114,7 @@ def _targets(config: Mapping[str, Any], own: bool = False) -> Iterator[tuple[str
 
     Args:
         config: model config, or a part of a model config.
-        own: whether to skip sections that were read from a checkpoint.
+        own: whether to leave out sections that were read from a checkpoint.
     """
     for key in ("discriminator", "generator_loss", "discriminator_loss", "losses", "metrics"):
         section = _plain_section(config, key, own)

@@ -93,7 +93,7 @@ class Network(nn.Module):
         """Check that the spectra that this network will score have enough frequency bins.
 
         Args:
-            bins: number of frequency bins, which is the width of a view.
+            bins: number of frequency bins.
             what: config value that determines this number, for the error message.
 
         Raises:

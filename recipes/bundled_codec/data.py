@@ -133,12 +133,12 @@ class SpeechSegments:
         return Draw(utterances, sizes, starts, gains, equalizer_db)
 
     def cut(self, draw: Draw) -> torch.Tensor:
-        """Cut the segments of a batch and change them as drawn.
+        """Cut the segments of a batch, and change their speed, loudness and spectrum.
 
         A gain is reduced if the segment would clip.
 
         Args:
-            draw: random choices.
+            draw: random choices, as `draw` returns them.
 
         Returns:
             Audio in [-1, 1], shape [B, T_audio], on the device.

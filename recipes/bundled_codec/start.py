@@ -66,7 +66,7 @@ def mdct_basis(stride: int) -> torch.Tensor:
 
 
 def signal_channels(rates: Sequence[int], encoded_dim: int, sample_rate: int = SAMPLE_RATE) -> list[int]:
-    """Return the number of signal channels before and after each stage of the encoder.
+    """Return the number of channels that carry the signal after each stage of the encoder.
 
     Args:
         rates: strides of the encoder's stages.
@@ -74,7 +74,7 @@ def signal_channels(rates: Sequence[int], encoded_dim: int, sample_rate: int = S
         sample_rate: sample rate of the audio in Hz.
 
     Returns:
-        The number of channels that carry the signal: 1 for the audio, then the number after each stage.
+        A list that begins with 1, for the audio, and continues with one number for each stage.
 
     Raises:
         ValueError: if the strides do not lead to `encoded_dim` channels.

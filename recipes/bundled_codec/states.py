@@ -187,7 +187,8 @@ def import_trial(path: Path, settings: Mapping[str, Any]) -> tuple[dict[str, Any
 def read_generator(path: Path) -> tuple[Generator, NetworkConfig, int]:
     """Read a generator from a `.nemo` file or a training state.
 
-    A training state may be from this recipe or from the older script. Its averaged weights are read.
+    The training state may be from this recipe, or from the older script that `import_trial` also supports. The
+    averaged weights are read.
 
     Args:
         path: file to read.

@@ -37,7 +37,7 @@ class FormatWriter(ABC):
         index: index of the shard.
         codec: properties of the codec that made the tokens, such as its levels and fingerprint.
         dataset: name of the corpus.
-        context: whether the tokens of context audio are written too.
+        context: whether to also write the tokens of context audio (audio on which a TTS model is conditioned).
         model: entropy model for compressing the tokens, in formats that support compression; None for no compression.
     """
 

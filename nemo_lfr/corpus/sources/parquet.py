@@ -75,7 +75,7 @@ class Parquet(Table):
         return table
 
     def _hash(self, names: Sequence[str]) -> str:
-        """Return a hash of the files, and of the columns that the names of their folders add."""
+        """Return a hash of the files, and of the columns in the names of their folders, such as `lang=en`."""
         if any(self.partitions):
             pairs = zip(names, self.partitions, strict=True)
             names = [f"{name} {sorted(keys.items())}" for name, keys in pairs]

@@ -76,14 +76,9 @@ def find_pattern(window: Window, pattern: re.Pattern[bytes], position: int, long
 
 
 def find_header(window: Window, position: int) -> int | None:
-    """Search samples of unknown length for the header of another file.
+    """Return the position of the first header of another audio file after `position`; None if there is none.
 
-    Args:
-        window: the file.
-        position: start of the search.
-
-    Returns:
-        The position of the header; None if there is none.
+    This search is for files that do not declare the length of their samples.
     """
     return find_pattern(window, _HEADERS, position)
 
