@@ -439,7 +439,7 @@ def speech(bench: Bench, folder: Path | None) -> None:
 
 
 def stock_ways(bench: Bench) -> dict[str, Callable[[], Any]]:
-    """Return a context manager for each precision of the reference: PyTorch's defaults, and autocast."""
+    """Return the contexts in which the reference is timed: PyTorch's default precision, and autocast to bf16."""
     return {
         "fp32 (TF32 convolutions)" if bench.on_gpu else "fp32": nullcontext,
         "autocast bf16": lambda: torch.autocast(bench.device.type, dtype=torch.bfloat16),

@@ -169,9 +169,9 @@ def compare_with_peers(codec: Codec, rounds: int) -> None:
 
 
 class Convolutions(TorchDispatchMode):
-    """Profiler of the plan's convolutions, by their input and output channels.
+    """Profiler that sums the seconds and multiply-adds of convolutions and matrix products.
 
-    It sums the seconds and multiply-adds of convolutions and matrix products.
+    There is one sum for each pair of input and output channels.
     """
 
     def __init__(self) -> None:

@@ -111,6 +111,6 @@ class RenamedOption(click.Option):
         self.earlier = earlier
 
     def add_to_parser(self, parser: Any, ctx: click.Context) -> None:
-        """Add both names to the parser."""
+        """Add the current and the earlier name of the option to the parser."""
         super().add_to_parser(parser, ctx)
         parser.add_option(obj=self, opts=[self.earlier], dest=self.name, action="store", nargs=self.nargs)

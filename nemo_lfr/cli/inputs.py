@@ -25,7 +25,7 @@ MISSING = BROKEN | {errno.EINVAL}
 
 
 def path_exists(text: str) -> bool:
-    """Return whether a path exists. If an error, such as a missing permission, hides this, return True."""
+    """Return whether a path exists; True if this is unknown, for example because a permission is missing."""
     try:
         os.lstat(text)
     except ValueError:  # a NUL character in the path

@@ -16,8 +16,8 @@ def progress(total: int, unit: str = "file", *, prints_lines: bool = False) -> I
     Args:
         total: number of items.
         unit: noun for the items, in the singular.
-        prints_lines: whether the command prints a line on stdout for each item. If so, no
-            bar is shown when both stdout and stderr are terminals.
+        prints_lines: whether the command prints a line on stdout for each item. If so, no bar is shown when both
+            stdout and stderr are terminals.
 
     Yields:
         A function to call after each finished item. Its argument is a line to print on stderr, or "".

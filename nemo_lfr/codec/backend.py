@@ -220,7 +220,7 @@ class NumpyBackend:
     device: object = "cpu"
 
     def fingerprints(self) -> tuple[str, ...]:
-        """Return no fingerprint. Token files are then accepted whatever their fingerprint is."""
+        """Return an empty tuple. Without a fingerprint, a codec accepts the token files of every codec."""
         return ()
 
     def load(self, operation: Operation) -> None:

@@ -34,7 +34,7 @@ MAX_FIRST = 8  # an array with at most this many rows is [channels, T_audio], ev
 
 
 class _Recording(NamedTuple):
-    """Clip from a source that can declare its sample rate: a file, a `datasets` item or a decoder.
+    """Clip from a source that can declare its sample rate, such as a file or a `datasets` item.
 
     Attributes:
         audio: samples, [1, T_audio].
@@ -168,7 +168,7 @@ def _warn_once(text: str) -> None:
 def _recording(
     arrays: Arrays[Any], audio: Any, audio_len: object, sample_rate: object, target_rate: int, name: str
 ) -> _Recording | None:
-    """Read a file, a `datasets` item or a decoder; return None for a plain array."""
+    """Read audio in any form of the module's table except arrays and lists; return None for these two."""
     if isinstance(audio, str | os.PathLike):
         return _read(audio, None, audio_len, sample_rate, target_rate, name)
     if isinstance(audio, Mapping):

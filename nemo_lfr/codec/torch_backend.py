@@ -191,7 +191,8 @@ class TorchBackend:
         """Check the weights and convolutions of the encoder and the decoder; see the function `check_weights`.
 
         Raises:
-            NemoLfrError: if a weight is not dense fp32, or a convolution has settings that it does not support.
+            NemoLfrError: if a weight is not dense fp32, or the settings of a convolution were changed to unsupported
+                values.
         """
         check_weights(self._encoder.module, f"the encoder of {self.name}")
         check_weights(self._decoder.module, f"the decoder of {self.name}")

@@ -3,8 +3,8 @@
 Utterances are read shard by shard. Optionally, they are shuffled in a buffer and grouped by length.
 
 An epoch can be resumed at any utterance without saving the buffer. Shuffling is first repeated up to this utterance,
-which takes little time, since only positions are shuffled. Then the utterances in the buffer at that point are read,
-but no earlier ones.
+which takes little time, since only positions are shuffled. Then only the utterances that the buffer contains at this
+point are read.
 """
 
 import random

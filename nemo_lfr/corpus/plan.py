@@ -245,8 +245,8 @@ def _load_codec(
 ) -> tuple[dict[str, Any], EntropyModel | None, "Codec[Any] | None", Callable[[str], bool]]:
     """Load the codec, and return its description, the entropy model, the codec and the method `codec.made`.
 
-    The entropy model is None without compression. The codec is None if `on_cpu` is not set: each worker then loads
-    the codec for its own device. See `load_or_create_plan` for `made`.
+    The entropy model is None without compression. If `on_cpu` is not set, the returned codec is None, because each
+    worker loads the codec for its own device. See `load_or_create_plan` for `made`.
     """
     from nemo_lfr.io.token_file import Metadata
     from nemo_lfr.pretrained import load

@@ -211,7 +211,7 @@ def finish(plan: Plan, records: list[ShardRecord]) -> dict[str, Any]:
 
 
 def _counts(plan: Plan, records: list[ShardRecord]) -> dict[str, Any]:
-    """Return the content of `tokens.json`, without the versions and the command, for shards with these records."""
+    """Return the content of `tokens.json` for completed shards, without the versions and the command."""
     config = plan.config
     samples = sum(record.samples for record in records)
     return {

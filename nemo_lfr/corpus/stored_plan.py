@@ -46,10 +46,10 @@ def check_stored_plan(
 def _adopt_codec(
     stored: dict[str, Any], spec: dict[str, Any], config: TokenizeConfig, made: Callable[[str], bool]
 ) -> None:
-    """Replace the codec in a stored plan by `spec` if an older version computed another fingerprint of this codec.
+    """Replace the codec in a stored plan by `spec` if the plan has an older fingerprint of the same codec.
 
     Raises:
-        NemoLfrError: if files of the run would have different fingerprints.
+        NemoLfrError: if the run writes token files, and readers do not treat the two fingerprints as equal.
     """
     if (older := _older_fingerprint(stored.get("codec"), spec, made)) is None:
         return
@@ -179,10 +179,10 @@ def _difference(key: str, stored: Any, expected: Any, stored_source: Any, source
 
 
 def _older_fingerprint(stored: Any, spec: dict[str, Any], made: Callable[[str], bool]) -> str | None:
-    """Return the fingerprint in a stored plan if an older version of this package computed it; otherwise None.
+    """Return the fingerprint in a stored plan if it is an older fingerprint of the current codec; otherwise None.
 
-    The two descriptions of the codec must differ only in the fingerprint, and both fingerprints must be of the same
-    codec. If this is not the case, the result is also None.
+    Older versions of this package computed other fingerprints. If the stored and the current description differ in
+    anything else, the result is None.
 
     Args:
         stored: description of the codec in the stored plan.

@@ -63,8 +63,8 @@ def _numba_cache() -> Iterator[None]:
     """Lock a cache folder, and make numba use it for modules that are imported inside the context.
 
     The folder is NUMBA_CACHE_DIR if this variable is set, otherwise `nemo_lfr/numba` in the user's cache folder. If
-    the folder cannot be written to or locked, a temporary folder is used instead. Modules of librosa
-    that were imported earlier keep using their previous cache.
+    the folder cannot be written to or locked, a temporary folder is used instead. Modules of librosa that were
+    imported earlier keep using their previous cache.
     """
     import numba
 

@@ -115,7 +115,10 @@ def is_number(value: Any) -> bool:
 
 
 def values_from_json(values: dict[str, Any]) -> dict[str, Value]:
-    """Convert a journal entry to metric values. A string, the reason for a missing value, becomes `Undefined`."""
+    """Convert a journal entry to metric values.
+
+    A string says why a value is missing, and becomes `Undefined`.
+    """
     return {name: Undefined(value) if isinstance(value, str) else value for name, value in values.items()}
 
 

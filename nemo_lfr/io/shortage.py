@@ -92,7 +92,8 @@ def missing_extra(error: Exception, package: str, message: str) -> MissingExtraE
     Args:
         error: exception of any class that the import raised.
         package: name of the package.
-        message: message for a package that is not installed, or lacks a dependency, with the command that installs it.
+        message: message if the package or one of its dependencies is not installed. It contains the command that
+            installs the package.
     """
     if isinstance(error, ModuleNotFoundError | MissingExtraError):
         return MissingExtraError(message)

@@ -88,7 +88,7 @@ class FiniteScalarQuantizer(NeuralModule):
 
     @property
     def _is_own(self) -> bool:
-        """Whether `forward` may compute tokens in one step, and check them."""
+        """Whether the class, the methods and the buffers are unchanged; always True during `torch.compile`."""
         if torch.compiler.is_compiling():
             return True
         return type(self) is FiniteScalarQuantizer and not is_patched(self) and self.is_consistent

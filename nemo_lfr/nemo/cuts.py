@@ -103,8 +103,8 @@ class CutLoader(DataLoader[dict[str, Any]]):
     """Data loader that handles batches in which no cut can be read.
 
     Attributes:
-        keep_count: whether such a batch is replaced by a copy of the readable batch before or after it, so that all
-            processes have the same number of batches. If False, the batch is dropped.
+        keep_count: if True, a copy of the previous or next readable batch replaces such a batch, so that all processes
+            have the same number of batches. If False, the batch is dropped.
     """
 
     keep_count = False

@@ -30,9 +30,9 @@ _STEPS = ("encode_audio", "preprocess_audio", "pad_audio", "quantize", "dequanti
 class Inference(BaseModel):
     """Mixin with the methods that encode and decode.
 
-    `encode`, `decode` and `forward` run a `Codec`. They instead work as in NeMo if a user has replaced the encoder,
-    quantizer or decoder by a module of another class, changed the quantizer, or overridden one of the methods that
-    NeMo calls for each step.
+    `encode`, `decode` and `forward` normally run a `Codec`. A `Codec` would ignore some changes that a user may make:
+    an encoder, quantizer or decoder of another class, a changed quantizer, or an overridden step such as `quantize`.
+    After such a change, the three methods work as in NeMo.
     """
 
     @property

@@ -146,7 +146,7 @@ def _changed_attributes(model: Any) -> Iterable[str]:
 
 
 def _is_configured(loss: Any, section: Any) -> bool:
-    """Return whether a loss is an unchanged object of the class that a section of the config names."""
+    """Return whether a loss has the class that its config section names, without hooks or a replaced `forward`."""
     name = f"{type(loss).__module__}.{type(loss).__qualname__}"
     target = target_of(section)
     # The placeholder stands for a custom loss, which this package builds itself.

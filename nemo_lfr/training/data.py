@@ -251,9 +251,9 @@ class SegmentSampler(DistributedSampler[tuple[int, float]]):
 
 
 def manifest_loader(config: DictConfig, world_size: int, rank: int) -> DataLoader[dict[str, Any]] | None:
-    """Build the data loader for a config section, with `CodecDataset` as its dataset.
+    """Build the data loader for a config section that names `CodecDataset` or NeMo's `VocoderDataset`.
 
-    `CodecDataset` is also used if the section names NeMo's `VocoderDataset`.
+    In both cases, the loader reads from a `CodecDataset`.
 
     Args:
         config: section of the training config with the keys `dataset` and `dataloader_params`.
@@ -261,8 +261,8 @@ def manifest_loader(config: DictConfig, world_size: int, rank: int) -> DataLoade
         rank: index of this process.
 
     Returns:
-        The data loader; None if the section needs NeMo's own data loader, because it names neither of these two
-        classes, or because it sets `feature_processors` or `resample_rate`.
+        The data loader; None if the section names another dataset, or sets `feature_processors` or `resample_rate`.
+        NeMo's own data loader is then needed.
 
     Raises:
         ConfigError: if an argument of the dataset or of the data loader is unknown or invalid, if the dataset cannot

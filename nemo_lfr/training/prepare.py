@@ -183,7 +183,7 @@ def prepare(
 
 
 def _check_level(speaker_level: int | None, utterances: Sequence[CorpusUtterance], corpus: Path) -> None:
-    """Raise NemoLfrError if `speaker_level` exceeds the depth of all audio files."""
+    """Raise NemoLfrError if no audio file is `speaker_level` folders deep in the corpus."""
     depth = max(len(utterance.path.parts) for utterance in utterances) - 1
     if speaker_level is not None and speaker_level > depth:
         remedy = f"pass a number from 1 to {depth}, or remove it" if depth else "remove it"
@@ -349,9 +349,10 @@ def _unusable(corpus: Path, name: str, error: Exception) -> Failure:
 
 
 def _fitted(utterance: CorpusUtterance, found: dict[str, float | Failure]) -> CorpusUtterance:
-    """Limit an utterance's duration to the length of its file.
+    """Adapt an utterance's duration to the length of its file.
 
-    If the file is too short for the section that the corpus lists, the returned utterance is marked as a problem.
+    A missing duration becomes the rest of the file, and differences due to rounding are corrected. If the utterance's
+    section exceeds the file by more than rounding, the returned utterance is marked as a problem.
     """
     total = found.get(str(utterance.path))
     if utterance.problem or not isinstance(total, float | int):

@@ -159,7 +159,9 @@ class Trainer:
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
         """Update the discriminators with the first `batch_size` segments of a batch.
 
-        The generator's gradient is zero for the other segments.
+        Returns:
+            The terms and the gradient for the generator, as `Adversary.step` returns them. The gradient is zero for
+            the other segments.
         """
         size = adversary.config.batch_size or len(real.audio)
         if size >= len(real.audio):

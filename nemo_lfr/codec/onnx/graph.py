@@ -156,7 +156,7 @@ def _any(_: _Reader, __: _Field) -> None:
 
 
 def _inside(checks: dict[int, _Check], name: str) -> _Check:
-    """Return a check of a field that is a message."""
+    """Return a function that checks a field whose content is a message; `checks` apply to this message's fields."""
 
     def check(reader: _Reader, field: _Field) -> None:
         if field.wire != _BYTES:

@@ -209,8 +209,7 @@ class FormatReader(ABC):
     def _shard_counts(self, count: Callable[[ShardFiles], int]) -> list[int]:
         """Return the number of utterances in each shard, according to `count`.
 
-        If `count` fails for some shards, their numbers are estimated: they share the utterances that remain of the
-        total in `tokens.json` evenly.
+        If `count` fails for some shards, the rest of the total in `tokens.json` is divided evenly among them.
         """
         counts: list[int | None] = []
         for shard in range(self.summary["shards"]):

@@ -66,7 +66,7 @@ class Layout:
         return f"{self.cuts_folder}/cuts.{number}.jsonl.gz"
 
     def tar(self, field: str, number: str) -> str:
-        """Return the name of a shard's tar file for one field, such as "target_codes"; see `cuts` for `number`."""
+        """Return the name of a shard's tar file for one field, such as "shar/target_codes.000000.tar"."""
         return f"{field}/codes.{number}.tar" if self._is_earlier else f"shar/{field}.{number}.tar"
 
 

@@ -227,8 +227,8 @@ def number_cuts(paths: Sequence[Path]) -> list[tuple[int, dict[int, int]]]:
     """Count the cuts in each file, and find repeated ids.
 
     Returns:
-        For each file, the number of cuts, and a dictionary with an entry for each cut whose id has occurred before.
-        The entry maps the index of the cut in the file to the number for `numbered_id`.
+        For each file, the number of cuts, and a dictionary of the cuts whose id has occurred before. For example,
+        {7: 2} means that the cut with index 7 is the second one with its id, see `numbered_id`.
 
     Raises:
         ConfigError: if a file does not contain Lhotse cuts.

@@ -323,9 +323,9 @@ def _is_mock_chunk(window: Window, position: int, order: str) -> bool:
 
 
 def _is_broken_chain(window: Window, position: int, order: str) -> bool:
-    """Return whether one or more chunks with unknown names are followed by unrecognized bytes.
+    """Return whether unrecognized bytes follow one or more chunks with unknown names.
 
-    Known chunks, another file, tags and padding are recognized.
+    Bytes are unrecognized if they are not a known chunk, another audio file, tags or padding.
     """
     if window.at(position, 11).startswith(TAGS):
         return False

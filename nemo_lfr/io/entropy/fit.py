@@ -1,7 +1,7 @@
 """Train an entropy model as a small PyTorch network, and convert it to integers.
 
 Training has two stages: first with float weights, then with weights and hidden units that are rounded as in the
-integer model (with straight-through gradients). After the second stage, rounding costs almost nothing.
+integer model (with straight-through gradients). Converting the network then hardly changes the compression.
 """
 
 import math
@@ -163,8 +163,8 @@ def _examples(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the int8 features [N, F] and the int64 FSQ values [N, D] of N frames.
 
-    The examples are all frames of the utterances, and the frames of random excerpts. The features of an excerpt are
-    those at the start of a block.
+    The examples are all frames of the utterances, in blocks, and the frames of random short excerpts, each of which is
+    a block of its own. Features never depend on frames before the block.
     """
     features, digits = [], []
     for tokens in utterances:
