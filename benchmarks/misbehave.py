@@ -113,7 +113,7 @@ async def connection(target: Target, reset: bool = False, small: bool = False) -
 
 
 async def cut(target: Target, number: int) -> None:
-    """Cut the connection at different moments."""
+    """Cut the connection at one of five moments, such as during the handshake or within a frame."""
     async with connection(target, reset=number % 2 == 0) as peer:
         moment = number % 5
         if moment == 0:

@@ -37,9 +37,14 @@ MODES = ("server", "processes", "one process")
 
 @dataclass
 class Player:
-    """Times at which one stream's audio arrived, in seconds since its first frame was due."""
+    """Player of one stream, which receives audio in pieces.
 
-    arrivals: list[tuple[float, float]] = field(default_factory=list)  # (time, seconds of audio)
+    Attributes:
+        arrivals: for each piece, the time when it arrived and its duration, in seconds. Time 0 is when the first frame
+            of the stream was due.
+    """
+
+    arrivals: list[tuple[float, float]] = field(default_factory=list)
 
     def has_gap(self, buffer_s: float) -> bool:
         """Return whether the player ever waits for audio."""

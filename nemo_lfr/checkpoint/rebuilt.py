@@ -40,9 +40,9 @@ class Operation(NamedTuple):
     """Wording of the messages about changes that an operation would drop.
 
     Attributes:
-        name: name of the operation.
-        original: article and adjective for the modules that the operation builds.
-        result: model that the operation returns.
+        name: name of the operation, such as "accelerate()".
+        original: article and adjective for modules without the changes, such as "the stock".
+        result: model on which to make the changes again, such as "accelerated model".
     """
 
     name: str

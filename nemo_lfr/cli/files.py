@@ -31,8 +31,9 @@ class FileTask:
     Attributes:
         source: path of the input file.
         target: path of the output file.
-        replaces_link: whether `target` is a link to a missing file. The output replaces this link (--skip-existing).
-        keeps_existing: whether the task counts as done if another process writes `target` first (--skip-existing).
+        replaces_link: whether the output replaces a link to a missing file. Only --skip-existing sets this attribute.
+        keeps_existing: value of --skip-existing. If True, the task counts as done if another process writes `target`
+            first.
     """
 
     source: Path

@@ -39,9 +39,9 @@ def check_input(path: Path, suffixes: Collection[str], *, is_only: bool = False)
     """Check that an input is a file for this command. The content decides, not the suffix.
 
     Without this check, a file for another command would be reported as damaged. An audio file, a token file, a
-    checkpoint or an entropy model is always an error if this command does not read it. Any other file that this
-    command cannot read is an error only if there are no other inputs. Otherwise, the file fails later, while the other
-    inputs are processed.
+    checkpoint or an entropy model is refused if this command does not read it. Any other file that it cannot read is
+    refused only if there are no other inputs. Otherwise, the file fails later, and the other inputs are still
+    processed.
 
     Args:
         path: input from the command line.
@@ -49,7 +49,7 @@ def check_input(path: Path, suffixes: Collection[str], *, is_only: bool = False)
         is_only: whether this is the only input.
 
     Raises:
-        NemoLfrError: in these cases. The message names the command or option that accepts the file, if there is one.
+        NemoLfrError: if the file is refused. The message names the command or option that accepts it, if there is one.
     """
     wanted = TOKENS if TOKEN_SUFFIX in suffixes else AUDIO
     identity = identify_content(path) if path.is_file() else None

@@ -274,10 +274,13 @@ class DecoderStream(Stream, Protocol):
 
 @runtime_checkable
 class LatentBackend(Protocol[Array]):
-    """Additional methods of a backend that can return the vectors before and after FSQ (the quantizer)."""
+    """Additional methods of a backend that can return the values before and after FSQ."""
 
     def encode_latents(self, audio: Array, num_frames: list[int]) -> Array:
-        """Encode whole frames to vectors before FSQ, [B, D, T] as float32; arguments as in `Backend.encode_frames`."""
+        """Encode whole frames, and return the values before FSQ, [B, D, T] as float32.
+
+        For the arguments see `Backend.encode_frames`.
+        """
 
     def quantize_latents(self, encoded: Array, num_frames: list[int]) -> Array:
         """Apply FSQ to vectors [B, D, T]. In the result, the frames after the end of an example are zero."""

@@ -135,8 +135,8 @@ def _clip(
         audio_len: as in `to_batch`.
         sample_rate: as in `to_batch`.
         target_rate: as in `to_batch`.
-        index: position of `audio` in the caller's list; None if `audio` is not in a list. In a list, each element must
-            have one row.
+        index: position of `audio` in the caller's list; None if `audio` is not in a list. An element of a list must be
+            a single clip.
     """
     name = "audio" if index is None else f"audio[{index}]"
     recording = _recording(arrays, audio, audio_len, sample_rate, target_rate, name)

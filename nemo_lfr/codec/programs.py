@@ -100,8 +100,8 @@ def fp32_backend(codec: CodecBase[Any], target: str) -> TorchBackend:
         target: what will be exported, in the plural, for messages; for example "ONNX files".
 
     Raises:
-        NemoLfrError: if the codec does not run in PyTorch in fp32, has hooks, replaced layers or changed buffers, or
-            does not have the same `eps` in all codebooks.
+        NemoLfrError: if the codec does not run in PyTorch in fp32; if it has hooks, replaced layers or changed
+            buffers; or if `eps` differs between codebooks.
     """
     backend = codec.backend
     if not isinstance(backend, TorchBackend):

@@ -152,7 +152,7 @@ def push(streams: Sequence[Any], inputs: Sequence[Any], kind: type[BaseStream], 
     """Push input to several streams of one codec, and return the new output items [..., k] of each stream.
 
     Args:
-        streams: streams of the class `kind`, each of them only once.
+        streams: streams of the class `kind`, without duplicates.
         inputs: new input of each stream.
         kind: class of the streams.
         advance: function that processes checked input of the streams.
@@ -176,7 +176,7 @@ def flush(
     """End several streams of one codec, and return the remaining output items [..., k] of each stream.
 
     Args:
-        streams: streams of the class `kind`, each of them only once.
+        streams: streams of the class `kind`, without duplicates.
         lengths: length of each recording in samples, or None for each recording whose length is unknown. If `lengths`
             itself is None, no length is known.
         kind: class of the streams.

@@ -175,7 +175,7 @@ def push_encoders(streams: Sequence[StreamEncoder], samples: Sequence[np.ndarray
     """Push samples to several streams of one codec. Streams whose states have equal shapes run as one batch.
 
     Args:
-        streams: streaming encoders, each of them only once.
+        streams: streaming encoders, without duplicates.
         samples: chunk of samples [n] for each stream; n may be 0.
 
     Returns:
@@ -198,7 +198,7 @@ def flush_encoders(streams: Sequence[StreamEncoder]) -> list[np.ndarray]:
     """End several recordings as one batch, and return the remaining tokens [C, k] of each; see `StreamEncoder.flush`.
 
     Args:
-        streams: streaming encoders of one codec, each of them only once.
+        streams: streaming encoders of one codec, without duplicates.
 
     Raises:
         NemoLfrError: as in `push_encoders`, or if a stream was flushed before. All streams then remain unchanged.
@@ -212,7 +212,7 @@ def flush_decoders(
     """End several recordings as one batch, and return the remaining audio [n] of each; see `StreamDecoder.flush`.
 
     Args:
-        streams: streaming decoders of one codec, each of them only once.
+        streams: streaming decoders of one codec, without duplicates.
         num_samples: for each stream, the length of the recording in samples, to which the audio is trimmed, or None to
             return whole frames. Default: whole frames for all streams.
 

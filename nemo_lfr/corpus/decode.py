@@ -44,7 +44,8 @@ def decode_folder(
         limit: maximum number of utterances, including those that fail; None for all.
         overwrite: whether to decode utterances whose audio file already exists, and replace the file. Without it, an
             existing file is kept if it has the sample rate and the number of samples of its utterance.
-        verify: before a file is read, compare its hash, and not only its size, with the record of the run.
+        verify: whether to compare the hash of each token file with the record of the run. Otherwise, only the size is
+            compared.
         precision: precision of the codec; see `nemo_lfr.load`.
         on_start: callback that receives the number of utterances to decode, after the folder and codec were checked.
         on_kept: callback that receives the path of each existing file that is kept, before the path is yielded.

@@ -82,7 +82,7 @@ def parse_part(text: str, environment: Mapping[str, str] = os.environ) -> Part:
 
 
 def part_of_environment(environment: Mapping[str, str] = os.environ) -> Part:
-    """Return the part of a process that torchrun or Slurm started.
+    """Return the `Part` for this process, which torchrun or Slurm started.
 
     RANK and WORLD_SIZE of torchrun take precedence. Slurm sets variables for a job array, for a job step, or for both.
     If an array has J jobs with M tasks each, there are J * M parts.

@@ -259,7 +259,7 @@ def _check_inputs(
         tasks: dictionary from index to shard.
 
     Raises:
-        NemoLfrError: if a file has changed. The records of the shards that were not yielded yet are then removed.
+        NemoLfrError: if a file has changed. The record files of all shards that were not yielded are deleted first.
     """
     waiting = dict(tasks)
     for record in computed:

@@ -379,7 +379,7 @@ def kilobits(result: Result, keys: Iterable[str], kind: str = "num_bytes") -> fl
     Args:
         result: results of the codec.
         keys: keys of the recordings.
-        kind: key of the size from which the bit rate is computed, such as "num_bytes"; see `Result.round_trips`.
+        kind: name of the size in `Result.round_trips`, such as "num_bytes" or "file_bytes".
 
     Returns:
         Total size divided by total duration, in kbit/s.

@@ -161,11 +161,11 @@ class LimitedDecoder:
     """Decoder that stops after a number of samples.
 
     Args:
-        decoder: another decoder, which may return more samples.
+        decoder: the inner decoder, which may return more samples.
         num_frames: number of samples per channel.
 
     Attributes:
-        note: the warning of the other decoder. See `Decoder` for the other attributes.
+        note: `note` of the inner decoder. See `Decoder` for the other attributes.
     """
 
     slack = 0
@@ -179,7 +179,7 @@ class LimitedDecoder:
 
     @property
     def note(self) -> str | None:
-        """Return the warning of the other decoder."""
+        """Return `note` of the inner decoder."""
         return self._decoder.note
 
     def read(self, count: int) -> np.ndarray:
@@ -194,7 +194,7 @@ class LimitedDecoder:
         self._position = position
 
     def close(self) -> None:
-        """Close the other decoder."""
+        """Close the inner decoder."""
         self._decoder.close()
 
 

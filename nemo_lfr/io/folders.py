@@ -209,7 +209,7 @@ def find_matches(pattern: str, unread: list[OSError] | None = None) -> list[str]
 
 
 def _matches(pattern: str, unread: list[OSError]) -> list[str]:
-    """Return the paths that match a pattern. The errors of unreadable folders may be added several times."""
+    """Return the paths that match a pattern. An unreadable folder may add several errors to `unread`."""
     head, star, tail = pattern.partition("**")
     if not star or (head and head[-1] not in _SEPARATORS) or (tail and tail[0] not in _SEPARATORS):
         return _glob(pattern, unread)
@@ -226,7 +226,7 @@ def _matches(pattern: str, unread: list[OSError]) -> list[str]:
 
 
 def _glob(pattern: str, unread: list[OSError]) -> list[str]:
-    """Return the paths that match a pattern without `**`, sorted. Errors of unreadable folders are added to a list."""
+    """Return the paths that match a pattern without `**`, sorted. Unreadable folders add errors to `unread`."""
     parent, rest = os.path.split(pattern.rstrip("".join(_SEPARATORS)))
     while rest:
         if glob.has_magic(rest):
@@ -243,7 +243,7 @@ def _glob(pattern: str, unread: list[OSError]) -> list[str]:
 def _folders_below(root: str, unread: list[OSError]) -> Iterator[str]:
     """Yield a folder, and each folder below it exactly once. Hidden folders are skipped.
 
-    The errors of folders that cannot be read are added to a list.
+    The errors of folders that cannot be read are added to `unread`.
     """
     seen = {_identity(os.stat(root))}
 

@@ -121,7 +121,7 @@ def _choose(found: list[str], repository: str, place: str = "") -> str:
         place: text that says where the files are, for messages, such as " in FOLDER".
 
     Raises:
-        CheckpointError: if there is no file, or if there are several and none of them has the usual name.
+        CheckpointError: if there is no file, or if there are several and none of them is named after the repository.
     """
     # NeMo's `from_pretrained` expects this name.
     usual = repository.partition("/")[2] + ".nemo"

@@ -313,7 +313,8 @@ class MediaDecoder:
 def _reason(error: Exception) -> str:
     """Return the reason for an error without the file name.
 
-    Some error codes of FFmpeg's decoders are those of the operating system, whose messages would be misleading.
+    For damaged data, FFmpeg's decoders may return an error code of the operating system, such as "permission denied".
+    Such a misleading reason is replaced.
     """
     if type(error).__module__.startswith("av.") and (reason := _REASONS.get(type(error).__name__)):
         return reason

@@ -313,7 +313,7 @@ class DelayLayout(Layout):
     are at the same step.
 
     Args:
-        num_codebooks: number of codebooks C, which is also the number of streams.
+        num_codebooks: number of codebooks C, and of sequences.
         codebook_size: number of entries in each codebook.
         delays: delay of each codebook in steps, at least 0; by default 0, 1, 2 and so on.
         bos: whether sequences begin with BOS, which also fills the steps before the first token of a codebook.

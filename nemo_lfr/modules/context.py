@@ -36,7 +36,7 @@ class Field:
 
 
 class ContextOps:
-    """Implementation of `nemo_lfr.modules.network.Ops` that returns the receptive field of a signal."""
+    """Implementation of `nemo_lfr.modules.network.Ops` that computes receptive fields instead of signals."""
 
     def conv(self, layer: Conv1d, signal: Field, activation: CodecActivation | None = None) -> Field:
         """Widen the receptive field by the span of a convolution."""

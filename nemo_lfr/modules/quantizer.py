@@ -100,7 +100,7 @@ class FiniteScalarQuantizer(NeuralModule):
 
     @property
     def codebook_dim(self) -> int:
-        """Number of dimensions D of a code vector, under its name in NeMo."""
+        """NeMo's name for `dim`."""
         return self.dim
 
     @property

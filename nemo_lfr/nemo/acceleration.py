@@ -71,12 +71,12 @@ def accelerate(model: NeMoAudioCodecModel) -> NeMoAudioCodecModel:
 
 
 def _replacement(name: str, config: Mapping[str, Any], given: Any) -> torch.nn.Module:
-    """Build this package's module around the parameters of a NeMo module; return a module of this package unchanged.
+    """Build this package's module around the parameters of a NeMo module.
 
     Args:
         name: attribute of the module, such as "audio_encoder".
         config: config section of the module.
-        given: NeMo's module.
+        given: the model's module. If it is already a module of this package, it is returned unchanged.
 
     Raises:
         ConfigError: if the NeMo module does not match the config, or was altered in a way that would be lost.

@@ -173,7 +173,7 @@ class Optimizers(WeightAveraging):
     def maybe_init_from_pretrained_checkpoint(self, cfg: DictConfig, map_location: str = "cpu") -> None:
         """Load initial weights as configured by NeMo's `init_from_*` keys.
 
-        Unlike NeMo's own method, this method can load a codec from the file in `init_from_ptl_ckpt`.
+        NeMo's own method cannot read a codec's training checkpoint from `init_from_ptl_ckpt`. This method can.
 
         Args:
             cfg: config with the `init_from_*` keys.

@@ -52,8 +52,10 @@ def tidy_checkpoints(experiment: str | os.PathLike[str]) -> None:
     """Remove unfinished checkpoints so that `exp_manager` can resume the run.
 
     Call this function before `exp_manager`, in one process only. NeMo refuses to resume if the last checkpoint is
-    unfinished, even if an older one is intact. NeMo resumes from a file named `*last.ckpt`. If a checkpoint is
-    unfinished and no such file is intact, the newest intact checkpoint is copied to such a file.
+    unfinished, even if an older one is intact.
+
+    NeMo resumes from the file named `*last.ckpt`. If there is an unfinished checkpoint, this function keeps only the
+    newest intact file of this name. If there is none, it makes one by copying the newest intact checkpoint.
 
     Args:
         experiment: folder of the run, such as EXP_DIR/NAME. A missing folder is ignored.
@@ -79,7 +81,7 @@ def tidy_experiment(settings: Mapping[str, Any] | None) -> None:
     Raises:
         ConfigError: if the checkpoint that NeMo would resume from is damaged, or if several files are named
             `*last.ckpt`.
-        NemoLfrError: if another run is using the folder, or its path is a file.
+        NemoLfrError: if another run is using the folder of the checkpoints, or the path of this folder is a file.
     """
     if not settings or not settings.get("resume_if_exists"):
         return

@@ -58,7 +58,7 @@ class Transformed(NamedTuple):
 
 
 def transform(layer: Conv1d) -> Transformed:
-    """Return the weights of a layer with stride 1, evaluated at each point."""
+    """Transform the weights of a layer with stride 1 for Winograd convolution."""
     weight, bias = fold(layer)
     weight = torch.unflatten(F.pad(weight, (0, -weight.shape[2] % TILE)), 2, (-1, TILE))
     points = [weight @ taps for taps in _kernel_transform(weight)]  # [H_out, H_in, pieces] each

@@ -118,7 +118,7 @@ class _Reader:
             yield _signed(value)
 
     def text(self, field: _Field) -> str:
-        """Return a name, shortened to what a message can show."""
+        """Return the first 100 bytes of a field as text."""
         if field.wire != _BYTES:
             raise _invalid()
         return self.data[field.start : min(field.end, field.start + 100)].decode("utf-8", "replace")

@@ -6,9 +6,9 @@
      "encoder": {"past": 6, "future": 6, "min_frames": 4}, "decoder": {...},
      "files": {"encoder.onnx": "<64 hex digits>", "decoder.onnx": "..."}}
 
-The metadata of both ONNX files contains the same values, except "files". An ONNX file is read into memory and its hash
-is checked before ONNX Runtime opens it. A file that was changed after the export is therefore rejected, and so is a
-file with contents that the export does not write (`nemo_lfr.codec.onnx.graph`).
+The metadata of both ONNX files contains the same values, except "files". An ONNX file is read into memory and checked
+before ONNX Runtime opens it. It is rejected if its hash differs, or if it has contents that the export never writes
+(see `nemo_lfr.codec.onnx.graph`).
 """
 
 import hashlib

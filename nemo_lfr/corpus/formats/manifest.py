@@ -91,7 +91,7 @@ class ManifestReader(FormatReader):
         return [clips * (shard + 1) // shards - clips * shard // shards for shard in range(shards)]
 
     def num_files(self) -> int:
-        """Return an upper bound for the number of shards."""
+        """Return the number of lines plus 1, as an upper bound for the number of shards."""
         return len(self._starts)
 
     @cached_property

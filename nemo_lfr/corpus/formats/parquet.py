@@ -81,7 +81,7 @@ class ParquetReader(FormatReader):
     """Reader for Parquet files."""
 
     def num_files(self) -> int:
-        """Return an upper bound for the number of shards."""
+        """Return the number of entries in the folder `data`, as an upper bound for the number of shards."""
         return num_entries(self.folder / "data")
 
     def count_shards(self) -> list[int]:

@@ -106,7 +106,7 @@ class ArrayTar:
 
 
 class SharWriter(FormatWriter):
-    """Writer for the files of a Shar shard: a cuts file, and an array file for each field of tokens."""
+    """Writer for the files of a Shar shard: a cuts file, and tar files of arrays such as `target_codes`."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -213,7 +213,7 @@ class SharReader(FormatReader):
     """
 
     def num_files(self) -> int:
-        """Return an upper bound for the number of shards."""
+        """Return the number of entries in the cuts folder, as an upper bound for the number of shards."""
         return num_entries(self.folder / Layout(self.folder).cuts_folder)
 
     def count_shards(self) -> list[int]:

@@ -99,7 +99,7 @@ class CorpusReader(ABC):
         return hashlib.sha256("".join(digest(path) for path in self.files).encode()).hexdigest()[:16]
 
     def older_shards(self, identity: str, shards: list[ShardSpec], size: int) -> list[ShardSpec] | None:
-        """Return the shards of a plan that an earlier version of this reader made.
+        """Convert the shards of a plan that an earlier version of this reader made.
 
         Args:
             identity: hash of the corpus in the plan, which differs from the current `identity`.
@@ -107,7 +107,8 @@ class CorpusReader(ABC):
             size: number of clips per shard.
 
         Returns:
-            The shards for this version; None if the plan was made for another corpus. The default is None.
+            The shards in the form of this version; None if the plan was made for another corpus. By default,
+            this method returns None.
         """
         return None
 

@@ -25,8 +25,8 @@ class Folder(Manifest):
 
     Args:
         path: the manifest.
-        audio_dir: folder that relative paths are resolved against.
-        root: folder that the file names of unusable entries start from; None for `audio_dir`.
+        audio_dir: folder of the relative paths of audio files.
+        root: folder of the relative paths of unusable entries (see `unusable`); None for `audio_dir`.
     """
 
     base_advice = "pass {} as the corpus"

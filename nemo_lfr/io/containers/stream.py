@@ -189,7 +189,10 @@ def cut_short(promised: int, available: int) -> str:
 
 
 def longer(promised: int, available: int) -> str:
-    """Return the warning about a file that has more bytes than its header declares; see `cut_short`."""
+    """Return the warning about a file that has more bytes than its header declares.
+
+    For the arguments see `cut_short`.
+    """
     return f"its header declares {promised} bytes, but there are {available}; all of them are read"
 
 
