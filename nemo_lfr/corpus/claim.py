@@ -1,4 +1,4 @@
-"""Detect that the output folder was removed and created again by another run.
+"""Detect that the output folder was removed, and that another run created it again.
 
 A lock excludes other runs only while the locked folder exists. If a user removes the folder of an active run, possibly
 on another machine, and starts a second run with the same path, both runs hold a lock. Each run therefore has a random

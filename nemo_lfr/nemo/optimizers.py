@@ -38,7 +38,7 @@ def check_discriminator(checkpoint: Mapping[str, Any], state: Mapping[str, torch
 
 
 def check_optimizers(checkpoint: Mapping[str, Any], optimizers: Sequence[torch.optim.Optimizer], path: Any) -> None:
-    """Check that the state of the optimizers in a checkpoint fits the optimizers of the config.
+    """Check that the state of the optimizers in a checkpoint fits the optimizers of the model.
 
     Args:
         checkpoint: content of the checkpoint.

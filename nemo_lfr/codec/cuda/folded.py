@@ -120,7 +120,7 @@ class Layer:
         return self.weight[0].numel() if self.groups == 1 else 2 * self.inputs // self.groups
 
     def num_out(self, num_in: int) -> int:
-        """Return the number of output time steps before the phases of each step are interleaved in time."""
+        """Return the number of time steps of the convolution, each of which contains `upsample_stride` phases."""
         return num_in + 1 if self.upsample_stride > 1 else num_in // self.stride
 
     def num_kept(self, num_in: int) -> int:

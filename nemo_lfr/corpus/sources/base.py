@@ -70,7 +70,7 @@ class CorpusReader(ABC):
     """Base class for corpus readers, which yield the clips of a corpus in a fixed order.
 
     Attributes:
-        base_advice: how to make relative paths start from another folder, for messages; {} stands for the folder.
+        base_advice: text for messages that says how to make relative paths start from the folder {}.
     """
 
     base_advice: ClassVar[str] = "pass --audio-dir {}"
