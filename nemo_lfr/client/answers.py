@@ -113,8 +113,8 @@ def problem_of(values: Mapping[str, Any], schema: Mapping[str, Kind]) -> str | N
 def message_type(values: Mapping[str, Any]) -> str:
     """Return the type of a text message, or "" if the type is not valid.
 
-    A message with tokens has no type, and the result for it is "tokens". A type is not valid if it is not text, or if
-    it is "tokens".
+    A message without the key "type" contains tokens, so "tokens" is returned. The value of the key is not valid if it
+    is not a string, or if it is "tokens".
     """
     if "type" not in values:
         return "tokens"

@@ -52,7 +52,7 @@ def settings_of(
     """Return the settings that tokens and audio depend on, as values that JSON can store.
 
     Raises:
-        NemoLfrError: if a buffer of the quantizer was changed after it was built.
+        NemoLfrError: if a buffer of the quantizer was changed after the quantizer was built.
     """
     groups = list(quantizer.fsqs) if isinstance(quantizer, GroupFiniteScalarQuantizer) else [quantizer]
     for group in groups:

@@ -342,10 +342,10 @@ def _xing_tag(window: Window, piece: Piece) -> bytes:
 
 
 def _true_header(window: Window, piece: Piece) -> tuple[bytes, list[Span]]:
-    """Return a new Xing header, and the byte ranges of the other frames.
+    """Return a new Xing header, and the byte ranges of the frames after it.
 
-    The header states the true size and number of frames, and its side information is all zeros. If there are more
-    frames than the old header declares, the padding after the last frame is unknown, and none is declared.
+    The new header states the true size and number of frames, and its side information is all zeros. If there are more
+    frames than the old header declares, the padding at the end is unknown. The new header then declares no padding.
     """
     (start, stop), *others = piece.spans
     header = bytearray(window.at(start, piece.first_length))
