@@ -102,7 +102,7 @@ def check(codec: Codec, waves: list[np.ndarray], chunkings: int, seed: int) -> s
 
 
 def time_pushes(codec: Codec, wave: np.ndarray, push_ms: int, count: int) -> tuple[list[float], list[float]]:
-    """Time the processing of each chunk of `push_ms` in a batch of `count` streams, for encoders and decoders."""
+    """Return the seconds that `count` encoders, and as many decoders, need for each chunk of `push_ms`."""
     size = codec.sample_rate * push_ms // 1000
     encoders = [codec.stream_encoder() for _ in range(count)]
     decoders = [codec.stream_decoder() for _ in range(count)]
@@ -142,7 +142,7 @@ def speed(codec: Codec, wave: np.ndarray) -> None:
 
 
 def lookahead(codec: Codec, waves: list[np.ndarray]) -> None:
-    """Print tokens and quality for each lookahead up to the full one."""
+    """Print the share of equal tokens, and the quality, for each lookahead up to the full one."""
     frame_ms = 1000 / codec.frame_rate
     print("\n| frames of lookahead | delay | tokens equal to those with full lookahead |")
     print("| --- | --- | --- |")

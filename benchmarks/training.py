@@ -57,7 +57,7 @@ def released_config(wavlm: str) -> dict[str, Any]:
 
 
 class Turns(pl.Callback):
-    """Callback that runs `STEPS` steps per request and reports the seconds per step.
+    """Callback that waits for a request, runs `STEPS` training steps and reports the seconds per step.
 
     It keeps the losses of the first step, and puts WavLM in evaluation mode.
     """

@@ -169,7 +169,7 @@ class _Stream(CodecProperties):
     def close(self) -> None:
         """Close the connection; results that have not arrived are lost. A second call has no effect.
 
-        The other methods then raise NemoLfrError.
+        After `close`, the other methods raise NemoLfrError.
         """
         if not self._conversation.closed:
             self._loop.run(self._connection.close())

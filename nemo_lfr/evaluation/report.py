@@ -223,7 +223,7 @@ def _examples(evaluation: Evaluation, keys: Sequence[str], count: int) -> list[d
 
 
 def _play(name: str, wave: np.ndarray, rate: int) -> dict[str, str]:
-    """Return a player's content: the name, a spectrogram as SVG, and the audio [T] as a data URI with FLAC."""
+    """Return the content of a player: its name, a spectrogram as SVG, and the audio [T] as a data URI with FLAC."""
     audio = io.BytesIO()
     soundfile.write(audio, wave.clip(-1, 1), rate, format="FLAC", subtype="PCM_16")
     data = base64.b64encode(audio.getvalue()).decode()

@@ -177,7 +177,7 @@ def check_fields(folder: Path, fields: Iterable[str]) -> None:
 
 
 def is_shar_file(path: Path) -> bool:
-    """Return whether the content of a `.jsonl` or `.tar` file is that of a file in a Shar.
+    """Return whether a `.jsonl` or `.tar` file belongs to a Shar, according to its content.
 
     A tar file that cannot be read is accepted, so that the reader of the Shar reports the reason.
     """

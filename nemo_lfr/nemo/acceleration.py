@@ -148,14 +148,14 @@ def _stock_module(config: Mapping[str, Any]) -> torch.nn.Module:
 
 
 def _check_classes(stock: torch.nn.Module, path: str) -> None:
-    """Check that no method of a class of NeMo is patched.
+    """Check that no methods of NeMo's classes are patched.
 
     Args:
         stock: NeMo's module.
         path: name of the module in the model, for messages.
 
     Raises:
-        ConfigError: if a method of the class of the module or of a sub-module is patched.
+        ConfigError: if the class of the module or of a sub-module has a patched method.
     """
     for name, layer in stock.named_modules():
         if (method := _patched_in_class(type(layer))) is not None:

@@ -18,8 +18,8 @@ PARTS = ("audio_encoder", "audio_decoder")
 class RestoreTrainedWeights(Callback):
     """Callback that restores the trained weights after validation, which uses averaged weights.
 
-    It is needed if validation raises an exception, or if a subclass overrides the hooks of the model. Lightning runs
-    this callback before the callbacks that save checkpoints.
+    The hooks of the model do the same, but not if validation raises an exception or a subclass overrides the hooks.
+    Lightning runs this callback before the callbacks that save checkpoints.
     """
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:

@@ -160,7 +160,7 @@ class StrictLines(CarefulLines):
 class TarredLines(StrictLines):
     """JSON-lines iterator for the manifest of a tar file.
 
-    NeMo looks up a manifest entry for each file in the tar file, so a malformed line is an error. With
+    NeMo needs a manifest entry for each file in the tar file, so a malformed line is an error. With
     `skip_missing_manifest_entries`, NeMo skips files without an entry, and `CarefulLines` is used instead.
     """
 

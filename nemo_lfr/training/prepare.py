@@ -114,7 +114,7 @@ def prepare(
         out: output folder for the manifests.
         valid_share: fraction of the speakers (or of folders or files, see `hold_out`) to use for validation if the
             corpus has no validation set. At least one of them remains for training, unless the fraction is 1.
-            Recordings whose split is named by a table or by Common Voice keep this split.
+            Recordings keep the split that a table or Common Voice assigns to them.
         speaker_level: for the layout "folder", depth of the folders that are named after speakers; see `folder`.
         workers: number of files to open in parallel.
         check: whether to decode every file completely, which finds truncated and damaged files and gives exact

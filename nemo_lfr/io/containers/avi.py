@@ -94,7 +94,7 @@ def _chunk(window: Window, position: int, end: int, avi: _Avi, is_first: bool) -
         position: position of the section.
         end: end of the RIFF chunk.
         avi: information from earlier chunks, which is updated.
-        is_first: whether this is the first RIFF chunk. The index lists only the chunks in it.
+        is_first: whether this is the first RIFF chunk. The index does not list the contents of later RIFF chunks.
     """
     head = window.at(position, _LIST_HEAD)
     name, size = head[:4], int.from_bytes(head[4:_HEAD], "little")

@@ -1,8 +1,7 @@
 """Encode blocks of tokens to bytes with an entropy model, and decode them.
 
 A block consists of the tokens of consecutive frames, and is encoded independently of other blocks. The model predicts
-FSQ values, called digits in the code. The FSQ value of a token in an FSQ dimension is the index of its level in this
-dimension.
+FSQ values, called digits in the code. A token has one FSQ value for each FSQ dimension: the index of a level.
 """
 
 from collections.abc import Sequence
