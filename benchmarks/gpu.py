@@ -119,7 +119,7 @@ Masked = tuple[torch.Tensor, torch.Tensor]
 
 
 class StockOps:
-    """Operations of NeMo's layers, each of which builds a mask and multiplies by it."""
+    """Operations of NeMo's layers. Each layer masks its output."""
 
     def conv(self, layer: Conv1d, signal: Masked, activation: CodecActivation | None = None) -> Masked:
         """Apply an activation, padding and a convolution."""

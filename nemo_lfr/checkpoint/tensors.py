@@ -69,7 +69,8 @@ class Entry:
     Attributes:
         record: name of the zip record; empty in a safetensors file.
         dtype: dtype of the stored values.
-        offset: position of the first value: in values from the start of the record, or in bytes in a safetensors file.
+        offset: position of the first value. In a zip record, it is the number of values before it. In a safetensors
+            file, it is a number of bytes from the start of the file.
         shape: size of each dimension.
         stride: distance between neighbors along each dimension, in values.
         negative: whether the sign of each stored value must be flipped (PyTorch's negative bit).

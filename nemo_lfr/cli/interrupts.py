@@ -45,7 +45,7 @@ class _Watcher:
     reads the numbers of the signals from a pipe, to which Python writes them immediately.
 
     Args:
-        finishes: whether the first SIGINT only ends the recording.
+        finishes: whether the first SIGINT ends only the recording, and not the command.
         numbers: descriptor to read the numbers of the signals from.
         stop: descriptor to close when reading must stop.
 

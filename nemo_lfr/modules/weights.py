@@ -160,7 +160,7 @@ class DerivedForms(Generic[Form]):
         self._forms: WeakKeyDictionary[nn.Module, dict[Hashable, _Entry[Form]]] = WeakKeyDictionary()
 
     def __len__(self) -> int:
-        """Return the number of modules that have forms."""
+        """Return the number of modules whose forms are cached."""
         return len(self._forms)
 
     def get(self, module: nn.Module, key: Hashable, build: Callable[[], Form], *others: nn.Module) -> Form:

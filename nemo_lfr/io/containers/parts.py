@@ -212,8 +212,8 @@ def walked(window: Window, parts: Iterator[int], section: re.Pattern[bytes] | No
     Args:
         window: the file.
         parts: size of each section in bytes, in order; 0 if the size is unknown.
-        section: pattern of the beginning of a section; None if a header states the number of sections. If the pattern
-            matches after the last section in `parts`, the bytes before the match are damaged.
+        section: pattern of the beginning of a section; None if a header states the number of sections. If another
+            section begins after those in `parts`, the bytes between them are damaged.
 
     Returns:
         The file as one `Stream`. The stream has a `problem` if the file is truncated or damaged, if the size of a

@@ -1,8 +1,8 @@
 """Predict the frequency of each level in the next FSQ dimension, in integer arithmetic.
 
 A batch consists of all frames of one block, or of the frames with the same index in several blocks. Features, sums
-and logits are float32 with integer values; FSQ values and frequencies are integers. `EntropyModel` has verified that
-the arithmetic is exact.
+and logits are float32 with integer values. Frequencies and FSQ values (the indices of levels) are integers.
+`EntropyModel` has verified that the arithmetic is exact.
 """
 
 import numpy as np
