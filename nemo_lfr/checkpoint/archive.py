@@ -208,8 +208,8 @@ def _find_members(path: Path, stream: "_Bounded") -> dict[str, tarfile.TarInfo]:
         for count, member in enumerate(archive, start=1):
             if count > MAX_MEMBERS:
                 raise CheckpointError(
-                    f"{path}: the archive has more than {MAX_MEMBERS} members; a .nemo has {CONFIG_MEMBER} and "
-                    f"{WEIGHTS_MEMBER}."
+                    f"{path}: the archive has more than {MAX_MEMBERS} members, so this is not a .nemo checkpoint; "
+                    "pass a .nemo file."
                 )
             name = member.name.removeprefix("./")
             if name not in (CONFIG_MEMBER, WEIGHTS_MEMBER):

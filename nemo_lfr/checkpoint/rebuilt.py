@@ -71,8 +71,8 @@ def check_layers(module: nn.Module, reference: nn.Module, path: str, operation: 
                 continue
             if key not in vars(original) or _function_name(value) != _function_name(vars(original)[key]):
                 raise ConfigError(
-                    f"the method {_join(name, key)} is overridden, which {operation.name} would drop; delete that "
-                    f"attribute before {operation.name}, and set it afterwards on the {operation.result}."
+                    f"the method {_join(name, key)} is overridden, and {operation.name} would drop the new method; "
+                    f"delete this attribute before {operation.name}, and set it afterwards on the {operation.result}."
                 )
 
 
@@ -91,9 +91,9 @@ def check_settings(module: nn.Module, reference: nn.Module, path: str, operation
             value = vars(layer).get(key, expected)
             if not _is_equal(value, expected):
                 raise ConfigError(
-                    f"{_join(name, key)} is {shorten(repr(value))} instead of {shorten(repr(expected))}, which "
-                    f"{operation.name} would drop; restore it before {operation.name}, and set it afterwards on the "
-                    f"{operation.result}."
+                    f"{_join(name, key)} is {shorten(repr(value))} instead of {shorten(repr(expected))}, and "
+                    f"{operation.name} would drop this value; restore the old value before {operation.name}, and set "
+                    f"the new one afterwards on the {operation.result}."
                 )
 
 

@@ -57,7 +57,7 @@ class WeightAveraging(BaseModel):
             self._average = None
             logging.warning(
                 "The weights were changed after the training, so their moving average (ema_decay) is not "
-                "used. The .ckpt files that the training wrote contain it."
+                "used. The .ckpt files that the training wrote contain the average."
             )
 
     def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> Any:

@@ -75,8 +75,8 @@ class CodecDataset(Dataset[dict[str, Any]]):
         )
         if min_duration is not None and max_duration is not None and min_duration > max_duration:
             raise ConfigError(
-                f"min_duration is {min_duration}, but max_duration is {max_duration}; pass a min_duration that is not "
-                "larger."
+                f"min_duration is {min_duration}, but max_duration is {max_duration}; pass a smaller min_duration, "
+                "or a larger max_duration."
             )
         self.sample_rate, self.n_samples, self.trunc_duration = sample_rate, n_samples, trunc_duration
         self.volume_norm = volume_norm
