@@ -136,8 +136,8 @@ def failure(source: object, error: BaseException) -> Failure:
 def message_of(error: BaseException) -> str:
     """Return an exception's message on one line.
 
-    The message of an OSError starts with the name of its file, if it has one. An empty message is replaced by the name
-    of the exception's class.
+    If an OSError names a file, the message starts with this name. An empty message is replaced by the name of the
+    exception's class.
     """
     text = str(error)
     if isinstance(error, OSError) and error.strerror:

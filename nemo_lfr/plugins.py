@@ -111,7 +111,10 @@ def is_foreign(extension: Any) -> bool:
 
 
 def described(extension: Any) -> str:
-    """Return the full name of a class or function, or of the class of an instance, and its package if it is known."""
+    """Return the full name of an extension (a class, a function or the class of an instance) and of its package.
+
+    The package is left out if it is unknown.
+    """
     from importlib.metadata import entry_points
 
     module = _module(extension)

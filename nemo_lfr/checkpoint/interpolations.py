@@ -17,7 +17,9 @@ _REFERENCE = re.compile(r"\$\{([^${}:]*)\}")
 
 
 def check_interpolations(config: Any) -> None:
-    """Limit the lengths of strings with `${`: OmegaConf needs time quadratic in their length to parse them.
+    """Limit the lengths of strings with `${`.
+
+    The time that OmegaConf needs to parse such a string grows with the square of its length.
 
     Args:
         config: YAML text; or the plain values of a config, with unresolved interpolations.

@@ -204,7 +204,7 @@ def read_weights(
     else:
         tensors = open_shards(index := index_of(paths[0]), check_shards(index, shards, VARIANT_SHARDS))
     names = [path.name for path in paths]
-    is_usual = names == [SAFETENSORS] or all(map(_SHARD.fullmatch, names))  # not a variant, which has other names
+    is_usual = names == [SAFETENSORS] or all(map(_SHARD.fullmatch, names))  # variants have other file names
     recorded = recorded_checksum(paths[0]) if is_usual else None
     check_pair(tensors, OmegaConf.create({**config, WEIGHTS_CHECKSUM: recorded}))
     parts = _empty_parts(tensors.path, SAFETENSORS_CONFIG, OmegaConf.create(dict(config)), weight_norm=True)

@@ -1,7 +1,7 @@
 """Compare a model with a model that was rebuilt from its config, to find the changes that rebuilding drops.
 
-`nemo_lfr.accelerate` and unpickling rebuild modules from the config. They use this file to refuse a model with changes
-that they cannot keep.
+`nemo_lfr.accelerate` and `pickle` rebuild modules from the config. They use this file to refuse a model with changes
+that would be lost.
 """
 
 from collections import Counter

@@ -201,7 +201,7 @@ def _run_model_metric(
 
 
 def _identity(model: str) -> str:
-    """Return a short hash of a model's name and, if it is a file, of its size and modification time."""
+    """Return a short hash of a model's name. For a file, the hash includes its size and modification time."""
     path = Path(model)
     text = f"{model} {path.stat().st_size} {path.stat().st_mtime_ns}" if path.is_file() else model
     return hashlib.sha256(text.encode()).hexdigest()[:8]

@@ -2,8 +2,8 @@
 
 NeMo interprets the data config, because such configs have many forms (lists, weights, groups, buckets). `make_careful`
 then searches the object that NeMo returns, and replaces the class of each iterator over lines by one of the classes
-below. If a line is malformed, only its clip is skipped, and training continues. Tar files are still read by NeMo's own
-iterator; where it cannot skip a malformed line, an error names the line.
+below. If a line is malformed, only its clip is skipped, and training continues. NeMo's own iterator still reads tar
+files. If it cannot skip a malformed line, an error names the line.
 """
 
 import copy
@@ -72,7 +72,7 @@ def make_careful(root: Any) -> None:
     Where an iterator cannot skip lines, it raises an error that names the malformed line.
 
     Args:
-        root: object to search. The class of the iterators in it is changed in place.
+        root: object to search. The classes of its iterators are changed in place.
     """
     seen: set[int] = set()
     waiting: list[tuple[Any, type]] = [(root, CarefulLines)]  # objects to search, and the class for iterators in them

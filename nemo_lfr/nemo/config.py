@@ -194,8 +194,8 @@ def override_config(source: Any) -> DictConfig:
     """Load and resolve a config that replaces the config of a checkpoint.
 
     Args:
-        source: path of a YAML file, open YAML file, or config. If the config has a `model` section, only that section
-            is used.
+        source: path of a YAML file, an open YAML file, or a config. If the config has a `model` section, only that
+            section is used.
 
     Raises:
         ConfigError: if the file cannot be read or parsed, if the config or its `model` section is not a mapping, if a
@@ -250,7 +250,7 @@ def check_hparams(file: Any) -> None:
         file: local path of a YAML file. Other values are not checked.
 
     Raises:
-        ConfigError: if one string with an interpolation is too long, or all of them together are.
+        ConfigError: if a string with interpolations is too long, or if all such strings together are too long.
     """
     if not isinstance(file, str | os.PathLike) or not os.path.isfile(file):
         return

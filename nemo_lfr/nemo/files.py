@@ -58,7 +58,7 @@ class NemoFiles(BaseModel):
         Args:
             restore_path: `.nemo` or `.ckpt` file, folder of an unpacked or exported codec, or folder that contains one
                 `.nemo`.
-            override_config_path: path of a YAML file, or config, to use instead of the file's config.
+            override_config_path: path of a YAML file, or a config, that replaces the checkpoint's config.
             map_location: device of the model; default: a GPU if available, else the CPU.
             strict: whether missing or unknown weights of the encoder, quantizer and decoder are an error.
             return_config: whether to return only the config, without building the model.
@@ -148,7 +148,7 @@ class NemoFiles(BaseModel):
         Args:
             model_name: name on the Hub (USER/MODEL), name in NeMo's list, or path of a local checkpoint.
             refresh_cache: whether to download the file again.
-            override_config_path: path of a YAML file, or config, to use instead of the file's config.
+            override_config_path: path of a YAML file, or a config, that replaces the checkpoint's config.
             map_location: device of the model; default: a GPU if available, else the CPU.
             strict: whether missing or unknown weights of the encoder, quantizer and decoder are an error.
             return_config: whether to return only the config, without building the model.
@@ -213,7 +213,7 @@ class NemoFiles(BaseModel):
             checkpoint_path: path or URL of the file, or an open file.
             args: further arguments of Lightning's method.
             map_location: device of the weights.
-            hparams_file: file with the config, in place of the checkpoint's config.
+            hparams_file: file with a config that replaces the checkpoint's config.
             strict: whether missing or unknown weights of the encoder, quantizer and decoder are an error.
             kwargs: further arguments of Lightning's method.
 

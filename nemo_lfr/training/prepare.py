@@ -68,7 +68,7 @@ class Prepared:
 
     Attributes:
         audio_dir: absolute path of the folder that contains the audio files. Stock NeMo needs this path as `audio_dir`
-            for training. `tokenize` makes the ids of clips relative to this path if it is passed as `audio_dir`.
+            for training. If `tokenize` gets this path as `audio_dir`, the ids of clips are relative to it.
         splits: manifest of each split that has utterances, by name of the split.
         failures: records of the files, rows and transcripts that cannot be used.
         failures_file: path of failures.jsonl, which contains these records; None if there are no failures.

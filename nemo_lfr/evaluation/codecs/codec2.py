@@ -10,8 +10,8 @@ from nemo_lfr.evaluation.codecs import register_codec
 from nemo_lfr.evaluation.codecs.base import ComparedCodec, RoundTrip, fit, resample_to
 from nemo_lfr.evaluation.codecs.programs import program_version, run_timed
 
-# Delay of the output in seconds, by bit rate. Codec2's programs do not compensate for it. It was measured in steps of
-# 1 ms, by choosing the delay with the best ESTOI and mel distance.
+# Delay of the output in seconds, by bit rate. Codec2's programs do not compensate for this delay. The delays with the
+# best ESTOI and mel distance were searched for in steps of 1 ms.
 DELAYS = {mode: 0.02 for mode in ("3200", "2400", "1600", "1400", "1300", "1200")} | {"700C": 0.03}
 
 
