@@ -53,6 +53,15 @@ def may_contain_paths(kind: Any) -> bool:
         kind = kind.value_type
     if is_.is_struct(kind):
         return any(kind.field(number).name == "path" for number in range(kind.num_fields))
+    return contains_text(kind)
+
+
+def contains_text(kind: Any) -> bool:
+    """Return whether an Arrow type is that of text."""
+    import pyarrow.types as is_
+
+    if is_.is_dictionary(kind):
+        kind = kind.value_type
     return any(test(kind) for test in (is_.is_string, is_.is_large_string, is_.is_string_view))
 
 

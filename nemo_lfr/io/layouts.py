@@ -14,6 +14,7 @@ from pathlib import Path
 from nemo_lfr.errors import ConfigError, counted, shorten
 from nemo_lfr.io.columns import repeated_column
 from nemo_lfr.io.folders import AUDIO_SUFFIXES, MAX_NAME, find_files, find_named
+from nemo_lfr.io.segment_columns import SegmentsNotReadError
 from nemo_lfr.io.splits import split_label, split_of_name, splits_of_folders
 from nemo_lfr.io.tables import (
     METADATA_NAMES,
@@ -270,7 +271,7 @@ def _metadata(corpus: Path) -> Iterator[CorpusUtterance]:
             # `by_file`, since a file with an invalid row must not be used without the labels in that row.
             for row in table(path, by_file=True):
                 yield replace(row, path=Path(os.path.normpath(folder_name / row.path)))
-        except RepeatedColumnError:
+        except (RepeatedColumnError, SegmentsNotReadError):
             raise
         except (UnreadableTableError, OSError) as error:
             problem = f"{why_unreadable(error, path)}; the labels in this table are not used"

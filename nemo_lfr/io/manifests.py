@@ -17,6 +17,7 @@ from nemo_lfr.io.audio import AudioReader
 from nemo_lfr.io.columns import LABELS, standard_labels
 from nemo_lfr.io.folders import MAX_NAME
 from nemo_lfr.io.locate import expand_home
+from nemo_lfr.io.segment_columns import SegmentCheck, SegmentsNotReadError
 from nemo_lfr.io.tables import is_table, read_table, refuse_spreadsheet
 from nemo_lfr.io.text import decode, is_missing, read_lines
 
@@ -79,6 +80,7 @@ def read_manifest(
 
     Raises:
         ConfigError: if the manifest cannot be read, or if none of its entries is valid. An empty manifest is accepted.
+            Also if entries select segments with other keys; see `SegmentCheck`.
     """
     path = expand_home(path)
     folder = path.parent if audio_dir is None else expand_home(audio_dir)
@@ -103,11 +105,17 @@ def read_manifest(
         raise ConfigError(f"{path}: the manifest cannot be read: {error.strerror}.") from error
     except ValueError as error:
         raise ConfigError(f"{path}: not a NeMo manifest: {error}.") from error
+    check = SegmentCheck()
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            recordings.append(_recording(parse_entry(line), folder, dataset))
+            entry = parse_entry(line)
+            recordings.append(_recording(entry, folder, dataset))
+            if entry.get("offset") is None:
+                check.add(f"{path}, line {number}", entry["audio_filepath"], entry)
+        except SegmentsNotReadError:
+            raise
         except (OSError, *NOT_A_LINE) as error:
             problems.append(f"{path}, line {number}: skipped: {describe(error)}")
     return _usable(recordings, problems, "a NeMo manifest", on_bad_line)

@@ -15,6 +15,7 @@ from typing import Any
 from nemo_lfr.errors import ConfigError, NemoLfrError, counted, quoted, shorten
 from nemo_lfr.io.columns import AUDIO, known_names, repeated_column, standard_labels
 from nemo_lfr.io.regular import open_regular
+from nemo_lfr.io.segment_columns import SegmentCheck
 from nemo_lfr.io.text import GZIP, decode, is_missing, read_lines
 
 TABLE_SUFFIXES = frozenset((".csv", ".tsv"))
@@ -115,6 +116,7 @@ def read_table(path: Path) -> Iterator[TableRow]:
 
     Raises:
         UnreadableTableError: if the file or the header cannot be read.
+        SegmentsNotReadError: see `SegmentCheck`.
         ConfigError: if a CSV or TSV file has no audio column, or if two columns have the same name; see also
             `known_names`.
     """
@@ -126,8 +128,12 @@ def read_table(path: Path) -> Iterator[TableRow]:
         reason = error.strerror if isinstance(error, OSError) else error
         raise UnreadableTableError(f"{path}: the table cannot be read: {reason}.") from error
     rows = _json_lines(lines) if table_suffix(path) is None else _delimited(path, lines)
+    check = SegmentCheck()
     for row in rows:
-        yield row if row.problem else _entry(row)
+        entry = row if row.problem else _entry(row)
+        if entry.problem is None and "offset" not in entry.values:
+            check.add(f"{path}, line {row.line}", entry.values["audio_filepath"], row.values)
+        yield entry
 
 
 def _entry(row: TableRow) -> TableRow:

@@ -100,6 +100,47 @@ def test_numbers_become_text_and_infinity_is_missing_in_every_input(name, kind, 
         assert {key: recording.labels[key] for key in ("text", "speaker") if recording.labels.get(key)} == expected
 
 
+# Columns of two rows, and whether the rows are refused because their segments would not be read.
+SEGMENTS = {
+    "starts in one file": ({"file_name": ["a.wav", "a.wav"], "Start_Time": [0.0, 0.1]}, True),
+    "starts in two files": ({"file_name": ["a.wav", "b.wav"], "start": [0.0, 0.1]}, False),
+    "no starts": ({"file_name": ["a.wav", "a.wav"], "start": [None, None]}, False),
+    "one start": ({"file_name": ["a.wav", "a.wav"], "start": [None, 1]}, False),
+    "segments that are read": ({"audio_filepath": ["a.wav", "a.wav"], "start": [0, 1], "offset": [0, 0.1]}, False),
+    "offsets that are not read": ({"file_name": ["a.wav", "a.wav"], "Offset": [0, 0.1]}, True),
+}
+
+
+@pytest.mark.parametrize("kind", SEGMENTS)
+@pytest.mark.parametrize("name", ["t.jsonl", "m.json", "a.parquet", "saved", "folder"])
+def test_segments_that_are_not_read_are_refused(name, kind, wav, tmp_path, caplog):
+    columns, is_refused = SEGMENTS[kind]
+    path = tmp_path / name
+    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    if name == "m.json":
+        rows = [{"audio_filepath": row.pop("file_name", "a.wav")} | row for row in rows]
+        is_refused = is_refused and kind != "offsets that are not read"
+    if name == "a.parquet":
+        write(path, columns)
+    elif name == "saved":
+        pytest.importorskip("datasets", reason="pip install datasets").Dataset.from_dict(columns).save_to_disk(path)
+    else:
+        table = tmp_path / "metadata.jsonl" if name == "folder" else path
+        table.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = tmp_path if name == "folder" else path
+    if is_refused:
+        with pytest.raises(
+            ConfigError, match=r"'a\.wav' is listed again, but '\w+' does not select .* offset for the start"
+        ):
+            clips_of(source)
+        assert "does not select a part of the file" in caplog.text
+    else:
+        assert name == "folder" or len(clips_of(source)) == 2
+    if name in ("m.json", "t.jsonl") and is_refused:
+        with pytest.raises(ConfigError, match="is listed again"):
+            read_manifest(path)
+
+
 def test_column_choices_are_logged_once(wav, tmp_path, caplog):
     assert chosen_columns(["audio", "text", "speaker", "lang"]) == {}
     table = {"audio": [{"bytes": wav.read_bytes(), "path": "a.wav"}], "sentence": ["hello"], "client_id": ["s1"]}
@@ -347,9 +388,8 @@ def test_two_columns_of_one_name_are_refused(name, wav, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["t.csv", "a.parquet"])
-@pytest.mark.parametrize(("column", "seconds"), [("audio_filepath", [0.2, 0.1, 0.5]), ("path", [0.5, 0.5, 0.5])])
-def test_sections_of_a_file_are_clips_where_the_column_is_that_of_nemo(name, column, seconds, wav, tmp_path):
-    rows = {column: ["a.wav"] * 3, "offset": [0.1, 0.4, None], "duration": [0.2, None, None]}
+def test_sections_of_a_file_are_clips_where_the_column_is_that_of_nemo(name, wav, tmp_path):
+    rows = {"audio_filepath": ["a.wav"] * 3, "offset": [0.1, 0.4, None], "duration": [0.2, None, None]}
     if name == "t.csv":
         lines = [
             ",".join("" if value is None else str(value) for value in row) for row in zip(*rows.values(), strict=True)
@@ -359,7 +399,7 @@ def test_sections_of_a_file_are_clips_where_the_column_is_that_of_nemo(name, col
         write(tmp_path / name, rows)
     clips = clips_of(tmp_path / name)
     assert len({clip.id for clip in clips}) == 3
-    assert [len(clip.audio(RATE, 100)) / RATE for clip in clips] == pytest.approx(seconds, abs=1e-3)
+    assert [len(clip.audio(RATE, 100)) / RATE for clip in clips] == pytest.approx([0.2, 0.1, 0.5], abs=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["bytes", "struct", "samples"])

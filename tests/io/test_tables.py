@@ -145,6 +145,9 @@ def test_invalid_row_skips_only_itself(tmp_path, case):
         (b"sep=;\naudio,text\na.wav,hi\n", r"no column contains the audio.*\['audio,text'\]"),
         (b"LJ001|x, y|z\n", "no column contains the audio"),
         (b"audio,text,audio\na.wav,hi,b.wav\n", "two columns are named 'audio'"),
+        (b"path,start,end\na.wav,0,1\nb.wav,0,1\na.wav,1,2\n", "line 4: 'a.wav' is listed again, but 'start' does"),
+        (b"path;Segment Start;x\na.wav;0,5;\na.wav;1,5;\n", "line 3: 'a.wav' is listed again, but 'Segment Start'"),
+        (b"file,offset,duration\na.wav,0,1\na.wav,1,1\n", "'offset' does not .* audio_filepath for the path"),
     ],
 )
 def test_invalid_table_is_refused(tmp_path, data, message):

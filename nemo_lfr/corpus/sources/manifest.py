@@ -27,6 +27,7 @@ from nemo_lfr.io.manifests import (
     seconds,
 )
 from nemo_lfr.io.reading import read_file
+from nemo_lfr.io.segment_columns import SegmentCheck
 from nemo_lfr.io.tables import refuse_spreadsheet
 from nemo_lfr.io.text import UTF16_MARKS
 
@@ -34,6 +35,8 @@ logger = logging.getLogger(__name__)
 
 # At least one of the first FIRST_LINES lines of a manifest must be a valid entry.
 FIRST_LINES = 100
+# Matches lines that may have a key that `start_column` returns. Parsing all lines again would take long.
+_MAY_HAVE_START = re.compile(rb'"[^"]{0,11}(start|begin|onset|offset_)[^"]{0,24}"\s*:', re.IGNORECASE)
 ARROW_MAGIC = b"ARROW1"  # first bytes of a file that pyarrow or polars writes as Arrow IPC or Feather
 
 
@@ -123,6 +126,7 @@ class Manifest(CorpusReader):
         shards: list[ShardSpec] = []
         ids = UniqueIds()
         count = size
+        check = SegmentCheck()
         repeats: dict[str, int] = {}
         num_skipped = 0
         with open(self.path, "rb") as file:
@@ -136,12 +140,24 @@ class Manifest(CorpusReader):
                     num_skipped += 1
                 if not is_skipped and (number := ids.number(_name(line, self.audio_dir))) > 1:
                     repeats[str(count)] = number
+                if not is_skipped and _MAY_HAVE_START.search(line):
+                    self._check_segment(line, check)
                 count += 1
                 shards[-1]["count"] = count
         if num_skipped:
             entries = counted(num_skipped, "entry is", "entries are")
             logger.warning("%s: %s skipped, because _skipme is true.", self.path, entries)
         return shards
+
+    def _check_segment(self, line: bytes, check: SegmentCheck) -> None:
+        """Check a line that may have a start of a segment."""
+        try:
+            entry = parse_entry(line)
+            file = entry["audio_filepath"]
+        except NOT_A_LINE:
+            return
+        if isinstance(file, str) and entry.get("offset") is None:
+            check.add(str(self.path), file, entry)
 
     def read(self, shard: ShardSpec) -> Iterator[Clip]:
         """Yield the clips of a shard in order."""

@@ -16,11 +16,13 @@ from nemo_lfr.io.layouts import unread_folder
 from nemo_lfr.io.numbered import check_numbered
 from nemo_lfr.io.parquet import PARQUET_SUFFIXES, READ_ERRORS, ParquetFooter, open_parquet
 from nemo_lfr.io.partitions import partition_of
+from nemo_lfr.io.segment_columns import SegmentCheck
 from nemo_lfr.io.shortage import require
 from nemo_lfr.io.splits import check_one_split, split_of_parts
 
 logger = logging.getLogger(__name__)
 
+CHECKED_ROWS = 1024  # maximum number of rows whose paths are checked at a time
 NAMED = 5  # maximum number of columns that a message names
 
 
@@ -106,10 +108,14 @@ class Parquet(Table):
 
         If a file or subfolder cannot be used, its only shard has the key "problem", and yields a clip that raises
         AudioError.
+
+        Raises:
+            SegmentsNotReadError: see `SegmentCheck`.
         """
         shards: list[ShardSpec] = []
         number = 0
         first_columns: list[str] = []
+        check = SegmentCheck()
         for file in range(len(self.files)):
             try:
                 table, footer = self._open(self.files[file])
@@ -129,6 +135,7 @@ class Parquet(Table):
             except ConfigError as error:
                 shards.append({"file": file, "groups": [], "start": number, "problem": str(error)})
                 continue
+            self._check_file(check, self.files[file], table, footer)
             count = size
             for index, group in enumerate(footer.groups):
                 if count >= size:
@@ -141,6 +148,22 @@ class Parquet(Table):
             problem = f"{unread.filename}: {unread_folder(unread)}."
             shards.append({"folder": unread.filename, "groups": [], "start": number, "problem": problem})
         return shards
+
+    def _check_file(self, check: SegmentCheck, path: Path, table: Any, footer: ParquetFooter) -> None:
+        """Check the rows of a file, if it has a column with starts of segments."""
+        chosen = self._checked_columns(table.schema_arrow.names)
+        if not chosen:
+            return
+        size = footer.rows_at_a_time(range(len(footer.groups)), CHECKED_ROWS)
+        batches = table.iter_batches(size, columns=chosen)
+        while True:
+            try:
+                rows = next(batches, None)
+            except READ_ERRORS:  # these rows are failures of the run
+                return
+            if rows is None:
+                return
+            self._check_segments(check, str(path), rows)
 
     def read(self, shard: ShardSpec) -> Iterator[Clip]:
         """Yield the clips of a shard in order."""

@@ -12,6 +12,7 @@ from nemo_lfr.io.arrow_streams import check_stream
 from nemo_lfr.io.manifests import NOT_A_LINE, describe
 from nemo_lfr.io.numbered import check_numbered
 from nemo_lfr.io.regular import open_regular
+from nemo_lfr.io.segment_columns import SegmentCheck
 from nemo_lfr.io.shortage import require
 
 
@@ -76,8 +77,14 @@ class SavedDataset(Table):
         return table
 
     def shards(self, size: int) -> list[ShardSpec]:
-        """Split the rows into shards of `size` rows."""
+        """Split the rows into shards of `size` rows.
+
+        Raises:
+            SegmentsNotReadError: see `SegmentCheck`.
+        """
         total = len(self.rows)
+        if chosen := self._checked_columns(self.rows.column_names):
+            self._check_segments(SegmentCheck(), str(self.path), self.rows.select_columns(chosen)[:total])
         return [{"start": start, "count": min(size, total - start)} for start in range(0, total, size)]
 
     def read(self, shard: ShardSpec) -> Iterator[Clip]:

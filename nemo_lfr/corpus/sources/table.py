@@ -12,6 +12,7 @@ from nemo_lfr.corpus.columns import (
     audio_cell,
     audio_column,
     class_names,
+    contains_text,
     is_label,
     label_value,
     may_contain_paths,
@@ -24,6 +25,7 @@ from nemo_lfr.io.columns import AUDIO, CONTEXT, OTHER_TOKENS, chosen_columns, kn
 from nemo_lfr.io.folders import AUDIO_SUFFIXES, find_files
 from nemo_lfr.io.manifests import NOT_A_LINE, describe, resolve_audio_path, seconds
 from nemo_lfr.io.reading import read_bytes, read_file, read_samples, rounding
+from nemo_lfr.io.segment_columns import SegmentCheck, start_column
 from nemo_lfr.io.text import is_missing
 
 logger = logging.getLogger(__name__)
@@ -67,6 +69,9 @@ class Table(CorpusReader):
                 "Rename the column that contains the audio."
             )
         self.column = column
+        # Column with starts of segments, which are not read; "" if there is none, or the table may contain the audio.
+        reads_segments = column == "audio_filepath" and "offset" in self.columns
+        self._start = "" if reads_segments or not contains_text(types[column]) else start_column(schema.names) or ""
         self._has_paths = any(may_contain_paths(types[name]) for name in (column, CONTEXT) if name in types)
         self.left_out = {
             name: kind
@@ -126,6 +131,19 @@ class Table(CorpusReader):
         ):
             text = "%s: of the %s in this folder of tables, only those that a table lists are used."
             logger.warning(text, self.path, counted(len(audio_files), "audio file"))
+
+    def _checked_columns(self, columns: Sequence[str]) -> list[str]:
+        """Return the columns that contain paths and starts of segments; [] if one of them is missing."""
+        names = known_names(columns)
+        found = [name for name in columns if name == self._start or names.get(name, name) == self.column]
+        return found if len(found) == 2 else []
+
+    def _check_segments(self, check: SegmentCheck, place: str, rows: Any) -> None:
+        """Check an Arrow table or batch that has only the columns in `_checked_columns`; see `SegmentCheck`."""
+        start = rows.schema.names.index(self._start)
+        for path, value in zip(rows.column(1 - start), rows.column(start), strict=True):
+            if path.is_valid and value.is_valid:
+                check.add(place, path.as_py(), {self._start: True})
 
     def _clips(
         self,

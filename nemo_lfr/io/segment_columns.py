@@ -1,0 +1,69 @@
+"""Refuse lists that select segments of files with columns such as "start" and "end", which are not read.
+
+The meaning of such columns is not known: they may be in seconds, milliseconds or samples, or refer to a longer
+recording from which the file was cut. If several rows with a start have the same file, though, each of them is a
+segment of it, and reading the whole file for each row would pair audio with wrong texts.
+"""
+
+import logging
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from nemo_lfr.errors import ConfigError, shorten
+from nemo_lfr.io.text import is_missing
+
+logger = logging.getLogger(__name__)
+
+_START = re.compile(
+    r"((segment|seg|utterance|utt|clip|audio|timestamp)[_ ]?)?(start|begin|onset)"
+    r"([_ ]?(time|timestamp|at|s|secs?|seconds|ms|milliseconds|samples?|frames?)){0,2}|offset(_ms|_samples?)?",
+    re.IGNORECASE,
+)
+ADVICE = (
+    "to select parts, use the columns (or keys) audio_filepath for the path, offset for the start and duration for "
+    "the length, in seconds"
+)
+
+
+class SegmentsNotReadError(ConfigError):
+    """Error for a list whose rows select segments of files, but not with the keys `offset` and `duration`."""
+
+
+def start_column(columns: Iterable[str]) -> str | None:
+    """Return the first column that may contain the start of a segment; None if there is none.
+
+    Args:
+        columns: columns that do not select a segment. If `offset` does, the caller leaves it out.
+    """
+    return next((name for name in columns if isinstance(name, str) and _START.fullmatch(name)), None)
+
+
+class SegmentCheck:
+    """Check of the rows of a list, one after the other. A warning names the first column with starts."""
+
+    def __init__(self) -> None:
+        self._files: set[str] = set()
+
+    def add(self, place: str, file: str, values: Mapping[str, Any]) -> None:
+        """Check a row that stands for a whole file.
+
+        Args:
+            place: location of the row, for messages.
+            file: path of the audio file.
+            values: values by column, which may be missing or empty.
+
+        Raises:
+            SegmentsNotReadError: if this row and an earlier row have the same file, and a column with a start.
+        """
+        column = start_column(key for key, value in values.items() if not is_missing(value) and value != "")
+        if column is None:
+            return
+        if not self._files:
+            logger.warning("%s: %s does not select a part of the file; %s.", place, shorten(repr(column)), ADVICE)
+        if file in self._files:
+            raise SegmentsNotReadError(
+                f"{place}: {shorten(file)!r} is listed again, but {shorten(column)!r} does not select a part of the "
+                f"file; {ADVICE}. If each entry is a whole file, rename {shorten(column)!r}."
+            )
+        self._files.add(file)
