@@ -63,7 +63,7 @@ def alone(script: str, *arguments: object) -> list[str]:
         Words of the last line that the script prints.
 
     Raises:
-        SystemExit: if the script fails, with its standard error.
+        SystemExit: if the script fails. The message is what the script printed on stderr.
     """
     done = subprocess.run(
         [sys.executable, "-c", PEAK + script, *map(str, arguments)],

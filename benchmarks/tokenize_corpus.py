@@ -1,4 +1,4 @@
-"""Speed of corpus tokenization compared with stock NeMo and Ray, and memory use.
+"""Speed of corpus tokenization by nemo_lfr (also with Ray) and by stock NeMo, and memory use of nemo_lfr.
 
     python benchmarks/tokenize_corpus.py [--model FILE.nemo] [--clips 160] [--plot docs/images/tokenize_memory.png]
 
@@ -76,7 +76,7 @@ def stock_loop(
 
 
 def ours(manifest: Path, out: Path, model: str | None, workers: int, ray: str | None = None) -> float:
-    """Run `nemo-lfr tokenize`, and return its speed.
+    """Tokenize as `nemo-lfr tokenize` does, and return the speed.
 
     Returns:
         Seconds of audio per second, measured after the first shard of every worker.

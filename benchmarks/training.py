@@ -68,7 +68,7 @@ class Turns(pl.Callback):
         self.started = 0.0
 
     def on_train_batch_start(self, trainer: pl.Trainer, model: pl.LightningModule, batch: Any, number: int) -> None:
-        """Wait for a request before the first step of each group."""
+        """Before every `STEPS` steps, wait for a request and start the clock."""
         for module in model.modules():
             if type(module).__name__ == "WavLMModel":
                 module.eval()
@@ -79,7 +79,7 @@ class Turns(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, model: pl.LightningModule, outputs: Any, batch: Any, number: int
     ) -> None:
-        """Report the time after the last step of each group."""
+        """After every `STEPS` steps, report the mean time of a step."""
         if (number + 1) % STEPS == 0:
             if self.device == "cuda":
                 torch.cuda.synchronize()

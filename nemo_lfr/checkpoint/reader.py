@@ -245,7 +245,7 @@ def _empty_parts(path: Path, name: str, config: DictConfig, *, weight_norm: bool
 
 
 def _sources(tensors: Tensors, prefix: str) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Yield each weight's name without weight norm, and the keys in the checkpoint that define the weight."""
+    """Yield the name of each weight, such as "conv.weight", and its keys in the checkpoint (two with weight norm)."""
     keys = {key.removeprefix(prefix + ".") for key in tensors.entries if key.startswith(prefix + ".")}
     for key in keys:
         for gain, direction in _SPELLINGS:
@@ -294,7 +294,7 @@ def _match(tensors: Tensors, prefix: str, part: nn.Module, strict: bool) -> dict
 
 
 def _expected(part: nn.Module) -> dict[str, torch.Tensor]:
-    """Return a module's weights under their names without weight norm, even if the module has weight norm."""
+    """Return a module's weights by name. With weight norm, "conv.weight" is the tensor of the direction."""
     state = part.state_dict()
     return {key.replace(DIRECTION, ".weight"): value for key, value in state.items() if not key.endswith(GAIN)}
 

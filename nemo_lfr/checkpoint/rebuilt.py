@@ -293,7 +293,7 @@ def _check_hooks(
 
 
 def _function_name(function: Any) -> str:
-    """Return the module and name of a function, or of the class of another object, separated by a colon."""
+    """Return "MODULE:NAME" of a function. For a callable object, return that of its class."""
     function = getattr(function, "hook", function)  # PyTorch wraps some kinds of hooks in an object
     named = function if hasattr(function, "__qualname__") else type(function)
     return f"{getattr(function, '__module__', None)}:{named.__qualname__}"

@@ -115,7 +115,7 @@ def encode_tasks(
         model: entropy model that compresses the token files; None for no compression.
 
     Yields:
-        For each task, in order, the return value of `task_result`, as soon as the token file is complete.
+        Figures of each file from `task_result`, in the order of `tasks`, as soon as its token file is complete.
     """
     import numpy as np
 

@@ -54,7 +54,7 @@ def encode_pipe(
             of the input.
         sink: file to write the token file to, block by block.
         block: number of frames per chunk. Larger chunks are faster in total, but increase latency.
-        signals: signals while stdin is read.
+        signals: result of `watch_signals`. When a signal arrives, the reading of stdin ends.
         lookahead: frames of lookahead; see `Codec.stream_encoder`.
         model: entropy model that compresses each block; None for no compression. Longer blocks compress better.
 

@@ -209,7 +209,7 @@ def _failure(record: dict[str, str]) -> Failure:
 
 @contextmanager
 def watching() -> Iterator[Callable[[Any], None]]:
-    """Show a progress bar on a terminal, and occasional lines if stderr is not a terminal.
+    """Show the progress on stderr: as a bar on a terminal, otherwise as occasional lines.
 
     Yields:
         A function to call with the current totals of the run.

@@ -237,7 +237,7 @@ def _is_tensor(cell: Any) -> bool:
 
 
 def _stored(cell: Any) -> Any:
-    """Return the stored value of a cell with an extension type, such as `Array2D` of `datasets`."""
+    """Return a cell as a plain Arrow value, even if it has an extension type such as `Array2D` of `datasets`."""
     import pyarrow
 
     return cell.value if isinstance(cell.type, pyarrow.BaseExtensionType) else cell

@@ -193,7 +193,7 @@ def _lost_worker_errors(ray: Any) -> tuple[type[Exception], ...]:
 def _room(ray: Any, cores: int, gpu: bool, address: str) -> int:
     """Return the number of workers with `cores` CPU cores (and a GPU if `gpu`) for which the cluster has resources.
 
-    If it is 0, a warning is logged, because nodes may join the cluster later.
+    If a cluster has no room for a worker, this is only logged as a warning, because nodes may join later.
 
     Raises:
         NemoLfrError: if Ray runs only on this machine, and the machine lacks the resources for a worker.

@@ -148,7 +148,7 @@ class SinkFile:
     def raising(self, path: Path | None = None) -> Iterator[None]:
         """Raise the stored exception when the `with` block ends; see `check`.
 
-        It replaces the error that soundfile raises if a callback fails.
+        The stored exception replaces the error that soundfile raises if a callback fails.
         """
         try:
             yield

@@ -119,7 +119,7 @@ def label_text(value: Any, column: str, label: str) -> str:
     Args:
         value: the value.
         column: column that contains the value, for messages.
-        label: the label: "text", "speaker" or "lang".
+        label: which label it is: "text", "speaker" or "lang".
 
     Raises:
         AudioError: if the value is neither text nor a number, or if it is a number and the label is "lang".

@@ -176,7 +176,7 @@ def read_cut(cut: Any, sample_rate: int, longest: float = math.inf, allow_url: b
 
 
 def _seconds(cut: Any, field: str) -> float:
-    """Return the start or the duration of a cut in seconds; 0 for the start of a recording."""
+    """Return `cut.start` or `cut.duration` in seconds. A Lhotse `Recording` has no start, so its start is 0."""
     value = getattr(cut, field, 0.0)
     try:
         return float(value)

@@ -127,9 +127,9 @@ class SndfileDecoder:
         return samples
 
     def seek(self, position: int) -> None:
-        """Seek to the sample with index `position`, from which `read` then continues.
+        """Continue reading at the sample with index `position`.
 
-        `read` then returns the same samples as in sequential reading (in Opus audio almost always; see `_LEAD`). For
+        `read` returns the same samples as without a seek (in Opus audio almost always; see `_LEAD`). For
         codecs in which libsndfile's seeks are not exact, `_LEAD` seconds before the position are decoded and dropped.
         If libsndfile cannot seek at all, the file is decoded from its beginning.
         """

@@ -221,8 +221,8 @@ def table(path: Path, *, by_file: bool = False) -> Iterator[CorpusUtterance]:
 
     Args:
         path: the table. Paths of audio files in it are relative to its folder.
-        by_file: whether the `path` of an utterance from an invalid row is the audio file that the row names. By
-            default, or if the row names no file, `path` is the location of the row, such as "train.tsv, line 3".
+        by_file: how to report an invalid row that names an audio file: with the path of this file, or, by default,
+            with the location of the row, such as "train.tsv, line 3". Other invalid rows are reported by location.
     """
     # Imported late: this loads the audio readers, which `--help` does not need.
     from nemo_lfr.io.manifests import resolve_audio_path, seconds

@@ -12,9 +12,9 @@ MISSING = "__HIVE_DEFAULT_PARTITION__"  # stands for a missing value in a folder
 def partition_of(file: Path, root: Path) -> dict[str, str]:
     """Return the columns that are stored in the names of a file's folders, with their values as text.
 
-    Columns come from folders named `COLUMN=VALUE`. All such folders between `root` and the file are used. `root` and
-    its parents are used up to the first folder with another kind of name, so a partition that is read alone keeps its
-    columns. Missing and empty values are left out.
+    Columns come from folders named `COLUMN=VALUE`. Folders below `root` may also have other names. From `root` upward,
+    the search ends at the first other name. Thus a file keeps the column `lang` if `root` is `corpus/lang=de`. Missing
+    and empty values are left out.
 
     Args:
         file: the file.

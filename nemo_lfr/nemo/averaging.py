@@ -126,10 +126,9 @@ class WeightAveraging(BaseModel):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put the averaged weights into the state dict of a checkpoint, and the trained weights beside it.
 
-        Every program that opens the checkpoint for inference or for initial weights gets the averaged weights. The
-        checkpoint's `val_loss` was measured with these weights. Only a resumed run reads the trained weights. A
-        checkpoint may be saved during validation, for example after a signal from Slurm. The model then holds the
-        averaged weights.
+        Only a resumed run reads the trained weights. Other programs, which open the checkpoint for inference or for
+        initial weights, get the averaged weights, with which `val_loss` was measured. A checkpoint may be saved during
+        validation, for example after a signal from Slurm. The model then holds the averaged weights.
         """
         super().on_save_checkpoint(checkpoint)
         self._drop_stale_average()

@@ -176,7 +176,7 @@ class CarefulCuts(LazyManifestIterator):
 
     @staticmethod
     def can_replace(item: Any) -> bool:
-        """Return True: every Lhotse manifest iterator can be replaced."""
+        """Return True, because this class can replace every Lhotse manifest iterator."""
         return True
 
     def __iter__(self) -> Iterator[Any]:
@@ -201,7 +201,7 @@ class CarefulManifest(LazyNeMoIterator):
 
     @staticmethod
     def can_replace(item: Any) -> bool:
-        """Return True: every NeMo manifest iterator can be replaced."""
+        """Return True, because this class can replace every NeMo manifest iterator."""
         return True
 
     def __iter__(self) -> Iterator[Any]:

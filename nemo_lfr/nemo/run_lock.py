@@ -76,7 +76,7 @@ class RunLock(Callback):
         self._has_trained = True
 
     def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Warn if the run was complete."""
+        """Warn if no step was trained, because the run was already complete when it was resumed."""
         if not self._has_trained and trainer.is_global_zero:
             logger.warning(
                 "no step was trained, because the run to resume is complete; raise max_epochs to continue training, "

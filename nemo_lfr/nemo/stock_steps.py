@@ -155,7 +155,7 @@ def _is_configured(loss: Any, section: Any) -> bool:
 
 
 def _is_scored_directly(discriminator: nn.Module) -> bool:
-    """Return whether `preprocess` and `score` of a discriminator do what calling it does."""
+    """Return whether calling a discriminator does nothing but `preprocess` and `score`."""
     parts = [part for part in discriminator.modules() if isinstance(part, AudioDiscriminator)]
     return (
         isinstance(discriminator, AudioDiscriminator)

@@ -123,7 +123,7 @@ class _HeaderLimit(asyncio.Protocol):
         super().on_body(body)  # type: ignore[misc]
 
     def on_message_complete(self) -> None:
-        """Stop counting; see `httptools.HttpRequestParser`."""
+        """Stop counting bytes until the next request; see `httptools.HttpRequestParser`."""
         self._num_bytes = None
         super().on_message_complete()  # type: ignore[misc]
 

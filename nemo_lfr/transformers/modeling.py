@@ -275,7 +275,11 @@ class NemoLfrModel(Copies, PreTrainedAudioTokenizerBase):
         *,
         is_frame_mask_possible: bool = True,
     ) -> NemoLfrDecoderOutput | tuple[torch.Tensor, ...]:
-        """Decode as `decode` does. With `is_frame_mask_possible`, refuse an ambiguous `padding_mask` of width 1."""
+        """Decode as `decode` does.
+
+        If `is_frame_mask_possible` is set, a `padding_mask` with one column is refused, because it may be for one
+        sample or for one frame.
+        """
         check_tensor(audio_codes, "audio_codes", TokensError)
         if audio_codes.dim() != 3:
             raise TokensError(f"audio_codes has shape {list(audio_codes.shape)}; expected [B, C, frames].")

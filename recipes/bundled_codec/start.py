@@ -94,7 +94,10 @@ def signal_channels(rates: Sequence[int], encoded_dim: int, sample_rate: int = S
 
 
 def stage_filters(stride: int, before: int, after: int) -> torch.Tensor:
-    """Return the filters of an encoder stage: a low-pass filter, or the lowest bands of an MDCT.
+    """Return the filters of an encoder stage.
+
+    They are low-pass filters if the number of signal channels stays the same. Otherwise, they are the lowest bands of
+    an MDCT.
 
     Args:
         stride: stride of the stage.
@@ -116,7 +119,9 @@ def stage_filters(stride: int, before: int, after: int) -> torch.Tensor:
 
 
 def inverse_filters(stride: int, before: int, after: int) -> torch.Tensor:
-    """Return the filters of a decoder stage: interpolation, or an inverse MDCT.
+    """Return the filters of a decoder stage.
+
+    They interpolate if the number of signal channels stays the same. Otherwise, they compute an inverse MDCT.
 
     Args:
         stride: stride of the stage.

@@ -232,7 +232,7 @@ class Table(CorpusReader):
 
 
 def _digest(file: Path) -> str:
-    """Return a hash of a file; "unreadable" if it cannot be read, which the run reports as a failure."""
+    """Return a hash of a file, or "unreadable". The run reports an unreadable file as a failure."""
     try:
         return sampled_digest(file)
     except OSError:

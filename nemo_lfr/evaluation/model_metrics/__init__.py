@@ -63,7 +63,7 @@ def all_metrics() -> dict[str, Metric]:
 
 
 def open_model_metrics(sources: Mapping[str, str], device: str) -> OpenedModels:
-    """Load the requested models, and the models that are loaded automatically.
+    """Load the requested models, and the models that need no request (see `ModelMetric.automatic`).
 
     If a model cannot be loaded, the result contains the reason.
 

@@ -316,7 +316,7 @@ def _after_chunks(window: Window, position: int, form: str, names: frozenset[byt
 
     Args:
         window: the file.
-        position: end of the samples.
+        position: position of the first chunk, which is the end of the samples.
         form: format of the length field, in the notation of `struct`.
         names: names of the chunks to pass over; by default, all names that `CHUNK_NAME` matches.
     """

@@ -124,7 +124,7 @@ def transport_streams(window: Window) -> list[Stream]:
             break
     if 0 < window.size - position <= lead or window.at(position + lead, 1) == bytes([_SYNC]):
         return [whole_file(window.size, "the audio was truncated: its last packet is incomplete")]
-    if next_file(window, position) is None and _resumes(window, position, lead, step):
+    if next_file(window, position) is None and _resumes(window, position, step):
         damage = f"the audio is damaged: the bytes at position {position} are not an MPEG packet"
         return [whole_file(window.size, damage)]
     return _joined(window, extents) or compare_end(window, position)
@@ -148,8 +148,8 @@ def _note_tracks(extents: Extents, packets: np.ndarray, index: int) -> None:
             _note_track(extents, int(ids[row]), index + int(row))
 
 
-def _resumes(window: Window, position: int, lead: int, step: int) -> bool:
-    """Return whether packets continue somewhere after a position."""
+def _resumes(window: Window, position: int, step: int) -> bool:
+    """Return whether packets of `step` bytes begin again anywhere after a position."""
     while (position := window.find(bytes([_SYNC]), position + 1)) >= 0:
         if all(window.at(position + step * index, 1) == bytes([_SYNC]) for index in range(1, 6)):
             return True

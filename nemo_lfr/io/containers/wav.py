@@ -116,7 +116,7 @@ class WavSamples:
         return b"".join(samples)
 
     def _before_header(self, data: bytes, last: bool) -> bytes:
-        """Return the samples in `data`, which end before the header of another file if there is one.
+        """Return the samples in `data`. If the header of another file follows them, stop before it.
 
         This method is for samples of unknown length. The last bytes are kept until more data arrives, since a header
         may begin in them.

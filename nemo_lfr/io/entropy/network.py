@@ -199,7 +199,7 @@ class Network(nn.Module):
             return np.rint(self.weight(name).numpy().astype(np.float64) * 2.0 ** scale[name]).astype(dtype)
 
         def bias(values: torch.Tensor, unit: int, shift: int) -> np.ndarray:
-            """Return `values` times 2^`unit` as integers, plus half of 2^`shift`."""
+            """Return `values` times 2^`unit` as integers, plus half of 2^`shift` for rounding."""
             # A right shift by `shift` bits rounds down. With this half, it rounds to the nearest integer.
             half = (1 << shift) >> 1
             return (np.rint(values.numpy().astype(np.float64) * 2.0**unit) + half).astype("<i4")
