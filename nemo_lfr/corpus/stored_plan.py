@@ -24,7 +24,7 @@ def check_stored_plan(
     corpus: CorpusReader,
     made: Callable[[str], bool],
 ) -> None:
-    """Check that a stored plan was made for the same corpus, codec and options.
+    """Check that a stored plan was made for this run's corpus, codec and options.
 
     If an older version of this package stored the plan, or if the corpus was moved, the plan is updated.
 

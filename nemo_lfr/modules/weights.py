@@ -57,7 +57,7 @@ _CHECKED: ContextVar[dict[Hashable, nn.Module] | None] = ContextVar("checked_net
 
 @contextmanager
 def checksum_once() -> Iterator[None]:
-    """Compute checksums of the same weights only once inside a `with` block, which must not change weights."""
+    """Compute the checksum of each weight only once while a `with` block runs. The block must not change weights."""
     token = None if _SEEN.get() is not None else _SEEN.set({})
     try:
         yield

@@ -1,7 +1,7 @@
 """Base classes for output formats, and for the writers and readers of their shards.
 
-Tokens are stored as int16 if a codebook has at most 32,768 entries, and as int32 otherwise. Every writer must produce
-the same bytes for the same clips.
+Tokens are stored as int16 if a codebook has at most 32,768 entries, and as int32 otherwise. If a writer
+gets the same clips again, it must write the same bytes again.
 """
 
 import json
