@@ -200,7 +200,7 @@ def check_accepts(method: Callable[..., Any], what: str, arguments: Sequence[str
         method: bound method.
         what: config section and class of the component, for the error message.
         arguments: names of the keyword arguments.
-        *positional: names of the positional arguments, for the error message.
+        *positional: names of the positional arguments.
 
     Raises:
         ConfigError: if the method does not accept the arguments.
