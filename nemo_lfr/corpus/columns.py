@@ -65,6 +65,15 @@ def contains_text(kind: Any) -> bool:
     return any(test(kind) for test in (is_.is_string, is_.is_large_string, is_.is_string_view))
 
 
+def contains_lists_of_files(kind: Any) -> bool:
+    """Return whether an Arrow type is a list of audio files, such as `Sequence(Audio())` of `datasets`."""
+    import pyarrow.types as is_
+
+    if not _is_list(kind) or not is_.is_struct(kind.value_type):
+        return False
+    return {"bytes", "path"} <= {kind.value_type.field(number).name for number in range(kind.value_type.num_fields)}
+
+
 def class_names(features: Mapping[str, Any]) -> dict[str, list[str]]:
     """Return the class names of integer columns in a table that Hugging Face `datasets` wrote.
 

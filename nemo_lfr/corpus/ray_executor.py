@@ -211,6 +211,7 @@ def _room(ray: Any, cores: int, gpu: bool, address: str) -> int:
 
 def _connect(ray: Any, address: str) -> str:
     """Connect to Ray and return the address. "auto" becomes "local" if no cluster was found and Ray was started."""
+    requested = address
     options: dict[str, Any] = {"logging_level": "error", "log_to_driver": False, "include_dashboard": False}
     try:
         if address == "auto":
@@ -224,7 +225,8 @@ def _connect(ray: Any, address: str) -> str:
         else:
             ray.init(address, logging_level="error", log_to_driver=False)
     except Exception as error:  # each Ray transport raises its own exceptions
+        problem = "Ray cannot be started on this machine" if address == "local" else "no Ray cluster is reachable"
         raise NemoLfrError(
-            f"--ray {address}: no Ray cluster is reachable ({first_line(error)}); start Ray, or check the address."
+            f"--ray {requested}: {problem} ({first_line(error)}); start Ray, or pass the address of a cluster."
         ) from error
     return address

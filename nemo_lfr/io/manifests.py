@@ -16,7 +16,7 @@ from nemo_lfr.errors import ConfigError, counted, quoted, shorten
 from nemo_lfr.io.audio import AudioReader
 from nemo_lfr.io.columns import LABELS, standard_labels
 from nemo_lfr.io.folders import MAX_NAME
-from nemo_lfr.io.locate import expand_home
+from nemo_lfr.io.locate import URL, expand_home
 from nemo_lfr.io.segment_columns import SegmentCheck, SegmentsNotReadError
 from nemo_lfr.io.tables import is_table, read_table, refuse_spreadsheet
 from nemo_lfr.io.text import decode, is_missing, read_lines
@@ -150,12 +150,14 @@ def resolve_audio_path(folder: str | os.PathLike[str], name: object) -> Path:
 
     Raises:
         TypeError: if `name` is not text.
-        ValueError: if `name` is not a valid file name.
+        ValueError: if `name` is a URL, or not a valid file name.
     """
     if not isinstance(name, str):
         raise TypeError(f"the path of the audio file is {shorten(name)}, not text")
     if not name or "\0" in name:
         raise ValueError(f"{shorten(name)!r} is not a valid file name")
+    if URL.match(name):
+        raise ValueError(f"{shorten(name)!r} is a URL, but only local files are read; download it, and pass its path")
     for part in Path(name).parts if len(os.fsencode(name)) > MAX_NAME else ():
         if (length := len(os.fsencode(part))) > MAX_NAME:
             raise ValueError(

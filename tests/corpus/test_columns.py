@@ -487,9 +487,44 @@ def test_typed_labels_are_kept_or_named(wav, tmp_path, caplog):
         "evening": "23:59:59.000",
         "id": "00010203-0405-0607-0809-0a0b0c0d0e0f",
     }
-    (message,) = [record.getMessage() for record in caplog.records if "do not become labels" in record.getMessage()]
+    (message,) = [
+        record.getMessage() for record in caplog.records if "of these types are not read" in record.getMessage()
+    ]
     named = re.findall(r"'(\w+)' \(", message)
     assert named == ["picture", "fixed", "embedding", "about", "matrix"]
+    assert "audio is read from column" not in caplog.text
+
+
+def test_the_column_of_audio_is_named_if_its_name_is_not_known(wav, tmp_path, caplog):
+    cells = [{"bytes": wav.read_bytes(), "path": None}]
+    (clip,) = clips_of(write(tmp_path / "a.parquet", {"prompt": cells, "answer": cells}))
+    assert len(clip.audio(RATE, 100)) == len(WAVE)
+    assert "the audio is read from column 'prompt'" in caplog.text and "not read: 'answer' (" in caplog.text
+
+
+def test_a_column_with_lists_of_files_is_refused(wav, tmp_path):
+    files = [[{"bytes": wav.read_bytes(), "path": "a.wav"}] * 2]
+    with pytest.raises(ConfigError, match="each cell of the column 'audio' is a list of audio files; write a table"):
+        clips_of(write(tmp_path / "a.parquet", {"audio": files}))
+
+
+@pytest.mark.parametrize("url", ["https://host/a.wav", "hf://datasets/x/a.wav", "file:///a.wav", "zip://a.wav::b.zip"])
+@pytest.mark.parametrize("name", ["m.json", "t.csv", "a.parquet"])
+def test_a_url_of_audio_is_named_as_a_url(name, url, tmp_path):
+    path = tmp_path / name
+    if name == "a.parquet":
+        write(path, {"audio": [{"bytes": None, "path": url}]})
+    else:
+        path.write_text(json.dumps({"audio_filepath": url}) if name == "m.json" else f"path\n{url}\n")
+    (clip,) = clips_of(path)
+    with pytest.raises(AudioError, match=f"'{re.escape(url)}' is a URL, but only local files are read; download it"):
+        clip.audio(RATE, 100)
+
+
+def test_times_in_a_text_table_become_numbers(wav, tmp_path):
+    (tmp_path / "t.csv").write_text("audio_filepath,offset,duration,take\na.wav,0.1,0.25,07\n")
+    (clip,) = clips_of(tmp_path / "t.csv")
+    assert clip.labels == {"audio_filepath": "a.wav", "offset": 0.1, "duration": 0.25, "take": "07"}
 
 
 def test_unlisted_audio_files_beside_a_table_are_reported(wav, tmp_path, caplog):

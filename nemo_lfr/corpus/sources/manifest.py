@@ -197,8 +197,11 @@ def entry_clip(name: str, labels: dict[str, Any], audio_dir: Path) -> Clip:
         context_duration = seconds(labels, "context_audio_duration")
         context_path = resolve_audio_path(audio_dir, labels["context_audio_filepath"])
         context = partial(read_file, context_path, None, context_duration or None)
-    audio = partial(read_file, path, seconds(labels, "offset"), seconds(labels, "duration"))
-    return Clip(name, str(path), audio, context, standard_labels(labels), path=path)
+    times = {key: seconds(labels, key) for key in ("offset", "duration")}
+    audio = partial(read_file, path, times["offset"], times["duration"])
+    # Trainers expect numbers, but all cells of a text table are text.
+    numbers = {key: value for key, value in times.items() if isinstance(labels.get(key), str)}
+    return Clip(name, str(path), audio, context, standard_labels(labels | numbers), path=path)
 
 
 def _is_entry(line: bytes) -> bool:

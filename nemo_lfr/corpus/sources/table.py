@@ -12,6 +12,7 @@ from nemo_lfr.corpus.columns import (
     audio_cell,
     audio_column,
     class_names,
+    contains_lists_of_files,
     contains_text,
     is_label,
     label_value,
@@ -68,6 +69,11 @@ class Table(CorpusReader):
                 f"{path}: no audio column; expected one of {', '.join(AUDIO)}, found {shorten(self.columns, 300)}. "
                 "Rename the column that contains the audio."
             )
+        if contains_lists_of_files(types[column]):
+            raise ConfigError(
+                f"{path}: each cell of the column {shorten(repr(column))} is a list of audio files; write a table "
+                "with one file per row."
+            )
         self.column = column
         # Column with starts of segments, which are not read; "" if there is none, or the table may contain the audio.
         reads_segments = column == "audio_filepath" and "offset" in self.columns
@@ -112,17 +118,19 @@ class Table(CorpusReader):
         return self._files
 
     def log_choices(self) -> None:
-        """Log which columns with nonstandard names are read as labels, and which columns are left out.
+        """Log which columns with nonstandard names contain the audio or labels, and which columns are left out.
 
         If the table is a folder that contains audio files, also log that only files listed in a table are used.
         """
+        if self.column not in AUDIO:
+            logger.warning("%s: the audio is read from column %r.", self.path, self.column)
         if chosen := chosen_columns(self.columns):
             text = ", ".join(f"{label} from column {column!r}" for label, column in chosen.items())
             logger.warning("%s: labels are read from columns with other names: %s.", self.path, text)
         if self.left_out:
             text = ", ".join(f"{shorten(repr(name))} ({shorten(kind)})" for name, kind in self.left_out.items())
             logger.warning(
-                "%s: columns of these types do not become labels: %s. To keep them, convert them to text or numbers.",
+                "%s: columns of these types are not read: %s. To keep labels, convert them to text or numbers.",
                 self.path,
                 shorten(text, 500),
             )
