@@ -14,6 +14,7 @@ from nemo_lfr.modules.empty import on_meta_device
 from nemo_lfr.nemo.base import DISCRIMINATOR, PROXIES, WAVLM, NeMoAudioCodecModel, audio_codec_modules, model_utils
 from nemo_lfr.nemo.config import checked_values
 from nemo_lfr.nemo.model import LFRCodecModel
+from nemo_lfr.nemo.patches import patched_method
 
 _OPERATION = Operation("accelerate()", "the stock", "accelerated model")
 
@@ -158,20 +159,9 @@ def _check_classes(stock: torch.nn.Module, path: str) -> None:
         ConfigError: if the class of the module or of a sub-module has a patched method.
     """
     for name, layer in stock.named_modules():
-        if (method := _patched_in_class(type(layer))) is not None:
+        if (method := patched_method(type(layer))) is not None:
             raise ConfigError(
                 f"{plain_key(f'{path}.{name}').removesuffix('.')}: the method {shorten(method)} of NeMo is patched, "
                 "which accelerate() would drop; undo the patch before accelerate(), and patch the modules of the "
                 "accelerated model afterwards."
             )
-
-
-def _patched_in_class(kind: type) -> str | None:
-    """Return the name of a method that is not from the file in which NeMo defines the class; None if there is none."""
-    for parent in kind.__mro__:
-        if parent.__module__ == audio_codec_modules.__name__:
-            for name, method in vars(parent).items():
-                code = getattr(getattr(method, "__func__", method), "__code__", None)
-                if code is not None and code.co_filename != audio_codec_modules.__file__:
-                    return f"{parent.__name__}.{name}"
-    return None

@@ -1,6 +1,5 @@
 """Encode and decode with the NeMo model."""
 
-from inspect import getattr_static
 from typing import Any
 
 import torch
@@ -14,12 +13,14 @@ from nemo_lfr.modules.altered import is_altered
 from nemo_lfr.modules.decoder import HiFiGANDecoder
 from nemo_lfr.modules.encoder import HiFiGANEncoder
 from nemo_lfr.modules.quantizer import FiniteScalarQuantizer, GroupFiniteScalarQuantizer
-from nemo_lfr.nemo.base import BaseModel
+from nemo_lfr.nemo.base import BaseModel, NeMoAudioCodecModel
+from nemo_lfr.nemo.patches import is_replaced, patched_method
 
 # Classes of the modules that `Codec` can run. A model may have other modules, which a user assigned to it.
+QUANTIZERS = (FiniteScalarQuantizer, GroupFiniteScalarQuantizer)
 _CLASSES: dict[str, tuple[type, ...]] = {
     "audio_encoder": (HiFiGANEncoder,),
-    "vector_quantizer": (FiniteScalarQuantizer, GroupFiniteScalarQuantizer),
+    "vector_quantizer": QUANTIZERS,
     "audio_decoder": (HiFiGANDecoder,),
 }
 
@@ -68,13 +69,12 @@ class Inference(BaseModel):
         quantizer: Any = unwrapped(self.vector_quantizer)
         if is_altered(quantizer) or not quantizer.is_consistent:
             return "the model's vector_quantizer has hooks, changed buffers, replaced layers or overridden methods"
-        step = next((name for name in _STEPS if self._overrides(name)), None)
+        step = next((name for name in _STEPS if is_replaced(self, name, Inference)), None)
         return None if step is None else f"the model's method {step} is overridden"
 
-    def _overrides(self, name: str) -> bool:
-        """Return whether a method is overridden in a subclass or in this object."""
-        # `getattr_static`, because NeMo's decorators return another object at each access.
-        return name in vars(self) or getattr_static(type(self), name) is not getattr_static(Inference, name)
+    def _must_run_stock(self, name: str) -> bool:
+        """Return whether a method must call NeMo's method of that name, because `Codec` would ignore a change."""
+        return self._alteration() is not None or patched_method(NeMoAudioCodecModel, (name,)) is not None
 
     def encode(
         self,
@@ -102,7 +102,7 @@ class Inference(BaseModel):
             AudioError: for audio that cannot be encoded, or an invalid sample rate.
             TokensError: for an invalid `num_codebooks`.
         """
-        if num_codebooks is None and self._alteration() is not None:
+        if num_codebooks is None and self._must_run_stock("encode"):
             stock: tuple[torch.Tensor, torch.Tensor] = super().encode(
                 audio=audio, audio_len=audio_len, sample_rate=sample_rate
             )
@@ -139,7 +139,7 @@ class Inference(BaseModel):
         Raises:
             TokensError: for tokens that cannot be decoded.
         """
-        if audio_len is None and num_codebooks is None and self._alteration() is not None:
+        if audio_len is None and num_codebooks is None and self._must_run_stock("decode"):
             stock: tuple[torch.Tensor, torch.Tensor] = super().decode(tokens=tokens, tokens_len=tokens_len)
             return stock
         return self.codec.decode(tokens, tokens_len, audio_len, num_codebooks)
@@ -161,7 +161,7 @@ class Inference(BaseModel):
         Raises:
             AudioError: for audio that cannot be encoded, or an invalid sample rate.
         """
-        if self._alteration() is not None or self._overrides("decode"):  # NeMo calls `decode`
+        if self._must_run_stock("forward") or is_replaced(self, "decode", Inference):  # NeMo calls `decode`
             stock: tuple[torch.Tensor, torch.Tensor] = super().forward(
                 audio=audio, audio_len=audio_len, sample_rate=sample_rate
             )

@@ -32,7 +32,6 @@ from nemo_lfr.training.components import AudioTerms
 from nemo_lfr.training.data import manifest_loader
 from nemo_lfr.training.discriminators import build_discriminator, frozen
 from nemo_lfr.training.initialize import draw_segments, initialize_from_data
-from nemo_lfr.training.losses import CodecLosses
 from nemo_lfr.training.slm_discriminator import SLMDiscriminator
 
 logger = logging.getLogger(__name__)
@@ -64,7 +63,7 @@ class TrainingSteps(StockSteps):
                     raise ConfigError(
                         f"{key} is set; nemo_lfr does not train with it. Use NeMo's own AudioCodecModel."
                     )
-            check_training(self.cfg, self.num_codebooks)
+            check_training(self.cfg, getattr(self.vector_quantizer, "num_codebooks", 1))
             self.build_discriminator()
             # Build losses and metrics before loading a checkpoint, which may contain tensors of custom losses.
             _ = self.losses, self.metrics
@@ -106,19 +105,6 @@ class TrainingSteps(StockSteps):
         """Build the optimizers. If `setup` was overridden and did not build the discriminators, build them first."""
         self.build_discriminator()
         return super().configure_optimizers()
-
-    @property
-    def losses(self) -> CodecLosses:
-        """Losses that the config names, built on first access.
-
-        Raises:
-            ConfigError: if a loss cannot be built.
-        """
-        if self._losses is None:
-            config = OmegaConf.to_container(self.cfg, resolve=True)
-            with torch.inference_mode(False):  # the first access may be during validation
-                self._losses = CodecLosses(cast(dict[str, Any], config)).to(self.device)
-        return self._losses
 
     @property
     def metrics(self) -> AudioTerms:

@@ -380,6 +380,22 @@ def next_tokens(result):
     return (result[0], (result[1] + 1) % 2016) if isinstance(result, tuple) else (result + 1) % 2016
 
 
+STEPS = {
+    "quantize": next_tokens,
+    "encode": lambda result: (next_tokens(result[0]), result[1]),
+    "encode_audio": lambda result: (0.8 * result[0], result[1]),
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_methods_patched_in_nemos_model_give_what_stock_gives(nemo_file, expected, monkeypatch, name):
+    models = stock_model(nemo_file), ours(nemo_file), accelerate(stock_model(nemo_file))
+    method = getattr(StockModel, name)
+    monkeypatch.setattr(StockModel, name, lambda self, **named: STEPS[name](method(self, **named)))
+    stock, *others = map(tokens_of, models)
+    assert all(torch.equal(tokens, stock) for tokens in others) and not torch.equal(stock, expected)
+
+
 def test_a_removed_group_gives_what_stock_gives(nemo_file, expected):
     models = stock_model(nemo_file), ours(nemo_file), accelerate(stock_model(nemo_file))
     for model in models:

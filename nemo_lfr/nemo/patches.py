@@ -1,0 +1,35 @@
+"""Find methods of NeMo's model and of its modules that a caller has replaced."""
+
+import sys
+from collections.abc import Collection
+from inspect import getattr_static
+
+from nemo_lfr.nemo.base import NeMoAudioCodecModel
+
+
+def patched_method(kind: type, names: Collection[str] | None = None) -> str | None:
+    """Return the class and name of a method of NeMo that a caller has replaced in its class; None if there is none.
+
+    The code of such a method is not from the file in which NeMo defines the class. So patches are found even if they
+    were made before this package was imported.
+
+    Args:
+        kind: class of NeMo, or a subclass.
+        names: names of the methods to check; all by default.
+    """
+    for parent in kind.__mro__:
+        if parent.__module__.startswith("nemo.collections."):
+            file, methods = sys.modules[parent.__module__].__file__, vars(parent)
+            for name in methods if names is None else names:
+                function = getattr(methods.get(name), "__func__", methods.get(name))
+                is_method = callable(function) and not isinstance(function, type)
+                if is_method and getattr(getattr(function, "__code__", None), "co_filename", None) != file:
+                    return f"{parent.__name__}.{name}"
+    return None
+
+
+def is_replaced(model: NeMoAudioCodecModel, name: str, kind: type) -> bool:
+    """Return whether a method is overridden in an object or in a subclass of `kind`, or patched in NeMo's class."""
+    # `getattr_static`, because NeMo's decorators return another object at each access.
+    is_overridden = name in vars(model) or getattr_static(type(model), name) is not getattr_static(kind, name)
+    return is_overridden or patched_method(NeMoAudioCodecModel, (name,)) is not None
