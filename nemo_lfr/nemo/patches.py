@@ -8,10 +8,10 @@ from nemo_lfr.nemo.base import NeMoAudioCodecModel
 
 
 def patched_method(kind: type, names: Collection[str] | None = None) -> str | None:
-    """Return the class and name of a method of NeMo that a caller has replaced in its class; None if there is none.
+    """Return "CLASS.METHOD" for a method that a caller has patched in a class of NeMo; None if there is none.
 
-    The code of such a method is not from the file in which NeMo defines the class. So patches are found even if they
-    were made before this package was imported.
+    The code of a patched method is not from the file in which NeMo defines the class. Patches are therefore found even
+    if they were made before this package was imported.
 
     Args:
         kind: class of NeMo, or a subclass.

@@ -23,7 +23,7 @@ from nemo_lfr.training.losses import SCALES, CodecLosses
 
 logger = logging.getLogger(__name__)
 
-# Losses that only NeMo's steps compute. The config cannot set them; see `check_training`.
+# Losses that only NeMo's steps compute. Training ignores or refuses them in a config, but a caller may set attributes.
 _NEMO_ONLY = ("commit_loss_scale", "mmd_loss_scale", "mmd_time_loss_scale", "use_slm_loss", "use_scl_loss")
 _VALIDATED = ("losses", "metrics")  # keys that also affect validation
 _FORWARD = AudioDiscriminator.forward  # before a caller patches it
@@ -41,7 +41,7 @@ _ADDITIONS: dict[str, tuple[Any, ...]] = {
 class StockSteps(Optimizers):
     """Mixin that runs NeMo's own steps if a caller has changed something that this package's steps would ignore.
 
-    The losses of the model are compared with those that NeMo builds from the config of `losses`.
+    The model's losses are compared with losses of NeMo that are built from the config.
     """
 
     _changes: tuple[str, ...] = ()  # attributes that differ
@@ -88,8 +88,8 @@ class StockSteps(Optimizers):
                     obstacles[f"the custom {key}"] = f"set {key} to a loss of NeMo in"
             for obstacle, remedy in obstacles.items():
                 raise ConfigError(
-                    f"{changes[0]} of the model was changed, which only NeMo's own training step uses, but this step "
-                    f"does not support {obstacle}; undo the change, or {remedy} the model config."
+                    f"{changes[0]} of the model was changed, so NeMo's own step must run, but that step does not "
+                    f"support {obstacle}; undo the change, or {remedy} the model config."
                 )
             logger.warning("training uses NeMo's own, slower step, because the model's %s changed", ", ".join(changes))
         self._changes = changes
@@ -101,7 +101,7 @@ class StockSteps(Optimizers):
         return {term: float(scale or 0) for term, scale in scales.items()}
 
     def _find_changes(self) -> Iterator[str]:
-        """Yield the names of attributes that NeMo's steps use, and whose values this package's steps would ignore."""
+        """Yield the names of the changed attributes that NeMo's steps use, but this package's steps ignore."""
         if (step := patched_method(NeMoAudioCodecModel, ("training_step", "validation_step"))) is not None:
             yield step
         if is_replaced(self, "_process_batch", StockSteps):
@@ -151,7 +151,7 @@ class _StockLoss:
     def __init__(self, loss: nn.Module) -> None:
         self._layers = {name: (type(layer), _settings(layer)) for name, layer in loss.named_modules()}
         self._buffers = [buffer.detach().clone() for buffer in loss.buffers()]
-        self._compared: list[torch.Tensor] = []  # buffers of a model that were compared last
+        self._compared: list[torch.Tensor] = []  # buffers of the model in the last comparison
         self._versions: list[tuple[int, int]] = []
         self._is_close = not self._buffers
 
