@@ -258,9 +258,10 @@ class SharReader(FormatReader):
 
     @staticmethod
     def _arrays(path: Path) -> Iterator[tuple[str, bytes | None]]:
-        """Yield the name and content of each array in a tar file. The content is None if the clip has no array.
+        """Yield the name of each clip in a tar file, and its array, or None for a clip without an array.
 
-        Each array is followed by a description in JSON, which is skipped.
+        In the file, a description in JSON follows each array, and an empty member follows the name of a clip without
+        one. Both are skipped.
         """
         with open_tar(path) as tar:
             members = iter(tar)

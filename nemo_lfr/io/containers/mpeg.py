@@ -370,9 +370,9 @@ def _true_header(window: Window, piece: Piece) -> tuple[bytes, list[Span]]:
 def _header_frames(head: bytes, count: int) -> bytes:
     """Return a Xing header for frames without one, and a silent frame that follows it.
 
-    Together, they make libmpg123 return all samples of the frames. Without a Xing header, libmpg123 drops no samples.
-    With a Xing header, it drops its own delay of 529 samples and the declared delay of the encoder. The new header
-    therefore declares a delay such that exactly the silent frame is dropped.
+    The header declares the number of frames, so that libmpg123 need not estimate it from the bit rate. After a Xing
+    header, libmpg123 drops 529 samples (its own delay) and as many as the header declares as the delay of the
+    encoder. The new header declares a delay with which exactly the silent frame is dropped.
 
     Args:
         head: first four bytes of an audio frame. The two returned frames have its sample rate and channels.
