@@ -72,7 +72,7 @@ def check_layers(module: nn.Module, reference: nn.Module, path: str, operation: 
             if key not in vars(original) or _function_name(value) != _function_name(vars(original)[key]):
                 raise ConfigError(
                     f"the method {_join(name, key)} is overridden, and {operation.name} would drop the new method; "
-                    f"delete this attribute before {operation.name}, and set it afterwards on the {operation.result}."
+                    f"delete it before {operation.name}, and set it afterwards on the {operation.result}."
                 )
 
 

@@ -133,8 +133,8 @@ class _Actors:
     """Pool of numbered Ray actors. A lost actor is replaced by an actor with a new number.
 
     Attributes:
-        starting: dictionary from pending results to the numbers of actors that are not ready yet. Shards are assigned
-            only to ready actors, because an actor for which the cluster has no resources may never start.
+        starting: dictionary from the pending result of each actor's start to the number of the actor. Shards are
+            assigned only to ready actors, because an actor for which the cluster has no resources may never start.
         ready: numbers of the actors that are ready.
         running: dictionary from pending results to pairs (index of the shard, number of the actor).
     """

@@ -26,7 +26,7 @@ PAIRS = ((0.5, 5.0, 4.0), (1.0, 4.25, 1.0), (2.0, 1.25, 0.25))
 def slack(dilation: int, kernel_size: int = 11) -> int:
     """Return the number of time steps past the end of the padded input that the last tiles may read.
 
-    The values there must be finite. They do not change valid outputs beyond rounding.
+    The values there must be finite. They cancel out of the outputs that are kept, except for rounding errors.
     """
     return TILE * dilation * (-(-kernel_size // TILE) + 3)
 
