@@ -20,6 +20,7 @@ import torch
 from nemo_lfr import frames
 from nemo_lfr.corpus.formats import FORMAT, format_names, get_format
 from nemo_lfr.corpus.formats.base import REPAIR, Damage, Row, ShardFiles, num_entries, parse_json, regular_file
+from nemo_lfr.corpus.inventory import Watch
 from nemo_lfr.corpus.records import METADATA, RESUME, ShardRecord, describe_unfinished
 from nemo_lfr.errors import NemoLfrError, TokenFileError, counted, quoted, shorten
 from nemo_lfr.io.locate import expand_home
@@ -82,6 +83,7 @@ class TokenFolder:
             raise NemoLfrError(
                 f"{shorten(folder, 300)}: no {METADATA}; pass the folder of a finished `nemo-lfr tokenize` run."
             )
+        self._watch = Watch([name])
         try:
             self.metadata: dict[str, Any] = parse_json(regular_file(name).read_bytes())
             self.codec = self._check_metadata()
@@ -154,6 +156,22 @@ class TokenFolder:
             identity.update(json.dumps(record and sorted(record.files.items())).encode())
         return identity.hexdigest()[:16]
 
+    def _was_replaced(self) -> bool:
+        """Return whether the folder was given the tokens of another run after it was opened."""
+        name = self.path / METADATA
+        if self._watch.changed([name]) is None:
+            return False
+        try:
+            metadata = parse_json(regular_file(name).read_bytes())
+            keys = ("format", "shards", "clips", "shard_clips", "frames")
+            is_same = all(metadata.get(key) == self.metadata.get(key) for key in keys)
+            is_same = is_same and metadata["codec"]["fingerprint"] == self.codec.fingerprint
+        except (NemoLfrError, OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            return True
+        if is_same:  # `tokenize` wrote the file again, as it does when a complete run is resumed
+            self._watch = Watch([name])
+        return not is_same
+
     def _check_records(self) -> None:
         """Raise TokenFileError unless the hashes of every shard are recorded."""
         missing = [index for index in range(self.metadata["shards"]) if ShardRecord.read(self.path, index) is None]
@@ -178,6 +196,9 @@ class TokenFolder:
             Utterances and errors. An error takes the place of one or more consecutive utterances that cannot be read,
             or reports other damage, such as more utterances than were recorded.
         """
+        if self._was_replaced():
+            yield TokenFileError(f"{self.path}: the folder was replaced after it was opened; open it again.")
+            return
         stop = self.counts[shard] if stop is None else min(stop, self.counts[shard])
         files = ShardFiles(self.path, shard, self.verify, self._firsts[shard])
         seen = 0

@@ -71,6 +71,7 @@ MEDIA_SUFFIXES = frozenset(
 AUDIO_SUFFIXES = SOUND_SUFFIXES | MEDIA_SUFFIXES
 WRITABLE_FORMATS = ("wav", "flac")  # lossless formats that keep the number of samples; the first is the default
 WRITABLE_SUFFIXES = tuple(f".{name}" for name in WRITABLE_FORMATS)
+COMPRESSED = (".json.gz", ".jsonl.gz", ".csv.gz", ".tsv.gz")  # suffixes of lists that are compressed
 # How to read files with certain suffixes, for messages about a folder without files of the wanted kind.
 ADVICE = (
     (
@@ -78,8 +79,8 @@ ADVICE = (
         "unpack archives (such as the shards of WebDataset) into a folder, and pass the folder",
     ),
     (
-        frozenset({".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow"}),
-        "pass a manifest or table itself to nemo-lfr tokenize",
+        frozenset({".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow", *COMPRESSED}),
+        "pass a manifest, a table or a file of cuts itself to nemo-lfr tokenize",
     ),
     (frozenset({".lfr"}), "nemo-lfr decode reads .lfr files"),
     (AUDIO_SUFFIXES, "nemo-lfr encode and tokenize read audio files"),
@@ -341,6 +342,7 @@ class _Walk:
         elif suffix not in self.suffixes:
             if ending in self.companion_suffixes:
                 return False
+            suffix = next((end for end in COMPRESSED if entry.name.lower().endswith(end)), suffix)
             self.passed[shorten(suffix, 16) if suffix else "without a suffix"] += 1
         elif is_file:
             self.found.append(Path(entry.path))

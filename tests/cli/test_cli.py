@@ -249,7 +249,14 @@ def test_usage_error_is_a_one_line_error_with_exit_code_2(capsys, folder, monkey
     ("names", "text"),
     [
         (["a-0.tar", "a-1.tar"], "(2 skipped: 2 .tar); unpack archives (such as the shards of WebDataset)"),
-        (["m.json", "notes"], "(2 skipped: 1 .json, 1 without a suffix); pass a manifest or table itself to"),
+        (
+            ["m.json", "notes"],
+            "(2 skipped: 1 .json, 1 without a suffix); pass a manifest, a table or a file of cuts itself",
+        ),
+        (
+            ["c-0.jsonl.gz", "c-1.jsonl.gz"],
+            "(2 skipped: 2 .jsonl.gz); pass a manifest, a table or a file of cuts itself",
+        ),
         (["x.txt"], "(1 skipped: 1 .txt)"),
         ([], "in this folder"),
     ],

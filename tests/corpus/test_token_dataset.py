@@ -90,6 +90,22 @@ def test_lhotses_own_loader_reads_the_same_utterances(world_size, folders):
     assert len(ours) == sum(UNEVEN) and ours == theirs
 
 
+@pytest.mark.parametrize("kind", BUILT_IN)
+def test_a_folder_that_was_replaced_is_not_read_further(kind, tmp_path):
+    out = tmp_path / "out"
+    write_tokens(out, kind, [2, 2])
+    dataset = TokenDataset(out)
+    utterances = iter(dataset)
+    next(utterances)
+    text = (out / "tokens.json").read_text()
+    (out / "tokens.json").write_text(json.dumps(json.loads(text) | {"torch": "9.9.9"}))  # the same run, resumed
+    assert len(list(dataset)) == 4
+    shutil.rmtree(out)
+    write_tokens(out, kind, [2, 3], seed=1)
+    with pytest.raises(TokenFileError, match="the folder was replaced after it was opened; open it again"):
+        list(dataset)
+
+
 def test_a_folder_that_was_moved_is_read(tmp_path):
     made = write_tokens(tmp_path / "old", "manifest", [2])
     (tmp_path / "old").rename(tmp_path / "new")
