@@ -13,6 +13,7 @@ untrusted files, so everything that is read from them is validated. This package
     lightning.py        read the config of a training checkpoint (`.ckpt`), which is a zip archive, not a tar archive
     names.py            remove wrapper prefixes from weight names, and convert names that weight norm changes
     rebuilt.py          compare a model with one that was rebuilt from its config
+    copying.py          copy and pickle the models that wrap the codec for NeMo and for `transformers`
     safetensors.py      read and write safetensors files
     pair.py             check that `config.json` and the safetensors files in a folder belong together
     folder.py           write a folder with `config.json` and `model.safetensors`

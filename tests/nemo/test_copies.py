@@ -13,7 +13,9 @@ pytest.importorskip("nemo", reason="these tests run NeMo's code: pip install '.[
 
 from omegaconf import open_dict
 
-from nemo_lfr import AudioCodecModel, ConfigError, accelerate
+from nemo_lfr import AudioCodecModel, CheckpointError, ConfigError, accelerate
+from nemo_lfr.checkpoint import copying
+from nemo_lfr.nemo import copies
 from tests.models import codec_config, speech_like, stock_model, write_nemo
 
 AUDIO, LENGTHS = speech_like(4000)[None], torch.tensor([4000])
@@ -142,6 +144,39 @@ def test_copies_compute_the_same(model, change):
         assert (other._average and other._average.count) == (model._average and model._average.count)
         assert hasattr(other, "discriminator") == hasattr(model, "discriminator")
         assert_same(model, other)
+
+
+@pytest.mark.parametrize("rebuild", [copying.unpickled, copies._unpickled, AudioCodecModel.__new__])
+def test_pickles_of_another_version_are_refused(model, rebuild):
+    """The first pickle has another form, the second one calls an earlier function, the third one sets attributes."""
+    _, (content,), *_ = model.__reduce__()
+    arguments = {copying.unpickled: ({**content, "form": 0},), copies._unpickled: (AudioCodecModel, model.cfg)}
+    pickled = Reduced(rebuild, arguments.get(rebuild, (AudioCodecModel,)), {"_average": None})
+    with pytest.raises(CheckpointError, match="another version of nemo_lfr pickled this model"):
+        pickle.loads(pickle.dumps(pickled))
+
+
+class Reduced:
+    """Object whose pickle has given content."""
+
+    def __init__(self, *content):
+        self.content = content
+
+    def __reduce__(self):
+        return self.content
+
+
+def test_the_content_of_pickles_changes_only_with_their_form(model):
+    with_average(model)
+    _, (content,), *_ = model.__reduce__()
+    names = [sorted(part) for part in (content, content["recipe"], content["kept"], vars(model._average))]
+    assert names == [
+        ["class", "flags", "form", "kept", "recipe", "state"],
+        ["built", "cfg", "components", "has_discriminator", "restored_from"],
+        ["_average", "_is_without_gan", "_random_weights", "_restored_from"],
+        ["_trained", "count", "decay", "in_use", "weights"],
+    ]
+    assert content["form"] == 1, "raise the form when a list above changes"
 
 
 def test_torch_save_and_a_copy_of_a_copy(nemo_file):
