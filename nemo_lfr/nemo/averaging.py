@@ -60,15 +60,6 @@ class WeightAveraging(BaseModel):
                 "used. The .ckpt files that the training wrote contain the average."
             )
 
-    def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> Any:
-        """Convert the weights, such as to another dtype, and also their average if the training has ended."""
-        average = self._average
-        if average is None or average.in_use or not average.is_finished or not average.describes(self._generator):
-            return super()._apply(fn, *args, **kwargs)
-        result = super()._apply(fn, *args, **kwargs)
-        average.convert(self._generator)
-        return result
-
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """Use the averaged weights of the encoder and decoder inside a `with` block.

@@ -15,7 +15,7 @@ from nemo_lfr.codec.codec import Codec
 from nemo_lfr.errors import NEMO_PACKAGES, MissingExtraError, install_command
 from nemo_lfr.signal.codebooks import CodebookUse
 from nemo_lfr.training.audio_discriminator import AudioDiscriminator
-from nemo_lfr.training.average import Average, weight_checksums
+from nemo_lfr.training.average import Average, WeightRecord
 from nemo_lfr.training.components import AudioTerms
 from nemo_lfr.training.losses import CodecLosses
 
@@ -75,7 +75,7 @@ class BaseModel(NeMoAudioCodecModel):
     _average: Average | None
     _codebook_use: CodebookUse | None  # accumulated during a validation epoch
     _step_began: float
-    _random_weights: tuple[int, ...] | None  # checksums of the random initial weights, until weights are loaded
+    _random_weights: WeightRecord | None  # of the random initial weights, until weights are loaded
     _restored_from: Path | None
     _is_without_gan: bool = False  # whether a caller has set the discriminator to None
     _resumed: dict[str, Any] | None = None  # checkpoint of the run to resume, until the optimizers are built
@@ -92,7 +92,7 @@ class BaseModel(NeMoAudioCodecModel):
         self._metrics = None
         self._average = None
         self._codebook_use = None
-        self._random_weights = weight_checksums(self.audio_encoder, self.audio_decoder) if is_random else None
+        self._random_weights = WeightRecord(self.audio_encoder, self.audio_decoder) if is_random else None
         self._restored_from = None
         self._is_without_gan = False
 
@@ -100,7 +100,7 @@ class BaseModel(NeMoAudioCodecModel):
     def _is_random(self) -> bool:
         """Whether the encoder and the decoder still have their random initial weights."""
         weights = self._random_weights
-        return weights is not None and weights == weight_checksums(self.audio_encoder, self.audio_decoder)
+        return weights is not None and weights.describes(self.audio_encoder, self.audio_decoder)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute. As in NeMo, `discriminator = None` turns off adversarial training."""

@@ -1,5 +1,7 @@
 """Exponential moving average of a module's weights."""
 
+from collections.abc import Iterable, Mapping
+
 import torch
 
 from nemo_lfr.modules.weights import checksums
@@ -23,7 +25,7 @@ class Average:
         self.decay = decay
         self.count = 0
         self.in_use = False
-        self._trained: tuple[int, ...] | None = None
+        self._trained: WeightRecord | None = None
         self.weights = [parameter.detach().clone() for parameter in module.parameters()]
 
     @torch.no_grad()
@@ -46,7 +48,7 @@ class Average:
 
     def finish(self, module: torch.nn.Module) -> None:
         """Record checksums of the module's weights at the end of training, for `describes`."""
-        self._trained = weight_checksums(module)
+        self._trained = WeightRecord(module)
 
     @property
     def is_finished(self) -> bool:
@@ -54,29 +56,52 @@ class Average:
         return self._trained is not None
 
     def describes(self, module: torch.nn.Module) -> bool:
-        """Return whether the module's weights are unchanged since `finish` was called.
+        """Return whether the module's weights are unchanged since `finish` was called, except for their dtype.
 
         If `finish` was not called after the last update, the function does not compare weights and returns True.
         """
-        return self._trained is None or weight_checksums(module) == self._trained
-
-    def convert(self, module: torch.nn.Module) -> None:
-        """Convert the average to the dtypes of the module's weights, and call `finish` again."""
-        pairs = zip(self.weights, module.parameters(), strict=True)
-        self.weights = [weight.to(parameter.dtype) for weight, parameter in pairs]
-        self.finish(module)
+        return self._trained is None or self._trained.describes(module)
 
     def _move(self, module: torch.nn.Module) -> None:
-        """Move `weights` to the device of the module.
+        """Convert `weights` to the devices and dtypes of the module.
 
-        The devices may differ, since a checkpoint is loaded before the model is moved to its GPU.
+        They may differ, since a checkpoint is loaded before the model is moved to its GPU.
         """
         with torch.inference_mode(False):  # the first call may be during validation
             pairs = zip(self.weights, module.parameters(), strict=True)
-            self.weights = [weight.to(parameter.device) for weight, parameter in pairs]
+            self.weights = [weight.to(parameter.device, parameter.dtype) for weight, parameter in pairs]
 
 
-def weight_checksums(*modules: torch.nn.Module) -> tuple[int, ...]:
-    """Return checksums of the parameters of modules. The checksums do not depend on the device."""
-    # Computed on the CPU, because a GPU computes other checksums.
-    return checksums([parameter.detach().cpu() for module in modules for parameter in module.parameters()])
+class WeightRecord:
+    """Checksums of the parameters of modules, to find out later whether the parameters were changed.
+
+    Weights that were only moved to another device or converted to another dtype do not count as changed.
+
+    Args:
+        *modules: modules with the parameters.
+    """
+
+    def __init__(self, *modules: torch.nn.Module) -> None:
+        self._checksums = [
+            {dtype: checksums([weight.to(dtype)]) for dtype in (weight.dtype, torch.float16, torch.bfloat16)}
+            for weight in _weights(modules)
+        ]
+
+    def describes(self, *modules: torch.nn.Module) -> bool:
+        """Return whether the parameters of modules are those that were recorded."""
+        weights = _weights(modules)
+        return len(weights) == len(self._checksums) and all(map(_is_converted, weights, self._checksums))
+
+
+def _weights(modules: Iterable[torch.nn.Module]) -> list[torch.Tensor]:
+    weights = [parameter.detach() for module in modules for parameter in module.parameters()]
+    # Checksums are computed on the CPU, because a GPU computes other checksums.
+    return [weight if weight.is_meta else weight.cpu() for weight in weights]
+
+
+def _is_converted(weight: torch.Tensor, recorded: Mapping[torch.dtype, tuple[int, ...]]) -> bool:
+    """Return whether a weight is the recorded one, in another dtype or rounded to one of the recorded dtypes."""
+    return not weight.is_meta and any(
+        checksums([weight.to(dtype)]) == expected and torch.equal(weight.to(dtype).to(weight.dtype), weight)
+        for dtype, expected in recorded.items()
+    )

@@ -506,6 +506,11 @@ def fold_the_weight_norm(model, first):
     return model
 
 
+def convert_a_part(model, first):
+    model.audio_decoder.double()
+    return model
+
+
 def copy_and_edit(model, first):
     return edit_without_a_count(copy.deepcopy(model), first)
 
@@ -539,6 +544,8 @@ def resume_a_complete_run(model, first):
         (lambda model, first: copy.deepcopy(model), True),
         (lambda model, first: model.double(), True),
         (lambda model, first: copy.deepcopy(model.double()).float(), True),
+        (lambda model, first: model.bfloat16().float(), True),
+        (convert_a_part, True),
         (lambda model, first: pickle.loads(pickle.dumps(model)), True),
         (load_the_first_weights, False),
         (edit_without_a_count, False),
@@ -747,6 +754,25 @@ def a_replaced_part(model, other):
 def weights_through_data(model, other):
     for weight, source in zip(model.audio_encoder.parameters(), other.audio_encoder.parameters(), strict=True):
         weight.data.copy_(source)
+
+
+def test_converted_weights_are_still_random():
+    model = AudioCodecModel(OmegaConf.create(training_config([])))
+    for convert in (model.double, model.audio_encoder.float, model.float, model.half, model.float):
+        convert()
+        assert model._is_random
+    model.audio_encoder.pre_conv.conv.bias.data[0] += 1
+    assert not model._is_random
+
+
+def test_a_trained_model_forgets_its_weights_and_their_average_on_the_meta_device(tmp_path):
+    _, model = models(tmp_path, training_config([], ema_decay=0.9, optim=FROZEN))
+    state = {key: 2 * value for key, value in model.state_dict().items() if "audio_" in key}
+    train(model, [batch(frames=8)])
+    model.to("meta").to_empty(device="cpu").load_state_dict(state, strict=False)
+    with model.averaged():
+        assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items() if key in state)
+    assert model._average is None
 
 
 @pytest.mark.parametrize("change", [weights_of_a_part, a_replaced_part, weights_through_data])
