@@ -11,7 +11,7 @@ from nemo_lfr.errors import CheckpointError
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-_FORM = 1  # of the content of pickled models; raise it whenever the content changes
+_FORM = 1  # version of the content of pickled models; increase it when the content changes
 
 
 class Copies:
@@ -23,7 +23,7 @@ class Copies:
     _recomputed: ClassVar[tuple[str, ...]] = ()  # attributes that are neither pickled nor compared
 
     def __copy__(self) -> "Self":
-        """Return a model that shares the weights of this one. Its modules can be replaced separately."""
+        """Return a model that shares the weights of this one. Modules that are replaced in one stay in the other."""
         other = type(self).__new__(type(self))
         state = self._to_copy().items()
         vars(other).update({key: copy.copy(value) if isinstance(value, dict | set) else value for key, value in state})
@@ -39,9 +39,8 @@ class Copies:
     def __reduce__(self) -> Any:
         """Return the config and the weights, so that `pickle` can rebuild the model from them.
 
-        PyTorch cannot pickle a module with weight norm directly.
-
-        Rates of dropout and other changed attributes of the model and its layers are included.
+        PyTorch cannot pickle a module with weight norm directly. Dropout rates and other changed attributes of the
+        model and its layers are included.
 
         Raises:
             ConfigError: if the model has hooks, modules, methods, parameters or buffers that the config and the
@@ -66,7 +65,7 @@ class Copies:
         refuse_pickle()
 
     def _to_copy(self) -> dict[str, Any]:
-        """Return the attributes of copies by name."""
+        """Return the attributes for a copy, by name."""
         # `Module.compile` sets `_compiled_call_impl`. In a copy, it would still run the original model.
         state = {key: value for key, value in vars(self).items() if key != "_compiled_call_impl"}
         return state | dict.fromkeys(self._not_copied)

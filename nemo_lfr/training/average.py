@@ -65,7 +65,7 @@ class Average:
     def _move(self, module: torch.nn.Module) -> None:
         """Convert `weights` to the devices and dtypes of the module.
 
-        They may differ, since a checkpoint is loaded before the model is moved to its GPU.
+        The devices may differ, since a checkpoint is loaded before the model is moved to its GPU.
         """
         with torch.inference_mode(False):  # the first call may be during validation
             pairs = zip(self.weights, module.parameters(), strict=True)
@@ -100,7 +100,10 @@ def _weights(modules: Iterable[torch.nn.Module]) -> list[torch.Tensor]:
 
 
 def _is_converted(weight: torch.Tensor, recorded: Mapping[torch.dtype, tuple[int, ...]]) -> bool:
-    """Return whether a weight is the recorded one, in another dtype or rounded to one of the recorded dtypes."""
+    """Return whether a weight is the recorded one, possibly after a conversion to another dtype.
+
+    The conversion may have rounded the weight to fp16 or bf16.
+    """
     return not weight.is_meta and any(
         checksums([weight.to(dtype)]) == expected and torch.equal(weight.to(dtype).to(weight.dtype), weight)
         for dtype, expected in recorded.items()
