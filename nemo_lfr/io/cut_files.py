@@ -8,10 +8,12 @@ import json
 import logging
 import os
 import re
+import sys
 import tarfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,8 +21,8 @@ from typing import Any
 from nemo_lfr.errors import AudioError, ConfigError, counted, shorten
 from nemo_lfr.io.bounded import member_bytes, open_tar
 from nemo_lfr.io.cut_audio import check_cut, sources_of
+from nemo_lfr.io.json_lines import LineRanges, json_lines
 from nemo_lfr.io.manifests import NOT_A_LINE, describe, line_id
-from nemo_lfr.io.text import iter_lines
 
 logger = logging.getLogger(__name__)
 
@@ -46,35 +48,6 @@ class CutItem:
     id: str
     cut: Any = None
     problem: str | None = None
-
-
-def json_lines(path: Path) -> Iterator[bytes]:
-    """Yield the lines of a JSON-lines file, except blank ones. The file may be compressed with gzip.
-
-    Args:
-        path: the file.
-
-    Yields:
-        Each line as bytes with its line ending, truncated to `MAX_LINE` bytes. A byte order mark is removed.
-
-    Raises:
-        ConfigError: if the file cannot be read or is UTF-16, or its gzip data is damaged or truncated.
-    """
-    lines = iter_lines(path, ConfigError, truncate=True)
-    while True:
-        # The caller's exceptions are not those of the file, so the `yield` is outside of the `try`.
-        try:
-            line = next(lines, None)
-        except ConfigError:
-            raise
-        except OSError as error:
-            raise ConfigError(f"{path}: the file cannot be read ({error.strerror or error}).") from error
-        except ValueError as error:
-            raise ConfigError(f"{path}: the file cannot be read: {error}.") from error
-        if line is None:
-            return
-        if line.strip():
-            yield line
 
 
 def kind_of(path: Path) -> str | None:
@@ -117,42 +90,57 @@ def has_relative_paths(path: Path) -> bool:
     return False
 
 
-def read_cuts(path: Path, allow_url: bool = False, start: int = 0, stop: int | None = None) -> Iterator[CutItem]:
-    """Yield the cuts in a file of cuts, or one cut for each recording in a file of recordings.
+class CutFile:
+    """File of cuts or recordings. If ranges of cuts are read in order, the file is read only once.
 
     Supervisions of recordings are read from the accompanying file, if it exists (see `supervisions_beside`).
 
     Args:
         path: file of cuts or recordings in JSON lines.
         allow_url: whether cuts may refer to http(s) URLs, see `check_cut`.
-        start: index of the first item to yield; earlier items are not parsed.
-        stop: index after the last item to yield; None for the end of the file.
-
-    Yields:
-        Each cut, or the reason why it is invalid.
-
-    Raises:
-        ConfigError: if the file cannot be read.
     """
-    whole = kind_of(path) == "recordings"
-    supervisions = _supervisions(path) if whole else {}
-    listed = set()
-    for line in islice(json_lines(path), start, stop):
-        try:
-            manifest = json.loads(line)
-            if whole:
-                manifest = _cut_of(manifest, supervisions)
-                listed.add(manifest["id"])
-            yield _item(manifest, allow_url)
-        except NOT_A_LINE as error:
-            yield CutItem(
-                line_id(line),
-                problem=f"not a Lhotse cut: {describe(error)}: {shorten(line.decode(errors='replace').strip())}",
-            )
-    unlisted = sum(len(items) for key, items in supervisions.items() if key not in listed)
-    if unlisted and not start and stop is None:
-        text = "%s: skipped %s of recordings that are not listed in %s."
-        logger.warning(text, supervisions_beside(path), counted(unlisted, "supervision"), path.name)
+
+    def __init__(self, path: Path, allow_url: bool = False) -> None:
+        self.path, self.allow_url = path, allow_url
+        self._lines = LineRanges(path)
+
+    @cached_property
+    def _supervisions(self) -> dict[str, list[bytes]] | None:
+        """Lines of supervisions by recording; None for a file of cuts."""
+        return read_supervisions(self.path) if kind_of(self.path) == "recordings" else None
+
+    def read(self, start: int = 0, stop: int = sys.maxsize) -> Iterator[CutItem]:
+        """Yield cuts, or one cut for each recording in a file of recordings.
+
+        Args:
+            start: index of the first item to yield; earlier items are not parsed.
+            stop: index after the last item to yield.
+
+        Yields:
+            Each cut, or the reason why it is invalid.
+
+        Raises:
+            ConfigError: if the file cannot be read.
+        """
+        supervisions = self._supervisions
+        listed = set()
+        for line in self._lines.read(start, stop):
+            try:
+                manifest = json.loads(line)
+                if supervisions is not None:
+                    manifest = _cut_of(manifest, supervisions)
+                    listed.add(manifest["id"])
+                yield _item(manifest, self.allow_url)
+            except NOT_A_LINE as error:
+                yield CutItem(
+                    line_id(line),
+                    problem=f"not a Lhotse cut: {describe(error)}: {shorten(line.decode(errors='replace').strip())}",
+                )
+        if supervisions is None or (start, stop) != (0, sys.maxsize):
+            return
+        if unlisted := sum(len(items) for key, items in supervisions.items() if key not in listed):
+            text = "%s: skipped %s of recordings that are not listed in %s."
+            logger.warning(text, supervisions_beside(self.path), counted(unlisted, "supervision"), self.path.name)
 
 
 def check_fields(folder: Path, fields: Iterable[str]) -> None:
@@ -344,7 +332,7 @@ def _item(manifest: Any, allow_url: bool) -> CutItem:
         return CutItem(name, problem=f"not a Lhotse cut: {explain(error)}")
 
 
-def _cut_of(recording: Any, supervisions: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+def _cut_of(recording: Any, supervisions: Mapping[str, Sequence[bytes]]) -> dict[str, Any]:
     """Return the manifest of a cut that consists of an entire recording and its supervisions."""
     channels = recording.get("channel_ids")
     if channels is None:
@@ -354,7 +342,7 @@ def _cut_of(recording: Any, supervisions: Mapping[str, Sequence[Any]]) -> dict[s
         "start": 0.0,
         "duration": recording["duration"],
         "channel": channels[0] if len(channels) == 1 else channels,
-        "supervisions": list(supervisions.get(str(recording["id"]), [])),
+        "supervisions": [json.loads(line) for line in supervisions.get(str(recording["id"]), ())],
         "recording": recording,
         "type": "MonoCut" if len(channels) == 1 else "MultiCut",
     }
@@ -371,14 +359,14 @@ def supervisions_beside(recordings: Path) -> Path | None:
     return path if found and path.is_file() else None
 
 
-def _supervisions(recordings: Path) -> dict[str, list[Any]]:
+def read_supervisions(recordings: Path) -> dict[str, list[bytes]]:
+    """Return the lines of the accompanying supervisions by recording, which take less memory than parsed ones."""
     path = supervisions_beside(recordings)
-    found: dict[str, list[Any]] = {}
+    found: dict[str, list[bytes]] = {}
     bad = 0
     for line in json_lines(path) if path else ():
         try:
-            item = json.loads(line)
-            found.setdefault(str(item["recording_id"]), []).append(item)
+            found.setdefault(str(json.loads(line)["recording_id"]), []).append(line)
         except NOT_A_LINE:
             bad += 1
     if bad:

@@ -12,8 +12,10 @@ from nemo_lfr.corpus import run as corpus_run
 from nemo_lfr.corpus.config import TokenizeConfig
 from nemo_lfr.corpus.inventory import WHOLE_BYTES, sampled_digest
 from nemo_lfr.corpus.run import tokenize
+from nemo_lfr.corpus.sources.cuts import Cuts
 from nemo_lfr.errors import NemoLfrError
-from nemo_lfr.io.cut_files import read_cuts
+from nemo_lfr.io.cut_files import CutFile
+from nemo_lfr.io.json_lines import json_lines
 from tests.corpus.inputs import (
     cut,
     lines,
@@ -213,5 +215,32 @@ def test_shard_of_cuts_parses_only_its_own_lines(folder, monkeypatch):
     parsed = []
     loads = json.loads
     monkeypatch.setattr("nemo_lfr.io.cut_files.json.loads", lambda text: parsed.append(0) or loads(text))
-    assert [item.id for item in read_cuts(path, start=40, stop=43)] == ["c40", "c41", "c42"]
+    assert [item.id for item in CutFile(path).read(40, 43)] == ["c40", "c41", "c42"]
     assert len(parsed) <= 5  # lines: the requested cuts, and the first one, which determines the kind of file
+
+
+@pytest.mark.parametrize("name", ["c.jsonl.gz", "x_recordings.jsonl.gz"])
+def test_shards_that_are_read_in_order_read_a_file_of_cuts_once(name, folder, monkeypatch):
+    cuts = [cut(folder / "a.wav", id=f"c{number}") for number in range(50)]
+    path = lines(folder / name, cuts)
+    if name != "c.jsonl.gz":
+        lines(path, [item["recording"] | {"id": item["id"]} for item in cuts])
+        texts = [{"id": "s", "recording_id": item["id"], "start": 0, "duration": 0.1, "text": "x"} for item in cuts]
+        lines(folder / "x_supervisions.jsonl.gz", texts)
+    corpus = Cuts(path)
+    shards = corpus.shards(10)
+    numbers = []
+
+    def count(path: Path):
+        for line in json_lines(path):
+            numbers.append(0)
+            yield line
+
+    for module in ("cut_files", "json_lines"):
+        monkeypatch.setattr(f"nemo_lfr.io.{module}.json_lines", count)
+    read = [clip.id for index in (0, 1, 3, 4, 2) for clip in corpus.read(shards[index])]
+    assert read == [f"c{number}" for number in [*range(20), *range(30, 50), *range(20, 30)]]
+    assert len(numbers) <= 50 + 30 + (0 if name == "c.jsonl.gz" else 50) + 10  # the last shard is read from the start
+    pairs = list(zip(corpus.read(shards[1]), corpus.read(shards[3]), strict=True))
+    assert [(one.id, other.id) for one, other in pairs] == [(f"c{10 + n}", f"c{30 + n}") for n in range(10)]
+    assert all(clip.labels.get("text") for pair in pairs for clip in pair)

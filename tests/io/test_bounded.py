@@ -19,7 +19,7 @@ from nemo_lfr.errors import AudioError, ConfigError, NemoLfrError, TokenFileErro
 from nemo_lfr.io import bounded
 from nemo_lfr.io.arrow_streams import check_stream
 from nemo_lfr.io.cut_audio import read_cut
-from nemo_lfr.io.cut_files import read_cuts, read_shar
+from nemo_lfr.io.cut_files import CutFile, read_shar
 from tests.corpora import write_tokens
 
 pa = pytest.importorskip("pyarrow", reason="pip install '.[corpus]'")
@@ -101,7 +101,7 @@ def test_endless_line_fails_only_its_clip(tmp_path, monkeypatch):
     path.write_bytes(
         packer.compress(json.dumps(made).encode() + b"\n" + long + json.dumps(made).encode()) + packer.flush()
     )
-    first, second, third = read_cuts(path)
+    first, second, third = CutFile(path).read()
     assert first.id == third.id == "a" and first.cut is not None and second.problem is not None
     with gzip.open(path) as file:
         assert max(map(len, bounded.lines(file, truncate=True))) == 1 << 16

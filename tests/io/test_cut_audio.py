@@ -22,7 +22,7 @@ from nemo_lfr.errors import AudioError, ConfigError
 from nemo_lfr.evaluation.recordings import read as read_recording
 from nemo_lfr.io.audio import AudioReader
 from nemo_lfr.io.cut_audio import check_cut, read_cut
-from nemo_lfr.io.cut_files import read_cuts
+from nemo_lfr.io.cut_files import CutFile
 from nemo_lfr.io.resampling import count_samples
 from nemo_lfr.training.data import CodecDataset
 from tests.models import RATE, synthesize
@@ -459,7 +459,7 @@ def test_lhotse_recordings_are_read_with_supervisions_beside_them(wav, tmp_path,
     whole = (tmp_path / "features.jsonl.gz").read_bytes()
     (tmp_path / "cut.jsonl.gz").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ConfigError, match="ends too early"):
-        list(read_cuts(tmp_path / "cut.jsonl.gz"))
+        list(CutFile(tmp_path / "cut.jsonl.gz").read())
 
 
 def shard(folder: Path, names: list[str], metas: dict[str, bytes]) -> Path:

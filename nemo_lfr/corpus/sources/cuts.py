@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from nemo_lfr.corpus.sources.base import Clip, CorpusReader, OpenOptions, ShardS
 from nemo_lfr.errors import ConfigError, counted, shorten
 from nemo_lfr.io.columns import LABEL_COLUMNS, OTHER_TOKENS, label_text, standard_labels
 from nemo_lfr.io.cut_audio import read_cut, sources_of
-from nemo_lfr.io.cut_files import CutItem, explain, has_relative_paths, kind_of, read_cuts, supervisions_beside
+from nemo_lfr.io.cut_files import CutFile, CutItem, explain, has_relative_paths, kind_of, supervisions_beside
 from nemo_lfr.io.shortage import require
 from nemo_lfr.io.text import is_missing
 
@@ -36,6 +35,7 @@ class Cuts(CorpusReader):
     def __init__(self, path: Path, allow_url: bool = False) -> None:
         require("lhotse")
         self.path, self.allow_url = path, allow_url
+        self._file = CutFile(path, allow_url)
 
     @classmethod
     def accepts(cls, path: Path) -> bool:
@@ -61,7 +61,7 @@ class Cuts(CorpusReader):
             )
         if options.relist:
             refuse_tokens(path, [path])
-            cuts = [item.cut for item in islice(read_cuts(path, options.allow_url), 10) if item.cut is not None]
+            cuts = [item.cut for item in CutFile(path, options.allow_url).read(0, 10) if item.cut is not None]
             sources = [source for cut in cuts for source in sources_of(cut.to_dict())]
             if sources and all(source.get("type") == "shar" for source in sources):
                 raise ConfigError(
@@ -110,7 +110,7 @@ class Cuts(CorpusReader):
     def read(self, shard: ShardSpec) -> Iterator[Clip]:
         """Yield the clips of a shard in order."""
         start = shard["start"]
-        for number, item in enumerate(read_cuts(self.path, self.allow_url, start, start + shard["count"])):
+        for number, item in enumerate(self._file.read(start, start + shard["count"])):
             yield item_to_clip(item, str(self.path), repeat_number(shard, number), self.allow_url)
 
 
@@ -126,7 +126,7 @@ def refuse_tokens(path: Path, cuts: Sequence[Path]) -> None:
     ]
     if not parents:
         return
-    found = (item.cut for file in cuts for item in read_cuts(file) if item.cut is not None)
+    found = (item.cut for file in cuts for item in CutFile(file).read() if item.cut is not None)
     if not any(cut.has_recording or cut.has_custom("target_audio") for cut in found):
         raise ConfigError(
             f"{path}: this is a part of the tokenized corpus {parents[0]}, which contains no audio; pass the corpus "
@@ -238,7 +238,7 @@ def number_cuts(paths: Sequence[Path]) -> list[tuple[int, dict[int, int]]]:
     num_joined = 0
     for path in paths:
         count, repeats = 0, {}
-        for item in read_cuts(path):
+        for item in CutFile(path).read():
             if (number := ids.number(clean_id(item.id))) > 1:
                 repeats[count] = number
             count += 1
