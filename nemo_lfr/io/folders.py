@@ -123,6 +123,7 @@ def find_files(
     suffixes: Collection[str],
     *,
     companion_suffixes: Collection[str] = (),
+    companions: set[Path] | None = None,
     report: Callable[[str], None] = logger.warning,
     unread: list[OSError] | None = None,
 ) -> list[Path]:
@@ -137,6 +138,8 @@ def find_files(
         suffixes: suffixes in lower case, with the dot; the comparison ignores case.
         companion_suffixes: suffixes of companion files, such as ".txt" of transcripts; the comparison does not ignore
             case. If `a.wav` is found, its companion file `a.txt` in the same folder is not reported as skipped.
+        companions: set to which everything with such a suffix is added, including folders and broken links, so that
+            the caller need not look for companions that do not exist.
         report: function that is called at most once, with one line that says how many files were skipped and why.
         unread: list to which the error of each unreadable folder below `root` is added. A link to a network drive that
             is not available counts as such a folder. The files in these folders are missing from the result. If
@@ -158,6 +161,8 @@ def find_files(
         report(text)
     if unread is not None:
         unread += walk.unread
+    if companions is not None:
+        companions |= walk.companions
     return sorted(walk.found)
 
 
@@ -274,6 +279,7 @@ class _Walk:
         self.suffixes = suffixes
         self.companion_suffixes = companion_suffixes
         self.found: list[Path] = []
+        self.companions: set[Path] = set()
         self.passed: Counter[str] = Counter()
         self.unread: list[OSError] = []
         self._seen = {_identity(os.stat(root))}
@@ -308,6 +314,9 @@ class _Walk:
             self.unread.append(error)
             return
         number = len(self.found)
+        if self.companion_suffixes:
+            named = (entry for entry in children if os.path.splitext(entry.name)[1] in self.companion_suffixes)
+            self.companions.update(Path(entry.path) for entry in named)
         companions = [entry for entry in children if not self._take(entry)]
         if companions:
             stems = {path.stem for path in self.found[number:]}

@@ -187,7 +187,8 @@ def folder(corpus: Path, speaker_level: int | None = None) -> Iterator[CorpusUtt
     for row in _metadata(corpus):
         rows.setdefault(row.path, []).append(row)
     unread: list[OSError] = []
-    paths = find_files(corpus, AUDIO_SUFFIXES, companion_suffixes=TRANSCRIPT_SUFFIXES, unread=unread)
+    texts: set[Path] = set()
+    paths = find_files(corpus, AUDIO_SUFFIXES, companion_suffixes=TRANSCRIPT_SUFFIXES, companions=texts, unread=unread)
     folders = {path: path.relative_to(corpus).parts[:-1] for path in paths}
     splits = splits_of_folders(corpus, set(folders.values()), speaker_level)
     for path, names in folders.items():
@@ -198,7 +199,8 @@ def folder(corpus: Path, speaker_level: int | None = None) -> Iterator[CorpusUtt
             for row in found:
                 yield replace(row, speaker=row.speaker or speaker, split=row.split or split)
         else:
-            labels, problem = text_of(*(path.with_suffix(suffix) for suffix in TRANSCRIPT_SUFFIXES))
+            possible = (path.with_suffix(suffix) for suffix in TRANSCRIPT_SUFFIXES)
+            labels, problem = text_of(*(text for text in possible if text in texts))
             yield CorpusUtterance(path.relative_to(corpus), speaker, split, labels, problem)
     for row in (row for found in rows.values() for row in found):
         yield row if row.problem else replace(row, problem="the file is listed in a table, but does not exist")
@@ -263,7 +265,8 @@ def _metadata(corpus: Path) -> Iterator[CorpusUtterance]:
     A table that cannot be read gives an utterance with a problem. Tables of other kinds are skipped.
     """
     # `folder`, the caller, reports the folders that cannot be read.
-    for path in [path for name in METADATA_NAMES for path in find_named(corpus, name, unread=[])]:
+    tables = find_files(corpus, (".csv", ".tsv", ".jsonl"), report=lambda _: None, unread=[])
+    for path in [path for name in METADATA_NAMES for path in tables if path.name == name]:
         folder_name = path.parent.relative_to(corpus)
         try:
             if path.suffix == ".jsonl" and not lists_file_names(path):

@@ -9,6 +9,7 @@ import soundfile
 
 from nemo_lfr.corpus.sources import open_corpus
 from nemo_lfr.errors import AudioError, ConfigError
+from nemo_lfr.io import layouts
 from nemo_lfr.io.tables import METADATA_NAMES
 from tests.models import RATE, synthesize
 from tests.permissions import closed
@@ -52,6 +53,16 @@ def test_invalid_transcript_fails_only_its_clip(kind, tmp_path):
         assert len(clips[name].audio(RATE, 100)) == len(WAVE)
     with pytest.raises(AudioError, match=r"b\.wav: the transcript b\.txt: "):
         clips["b"].audio(RATE, 100)
+
+
+def test_only_transcripts_that_exist_are_looked_for(tmp_path, monkeypatch):
+    """Asking a network drive for the transcripts of a million recordings would take long."""
+    for name in ("a.wav", "b.wav", "b.TXT", "c.wav", "c.txt", "other.txt"):
+        (tmp_path / name).write_text("x")
+    asked = []
+    monkeypatch.setattr("nemo_lfr.io.layouts.text_of", lambda *paths: asked.append(paths) or ({}, None))
+    assert len(list(layouts.folder(tmp_path))) == 3
+    assert asked == [(), (tmp_path / "b.TXT",), (tmp_path / "c.txt",)]
 
 
 METADATA = {
