@@ -5,47 +5,33 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback
-from lightning.pytorch.trainer.states import TrainerFn
 
-from nemo_lfr.nemo.base import BaseModel, Trainer, logging
+from nemo_lfr.nemo.base import BaseModel, logging
 from nemo_lfr.training.average import Average
 
 # Modules whose weights are averaged, in the order of `_generator`.
 PARTS = ("audio_encoder", "audio_decoder")
 
 
-class RestoreTrainedWeights(Callback):
-    """Callback that restores the trained weights after validation, which uses averaged weights.
-
-    The hooks of the model do the same, but not if validation raises an exception or a subclass overrides the hooks.
-    Lightning runs this callback before the callbacks that save checkpoints.
-    """
-
-    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Switch back to the trained weights."""
-        pl_module._use_average(False)
-
-    def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
-        """Switch back to the trained weights."""
-        pl_module._use_average(False)
-        pl_module._finish_average()
-
-
 class WeightAveraging(BaseModel):
-    """Mixin with Lightning hooks that use averaged weights for validation and store them in checkpoints."""
+    """Mixin that uses averaged weights for validation and stores them in checkpoints.
+
+    `CodecCallback` calls most of these methods.
+    """
 
     @property
     def _generator(self) -> torch.nn.ModuleList:
         return torch.nn.ModuleList([getattr(self, name) for name in PARTS])
 
-    def _use_average(self, averaged: bool) -> None:
+    def use_average(self, averaged: bool) -> None:
+        """Put the averaged weights into the model if there is an average, or put the trained weights back."""
         if averaged:
             self._drop_stale_average()
         if self._average is not None:
             self._average.use(self._generator, averaged)
 
-    def _finish_average(self) -> None:
+    def finish_average(self) -> None:
+        """Record checksums of the trained weights at the end of a training, to detect later changes."""
         # Only once: if a later validation fails, the weights may have been changed since the training.
         if self._average is not None and not self._average.in_use and not self._average.is_finished:
             self._average.finish(self._generator)
@@ -68,17 +54,16 @@ class WeightAveraging(BaseModel):
         moving average is dropped with a warning.
         """
         before = self._average is not None and self._average.in_use
-        self._use_average(True)
+        self.use_average(True)
         try:
             yield
         finally:
-            self._use_average(before)
+            self.use_average(before)
 
-    def on_train_start(self) -> None:
-        """Switch to the trained weights, because a failed validation may have left the averaged ones in use."""
-        self._use_average(False)
+    def use_trained_weights(self) -> None:
+        """Put the trained weights into the model, before training or after a failed validation."""
+        self.use_average(False)
         self._drop_stale_average()
-        super().on_train_start()
 
     def start_average(self) -> None:
         """Start or resume the moving average.
@@ -96,34 +81,27 @@ class WeightAveraging(BaseModel):
         if self._average is not None:
             self._average.update(self._generator)
 
-    def on_fit_end(self) -> None:
-        """Record checksums of the trained weights, to detect later changes."""
-        # Lightning calls `on_train_end` only if the run was not already complete.
-        super().on_fit_end()
-        self._finish_average()
-
-    def on_validation_start(self) -> None:
-        """Switch to the averaged weights for validation."""
-        super().on_validation_start()
-        self._use_average(True)
-
     def on_validation_epoch_end(self, *args: Any, **kwargs: Any) -> Any:
         """Switch back to the trained weights after validation."""
         # Not in `on_validation_end`, where callbacks write checkpoints before the model's hook runs.
         result = super().on_validation_epoch_end(*args, **kwargs)
-        self._use_average(False)
+        self.use_average(False)
         return result
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Store the average; see `store_average`. Lightning calls no callback for a checkpoint with only weights."""
+        super().on_save_checkpoint(checkpoint)
+        self.store_average(checkpoint)
+
+    def store_average(self, checkpoint: dict[str, Any]) -> None:
         """Put the averaged weights into the state dict of a checkpoint, and the trained weights beside it.
 
         Only a resumed run reads the trained weights. Other programs, which open the checkpoint for inference or for
         initial weights, get the averaged weights, with which `val_loss` was measured. A checkpoint may be saved during
         validation, for example after a signal from Slurm. The model then holds the averaged weights.
         """
-        super().on_save_checkpoint(checkpoint)
         self._drop_stale_average()
-        if self._average is None:
+        if self._average is None or "average" in checkpoint:
             return
         state, names = checkpoint["state_dict"], self._averaged_names()
         stored, others = [state[name] for name in names], self._average.weights
@@ -132,18 +110,19 @@ class WeightAveraging(BaseModel):
         checkpoint["average"] = {"count": self._average.count, "trained": dict(zip(names, trained, strict=True))}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the trained weights and their moving average if a run is resumed.
-
-        Otherwise, the model gets the averaged weights.
-        """
+        """Drop the average of the weights that the checkpoint replaces. The model gets the averaged weights."""
         super().on_load_checkpoint(checkpoint)
         self._average = None
-        if "average" not in checkpoint or self._trainer is None or self._trainer.state.fn != TrainerFn.FITTING:
+
+    def resume_average(self, checkpoint: dict[str, Any]) -> None:
+        """Restore the trained weights and their moving average from the checkpoint of a run to resume."""
+        self._average = None
+        if "average" not in checkpoint:
             return
         state, average = checkpoint["state_dict"], checkpoint["average"]
         if "trained" in average:
             weights = [state[name] for name in average["trained"]]
-            state.update(average["trained"])
+            self.load_state_dict(average["trained"], strict=False)
         else:  # written by a development version, with the trained weights in the state dict
             weights = list(average["weights"])
         if self.cfg.get("ema_decay"):

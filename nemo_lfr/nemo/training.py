@@ -11,14 +11,15 @@ import torch
 import torch.nn.functional as F
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_lfr.checkpoint import PARTS, load_parts
 from nemo_lfr.errors import ConfigError, shorten
 from nemo_lfr.nemo.artifacts import SpectrogramGenerator
-from nemo_lfr.nemo.averaging import RestoreTrainedWeights
 from nemo_lfr.nemo.base import DISCRIMINATOR, WAVLM
+from nemo_lfr.nemo.callback import CodecCallback
 from nemo_lfr.nemo.config import check_fit, check_gradients, check_precision, check_segments, check_training
 from nemo_lfr.nemo.cuts import cut_loader, data_section, uses_lhotse
 from nemo_lfr.nemo.process_means import mean_over_processes
@@ -48,6 +49,19 @@ class TrainingSteps(StockSteps):
     """
 
     def setup(self, stage: str | None = None) -> None:
+        """Prepare training, as NeMo does, and add `CodecCallback` to the trainer if it is missing."""
+        super().setup(stage)
+        self._add_callback(stage)
+
+    def _add_callback(self, stage: str | None) -> None:
+        """Prepare the model and add `CodecCallback`, if a subclass has overridden `configure_callbacks`."""
+        callbacks = [] if self._trainer is None else self._trainer.callbacks
+        if not any(isinstance(callback, CodecCallback) for callback in callbacks):
+            saving = (index for index, callback in enumerate(callbacks) if isinstance(callback, Checkpoint))
+            callbacks.insert(next(saving, len(callbacks)), CodecCallback())
+            self.prepare(stage or "fit")
+
+    def prepare(self, stage: str) -> None:
         """Build the discriminators, and let Lightning write checkpoints atomically.
 
         Raises:
@@ -55,9 +69,8 @@ class TrainingSteps(StockSteps):
                 loss that this package does not support, an invalid number, a component that cannot be built, or
                 segments that are too short for the losses and discriminators.
         """
-        super().setup(stage)
         check_precision(self._trainer)
-        if stage in (None, "fit"):
+        if stage == "fit":
             for key in ("mmd_loss", "mmd_time_loss"):
                 if self.cfg.get(key):
                     raise ConfigError(
@@ -102,8 +115,8 @@ class TrainingSteps(StockSteps):
             self.load_state_dict(self.state_dict() | state)
 
     def configure_optimizers(self) -> Any:
-        """Build the optimizers. If `setup` was overridden and did not build the discriminators, build them first."""
-        self.build_discriminator()
+        """Build the optimizers, and prepare training if a subclass has overridden the hooks that do so."""
+        self._add_callback("fit")
         return super().configure_optimizers()
 
     @property
@@ -156,7 +169,7 @@ class TrainingSteps(StockSteps):
             super().setup_validation_data(cfg)
 
     def configure_callbacks(self) -> list[Callback]:
-        """Return `RestoreTrainedWeights` and, for training, `RunLock` and NeMo's logging callback.
+        """Return `CodecCallback` and, for training, `RunLock` and NeMo's logging callback.
 
         The logging callback also logs spectrograms if `log_config.log_spectrograms` is set in the config. The
         trainer's `validate` and `test` run without this callback: it needs the absolute paths of the clips to log,
@@ -166,15 +179,15 @@ class TrainingSteps(StockSteps):
             ConfigError: if the trainer is set to accumulate or clip gradients.
         """
         if self._trainer is not None and self._trainer.state.fn != TrainerFn.FITTING:
-            return [RestoreTrainedWeights()]
+            return [CodecCallback()]
         if self._trainer is not None:
             check_gradients(self._trainer)  # before Lightning, whose own message does not name the model's options
         callbacks: list[Callback] = super().configure_callbacks()
         if callbacks and self.log_config.get("log_spectrograms"):
             callbacks[0].generators.append(SpectrogramGenerator())
-        return [RunLock(), *callbacks, RestoreTrainedWeights()]
+        return [RunLock(), *callbacks, CodecCallback()]
 
-    def on_fit_start(self) -> None:
+    def begin_fit(self) -> None:
         """Check that the trainer can train the model, and set the modules of a restored model to training mode.
 
         `restore_from` returns a model in evaluation mode, in which Lightning would leave it. Frozen modules stay in
@@ -183,7 +196,6 @@ class TrainingSteps(StockSteps):
         Raises:
             ConfigError: if the trainer's strategy or callbacks cannot train the model; see `check_fit`.
         """
-        super().on_fit_start()
         if self._restored_from is not None and not self.training:
             self.training = True
             for part in (getattr(self, name) for name in PARTS):
@@ -191,12 +203,12 @@ class TrainingSteps(StockSteps):
                 part.train(not weights or any(weight.requires_grad for weight in weights))
         check_fit(self.trainer, has_discriminator=self.discriminator is not None)
 
-    def on_train_start(self) -> None:
+    def begin_training(self) -> None:
         """Initialize random weights from data, compile modules and start the moving average.
 
         Each of these steps runs only if the config asks for it (`initialize_from_data`, `compile`, `ema_decay`).
         """
-        super().on_train_start()
+        self.use_trained_weights()
         # Only rank 0, which loads the weights for all processes, knows whether weights were loaded.
         if self.cfg.get("initialize_from_data") and self.trainer.strategy.broadcast(self._is_random):
             self.initialize_from_data()

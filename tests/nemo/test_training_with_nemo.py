@@ -30,6 +30,7 @@ from nemo_lfr.nemo.config import check_training
 from nemo_lfr.nemo.run_lock import lock_run
 from nemo_lfr.pretrained import bundled_checkpoint
 from nemo_lfr.signal import spectra
+from nemo_lfr.testing import TWO_STAGES
 from nemo_lfr.training.average import Average
 from tests.crash import ROOT
 from tests.models import FULL_SIZE, LOSSES, MODULES, RATE, codec_config, speech_like, write_nemo
@@ -710,31 +711,53 @@ def test_the_average_follows_a_training_step_of_a_user():
     assert (average - trained).norm() < (start - trained).norm()
 
 
-class OwnHooks(AudioCodecModel):
-    """A model whose hooks do not call those of the base class."""
+SMALLEST = training_config([STFT | {"resolutions": [[64, 32, 64]]}], **TWO_STAGES, ema_decay=0.5)
+# Hooks that a subclass overrides without calling those of the base class
+OWN_HOOKS = [
+    ["configure_callbacks"],
+    ["setup", "on_fit_start", "on_fit_end", "on_train_start", "on_validation_start", "on_validation_end",
+     "on_validation_epoch_end", "on_save_checkpoint", "on_load_checkpoint"],
+]  # fmt: skip
 
-    def setup(self, stage=None):
-        pass
 
-    def on_validation_epoch_end(self, *args, **kwargs):
-        pass
+def train_twice(kind: type, folder: Path) -> dict[str, Any]:
+    """Train a model with an average, resume the run, and return what was logged, trained and saved."""
+    folder.mkdir()
+    callback = Recorder()
+    short = {"audio": batch()["audio"][:1, :1024], "audio_lens": torch.tensor([1024])}
+    loader = torch.utils.data.DataLoader([short] * 2, batch_size=None)
+    result: dict[str, Any] = {}
+    for epochs, path in ((1, None), (2, folder / "1.ckpt")):
+        torch.manual_seed(0)
+        model = kind(OmegaConf.create(SMALLEST))
+        trainer = quiet_trainer(max_epochs=epochs, callbacks=[callback], num_sanity_val_steps=0)
+        trainer.fit(model, loader, loader, ckpt_path=path)
+        trainer.save_checkpoint(folder / f"{epochs}.ckpt")
+        model.save_to(folder / f"{epochs}.nemo")
+        result |= {f"trained {epochs}": generator_weights(model)} | {
+            f"{name} {epochs}": generator_weights(AudioCodecModel.restore_from(folder / f"{epochs}.{name}"))
+            for name in ("ckpt", "nemo")
+        }
+    result["losses"] = [{key: value for key, value in step.items() if "loss" in key} for step in callback.logged]
+    return result
 
 
-def test_hooks_of_a_user_leave_the_discriminators_and_the_trained_weights(tmp_path):
-    changes = {"ema_decay": 0.5}
-    model = OwnHooks(OmegaConf.create(training_config([SMALL_STFT], **changes)))
-    reference = AudioCodecModel(OmegaConf.create(training_config([SMALL_STFT], **changes)))
-    reference.load_state_dict(model.state_dict())
-    options = {"validate": [batch()], "val_check_interval": 1, "num_sanity_val_steps": 0}
-    runs = []
-    for each in (model, reference):
-        torch.manual_seed(0)  # for the discriminators
-        runs.append(train(each, [batch()] * 3, **options))
-    mine, expected = runs
-    names = [{name for name in run.logged[-1] if "loss" in name} for run in (mine, expected)]
-    assert "d_loss" in names[0] and names[0] == names[1]
-    assert not model._average.in_use
-    assert torch.allclose(generator_weights(model), generator_weights(reference), atol=1e-6)
+def test_hooks_of_a_user_do_not_replace_ours(tmp_path):
+    expected = train_twice(AudioCodecModel, tmp_path / "reference")
+    for trained, average in (("trained 1", "ckpt 1"), ("trained 2", "nemo 2")):
+        assert not torch.equal(expected[trained], expected[average])
+    for hooks in OWN_HOOKS:
+        kind = type("OwnHooks", (AudioCodecModel,), {name: lambda self, *args, **kwargs: None for name in hooks})
+        own = train_twice(kind, tmp_path / hooks[0])
+        for name, value in expected.items():
+            torch.testing.assert_close(own[name], value, msg=f"{name} with own {hooks}")
+
+
+def test_a_trainer_is_used_with_models_of_nemo_too(tmp_path):
+    stock, ours = models(tmp_path, training_config([]))
+    trainer, loader = quiet_trainer(), torch.utils.data.DataLoader([batch(frames=8)], batch_size=None)
+    (expected,), (mine,) = (trainer.validate(model, loader, verbose=False) for model in (ours, stock))
+    assert mine["val_loss"] == pytest.approx(expected["val_loss"], rel=1e-4)
 
 
 def test_initialization_names_batches_of_another_form():

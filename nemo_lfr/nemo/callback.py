@@ -1,0 +1,64 @@
+"""Lightning callback that does the work of the model's hooks."""
+
+from typing import Any
+
+from lightning.pytorch import Callback, Trainer
+
+from nemo_lfr.nemo.averaging import WeightAveraging
+
+
+class CodecCallback(Callback):
+    """Callback that prepares the training of an `LFRCodecModel`, and switches between trained and averaged weights.
+
+    Hooks of the model cannot do this reliably. Most of them do nothing in NeMo and in Lightning, so subclasses
+    override them without calling `super()`.
+
+    Lightning runs this callback before the callbacks that save checkpoints.
+    """
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """Prepare the model; see `TrainingSteps.prepare`."""
+        if isinstance(pl_module, WeightAveraging):
+            pl_module.prepare(stage)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Check the trainer; see `TrainingSteps.begin_fit`."""
+        if isinstance(pl_module, WeightAveraging):
+            pl_module.begin_fit()
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Prepare the weights; see `TrainingSteps.begin_training`."""
+        if isinstance(pl_module, WeightAveraging):
+            pl_module.begin_training()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Switch to the averaged weights for validation."""
+        if isinstance(pl_module, WeightAveraging):
+            pl_module.use_average(True)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Switch back to the trained weights, if a subclass overrides `on_validation_epoch_end`."""
+        if isinstance(pl_module, WeightAveraging):
+            pl_module.use_average(False)
+
+    def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
+        """Switch back to the trained weights, and record their checksums."""
+        if isinstance(pl_module, WeightAveraging):
+            pl_module.use_average(False)
+            pl_module.finish_average()
+
+    def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Record checksums of the trained weights, to detect later changes."""
+        # Lightning calls `on_train_end` only if the run was not already complete.
+        if isinstance(pl_module, WeightAveraging):
+            pl_module.finish_average()
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Store the averaged weights; see `WeightAveraging.store_average`."""
+        if isinstance(pl_module, WeightAveraging):
+            pl_module.store_average(checkpoint)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Restore the trained weights and their average; see `WeightAveraging.resume_average`."""
+        if isinstance(pl_module, WeightAveraging):
+            pl_module.resume_average(checkpoint)
