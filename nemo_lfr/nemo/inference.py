@@ -76,6 +76,15 @@ class Inference(BaseModel):
         """Return whether a method must call NeMo's method of that name, because `Codec` would ignore a change."""
         return self._alteration() is not None or patched_method(NeMoAudioCodecModel, (name,)) is not None
 
+    def _is_in_step(self) -> bool:
+        """Return whether a training step of a user may call `decode` and `forward` to train the decoder."""
+        return (
+            torch.is_grad_enabled()
+            and self._trainer is not None
+            and self._trainer.training
+            and any(parameter.requires_grad for parameter in self.audio_decoder.parameters())
+        )
+
     def encode(
         self,
         audio: torch.Tensor,
@@ -139,7 +148,7 @@ class Inference(BaseModel):
         Raises:
             TokensError: for tokens that cannot be decoded.
         """
-        if audio_len is None and num_codebooks is None and self._must_run_stock("decode"):
+        if audio_len is None and num_codebooks is None and (self._is_in_step() or self._must_run_stock("decode")):
             stock: tuple[torch.Tensor, torch.Tensor] = super().decode(tokens=tokens, tokens_len=tokens_len)
             return stock
         return self.codec.decode(tokens, tokens_len, audio_len, num_codebooks)
@@ -147,7 +156,7 @@ class Inference(BaseModel):
     def forward(
         self, audio: torch.Tensor, audio_len: torch.Tensor, sample_rate: int | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Encode audio to tokens and decode the tokens, without gradients.
+        """Encode audio to tokens and decode the tokens, without gradients except in a training step.
 
         Args:
             audio: samples in [-1, 1], shape [B, T_audio].
@@ -161,7 +170,8 @@ class Inference(BaseModel):
         Raises:
             AudioError: for audio that cannot be encoded, or an invalid sample rate.
         """
-        if self._must_run_stock("forward") or is_replaced(self, "decode", Inference):  # NeMo calls `decode`
+        overrides = is_replaced(self, "decode", Inference)  # NeMo calls `decode`
+        if overrides or self._is_in_step() or self._must_run_stock("forward"):
             stock: tuple[torch.Tensor, torch.Tensor] = super().forward(
                 audio=audio, audio_len=audio_len, sample_rate=sample_rate
             )

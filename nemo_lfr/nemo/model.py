@@ -46,9 +46,10 @@ class LFRCodecModel(Inference, StateDicts, NemoFiles, Copies, TrainingSteps):
 
     It supports codecs that consist of a HiFi-GAN encoder, FSQ and a HiFi-GAN decoder.
 
-    `encode`, `decode` and `forward` do not support gradients. They accept positional arguments, inputs on any device
-    and audio of any length. The tokens of an utterance do not depend on the rest of its batch. `encode_audio`,
-    `quantize`, `dequantize` and `decode_audio` behave as in NeMo and support gradients.
+    `encode`, `decode` and `forward` compute no gradients, except while Lightning trains the model. They accept
+    positional arguments, inputs on any device and audio of any length. The tokens of an utterance do not depend on the
+    rest of its batch. `encode_audio`, `quantize`, `dequantize` and `decode_audio` behave as in NeMo and support
+    gradients.
 
     Args:
         cfg: model config, whose `_target_` values may name classes of NeMo or of this package. Discriminators, losses

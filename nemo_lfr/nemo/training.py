@@ -180,7 +180,7 @@ class TrainingSteps(StockSteps):
         """
         if self._trainer is not None and self._trainer.state.fn != TrainerFn.FITTING:
             return [CodecCallback()]
-        if self._trainer is not None:
+        if self._trainer is not None and not self.automatic_optimization:  # a subclass may turn it on
             check_gradients(self._trainer)  # before Lightning, whose own message does not name the model's options
         callbacks: list[Callback] = super().configure_callbacks()
         if callbacks and self.log_config.get("log_spectrograms"):

@@ -711,6 +711,35 @@ def test_the_average_follows_a_training_step_of_a_user():
     assert (average - trained).norm() < (start - trained).norm()
 
 
+class OwnDecoderTraining(AudioCodecModel):
+    """A model whose decoder a user trains through the public methods, with Lightning's automatic optimization."""
+
+    def __init__(self, cfg, call):
+        super().__init__(cfg)
+        self.automatic_optimization, self.call = True, call
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.audio_decoder.parameters(), lr=0.1)
+
+    def training_step(self, batch, batch_idx):
+        return self.call(self, batch["audio"], batch["audio_lens"])[0].square().mean()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda model, audio, audio_len: model(audio=audio, audio_len=audio_len),
+        lambda model, audio, audio_len: model.decode(*model.encode(audio, audio_len)),
+    ],
+)
+def test_a_user_trains_the_decoder_with_automatic_optimization(call):
+    model = OwnDecoderTraining(OmegaConf.create(training_config([], **TWO_STAGES)), call)
+    start = generator_weights(model).clone()
+    train(model, [batch(frames=1)] * 2, accumulate_grad_batches=2, gradient_clip_val=1.0)
+    assert not torch.equal(generator_weights(model), start)
+    assert not call(model, *batch(frames=1).values())[0].requires_grad
+
+
 SMALLEST = training_config([STFT | {"resolutions": [[64, 32, 64]]}], **TWO_STAGES, ema_decay=0.5)
 # Hooks that a subclass overrides without calling those of the base class
 OWN_HOOKS = [
