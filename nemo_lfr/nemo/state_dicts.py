@@ -104,7 +104,8 @@ class StateDicts(BaseModel):
         if getattr(self, "discriminator", None) is None:
             discriminator = {key: value for key, value in state.items() if key.startswith(DISCRIMINATOR)}
             if hasattr(self, "discriminator"):  # otherwise the caller has deleted it
-                self._unbuilt_discriminator = {key: value.detach().cpu() for key, value in discriminator.items()}
+                kept = {key: value.detach().cpu().clone() for key, value in discriminator.items()}
+                self._unbuilt_discriminator = self._unbuilt_discriminator | kept
             state = {key: value for key, value in state.items() if key not in discriminator}
         result = super(NeMoAudioCodecModel, self).load_state_dict(state, strict=False, assign=assign)
         for what, keys in (("lacks", result.missing_keys), ("has unknown", result.unexpected_keys)):

@@ -291,7 +291,7 @@ class TrainingSteps(StockSteps):
         metrics = {
             "global_step": self.global_step,
             "lr": optim_gen.param_groups[0]["lr"],
-            "batch_duration": audio_len.sum() / self.sample_rate,
+            "batch_duration": batch["audio_lens"].sum() / self.sample_rate,
         }
         if self.discriminator is not None:
             with torch.no_grad():

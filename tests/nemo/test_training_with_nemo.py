@@ -287,6 +287,17 @@ def test_fine_tuning_starts_where_a_stock_file_ends_discriminators_included(tmp_
         assert {key: mine[key] for key in theirs} == pytest.approx(theirs, rel=1e-5)
 
 
+def test_loading_some_weights_keeps_those_of_the_discriminators(tmp_path):
+    start, model = models(tmp_path, training_config([SMALL_STFT], **TWO_STAGES))
+    state = {key: value.clone() for key, value in start.state_dict().items()}
+    model.load_state_dict(state)
+    for key in [key for key in state if key.startswith("discriminator.")]:
+        state.pop(key).zero_()  # the model has a copy
+    model.load_state_dict(state, strict=False)
+    model.build_discriminator()
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in start.named_parameters())
+
+
 def test_a_cpu_updates_with_fused_adam_unless_the_config_says_otherwise(tmp_path):
     """The updates differ only by rounding."""
     ends = []
