@@ -25,12 +25,14 @@ class CodebookUse:
         """Add the tokens of a batch to the counts.
 
         Args:
-            tokens: token ids, shape [B, C, T_encoded].
+            tokens: token ids, shape [B, C, T_encoded]. Other numbers, which a model with NaN in its weights returns,
+                are ignored.
             tokens_len: number of valid frames in each example, shape [B]. Other frames are ignored.
         """
         for example, length in zip(tokens.cpu().long(), tokens_len.tolist(), strict=True):
             own = example[:, :length]
-            self.counts.scatter_add_(1, own, torch.ones_like(own))
+            ids = own.clamp(0, self.counts.shape[1] - 1)
+            self.counts.scatter_add_(1, ids, (ids == own).long())
 
     def perplexity(self) -> torch.Tensor:
         """Compute the perplexity of each codebook.
