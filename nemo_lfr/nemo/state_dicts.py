@@ -101,12 +101,7 @@ class StateDicts(BaseModel):
                     "codec."
                 )
         state = {key: value for key, value in state_dict.items() if WAVLM not in key and key not in other}
-        if getattr(self, "discriminator", None) is None:
-            discriminator = {key: value for key, value in state.items() if key.startswith(DISCRIMINATOR)}
-            if hasattr(self, "discriminator"):  # otherwise the caller has deleted it
-                kept = {key: value.detach().cpu().clone() for key, value in discriminator.items()}
-                self._unbuilt_discriminator = self._unbuilt_discriminator | kept
-            state = {key: value for key, value in state.items() if key not in discriminator}
+        state = self._keep_discriminator(state)
         result = super(NeMoAudioCodecModel, self).load_state_dict(state, strict=False, assign=assign)
         for what, keys in (("lacks", result.missing_keys), ("has unknown", result.unexpected_keys)):
             judged = [key for key in keys if key.partition(".")[0] in PARTS]
@@ -117,6 +112,16 @@ class StateDicts(BaseModel):
                 )
         self._random_weights = None
         return result
+
+    def _keep_discriminator(self, state: dict[str, Any]) -> dict[str, Any]:
+        """Keep the weights of discriminators that are not built yet, and return the other weights."""
+        if getattr(self, "discriminator", None) is not None:
+            return state
+        discriminator = {key: value for key, value in state.items() if key.startswith(DISCRIMINATOR)}
+        if hasattr(self, "discriminator"):  # otherwise the caller has deleted it
+            kept = {key: value.detach().cpu().clone() for key, value in discriminator.items()}
+            self._unbuilt_discriminator = self._unbuilt_discriminator | kept
+        return {key: value for key, value in state.items() if key not in discriminator}
 
     def load_rest(self, tensors: Tensors, loaded: Sequence[torch.Tensor]) -> None:
         """Load those weights of a checkpoint that are not in the model yet.
@@ -186,7 +191,8 @@ class StateDicts(BaseModel):
         """
         theirs = {key.removeprefix(prefix): state_dict.pop(key) for key in list(state_dict) if key.startswith(prefix)}
         own = super(NeMoAudioCodecModel, self).state_dict()
-        state_dict.update({prefix + key: value for key, value in _spelled_for(own, theirs).items()})
+        state = self._keep_discriminator(_spelled_for(own, theirs))
+        state_dict.update({prefix + key: value for key, value in state.items()})
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
