@@ -6,7 +6,9 @@ layers as inference, but returns the receptive field instead of a signal.
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
+from nemo_lfr.errors import ConfigError
 from nemo_lfr.frames import num_frames
 from nemo_lfr.modules.activation import CodecActivation
 from nemo_lfr.modules.conv import Conv1d, ConvTranspose1d
@@ -77,6 +79,22 @@ class ContextOps:
         for block in blocks:
             signal = self.conv(block.skip_conv, self.conv(block.input_conv, signal))
         return signal
+
+
+def network_field(network: Any) -> Field:
+    """Return the receptive field of an encoder or decoder.
+
+    Raises:
+        ConfigError: if a layer was replaced by a module that lacks an attribute of the original layer.
+    """
+    try:
+        field: Field = network.run(ContextOps(), Field())
+    except AttributeError as error:  # in a property of a module, this error would name the property instead
+        raise ConfigError(
+            f"a layer of the {type(network).__name__} was replaced by a module that lacks its attributes ({error}); "
+            "use a subclass of the layer's class, or replace the convolution inside of the layer."
+        ) from error
+    return field
 
 
 def residual_context(layer: ResidualLayer) -> tuple[int, int]:

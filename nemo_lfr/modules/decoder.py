@@ -11,7 +11,7 @@ from torch import nn
 from nemo_lfr.errors import ConfigError
 from nemo_lfr.frames import Context, num_frames
 from nemo_lfr.modules.activation import CodecActivation, output_activation
-from nemo_lfr.modules.context import ContextOps, Field
+from nemo_lfr.modules.context import Field, network_field
 from nemo_lfr.modules.conv import Conv1d, ConvTranspose1d
 from nemo_lfr.modules.network import ModuleOps, Ops, Signal, UpStage, decode
 from nemo_lfr.modules.neural_module import NeuralModule
@@ -131,7 +131,7 @@ class HiFiGANDecoder(NeuralModule):
 
     @functools.cached_property
     def _field(self) -> Field:
-        return self.run(ContextOps(), Field())
+        return network_field(self)
 
     @property
     def context(self) -> Context:

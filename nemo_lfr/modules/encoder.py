@@ -11,7 +11,7 @@ from torch import nn
 from nemo_lfr.errors import ConfigError
 from nemo_lfr.frames import Context, num_frames
 from nemo_lfr.modules.activation import CodecActivation
-from nemo_lfr.modules.context import ContextOps, Field
+from nemo_lfr.modules.context import Field, network_field
 from nemo_lfr.modules.conv import Conv1d
 from nemo_lfr.modules.network import DownStage, ModuleOps, Ops, Signal, encode
 from nemo_lfr.modules.neural_module import NeuralModule
@@ -124,7 +124,7 @@ class HiFiGANEncoder(NeuralModule):
 
     @functools.cached_property
     def _field(self) -> Field:
-        return self.run(ContextOps(), Field())
+        return network_field(self)
 
     @property
     def context(self) -> Context:

@@ -12,12 +12,14 @@ from nemo_lfr.codec.codec import Codec
 from nemo_lfr.codec.cpu import network as inference
 from nemo_lfr.codec.cuda.plan import PRECISIONS, Plan
 from nemo_lfr.codec.torch_backend import TorchBackend
+from nemo_lfr.errors import ConfigError
 from nemo_lfr.modules.activation import CodecActivation
 from nemo_lfr.modules.conv import Conv1d
 from nemo_lfr.modules.decoder import HiFiGANDecoder
 from nemo_lfr.modules.encoder import HiFiGANEncoder
 from nemo_lfr.modules.quantizer import GroupFiniteScalarQuantizer
 from nemo_lfr.modules.residual import ResidualLayer
+from nemo_lfr.testing import TWO_STAGES, codec_config, random_parts
 from nemo_lfr.training.initialize import initialize_from_data
 from tests.models import RATE, speech_like, synthesize
 from tests.reference import assert_same_tokens, changed_frames
@@ -151,6 +153,14 @@ def test_new_stages_train():
     decoded.square().mean().backward()
     for network in (encoder, decoder):
         assert all(parameter.grad.abs().max() > 0 for parameter in network.parameters())
+
+
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+def test_a_layer_that_lacks_attributes_is_named(part):
+    network = getattr(random_parts(codec_config(**TWO_STAGES)), part)
+    network.pre_conv = torch.nn.Sequential(network.pre_conv)
+    with pytest.raises(ConfigError, match=r"replaced by .*'Sequential' object has no attribute 'pad'"):
+        _ = network.min_frames
 
 
 def test_only_the_network_knows_the_order_of_its_layers():

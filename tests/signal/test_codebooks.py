@@ -16,7 +16,6 @@ def test_perplexity_counts_equally_frequent_tokens_and_nothing_after_the_end():
     assert use.counts.sum(dim=1).tolist() == [4, 4]
 
 
-
 def test_numbers_outside_the_codebook_are_ignored():
     use = CodebookUse(1, (4, 3))
     use.update(torch.tensor([[[-(2**31), 5, 12]]], dtype=torch.int32), torch.tensor([3]))
