@@ -62,7 +62,7 @@ def create_app(codec: Codec[Any], settings: Settings | None = None) -> Starlette
     """Create the ASGI application that serves a codec.
 
     This function starts a thread that runs the codec (see `Engine`). The thread is stopped when the application shuts
-    down.
+    down, and started again if the application is.
 
     Args:
         codec: codec with the PyTorch backend.
@@ -103,6 +103,7 @@ def create_app(codec: Codec[Any], settings: Settings | None = None) -> Starlette
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        engine.start()  # an app may run several times, for instance in a notebook or in tests
         try:
             yield
         finally:

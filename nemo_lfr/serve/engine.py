@@ -105,9 +105,7 @@ class Engine:
         self._on_step = on_step
         self._sessions: list[Session] = []
         self._changed = threading.Condition()
-        self._closing = False
-        self._thread = threading.Thread(target=self._run, name="nemo-lfr engine", daemon=True)
-        self._thread.start()
+        self._start_thread()
 
     def __len__(self) -> int:
         """Return the number of open sessions."""
@@ -191,6 +189,12 @@ class Engine:
                 self._sessions.remove(session)
                 self._changed.notify_all()
 
+    def start(self) -> None:
+        """Start the thread again after `close`. Before `close`, this does nothing."""
+        if self._closing:
+            self.draining = False
+            self._start_thread()
+
     def close(self) -> None:
         """Stop the thread.
 
@@ -203,6 +207,11 @@ class Engine:
         with self._changed:
             for session in self._sessions:
                 session._finish(ShutdownError(SHUTTING_DOWN))
+
+    def _start_thread(self) -> None:
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="nemo-lfr engine", daemon=True)
+        self._thread.start()
 
     def _run(self) -> None:
         with unchanged_networks():

@@ -1,5 +1,6 @@
 """Tests of the health of a server whose network fails, and of CORS headers for pages of other origins."""
 
+import asyncio
 import json
 import threading
 import urllib.error
@@ -18,9 +19,10 @@ pytest.importorskip("prometheus_client")
 from nemo_lfr.client import Client
 from nemo_lfr.errors import ServerError
 from nemo_lfr.serve import health
-from nemo_lfr.serve.app import Settings
+from nemo_lfr.serve.app import Settings, create_app
 from nemo_lfr.serve.engine import Engine
 from nemo_lfr.serve.session import EngineLimits
+from tests.models import cached_codec
 from tests.serve.running import running
 
 
@@ -123,3 +125,18 @@ def test_a_server_without_origins_sends_no_cors_headers():
         for origin in ("https://a.example", server.url("")):
             headers = request(server, "/v1/info", Origin=origin)[1]
             assert not any(name.lower().startswith("access-control") for name in headers)
+
+
+def test_an_app_serves_again_after_a_shutdown():
+    app = create_app(cached_codec("symmetric"))
+
+    async def run():
+        async with app.router.lifespan_context(app):
+            with app.state.engine.decoder() as session:
+                await session.feed(np.zeros((8, 3), int))
+                session.end()
+                assert await session.collect() is not None
+
+    for _ in range(2):
+        asyncio.run(run())
+        app.state.engine.draining = True  # the server sets this when it receives a signal
