@@ -113,6 +113,11 @@ class ShardRecord:
             return f"{path}: file is damaged (its SHA-256 differs from the recorded one)"
         return None
 
+    def lost_since(self, earlier: "ShardRecord") -> list[dict[str, str]]:
+        """Return the failures of clips that an earlier run of the same shard tokenized."""
+        failed = {failure.get("id") for failure in earlier.failures}
+        return [failure for failure in self.failures if failure.get("id") not in failed]
+
     def write(self, out: Path) -> None:
         """Write the record, which marks the shard as complete."""
         self.path(out, self.index).parent.mkdir(parents=True, exist_ok=True)

@@ -5,12 +5,14 @@ temporary folder, synchronized to disk and renamed into place. The shard's recor
 as complete.
 """
 
+import logging
 import os
 import shutil
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,7 +28,7 @@ from nemo_lfr.corpus.inventory import digest
 from nemo_lfr.corpus.records import ShardRecord
 from nemo_lfr.corpus.sources import register_source
 from nemo_lfr.corpus.sources.base import AudioLoader, Clip, CorpusReader, ShardSpec
-from nemo_lfr.errors import NemoLfrError, failure, shorten
+from nemo_lfr.errors import NemoLfrError, counted, failure, shorten
 from nemo_lfr.io.atomic import naming, sync
 from nemo_lfr.io.entropy.find import model_to_write
 from nemo_lfr.io.locate import resolve
@@ -37,6 +39,8 @@ from nemo_lfr.plugins import naming_extension
 
 if TYPE_CHECKING:
     from nemo_lfr.codec.codec import Codec
+
+logger = logging.getLogger(__name__)
 
 # Approximate number of seconds of audio in a batch, by type of device.
 BATCH_SECONDS = {"cpu": 60.0, "cuda": 600.0}
@@ -65,12 +69,13 @@ def tokenize_shard(
         index: index of the shard in the run.
 
     Returns:
-        The record of the shard, which was also written to the output folder.
+        The record of the shard, which is also in the output folder. It is the record of an earlier run if clips that
+        this run tokenized can no longer be read.
 
     Raises:
         AudioError: with `config.strict`, for a clip that cannot be tokenized.
         NemoLfrError: if the output folder no longer belongs to this run, or if a corpus reader or an output format of
-            another package fails.
+            another package fails, or if a damaged shard can no longer be tokenized.
         OSError: if files cannot be written, or with `config.strict`, if the file of a clip cannot be read.
     """
     out = resolve(config.out)
@@ -94,6 +99,9 @@ def tokenize_shard(
             record.frames += tokens.shape[1]
         with naming_extension(output, FORMAT):
             writer.close()
+        earlier = ShardRecord.read(out, index)
+        if earlier is not None and (lost := record.lost_since(earlier)):
+            return _kept(out, earlier, lost)
         check_claim(config.state, config.claim)
         for path in sorted(file for file in staging.rglob("*") if file.is_file()):
             name = str(path.relative_to(staging))
@@ -112,6 +120,27 @@ def tokenize_shard(
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return record
+
+
+def _kept(out: Path, earlier: ShardRecord, lost: list[dict[str, str]]) -> ShardRecord:
+    """Return the record of an earlier run, whose tokens are kept because clips can no longer be read.
+
+    Args:
+        out: the output folder.
+        earlier: the record.
+        lost: failures of clips that the earlier run tokenized.
+
+    Raises:
+        NemoLfrError: if files of the shard are damaged.
+    """
+    reason = f"{counted(len(lost), 'clip')} that an earlier run tokenized can no longer be read ({lost[0]['error']})"
+    if ShardRecord.find(out, earlier.index, verify=True) is None:
+        raise NemoLfrError(
+            f"{out}: the damaged shard {earlier.index} cannot be restored, because {reason}; make the audio "
+            "available, and run the same command again."
+        )
+    logger.warning("%s: the tokens of shard %d are kept as they were, because %s.", out, earlier.index, reason)
+    return earlier
 
 
 def _tokenize(

@@ -115,6 +115,26 @@ def test_failed_clips_are_tried_again_when_asked_for(folder, model, capsys):
     assert "--retry-failed" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("kind", slow_except(["manifest", "shar"], "manifest"))
+def test_tokens_of_clips_whose_audio_was_deleted_are_kept(kind, folder, model, caplog):
+    broken, repaired = folder / "c.wav", folder / "c.flac"
+    broken.rename(repaired)
+    job = TokenizeConfig(str(write_manifest(folder, "xyz")), str(folder / "out"), kind, model=str(model))
+    assert tokenize(job, workers=1, device="cpu")["clips"] == 2
+    (folder / "a.wav").rename(folder / "gone.wav")
+    repaired.rename(broken)
+    again = tokenize(job, workers=1, device="cpu", retry_failed=True)
+    assert (again["clips"], again["failures"]) == (2, 1)
+    assert "kept as they were, because 1 clip that an earlier run tokenized can no longer be read" in caplog.text
+    tokens = sorted(path for path in (folder / "out").rglob("*") if path.suffix in (".pt", ".tar"))
+    tokens[0].unlink()
+    with pytest.raises(NemoLfrError, match=r"the damaged shard 0 cannot be restored.*make the audio available"):
+        tokenize(job, workers=1, device="cpu")
+    assert all(path.exists() for path in tokens[1:])
+    (folder / "gone.wav").rename(folder / "a.wav")
+    assert tokenize(job, workers=1, device="cpu")["clips"] == 3
+
+
 class _nothing:
     def __enter__(self) -> None: ...
 
