@@ -61,8 +61,7 @@ class Settings:
 def create_app(codec: Codec[Any], settings: Settings | None = None) -> Starlette:
     """Create the ASGI application that serves a codec.
 
-    This function starts a thread that runs the codec (see `Engine`). The thread is stopped when the application shuts
-    down, and started again if the application is.
+    A thread runs the codec (see `Engine`) until the application shuts down, and again if the application is restarted.
 
     Args:
         codec: codec with the PyTorch backend.
