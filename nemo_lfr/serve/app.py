@@ -5,6 +5,7 @@ Any ASGI server, or Ray Serve, can run the application that `create_app` returns
 
 import asyncio
 import hmac
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -23,8 +24,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.websockets import WebSocket
 
 from nemo_lfr._version import __version__
+from nemo_lfr.arguments import check_whole_number
 from nemo_lfr.codec.codec import Codec
-from nemo_lfr.errors import NemoLfrError, shorten
+from nemo_lfr.errors import NemoLfrError, quoted, shorten
 from nemo_lfr.serve.engine import Engine, OverloadedError
 from nemo_lfr.serve.files import MediaTypeError, StorageError, decode_file, encode_file, storing
 from nemo_lfr.serve.health import find_fault
@@ -34,6 +36,9 @@ from nemo_lfr.serve.page import is_page, page_routes
 from nemo_lfr.serve.protocol import CloseCode, DecodeProtocol, EncodeProtocol, ProtocolError, check_names
 from nemo_lfr.serve.session import EngineLimits
 from nemo_lfr.serve.streams import StreamLimits, serve_stream
+
+# Origins as browsers send them, in lower case and without a path
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://([^\s/?#@A-Z]+)")
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,9 @@ class Settings:
         token: access token, which clients must send in the header `Authorization: Bearer TOKEN` or in the URL
             parameter `token`; None admits every client.
         origins: origins of the web sites whose pages may connect, such as "https://example.org".
+
+    Raises:
+        NemoLfrError: if a value is invalid, such as an empty token.
     """
 
     engine: EngineLimits = field(default_factory=EngineLimits)
@@ -56,6 +64,23 @@ class Settings:
     max_files: int = 16
     token: str | None = None
     origins: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_whole_number(self.max_body_bytes, "max_body_bytes", 1)
+        check_whole_number(self.max_files, "max_files", 1)
+        token = self.token
+        if token is not None and not (isinstance(token, str) and token.isascii() and token.isprintable() and token):
+            raise NemoLfrError(
+                "the token is empty or not printable ASCII; pass a secret, or None to admit every client."
+            )
+        if isinstance(self.origins, str):
+            raise NemoLfrError(f"origins is {quoted(self.origins)}; pass a tuple of origins.")
+        for origin in self.origins:
+            if not isinstance(origin, str) or not _ORIGIN.fullmatch(origin):
+                raise NemoLfrError(
+                    f"{quoted(origin)} is not an origin; pass a scheme and a host without a path, such as "
+                    "https://example.org or http://localhost:3000."
+                )
 
 
 def create_app(codec: Codec[Any], settings: Settings | None = None) -> Starlette:
@@ -100,14 +125,6 @@ def create_app(codec: Codec[Any], settings: Settings | None = None) -> Starlette
         reason = {"error": fault} if fault else {}
         return JSONResponse({"status": status, "streams": len(engine), **reason}, 200 if status == "ok" else 503)
 
-    @asynccontextmanager
-    async def lifespan(_: Starlette) -> AsyncIterator[None]:
-        engine.start()  # an app may run several times, for instance in a notebook or in tests
-        try:
-            yield
-        finally:
-            engine.close()
-
     app = Starlette(
         routes=[
             Route("/v1/encode", file(encode_file), methods=["POST"]),
@@ -124,12 +141,21 @@ def create_app(codec: Codec[Any], settings: Settings | None = None) -> Starlette
             *page_routes(),
         ],
         exception_handlers={NemoLfrError: _report, HTTPException: _report_path, ClientDisconnect: _drop},
-        lifespan=lifespan,
+        lifespan=lambda _: _running(engine),
     )
     app.router.redirect_slashes = False  # most clients do not send the body of a POST request again after a redirect
     _control_access(app, settings)
     app.state.engine = engine
     return app
+
+
+@asynccontextmanager
+async def _running(engine: Engine) -> AsyncIterator[None]:
+    engine.start()  # an app may be started several times, for instance in a notebook or in tests
+    try:
+        yield
+    finally:
+        engine.close()
 
 
 def _without_parameters(

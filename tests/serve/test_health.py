@@ -17,7 +17,7 @@ pytest.importorskip("websockets")
 pytest.importorskip("prometheus_client")
 
 from nemo_lfr.client import Client
-from nemo_lfr.errors import ServerError
+from nemo_lfr.errors import NemoLfrError, ServerError
 from nemo_lfr.serve import health
 from nemo_lfr.serve.app import Settings, create_app
 from nemo_lfr.serve.engine import Engine
@@ -140,3 +140,23 @@ def test_an_app_serves_again_after_a_shutdown():
     for _ in range(2):
         asyncio.run(run())
         app.state.engine.draining = True  # the server sets this when it receives a signal
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"token": ""},
+        {"token": 5},
+        {"token": "naïve"},
+        {"origins": "https://a.example"},
+        {"origins": ("https://a.example/",)},
+        {"origins": ("a.example",)},
+        {"origins": ("*",)},
+        {"max_files": 0},
+        {"max_body_bytes": "1MB"},
+    ],
+    ids=str,
+)
+def test_invalid_settings_are_refused(settings):
+    with pytest.raises(NemoLfrError, match=r"secret|pass a tuple|not an origin|pass an integer"):
+        Settings(**settings)
