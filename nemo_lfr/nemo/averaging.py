@@ -24,7 +24,10 @@ class WeightAveraging(BaseModel):
         return torch.nn.ModuleList([getattr(self, name) for name in PARTS])
 
     def use_average(self, averaged: bool) -> None:
-        """Put the averaged weights into the model if there is an average, or put the trained weights back."""
+        """Put the averaged weights into the model, or the trained weights if `averaged` is False.
+
+        Without an average, the weights do not change.
+        """
         if averaged:
             self._drop_stale_average()
         if self._average is not None:
@@ -61,7 +64,10 @@ class WeightAveraging(BaseModel):
             self.use_average(before)
 
     def use_trained_weights(self) -> None:
-        """Put the trained weights into the model, before training or after a failed validation."""
+        """Put the trained weights into the model. A failed validation may have left the averaged ones there.
+
+        The average is dropped with a warning if the weights were changed after the training.
+        """
         self.use_average(False)
         self._drop_stale_average()
 
@@ -110,7 +116,7 @@ class WeightAveraging(BaseModel):
         checkpoint["average"] = {"count": self._average.count, "trained": dict(zip(names, trained, strict=True))}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Drop the average of the weights that the checkpoint replaces. The model gets the averaged weights."""
+        """Drop the average, since the checkpoint replaces the weights that it belongs to."""
         super().on_load_checkpoint(checkpoint)
         self._average = None
 

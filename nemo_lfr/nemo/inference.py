@@ -77,7 +77,7 @@ class Inference(BaseModel):
         return self._alteration() is not None or patched_method(NeMoAudioCodecModel, (name,)) is not None
 
     def _is_in_step(self) -> bool:
-        """Return whether a training step of a user may call `decode` and `forward` to train the decoder."""
+        """Return whether `decode` and `forward` must compute gradients for a user's training step."""
         return (
             torch.is_grad_enabled()
             and self._trainer is not None
