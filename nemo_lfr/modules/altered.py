@@ -8,6 +8,7 @@ a network with dropout is in training mode.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -40,7 +41,20 @@ def notice_patches(kind: Module) -> Module:
     return kind
 
 
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def _constant_when_compiling(function: Function) -> Function:
+    """Decorator of functions of a class that `torch.compile` cannot trace: it calls them, and keeps the result.
+
+    It is PyTorch's `assume_constant_result`, whose import takes seconds.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 @functools.cache
+@_constant_when_compiling
 def _methods(kind: Any) -> frozenset[str]:
     """Return "forward" and the names of the methods that a module class adds to `nn.Module` or overrides."""
     classes = kind.__mro__[: kind.__mro__.index(nn.Module)]
@@ -53,6 +67,11 @@ def is_patched(module: nn.Module) -> bool:
     kind: Any = type(module)
     if not _methods(kind).isdisjoint(module.__dict__):
         return True
+    return _is_class_patched(kind)
+
+
+@_constant_when_compiling
+def _is_class_patched(kind: Any) -> bool:
     return any(vars(parent).get(name) is not method for parent, name, method in _originals(kind))
 
 

@@ -206,7 +206,7 @@ class Conv1d(nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Pad and convolve: [B, H_in, T] -> [B, H_out, T // stride]."""
-        if not torch.compiler.is_compiling() and _must_be_called(self):
+        if _must_be_called(self):
             result = self.conv(self.pad_ends(hidden) if self.causal else hidden)
         elif self.pad_mode == "constant" and self.pad[0] == self.pad[1]:
             conv = self.conv
@@ -307,7 +307,7 @@ class ConvTranspose1d(nn.Module):
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Up-sample: [B, H_in, T] -> [B, H_out, T * stride]."""
         stride, length = self.stride, hidden.shape[-1]
-        if not torch.compiler.is_compiling() and _must_be_called(self):
+        if _must_be_called(self):
             result = self.conv(hidden)
             if not self.cut[0]:  # `conv` has not removed the extra outputs
                 result = result[..., self.first_sample : result.shape[-1] - stride + self.first_sample]

@@ -51,6 +51,8 @@ def has_level_tables(quantizer: nn.Module, levels: tuple[int, ...]) -> bool:
     if the values were never compared and cannot be read now, for example on the meta device or while a graph is
     captured.
     """
+    if torch.compiler.is_compiling():
+        return True
     buffers = [quantizer._buffers.get(name) for name in level_tables(levels)]
     tensors = [buffer for buffer in buffers if buffer is not None]
     known = _COMPARED.get(quantizer)

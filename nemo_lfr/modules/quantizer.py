@@ -88,9 +88,7 @@ class FiniteScalarQuantizer(NeuralModule):
 
     @property
     def _is_own(self) -> bool:
-        """Whether the class, the methods and the buffers are unchanged; always True during `torch.compile`."""
-        if torch.compiler.is_compiling():
-            return True
+        """Whether the class, the methods and the buffers are unchanged. `torch.compile` does not read the buffers."""
         return type(self) is FiniteScalarQuantizer and not is_patched(self) and self.is_consistent
 
     @property
@@ -270,17 +268,19 @@ class GroupFiniteScalarQuantizer(CodebookDropout):
         return check_once(self, "plain", lambda: not is_altered(self) and self._is_uniform())
 
     def _is_uniform(self) -> bool:
-        return torch.compiler.is_compiling() or check_once(self, "uniform", self._are_groups_plain)
+        if torch.compiler.is_compiling():
+            return self._are_groups_plain()
+        return check_once(self, "uniform", self._are_groups_plain)
 
     def _are_groups_plain(self) -> bool:
-        groups = self.fsqs._modules.values() if type(self.fsqs) is nn.ModuleList else ()
-        settings = set()
+        groups = list(self.fsqs._modules.values()) if type(self.fsqs) is nn.ModuleList else []
+        kind = FiniteScalarQuantizer
         for group in groups:
-            kind = FiniteScalarQuantizer
             if type(group) is not kind or must_be_called(group, kind) or not group.is_consistent:
                 return False
-            settings.add((group.levels, group.eps))
-        return len(groups) == self.num_groups and settings.issubset({(self.levels, self.fsqs[0].eps)})
+            if group.levels != self.levels or group.eps != groups[0].eps:
+                return False
+        return len(groups) == self.num_groups
 
     def _split(self, values: torch.Tensor, dim: int) -> Iterator[tuple[Any, torch.Tensor]]:
         """Split a tensor along the dimension `dim`, and yield each group's quantizer with its part of the tensor.

@@ -78,7 +78,8 @@ def check_dimensions(values: torch.Tensor, dim: int) -> None:
 
 def has_values(tokens: torch.Tensor) -> bool:
     """Return whether a tensor has values that can be read. It has none while a graph is traced or captured."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        return False
     is_plain = type(tokens) is torch.Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(tokens)
     is_captured = tokens.is_cuda and torch.cuda.is_current_stream_capturing()
-    is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-    return is_plain and not is_captured and not is_traced and not tokens.is_meta and tokens.numel() > 0
+    return is_plain and not is_captured and not tokens.is_meta and tokens.numel() > 0

@@ -166,3 +166,40 @@ def test_period_discriminators_train_by_matrix_product_with_the_gradients_of_con
     own = gradients(products_only(lambda: layer(hidden)), *inputs)
     for mine, theirs in zip(own, gradients(layer.conv(hidden), *inputs), strict=True):
         torch.testing.assert_close(mine, theirs, **EXACT)
+
+
+class Halved(torch.nn.Module):
+    """Wrapper like those of LoRA."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base = base
+
+    def forward(self, hidden):
+        return self.base(hidden) / 2
+
+
+def patched_forward(layer):
+    forward = layer.conv.forward
+    layer.conv.forward = lambda hidden: forward(hidden) / 2
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("make", [lambda: Conv1d(3, 4, 3), lambda: ConvTranspose1d(3, 4, stride=2)])
+@pytest.mark.parametrize(
+    "change",
+    [
+        patched_forward,
+        lambda layer: setattr(layer, "conv", Halved(layer.conv)),
+        lambda layer: layer.conv.register_forward_hook(lambda module, inputs, result: result / 2),
+    ],
+)
+def test_compiled_layers_follow_changes_without_breaking_the_graph(make, change):
+    torch._dynamo.reset()
+    layer, hidden = make(), torch.randn(2, 3, 16)
+    plain = layer(hidden)
+    change(layer)
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)(hidden)
+    assert torch.equal(compiled, layer(hidden))
+    assert not torch.equal(compiled, plain)

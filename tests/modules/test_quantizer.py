@@ -161,6 +161,53 @@ def test_codes_outside_the_levels_are_refused(num_groups, code):
         quantizer.codes_to_indices(codes)
 
 
+def patched(name, change):
+    """Return a function that patches a method of the second group."""
+
+    def patch(quantizer, monkeypatch):
+        method = getattr(quantizer.fsqs[1], name)
+        monkeypatch.setattr(quantizer.fsqs[1], name, lambda *args, **named: change(method(*args, **named)))
+
+    return patch
+
+
+def hooked(quantizer, monkeypatch):
+    quantizer.fsqs[1].register_forward_hook(lambda module, args, output: (output[0] / 2, output[1] + 1))
+
+
+def patched_class(quantizer, monkeypatch):
+    method = FiniteScalarQuantizer.inputs_to_codes
+    monkeypatch.setattr(FiniteScalarQuantizer, "inputs_to_codes", lambda *args, **named: 0.8 * method(*args, **named))
+
+
+CHANGES = {
+    "nothing": lambda quantizer, monkeypatch: None,
+    "inputs_to_codes": patched("inputs_to_codes", lambda codes: 0.8 * codes),
+    "codes_to_indices": patched("codes_to_indices", lambda tokens: (tokens + 1) % 2016),
+    "hook": hooked,
+    "class": patched_class,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("change", CHANGES)
+def test_compiled_quantizers_follow_changes_without_breaking_the_graph(change, monkeypatch):
+    torch._dynamo.reset()
+    quantizer, values = GroupFiniteScalarQuantizer(2, [8, 7, 6, 6]), torch.randn(2, 8, 5)
+    plain = quantizer(values)
+    CHANGES[change](quantizer, monkeypatch)
+
+    def results(values):
+        tokens = quantizer.encode(inputs=values)
+        return (*quantizer(inputs=values), tokens, quantizer.decode(indices=tokens))
+
+    expected = results(values)
+    compiled = torch.compile(results, backend="eager", fullgraph=True)(values)
+    assert all(map(torch.equal, compiled, expected))
+    assert all(map(torch.equal, plain, expected)) == (change == "nothing")
+
+
 @pytest.mark.slow
 def test_token_checks_do_not_break_a_graph():
     class Tokens(torch.nn.Module):
