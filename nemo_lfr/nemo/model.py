@@ -36,6 +36,7 @@ from nemo_lfr.nemo.config import (
 from nemo_lfr.nemo.copies import Copies
 from nemo_lfr.nemo.files import READ_PARTS, NemoFiles
 from nemo_lfr.nemo.inference import Inference
+from nemo_lfr.nemo.patches import warn_of_patched_modules
 from nemo_lfr.nemo.state_dicts import StateDicts
 from nemo_lfr.nemo.training import TrainingSteps
 from nemo_lfr.training.components import import_components
@@ -74,6 +75,7 @@ class LFRCodecModel(Inference, StateDicts, NemoFiles, Copies, TrainingSteps):
         for key in cfg if self._is_model_being_restored() else from_checkpoint:
             mark_from_checkpoint(cfg._get_node(key))
         import_components(cfg, built_in=BUILT_IN)
+        warn_of_patched_modules()
         with open_dict(cfg):
             cfg.target = NEMO_MODEL
             for name in PARTS:

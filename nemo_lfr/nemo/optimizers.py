@@ -11,7 +11,8 @@ from omegaconf import DictConfig, open_dict
 from nemo_lfr.checkpoint.names import plain_keys
 from nemo_lfr.errors import ConfigError, shorten
 from nemo_lfr.nemo.averaging import WeightAveraging
-from nemo_lfr.nemo.base import DISCRIMINATOR, WAVLM
+from nemo_lfr.nemo.base import DISCRIMINATOR, WAVLM, NeMoAudioCodecModel
+from nemo_lfr.nemo.patches import patched_method
 
 
 def check_discriminator(checkpoint: Mapping[str, Any], state: Mapping[str, torch.Tensor], path: Any) -> None:
@@ -99,6 +100,9 @@ class Optimizers(WeightAveraging):
                 `steps_per_epoch` is not set and the training data is missing or endless.
         """
         config = self._cfg
+        if patched_method(NeMoAudioCodecModel, ("max_steps",)) is not None:
+            patched: int = super().max_steps
+            return patched
         if config.get("max_steps") is None and config.get("max_epochs") is None:
             raise ConfigError(
                 "neither max_steps nor max_epochs is set, but the learning-rate schedule needs one of them; set "

@@ -1,10 +1,14 @@
 """Find methods of NeMo's model and of its modules that a caller has replaced."""
 
+import logging
 import sys
 from collections.abc import Collection
 from inspect import getattr_static
+from types import ModuleType
 
-from nemo_lfr.nemo.base import NeMoAudioCodecModel
+from nemo_lfr.nemo.base import NeMoAudioCodecModel, audio_codec_modules
+
+logger = logging.getLogger(__name__)
 
 
 def patched_method(kind: type, names: Collection[str] | None = None) -> str | None:
@@ -21,7 +25,8 @@ def patched_method(kind: type, names: Collection[str] | None = None) -> str | No
         if parent.__module__.startswith("nemo.collections."):
             file, methods = sys.modules[parent.__module__].__file__, vars(parent)
             for name in methods if names is None else names:
-                function = getattr(methods.get(name), "__func__", methods.get(name))
+                method = methods.get(name)
+                function = method.fget if isinstance(method, property) else getattr(method, "__func__", method)
                 is_method = callable(function) and not isinstance(function, type)
                 if is_method and getattr(getattr(function, "__code__", None), "co_filename", None) != file:
                     return f"{parent.__name__}.{name}"
@@ -33,3 +38,19 @@ def is_replaced(model: NeMoAudioCodecModel, name: str, kind: type) -> bool:
     # `getattr_static`, because NeMo's decorators return another object at each access.
     is_overridden = name in vars(model) or getattr_static(type(model), name) is not getattr_static(kind, name)
     return is_overridden or patched_method(NeMoAudioCodecModel, (name,)) is not None
+
+
+def is_changed(module: ModuleType, name: str) -> bool:
+    """Return whether a caller has replaced a class in a module of NeMo, or a method of that class."""
+    kind = getattr(module, name)
+    return getattr(kind, "__module__", None) != module.__name__ or patched_method(kind) is not None
+
+
+def warn_of_patched_modules() -> None:
+    """Log a warning for each patched method of NeMo's modules, because the modules of this package do not have it."""
+    kinds = [kind for kind in vars(audio_codec_modules).values() if isinstance(kind, type)]
+    for method in {patched_method(kind) for kind in kinds} - {None}:
+        logger.warning(
+            "%s of NeMo is patched, but the model has modules of nemo_lfr without this patch; patch their methods",
+            method,
+        )

@@ -13,15 +13,17 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from nemo_lfr.checkpoint import PARTS, load_parts
-from nemo_lfr.errors import ConfigError, shorten
+from nemo_lfr.errors import ConfigError
 from nemo_lfr.nemo.artifacts import SpectrogramGenerator
 from nemo_lfr.nemo.base import DISCRIMINATOR, WAVLM
 from nemo_lfr.nemo.callback import CodecCallback
 from nemo_lfr.nemo.config import check_fit, check_gradients, check_precision, check_segments, check_training
-from nemo_lfr.nemo.cuts import cut_loader, data_section, uses_lhotse
+from nemo_lfr.nemo.inference import Inference
+from nemo_lfr.nemo.loaders import DataLoaders
+from nemo_lfr.nemo.patches import is_replaced
 from nemo_lfr.nemo.process_means import mean_over_processes
 from nemo_lfr.nemo.resume import WholeCheckpoints
 from nemo_lfr.nemo.run_lock import RunLock
@@ -30,7 +32,6 @@ from nemo_lfr.signal.codebooks import CodebookUse
 from nemo_lfr.signal.spectra import Spectra
 from nemo_lfr.training.audio_discriminator import AudioDiscriminator, Views, preprocess_audio, score_views
 from nemo_lfr.training.components import AudioTerms
-from nemo_lfr.training.data import manifest_loader
 from nemo_lfr.training.discriminators import build_discriminator, frozen
 from nemo_lfr.training.initialize import draw_segments, initialize_from_data
 from nemo_lfr.training.slm_discriminator import SLMDiscriminator
@@ -41,7 +42,7 @@ logger = logging.getLogger(__name__)
 _VALIDATED = ("loss", "perplexity", "levels_used")
 
 
-class TrainingSteps(StockSteps):
+class TrainingSteps(DataLoaders, StockSteps):
     """Lightning hooks for training and validation.
 
     The discriminators are built when training starts (`setup("fit")`), so restoring a model requires neither WavLM nor
@@ -133,41 +134,6 @@ class TrainingSteps(StockSteps):
                 self._metrics = AudioTerms(cast(Any, config), "metrics", reserved=_VALIDATED).to(self.device)
         return self._metrics
 
-    def get_dataset(self, cfg: DictConfig) -> Any:
-        """Build a data loader with `CodecDataset` instead of NeMo's `VocoderDataset`.
-
-        If `CodecDataset` does not support the config section, NeMo builds the data loader.
-
-        Raises:
-            ConfigError: if the section is invalid, or has another sample rate than the codec.
-        """
-        rate = (cfg.get("dataset") or {}).get("sample_rate")
-        if rate not in (None, self.sample_rate) and not cfg.dataset.get("resample_rate"):
-            raise ConfigError(
-                f"{cfg._get_full_key('dataset')}.sample_rate is {shorten(rate)}, but the codec runs at "
-                f"{self.sample_rate} Hz; set it to this rate. Recordings at other rates are resampled."
-            )
-        world_size, rank = (self.trainer.world_size, self.trainer.global_rank) if self._trainer else (1, 0)
-        return manifest_loader(cfg, world_size, rank) or super().get_dataset(cfg)
-
-    def _get_lhotse_dataloader(self, cfg: DictConfig) -> Any:
-        return cut_loader(cfg, self.sample_rate, self.global_rank, self.world_size)
-
-    def setup_training_data(self, cfg: DictConfig | dict[str, Any]) -> None:
-        """Build the training loader from a section of the config."""
-        super().setup_training_data(data_section(cfg, "train_ds"))
-
-    def setup_validation_data(self, cfg: DictConfig | dict[str, Any]) -> None:
-        """Build the validation loader from manifests or from Lhotse cuts.
-
-        NeMo itself supports manifests only.
-        """
-        cfg = data_section(cfg, "validation_ds")
-        if uses_lhotse(cfg):
-            self._validation_dl = cut_loader(cfg, self.sample_rate, self.global_rank, self.world_size, validation=True)
-        else:
-            super().setup_validation_data(cfg)
-
     def configure_callbacks(self) -> list[Callback]:
         """Return `CodecCallback` and, for training, `RunLock` and NeMo's logging callback.
 
@@ -253,7 +219,9 @@ class TrainingSteps(StockSteps):
         audio, audio_len = self.pad_audio(
             audio=batch["audio"], audio_len=batch["audio_lens"], samples_per_frame=self.samples_per_frame
         )
-        encoded, encoded_len = self.encode_audio(audio=audio, audio_len=audio_len)
+        # NeMo passes the sample rate, which a method of a subclass may require.
+        rate = {"sample_rate": self.output_sample_rate} if is_replaced(self, "encode_audio", Inference) else {}
+        encoded, encoded_len = self.encode_audio(audio=audio, audio_len=audio_len, **rate)
         noisy = encoded if self.encoder_noise is None else self.encoder_noise(encoded)
         codes, tokens = self.vector_quantizer(inputs=noisy, input_len=encoded_len)
         if self.training and (rate := self.cfg.get("codebook_dropout_rate")):

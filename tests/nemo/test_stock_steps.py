@@ -8,23 +8,29 @@ from types import MethodType
 from typing import Any
 
 import pytest
+import soundfile
 import torch
 
 pytest.importorskip("nemo", reason="stock NeMo is the reference here: pip install '.[nemo]'")
 
 from hydra.utils import instantiate
+from nemo.collections.tts.data.vocoder_dataset import VocoderDataset
 from nemo.collections.tts.losses import audio_codec_loss
 from nemo.collections.tts.models.audio_codec import AudioCodecModel as StockModel
+from nemo.collections.tts.modules import audio_codec_modules
 from omegaconf import OmegaConf, open_dict
 from torch import nn
 
 from nemo_lfr import AudioCodecModel, accelerate
 from nemo_lfr.errors import ConfigError
 from nemo_lfr.training.audio_discriminator import AudioDiscriminator
+from nemo_lfr.training.data import NEMO_DATASET, CodecDataset
+from tests.models import RATE, speech_like
 from tests.nemo.test_training_with_nemo import (
     SMALL_STFT,
     batch_without_ties,
     models,
+    quiet_trainer,
     train,
     training_config,
 )
@@ -313,6 +319,12 @@ def changed_and(copied):
     return change
 
 
+def with_a_trained_scale(monkeypatch):
+    model = built()
+    model.stft_loss_scale = nn.Parameter(torch.tensor(1.0))
+    return model
+
+
 def with_a_backward_hook(monkeypatch):
     model = built()
     model.time_domain_loss_fn.register_full_backward_hook(lambda module, inputs, outputs: (inputs[0] * 2,))
@@ -343,6 +355,7 @@ def with_patched_discriminators(monkeypatch):
         (with_losses_of_the_first_config, ["stft_loss_fn"]),
         (with_another_window, ["stft_loss_fn"]),
         (with_a_backward_hook, ["time_domain_loss_fn"]),
+        (with_a_trained_scale, ["stft_loss_scale"]),
         (with_patched_discriminators, ["discriminator"]),
         (changed_and(lambda model: model), ["stft_loss_fn"]),
         (changed_and(copy.deepcopy), ["stft_loss_fn"]),
@@ -354,3 +367,58 @@ def test_changes_are_found(make, changes, monkeypatch):
     model = make(monkeypatch)
     assert list(model._find_changes()) == changes
     assert list(model._find_changes()) == changes
+
+
+class Loader(list):
+    """Data loader of a patched class or method."""
+
+
+def test_patched_data_loaders_are_used(monkeypatch):
+    model = built()
+    for name, build in (("get_dataset", model.get_dataset), ("_get_lhotse_dataloader", model._get_lhotse_dataloader)):
+        with monkeypatch.context() as patch:
+            patch.setattr(StockModel, name, lambda self, cfg: Loader())
+            assert type(build(OmegaConf.create({"dataset": {"sample_rate": model.sample_rate}}))) is Loader
+
+
+def test_a_patched_number_of_steps_is_used(monkeypatch):
+    monkeypatch.setattr(StockModel, "max_steps", property(lambda self: 7))
+    assert built(max_epochs=2, steps_per_epoch=3).max_steps == 7
+
+
+def test_an_overridden_encode_audio_gets_the_sample_rate_as_in_nemo():
+    model, rates = built(), []
+
+    def encode_audio(self, audio, audio_len, sample_rate):
+        rates.append(sample_rate)
+        return AudioCodecModel.encode_audio(self, audio, audio_len)
+
+    model.encode_audio = MethodType(encode_audio, model)
+    model.reconstruct({"audio": torch.zeros(1, 4096), "audio_lens": torch.tensor([4096])})
+    assert rates == [RATE]
+
+
+class AugmentedDataset(VocoderDataset):
+    pass
+
+
+@pytest.mark.parametrize("name", ["VocoderDataset", "VocoderDataset.__getitem__"])
+def test_a_patched_dataset_is_used(monkeypatch, tmp_path, name):
+    soundfile.write(tmp_path / "a.wav", speech_like(RATE).numpy(), RATE)
+    (tmp_path / "manifest.json").write_text('{"audio_filepath": "a.wav", "duration": 1.0}\n')
+    meta = {"mine": {"manifest_path": str(tmp_path / "manifest.json"), "audio_dir": str(tmp_path)}}
+    target = {"_target_": NEMO_DATASET, "dataset_meta": meta, "sample_rate": RATE, "n_samples": 8192}
+    section = OmegaConf.create({"dataset": target, "dataloader_params": {"batch_size": 1}})
+    model = AudioCodecModel(OmegaConf.create(config()), trainer=quiet_trainer())
+    assert type(model.get_dataset(section).dataset) is CodecDataset
+    replacement = AugmentedDataset if name == "VocoderDataset" else lambda self, index: {}
+    monkeypatch.setattr(f"nemo.collections.tts.data.vocoder_dataset.{name}", replacement)
+    kind = AugmentedDataset if name == "VocoderDataset" else VocoderDataset
+    assert type(model.get_dataset(section).dataset) is kind
+
+
+def test_patched_modules_of_nemo_are_reported(monkeypatch, caplog):
+    monkeypatch.setattr(audio_codec_modules.FiniteScalarQuantizer, "compress", lambda self, inputs, input_len: inputs)
+    with caplog.at_level(logging.WARNING, "nemo_lfr"):
+        built()
+    assert "FiniteScalarQuantizer.compress of NeMo is patched" in caplog.text
