@@ -47,7 +47,7 @@ def is_changed(module: ModuleType, name: str) -> bool:
 
 
 def warn_of_patched_modules() -> None:
-    """Log a warning for each patched method of NeMo's modules, because the modules of this package do not have it."""
+    """Log a warning for each patched method of NeMo's modules, because this package's modules ignore the patch."""
     kinds = [kind for kind in vars(audio_codec_modules).values() if isinstance(kind, type)]
     for method in {patched_method(kind) for kind in kinds} - {None}:
         logger.warning(

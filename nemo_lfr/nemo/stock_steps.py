@@ -111,7 +111,7 @@ class StockSteps(Optimizers):
         if quantizer is None or not isinstance(unwrapped(quantizer), QUANTIZERS):
             yield "vector_quantizer"
         yield from (key for key in _NEMO_ONLY if getattr(self, key, None))
-        # A scale may be a trained weight, such as an uncertainty.
+        # A scale may be a trained parameter, as in uncertainty weighting.
         yield from (key for key, _ in SCALES.values() if getattr(getattr(self, key, None), "requires_grad", False))
         _ = self.losses  # builds `_stock_losses`
         for name, stock_loss in (self._stock_losses or {}).items():
