@@ -23,6 +23,7 @@ from nemo_lfr.io.bounded import member_bytes, open_tar
 from nemo_lfr.io.cut_audio import check_cut, sources_of
 from nemo_lfr.io.json_lines import LineRanges, json_lines
 from nemo_lfr.io.manifests import NOT_A_LINE, describe, line_id
+from nemo_lfr.io.supervisions import read_supervisions, supervisions_beside
 
 logger = logging.getLogger(__name__)
 
@@ -346,29 +347,3 @@ def _cut_of(recording: Any, supervisions: Mapping[str, Sequence[bytes]]) -> dict
         "recording": recording,
         "type": "MonoCut" if len(channels) == 1 else "MultiCut",
     }
-
-
-def supervisions_beside(recordings: Path) -> Path | None:
-    """Return the file of supervisions that accompanies a file of recordings; None if it does not exist.
-
-    Lhotse's recipes write both files to the same folder. Their names differ only in the word "recordings" or
-    "supervisions".
-    """
-    head, found, tail = recordings.name.rpartition("recordings")
-    path = recordings.with_name(f"{head}supervisions{tail}")
-    return path if found and path.is_file() else None
-
-
-def read_supervisions(recordings: Path) -> dict[str, list[bytes]]:
-    """Return the lines of the accompanying supervisions by recording, which take less memory than parsed ones."""
-    path = supervisions_beside(recordings)
-    found: dict[str, list[bytes]] = {}
-    bad = 0
-    for line in json_lines(path) if path else ():
-        try:
-            found.setdefault(str(json.loads(line)["recording_id"]), []).append(line)
-        except NOT_A_LINE:
-            bad += 1
-    if bad:
-        logger.warning("%s: skipped %s without a valid supervision.", path, counted(bad, "line"))
-    return found

@@ -256,7 +256,7 @@ def test_shards_that_are_read_in_order_read_a_file_of_cuts_once(name, folder, mo
             numbers.append(0)
             yield line
 
-    for module in ("cut_files", "json_lines"):
+    for module in ("cut_files", "json_lines", "supervisions"):
         monkeypatch.setattr(f"nemo_lfr.io.{module}.json_lines", count)
     read = [clip.id for index in (0, 1, 3, 4, 2) for clip in corpus.read(shards[index])]
     assert read == [f"c{number}" for number in [*range(20), *range(30, 50), *range(20, 30)]]

@@ -1,8 +1,10 @@
-"""Tests of labels that are neither text nor numbers, in every kind of corpus."""
+"""Tests of labels in every kind of corpus, including labels that are neither text nor numbers."""
 
 import datetime
 import decimal
 import json
+import logging
+import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ import soundfile
 
 from nemo_lfr.corpus.formats.manifest import own_labels
 from nemo_lfr.corpus.sources import open_corpus
-from nemo_lfr.errors import AudioError
+from nemo_lfr.errors import AudioError, ConfigError
 from nemo_lfr.io.manifests import read_manifest
 from tests.models import RATE, synthesize
 from tests.packages import require
@@ -123,3 +125,47 @@ def test_the_id_of_the_corpus_is_kept(labels, expected, wav):
     kept = own_labels(clip)
     del kept["audio_filepath"]
     assert kept == expected and clip.id == "a"
+
+
+# Names of a file of recordings and of the files beside it, and the text of the clip or a part of the log or the error.
+# A file that ends in .json or .json.gz is a JSON list, as Lhotse writes it.
+SUPERVISIONS = [
+    ("x_recordings.jsonl.gz", ["x_supervisions.jsonl.gz"], "hi"),
+    ("x_recordings.jsonl.gz", ["x_supervisions.jsonl"], "hi"),
+    ("recordings_train.jsonl", ["supervisions_train.jsonl.gz", "supervisions_dev.jsonl"], "hi"),
+    (
+        "recordings.json.gz",
+        ["supervisions.jsonl"],
+        ConfigError("recordings.json.gz: the file is a JSON list; save"),
+    ),
+    ("recordings.jsonl", ["supervisions.json"], ConfigError("supervisions.json: the file is a JSON list; save it")),
+    ("recordings.jsonl", ["supervisions.json.gz"], ConfigError("supervisions.json.gz: the file is a JSON list; save")),
+    (
+        "recordings.jsonl",
+        ["supervisions.jsonl", "supervisions.jsonl.gz"],
+        ConfigError("its supervisions are in supervisions.jsonl and supervisions.jsonl.gz; remove all but one"),
+    ),
+    ("recordings.jsonl", [], logging.WARNING),
+    ("recordings.jsonl", ["x_supervisions.jsonl"], logging.WARNING),
+    ("x_recordings.jsonl", ["x_supervisions_fixed.jsonl", "x_supervisions.yaml"], logging.WARNING),
+    ("corpus.jsonl", ["supervisions.jsonl"], logging.WARNING),
+]
+
+
+@pytest.mark.parametrize(("name", "names", "expected"), SUPERVISIONS)
+def test_supervisions_of_recordings_are_found(name, names, expected, wav, caplog):
+    recordings = [lhotse.Recording.from_file(wav, recording_id="a")]
+    lhotse.RecordingSet.from_recordings(recordings).to_file(wav.parent / name)
+    supervision = lhotse.SupervisionSegment("a", "a", 0, 0.1, text="hi")
+    for beside in names:
+        lhotse.SupervisionSet.from_segments([supervision]).to_file(wav.parent / beside)
+    if isinstance(expected, ConfigError):
+        with pytest.raises(ConfigError, match=re.escape(str(expected))):
+            clips_of(wav.parent / name)
+        return
+    (clip,) = clips_of(wav.parent / name)
+    assert clip.labels.get("text") == (expected if isinstance(expected, str) else None)
+    if expected == logging.WARNING:
+        (record,) = caplog.records
+        assert "so the clips have no texts" in record.getMessage()
+        assert all(beside in record.getMessage() for beside in names)

@@ -13,8 +13,9 @@ from nemo_lfr.corpus.sources.base import Clip, CorpusReader, OpenOptions, ShardS
 from nemo_lfr.errors import ConfigError, counted, shorten
 from nemo_lfr.io.columns import LABEL_COLUMNS, OTHER_TOKENS, label_text, standard_labels
 from nemo_lfr.io.cut_audio import read_cut, sources_of
-from nemo_lfr.io.cut_files import CutFile, CutItem, explain, has_relative_paths, kind_of, supervisions_beside
+from nemo_lfr.io.cut_files import CutFile, CutItem, explain, has_relative_paths, kind_of
 from nemo_lfr.io.shortage import require
+from nemo_lfr.io.supervisions import check_supervisions, refuse_list, supervisions_beside
 from nemo_lfr.io.text import is_missing
 
 logger = logging.getLogger(__name__)
@@ -52,6 +53,7 @@ class Cuts(CorpusReader):
         """Open the file."""
         kind = kind_of(path)
         if kind is None:
+            refuse_list(path)
             raise ConfigError(
                 f"{path}: no Lhotse cuts or recordings in this file; if it is a NeMo manifest, decompress it."
             )
@@ -60,6 +62,8 @@ class Cuts(CorpusReader):
                 f"{path}: the file contains Lhotse {kind}, which refer to no audio; pass cuts or recordings."
             )
         if options.relist:
+            if kind == "recordings":
+                check_supervisions(path)
             refuse_tokens(path, [path])
             cuts = [item.cut for item in CutFile(path, options.allow_url).read(0, 10) if item.cut is not None]
             sources = [source for cut in cuts for source in sources_of(cut.to_dict())]
