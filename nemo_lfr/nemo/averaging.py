@@ -80,7 +80,10 @@ class WeightAveraging(BaseModel):
         self._average = self._average or Average(self._generator, float(self.cfg.ema_decay))
         averaged = {id(parameter) for parameter in self._generator.parameters()}
         for optimizer in self.trainer.optimizers:
-            if any(id(parameter) in averaged for group in optimizer.param_groups for parameter in group["params"]):
+            hooks = optimizer._optimizer_step_post_hooks.values()  # a script may train with the same optimizer again
+            is_new = self._update_average not in hooks
+            weights = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+            if is_new and not averaged.isdisjoint(weights):
                 optimizer.register_step_post_hook(self._update_average)
 
     def _update_average(self, *_: Any) -> None:

@@ -41,6 +41,22 @@ class CodecCallback(Callback):
         if isinstance(pl_module, WeightAveraging):
             pl_module.use_average(False)
 
+    def on_test_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Switch to the averaged weights, which saved files contain too."""
+        self.on_validation_start(trainer, pl_module)
+
+    def on_test_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Switch back to the trained weights."""
+        self.on_validation_end(trainer, pl_module)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Switch to the averaged weights, which saved files contain too."""
+        self.on_validation_start(trainer, pl_module)
+
+    def on_predict_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Switch back to the trained weights."""
+        self.on_validation_end(trainer, pl_module)
+
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
         """Switch back to the trained weights, and record their checksums."""
         if isinstance(pl_module, WeightAveraging):

@@ -704,7 +704,19 @@ class Clips(torch.utils.data.Dataset):
 
 
 class OwnStep(AudioCodecModel):
-    """A model with a training step of a user, which does not call ours."""
+    """A model with steps of a user, which do not call ours, and with optimizers that are used in several trainings."""
+
+    optimizer = None
+
+    def configure_optimizers(self):
+        self.optimizer = self.optimizer or super().configure_optimizers()
+        return self.optimizer
+
+    def test_step(self, batch, batch_idx):
+        self.tested = generator_weights(self)
+
+    def predict_step(self, batch, batch_idx):
+        self.predicted = generator_weights(self)
 
     def training_step(self, batch, batch_idx):
         optimizer = self.optimizers()
@@ -723,6 +735,13 @@ def test_the_average_follows_a_training_step_of_a_user():
         average = generator_weights(model).clone()
     assert not torch.equal(average, start)
     assert (average - trained).norm() < (start - trained).norm()
+    loader = torch.utils.data.DataLoader([batch()], batch_size=None)
+    quiet_trainer().test(model, loader, verbose=False)
+    quiet_trainer().predict(model, loader)
+    assert torch.equal(model.tested, average) and torch.equal(model.predicted, average)
+    assert torch.equal(generator_weights(model), trained)
+    train(model, [batch()])
+    assert model._average.count == 4
 
 
 class OwnDecoderTraining(AudioCodecModel):
