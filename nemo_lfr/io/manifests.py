@@ -118,6 +118,7 @@ def read_manifest(
             raise
         except (OSError, *NOT_A_LINE) as error:
             problems.append(f"{path}, line {number}: skipped: {describe(error)}")
+    check.finish()
     return _usable(recordings, problems, "a NeMo manifest", on_bad_line)
 
 

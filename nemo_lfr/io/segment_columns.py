@@ -40,10 +40,11 @@ def start_column(columns: Iterable[str]) -> str | None:
 
 
 class SegmentCheck:
-    """Check of the rows of a list, one after the other. A warning names the first column with starts."""
+    """Check of the rows of a list. Call `add` for each row, and `finish` after the last one."""
 
     def __init__(self) -> None:
         self._files: set[str] = set()
+        self._first = ""  # the warning about the first row that has a start
 
     def add(self, place: str, file: str, values: Mapping[str, Any]) -> None:
         """Check a row that stands for a whole file.
@@ -59,11 +60,15 @@ class SegmentCheck:
         column = start_column(key for key, value in values.items() if not is_missing(value) and value != "")
         if column is None:
             return
-        if not self._files:
-            logger.warning("%s: %s does not select a part of the file; %s.", place, shorten(repr(column)), ADVICE)
         if file in self._files:
             raise SegmentsNotReadError(
                 f"{place}: {shorten(file)!r} is listed again, but {shorten(column)!r} does not select a part of the "
                 f"file; {ADVICE}. If each entry is a whole file, rename {shorten(column)!r}."
             )
         self._files.add(file)
+        self._first = self._first or f"{place}: {shorten(repr(column))} does not select a part of the file; {ADVICE}."
+
+    def finish(self) -> None:
+        """Log a warning that names the first column with starts, if there is one."""
+        if self._first:
+            logger.warning("%s", self._first)

@@ -134,6 +134,7 @@ def read_table(path: Path) -> Iterator[TableRow]:
         if entry.problem is None and "offset" not in entry.values:
             check.add(f"{path}, line {row.line}", entry.values["audio_filepath"], row.values)
         yield entry
+    check.finish()
 
 
 def _entry(row: TableRow) -> TableRow:

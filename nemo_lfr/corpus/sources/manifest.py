@@ -144,6 +144,7 @@ class Manifest(CorpusReader):
                     self._check_segment(line, check)
                 count += 1
                 shards[-1]["count"] = count
+        check.finish()
         if num_skipped:
             entries = counted(num_skipped, "entry is", "entries are")
             logger.warning("%s: %s skipped, because _skipme is true.", self.path, entries)

@@ -144,6 +144,7 @@ class Parquet(Table):
                 shards[-1]["groups"].append(index)
                 count += group.num_rows
                 number += group.num_rows
+        check.finish()
         for unread in self.unread:
             problem = f"{unread.filename}: {unread_folder(unread)}."
             shards.append({"folder": unread.filename, "groups": [], "start": number, "problem": problem})

@@ -84,7 +84,9 @@ class SavedDataset(Table):
         """
         total = len(self.rows)
         if chosen := self._checked_columns(self.rows.column_names):
-            self._check_segments(SegmentCheck(), str(self.path), self.rows.select_columns(chosen)[:total])
+            check = SegmentCheck()
+            self._check_segments(check, str(self.path), self.rows.select_columns(chosen)[:total])
+            check.finish()
         return [{"start": start, "count": min(size, total - start)} for start in range(0, total, size)]
 
     def read(self, shard: ShardSpec) -> Iterator[Clip]:
