@@ -17,7 +17,6 @@ from nemo_lfr.arguments import check_flag, check_whole_number
 from nemo_lfr.corpus.order import EpochOrder
 from nemo_lfr.corpus.token_folder import TokenFolder, TokenizedUtterance
 from nemo_lfr.errors import NemoLfrError, TokensError, quoted, shorten
-from nemo_lfr.io.shortage import sharing
 
 __all__ = ["TokenDataset", "TokenizedUtterance", "Utterance", "collate"]
 
@@ -51,9 +50,9 @@ class TokenDataset(IterableDataset[TokenizedUtterance]):
         verify: before a file is read, compare its hash, and not only its size, with the record of the run.
 
     Raises:
-        NemoLfrError: if an argument is invalid, the folder does not contain the tokens of a complete run, or shared
-            memory cannot be allocated. This error is also raised while reading, if Accelerate would split the
-            utterances of a rank a second time, or if several processes use Accelerate and `rank` was not passed.
+        NemoLfrError: if an argument is invalid, or the folder does not contain the tokens of a complete run. While
+            reading, if data loader workers have no shared memory, if Accelerate would split the utterances of a rank a
+            second time, or if several processes use Accelerate and `rank` was not passed.
         TokenFileError: while reading, if a file is damaged or truncated.
     """
 
@@ -103,8 +102,7 @@ class TokenDataset(IterableDataset[TokenizedUtterance]):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a pickled or copied dataset, with its epoch in shared memory.
 
-        In a spawned data loader worker, the epoch is in shared memory already. A copy of the dataset, for example from
-        `copy.deepcopy`, has an epoch in its own memory, which this method moves.
+        In a spawned data loader worker, the epoch is there already. A copy, as from `copy.deepcopy`, has its own.
         """
         self.__dict__.update(state)
         self._shared_epoch = _shared(self._shared_epoch)  # does nothing if it is in shared memory
@@ -112,7 +110,7 @@ class TokenDataset(IterableDataset[TokenizedUtterance]):
 
     @property
     def _epoch(self) -> torch.Tensor:
-        """The current epoch, in memory that this process shares with its data loader workers."""
+        """The current epoch, in memory that this process shares with its data loader workers, if possible."""
         self._own_epoch()
         return self._shared_epoch
 
@@ -122,8 +120,9 @@ class TokenDataset(IterableDataset[TokenizedUtterance]):
         Without the copy, passes over the dataset in this process would change the order in the other process. Data
         loader workers share the epoch of the process that started them.
         """
-        if self._owner != os.getpid() and get_worker_info() is None:
-            self._shared_epoch, self._owner = _shared(self._shared_epoch.clone()), os.getpid()
+        if get_worker_info() is None:
+            epoch = self._shared_epoch if self._owner == os.getpid() else self._shared_epoch.clone()
+            self._shared_epoch, self._owner = _shared(epoch), os.getpid()
 
     @property
     def num_codebooks(self) -> int:
@@ -223,6 +222,8 @@ class TokenDataset(IterableDataset[TokenizedUtterance]):
         rank, ranks = self._share(sys._getframe(1).f_locals.get("self"))
         worker = get_worker_info()
         workers, number = (worker.num_workers, worker.id) if worker else (1, 0)
+        if worker and not cast(Callable[[], bool], self._shared_epoch.is_shared)():
+            raise NemoLfrError("data loader workers need shared memory; free /dev/shm, or pass num_workers=0.")
         state, self._resumed = self._resumed or {"epoch": int(self._epoch), "position": 0}, None
         if state.get("workers", workers) != workers:
             saved = state["workers"]
@@ -365,10 +366,10 @@ def _pad(rows: Sequence[torch.Tensor], pad: int) -> tuple[torch.Tensor, torch.Te
 
 
 def _shared(epoch: torch.Tensor) -> torch.Tensor:
-    """Move the epoch into shared memory, so that data loader workers see updates."""
-    with sharing("data loader workers"):
+    """Move the epoch into shared memory, if possible, so that data loader workers see updates."""
+    with contextlib.suppress(OSError, RuntimeError):  # only workers need it, so `__iter__` raises an error in them
         cast(Callable[[], torch.Tensor], epoch.share_memory_)()  # torch declares no types for it
-        return epoch
+    return epoch
 
 
 def _is_distributed() -> bool:

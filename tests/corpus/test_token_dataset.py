@@ -181,6 +181,24 @@ def test_workers_of_a_copied_dataset_see_its_epoch(copied, folders):
     assert orders == expected
 
 
+@pytest.mark.parametrize("copied", [lambda dataset: dataset, copy.deepcopy, saved])
+def test_only_workers_need_shared_memory(copied, folders, monkeypatch):
+    expected = TokenDataset(folders["lfr"], shuffle=True)
+    orders = [ids_of(expected) for _ in range(2)]
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "share_memory_", raise_read_only)
+        dataset = copied(TokenDataset(folders["lfr"], shuffle=True))
+        assert [ids_of(dataset) for _ in range(2)] == orders
+        with pytest.raises(NemoLfrError, match="data loader workers need shared memory"):
+            ids_of(dataset, num_workers=1)
+    dataset.set_epoch(1)
+    assert ids_of(dataset, num_workers=1) == orders[1]  # the memory is available again
+
+
+def raise_read_only(tensor):
+    raise RuntimeError("unable to open shared memory object: Read-only file system (30)")
+
+
 def read_epochs(dataset, barrier, queue):
     orders = []
     for _ in range(2):
