@@ -72,15 +72,20 @@ class WeightAveraging(BaseModel):
         self._drop_stale_average()
 
     def start_average(self) -> None:
-        """Start or resume the moving average.
-
-        A hook on the optimizers updates the average after each step that updates the encoder and the decoder. The hook
-        is not in `training_step`, because a subclass may replace that method.
-        """
+        """Start or resume the moving average."""
         self._average = self._average or Average(self._generator, float(self.cfg.ema_decay))
+
+    def follow_optimizers(self) -> None:
+        """Register a hook on new optimizers that updates any average after each step of the encoder or the decoder.
+
+        The update is not in `training_step`, because a subclass may replace that method. A script may replace the
+        optimizers during training, so this method is called before each batch.
+        """
+        if self._average is None:
+            return
         averaged = {id(parameter) for parameter in self._generator.parameters()}
         for optimizer in self.trainer.optimizers:
-            hooks = optimizer._optimizer_step_post_hooks.values()  # a script may train with the same optimizer again
+            hooks = optimizer._optimizer_step_post_hooks.values()
             is_new = self._update_average not in hooks
             weights = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
             if is_new and not averaged.isdisjoint(weights):

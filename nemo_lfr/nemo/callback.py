@@ -31,6 +31,11 @@ class CodecCallback(Callback):
         if isinstance(pl_module, WeightAveraging):
             pl_module.begin_training()
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Update the average after the steps of the current optimizers."""
+        if isinstance(pl_module, WeightAveraging):
+            pl_module.follow_optimizers()
+
     def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Switch to the averaged weights for validation."""
         if isinstance(pl_module, WeightAveraging):

@@ -744,6 +744,20 @@ def test_the_average_follows_a_training_step_of_a_user():
     assert model._average.count == 4
 
 
+class NewOptimizers(pl.Callback):
+    """Callback that replaces the optimizers, as scripts do that train more of the model later."""
+
+    def on_train_batch_start(self, trainer, model, *_):
+        trainer.optimizers = [torch.optim.SGD(model.gen_params, lr=0.01)]
+
+
+def test_the_average_follows_optimizers_that_a_callback_replaces():
+    model = AudioCodecModel(OmegaConf.create(training_config([], ema_decay=0.5)))
+    loader = torch.utils.data.DataLoader([batch(frames=1)] * 3, batch_size=None)
+    quiet_trainer(max_epochs=2, callbacks=[NewOptimizers()]).fit(model, loader)
+    assert model._average.count == 6
+
+
 class OwnDecoderTraining(AudioCodecModel):
     """A model whose decoder a user trains through the public methods, with Lightning's automatic optimization."""
 
