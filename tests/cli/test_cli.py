@@ -51,7 +51,7 @@ def test_folder_round_trip_keeps_subfolders_and_lengths(capsys, folder, tmp_path
     assert code == 0
     assert out.split() == [str(tokens / "a.lfr"), str(tokens / "deep" / "b.lfr")]
     assert "2 channels mixed to mono" in err
-    assert "nemo-lfr: using the bundled codec (PESQ-WB 1.95" in err
+    assert "nemo-lfr: using the bundled codec (PESQ-WB 2.13" in err
     assert run(capsys, "decode", tokens, "--out", audio)[0] == 0
     assert soundfile.info(audio / "a.wav").frames == 12_345
     assert soundfile.info(audio / "deep" / "b.wav").frames == 11_025  # half a second at 22.05 kHz
