@@ -78,7 +78,7 @@ class BaseModel(NeMoAudioCodecModel):
     _random_weights: WeightRecord | None  # of the random initial weights, until weights are loaded
     _restored_from: Path | None
     _is_without_gan: bool = False  # whether a caller has set the discriminator to None
-    _resumed: dict[str, Any] | None = None  # checkpoint of the run to resume, until the optimizers are built
+    _resumed: dict[str, Any] | None = None  # checkpoint of the run to resume, until training starts
 
     def init_codec_state(self, *, is_random: bool, discriminator: dict[str, torch.Tensor] | None = None) -> None:
         """Initialize the attributes that this package adds.

@@ -135,8 +135,7 @@ class Optimizers(WeightAveraging):
         in the config takes precedence.
 
         Raises:
-            ConfigError: if the config has no optimizer, if an optimizer or schedule cannot be built, or if the
-                optimizers differ from those of the run to resume.
+            ConfigError: if the config has no optimizer, or if an optimizer or schedule cannot be built.
         """
         if not self.cfg.get("optim"):
             raise ConfigError(
@@ -158,10 +157,17 @@ class Optimizers(WeightAveraging):
                 for group in optimizer.param_groups:
                     if group["fused"] is None and not group["foreach"]:
                         group["fused"] = True
-        if self._resumed is not None:
-            checkpoint, self._resumed = self._resumed, None
-            check_optimizers(checkpoint, optimizers, self.trainer.ckpt_path)
         return configured
+
+    def check_resumed(self) -> None:
+        """Check the optimizers of the run to resume, which a subclass may have changed in `configure_optimizers`.
+
+        Raises:
+            ConfigError: if the optimizers in the checkpoint differ from those of the trainer.
+        """
+        checkpoint, self._resumed = self._resumed, None
+        if checkpoint is not None and "optimizer_states" in checkpoint:  # otherwise, Lightning raises an error
+            check_optimizers(checkpoint, self.trainer.optimizers, self.trainer.ckpt_path)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that the checkpoint of a run to resume has the discriminators of the config.
@@ -172,7 +178,7 @@ class Optimizers(WeightAveraging):
         super().on_load_checkpoint(checkpoint)
         if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
             check_discriminator(checkpoint, self.state_dict(), self.trainer.ckpt_path)
-            self._resumed = checkpoint  # until the optimizers are built
+            self._resumed = checkpoint  # for `check_resumed`
 
     def maybe_init_from_pretrained_checkpoint(self, cfg: DictConfig, map_location: str = "cpu") -> None:
         """Load initial weights as configured by NeMo's `init_from_*` keys.

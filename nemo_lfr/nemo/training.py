@@ -160,8 +160,10 @@ class TrainingSteps(DataLoaders, StockSteps):
         evaluation mode.
 
         Raises:
-            ConfigError: if the trainer's strategy or callbacks cannot train the model; see `check_fit`.
+            ConfigError: if the trainer's strategy or callbacks cannot train the model; see `check_fit`. Also if the
+                optimizers differ from those of the run to resume.
         """
+        self.check_resumed()
         if self._restored_from is not None and not self.training:
             self.training = True
             for part in (getattr(self, name) for name in PARTS):

@@ -1422,3 +1422,26 @@ def test_a_run_is_resumed_with_the_settings_of_another_version_or_script(tmp_pat
     trainer = quiet_trainer(max_epochs=2)
     trainer.fit(AudioCodecModel(config), loader, ckpt_path=tmp_path / "last.ckpt")
     assert trainer.current_epoch == 2
+
+
+class OwnHead(AudioCodecModel):
+    """A model to which a user adds a layer with its own group of parameters."""
+
+    def __init__(self, cfg):
+        super().__init__(cfg)
+        self.head = torch.nn.Linear(2, 2)
+
+    def configure_optimizers(self):
+        optimizer = super().configure_optimizers()
+        optimizer.add_param_group({"params": list(self.head.parameters())})
+        return optimizer
+
+
+def test_a_run_of_a_subclass_with_more_parameters_is_resumed(tmp_path):
+    config = OmegaConf.create(training_config([], **TWO_STAGES, optim=ADAM))
+    loader = torch.utils.data.DataLoader([batch(frames=1)], batch_size=None)
+    for epochs, path in ((1, None), (2, tmp_path / "1.ckpt")):
+        trainer = quiet_trainer(max_epochs=epochs)
+        trainer.fit(OwnHead(config), loader, ckpt_path=path)
+        trainer.save_checkpoint(tmp_path / f"{epochs}.ckpt")
+    assert trainer.current_epoch == 2
