@@ -19,8 +19,7 @@ from nemo_lfr.io.splits import split_label, split_of_name, splits_of_folders
 from nemo_lfr.io.tables import (
     METADATA_NAMES,
     RepeatedColumnError,
-    UnreadableTableError,
-    lists_file_names,
+    check_audio_key,
     read_table,
 )
 from nemo_lfr.io.text import decode, read_lines
@@ -262,25 +261,23 @@ def _as_text(value: object) -> str:
 def _metadata(corpus: Path) -> Iterator[CorpusUtterance]:
     """Yield the rows of all AudioFolder tables, such as metadata.csv, in a folder and its subfolders.
 
-    A table that cannot be read gives an utterance with a problem. Tables of other kinds are skipped.
+    A table that cannot be used, such as one without a column of audio, gives one utterance with a problem.
     """
     # `folder`, the caller, reports the folders that cannot be read.
     tables = find_files(corpus, (".csv", ".tsv", ".jsonl"), report=lambda _: None, unread=[])
     for path in [path for name in METADATA_NAMES for path in tables if path.name == name]:
         folder_name = path.parent.relative_to(corpus)
         try:
-            if path.suffix == ".jsonl" and not lists_file_names(path):
-                continue
+            if path.suffix == ".jsonl":
+                check_audio_key(path)
             # `by_file`, since a file with an invalid row must not be used without the labels in that row.
             for row in table(path, by_file=True):
                 yield replace(row, path=Path(os.path.normpath(folder_name / row.path)))
         except (RepeatedColumnError, SegmentsNotReadError):
             raise
-        except (UnreadableTableError, OSError) as error:
+        except (ConfigError, OSError) as error:
             problem = f"{why_unreadable(error, path)}; the labels in this table are not used"
             yield CorpusUtterance(path.relative_to(corpus), "", problem=problem)
-        except ConfigError as error:  # a table of another kind, such as LJSpeech's
-            logger.warning("%s The labels in this table are not used.", error)
 
 
 LAYOUTS: dict[str, Callable[[Path], Iterator[CorpusUtterance]]] = {

@@ -94,14 +94,30 @@ def lists_file_names(path: Path) -> bool:
         UnreadableTableError: if the first line is not JSON, or the path is not a regular file.
         OSError: if the file cannot be read.
     """
+    keys = _first_keys(path)
+    return "audio_filepath" not in keys and "file_name" in keys
+
+
+def check_audio_key(path: Path) -> None:
+    """Raise ConfigError if the first entry of a JSON lines file has no key with the path of an audio file.
+
+    Raises:
+        ConfigError: see above.
+        UnreadableTableError, OSError: see `lists_file_names`.
+    """
+    if not _has_audio(sorted(_first_keys(path))):
+        raise ConfigError(f"{path}: no key contains the audio; expected one of {', '.join(AUDIO)} in the first line.")
+
+
+def _first_keys(path: Path) -> set[str]:
+    """Return the keys of the first entry of a JSON lines file in lower case; see `lists_file_names` for the errors."""
     with open_regular(path, UnreadableTableError) as file:
         line = file.readline(1 << 20)
     try:
         first = json.loads(decode(line)) if line else None
     except (ValueError, RecursionError) as error:
         raise UnreadableTableError(f"{path}: the first line is not JSON ({shorten(error)}).") from error
-    keys = {str(key).lower() for key in first} if isinstance(first, dict) else set()
-    return "audio_filepath" not in keys and "file_name" in keys
+    return {str(key).lower() for key in first} if isinstance(first, dict) else set()
 
 
 def read_table(path: Path) -> Iterator[TableRow]:

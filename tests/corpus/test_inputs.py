@@ -71,6 +71,10 @@ METADATA = {
     "a Git LFS pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n",
     "a link to nothing": "gone.csv",
     "not readable": b'{"file_name": "a.wav", "text": "x"}',
+    "empty": b"",
+    "a list": b"[1]",
+    "of another kind": b'{"title": "x"}',
+    "of LJSpeech": b"LJ001-0001|text|text",
 }
 
 
@@ -93,20 +97,13 @@ def test_invalid_table_of_a_folder_is_one_failure(kind, name, tmp_path):
     assert str(error.value).count(name) == 1
 
 
-@pytest.mark.parametrize(
-    ("name", "text"),
-    [
-        *((name, text) for name in METADATA_NAMES for text in ("", '{"audio_filepath": "a.wav", "text": "x"}', "[1]")),
-        ("metadata.csv", "LJ001-0001|text|text"),
-    ],
-)
-def test_table_of_another_kind_is_not_used(name, text, tmp_path):
+def test_a_manifest_with_the_name_of_a_table_is_used(tmp_path):
     root = tmp_path / "audio"
     root.mkdir()
     soundfile.write(root / "a.wav", WAVE, RATE)
-    (root / name).write_text(text)
+    (root / "metadata.jsonl").write_text('{"audio_filepath": "a.wav", "text": "x"}')
     (clip,) = clips_of(root).values()
-    assert len(clip.audio(RATE, 100)) == len(WAVE) and "text" not in clip.labels
+    assert len(clip.audio(RATE, 100)) == len(WAVE) and clip.labels["text"] == "x"
 
 
 # Corpora by their files, of which the first one, a file or folder, cannot be read.

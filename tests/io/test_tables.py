@@ -225,9 +225,3 @@ def test_labels_of_audio_folders_are_used(audio_folder, name):
     problems = {path: utterance.problem for path, utterance in utterances.items() if utterance.problem}
     assert problems.pop("wavs/gone.wav") == "the file is listed in a table, but does not exist"
     assert list(problems) == [f"wavs/{name}, line {len(lines)}"]
-
-
-def test_a_metadata_file_of_another_kind_changes_nothing(audio_folder, caplog):
-    (audio_folder / "metadata.csv").write_text("LJ001|Printing|Printing\n")
-    assert len(list(LAYOUTS["folder"](audio_folder))) == 3
-    assert "no column contains the audio" in caplog.text
