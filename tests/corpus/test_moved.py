@@ -135,6 +135,19 @@ def test_an_equal_list_in_another_folder_is_not_resumed(kind, model, tmp_path, m
     assert "was moved" in caplog.text
 
 
+@pytest.mark.parametrize("kind", PARALLEL)
+def test_a_base_folder_that_is_not_used_is_reported(kind, tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    write_audio(tmp_path / "audio", 0.02)
+    source = PARALLEL[kind](tmp_path / "audio")
+    job = TokenizeConfig(str(source), str(tmp_path / "out"), "lfr", audio_dir=str(tmp_path / "audio"))
+    job.state.mkdir(parents=True)
+    for relist in (True, False):  # False in workers
+        job.open(relist)
+    is_reported = kind == "folder" or PARALLEL[kind].__name__ == "relative"
+    assert caplog.text.count("--audio-dir is not used for this kind of corpus") == is_reported
+
+
 @pytest.mark.parametrize(
     "kind", slow_after(2, [kind for kind in PARALLEL if kind not in ("folder", "saved dataset", "Shar")])
 )

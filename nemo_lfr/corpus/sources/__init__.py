@@ -4,6 +4,7 @@ To add a kind of corpus, define a subclass of `CorpusReader`. Then register the 
 `register_source`, in the list `SOURCES`, or as an entry point of a package in the group `nemo_lfr.sources`.
 """
 
+import logging
 from pathlib import Path
 
 from nemo_lfr.corpus.sources.base import CorpusReader, OpenOptions
@@ -17,6 +18,8 @@ from nemo_lfr.corpus.sources.text_table import TextTable
 from nemo_lfr.errors import ConfigError, NemoLfrError
 from nemo_lfr.io.regular import open_regular
 from nemo_lfr.plugins import load_plugin, naming_extension, plugin_names
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["READER", "SOURCES", "find_source", "open_corpus", "register_source"]
 
@@ -69,6 +72,9 @@ def open_corpus(
         NemoLfrError: if the corpus cannot be read.
     """
     source = find_source(path)
+    if relist and audio_dir is not None and "--audio-dir" not in source.base_advice:
+        advice = source.base_advice.format(audio_dir)
+        logger.warning("%s: --audio-dir is not used for this kind of corpus; %s instead.", path, advice)
     with naming_extension(source, READER):
         return source.open(path, OpenOptions(audio_dir, listing, relist, allow_url))
 
