@@ -124,6 +124,7 @@ def find_files(
     *,
     companion_suffixes: Collection[str] = (),
     companions: set[Path] | None = None,
+    known: Collection[str] = (),
     report: Callable[[str], None] = logger.warning,
     unread: list[OSError] | None = None,
 ) -> list[Path]:
@@ -140,6 +141,7 @@ def find_files(
             case. If `a.wav` is found, its companion file `a.txt` in the same folder is not reported as skipped.
         companions: set to which everything with such a suffix is added, including folders and broken links, so that
             the caller need not look for companions that do not exist.
+        known: names of files that the caller reads itself, so they are neither found nor reported as skipped.
         report: function that is called at most once, with one line that says how many files were skipped and why.
         unread: list to which the error of each unreadable folder below `root` is added. A link to a network drive that
             is not available counts as such a folder. The files in these folders are missing from the result. If
@@ -154,7 +156,7 @@ def find_files(
     """
     if not root.is_dir():
         raise NemoLfrError(f"{root}: no such folder.")
-    walk = _Walk(root, frozenset(suffixes), frozenset(companion_suffixes))
+    walk = _Walk(root, frozenset(suffixes), frozenset(companion_suffixes), frozenset(known))
     if walk.unread and unread is None:
         raise walk.unread[0]
     if text := walk.passed_over():
@@ -187,7 +189,7 @@ def describe_contents(root: Path, wanted: Collection[str]) -> str:
         What was found instead, and how to read it, such as " (2 skipped: 2 .tar); unpack archives ...". The text is
         empty if the folder contains nothing else.
     """
-    walk = _Walk(root, frozenset(wanted), frozenset())
+    walk = _Walk(root, frozenset(wanted), frozenset(), frozenset())
     report = walk.passed_over()
     if not report:
         return ""
@@ -274,10 +276,12 @@ def _folders_below(root: str, unread: list[OSError]) -> Iterator[str]:
 class _Walk:
     """State of one recursive search."""
 
-    def __init__(self, root: Path, suffixes: frozenset[str], companion_suffixes: frozenset[str]) -> None:
+    def __init__(
+        self, root: Path, suffixes: frozenset[str], companion_suffixes: frozenset[str], known: frozenset[str]
+    ) -> None:
         self.root = os.fspath(root)
         self.suffixes = suffixes
-        self.companion_suffixes = companion_suffixes
+        self.companion_suffixes, self.known = companion_suffixes, known
         self.found: list[Path] = []
         self.companions: set[Path] = set()
         self.passed: Counter[str] = Counter()
@@ -307,7 +311,8 @@ class _Walk:
     def _read(self, folder: str) -> None:
         try:
             with os.scandir(folder) as entries:
-                children = sorted(entries, key=lambda entry: entry.name)
+                shown = (entry for entry in entries if entry.name not in self.known or entry.is_dir())
+                children = sorted(shown, key=lambda entry: entry.name)
         except OSError as error:
             if folder == self.root:
                 raise

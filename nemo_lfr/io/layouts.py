@@ -187,14 +187,20 @@ def folder(corpus: Path, speaker_level: int | None = None) -> Iterator[CorpusUtt
         rows.setdefault(row.path, []).append(row)
     unread: list[OSError] = []
     texts: set[Path] = set()
-    paths = find_files(corpus, AUDIO_SUFFIXES, companion_suffixes=TRANSCRIPT_SUFFIXES, companions=texts, unread=unread)
+    paths = find_files(
+        corpus,
+        AUDIO_SUFFIXES,
+        companion_suffixes=TRANSCRIPT_SUFFIXES,
+        companions=texts,
+        known=METADATA_NAMES,
+        unread=unread,
+    )
     folders = {path: path.relative_to(corpus).parts[:-1] for path in paths}
     splits = splits_of_folders(corpus, set(folders.values()), speaker_level)
     for path, names in folders.items():
         speaker = names[speaker_level - 1] if speaker_level and len(names) >= speaker_level else ""
         split = splits[names]
-        found = rows.pop(path.relative_to(corpus), [])
-        if found:
+        if found := rows.pop(path.relative_to(corpus), []):
             for row in found:
                 yield replace(row, speaker=row.speaker or speaker, split=row.split or split)
         else:
@@ -266,13 +272,12 @@ def _metadata(corpus: Path) -> Iterator[CorpusUtterance]:
     # `folder`, the caller, reports the folders that cannot be read.
     tables = find_files(corpus, (".csv", ".tsv", ".jsonl"), report=lambda _: None, unread=[])
     for path in [path for name in METADATA_NAMES for path in tables if path.name == name]:
-        folder_name = path.parent.relative_to(corpus)
         try:
             if path.suffix == ".jsonl":
                 check_audio_key(path)
             # `by_file`, since a file with an invalid row must not be used without the labels in that row.
             for row in table(path, by_file=True):
-                yield replace(row, path=Path(os.path.normpath(folder_name / row.path)))
+                yield replace(row, path=Path(os.path.normpath(path.parent.relative_to(corpus) / row.path)))
         except (RepeatedColumnError, SegmentsNotReadError):
             raise
         except (ConfigError, OSError) as error:

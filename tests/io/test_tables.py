@@ -211,7 +211,7 @@ def test_recordings_of_a_table_have_paths_relative_to_its_folder(audio_folder):
 
 
 @pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl"])
-def test_labels_of_audio_folders_are_used(audio_folder, name):
+def test_labels_of_audio_folders_are_used(audio_folder, name, caplog):
     rows = [("a.wav", "hi"), ("b.wav", "ho"), ("gone.wav", "x")]
     lines = ["file_name,transcription", *map(",".join, rows), "bad"]
     if name.endswith("jsonl"):
@@ -225,3 +225,4 @@ def test_labels_of_audio_folders_are_used(audio_folder, name):
     problems = {path: utterance.problem for path, utterance in utterances.items() if utterance.problem}
     assert problems.pop("wavs/gone.wav") == "the file is listed in a table, but does not exist"
     assert list(problems) == [f"wavs/{name}, line {len(lines)}"]
+    assert "skipped" not in caplog.text
