@@ -368,7 +368,7 @@ class Conversation(CodecProperties):
         )
 
     def fail(self, error: ServerError) -> ServerError:
-        """Return an error, and record it as `failure` if the stream is open and has not failed before."""
+        """Return the error, and record it as `failure` if the stream is open and has not failed before."""
         if self.opened and not self.closed and self.failure is None:
             self.failure = error
         return error

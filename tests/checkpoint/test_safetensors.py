@@ -253,5 +253,5 @@ def test_one_file_of_a_folder_is_refused_with_a_hint_to_the_folder(name, tmp_pat
 
 def test_a_folder_of_onnx_files_is_not_exported_again(tmp_path):
     (tmp_path / "encoder.onnx").write_bytes(b"x")
-    with pytest.raises(CheckpointError, match="has only ONNX files; pass the checkpoint"):
+    with pytest.raises(CheckpointError, match="has ONNX files, but no checkpoint; pass the checkpoint"):
         find_checkpoint(tmp_path)

@@ -91,8 +91,8 @@ class ManifestReader(FormatReader):
         return [clips * (shard + 1) // shards - clips * shard // shards for shard in range(shards)]
 
     def num_files(self) -> int:
-        """Return the number of lines plus 1, as an upper bound for the number of shards."""
-        return len(self._starts)
+        """Return the number of lines, as an estimate of the largest possible number of shards."""
+        return len(self._starts) - 1
 
     @cached_property
     def _starts(self) -> np.ndarray:

@@ -151,7 +151,7 @@ class Manifest(CorpusReader):
         return shards
 
     def _check_segment(self, line: bytes, check: SegmentCheck) -> None:
-        """Check a line that may have a start of a segment."""
+        """Pass an entry without `offset` to `check`, which finds out whether its other keys declare a segment."""
         try:
             entry = parse_entry(line)
             file = entry["audio_filepath"]
