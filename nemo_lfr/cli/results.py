@@ -162,7 +162,7 @@ class AudioFigures(TypedDict):
 
 
 class OtherFigures(TypedDict):
-    """A corpus, the output folder of `tokenize` (finished or not) or of `evaluate`, as described by `info`.
+    """Result of `info` for a corpus, or for an output folder of `tokenize` (finished or not) or `evaluate`.
 
     Attributes:
         description: text that says what the file or folder is.

@@ -307,7 +307,7 @@ def _in_folder(folder: Path) -> Path:
         )
     if any(name.endswith(".onnx") for name in names):
         raise CheckpointError(
-            f"{folder}: the folder has ONNX files, but no checkpoint; pass the checkpoint from which they were exported."
+            f"{folder}: the folder has ONNX files, but no checkpoint; pass the checkpoint that was exported."
         )
     pairs = ", nor ".join(f"{config} and {weights}" for config, weights in FOLDERS)
     raise CheckpointError(

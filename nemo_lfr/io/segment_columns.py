@@ -47,7 +47,7 @@ class SegmentCheck:
         self._first = ""  # the warning about the first row that has a start
 
     def add(self, place: str, file: str, values: Mapping[str, Any]) -> None:
-        """Check a row that stands for a whole file.
+        """Check a row, which is read as a whole file.
 
         Args:
             place: location of the row, for messages.
@@ -55,7 +55,8 @@ class SegmentCheck:
             values: values by column, which may be missing or empty.
 
         Raises:
-            SegmentsNotReadError: if this row and an earlier row have the same file, and a column with a start.
+            SegmentsNotReadError: if the row has a column like `start`, and an earlier row with such a column has the
+                same file.
         """
         column = start_column(key for key, value in values.items() if not is_missing(value) and value != "")
         if column is None:

@@ -1,6 +1,6 @@
 """NeMo's neural types for the encoder, quantizer and decoder of this package.
 
-A module has the types of the NeMo class with the same name.
+Each class of `nemo_lfr.modules` has the types of the NeMo class with the same name, such as `HiFiGANEncoder`.
 """
 
 from typing import Any

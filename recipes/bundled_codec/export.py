@@ -88,7 +88,7 @@ def export(generator: Generator, network: NetworkConfig, path: Path) -> None:
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("state", type=expand_home, help="state.pt of a run of train.py or of the older script")
+    parser.add_argument("state", type=expand_home, help="state.pt that train.py wrote")
     parser.add_argument("--out", type=expand_home, required=True, help="output .nemo file")
     args = parser.parse_args()
     try:
