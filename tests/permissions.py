@@ -1,6 +1,7 @@
 """Files and folders that cannot be read, also for tests that root runs."""
 
 import contextlib
+import encodings.utf_8_sig  # noqa: F401  (Python loads a codec when it is first used, from files that NOBODY may not read)
 import os
 from collections.abc import Iterator
 from pathlib import Path
