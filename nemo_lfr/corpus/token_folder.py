@@ -9,7 +9,6 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -63,6 +62,7 @@ class TokenFolder:
         metadata: content of `tokens.json`.
         codec: properties of the codec that made the tokens, such as its levels and fingerprint.
         counts: number of utterances in each shard.
+        identity: hash of the codec and of the contents of all shards when the folder was opened.
 
     Raises:
         NemoLfrError: if the folder does not contain the tokens of a complete run, its `tokens.json` is damaged,
@@ -97,6 +97,7 @@ class TokenFolder:
             self._reader = output.reader(self.path, self.metadata, self.codec)
             self.counts = self._count()
         self._firsts = [0, *accumulate(self.counts)]
+        self.identity = self._identify()
         if verify:
             self._check_records()
 
@@ -142,8 +143,7 @@ class TokenFolder:
             )
         return counts
 
-    @cached_property
-    def identity(self) -> str:
+    def _identify(self) -> str:
         """Return a hash of the codec and of the contents of all shards, 16 hex digits.
 
         The records of the shards contain hashes of the files, so the files are not read. In a folder without records,
@@ -161,6 +161,7 @@ class TokenFolder:
         name = self.path / METADATA
         if self._watch.changed([name]) is None:
             return False
+        watch = Watch([name])  # before the file is read, to detect a change while it is read
         try:
             metadata = parse_json(regular_file(name).read_bytes())
             keys = ("format", "shards", "clips", "shard_clips", "frames")
@@ -168,9 +169,11 @@ class TokenFolder:
             is_same = is_same and metadata["codec"]["fingerprint"] == self.codec.fingerprint
         except (NemoLfrError, OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
             return True
-        if is_same:  # `tokenize` wrote the file again, as it does when a complete run is resumed
-            self._watch = Watch([name])
-        return not is_same
+        # Tokens of parallel corpora, such as clean and noisy speech, may differ only in the hashes of their files.
+        if not is_same or self._identify() != self.identity:
+            return True
+        self._watch = watch  # `tokenize` wrote the file again, as it does when a complete run is resumed
+        return False
 
     def _check_records(self) -> None:
         """Raise TokenFileError unless the hashes of every shard are recorded."""
