@@ -3,6 +3,7 @@
 from typing import Any
 
 from nemo.collections.tts.data import audio_codec_dataset_lhotse, vocoder_dataset
+from nemo.collections.tts.models import audio_codec
 from omegaconf import DictConfig
 
 from nemo_lfr.errors import ConfigError, shorten
@@ -30,14 +31,16 @@ class DataLoaders(BaseModel):
                 f"{cfg._get_full_key('dataset')}.sample_rate is {shorten(rate)}, but the codec runs at "
                 f"{self.sample_rate} Hz; set it to this rate. Recordings at other rates are resampled."
             )
-        if is_changed(vocoder_dataset, "VocoderDataset") or patched_method(NeMoAudioCodecModel, ("get_dataset",)):
+        if is_changed(vocoder_dataset.VocoderDataset, vocoder_dataset) or patched_method(
+            NeMoAudioCodecModel, ("get_dataset",)
+        ):
             return super().get_dataset(cfg)
         world_size, rank = (self.trainer.world_size, self.trainer.global_rank) if self._trainer else (1, 0)
         return manifest_loader(cfg, world_size, rank) or super().get_dataset(cfg)
 
     def _get_lhotse_dataloader(self, cfg: DictConfig) -> Any:
         patched = patched_method(NeMoAudioCodecModel, ("_get_lhotse_dataloader",))
-        if patched is not None or is_changed(audio_codec_dataset_lhotse, "AudioCodecLhotseDataset"):
+        if patched is not None or is_changed(audio_codec.AudioCodecLhotseDataset, audio_codec_dataset_lhotse):
             return super()._get_lhotse_dataloader(cfg)
         return cut_loader(cfg, self.sample_rate, self.global_rank, self.world_size)
 

@@ -5,10 +5,14 @@ import sys
 from collections.abc import Collection
 from inspect import getattr_static
 from types import ModuleType
+from typing import Any
 
 from nemo_lfr.nemo.base import NeMoAudioCodecModel, audio_codec_modules
 
 logger = logging.getLogger(__name__)
+
+# Classes of NeMo's modules that this package replaces
+_REPLACED = ("HiFiGANEncoder", "HiFiGANDecoder", "FiniteScalarQuantizer", "GroupFiniteScalarQuantizer")
 
 
 def patched_method(kind: type, names: Collection[str] | None = None) -> str | None:
@@ -40,17 +44,21 @@ def is_replaced(model: NeMoAudioCodecModel, name: str, kind: type) -> bool:
     return is_overridden or patched_method(NeMoAudioCodecModel, (name,)) is not None
 
 
-def is_changed(module: ModuleType, name: str) -> bool:
-    """Return whether a caller has replaced a class in a module of NeMo, or a method of that class."""
-    kind = getattr(module, name)
+def is_changed(kind: Any, module: ModuleType) -> bool:
+    """Return whether a class is not the one that a module of NeMo defines, or has a patched method."""
     return getattr(kind, "__module__", None) != module.__name__ or patched_method(kind) is not None
 
 
 def warn_of_patched_modules() -> None:
-    """Log a warning for each patched method of NeMo's modules, because this package's modules ignore the patch."""
-    kinds = [kind for kind in vars(audio_codec_modules).values() if isinstance(kind, type)]
-    for method in {patched_method(kind) for kind in kinds} - {None}:
-        logger.warning(
-            "%s of NeMo is patched, but the model has modules of nemo_lfr without this patch; patch their methods",
-            method,
-        )
+    """Log a warning for each patched module of NeMo, because this package's modules ignore the patch."""
+    for name, kind in vars(audio_codec_modules).items():
+        patched = None
+        if isinstance(kind, type) and kind.__module__ == audio_codec_modules.__name__:
+            patched = patched_method(kind)
+        if patched is None and name in _REPLACED and is_changed(kind, audio_codec_modules):
+            patched = name
+        if patched is not None:
+            logger.warning(
+                "%s of NeMo is patched, but the model has modules of nemo_lfr without this patch; patch their methods",
+                patched,
+            )

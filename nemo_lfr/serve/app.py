@@ -37,8 +37,8 @@ from nemo_lfr.serve.protocol import CloseCode, DecodeProtocol, EncodeProtocol, P
 from nemo_lfr.serve.session import EngineLimits
 from nemo_lfr.serve.streams import StreamLimits, serve_stream
 
-# Origins as browsers send them, in lower case and without a path
-_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://([^\s/?#@A-Z]+)")
+# Origins as browsers send them, in lower case and without a path. The first two are those of pages on a disk.
+_ORIGIN = re.compile(r"null|file://|[a-z][a-z0-9+.-]*://[^\s/?#@A-Z]+")
 
 
 @dataclass(frozen=True)
@@ -69,9 +69,11 @@ class Settings:
         check_whole_number(self.max_body_bytes, "max_body_bytes", 1)
         check_whole_number(self.max_files, "max_files", 1)
         token = self.token
-        if token is not None and not (isinstance(token, str) and token.isascii() and token.isprintable() and token):
+        is_text = isinstance(token, str) and token.isascii() and token.isprintable()
+        if token is not None and not (is_text and token and token == token.strip()):
             raise NemoLfrError(
-                "the token is empty or not printable ASCII; pass a secret, or None to admit every client."
+                "the token is empty, not printable ASCII or surrounded by spaces; pass a secret, or None to admit "
+                "every client."
             )
         if isinstance(self.origins, str):
             raise NemoLfrError(f"origins is {quoted(self.origins)}; pass a tuple of origins.")

@@ -417,8 +417,27 @@ def test_a_patched_dataset_is_used(monkeypatch, tmp_path, name):
     assert type(model.get_dataset(section).dataset) is kind
 
 
-def test_patched_modules_of_nemo_are_reported(monkeypatch, caplog):
-    monkeypatch.setattr(audio_codec_modules.FiniteScalarQuantizer, "compress", lambda self, inputs, input_len: inputs)
-    with caplog.at_level(logging.WARNING, "nemo_lfr"):
+@pytest.mark.parametrize(
+    ("owner", "name", "value", "patched"),
+    [
+        (audio_codec_modules, "SSLModel", audio_codec_modules.SSLModel, None),  # changes nothing
+        (audio_codec_modules.FiniteScalarQuantizer, "compress", torch.relu, "FiniteScalarQuantizer.compress"),
+        (audio_codec_modules, "HiFiGANEncoder", torch.nn.Identity, "HiFiGANEncoder"),
+    ],
+    ids=str,
+)
+def test_patched_modules_of_nemo_are_reported(owner, name, value, patched, monkeypatch, caplog):
+    monkeypatch.setattr(owner, name, value)
+    with caplog.at_level(logging.WARNING, "nemo_lfr.nemo.patches"):
         built()
-    assert "FiniteScalarQuantizer.compress of NeMo is patched" in caplog.text
+    assert [record.args[0] for record in caplog.records] == ([patched] if patched else [])
+
+
+def test_a_replaced_lhotse_dataset_is_used(monkeypatch):
+    module = "nemo.collections.tts.models.audio_codec."
+    monkeypatch.setattr(module + "AudioCodecLhotseDataset", lambda **options: "mine")
+    monkeypatch.setattr(module + "get_lhotse_dataloader_from_config", lambda dataset, **options: dataset)
+    section = OmegaConf.create(
+        {"dataloader_params": {"use_lhotse": True, "batch_size": 1}, "dataset_args": {"segment_duration": 1.0}}
+    )
+    assert built()._get_lhotse_dataloader(section) == "mine"

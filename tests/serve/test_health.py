@@ -147,6 +147,7 @@ def test_an_app_serves_again_after_a_shutdown():
     [
         {"token": ""},
         {"token": 5},
+        {"token": "secret "},
         {"token": "naïve"},
         {"origins": "https://a.example"},
         {"origins": ("https://a.example/",)},
