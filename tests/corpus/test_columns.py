@@ -105,6 +105,8 @@ SEGMENTS = {
     "starts in one file": ({"file_name": ["a.wav", "a.wav"], "Start_Time": [0.0, 0.1]}, True),
     "starts in two files": ({"file_name": ["a.wav", "b.wav"], "start": [0.0, 0.1]}, False),
     "no starts": ({"file_name": ["a.wav", "a.wav"], "start": [None, None]}, False),
+    "NaN": ({"file_name": ["a.wav", "a.wav"], "start": [math.nan, math.nan]}, False),
+    "empty text": ({"file_name": ["a.wav", "a.wav"], "start": ["", ""]}, False),
     "one start": ({"file_name": ["a.wav", "a.wav"], "start": [None, 1]}, False),
     "segments that are read": ({"audio_filepath": ["a.wav", "a.wav"], "start": [0, 1], "offset": [0, 0.1]}, False),
     "offsets that are not read": ({"file_name": ["a.wav", "a.wav"], "Offset": [0, 0.1]}, True),
@@ -136,7 +138,7 @@ def test_segments_that_are_not_read_are_refused(name, kind, wav, tmp_path, caplo
         assert not caplog.text.count("does not select")  # the error suffices
     elif name != "folder":
         assert len(clips_of(source)) == 2
-        count = 0 if kind in ("no starts", "segments that are read") else 1
+        count = 0 if kind in ("no starts", "NaN", "empty text", "segments that are read") else 1
         assert caplog.text.count("does not select a part of the file") == count or kind.startswith("offsets")
     if name in ("m.json", "t.jsonl") and is_refused:
         with pytest.raises(ConfigError, match="is listed again"):

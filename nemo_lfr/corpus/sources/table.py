@@ -148,10 +148,12 @@ class Table(CorpusReader):
 
     def _check_segments(self, check: SegmentCheck, place: str, rows: Any) -> None:
         """Check an Arrow table or batch that has only the columns in `_checked_columns`; see `SegmentCheck`."""
-        start = rows.schema.names.index(self._start)
-        for path, value in zip(rows.column(1 - start), rows.column(start), strict=True):
-            if path.is_valid and value.is_valid:
-                check.add(place, path.as_py(), {self._start: True})
+        column = rows.schema.names.index(self._start)
+        for path, cell in zip(rows.column(1 - column), rows.column(column), strict=True):
+            if path.is_valid and cell.is_valid:
+                start = label_value(cell, None, self._start)
+                # Values of types that labels do not have, such as bytes, are starts too.
+                check.add(place, path.as_py(), {self._start: True if start is None else start})
 
     def _clips(
         self,
