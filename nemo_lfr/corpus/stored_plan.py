@@ -16,6 +16,8 @@ from nemo_lfr.spec import same_fingerprint
 
 logger = logging.getLogger(__name__)
 
+NAMED = 3  # maximum number of files in a warning
+
 
 def check_stored_plan(
     stored: dict[str, Any],
@@ -91,7 +93,7 @@ def _check_audio(stored: dict[str, Any], folder: str | None, config: TokenizeCon
         corpus: reader of the corpus.
 
     Raises:
-        NemoLfrError: if the folder of the first run no longer exists, and the audio in `folder` is not the same.
+        NemoLfrError: if the folder of the first run no longer exists, and all compared files in `folder` differ.
     """
     earlier = stored.get("audio_dir")
     if folder is None or not isinstance(earlier, str) or os.path.lexists(earlier):
@@ -100,12 +102,18 @@ def _check_audio(stored: dict[str, Any], folder: str | None, config: TokenizeCon
     hashes = hashes if isinstance(hashes, dict) else {}  # a plan of an older version has none
     sample = sample_audio(corpus, stored["parts"], corpus.base)
     sample = {key: pair for key, pair in sample.items() if key in hashes}
-    for key, (file, found) in sample.items():
-        if found != hashes[key]:
-            raise NemoLfrError(
-                f"{config.out}: the folder contains the tokens of another run: this run was started with audio in "
-                f"{earlier}, which no longer exists, and {file} differs from the file there; choose another --out."
-            )
+    different = [file for key, (file, file_hash) in sample.items() if file_hash != hashes[key]]
+    if different and len(different) == len(sample):
+        raise NemoLfrError(
+            f"{config.out}: the folder contains the tokens of another run: this run was started with audio in "
+            f"{earlier}, which no longer exists, and {different[0]} differs from the file there; choose another --out."
+        )
+    if different:  # files may have been repaired after the first run
+        logger.warning(
+            "%s: the corpus was moved from %s, which no longer exists, and %d of %d compared files differ from those "
+            "there (%s). If this is other audio with the same file names, stop, and choose another --out.",
+            config.out, earlier, len(different), len(sample), ", ".join(map(str, different[:NAMED])),
+        )  # fmt: skip
     if not sample:
         logger.warning(
             "%s: the corpus was moved from %s, which no longer exists, to %s. If this is other audio with the same "

@@ -6,7 +6,9 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 
 from nemo_lfr.cli.main import main
 from nemo_lfr.corpus.config import TokenizeConfig
@@ -17,6 +19,8 @@ from nemo_lfr.corpus.sources.folder import PROBLEM
 from nemo_lfr.corpus.sources.manifest import Manifest
 from nemo_lfr.errors import NemoLfrError
 from tests.corpus.inputs import (
+    RATE,
+    SAMPLES,
     cut,
     lines,
     pa,
@@ -273,6 +277,13 @@ def rename(source: Path) -> dict[str, str]:
     return {"source": str(source.rename(source.with_name(f"other{source.suffix}")))}
 
 
+def move_repaired(source: Path) -> dict[str, str]:
+    """Move the folder of a corpus, and write one of its files again."""
+    folder = source.parent.rename(source.parent.with_name("moved"))
+    soundfile.write(folder / "b.wav", np.zeros(SAMPLES), RATE)
+    return {"source": str(folder / source.name), "audio_dir": str(folder)}
+
+
 # Function that writes a corpus, function that changes it between two runs and returns options of the second run, and
 # part of the error message; None if the run is resumed.
 CHANGES = {
@@ -283,6 +294,7 @@ CHANGES = {
         lambda source: {"source": str(source.rename(source.parent.parent / "m.json")), "audio_dir": None},
         "relative paths start from was .*audio, but is now .*; .* or pass --audio-dir .*audio if it is",
     ),
+    "a moved manifest with a repaired file": (PARALLEL["manifest"], move_repaired, None),
     "a renamed manifest": (PARALLEL["manifest"], rename, None),
     "a renamed table": (PARALLEL["Parquet"], rename, None),
     "renamed cuts": (write_cuts, rename, None),
@@ -290,8 +302,9 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", slow_after(3, CHANGES))
-def test_a_corpus_is_found_again_after_a_change(change, model, tmp_path):
+def test_a_corpus_is_found_again_after_a_change(change, model, tmp_path, monkeypatch, caplog):
     write, make, message = CHANGES[change]
+    monkeypatch.setattr("nemo_lfr.corpus.audio_sample.FILES", 2)
     write_audio(tmp_path / "audio", 0.02)
     source = write(tmp_path / "audio")
     audio_dir = str(tmp_path / "audio")
@@ -300,6 +313,7 @@ def test_a_corpus_is_found_again_after_a_change(change, model, tmp_path):
     changed = replace(job, **make(source))
     if message is None:
         assert tokenize(changed, workers=1, device="cpu")["clips"] == 3
+        assert caplog.text.count("1 of 2 compared files differ") == ("repaired" in change)
         return
     with pytest.raises(NemoLfrError, match=message):
         tokenize(changed, workers=1, device="cpu")
