@@ -27,18 +27,23 @@ def sample_audio(corpus: CorpusReader, shards: list[ShardSpec], base: Path | Non
         base: `corpus.base`.
 
     Returns:
-        Dictionary from the id of a clip to its file and the hash. Files that cannot be read are left out.
+        Dictionary from the id of the first clip of each file to the file and its hash. Files that cannot be read are
+        left out.
     """
     found: dict[str, tuple[Path, str]] = {}
     if base is None:
         return found
+    hashed: set[Path] = set()
     for shard in shards[:: max(1, -(-len(shards) // SHARDS))]:
         with suppress(Exception):  # an error of the reader is raised again when the shard is tokenized
-            found.update(islice(_hashes(corpus, shard, base), FILES))
+            found.update(islice(_hashes(corpus, shard, base, hashed), FILES))
     return found
 
 
-def _hashes(corpus: CorpusReader, shard: ShardSpec, base: Path) -> Iterator[tuple[str, tuple[Path, str]]]:
+def _hashes(
+    corpus: CorpusReader, shard: ShardSpec, base: Path, hashed: set[Path]
+) -> Iterator[tuple[str, tuple[Path, str]]]:
+    """Yield the clip id, file and hash of each file of a shard that is not in `hashed`, and add the file to it."""
     without_file = 0
     for clip in islice(corpus.read(shard), SEARCHED):
         file = _file_of(clip)
@@ -46,7 +51,8 @@ def _hashes(corpus: CorpusReader, shard: ShardSpec, base: Path) -> Iterator[tupl
             without_file += 1
             if without_file == WITHOUT_FILE:
                 return
-        elif (not file.is_absolute() or file.is_relative_to(base)) and file.is_file():
+        elif file not in hashed and (not file.is_absolute() or file.is_relative_to(base)) and file.is_file():
+            hashed.add(file)  # other clips may be segments of the same file
             with suppress(OSError):
                 yield clip.id, (file, sampled_digest(file))
 

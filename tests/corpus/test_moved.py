@@ -277,6 +277,11 @@ def rename(source: Path) -> dict[str, str]:
     return {"source": str(source.rename(source.with_name(f"other{source.suffix}")))}
 
 
+def write_segments(folder: Path) -> Path:
+    sections = [{"audio_filepath": "a.wav", "offset": offset, "duration": 0.1} for offset in (0, 0.1)]
+    return lines(folder / "m.json", [*sections, {"audio_filepath": "b.wav"}])
+
+
 def move_repaired(source: Path) -> dict[str, str]:
     """Move the folder of a corpus, and write one of its files again."""
     folder = source.parent.rename(source.parent.with_name("moved"))
@@ -295,6 +300,7 @@ CHANGES = {
         "relative paths start from was .*audio, but is now .*; .* or pass --audio-dir .*audio if it is",
     ),
     "a moved manifest with a repaired file": (PARALLEL["manifest"], move_repaired, None),
+    "moved segments of a repaired file": (write_segments, move_repaired, None),
     "a renamed manifest": (PARALLEL["manifest"], rename, None),
     "a renamed table": (PARALLEL["Parquet"], rename, None),
     "renamed cuts": (write_cuts, rename, None),
