@@ -45,7 +45,7 @@ class StockSteps(Optimizers):
     The model's losses are compared with losses of NeMo that are built from the config.
     """
 
-    _changes: tuple[str, ...] = ()  # attributes that differ
+    _checked: tuple[tuple[str, ...], bool] = ((), True)  # attributes that differ, and whether for training
     _stock_losses: "dict[str, _StockLoss] | None" = None
 
     def setup(self, stage: str | None = None) -> None:
@@ -72,7 +72,7 @@ class StockSteps(Optimizers):
         return self._losses
 
     def find_changes(self) -> bool:
-        """Set `_changes`, and return whether NeMo's own steps must run.
+        """Check the changes, and return whether NeMo's own steps must run.
 
         Each step calls this method, because a callback may change losses during training.
 
@@ -80,11 +80,11 @@ class StockSteps(Optimizers):
             ConfigError: if something was changed, and the config sets a key that NeMo's own steps do not support.
         """
         changes = tuple(self._find_changes())
-        if changes and changes != self._changes:
-            is_fit = self._trainer is None or self._trainer.state.fn == TrainerFn.FITTING
+        is_fit = self._trainer is None or self._trainer.state.fn == TrainerFn.FITTING
+        if changes and (changes, is_fit) != self._checked:
             used = _ADDITIONS if is_fit else _VALIDATED
             obstacles = {key: f"remove {key} from" for key in used if self.cfg.get(key) not in _ADDITIONS[key]}
-            for key in ("generator_loss", "discriminator_loss"):
+            for key in ("generator_loss", "discriminator_loss") if is_fit else ():
                 if target_of(self.cfg.get(key)) not in BUILT_IN:  # NeMo's step would use the placeholder instead
                     obstacles[f"the custom {key}"] = f"set {key} to a loss of NeMo in"
             for obstacle, remedy in obstacles.items():
@@ -93,7 +93,7 @@ class StockSteps(Optimizers):
                     f"support {obstacle}; undo the change, or {remedy} the model config."
                 )
             logger.warning("training uses NeMo's own, slower step, because the model's %s changed", ", ".join(changes))
-        self._changes = changes
+        self._checked = changes, is_fit
         return bool(changes)
 
     def loss_scales(self) -> dict[str, float]:

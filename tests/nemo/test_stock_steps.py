@@ -14,6 +14,7 @@ import torch
 pytest.importorskip("nemo", reason="stock NeMo is the reference here: pip install '.[nemo]'")
 
 from hydra.utils import instantiate
+from lightning.pytorch.trainer.states import TrainerFn
 from nemo.collections.tts.data.vocoder_dataset import VocoderDataset
 from nemo.collections.tts.losses import audio_codec_loss
 from nemo.collections.tts.models.audio_codec import AudioCodecModel as StockModel
@@ -255,12 +256,22 @@ def test_a_change_that_needs_nemos_step_excludes_additions(tmp_path, caplog):
     ]
 
 
-def test_a_custom_loss_of_the_config_excludes_nemos_step(tmp_path):
-    loss = {"_target_": "tests.own_components.MeanScore"}
-    ours = AudioCodecModel(OmegaConf.create(config() | {"generator_loss": loss}))
-    own_mel(ours)
-    with pytest.raises(ConfigError, match=r"mel_loss_fn of the model was changed.*the custom generator_loss"):
-        train(ours, [batch_without_ties(ours, frames=8)])
+@pytest.mark.parametrize(
+    ("addition", "obstacle"),
+    [
+        ({"accumulate_grad_batches": 2}, "accumulate_grad_batches"),
+        ({"generator_loss": {"_target_": "tests.own_components.MeanScore"}}, "the custom generator_loss"),
+    ],
+)
+def test_validation_permits_what_training_refuses_after_a_change(addition, obstacle):
+    model = built(**addition)
+    own_mel(model)
+    model.set_trainer(quiet_trainer())
+    model.trainer.state.fn = TrainerFn.VALIDATING
+    assert model.find_changes()
+    model.trainer.state.fn = TrainerFn.FITTING
+    with pytest.raises(ConfigError, match=f"mel_loss_fn of the model was changed.*{obstacle}"):
+        model.find_changes()
 
 
 class WithOwnLoss(AudioCodecModel):
