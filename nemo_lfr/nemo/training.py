@@ -120,6 +120,12 @@ class TrainingSteps(DataLoaders, StockSteps):
         self._add_callback("fit")
         return super().configure_optimizers()
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Prepare training before a run is resumed, if a subclass has overridden the hooks that do so."""
+        if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
+            self._add_callback("fit")  # Lightning calls the hooks of callbacks later
+        super().on_load_checkpoint(checkpoint)
+
     @property
     def metrics(self) -> AudioTerms:
         """Validation metrics that the config names, built on first access.
