@@ -261,8 +261,8 @@ def _pairs(
         original = reference._modules.get(key)
         if child is not None and original is None:
             raise ConfigError(
-                f"{_join(path, key)} ({_name(type(child))}) is not in {original_kind}, so {operation.name} would drop "
-                f"it; remove it before {operation.name}, and add it afterwards to the {operation.result}."
+                f"{_join(path, key)} is a {_name(type(child))} that {original_kind} lacks, so {operation.name} would "
+                f"drop it; remove it before {operation.name}, and add it afterwards to the {operation.result}."
             )
         if child is not None and original is not None:
             yield from _pairs(child, original, f"{path}.{key}" if path else key, operation)
