@@ -228,8 +228,8 @@ class TrainingSteps(DataLoaders, StockSteps):
             audio=batch["audio"], audio_len=batch["audio_lens"], samples_per_frame=self.samples_per_frame
         )
         # NeMo passes the sample rate, which a method of a subclass may require.
-        rate = {"sample_rate": self.output_sample_rate} if is_replaced(self, "encode_audio", Inference) else {}
-        encoded, encoded_len = self.encode_audio(audio=audio, audio_len=audio_len, **rate)
+        options = {"sample_rate": self.output_sample_rate} if is_replaced(self, "encode_audio", Inference) else {}
+        encoded, encoded_len = self.encode_audio(audio=audio, audio_len=audio_len, **options)
         noisy = encoded if self.encoder_noise is None else self.encoder_noise(encoded)
         codes, tokens = self.vector_quantizer(inputs=noisy, input_len=encoded_len)
         if self.training and (rate := self.cfg.get("codebook_dropout_rate")):
