@@ -2,6 +2,7 @@
 
 import gc
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -43,6 +44,17 @@ def pytest_configure(config: pytest.Config) -> None:
         code += "pitch.estimate_pitch(numpy.zeros(8000, 'f'))"
         subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)
         compiled.touch()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Refuse names of tests that differ between processes: pytest-xdist needs equal names in all workers.
+
+    Raises:
+        pytest.UsageError: If a name contains an address in memory or a path of this machine.
+    """
+    for item in items:
+        if re.search(r"\bat 0x[0-9a-f]+", item.nodeid) or sys.prefix in item.nodeid:
+            raise pytest.UsageError(f"the name of this test differs between processes: {item.nodeid}; give it an id")
 
 
 def pytest_collection_finish() -> None:

@@ -435,7 +435,7 @@ def test_a_patched_dataset_is_used(monkeypatch, tmp_path, name):
         (audio_codec_modules.FiniteScalarQuantizer, "compress", torch.relu, "FiniteScalarQuantizer.compress"),
         (audio_codec_modules, "HiFiGANEncoder", torch.nn.Identity, "HiFiGANEncoder"),
     ],
-    ids=str,
+    ids=["nothing", "a method", "a class"],
 )
 def test_patched_modules_of_nemo_are_reported(owner, name, value, patched, monkeypatch, caplog):
     monkeypatch.setattr(owner, name, value)
