@@ -71,11 +71,10 @@ def read_members(path: Path) -> Members:
     """Find the config and the weights of a checkpoint.
 
     Other members of a `.nemo` are ignored. Weights in an uncompressed tar archive are read only when they are used.
-    Unused weights, such as those of discriminators, therefore cost neither time nor memory.
 
     Args:
-        path: a `.nemo` file, a `.ckpt` file, or a folder. The folder contains either the files of an unpacked
-            `.nemo`, or `config.json` and the weights: `model.safetensors`, or several files and their index.
+        path: a `.nemo` file, a `.ckpt` file, or a folder. A folder contains the files of an unpacked `.nemo`, or
+            `config.json` and safetensors files.
 
     Raises:
         CheckpointError: if the file is missing, damaged or not a checkpoint.

@@ -187,8 +187,8 @@ def our_target(target: str) -> tuple[type[nn.Module], dict[str, Any], dict[str, 
     """Return the class that a config's `_target_` selects.
 
     Returns:
-        Our class, the arguments of our class that NeMo's class implies, such as `{"causal": True}`, and the default
-        arguments of NeMo's class that differ from those of our class.
+        The class of this package, the arguments that NeMo's class implies, such as `{"causal": True}`, and those
+        default arguments of NeMo's class that differ from the defaults of this package.
 
     Raises:
         ConfigError: if `target` is not the name of a class of the LFR codec family.

@@ -47,7 +47,7 @@ class MemorySource:
 
 
 class FileSource:
-    """Byte range of a file. The object keeps a descriptor of its own open as long as it exists.
+    """Byte range of a file.
 
     Args:
         path: path of the file, for messages.

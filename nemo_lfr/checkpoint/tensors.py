@@ -69,8 +69,8 @@ class Entry:
     Attributes:
         record: name of the zip record; empty in a safetensors file.
         dtype: dtype of the stored values.
-        offset: position of the first value. In a zip record, it is the number of values before it. In a safetensors
-            file, it is a number of bytes from the start of the file.
+        offset: position of the first value, in values from the start of the zip record. In a safetensors file, it is
+            in bytes from the start of the file.
         shape: size of each dimension.
         stride: distance between neighbors along each dimension, in values.
         negative: whether the sign of each stored value must be flipped (PyTorch's negative bit).
@@ -251,7 +251,7 @@ class Tensors:
         return self._read_tensor(key, kept=True)
 
     def temporary(self, key: str) -> torch.Tensor:
-        """Read one tensor into a buffer that the next call overwrites. New memory would take more time."""
+        """Read one tensor into a buffer that the next call overwrites."""
         return self._read_tensor(key, kept=False)
 
     def _read_tensor(self, key: str, kept: bool) -> torch.Tensor:

@@ -63,9 +63,9 @@ def plan_tasks(
         new_suffix: suffix of the outputs.
         report: function that is called after all checks have passed, with one line for each folder in which files
             were skipped.
-        unread: list to which the errors of folders that cannot be read are added; see `find_files`. With None, the
-            first of these errors is raised, but folders that a glob cannot search are ignored. If the only input
-            cannot be read, its error is raised in both cases.
+        unread: list to which the errors of unreadable folders are added. With None, the first such error is raised,
+            but unreadable folders in the search of a glob pattern are ignored. If the only input is unreadable, its
+            error is always raised.
         possible: all suffixes that an output file may have, for messages; None if `new_suffix` is the only one.
 
     Returns:

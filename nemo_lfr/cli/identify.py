@@ -82,8 +82,6 @@ SAFETENSORS_SUFFIX = ".safetensors"
 def refuse_other_kind(path: Path, wanted: str) -> None:
     """Raise an error if an input is an audio file, a token file or an entropy model.
 
-    Commands that read another kind of input, such as a manifest, call this function first.
-
     Args:
         path: input from the command line; it need not exist.
         wanted: description of the expected input, for the message.

@@ -56,7 +56,7 @@ class Session:
             total: number of inputs, for the last line.
             shown: maximum number of failures to print.
             see: name of the file that lists all failures; "" for none.
-            failed: number of inputs that failed; None if each failure concerns one input.
+            failed: number of inputs that failed; None for the number of failures.
         """
         failures = self.failures[self.reported :]
         self.reported = len(self.failures)

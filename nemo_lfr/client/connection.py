@@ -109,7 +109,7 @@ class Connection:
         """Wait up to `CLOSE_S` seconds for the server to close the connection.
 
         Raises:
-            ServerError: if the server sends another message instead.
+            ServerError: if the server sends another message.
         """
         try:
             message = await asyncio.wait_for(self._socket.recv(), min(CLOSE_S, self._server.timeout))

@@ -61,8 +61,7 @@ _REASONS = {
 class Conversation(CodecProperties):
     """Parser and formatter for the messages of one stream. Create it with `decoding` or `encoding`.
 
-    Every message of the server is validated, and the results are counted. A faulty server therefore causes an error,
-    and never a result that is too short, too long or not valid.
+    Every message of the server is validated, and the results are counted, so a faulty server always causes an error.
 
     Args:
         server: server of the stream.

@@ -73,8 +73,8 @@ class ProcessSetting:
     def differs(self, wanted: Any) -> bool:
         """Return whether a `with setting.at(wanted)` block is needed.
 
-        It is not needed if the current value is `wanted` and no thread is inside a `with setting.at(...)` block. If a
-        thread is inside one, the end of that block might restore another value.
+        It is needed if the current value is not `wanted`. It is also needed while a thread is inside a `with
+        setting.at(...)` block, because the end of that block may restore another value.
         """
         return self._users > 0 or self._get() != wanted
 
@@ -194,8 +194,6 @@ def convolutions(tf32: bool) -> Iterator[None]:
 
 def check_weights(module: nn.Module, name: str) -> None:
     """Check that a network has dense fp32 weights, and convolutions with supported settings.
-
-    Weights of another dtype would give other tokens.
 
     Args:
         module: encoder or decoder.

@@ -86,8 +86,7 @@ class TokenizeConfig:
         """Open the corpus.
 
         Args:
-            relist: whether to write the list of clips again (see `listing`). Only the process that plans the run
-                passes True.
+            relist: whether to write the list of clips again (see `listing`).
         """
         audio_dir = None if self.audio_dir is None else Path(self.audio_dir)
         return open_corpus(Path(self.source), audio_dir, self.listing, relist, self.allow_url)

@@ -188,8 +188,8 @@ class TokenDataset(IterableDataset[TokenizedUtterance]):
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch, which determines the order of the utterances.
 
-        Without this call, each pass over the dataset is a new epoch if there is only one process and no data loader
-        worker. Otherwise, the epoch stays the same.
+        In one process without data loader workers, each pass over the dataset is a new epoch by default. With several
+        processes or with workers, the epoch stays the same until you call this method.
 
         Args:
             epoch: number of the epoch.

@@ -253,11 +253,6 @@ def _check_inputs(
 ) -> Iterator[ShardRecord]:
     """Yield the records of completed shards, after checking that the files of the corpus have not changed.
 
-    Args:
-        plan: the plan.
-        computed: records of the shards, in the order of completion.
-        tasks: dictionary from index to shard.
-
     Raises:
         NemoLfrError: if a file has changed. The record files of all shards that were not yielded are deleted first.
     """

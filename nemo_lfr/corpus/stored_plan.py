@@ -86,11 +86,8 @@ def _adopt_corpus(
 def _check_audio(stored: dict[str, Any], folder: str | None, config: TokenizeConfig, corpus: CorpusReader) -> None:
     """Check that a corpus that was moved has the audio of the first run.
 
-    Args:
-        stored: the stored plan.
-        folder: current path of the folder that relative paths start from; None if the corpus has no relative paths.
-        config: options of the run.
-        corpus: reader of the corpus.
+    `folder` is the current path of the folder that relative paths start from; None if the corpus has no relative
+    paths.
 
     Raises:
         NemoLfrError: if the folder of the first run no longer exists, and all compared files in `folder` differ.
@@ -187,15 +184,12 @@ def _difference(key: str, stored: Any, expected: Any, stored_source: Any, source
 
 
 def _older_fingerprint(stored: Any, spec: dict[str, Any], made: Callable[[str], bool]) -> str | None:
-    """Return the fingerprint in a stored plan if it is an older fingerprint of the current codec; otherwise None.
+    """Return the stored fingerprint if an older version of this package computed it.
 
-    Older versions of this package computed other fingerprints. If the stored and the current description differ in
-    anything else, the result is None.
+    The result is None if the fingerprints are equal, if the stored one is that of another codec, or if the
+    descriptions differ in anything else.
 
-    Args:
-        stored: description of the codec in the stored plan.
-        spec: current description of the codec.
-        made: see `load_or_create_plan`.
+    See `load_or_create_plan` for `made`.
     """
     if not isinstance(stored, dict) or stored == spec or stored | {"fingerprint": spec["fingerprint"]} != spec:
         return None

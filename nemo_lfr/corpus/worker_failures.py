@@ -55,9 +55,6 @@ class WorkerFailures:
 
 
 def last_line(error: Exception) -> str:
-    """Return the last line of an exception's message, or the name of its class if the message is empty.
-
-    If the message is a traceback, its last line describes the error.
-    """
+    """Return the last line of an exception's message, or the name of its class if the message is empty."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     return shorten(lines[-1].strip(), 500) if lines else type(error).__name__

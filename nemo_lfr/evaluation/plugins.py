@@ -47,7 +47,8 @@ def load_plugins() -> None:
 def add_entry(table: dict[str, Any], name: str, value: Any, kind: str) -> None:
     """Add an entry to a table of codecs or metrics.
 
-    An entry with the same name, module and class (or function) is replaced, so that a notebook cell can be run again.
+    An existing entry with the same name, module and class (or function) is replaced, so that a notebook cell can be
+    run twice.
 
     Args:
         table: the table.

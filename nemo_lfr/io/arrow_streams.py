@@ -27,7 +27,7 @@ def check_stream(path: Path) -> None:
     A stream without a marker at its end was truncated. `datasets` and pyarrow do not report this if the last batch is
     complete.
 
-    Only the headers of the record batches, and the declared size of each buffer, are read. No buffer is decompressed.
+    Only the headers of the record batches and the declared sizes of the buffers are read.
 
     Args:
         path: file in Arrow's streaming format.

@@ -180,8 +180,6 @@ def replacing(path: Path, overwrite: bool = True) -> Iterator[IO[bytes]]:
 def write_bytes(path: Path, data: bytes | Iterable[bytes], overwrite: bool = True) -> Path:
     """Write a file atomically and return its path.
 
-    This function does not remove leftovers of killed runs. Commands call `sweep` for this, once for all their files.
-
     Args:
         path: output file.
         data: content, as one piece or several.
@@ -259,8 +257,8 @@ def sweep(folder: Path, names: Collection[str] | None = ()) -> None:
 
     Args:
         folder: folder to search; it need not exist.
-        names: names of output files whose `.part` files are removed; by default, only temporary folders are removed.
-            If `names` is None, all `.part` files are removed. This is safe only in a folder that this package created.
+        names: names of output files whose `.part` files are removed. By default, only temporary folders are removed.
+            None removes all `.part` files, which is safe only in a folder that this package created.
     """
     shortened = None if names is None else {name[:KEPT] for name in names}
     try:

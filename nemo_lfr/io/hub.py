@@ -163,8 +163,8 @@ def files_on_hub(repository: str, revision: str | None = None, token: bool | str
 def _download(repository: str, refresh: bool) -> Path:
     """Return a repository's checkpoint from the Hub's cache, or download it.
 
-    If the Hub cannot be reached, and the cache has no snapshot of the main branch, a single snapshot of an unknown
-    branch is used. With `refresh`, an unreachable Hub is an error.
+    If the Hub cannot be reached, a cached snapshot is used even if its branch is unknown; see `only_snapshot`. With
+    `refresh`, an unreachable Hub is an error.
     """
     from huggingface_hub import hf_hub_download, snapshot_download
 

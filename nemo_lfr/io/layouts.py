@@ -228,8 +228,8 @@ def table(path: Path, *, by_file: bool = False) -> Iterator[CorpusUtterance]:
 
     Args:
         path: the table. Paths of audio files in it are relative to its folder.
-        by_file: how to report an invalid row that names an audio file: with the path of this file, or, by default,
-            with the location of the row, such as "train.tsv, line 3". Other invalid rows are reported by location.
+        by_file: whether to report an invalid row with the path of its audio file instead of its location, such as
+            "train.tsv, line 3". A row without a valid path is always reported with its location.
     """
     # Imported late: this loads the audio readers, which `--help` does not need.
     from nemo_lfr.io.manifests import resolve_audio_path, seconds

@@ -138,8 +138,6 @@ def looks_local(name: str) -> bool:
 def check_model_name(name: str, error: type[NemoLfrError] = NemoLfrError) -> None:
     """Raise an error if the name of a model is a local path that does not exist.
 
-    Without this check, other packages, such as transformers, would try to download a Hub repository with this name.
-
     Args:
         name: name of a Hub repository, or local path.
         error: class of the exception.

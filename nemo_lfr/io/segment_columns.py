@@ -1,8 +1,8 @@
-"""Refuse lists that select segments of files with columns such as "start" and "end", which are not read.
+"""Refuse lists that select segments of files with columns such as "start" and "end".
 
-The meaning of such columns is not known: they may be in seconds, milliseconds or samples, or refer to a longer
-recording from which the file was cut. If several rows with a start have the same file, though, each of them is a
-segment of it, and reading the whole file for each row would pair audio with wrong texts.
+Such columns are not read, because their meaning is not known: they may be in seconds, milliseconds or samples, or
+refer to a longer recording from which the file was cut. If several rows with a start have the same file, each row is a
+segment of this file. Reading the whole file for each row would pair audio with wrong texts.
 """
 
 import logging
@@ -34,7 +34,7 @@ def start_column(columns: Iterable[str]) -> str | None:
     """Return the first column that may contain the start of a segment; None if there is none.
 
     Args:
-        columns: columns that do not select a segment. If `offset` does, the caller leaves it out.
+        columns: names of the columns, without `offset` if the caller reads it as the start of a segment.
     """
     return next((name for name in columns if isinstance(name, str) and _START.fullmatch(name)), None)
 

@@ -184,7 +184,7 @@ def check_unaltered(network: nn.Module, name: str, consequence: str) -> None:
     Args:
         network: encoder, quantizer or decoder.
         name: name of the network, for messages.
-        consequence: end of the message, such as `STREAM`.
+        consequence: end of the message, such as "which a stream does not call; remove them".
 
     Raises:
         NemoLfrError: if the network is altered.

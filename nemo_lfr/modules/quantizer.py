@@ -88,7 +88,10 @@ class FiniteScalarQuantizer(NeuralModule):
 
     @property
     def _is_own(self) -> bool:
-        """Whether the class, the methods and the buffers are unchanged. `torch.compile` does not read the buffers."""
+        """Whether the class, the methods and the buffers are unchanged.
+
+        The buffers are not checked within `torch.compile`.
+        """
         return type(self) is FiniteScalarQuantizer and not is_patched(self) and self.is_consistent
 
     @property

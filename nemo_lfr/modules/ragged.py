@@ -2,7 +2,7 @@
 
 In NeMo, the last tokens of a clip depend on whether its batch contains longer clips. If so, NeMo pads the clip, and
 sets the padding to zero after each convolution. A clip that is encoded alone is instead padded by reflection in each
-convolution. Here, only examples of the same length run together, so no example is padded.
+convolution. Here, only examples of the same length run together, so each example gets the same result as alone.
 """
 
 from collections.abc import Callable

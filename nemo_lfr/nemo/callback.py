@@ -47,7 +47,7 @@ class CodecCallback(Callback):
             pl_module.use_average(False)
 
     def on_test_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Switch to the averaged weights, which saved files contain too."""
+        """Switch to the averaged weights."""
         self.on_validation_start(trainer, pl_module)
 
     def on_test_end(self, trainer: Trainer, pl_module: Any) -> None:

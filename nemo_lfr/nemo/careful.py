@@ -2,8 +2,8 @@
 
 NeMo interprets the data config, because such configs have many forms (lists, weights, groups, buckets). `make_careful`
 then searches the object that NeMo returns, and replaces the class of each iterator over lines by one of the classes
-below. If a line is malformed, only its clip is skipped, and training continues. NeMo's own iterator still reads tar
-files. If it cannot skip a malformed line, an error names the line.
+below. If a line is malformed, only its clip is skipped, and training continues. Tar files are read by NeMo's own
+iterator. If this iterator cannot skip a malformed line, an error names the line.
 """
 
 import copy
@@ -302,8 +302,6 @@ class _Losses:
 
     def check(self) -> None:
         """Raise an error if no entry was usable.
-
-        Without this check, training would wait forever for a batch.
 
         Raises:
             ConfigError: if entries were skipped and none was usable. The message names the first skipped entry.

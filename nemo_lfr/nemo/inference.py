@@ -246,8 +246,7 @@ class Inference(BaseModel):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Pad audio with zeros to complete frames.
 
-        Unlike NeMo's method, this method also sets the samples after the end of each example to zero. The values of
-        these samples therefore have no effect.
+        Unlike NeMo's method, this method also sets the samples after the end of each example to zero.
 
         Args:
             audio: samples, shape [B, T_audio].

@@ -29,7 +29,7 @@ class WholeCheckpoints(TorchCheckpointIO):
 
     Lightning writes to the system's folder for temporary files and then moves the result. Between file systems, moving
     means copying, so a killed run or a full disk would leave a truncated checkpoint under the final name. This class
-    instead writes a temporary file in the target folder and renames it.
+    writes a temporary file in the target folder and renames it.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
@@ -55,7 +55,7 @@ def tidy_checkpoints(experiment: str | os.PathLike[str]) -> None:
     unfinished, even if an older one is intact.
 
     NeMo resumes from the file named `*last.ckpt`. If there is an unfinished checkpoint, this function keeps only the
-    newest intact file of this name. If there is none, it makes one by copying the newest intact checkpoint.
+    newest intact file of this name. If none is intact, it copies the newest intact checkpoint to a file of this name.
 
     Args:
         experiment: folder of the run, such as EXP_DIR/NAME. A missing folder is ignored.

@@ -146,10 +146,9 @@ class StateDicts(BaseModel):
             self._unbuilt_discriminator = {key: tensors[key] for key in names}
 
     def _added_names(self, stored: Collection[str], loaded: Sequence[torch.Tensor]) -> list[str]:
-        """Return the names of the weights to load into modules that a subclass's constructor added or replaced.
+        """Return the names of the weights of modules that a subclass added or replaced.
 
-        The tensors of NeMo's losses follow from the config, so they are not included. Weights that the checkpoint
-        lacks keep their initial values, as in NeMo.
+        Tensors of NeMo's losses are left out, because they follow from the config.
 
         Args:
             stored: names of the tensors in the checkpoint.

@@ -72,12 +72,12 @@ class StockSteps(Optimizers):
         return self._losses
 
     def find_changes(self) -> bool:
-        """Check the changes, and return whether NeMo's own steps must run.
+        """Return whether a change to the model requires NeMo's own steps.
 
         Each step calls this method, because a callback may change losses during training.
 
         Raises:
-            ConfigError: if something was changed, and the config sets a key that NeMo's own steps do not support.
+            ConfigError: if NeMo's own steps are required, and the config sets a key that they do not support.
         """
         changes = tuple(self._find_changes())
         is_fit = self._trainer is None or self._trainer.state.fn == TrainerFn.FITTING

@@ -38,8 +38,7 @@ def page_routes() -> list[BaseRoute]:
 def is_page(path: str) -> bool:
     """Return whether a URL path is that of the web page at `/` or of one of its files.
 
-    The server sends these files without an access token, because they contain no secrets. The page asks the user for
-    the token that its requests need.
+    The server sends these files without an access token, because they contain no secrets.
     """
     return path == "/" or path.startswith(f"/{FOLDER}/")
 

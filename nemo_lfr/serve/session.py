@@ -185,8 +185,7 @@ class Session:
     def _take(self, frames: int) -> np.ndarray:
         """Remove the next chunk from the queue and return it.
 
-        The chunk has `frames` frames. If it is one of the first chunks, for which `ramp` sets the sizes, it has the
-        size in `ramp` instead. At the end of the input, the chunk may be shorter.
+        The first chunks have the sizes in `ramp`, and later ones have `frames` frames. The last chunk may be shorter.
         """
         self._taken_at = time.monotonic()
         wanted = (self._ramp.popleft() if self._ramp else frames) * self._frame

@@ -216,7 +216,7 @@ def transform_start_(generator: Generator, audio: torch.Tensor) -> float:
 def _normalize_encoded(generator: Generator, audio: torch.Tensor) -> None:
     """Center and scale the encoder output for FSQ.
 
-    The first layer of the decoder divides the signal channels by the same scale.
+    The weights of the first layer of the decoder are divided by the same scale.
     """
     encoder, decoder = generator.audio_encoder, generator.audio_decoder
     encoded = encoder.encode_frames(audio)

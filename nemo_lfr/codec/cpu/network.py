@@ -150,10 +150,7 @@ class PackedOps:
     def _branch(self, blocks: list[ResidualBlock], signal: Batch, middle: torch.Tensor) -> torch.Tensor:
         """Run the blocks of one branch.
 
-        Args:
-            blocks: the residual blocks.
-            signal: input of the branch.
-            middle: output of the first block's first convolution, with the next activation applied.
+        `middle` is the output of the first block's first convolution, with the next activation applied.
         """
         hidden, ends = signal
         for block in blocks:

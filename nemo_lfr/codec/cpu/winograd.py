@@ -124,8 +124,8 @@ def _sum_of_products(
 ) -> torch.Tensor:
     """Convolve [n, H_in] with [pieces, H_out, H_in] -> [n - (pieces - 1) * dilation, H_out].
 
-    This uses matrix products. oneDNN's convolution would reorder the weights in each call if there are few rows or
-    only one tap, and would reach 3 to 25 GFLOP/s instead of 100 (measured).
+    Matrix products are used, because oneDNN's convolution is slow with few rows or only one tap: 3 to 25 GFLOP/s
+    instead of 100 (measured).
     """
     count = seen.shape[0] - (len(weights) - 1) * dilation
     result = F.linear(seen[:count], weights[0], bias)

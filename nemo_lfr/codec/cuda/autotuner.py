@@ -31,8 +31,7 @@ class Autotuner:
     Attributes:
         benchmark: function that runs a candidate several times and returns its run time in seconds.
         chosen: dict from each `key` passed to `run` to the name of the fastest candidate.
-        measured: for each of these keys, the run time in seconds of each candidate that matches the reference, by
-            name. Only reports use it.
+        measured: run time in seconds of each candidate that matches the reference, by `key` and by name.
         force: name of a candidate to use wherever it exists, without measuring; for benchmarks and tests.
     """
 

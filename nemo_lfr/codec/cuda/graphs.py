@@ -145,7 +145,7 @@ class CudaModule:
 
     Args:
         network: encoder or decoder. The weights of its convolutions are copied.
-        quantizer: quantizer, which is not copied because its buffers do not change.
+        quantizer: the quantizer, which is not copied.
         precision: one of `PRECISIONS`.
         device: device of the network and the quantizer.
         capture: function that captures graphs; default: a new `CudaCapture`.

@@ -236,8 +236,6 @@ class LayerRunner:
     def run_residuals(self, branches: list[list[Block]], signal: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
         """Return the mean of the residual branches, [B, T, H].
 
-        The last block of each branch also adds its result to the sum of the branches.
-
         Args:
             branches: blocks of each branch.
             signal: input of all branches, [B, T, H].

@@ -17,8 +17,7 @@ from nemo_lfr.io.shortage import missing_extra
 class OnnxBackend(NumpyBackend):
     """Backend that runs the files of `nemo-lfr export onnx` in ONNX Runtime.
 
-    The constructor checks the hashes and the contents of the files; ONNX Runtime opens each file on first use. A
-    folder without decoder.onnx can only encode, and a folder without encoder.onnx can only decode.
+    A folder without decoder.onnx can only encode, and a folder without encoder.onnx can only decode.
 
     Args:
         folder: folder with codec.json, and with encoder.onnx, decoder.onnx or both. The hashes of the files must equal

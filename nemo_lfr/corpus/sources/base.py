@@ -55,8 +55,8 @@ class OpenOptions:
         audio_dir: folder that relative paths in a manifest or table start from; None for the folder of the manifest
             or table.
         listing: path of the list of clips, a file that the readers of audio folders and of text tables write.
-        relist: whether to write `listing`; otherwise, an existing list is read. It is True in the process that plans
-            a run, which also logs warnings about the corpus, and False in the workers.
+        relist: whether to write `listing` and log warnings about the corpus, as the process that plans a run does. If
+            False, an existing list is read.
         allow_url: whether to download audio from http(s) URLs in Lhotse manifests.
     """
 

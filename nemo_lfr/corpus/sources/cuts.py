@@ -80,9 +80,9 @@ class Cuts(CorpusReader):
         return list_digest(("", digest(path)) for path in self.files)
 
     def older_shards(self, identity: str, shards: list[ShardSpec], size: int) -> list[ShardSpec] | None:
-        """Return `shards` if `identity` is the hash that an older version computed.
+        """Return `shards` if `identity` is the hash of older versions of this package.
 
-        That hash included the names of the files.
+        That hash also included the names of the files.
         """
         return shards if identity == list_digest((path.name, digest(path)) for path in self.files) else None
 
@@ -185,7 +185,7 @@ def cut_to_clip(cut: Any, origin: str, number: int = 1, allow_url: bool = False)
 
 
 def _plain_labels(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields that can be labels of a clip."""
+    """Return the known columns and plain values among `fields`, without None."""
     labels = {key: value for key, value in fields.items() if key in LABEL_COLUMNS or _is_plain(value)}
     return {key: value for key, value in labels.items() if value is not None}
 

@@ -44,10 +44,7 @@ class TextTable(Folder):
 
 
 def _problem(values: dict[str, Any], audio_dir: Path) -> str | None:
-    """Return the reason why a row does not describe a clip; None if it does.
-
-    The row is checked now because the message of a later error could not name the line.
-    """
+    """Return the reason why a row does not describe a clip; None if it does."""
     try:
         entry_clip("", values, audio_dir)
     except NOT_A_LINE as error:

@@ -277,11 +277,7 @@ def w64_streams(window: Window) -> list[Stream]:
 def _w64_samples(window: Window, header: WavHeader, position: int, length: int) -> Stream:
     """Return a Wave64 file as one `Stream`.
 
-    Args:
-        window: the file.
-        header: description of the samples, in the same form as in WAV.
-        position: position of the chunk with the samples.
-        length: declared size of this chunk in bytes.
+    `position` and `length` are the position and the declared size, in bytes, of the chunk with the samples.
     """
     available = window.size - position
     if 24 < length < 1 << 62 and length > available:

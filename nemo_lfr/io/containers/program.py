@@ -86,7 +86,7 @@ def _note_track(extents: Extents, track: int, position: int) -> None:
 
 
 def _joined(window: Window, extents: Extents) -> list[Stream]:
-    """Return a list of one stream with a `problem` if several files were joined; otherwise, return an empty list.
+    """Return a stream with a `problem` if several files were joined, else no stream.
 
     In a joined file, a track ends before another one begins.
     """
