@@ -74,7 +74,7 @@ def decode(
     """Decode .lfr token files, folders or globs into audio of the original length.
 
     `decode - -` reads a token file from stdin and writes audio to stdout; WAV is written as tokens arrive.
-    Ctrl-C ends a recording from a pipe and completes the audio; a second Ctrl-C stops at once.
+    Ctrl-C ends the input from a pipe, and the audio is completed; a second Ctrl-C stops at once.
     `decode FILE -` writes the audio of FILE to stdout.
     """
     wanted = {"start": start, "duration": duration, "recover": recover, "entropy_model": entropy_model}

@@ -68,7 +68,7 @@ def encode(
     """Encode audio files, folders or globs into .lfr token files.
 
     `encode - -` reads audio from stdin and writes a token file to stdout; WAV is encoded as it arrives.
-    Ctrl-C ends a recording from a pipe and completes the token file; a second Ctrl-C stops at once.
+    Ctrl-C ends the input from a pipe, and the token file is completed; a second Ctrl-C stops at once.
     `encode FILE -` encodes FILE and writes the token file to stdout.
     """
     if "-" in inputs:

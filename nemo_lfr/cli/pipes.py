@@ -191,8 +191,7 @@ def _feed(
         samples: object that counts the sample data and finds its end.
         source: stdin.
         into: write end of the pipe; this function closes it.
-        stopped: descriptor that becomes readable when copying must stop; None if copying is never stopped. When a
-            signal arrives, copying stops, so that libsndfile does not keep the main thread waiting for data.
+        stopped: descriptor that becomes readable when copying must stop; None if copying is never stopped.
     """
     read: Callable[[int], bytes]
     try:

@@ -103,7 +103,7 @@ def check_described(config: Mapping[str, Any], settings: Mapping[str, Any], name
 def _unused_children(module: nn.Module) -> list[nn.Module]:
     """Return the children of a layer that do nothing unless a caller alters them.
 
-    They are not part of the fingerprint, because a codec with altered layers has no fingerprint.
+    The fingerprint leaves them out. A codec with altered layers has no fingerprint.
     """
     match module:
         case Conv1d() | ConvTranspose1d():

@@ -318,6 +318,6 @@ def _warn_about_fp16() -> None:
 
 
 def _ends(num_frames: list[int], width: int, min_frames: int) -> list[int] | None:
-    """Return the number of frames in each example, at least `min_frames`; None if every example has `width` frames."""
+    """Return max(count, min_frames) for each count in `num_frames`; None if all of these equal `width`."""
     ends = [max(count, min_frames) for count in num_frames]
     return None if min(ends) == width else ends

@@ -43,7 +43,10 @@ def sample_audio(corpus: CorpusReader, shards: list[ShardSpec], base: Path | Non
 def _hashes(
     corpus: CorpusReader, shard: ShardSpec, base: Path, hashed: set[Path]
 ) -> Iterator[tuple[str, tuple[Path, str]]]:
-    """Yield the clip id, file and hash of each file of a shard that is not in `hashed`, and add the file to it."""
+    """Yield (clip id, (file, hash)) for the audio files of a shard, except those in `hashed`.
+
+    Each file is then added to `hashed`.
+    """
     without_file = 0
     for clip in islice(corpus.read(shard), SEARCHED):
         file = _file_of(clip)

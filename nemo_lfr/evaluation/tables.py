@@ -134,8 +134,7 @@ def quality(
         evaluation: results to tabulate.
         keys: keys of the recordings to include.
         title: title of the table.
-        card: values that NVIDIA's model card states for this test set, by metric name. They become the last row; None
-            for no such row.
+        card: values that NVIDIA's model card states for this test set, by metric name. They become the last row.
 
     Returns:
         A table with a column for each metric that has a value in at least one row.

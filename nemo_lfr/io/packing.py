@@ -64,7 +64,7 @@ def unpack(data: bytes, codebook_size: int, num_codebooks: int, num_bytes: int) 
         The int32 tokens [C, T].
 
     Raises:
-        TokensError: if the last frame of `data` is incomplete, or the number of a frame does not represent tokens.
+        TokensError: if the last frame is incomplete, or the number that represents a frame is too large.
     """
     if len(data) % num_bytes:
         raise TokensError(f"the data has {len(data)} bytes; expected a multiple of the frame size, {num_bytes} bytes.")

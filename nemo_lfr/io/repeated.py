@@ -8,7 +8,7 @@ from nemo_lfr.io.layouts import CorpusUtterance
 
 
 def mark_repeated(utterances: Iterable[CorpusUtterance]) -> list[CorpusUtterance]:
-    """Mark repeated files or sections as problems, so that each is used only once.
+    """Mark files or sections that were listed before as problems.
 
     Otherwise a file could be used twice, or both for training and for validation.
     """

@@ -80,7 +80,7 @@ def num_resampled(num_samples: int, from_rate: float, to_rate: int) -> int:
 def count_samples(seconds: float, rate: float) -> int:
     """Convert a time in seconds to the nearest number of samples, as Lhotse does.
 
-    Half a sample is rounded up. Times in manifests are rounded, so they are rarely a whole number of samples.
+    Half a sample is rounded up.
 
     Args:
         seconds: time in seconds, at least 0.

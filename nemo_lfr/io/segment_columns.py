@@ -40,7 +40,7 @@ def start_column(columns: Iterable[str]) -> str | None:
 
 
 class SegmentCheck:
-    """Check of the rows of a list. Call `add` for each row, and `finish` after the last one."""
+    """Check that rows do not select segments of files. Call `add` for each row, and `finish` after the last one."""
 
     def __init__(self) -> None:
         self._files: set[str] = set()

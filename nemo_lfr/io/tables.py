@@ -99,10 +99,10 @@ def lists_file_names(path: Path) -> bool:
 
 
 def check_audio_key(path: Path) -> None:
-    """Raise ConfigError if the first entry of a JSON lines file has no key with the path of an audio file.
+    """Check that the first entry of a JSON lines file has a key for audio.
 
     Raises:
-        ConfigError: see above.
+        ConfigError: if none of the keys is a known name for audio.
         UnreadableTableError, OSError: see `lists_file_names`.
     """
     if not _has_audio(sorted(_first_keys(path))):

@@ -39,14 +39,13 @@ def iter_lines(path: Path, error: type[NemoLfrError] = NemoLfrError, *, truncate
     Args:
         path: the file.
         error: exception class for a path that is not a regular file.
-        truncate: as in `bounded.lines`.
+        truncate: whether to truncate lines of more than `bounded.MAX_LINE` bytes, instead of raising an error.
 
     Yields:
         Each line. A byte order mark is removed.
 
     Raises:
-        ValueError: if the file is UTF-16, a line is too long for `bounded.lines`, or the compressed data is damaged
-            or expands too much.
+        ValueError: if the file is UTF-16, a line is too long, or the compressed data is damaged or expands too much.
         NemoLfrError: of class `error`, if `path` is not a regular file.
         OSError: if the file cannot be read.
     """

@@ -216,7 +216,7 @@ def checksums(tensors: list[torch.Tensor]) -> tuple[int, ...]:
 
 
 def _joined(members: list[torch.Tensor], small: int) -> Iterator[torch.Tensor]:
-    """Join tensors to groups with at most `small` elements in total; yield larger tensors unchanged."""
+    """Join tensors into groups of at most `small` elements each; yield larger tensors unchanged."""
     group: list[torch.Tensor] = []
     total = 0
     for member in members:

@@ -76,10 +76,9 @@ class WeightAveraging(BaseModel):
         self._average = self._average or Average(self._generator, float(self.cfg.ema_decay))
 
     def follow_optimizers(self) -> None:
-        """Register a hook on new optimizers that updates any average after each step of the encoder or the decoder.
+        """Let each step of an optimizer of the encoder or the decoder update the average, if there is one.
 
-        The update is not in `training_step`, because a subclass may replace that method. A script may replace the
-        optimizers during training, so this method is called before each batch.
+        A script may replace the optimizers during training, so this method is called before each batch.
         """
         if self._average is None:
             return

@@ -88,7 +88,7 @@ class Settings:
 def create_app(codec: Codec[Any], settings: Settings | None = None) -> Starlette:
     """Create the ASGI application that serves a codec.
 
-    A thread runs the codec (see `Engine`) until the application shuts down, and again if the application is restarted.
+    While the application runs, a thread runs the codec; see `Engine`.
 
     Args:
         codec: codec with the PyTorch backend.

@@ -12,11 +12,11 @@ _AGAIN_S = 0.5
 
 
 async def within(seconds: float, step: Awaitable[T], problem: str) -> T:
-    """Wait, with a time limit, until the client has sent or received a message, and return the result.
+    """Await `step` with a time limit, and return its result.
 
     Args:
         seconds: time limit, in seconds.
-        step: awaitable that ends when the client has sent or received the message.
+        step: awaitable that ends when the client has sent or received a message.
         problem: start of the error message, such as "no message received".
 
     Raises:

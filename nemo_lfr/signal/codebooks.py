@@ -25,8 +25,8 @@ class CodebookUse:
         """Add the tokens of a batch to the counts.
 
         Args:
-            tokens: token ids, shape [B, C, T_encoded]. Other numbers, which a model with NaN in its weights returns,
-                are ignored.
+            tokens: token ids, shape [B, C, T_encoded]. Numbers outside the codebook are ignored; a model whose weights
+                contain NaN may return them.
             tokens_len: number of valid frames in each example, shape [B]. Other frames are ignored.
         """
         for example, length in zip(tokens.cpu().long(), tokens_len.tolist(), strict=True):

@@ -100,10 +100,7 @@ def _weights(modules: Iterable[torch.nn.Module]) -> list[torch.Tensor]:
 
 
 def _is_converted(weight: torch.Tensor, recorded: Mapping[torch.dtype, tuple[int, ...]]) -> bool:
-    """Return whether a weight is the recorded one, possibly after a conversion to another dtype.
-
-    The conversion may have rounded the weight to fp16 or bf16.
-    """
+    """Return whether a weight is the recorded one, possibly converted to another dtype and rounded."""
     return not weight.is_meta and any(
         checksums([weight.to(dtype)]) == expected and torch.equal(weight.to(dtype).to(weight.dtype), weight)
         for dtype, expected in recorded.items()

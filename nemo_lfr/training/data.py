@@ -247,7 +247,7 @@ class SegmentSampler(DistributedSampler[tuple[int, float]]):
         return iter(list(zip(indices[own].tolist(), places[own].tolist(), strict=True)))
 
     def __len__(self) -> int:
-        """Return the number of draws of one process per epoch. All processes have the same number."""
+        """Return the number of examples that each process draws per epoch."""
         return self.count // self.num_replicas
 
 

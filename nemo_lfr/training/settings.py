@@ -147,7 +147,7 @@ def check_counts(values: Any, name: str) -> None:
         name: name of the list in the config, for error messages.
 
     Raises:
-        ConfigError: if the value is not such a list.
+        ConfigError: if `values` is not such a list.
     """
     if not _is_list(values) or not values or not all(COUNT.contains(value) for value in values):
         raise ConfigError(f"{name} is {quoted(values)}; pass a list of whole numbers of at least 1.")

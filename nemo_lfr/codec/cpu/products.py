@@ -94,8 +94,8 @@ _WEIGHTS: DerivedForms[ProductWeights] = DerivedForms()
 def stream_weights(network: nn.Module) -> StreamWeights:
     """Return the weights of a network for streams.
 
-    In fp32 on a CPU, these are packed weights if the weights can be packed: convolutions of few time steps then run as
-    matrix products. In all other cases, they are the weights of the modules (`ModuleWeights`).
+    In fp32 on a CPU, the weights are packed if possible, and convolutions of few time steps run as matrix products.
+    Otherwise, the result uses the weights of the modules (`ModuleWeights`).
     """
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
     if dtype == torch.float32:

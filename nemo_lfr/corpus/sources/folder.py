@@ -58,11 +58,7 @@ class Folder(Manifest):
         """Do nothing, since the tables were checked when the list was written."""
 
     def older_shards(self, identity: str, shards: list[ShardSpec], size: int) -> list[ShardSpec] | None:
-        """Return new shards if `identity` is the hash that an older version computed.
-
-        That version included the path of the folder in the hash and in the list of files, so the shards in the plan
-        start at other bytes.
-        """
+        """Return new shards if an older version, which hashed the path of the folder too, made the plan."""
         listing = hashlib.sha256()
         with open(self.path, "rb") as file:
             for line in file:

@@ -19,7 +19,7 @@ DELAYS = {mode: 0.02 for mode in ("3200", "2400", "1600", "1400", "1300", "1200"
 class Codec2(ComparedCodec):
     """Codec2 at a sample rate of 8 kHz. `--codec codec2:N` encodes at N bit/s.
 
-    The programs c2enc and c2dec encode and decode (Debian package codec2).
+    It needs the programs c2enc and c2dec, for example from the Debian package codec2.
     """
 
     kind = "codec2"

@@ -61,7 +61,7 @@ def _before_others(window: Window, stream: Stream, total: int, block_size: int) 
 
     Args:
         window: the file.
-        stream: the stream, to which a `problem` or `note` is added.
+        stream: the stream.
         total: number of samples that the header declares.
         block_size: number of samples per frame; 0 if it varies.
 

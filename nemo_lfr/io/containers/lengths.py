@@ -45,7 +45,7 @@ Field = tuple[int, str, int, int]
 
 
 def _beyond_end(begin: int, size: int) -> str:
-    """Return the error message for a header according to which the samples begin after the end of the file."""
+    """Return the error message for a header that puts the first sample after the end of the file."""
     return f"the audio is damaged: its header says that samples begin at byte {begin}, but the file has {size} bytes"
 
 
@@ -202,7 +202,7 @@ def _caf_packets_problem(window: Window, to_end: bool) -> str | None:
 
     Args:
         window: the file.
-        to_end: whether the audio extends to the end of the file, because its header declares a smaller size or none.
+        to_end: whether the audio extends to the end of the file, whatever size the header declares.
     """
     position, is_variable, available, promised = 8, False, 0, 0
     while position + 12 <= window.size:
