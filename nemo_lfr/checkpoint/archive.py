@@ -143,9 +143,7 @@ def read_index(index: Path, pattern: str = SHARDS) -> dict[str, str]:
 
 
 def check_shards(index: Path, shards: Any, pattern: str = SHARDS) -> dict[str, str]:
-    """Check the `weight_map` of an index file, and return it.
-
-    It maps the name of each tensor to the name of its file.
+    """Check the `weight_map` of an index file, and return it: a dict from tensor names to file names.
 
     Args:
         index: path of the index, for messages.

@@ -17,7 +17,7 @@ _REFERENCE = re.compile(r"\$\{([^${}:]*)\}")
 
 
 def check_interpolations(config: Any) -> None:
-    """Limit the lengths of strings with `${`.
+    """Check that strings with `${` are short.
 
     The time that OmegaConf needs to parse such a string grows with the square of its length.
 

@@ -162,14 +162,12 @@ def flags_of(model: nn.Module) -> tuple[dict[str, bool], dict[str, bool]]:
 
 
 def restore_flags(model: nn.Module, modes: Mapping[str, bool], gradients: Mapping[str, bool]) -> None:
-    """Set the flags that `flags_of` returned for the original of a rebuilt model.
-
-    The rebuilt model may have weight norm even if the original has none.
-    """
+    """Set the flags that `flags_of` returned for the original of a rebuilt model."""
     for name, module in model.named_modules():
         layer = name.partition(".parametrizations")[0]
         module.training = modes[name] if name in modes else modes.get(layer, modes[""])
     for name, parameter in model.named_parameters():
+        # The rebuilt model may have weight norm even if the original has none.
         weight = name.removesuffix(GAIN).removesuffix(DIRECTION) + ".weight"
         parameter.requires_grad_(gradients.get(name, gradients.get(weight, True)))
 

@@ -183,7 +183,7 @@ class Conversation(CodecProperties):
         Raises:
             AudioError: if the samples are not valid.
             TokensError: if the tokens are not valid.
-            NemoLfrError: if the input has ended, the stream is not open, or it has failed.
+            NemoLfrError: if the stream is not open or has failed, or its input has ended.
         """
         self.check_input()
         array = self._samples(items) if self.kind == "encode" else self._tokens(items)
@@ -226,7 +226,7 @@ class Conversation(CodecProperties):
                 None for no trimming.
 
         Raises:
-            NemoLfrError: if `num_samples` is not valid, the input has ended, the stream is not open, or it has failed.
+            NemoLfrError: if `num_samples` is not valid, the stream is not open or has failed, or its input has ended.
         """
         self.check_input()
         self._num_samples = num_samples = integer_of("num_samples", num_samples)

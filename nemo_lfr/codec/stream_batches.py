@@ -64,7 +64,7 @@ class BaseStream:
         self._name = ""  # in messages; empty if the stream is used alone
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the state for a copy. The copy is an independent stream."""
+        """Return the state for a copy, which is an independent stream."""
         return self.__dict__ | {"_in_use": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -40,9 +40,9 @@ def as_list(audio: Any) -> Any:
 def from_arrow(value: Any) -> Any:
     """Convert an Arrow array or scalar; return any other value unchanged.
 
-    An array of numbers becomes a numpy array, and any other array a list with one converted item for each element. A
-    scalar that is a list of numbers becomes a numpy array; if it is a list of lists of numbers with equal lengths, it
-    becomes one numpy array. Numpy arrays keep the type of the numbers. A struct becomes a dict.
+    An array of numbers becomes a numpy array with the same dtype. Any other array becomes a list with one converted
+    item for each element. A scalar that is a list is converted like an array. However, a list of lists of numbers
+    becomes one numpy array if the lists have equal lengths. A struct becomes a dict.
     """
     if not _is_arrow(value):
         return value

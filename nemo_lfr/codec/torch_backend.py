@@ -164,9 +164,8 @@ class TorchBackend:
     def fingerprints(self) -> Iterator[str]:
         """Yield the current fingerprint, and then all fingerprints that older versions gave the same codec.
 
-        The current fingerprint is a hash of weights and settings. The oldest versions hashed the weights alone. Some
-        older versions folded weight norm with PyTorch's kernel, whose rounding depends on the CPU, so their
-        fingerprints for each known kind of CPU are also yielded.
+        The current fingerprint is a hash of weights and settings. The oldest versions hashed the weights alone. In
+        some older versions, the fingerprint depended on the kind of CPU; those of all known kinds are included.
 
         Raises:
             NemoLfrError: if a module has hooks, replaced layers or changed levels, which a fingerprint does not cover.
@@ -311,7 +310,7 @@ class TorchBackend:
 
 @cache
 def _warn_about_fp16() -> None:
-    """Log a warning, once, that fp16 is slow on CPUs. It is allowed there for comparisons with GPU results."""
+    """Log a warning, once, that fp16 is slow on CPUs."""
     logger.warning(
         'precision "fp16" is for GPUs. On most CPUs it takes about ten times as long as "fp32"; use "fp32".'
     )

@@ -23,10 +23,7 @@ def plain_cell(text: str) -> str:
 
 
 def escape_markdown(text: str) -> str:
-    """Escape text so that a Markdown viewer shows the text literally, on one line.
-
-    No part of the text is rendered as HTML, a link, emphasis or a table cell.
-    """
+    """Escape text so that a Markdown viewer shows the text literally, on one line."""
     text = "".join(MARKUP.get(char, char) for char in printable(text.replace("\n", " ")))
     # Viewers turn plain addresses into links, and some characters at the start of a line into headings or lists.
     text = re.sub(r"(?i)(:)(//)|(www)(\.)", lambda match: "&#58;//" if match[1] else f"{match[3]}&#46;", text)

@@ -187,8 +187,8 @@ def _seconds(cut: Any, field: str) -> float:
 def forbid_programs() -> None:
     """Remove the backends that start a shell from Lhotse's default audio backends.
 
-    The change lasts until this process ends. `read_cut` does not use these backends. However, NeMo's data loaders use
-    Lhotse to find the sample rate of audio files before `read_cut` is called.
+    The change lasts until this process ends. NeMo's data loaders would use these backends to find the sample rate of
+    audio files.
     """
     from lhotse.audio.backend import (
         FfmpegSubprocessOpusBackend,
@@ -239,10 +239,7 @@ class OwnSource:
 
 
 def _only_source(cut: Any) -> Any:
-    """Return the source of a cut if the cut is an unmodified excerpt of all channels of one source.
-
-    For any other cut, the result is None, and Lhotse has to assemble the audio.
-    """
+    """Return the source of a cut that is an unmodified excerpt of all channels of one source; otherwise None."""
     if getattr(cut, "tracks", None) is not None:
         return None
     recording = getattr(cut, "recording", None) or cut

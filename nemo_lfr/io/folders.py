@@ -139,8 +139,8 @@ def find_files(
         suffixes: suffixes in lower case, with the dot; the comparison ignores case.
         companion_suffixes: suffixes of companion files, such as ".txt" of transcripts; the comparison does not ignore
             case. If `a.wav` is found, its companion file `a.txt` in the same folder is not reported as skipped.
-        companions: set to which everything with such a suffix is added, including folders and broken links, so that
-            the caller need not look for companions that do not exist.
+        companions: set to which the path of everything with a companion suffix is added, including folders and broken
+            links.
         known: names of files that the caller reads itself, so they are neither found nor reported as skipped.
         report: function that is called at most once, with one line that says how many files were skipped and why.
         unread: list to which the error of each unreadable folder below `root` is added. A link to a network drive that

@@ -435,7 +435,7 @@ class _Sections:
     def _check(self, section: bytes, what: str, before: bytes = b"") -> bytes:
         """Read and verify the CRC field after a section, and return the field.
 
-        The CRC covers `before` and the section. Error messages call the section `what`.
+        The CRC covers `before` and the section. `what` names the section in error messages.
         """
         return self._compare(self._take(4), section, what, before)
 

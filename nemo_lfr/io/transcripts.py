@@ -20,8 +20,8 @@ def text_of(*transcripts: Path) -> tuple[dict[str, str], str | None]:
         transcripts: possible paths of the text file. The first one that exists is read.
 
     Returns:
-        A dictionary with the label "text", and an error message or None. If the file exists but cannot be read, the
-        dictionary is empty. If there is no file, the dictionary is empty and the message is None.
+        The labels, and an error message. The labels are {"text": ...} if the file was read, otherwise empty. The
+        message is None unless the file exists but cannot be read.
     """
     for transcript in transcripts:
         try:

@@ -233,7 +233,7 @@ def _joined(members: list[torch.Tensor], small: int) -> Iterator[torch.Tensor]:
 
 
 def _checksum(data: np.ndarray) -> int:
-    """Return the checksum of bytes [n], which are read as 64-bit integers. Sums are computed modulo 2^64."""
+    """Return a checksum of bytes [n], computed from sums of 64-bit integers modulo 2^64."""
     whole = len(data) // (COLUMNS * 8) * COLUMNS * 8
     rows = data[:whole].view(np.uint64).reshape(-1, COLUMNS)
     checksum = 0

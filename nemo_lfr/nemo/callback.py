@@ -10,10 +10,8 @@ from nemo_lfr.nemo.averaging import WeightAveraging
 class CodecCallback(Callback):
     """Callback that prepares the training of an `LFRCodecModel`, and switches between trained and averaged weights.
 
-    Hooks of the model cannot do this reliably. Most of them do nothing in NeMo and in Lightning, so subclasses
-    override them without calling `super()`.
-
-    Lightning runs this callback before the callbacks that save checkpoints.
+    Hooks of the model cannot do this reliably, because subclasses override them without calling `super()`. Lightning
+    runs this callback before the callbacks that save checkpoints.
     """
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:

@@ -69,7 +69,7 @@ def _is_json_lines(path: Any) -> bool:
 def make_careful(root: Any) -> None:
     """Search a Lhotse or NeMo object for iterators over manifest lines, and make them skip malformed lines.
 
-    Where an iterator cannot skip lines, it raises an error that names the malformed line.
+    An iterator that cannot skip lines raises an error that names the malformed line.
 
     Args:
         root: object to search. The classes of its iterators are changed in place.

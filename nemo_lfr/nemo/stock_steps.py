@@ -42,7 +42,7 @@ _ADDITIONS: dict[str, tuple[Any, ...]] = {
 class StockSteps(Optimizers):
     """Mixin that runs NeMo's own steps if a caller has changed something that this package's steps would ignore.
 
-    The model's losses are compared with losses of NeMo that are built from the config.
+    To detect changed losses, it compares the model's losses with losses of NeMo that are built from the config.
     """
 
     _checked: tuple[tuple[str, ...], bool] = ((), True)  # attributes that differ, and whether for training

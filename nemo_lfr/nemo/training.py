@@ -55,7 +55,7 @@ class TrainingSteps(DataLoaders, StockSteps):
         self._add_callback(stage)
 
     def _add_callback(self, stage: str | None) -> None:
-        """Prepare the model and add `CodecCallback`, if a subclass has overridden `configure_callbacks`."""
+        """Add `CodecCallback` and prepare the model, unless the trainer already has this callback."""
         callbacks = [] if self._trainer is None else self._trainer.callbacks
         if not any(isinstance(callback, CodecCallback) for callback in callbacks):
             saving = (index for index, callback in enumerate(callbacks) if isinstance(callback, Checkpoint))
@@ -116,12 +116,12 @@ class TrainingSteps(DataLoaders, StockSteps):
             self.load_state_dict(self.state_dict() | state)
 
     def configure_optimizers(self) -> Any:
-        """Build the optimizers, and prepare training if a subclass has overridden the hooks that do so."""
+        """Build the optimizers, and prepare training if no hook has done this before."""
         self._add_callback("fit")
         return super().configure_optimizers()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Prepare training before a run is resumed, if a subclass has overridden the hooks that do so."""
+        """Prepare training before a run is resumed, if no hook has done this before."""
         if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
             self._add_callback("fit")  # Lightning calls the hooks of callbacks later
         super().on_load_checkpoint(checkpoint)

@@ -2,8 +2,7 @@
 
 Each stream is for one recording. Binary messages contain little-endian samples or tokens. Text messages are JSON
 objects with either `tokens` or the `type` of a control message. Every message is validated when it is parsed, so an
-invalid message ends only its own stream. Unknown and repeated keys and parameters are refused, so that no value is
-ignored without notice.
+invalid message ends only its own stream. Unknown and repeated keys and parameters are refused.
 """
 
 import json

@@ -21,9 +21,8 @@ MIN_SAMPLES = 400
 class WavLM:
     """Feature extractor that returns all hidden states of a pretrained WavLM.
 
-    The model is loaded on first use. This class is not an `nn.Module`. Therefore WavLM is not saved with the
-    discriminator, is not trained, and stays in evaluation mode (in training mode, it would drop layers and mask its
-    input).
+    The model is loaded on first use. This class is not an `nn.Module`, so WavLM is neither trained nor saved with the
+    discriminator, and stays in evaluation mode.
 
     Args:
         name: Hub id of the model, or a folder that contains it.

@@ -99,7 +99,7 @@ class NemoLfrModel(Copies, PreTrainedAudioTokenizerBase):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Load a model; the arguments are those of `PreTrainedModel.from_pretrained`.
 
-        The files are validated as in `nemo_lfr.load`. A missing weight is an error, and is not initialized at random.
+        The files are validated as in `nemo_lfr.load`. A missing weight is an error.
 
         Raises:
             CheckpointError: if a file is damaged, is not a safetensors file, or does not match the config or the

@@ -90,7 +90,7 @@ class Adversary:
         return self.updates >= self.config.learn_alone
 
     def begin_update(self) -> None:
-        """Set the learning rate and the weight of the score term for the next update."""
+        """Set the learning rate, and the weight of the generator's score term, for the next update."""
         heard = self.updates - self.config.learn_alone
         ramp = min(1.0, max(0.0, heard / self.config.ramp)) if self.config.ramp else 1.0
         self.lr.fill_(self.config.lr)

@@ -209,7 +209,7 @@ class FormatReader(ABC):
     def _shard_counts(self, count: Callable[[ShardFiles], int]) -> list[int]:
         """Return the number of utterances in each shard, according to `count`.
 
-        If `count` fails for some shards, the rest of the total in `tokens.json` is divided evenly among them.
+        Shards for which `count` fails get equal shares of the rest of the total in `tokens.json`.
         """
         counts: list[int | None] = []
         for shard in range(self.summary["shards"]):

@@ -168,10 +168,7 @@ class ManifestFormat(OutputFormat):
 
     @classmethod
     def current_lines(cls, lines: bytes, out: Path) -> bytes:
-        """Replace the stored paths in the manifest lines of a shard by paths inside `out`.
-
-        The folder may have been moved since the lines were written.
-        """
+        """Return the manifest lines of a shard with the current paths of the files in `out`."""
         return _with_current_paths(lines, out)
 
 

@@ -117,7 +117,7 @@ def compare_end(window: Window, end: int) -> list[Stream]:
 def damage_after(window: Window, end: int, section: re.Pattern[bytes]) -> str | None:
     """Return an error message if the audio continues after bytes that are not audio.
 
-    This check is for formats that consist of sections, such as packets, and do not state how many there are.
+    This check is for formats that consist of sections, such as packets, and do not state their number.
 
     Args:
         window: the file.

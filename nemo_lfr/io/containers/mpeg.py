@@ -47,7 +47,7 @@ class Frame:
 
     @property
     def kind(self) -> Kind:
-        """Return the layer, sample rate and bytes of side information, which all frames of a recording share.
+        """Return the values that all frames of a recording share: layer, sample rate and size of side information.
 
         In layer 3, the side information also distinguishes mono from stereo.
         """
