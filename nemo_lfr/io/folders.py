@@ -144,7 +144,7 @@ def find_files(
         known: names of files that the caller reads itself, so they are neither found nor reported as skipped.
         report: function that is called at most once, with one line that says how many files were skipped and why.
         unread: list to which the error of each unreadable folder below `root` is added. A link to a network drive that
-            is not available counts as such a folder. The files in these folders are missing from the result. If
+            is not available counts as an unreadable folder. The files in these folders are missing from the result. If
             `unread` is None, the first of these errors is raised.
 
     Returns:

@@ -207,7 +207,7 @@ def seconds(labels: dict[str, Any], key: str) -> float | None:
 
 
 def _advice(written: Any) -> str:
-    """Return the end of the error message for a time that is not a number of seconds; it may be empty."""
+    """Return advice to append to the error message for an invalid time; it may be empty."""
     text = written.strip() if isinstance(written, str) else ""
     if re.fullmatch(r"[\d.,'\u2019\s]*\d[.,'\u2019\s][\d.,'\u2019\s]*", text):
         return ", with a decimal point and without thousands separators, such as 1234.5"

@@ -8,7 +8,7 @@ from nemo_lfr.io.layouts import CorpusUtterance
 
 
 def mark_repeated(utterances: Iterable[CorpusUtterance]) -> list[CorpusUtterance]:
-    """Mark files or sections that were listed before as problems.
+    """Set the `problem` of each file or section that was listed before.
 
     Otherwise a file could be used twice, or both for training and for validation.
     """

@@ -24,7 +24,7 @@ def supervisions_beside(recordings: Path) -> Path | None:
     "supervisions", and also in the suffix if only one of them is compressed.
 
     Raises:
-        ConfigError: if there are several such files, of which only one can be up to date.
+        ConfigError: if there is more than one such file.
     """
     head, word, tail = recordings.name.rpartition("recordings")
     middle = _SUFFIX.sub("", tail)

@@ -55,7 +55,7 @@ class NeuralModule(nn.Module):
     def freeze(self) -> None:
         """Switch to evaluation mode, and disable gradients.
 
-        `unfreeze(partial=True)` restores the gradients of the parameters that required them before.
+        After that, `unfreeze(partial=True)` enables only the gradients that were enabled before.
         """
         grad_map = {name: parameter.requires_grad for name, parameter in self.named_parameters()}
         self._frozen_grad_map = {**getattr(self, "_frozen_grad_map", {}), **grad_map}

@@ -24,7 +24,7 @@ def accelerate(model: NeMoAudioCodecModel) -> NeMoAudioCodecModel:
 
     The weights are kept: the parameters remain the same objects, with their dtype, device and `requires_grad`.
     If `torch.compile` or `DistributedDataParallel` wraps a replaced module, the wrapper is removed. Changed rates of
-    dropout are kept. Modules that are already those of this package are not replaced.
+    dropout are kept. Modules that already come from this package are not replaced.
 
     Args:
         model: model to change in place. A plain `AudioCodecModel` becomes an `LFRCodecModel`; an instance of a

@@ -76,7 +76,7 @@ class WeightAveraging(BaseModel):
         self._average = self._average or Average(self._generator, float(self.cfg.ema_decay))
 
     def follow_optimizers(self) -> None:
-        """Let each step of an optimizer of the encoder or the decoder update the average, if there is one.
+        """Make each optimizer step of the encoder or the decoder update the average, if there is one.
 
         A script may replace the optimizers during training, so this method is called before each batch.
         """

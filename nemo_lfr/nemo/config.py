@@ -169,8 +169,7 @@ def model_config(cfg: Any) -> DictConfig:
         cfg: config, or structured config (a dataclass).
 
     Raises:
-        ConfigError: if `cfg` is not a config, or a value cannot be resolved or contains an interpolation that is too
-            long.
+        ConfigError: if `cfg` is not a config, a value cannot be resolved, or an interpolation is too long.
     """
     if not isinstance(cfg, DictConfig) and not is_dataclass(cfg):
         raise ConfigError(f"cfg is {shorten(repr(cfg))}; pass a DictConfig, such as OmegaConf.create({{...}}).")

@@ -200,7 +200,7 @@ class TrainingSteps(DataLoaders, StockSteps):
         All processes then get the weights of rank 0. See `nemo_lfr.training.initialize`.
 
         Args:
-            num_segments: minimum number of segments. Batches are drawn until there are this many, or no more batches.
+            num_segments: minimum number of segments. Batches are drawn until they contain this many, or none is left.
         """
         # A script may pass its own loader to `fit`.
         loader = self._train_dl if self._train_dl is not None else self.trainer.train_dataloader

@@ -99,7 +99,7 @@ def build_wavlm(weights: Mapping[str, torch.Tensor], layers: int) -> nn.Module:
         The model.
 
     Raises:
-        ConfigError: if the weights do not belong to such a model.
+        ConfigError: if the weights are not those of a WavLM "base" model.
     """
     from transformers import WavLMConfig, WavLMModel
 

@@ -14,7 +14,7 @@ def program_version(program: str, package: str, *arguments: str) -> str:
     Args:
         program: name of the program.
         package: Debian package of the program, for the error message.
-        arguments: arguments that make the program print its version; none if there are no such arguments.
+        arguments: arguments that make the program print its version; none if it has no option for this.
 
     Returns:
         The first line that the program prints, or the size of its file if no arguments are passed.
