@@ -113,8 +113,8 @@ def _start_worker(
 ) -> None:
     """Initialize a worker process.
 
-    The process ignores SIGINT, because its parent handles Ctrl-C. An error here would look like a crash of the process,
-    so it is stored, and raised for the first shard.
+    The process ignores SIGINT, because its parent handles Ctrl-C. An error here would look like a crash of the
+    process, so it is stored, and raised for the first shard.
     """
     global _worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)
