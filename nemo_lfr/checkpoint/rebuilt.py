@@ -113,8 +113,8 @@ def settings_to_pickle(
         skipped: names of attributes to ignore.
 
     Returns:
-        The attributes that differ from those of the rebuilt model, for `restore_settings`. The path of each changed
-        layer maps to the names and values of its changed attributes.
+        A dict for `restore_settings`, from the path of each changed layer to the names and values of the attributes
+        that differ from the rebuilt layer.
 
     Raises:
         ConfigError: if the model cannot be rebuilt, or if its hooks, modules, methods, parameters or buffers differ

@@ -200,7 +200,7 @@ class TorchBackend:
         """Check that the codec's config describes its modules, before the config is saved.
 
         Args:
-            consequence: end of the message, as in `nemo_lfr.modules.altered.check_unaltered`.
+            consequence: end of the message, such as `nemo_lfr.modules.altered.SAVE`.
 
         Raises:
             NemoLfrError: if a module has hooks, replaced layers or changed settings.

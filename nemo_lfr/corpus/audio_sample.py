@@ -23,8 +23,8 @@ def sample_audio(corpus: CorpusReader, shards: list[ShardSpec], base: Path | Non
 
     Args:
         corpus: reader of the corpus.
-        shards: its shards.
-        base: `corpus.base`.
+        shards: shards of the corpus.
+        base: folder that relative paths start from, as in `corpus.base`. If it is None, the result is empty.
 
     Returns:
         Dictionary from the id of the first clip of each file to the file and its hash. Files that cannot be read are

@@ -301,8 +301,8 @@ def hold_out(utterances: list[CorpusUtterance], share: float) -> list[CorpusUtte
     All utterances of a unit get the same split. The unit of an utterance is its speaker, or its file if all utterances
     have the same speaker. If the speaker is unknown, the unit is the folder, or the file if there are fewer than
     1 / `share` folders. A hash of the unit's name determines the split, so that a growing corpus keeps its validation
-    set. Unless `share` is 0 or 1, each of the two splits gets at least one unit. If there is only one unit, it is
-    assigned to "train".
+    set. If `share` is between 0 and 1, each of the two splits gets at least one unit; a single unit is assigned to
+    "train".
 
     Args:
         utterances: utterances without a `problem`. An utterance that has a split keeps this split.

@@ -97,7 +97,7 @@ def open_parquet(path: Path, *, is_input: bool = False) -> tuple[Any, ParquetFoo
         is_input: whether the file is a table of recordings; otherwise its columns contain tokens.
 
     Returns:
-        pyarrow's `ParquetFile`, and the footer. Do not use `ParquetFile.metadata`.
+        pyarrow's `ParquetFile`, and the footer. Do not use `ParquetFile.metadata`, which may crash the process.
 
     Raises:
         NemoLfrError: if the file is not a Parquet file, its footer is damaged, or the footer declares an implausible

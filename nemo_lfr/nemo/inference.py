@@ -164,8 +164,8 @@ class Inference(BaseModel):
             sample_rate: sample rate of `audio`, Hz; the codec's own by default.
 
         Returns:
-            The reconstruction [B, T_audio] at the codec's sample rate, with the duration of the input, and its lengths
-            in samples [B].
+            The reconstructions [B, T_audio] at the codec's sample rate, with the durations of the input, and their
+            lengths in samples [B].
 
         Raises:
             AudioError: for audio that cannot be encoded, or an invalid sample rate.

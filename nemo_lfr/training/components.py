@@ -270,7 +270,7 @@ class ScoreLoss(nn.Module):
         """Compute the loss.
 
         Args:
-            *scores: value of each argument, in the order of `arguments`: a list of scores with one tensor [B, ...] per
+            *scores: one list of scores for each name in `arguments`, in this order. A list has one tensor [B, ...] per
                 network.
 
         Returns:

@@ -41,8 +41,8 @@ class Manifest:
     Attributes:
         spec: description of the tokens.
         weights_fingerprint: hash of the weights alone, which older versions used as the fingerprint.
-        older_fingerprints: other fingerprints that older versions computed for this codec, depending on the CPU; may
-            be empty.
+        older_fingerprints: other fingerprints that older versions computed for this codec on different kinds of CPU;
+            may be empty.
         encoder: context and shortest input of the encoder.
         decoder: context and shortest input of the decoder.
         files: SHA-256 of each ONNX file, by file name.

@@ -77,7 +77,8 @@ class ComparedCodec(ABC):
             rate: sample rate of the audio in Hz.
 
         Returns:
-            The reconstruction, with the same rate and length, and the sizes and times.
+            The reconstruction at the same sample rate and with the same length, the sizes of the encoded data, and the
+            times.
         """
 
 
