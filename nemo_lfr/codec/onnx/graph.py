@@ -68,7 +68,7 @@ def check_graph(data: bytes) -> None:
 
 
 class _Reader:
-    """Reads the fields of protobuf messages, and counts them."""
+    """Reader of protobuf messages that counts their fields."""
 
     def __init__(self, data: bytes) -> None:
         self.data = data
