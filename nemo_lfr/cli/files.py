@@ -125,7 +125,7 @@ def plan_tasks(
 
 
 def _check_targets(tasks: Sequence[FileTask]) -> None:
-    """Raise NemoLfrError if two tasks have the same output, or a task has its input as output."""
+    """Raise NemoLfrError if two tasks have the same output, or the output of a task is its input."""
     targets: dict[Path, Path] = {}
     for task in dict.fromkeys(tasks):
         if task.target in targets:

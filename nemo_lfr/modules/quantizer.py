@@ -112,7 +112,7 @@ class FiniteScalarQuantizer(NeuralModule):
 
     @property
     def codebook(self) -> torch.Tensor:
-        """All entries of the codebook, under a second name that NeMo uses."""
+        """NeMo's name for `codes`."""
         return self.codes
 
     @staticmethod

@@ -81,7 +81,7 @@ class Trainer:
         self._result: dict[str, torch.Tensor] = {}
 
     def add_adversary(self, adversary: Adversary) -> None:
-        """Add discriminators to all further updates."""
+        """Use and train discriminators in all later updates."""
         self.adversary = adversary
         self._forget_graph()
 
