@@ -111,9 +111,9 @@ def is_foreign(extension: Any) -> bool:
 
 
 def described(extension: Any) -> str:
-    """Return the full name of an extension (a class, a function or the class of an instance) and of its package.
+    """Return the full name of an extension, and the name of its package if it is known.
 
-    The package is left out if it is unknown.
+    For an instance, the full name is that of its class.
     """
     from importlib.metadata import entry_points
 

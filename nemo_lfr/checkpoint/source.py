@@ -42,7 +42,7 @@ class MemorySource:
         buffer[:] = self._contents[offset : offset + len(buffer)]
 
     def changed(self) -> bool:
-        """Return False: bytes in memory do not change."""
+        """Return False, since bytes in memory do not change."""
         return False
 
 

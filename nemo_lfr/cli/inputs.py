@@ -36,12 +36,11 @@ def path_exists(text: str) -> bool:
 
 
 def check_input(path: Path, suffixes: Collection[str], *, is_only: bool = False) -> None:
-    """Check that an input is a file for this command. The content decides, not the suffix.
+    """Check that an input is a file for this command, by its content.
 
-    Without this check, a file for another command would be reported as damaged. An audio file, a token file, a
-    checkpoint or an entropy model is refused if this command does not read it. Any other file that it cannot read is
-    refused only if there are no other inputs. Otherwise, the file fails later, and the other inputs are still
-    processed.
+    An audio file, a token file, a checkpoint or an entropy model is refused if it is for another command. Any other
+    file that this command cannot read is refused only if it is the only input. Otherwise, it fails later, without
+    affecting the other inputs.
 
     Args:
         path: input from the command line.

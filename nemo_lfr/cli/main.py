@@ -128,10 +128,7 @@ def _exit_with_error(error: BaseException, session: Session, code: int) -> NoRet
 
 
 def _check_current_folder(session: Session) -> None:
-    """Exit with an error if the current folder was removed.
-
-    Without this check, Python or PyTorch would fail with a traceback, because they call `os.getcwd` in many places.
-    """
+    """Exit with an error if the current folder was removed."""
     try:
         os.getcwd()
     except OSError as error:

@@ -47,9 +47,9 @@ class Number(click.FloatRange):
 class UserPath(click.Path):
     """Type of an option whose value is a `Path`.
 
-    `~` is expanded, because a shell does not expand it in quotes or in `--out=~/tokens`. An empty path is an error,
-    because it is usually the result of an unset shell variable. The path "-" is also an error, because it stands for
-    stdin or stdout. The path of a folder must not contain a broken link, because the folder could not be created.
+    `~` is expanded, because shells do not expand it in `--out=~/tokens`. An empty path is an error, because it usually
+    comes from an unset shell variable. "-" is an error, because it stands for stdin or stdout. A broken link in the
+    path of a folder is an error.
     """
 
     def __init__(self, **options: Any) -> None:

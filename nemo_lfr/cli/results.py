@@ -162,7 +162,7 @@ class AudioFigures(TypedDict):
 
 
 class OtherFigures(TypedDict):
-    """Result of `info` for a corpus, or for an output folder of `tokenize` (finished or not) or `evaluate`.
+    """Result of `info` for a corpus, for the output of `tokenize`, or for an evaluation.
 
     Attributes:
         description: text that says what the file or folder is.

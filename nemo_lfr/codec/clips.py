@@ -129,14 +129,8 @@ def _clip(
 ) -> tuple[Any, list[int]]:
     """Convert one array, file or `datasets` item to clips at the target rate.
 
-    Args:
-        arrays: array library of the result.
-        audio: the array, file or item.
-        audio_len: as in `to_batch`.
-        sample_rate: as in `to_batch`.
-        target_rate: as in `to_batch`.
-        index: position of `audio` in the caller's list; None if `audio` is not in a list. An element of a list must be
-            a single clip.
+    `index` is the position of `audio` in the caller's list, or None. An element of a list must be a single clip. See
+    `to_batch` for the other arguments.
     """
     name = "audio" if index is None else f"audio[{index}]"
     recording = _recording(arrays, audio, audio_len, sample_rate, target_rate, name)

@@ -2,8 +2,7 @@
 
 The methods have the same names as those of `huggingface_hub.ModelHubMixin`, and accept most of their arguments; other
 arguments are refused. `Codec` does not inherit from this mixin, because importing the mixin takes a second, and the
-mixin changes the arguments of the constructor. The mixin is imported only when a codec is uploaded or the arguments of
-an upload are checked.
+mixin changes the arguments of the constructor.
 """
 
 import inspect

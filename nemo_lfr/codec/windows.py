@@ -104,8 +104,8 @@ def group_widths(by_width: dict[int, list[Any]], mix: bool) -> Iterable[tuple[in
 
     Args:
         by_width: windows of each padded width.
-        mix: whether windows of similar widths form a group. A GPU is faster with such large groups; the widest come
-            first. If false, all windows of a group have one width.
+        mix: whether windows of similar widths form a group, which is faster on a GPU. Groups with wider windows then
+            come first. If false, all windows of a group have one width.
     """
     if not mix:
         return by_width.items()

@@ -29,8 +29,7 @@ def digest(path: Path) -> str:
 def sampled_digest(path: Path) -> str:
     """Return a hash of a file's size and of some of its blocks, in hex.
 
-    The hash takes little time even for large files. The blocks include the end of the file, where Parquet stores the
-    sizes and statistics of all columns.
+    The blocks include the end of the file, where Parquet stores the sizes and statistics of all columns.
     """
     size = path.stat().st_size
     found = hashlib.sha256(str(size).encode())

@@ -78,10 +78,8 @@ class EpochOrder:
     def _grouped(self, skip: int, size: int) -> Iterator[TokenizedUtterance]:
         """Fill the buffer repeatedly, sort its utterances by length, and yield them in groups of `size`.
 
-        The first `skip` utterances are not yielded.
-
-        With `shuffle`, the order of the groups is random, but the same on every rank. All ranks therefore have batches
-        of similar length in the same training step.
+        The first `skip` utterances are not yielded. With `shuffle`, the order of the groups is random, but the same on
+        every rank, so that all ranks have batches of similar length in the same training step.
         """
         pool_size = max(1, self.buffer_size // size) * size
         number, skip = divmod(skip, pool_size)

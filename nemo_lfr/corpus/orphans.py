@@ -31,8 +31,8 @@ def die_with(parent: int) -> None:
     """End this process as soon as its parent ends, or at once if the parent has already ended.
 
     Args:
-        parent: process id of the parent, which the parent must pass. `os.getppid()` would be unreliable: if the parent
-            has already ended, it returns the id of the process that adopts orphans.
+        parent: process id of the parent, passed by the parent itself. `os.getppid()` would return the id of another
+            process if the parent has already ended.
     """
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):

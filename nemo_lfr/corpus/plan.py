@@ -246,7 +246,7 @@ def _load_codec(
     """Load the codec, and return its description, the entropy model, the codec and the method `codec.made`.
 
     The entropy model is None without compression. If `on_cpu` is not set, the returned codec is None, because each
-    worker loads the codec for its own device. See `load_or_create_plan` for `made`.
+    worker loads the codec for its own device.
     """
     from nemo_lfr.io.token_file import Metadata
     from nemo_lfr.pretrained import load

@@ -69,13 +69,13 @@ def tokenize_shard(
         index: index of the shard in the run.
 
     Returns:
-        The record of the shard, which is also in the output folder. It is the record of an earlier run if clips that
-        this run tokenized can no longer be read.
+        The record of the shard, which is also in the output folder. If an earlier run tokenized clips that can no
+        longer be read, the tokens of that run are kept, and its record is returned.
 
     Raises:
         AudioError: with `config.strict`, for a clip that cannot be tokenized.
-        NemoLfrError: if the output folder no longer belongs to this run, or if a corpus reader or an output format of
-            another package fails, or if a damaged shard can no longer be tokenized.
+        NemoLfrError: if the output folder no longer belongs to this run, if a corpus reader or an output format of
+            another package fails, or if the shard is damaged and some of its clips can no longer be read.
         OSError: if files cannot be written, or with `config.strict`, if the file of a clip cannot be read.
     """
     out = resolve(config.out)
@@ -123,12 +123,7 @@ def tokenize_shard(
 
 
 def _kept(out: Path, earlier: ShardRecord, lost: list[dict[str, str]]) -> ShardRecord:
-    """Return the record of an earlier run, whose tokens are kept because clips can no longer be read.
-
-    Args:
-        out: the output folder.
-        earlier: the record.
-        lost: failures of clips that the earlier run tokenized.
+    """Return the record of an earlier run, and log why its tokens are kept.
 
     Raises:
         NemoLfrError: if files of the shard are damaged.

@@ -137,10 +137,9 @@ def _check_same_run(
 
 
 def _has_same_base(plan: dict[str, Any], folder: str | None, config: TokenizeConfig) -> bool:
-    """Return whether relative paths start from the same folder as in the stored plan; it may have been moved.
+    """Return whether relative paths start from the folder in the stored plan.
 
-    If the folder in the plan still exists, the result is False for any other folder, because the two may contain
-    different audio.
+    The result is also True if the folder in the plan no longer exists, because the corpus may have been moved.
 
     Args:
         plan: the stored plan.

@@ -1,7 +1,7 @@
 """Objective metrics that compare a reconstruction with the original recording.
 
 Third-party packages (extra `evaluate`) compute PESQ, STOI and pitch. If a metric cannot be computed, its value is a
-`NotMeasured` with the reason. No fallback values are used.
+`NotMeasured` with the reason.
 """
 
 import math

@@ -65,8 +65,7 @@ def read(path: Path, rate: int, offset: float, duration: float) -> np.ndarray:
 def claim(out: Path, recordings: dict[str, Recording], rate: int, source: str = "") -> None:
     """Write `recordings.json`, a description of each recording by its key, to the folder of an evaluation.
 
-    All recordings of an evaluation must come from the same source, such as one manifest. Otherwise, stored results
-    could be attributed to the wrong recordings.
+    All recordings of an evaluation must come from the same source, such as one manifest.
 
     Args:
         out: folder of the evaluation.

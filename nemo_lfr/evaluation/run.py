@@ -94,12 +94,9 @@ def evaluate(
 
 
 def _new_result(codec: ComparedCodec, number: int, out: Path) -> Result:
-    """Return an empty result for a codec, and create its folder.
+    """Return an empty result for a codec, and create its folder in `out`.
 
-    Args:
-        codec: the codec.
-        number: 1 for the first codec with this name, 2 for the second, and so on.
-        out: folder of the evaluation.
+    `number` is 1 for the first codec with this name, 2 for the second, and so on.
     """
     digest = hashlib.sha256(codec.identity.encode()).hexdigest()[:8]
     folder = out / "codecs" / f"{re.sub('[^A-Za-z0-9.]+', '-', codec.name).strip('-')[-60:]}-{digest}"

@@ -156,8 +156,8 @@ def _load_values(result: Result, recordings: dict[str, Recording]) -> None:
 def _store_values(result: Result, journal: Journal, key: str, values: dict[str, Value]) -> None:
     """Store the metrics of a recording.
 
-    A metric that failed, for example because a package is missing, is not written to the journal. The next run tries
-    again.
+    A metric that failed, for example because a package is missing, is not written to the journal, so that the next run
+    computes it again.
     """
     result.values.setdefault(key, {}).update(values)
     final = {name: value for name, value in values.items() if isinstance(value, Undefined | float)}

@@ -113,8 +113,7 @@ def standard_labels(labels: Mapping[str, Any], *, strict: bool = True) -> dict[s
 def label_text(value: Any, column: str, label: str) -> str:
     """Return the value of a label as text.
 
-    A number is accepted as the text or speaker. A number is not accepted as the language, since it is most likely an
-    index into an unknown list of names.
+    A number is not accepted as the language, since it is most likely an index into an unknown list of names.
 
     Args:
         value: the value.

@@ -15,8 +15,8 @@ LOCK_FILE = ".lock"
 class _LockedFile:
     """Descriptor of a locked file.
 
-    Forked children close the descriptors that they inherit. Otherwise, a child that outlives a killed run, such as a
-    worker of a data loader, would still hold the lock.
+    Forked children close the descriptors that they inherit, because a child may outlive the run and would keep the
+    lock.
 
     Args:
         path: file or folder.

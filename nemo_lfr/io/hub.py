@@ -33,8 +33,8 @@ LICENSES = {LFR: "NVIDIA's NSCLv1 (research and other non-commercial use only)"}
 def find_checkpoint(source: str | os.PathLike[str] | None, refresh: bool = False) -> Path:
     """Return the local path of a checkpoint, and download the checkpoint if necessary.
 
-    A Hub id stands for the main branch of the repository. If the Hub cannot be reached, and this branch is not in the
-    Hub's cache, a single cached snapshot of an unknown branch is used with a warning.
+    A Hub id stands for the main branch of the repository. If the Hub cannot be reached, and the cache contains only
+    one snapshot of the repository, this snapshot is used even if its branch is unknown. A warning is then logged.
 
     Args:
         source: path (see `locate_checkpoint`), Hub id such as "OWNER/NAME", or NeMo's name of a model (see `ALIASES`);
@@ -75,8 +75,7 @@ def _cached(repository: str) -> Path | None:
     """Return the checkpoint in the cached snapshot of a repository's main branch.
 
     The result is None if the cache has no such snapshot, or if the snapshot contains no checkpoint or more than one.
-    The functions of the Hub client are not used. They refuse a snapshot even if it only lacks files of the repository
-    that we do not need.
+    The Hub client's own functions would refuse a snapshot that lacks files which we do not need.
     """
     snapshot = main_snapshot(_cache_folder(repository))
     try:

@@ -109,9 +109,8 @@ def resolve(path: str | os.PathLike[str]) -> Path:
 def resolve_folder(path: str | os.PathLike[str]) -> Path:
     """Return an absolute path in which only links to folders are resolved.
 
-    The path of a link to a file keeps the name and folder of the link. The suffix of this name determines the kind of
-    the file, and relative paths in the file start from this folder. In the cache of the Hugging Face Hub, each file is
-    a link to a file without suffix in another folder.
+    The path of a link to a file keeps the name and folder of the link, because the suffix of the name determines the
+    kind of the file, and relative paths in the file start from the folder.
 
     Raises:
         OSError: if the links form a loop; the error names `path`.
@@ -191,9 +190,9 @@ def folder_files(names: Collection[str]) -> tuple[str, str] | None:
 
 
 def index_of(shard: Path) -> Path:
-    """Return the path of the index for one of several files with weights.
+    """Return the path of the index for a set of weights files, from the path of one of them.
 
-    The shards of a variant have their own index: that of `model.fp16-00001-of-00002.safetensors` is
+    For `model.fp16-00001-of-00002.safetensors`, a file of the variant "fp16", the index is
     `model.safetensors.index.fp16.json`.
     """
     variant = shard.name.rpartition("-of-")[0].rpartition("-")[0].removeprefix("model")

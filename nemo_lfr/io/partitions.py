@@ -12,9 +12,9 @@ MISSING = "__HIVE_DEFAULT_PARTITION__"  # stands for a missing value in a folder
 def partition_of(file: Path, root: Path) -> dict[str, str]:
     """Return the columns that are stored in the names of a file's folders, with their values as text.
 
-    Columns come from folders named `COLUMN=VALUE`. The search goes upward from the file. Below `root`, it skips
-    folders whose names have another form. From `root` on, it ends at the first such folder. Thus a file keeps the
-    column `lang` if `root` is `corpus/lang=de`. Missing and empty values are left out.
+    Columns come from folders named `COLUMN=VALUE`. All such folders below `root` count. `root` and the folders above
+    it count up to the first one with another name: if `root` is `corpus/lang=de`, its files have the column `lang`.
+    Missing and empty values are left out.
 
     Args:
         file: the file.

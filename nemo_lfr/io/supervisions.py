@@ -60,7 +60,7 @@ def refuse_list(path: Path) -> None:
 
 
 def read_supervisions(recordings: Path) -> dict[str, list[bytes]]:
-    """Return the lines of the accompanying supervisions by recording, which take less memory than parsed ones."""
+    """Return the accompanying supervisions by recording id, as JSON lines to save memory."""
     path = supervisions_beside(recordings)
     found: dict[str, list[bytes]] = {}
     bad = 0

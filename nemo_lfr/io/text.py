@@ -72,7 +72,8 @@ def read_lines(path: Path, error: type[NemoLfrError] = NemoLfrError) -> list[byt
         error: exception class for a path that is not a regular file.
 
     Raises:
-        ValueError: as in `iter_lines`.
+        ValueError: if the file is UTF-16, a line is too long for `bounded.lines`, or the compressed data is damaged
+            or expands too much.
         NemoLfrError: of class `error`, if `path` is not a regular file.
         OSError: if the file cannot be read.
     """

@@ -199,7 +199,7 @@ class Layout(ABC):
         return 0
 
     def _is_start(self, at: Any, frame: Any) -> Any:
-        """Return a mask of the positions `at` whose id is BOS, from the frame of each position (see `_source`)."""
+        """Return a mask of the positions `at` whose id is BOS; `frame` is the frame of each position."""
         return at < 0
 
     def _is_end(self, at: Any, length: Any, steps: Any) -> Any:

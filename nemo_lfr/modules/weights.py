@@ -152,8 +152,8 @@ Form = TypeVar("Form")
 class DerivedForms(Generic[Form]):
     """Cache of objects that are derived from modules, such as packed weights. These objects are called forms.
 
-    A form is built again when the weights of its module change, and is dropped together with the module. A form must
-    not reference the module itself, which would then never be freed. It may reference the module's layers.
+    A form is built again when the weights of its module change, and is dropped together with the module. A form may
+    reference the module's layers, but not the module itself, because the module would then never be freed.
     """
 
     def __init__(self) -> None:

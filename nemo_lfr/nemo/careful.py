@@ -126,13 +126,7 @@ class CarefulLines(LazyJsonlIterator):
         losses.check()
 
     def lose(self, losses: "_Losses", number: int, reason: str) -> None:
-        """Record and log a skipped line.
-
-        Args:
-            losses: record of the skipped lines.
-            number: number of the line, counted from 1.
-            reason: why the line is skipped.
-        """
+        """Record and log a skipped line; `number` is counted from 1."""
         losses.add(f"line {number}", reason)
 
 

@@ -111,9 +111,8 @@ def check_fit(trainer: Trainer, has_discriminator: bool) -> None:
         has_discriminator: whether discriminators are trained too.
 
     Raises:
-        ConfigError: if discriminators are trained with DDP, but without `find_unused_parameters`. Each backward pass
-            computes the gradients of either the generator or the discriminators, never of all weights. Also if NeMo's
-            EMA callback would have to read a checkpoint, which fails with PyTorch 2.6 and later.
+        ConfigError: if discriminators are trained with DDP, but without `find_unused_parameters`. Also if NeMo's EMA
+            callback would have to read a checkpoint, which fails with PyTorch 2.6 and later.
     """
     wrapper = trainer.strategy.model
     if has_discriminator and isinstance(wrapper, DistributedDataParallel) and not wrapper.find_unused_parameters:

@@ -131,8 +131,7 @@ class Optimizers(WeightAveraging):
     def configure_optimizers(self) -> Any:
         """Return NeMo's optimizers, with fused Adam on a CPU.
 
-        Fused Adam is faster on a CPU because it reads each weight only once per step. A `fused` or `foreach` setting
-        in the config takes precedence.
+        A `fused` or `foreach` setting in the config takes precedence.
 
         Raises:
             ConfigError: if the config has no optimizer, or if an optimizer or schedule cannot be built.
@@ -183,7 +182,7 @@ class Optimizers(WeightAveraging):
     def maybe_init_from_pretrained_checkpoint(self, cfg: DictConfig, map_location: str = "cpu") -> None:
         """Load initial weights as configured by NeMo's `init_from_*` keys.
 
-        NeMo's own method cannot read a codec's training checkpoint from `init_from_ptl_ckpt`. This method can.
+        Unlike NeMo's method, this method can read a codec's training checkpoint from `init_from_ptl_ckpt`.
 
         Args:
             cfg: config with the `init_from_*` keys.

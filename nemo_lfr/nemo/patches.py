@@ -18,8 +18,8 @@ _REPLACED = ("HiFiGANEncoder", "HiFiGANDecoder", "FiniteScalarQuantizer", "Group
 def patched_method(kind: type, names: Collection[str] | None = None) -> str | None:
     """Return "CLASS.METHOD" for a method that a caller has patched in a class of NeMo; None if there is none.
 
-    The code of a patched method is not from the file in which NeMo defines the class. Patches are therefore found even
-    if they were made before this package was imported.
+    Patches are found even if they were made before this package was imported, because the code of a patched method is
+    not from NeMo's file.
 
     Args:
         kind: class of NeMo, or a subclass.

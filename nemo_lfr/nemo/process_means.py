@@ -10,7 +10,7 @@ from nemo_lfr.nemo.base import Trainer
 def mean_over_processes(metrics: dict[str, Any], trainer: Trainer, device: torch.device) -> dict[str, Any]:
     """Return the mean of each metric over all processes, as NeMo logs it.
 
-    All metrics share one reduction. With `sync_dist=True`, Lightning would wait for other processes once per metric.
+    All metrics share one reduction.
 
     Args:
         metrics: numbers and tensors with one element, by name. All processes must have the same names.

@@ -289,14 +289,9 @@ async def _through(
     consume: Callable[[np.ndarray], None],
     num_samples: int | None = None,
 ) -> None:
-    """Send a recording to a session, and pass each result to a function.
+    """Send a recording to a session, and call `consume` with each result in a worker thread.
 
-    Args:
-        request: the client's request. If the client disconnects, the work is stopped.
-        session: session that encodes or decodes the recording.
-        pieces: pieces of the input.
-        consume: function that a worker thread calls with each result.
-        num_samples: length of the recording in samples, for decoding; None if unknown.
+    `num_samples` is the length of a recording to decode.
 
     Raises:
         ClientDisconnect: if the client has closed the connection.

@@ -1,8 +1,8 @@
 """WebSocket streams: `/v1/encode/stream` and `/v1/decode/stream`.
 
 Each stream has two tasks. The reader passes messages to the engine and pauses while the engine has enough input. The
-writer sends results and pauses while the client does not read. Therefore a slow client occupies only a limited
-amount of memory. A client that does not read a message within `StreamLimits.send_s` seconds is disconnected.
+writer sends results and pauses while the client does not read. A client that does not read a message within
+`StreamLimits.send_s` seconds is disconnected.
 """
 
 import asyncio

@@ -1,7 +1,6 @@
 """Read training segments from the recordings in NeMo manifests, in any audio format and sample rate.
 
-Files that cannot be read are skipped, and logged once. This dataset replaces NeMo's `VocoderDataset`, which cannot
-read float or stereo files correctly, and stops at the first file that it cannot read.
+Files that cannot be read are skipped, and logged once. This dataset replaces NeMo's `VocoderDataset`.
 """
 
 import logging

@@ -68,7 +68,7 @@ def read_speech(manifest: Path, audio_dir: Path | None = None) -> list[np.ndarra
 class SpeechSegments:
     """Utterances in one tensor on a device, from which random segments are cut.
 
-    A batch depends only on its seed. A resumed run therefore sees the same data as a run without interruption.
+    A batch depends only on its seed, so that a resumed run sees the same data as a run without interruption.
 
     Args:
         utterances: one array of int16 samples [T_audio] per utterance. Utterances that are shorter than a segment are

@@ -99,8 +99,7 @@ class Adversary:
     def step(self, real: Spectra, gen: Spectra, heard: bool) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
         """Update the discriminators, and compute the gradient for the generator.
 
-        The gradients for the discriminators and for the generator come from the same forward pass. The generator's
-        gradient is therefore computed with the discriminators before their update.
+        The gradients for the discriminators and for the generator come from the same forward pass, before the update.
 
         Args:
             real: recordings [B, T_audio] with cached STFTs.

@@ -91,9 +91,6 @@ def adamw(parameters: list[nn.Parameter], lr: torch.Tensor) -> torch.optim.AdamW
     Args:
         parameters: parameters to optimize.
         lr: learning rate, a scalar tensor.
-
-    Returns:
-        The optimizer.
     """
     return torch.optim.AdamW(
         parameters, lr=lr, betas=(0.8, 0.99), weight_decay=1e-3, fused=True, capturable=lr.is_cuda

@@ -103,7 +103,7 @@ class ModuleWeights:
     """Implementation of `Weights` with the weights of the modules; used if the weights cannot be packed."""
 
     def cast(self, hidden: torch.Tensor, layer: Conv1d | None = None) -> torch.Tensor:
-        """Return the input unchanged: PyTorch's autocast converts it where needed."""
+        """Return the input unchanged, since PyTorch's autocast converts it where needed."""
         return hidden
 
     def convolve(
@@ -120,7 +120,7 @@ class ModuleWeights:
         return layer.overlap(padded)
 
     def use_winograd(self, layer: Conv1d, num_frames: int) -> bool:
-        """Return False: modules have no weights for Winograd convolution."""
+        """Return False, since modules have no weights for Winograd convolution."""
         return False
 
     def winograd(
@@ -147,7 +147,7 @@ class PackedWeights:
         self._checked: dict[tuple[nn.Module, torch.Size], bool] = {}
 
     def cast(self, hidden: torch.Tensor, layer: Conv1d | None = None) -> torch.Tensor:
-        """See `Weights`. The inputs of the first and the last layer stay unchanged: these layers accept any dtype."""
+        """See `Weights`. Inputs of the first and last layer stay unchanged, because these layers accept any dtype."""
         return hidden if layer in self._ends else hidden.to(self.dtype)
 
     def convolve(

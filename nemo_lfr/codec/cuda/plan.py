@@ -3,8 +3,8 @@
 There are several implementations of a layer, called candidates: a cuDNN convolution between two pointwise kernels, or
 one fused Triton kernel with different tile sizes. The autotuner measures the candidates for each shape and chooses the
 fastest one. In fp32, only cuDNN is used. Without Triton, the layer runs in plain PyTorch. At every precision, the
-first and the last layer of the network run in fp32: these layers are cheap, and their errors affect tokens and audio
-directly.
+first and the last layer of the network run in fp32, because these layers are cheap, and their errors affect tokens and
+audio directly.
 """
 
 import functools
@@ -282,7 +282,7 @@ class LayerRunner:
     def _may_fuse(self, layer: Layer) -> bool:
         """Return whether fused kernels are candidates for a layer.
 
-        In fp32, they are not: reference tokens must not depend on which candidate happens to be the fastest.
+        In fp32, they are not, because reference tokens must not depend on which candidate is the fastest.
         """
         return (self.precision.dtype, self.precision.tf32) != (torch.float32, False) and (
             max(layer.inputs, layer.outputs // layer.upsample_stride) <= FUSED_CHANNELS

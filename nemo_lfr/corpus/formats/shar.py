@@ -258,11 +258,7 @@ class SharReader(FormatReader):
 
     @staticmethod
     def _arrays(path: Path) -> Iterator[tuple[str, bytes | None]]:
-        """Yield the name of each clip in a tar file, and its array, or None for a clip without an array.
-
-        In the file, a description in JSON follows each array, and an empty member follows the name of a clip without
-        one. Both are skipped.
-        """
+        """Yield the name of each clip in a tar file, and its array, which is None for a clip without one."""
         with open_tar(path) as tar:
             members = iter(tar)
             for member in members:

@@ -42,7 +42,7 @@ class Cuts(CorpusReader):
     def accepts(cls, path: Path) -> bool:
         """Return whether the path may be a JSON-lines file of Lhotse.
 
-        A compressed file is accepted by its name, another file by its name and content.
+        Of a compressed file, only the name is checked; of any other file, the name and the content.
         """
         if not path.is_file() or not path.name.endswith((".jsonl", ".jsonl.gz", ".json.gz")):
             return False

@@ -227,7 +227,7 @@ def _dependence_pattern(folder: Path) -> re.Pattern[bytes]:
 def _depends_on(folder: Path, line: bytes) -> bool:
     """Return whether the audio or the id of a manifest line depends on `folder`.
 
-    This is the case if the line has a relative path, or an absolute path inside `folder`, which becomes a relative id.
+    This is the case for a relative path, and for an absolute path inside `folder`, from which a relative id is made.
     """
     try:
         entry = parse_entry(line)
@@ -301,10 +301,7 @@ def _name(line: bytes, audio_dir: Path) -> str:
 
 
 def _without_suffix(path: str) -> str:
-    """Return `str(PurePosixPath(path).with_suffix(""))`.
-
-    For most paths, the result is computed without a `PurePosixPath`, which takes much less time.
-    """
+    """Return `str(PurePosixPath(path).with_suffix(""))`, but in less time for most paths."""
     if "//" in path or "/." in path or path.startswith(".") or path.endswith(("/", ".")) or not path:
         return str(PurePosixPath(path).with_suffix(""))
     stem, dot, suffix = path.rpartition(".")

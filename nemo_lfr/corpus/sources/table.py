@@ -220,7 +220,7 @@ class Table(CorpusReader):
     def _loader(
         self, cell: Any, rate: Any, origin: str, section: Mapping[str, float | None] = MappingProxyType({})
     ) -> tuple[AudioLoader, Path | None]:
-        """Return the function that loads the audio of a cell, and its file; None if the table contains the audio."""
+        """Return the function that loads the audio of a cell, and the audio file (None for audio in the table)."""
         audio = audio_cell(cell, rate)
         offset, duration = section.get("offset"), section.get("duration")
         if isinstance(audio, bytes):

@@ -1,4 +1,4 @@
-"""Count the samples of codecs that store audio in blocks, and handle a last block that is shorter than the others.
+"""Count the samples of audio that is stored in blocks, and handle a last block that is shorter than the others.
 
 Many programs write a short last block. libsndfile drops its samples, or decodes bytes that are not in the file. We
 therefore pad the block with zeros, and read only the samples that are in the file.

@@ -344,8 +344,8 @@ def _xing_tag(window: Window, piece: Piece) -> bytes:
 def _true_header(window: Window, piece: Piece) -> tuple[bytes, list[Span]]:
     """Return a new Xing header, and the byte ranges of the frames after it.
 
-    The new header states the true size and number of frames, and its side information is all zeros. If there are more
-    frames than the old header declares, the padding at the end is unknown. The new header then declares no padding.
+    The new header states the true size and number of frames, and its side information is all zeros. If the old header
+    declares too few frames, the padding at the end is unknown, and the new header declares no padding.
     """
     (start, stop), *others = piece.spans
     header = bytearray(window.at(start, piece.first_length))
@@ -370,9 +370,9 @@ def _true_header(window: Window, piece: Piece) -> tuple[bytes, list[Span]]:
 def _header_frames(head: bytes, count: int) -> bytes:
     """Return a Xing header for frames without one, and a silent frame that follows it.
 
-    The header declares the number of frames, so that libmpg123 need not estimate it from the bit rate. After a Xing
-    header, libmpg123 drops 529 samples (its own delay) and as many as the header declares as the delay of the
-    encoder. The new header declares a delay with which exactly the silent frame is dropped.
+    With the number of frames in the header, libmpg123 does not have to estimate it from the bit rate. The header also
+    declares a delay. libmpg123 drops this delay and 529 more samples (its own delay). The declared delay is such that
+    only the silent frame is dropped.
 
     Args:
         head: first four bytes of an audio frame. The two returned frames have its sample rate and channels.

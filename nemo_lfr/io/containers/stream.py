@@ -213,8 +213,7 @@ NO_LENGTH = "the audio has no length in its header, as after an interrupted reco
 def is_chunk(rest: bytes, left: int | None = None, order: str = "<") -> bool:
     """Return whether some bytes are the beginning of a RIFF chunk.
 
-    A chunk begins with its name and length. Samples may look like a name by chance, but the bytes after them are then
-    unlikely to be a length that fits into the file.
+    A chunk begins with its name and length. If the name is not in `KNOWN_CHUNKS`, the length must fit into the file.
 
     Args:
         rest: the bytes.

@@ -1,7 +1,7 @@
 """Encode blocks of tokens to bytes with an entropy model, and decode them.
 
 A block consists of the tokens of consecutive frames, and is encoded independently of other blocks. The model predicts
-FSQ values, called digits in the code. A token has one FSQ value for each FSQ dimension: the index of a level.
+the FSQ values of each token. An FSQ value (a digit in the code) is the index of a level in one FSQ dimension.
 """
 
 from collections.abc import Sequence
