@@ -333,7 +333,7 @@ async def _forever() -> AsyncIterator[None]:
 
 
 async def _hold(target: Target, number: int) -> None:
-    """Keep a connection open: without a request, without reading, or sending a frame now and then."""
+    """Keep a connection open that sends no request, reads nothing, or sends a frame every 0.5 s."""
     with suppress(OSError, asyncio.IncompleteReadError):
         async with connection(target, small=True) as peer:
             if number % 3:

@@ -59,7 +59,7 @@ class Player:
 
 
 def tokens_of(num_frames: int) -> np.ndarray:
-    """Return random tokens [C, T]; their values do not affect the speed."""
+    """Return random tokens [C, T]."""
     return np.random.default_rng(0).integers(0, 2016, (8, num_frames))
 
 

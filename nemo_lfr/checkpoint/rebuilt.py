@@ -215,8 +215,8 @@ def _changed_settings(
 ) -> dict[str, dict[str, Any]]:
     """Return the attributes of a model and its layers that differ from those of a rebuilt model.
 
-    Tensors outside the state dict and plain values, such as dropout rates, are compared by value. Other objects only
-    differ if their types differ, and private attributes that hold such objects are ignored.
+    Tensors outside the state dict and plain values, such as dropout rates, are compared by value. Other objects are
+    compared by type if the attribute is public, and ignored if it is private.
 
     For the arguments and the result see `settings_to_pickle`.
     """

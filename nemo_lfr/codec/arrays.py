@@ -82,7 +82,7 @@ class NumpyArrays:
         return array.astype(dtype, copy=False)
 
     def peaks(self, audio: np.ndarray, lengths: Sequence[int]) -> list[float]:
-        """Return the largest magnitude in each clip; see `Arrays.peaks`."""
+        """Return the largest magnitude in each clip."""
         return [
             float(np.abs(row[:length]).max()) if length else 0.0 for row, length in zip(audio, lengths, strict=True)
         ]

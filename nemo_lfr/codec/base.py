@@ -205,6 +205,6 @@ class CodecBase(Generic[Array]):
     def check_decoded(self, audio: Array | np.ndarray) -> None:
         """Raise NemoLfrError if decoded audio [B, T_audio] contains NaN.
 
-        Such samples mark where the decoder returned NaN or infinite values.
+        A NaN marks where the decoder returned NaN or infinite values.
         """
         arguments.check_decoded(audio, self.backend.spec, self.name)

@@ -24,8 +24,8 @@ END_FACTOR = 1.01  # estimates closer than this to an end of the range are not t
 def estimate_pitch(audio: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Estimate F0 and voicing with pYIN (Mauch and Dixon, 2014), from 60 to 500 Hz.
 
-    librosa's pYIN moves frequencies outside of this range to its nearest end. It therefore reports rumble and hum in
-    pauses as voiced, with an F0 of 60 Hz. In this function, frames within 1 % of an end of the range are unvoiced.
+    Frames within 1 % of 60 or 500 Hz count as unvoiced, because librosa's pYIN reports rumble and hum in pauses as
+    voiced frames with an F0 of 60 Hz.
 
     The first call on a machine compiles librosa's kernels, which takes 10 to 30 s.
 

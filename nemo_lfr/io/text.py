@@ -84,7 +84,7 @@ def read_lines(path: Path, error: type[NemoLfrError] = NemoLfrError) -> list[byt
 
 
 def _decompressed(file: IO[bytes], truncate: bool) -> Iterator[bytes]:
-    """Yield the lines of a gzip file; for `truncate` see `bounded.lines`."""
+    """Yield the lines of a gzip file. If `truncate` is set, long lines are truncated."""
     size = os.fstat(file.fileno()).st_size
     total = 0
     try:

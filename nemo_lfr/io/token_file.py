@@ -121,7 +121,7 @@ class Metadata(CodecSpec):
     def from_list(cls, raw: bytes) -> tuple["Metadata", str]:
         """Parse the metadata of a compressed file, and the hash of its entropy model.
 
-        The metadata is a list of values. Their names are omitted, since they would take 5% of a short file.
+        The metadata is a list of values. Names would take 5% of a short file.
 
         Raises:
             ValueError: if the metadata is invalid. The error may also be a TypeError or KeyError.
@@ -752,7 +752,7 @@ class TokenReader(_Sections):
             stop: number of the frame after the last one; None, or a number above `num_frames`, for all frames.
 
         Raises:
-            TokenFileError: if `start` or `stop` is not an integer that is 0 or more, or a block is damaged.
+            TokenFileError: if `start` or `stop` is not an integer of at least 0, or a block is damaged.
         """
         start = self._frame_number("start", start)
         stop = self.num_frames if stop is None else min(self._frame_number("stop", stop), self.num_frames)

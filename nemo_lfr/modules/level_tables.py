@@ -13,14 +13,13 @@ from nemo_lfr.modules.token_checks import has_values
 
 
 class _Buffers(NamedTuple):
-    """Buffers of a quantizer, as they were when their values were first compared.
+    """Result of comparing the buffers of a quantizer with its levels.
 
     Attributes:
         tensors: the buffers.
-        places: address of each buffer, and its version, by which PyTorch counts writes.
-        arrays: numpy views of the buffers on a CPU, to compare their values again; None on a GPU, where reading values
-            would wait for the GPU.
-        are_own: whether the values were correct for the quantizer's levels.
+        places: address and version of each buffer when it was compared. PyTorch increases the version at each write.
+        arrays: numpy views of the buffers, whose values are compared again on every call; None on a GPU.
+        are_own: whether the values were correct.
     """
 
     tensors: list[torch.Tensor]

@@ -307,8 +307,6 @@ class TrainingSteps(DataLoaders, StockSteps):
     def discriminator_loss(self, views_real: Views, views_gen: Views) -> torch.Tensor:
         """Return the discriminators' loss.
 
-        Real and generated audio share one forward pass, so that weight norm is folded only once.
-
         Args:
             views_real: discriminator inputs computed from real audio, one tensor [B, ...] per network.
             views_gen: discriminator inputs computed from generated audio, with the same shapes.

@@ -165,8 +165,6 @@ def _check_is_plain(request: Request) -> None:
 def _limited(pieces: Iterable[np.ndarray], limits: StreamLimits, rate: float) -> Iterator[np.ndarray]:
     """Yield the pieces [..., k] of a recording unchanged, and check the duration of the recording.
 
-    The maximum size of a body does not limit the duration, because a small compressed file may contain hours of audio.
-
     Raises:
         ProtocolError: if the recording is longer than `max_seconds`.
     """

@@ -98,9 +98,9 @@ class _WebSockets(WebSocketsSansIOProtocol):
 
 
 class _HeaderLimit(asyncio.Protocol):
-    """Mixin for uvicorn's HTTP protocols that limits the size of headers and trailers, and the time for the headers.
+    """Mixin for uvicorn's HTTP protocols that limits headers and trailers.
 
-    uvicorn itself limits only the time between two requests and, if it parses requests with h11, the sizes.
+    It limits their size, and the time in which headers must arrive. With h11, uvicorn itself limits the size.
     """
 
     idle_s = 60.0
@@ -113,17 +113,17 @@ class _HeaderLimit(asyncio.Protocol):
     _num_bytes: int | None = None
 
     def on_message_begin(self) -> None:
-        """Start to count the bytes of the headers; see `httptools.HttpRequestParser`."""
+        """Start to count the bytes of the headers."""
         self._num_bytes = 0
         super().on_message_begin()  # type: ignore[misc]
 
     def on_body(self, body: bytes) -> None:
-        """Count from 0 again after each part of the body; see `httptools.HttpRequestParser`."""
+        """Count bytes from 0 again after each part of the body."""
         self._num_bytes = 0
         super().on_body(body)  # type: ignore[misc]
 
     def on_message_complete(self) -> None:
-        """Stop counting bytes until the next request; see `httptools.HttpRequestParser`."""
+        """Stop counting bytes until the next request."""
         self._num_bytes = None
         super().on_message_complete()  # type: ignore[misc]
 
@@ -135,8 +135,8 @@ class _HeaderLimit(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         """Pass data on to uvicorn, or answer with status 400 if the headers or trailers are too large.
 
-        The timer for the headers is canceled when the headers are complete. The first data after the response starts
-        it again, for the next request.
+        The timer for the headers is canceled when the headers are complete. The first data of the next request starts
+        it again.
         """
         if self._num_bytes is not None:
             self._num_bytes += len(data)

@@ -199,10 +199,7 @@ async def _send(sending: Any, limits: StreamLimits) -> None:
 
 
 async def _close(websocket: WebSocket, code: CloseCode, reason: str, limits: StreamLimits) -> None:
-    """Close the connection. After an error, first send a message with the full reason.
-
-    The close frame itself has room for only 123 bytes.
-    """
+    """Close the connection. After an error, first send a message with the full reason."""
     if code != CloseCode.DONE:
         message = json.dumps({"type": "error", "code": int(code), "error": reason})
         await asyncio.wait_for(websocket.send_text(message), limits.send_s)

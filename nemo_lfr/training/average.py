@@ -73,7 +73,7 @@ class Average:
 
 
 class WeightRecord:
-    """Checksums of the parameters of modules, to find out later whether the parameters were changed.
+    """Checksums of parameters, to find out later whether the parameters changed.
 
     Weights that were only moved to another device or converted to another dtype do not count as changed.
 
@@ -88,7 +88,7 @@ class WeightRecord:
         ]
 
     def describes(self, *modules: torch.nn.Module) -> bool:
-        """Return whether the parameters of modules are those that were recorded."""
+        """Return whether the parameters of the modules are the same as when they were recorded."""
         weights = _weights(modules)
         return len(weights) == len(self._checksums) and all(map(_is_converted, weights, self._checksums))
 

@@ -166,7 +166,7 @@ class PackedWeights:
         return interleave(self._run(layer, padded), stride)
 
     def use_winograd(self, layer: Conv1d, num_frames: int) -> bool:
-        """See `Weights`. The result is true only in fp32, for wide layers with stride 1 and large batches."""
+        """Return True in fp32, if the layer is wide and has stride 1, and the batch is large."""
         conv = layer.conv
         size = conv.kernel_size[0]
         return (

@@ -71,10 +71,11 @@ class Layout:
 
 
 class ArrayTar:
-    """Tar file with an array and its description for each clip, byte for byte as Lhotse's `ArrayTarWriter` writes it.
+    """Tar file with an array and its description for each clip, as in Lhotse Shar.
 
-    That class cannot be used: it refuses paths that contain a `%`, and after a failed write, for example on a full
-    disk, it writes again when it is deleted, which prints a traceback.
+    The bytes are the same as those of Lhotse's `ArrayTarWriter`. Lhotse's class is not used, because it refuses paths
+    that contain a `%`. Also, if a write fails, for example on a full disk, it writes again when it is deleted, and
+    prints a traceback.
 
     Args:
         path: path of the file, which is created.

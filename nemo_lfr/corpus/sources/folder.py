@@ -26,8 +26,8 @@ class Folder(Manifest):
 
     Args:
         path: the manifest.
-        audio_dir: folder of the relative paths of audio files.
-        root: folder of the relative paths of unusable entries (see `unusable`); None for `audio_dir`.
+        audio_dir: folder that relative paths of audio files start from.
+        root: folder that relative paths of unusable entries start from, for messages; None for `audio_dir`.
     """
 
     base_advice = "pass {} as the corpus"

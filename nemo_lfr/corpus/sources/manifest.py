@@ -151,7 +151,7 @@ class Manifest(CorpusReader):
         return shards
 
     def _check_segment(self, line: bytes, check: SegmentCheck) -> None:
-        """Pass an entry without `offset` to `check`, which finds out whether its other keys declare a segment."""
+        """Let `check` find out whether an entry without `offset` describes a segment in other keys."""
         try:
             entry = parse_entry(line)
             file = entry["audio_filepath"]

@@ -122,7 +122,7 @@ def _chunk(window: Window, position: int, end: int, avi: _Avi, is_first: bool) -
 
 
 def _index_fits(window: Window, start: int, size: int, data: dict[bytes, list[int]]) -> bool:
-    """Return whether an index lists exactly the audio chunks of the first RIFF chunk, in order and with their sizes.
+    """Return whether an index lists all audio chunks of the first RIFF chunk.
 
     FFmpeg may skip a chunk that is missing from the index.
 
@@ -130,7 +130,7 @@ def _index_fits(window: Window, start: int, size: int, data: dict[bytes, list[in
         window: the file.
         start: position of the first entry of the index.
         size: size of the index in bytes.
-        data: see `_Avi`.
+        data: a dict from the name of audio chunks, such as b"01wb", to a list of their sizes in bytes.
     """
     listed: dict[bytes, list[int]] = {name: [] for name in data}
     for position in range(start, start + size, _INDEX_ENTRY):

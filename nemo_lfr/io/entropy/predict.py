@@ -33,7 +33,7 @@ def tokens_to_digits(tokens: np.ndarray, levels: tuple[int, ...]) -> np.ndarray:
 
 
 def digits_to_tokens(digits: np.ndarray, levels: tuple[int, ...]) -> np.ndarray:
-    """Join FSQ values [T, C * len(levels)] into int32 tokens [C, T].
+    """Join indices of FSQ levels, [T, C * len(levels)], into int32 tokens [C, T].
 
     This is the inverse of `tokens_to_digits`.
     """
