@@ -144,10 +144,7 @@ def _nodes(config: DictConfig | ListConfig) -> list[Any]:
 
 
 def _check_yaml(text: str) -> None:
-    """Raise ConfigError if YAML text has aliases, or is too long or too deeply nested to be parsed safely.
-
-    Nine lines of aliases can expand to a billion nodes.
-    """
+    """Raise ConfigError if YAML text has aliases, or is too long or too deeply nested to be parsed safely."""
     depth = 0
     for count, event in enumerate(yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)

@@ -182,9 +182,9 @@ def read_weights(
 ) -> dict[str, torch.Tensor]:
     """Read and validate a codec's weights from safetensors files.
 
-    The weights are returned in the form with weight norm, even if the files contain plain weights. A single file
-    `model.safetensors`, and the shards `model-00001-of-...`, must also match the SHA-256 in the `config.json` of their
-    folder, if it states one.
+    The weights are returned in the form with weight norm, even if the files contain plain weights. If `config.json` in
+    the folder of the files states a SHA-256, files with the names `model.safetensors` or `model-00001-of-...` must
+    match it.
 
     Args:
         files: paths of the safetensors files: one path, or several if the weights were split into several files.

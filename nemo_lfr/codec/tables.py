@@ -14,7 +14,9 @@ from nemo_lfr.errors import AudioError
 
 
 def as_list(audio: Any) -> Any:
-    """Return a column of a table as a list, an `array.array` as a numpy array, and any other argument unchanged.
+    """Convert a table's column to a list, and an `array.array` to a numpy array.
+
+    Any other argument is returned unchanged.
 
     Columns are sequences (the `Column` of `datasets`), arrays of objects or of paths (a `Series` of pandas or polars),
     and Arrow arrays. An Arrow column of numbers is one clip, and becomes a numpy array of the same type.

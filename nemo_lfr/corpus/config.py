@@ -77,8 +77,7 @@ class TokenizeConfig:
     def listing(self) -> Path:
         """Return the path of the file in which a run lists the clips of an audio folder or a text table.
 
-        Each part of a run writes its own list. If the corpus changes between the starts of two parts, the second list
-        does not replace the first one.
+        Each part of a run writes its own list, because the corpus may change between the starts of two parts.
         """
         return self.state / ("folder.json" if self.part is None else f"{PARTS}/{self.part.name}.json")
 

@@ -50,9 +50,9 @@ class TokenDataset(IterableDataset[TokenizedUtterance]):
         verify: before a file is read, compare its hash, and not only its size, with the record of the run.
 
     Raises:
-        NemoLfrError: if an argument is invalid, or the folder does not contain the tokens of a complete run. While
-            reading, if data loader workers have no shared memory, if Accelerate would split the utterances of a rank a
-            second time, or if several processes use Accelerate and `rank` was not passed.
+        NemoLfrError: if an argument is invalid, or the folder does not contain the tokens of a complete run. This
+            error is raised while reading if data loader workers have no shared memory, if Accelerate would split the
+            utterances of a rank a second time, or if several processes use Accelerate and `rank` was not passed.
         TokenFileError: while reading, if a file is damaged or truncated.
     """
 
@@ -102,7 +102,8 @@ class TokenDataset(IterableDataset[TokenizedUtterance]):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a pickled or copied dataset, with its epoch in shared memory.
 
-        In a spawned data loader worker, the epoch is there already. A copy, as from `copy.deepcopy`, has its own.
+        The epoch of a spawned data loader worker is already in shared memory. A copy from `copy.deepcopy` gets a
+        separate epoch.
         """
         self.__dict__.update(state)
         self._shared_epoch = _shared(self._shared_epoch)  # does nothing if it is in shared memory

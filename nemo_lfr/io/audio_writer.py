@@ -126,7 +126,7 @@ class SinkFile:
         return self._try(lambda: self._file.write(data))
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """Change the position. If this or an earlier call fails, return 0."""
+        """Change the position. Return 0 if this call or an earlier one failed."""
         return self._try(lambda: self._file.seek(offset, whence))  # seeking flushes the buffer, which may fail
 
     def tell(self) -> int:

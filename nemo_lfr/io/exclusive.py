@@ -94,7 +94,10 @@ def exclusive_file(path: Path, message: str) -> Iterator[None]:
 def _lock(folder: Path, stack: ExitStack, shared: bool) -> bool | None:
     """Try to lock a folder, or a file in it if folders cannot be locked.
 
-    The lock is held until `stack` closes. See `lock` for the result.
+    The lock is held until `stack` closes.
+
+    Returns:
+        True if the lock was acquired, False if another process holds it, None if the system does not support locks.
     """
     for path, flags in ((folder, os.O_RDONLY), (folder / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)):
         if (locked := _lock_path(path, flags, stack, shared)) is not None:

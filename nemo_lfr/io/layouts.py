@@ -1,7 +1,7 @@
 """List the utterances of a speech corpus on disk: a published corpus, a folder of audio files, or a table.
 
 `LAYOUTS` has a function for each kind of corpus. These functions do not open the audio files, so an unreadable file
-does not stop them, unlike Lhotse's recipes for the same corpora.
+does not stop them.
 """
 
 import logging

@@ -87,8 +87,8 @@ def read_bytes(
         Mono float32 samples [T].
 
     Raises:
-        AudioError: if the bytes cannot be read as audio, are shorter than the section, or the clip lasts more than
-            `longest` seconds.
+        AudioError: if the bytes cannot be read as audio, if the audio is shorter than the section, or if the clip
+            lasts more than `longest` seconds.
     """
     with AudioReader(name, sample_rate, data) as reader:
         return _read(reader, offset, duration, longest, name)

@@ -38,10 +38,10 @@ class SeekableBytes(io.RawIOBase):
 
 
 class SeekableFile(SeekableBytes):
-    """File object that libsndfile reads, and that itself reads from another file object.
+    """File object for libsndfile that reads from another file object.
 
     In a damaged file, libsndfile may seek to a position before the first byte. This object then seeks to the first
-    byte. Other file objects raise an exception, which libsndfile's callback prints on stderr.
+    byte. The other file object would raise an exception, which libsndfile's callback prints on stderr.
 
     Args:
         file: seekable file, open for reading. Closing this object does not close it.

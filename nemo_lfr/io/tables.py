@@ -103,14 +103,15 @@ def check_audio_key(path: Path) -> None:
 
     Raises:
         ConfigError: if none of the keys is a known name for audio.
-        UnreadableTableError, OSError: see `lists_file_names`.
+        UnreadableTableError: if the first line is not JSON, or the path is not a regular file.
+        OSError: if the file cannot be read.
     """
     if not _has_audio(sorted(_first_keys(path))):
         raise ConfigError(f"{path}: no key contains the audio; expected one of {', '.join(AUDIO)} in the first line.")
 
 
 def _first_keys(path: Path) -> set[str]:
-    """Return the keys of the first entry of a JSON lines file in lower case; see `lists_file_names` for the errors."""
+    """Return the keys of the first entry of a JSON lines file in lower case."""
     with open_regular(path, UnreadableTableError) as file:
         line = file.readline(1 << 20)
     try:
@@ -132,7 +133,7 @@ def read_table(path: Path) -> Iterator[TableRow]:
 
     Raises:
         UnreadableTableError: if the file or the header cannot be read.
-        SegmentsNotReadError: see `SegmentCheck`.
+        SegmentsNotReadError: if several rows with a column such as `start` list the same file.
         ConfigError: if a CSV or TSV file has no audio column, or if two columns have the same name; see also
             `known_names`.
     """

@@ -45,9 +45,9 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def _constant_when_compiling(function: Function) -> Function:
-    """Decorator of functions of a class that `torch.compile` cannot trace: it calls them, and keeps the result.
+    """Decorate a function so that `torch.compile` calls it and treats the result as constant.
 
-    It is PyTorch's `assume_constant_result`, whose import takes seconds.
+    PyTorch's `assume_constant_result` does the same, but its import takes seconds.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function

@@ -2,8 +2,8 @@
 
 PyTorch counts most writes to a tensor, but not writes through `.data`, a numpy view or another process. Therefore the
 values are also compared, by a checksum that reads every byte once. On one CPU core this takes 0.15 to 0.25 ms for a
-million fp32 weights. Encoding one second of audio takes 25 to 100 times as long as the checksum of the encoder.
-`Codec` uses `checksum_once`, so the checksum is computed once per call instead of once per batch.
+million fp32 weights. `Codec` uses `checksum_once`, so the checksum is computed once per call instead of once per
+batch.
 
 The checksum reads the weights as rows of 509 integers, adds up each column of a block of 128 rows, and hashes the
 sums. (An integer has 8 bytes on a CPU. On a GPU, it has at most 4 bytes, and all rows form one block.) The checksum
@@ -70,8 +70,7 @@ def checksum_once() -> Iterator[None]:
 def unchanged_networks() -> Iterator[None]:
     """Skip `check_once` checks that have already succeeded inside this `with` block.
 
-    The block must not change networks. A check takes a few milliseconds, which is too long for a server that runs its
-    streams every few milliseconds.
+    The block must not change networks.
     """
     token = _CHECKED.set({})
     try:

@@ -109,9 +109,8 @@ class WeightAveraging(BaseModel):
     def store_average(self, checkpoint: dict[str, Any]) -> None:
         """Put the averaged weights into the state dict of a checkpoint, and the trained weights beside it.
 
-        Only a resumed run reads the trained weights. Other programs, which open the checkpoint for inference or for
-        initial weights, get the averaged weights, with which `val_loss` was measured. A checkpoint may be saved during
-        validation, for example after a signal from Slurm. The model then holds the averaged weights.
+        Only a resumed run reads the trained weights. Inference and fine-tuning use the averaged weights, with which
+        `val_loss` was measured.
         """
         self._drop_stale_average()
         if self._average is None or "average" in checkpoint:

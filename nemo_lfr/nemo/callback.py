@@ -40,7 +40,7 @@ class CodecCallback(Callback):
             pl_module.use_average(True)
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Switch back to the trained weights, if a subclass overrides `on_validation_epoch_end`."""
+        """Switch back to the trained weights if the model's `on_validation_epoch_end` did not."""
         if isinstance(pl_module, WeightAveraging):
             pl_module.use_average(False)
 

@@ -83,7 +83,7 @@ def check_precision(trainer: Trainer | None) -> None:
 def check_gradients(trainer: Trainer) -> None:
     """Check that a trainer does not accumulate or clip gradients.
 
-    The model steps its optimizers itself, as NeMo's model does. Lightning supports neither option for such models.
+    Lightning supports neither option for models that step their optimizers themselves.
 
     Args:
         trainer: trainer that is about to fit a model.

@@ -52,7 +52,7 @@ class StockSteps(Optimizers):
         """Call `find_changes`, so that the changes are known before the first validation.
 
         Raises:
-            ConfigError: see `find_changes`.
+            ConfigError: if something was changed, and the config sets a key that NeMo's own steps do not support.
         """
         super().setup(stage)
         self.find_changes()

@@ -144,8 +144,7 @@ class TrainingSteps(DataLoaders, StockSteps):
         """Return `CodecCallback` and, for training, `RunLock` and NeMo's logging callback.
 
         The logging callback also logs spectrograms if `log_config.log_spectrograms` is set in the config. The
-        trainer's `validate` and `test` run without this callback: it needs the absolute paths of the clips to log,
-        and a saved config does not contain absolute paths.
+        trainer's `validate` and `test` run without the logging callback.
 
         Raises:
             ConfigError: if the trainer is set to accumulate or clip gradients.
@@ -245,11 +244,9 @@ class TrainingSteps(DataLoaders, StockSteps):
     def training_step(self, batch: Mapping[str, torch.Tensor], batch_idx: int) -> None:
         """Update the discriminators and then the generator, which consists of the encoder and the decoder.
 
-        As in NeMo, the discriminators are skipped in some steps. The updates equal NeMo's. The inputs of the
-        discriminators are computed once per signal, under `no_grad` for real audio. The discriminators are frozen
-        during the update of the generator. If the model config sets `accumulate_grad_batches`, each update uses the
-        gradients of that many batches. The last update of an epoch may use fewer. NeMo's own step runs if a caller
-        has changed the losses that it uses; see `StockSteps`.
+        As in NeMo, the discriminators are skipped in some steps. The updates equal NeMo's. If the model config sets
+        `accumulate_grad_batches`, each update uses the gradients of that many batches. The last update of an epoch may
+        use fewer. NeMo's own step runs if a caller has changed the losses that it uses; see `StockSteps`.
 
         Args:
             batch: `audio` [B, T_audio] and `audio_lens` [B].
@@ -323,8 +320,6 @@ class TrainingSteps(DataLoaders, StockSteps):
 
     def validation_step(self, batch: Mapping[str, torch.Tensor], batch_idx: int) -> None:
         """Log NeMo's validation losses, and the custom losses and metrics in the config.
-
-        The STFT of each signal is computed once per resolution.
 
         Args:
             batch: `audio` [B, T_audio] and `audio_lens` [B].

@@ -232,7 +232,7 @@ async def _report_path(request: Request, error: Exception) -> Response:
 
 
 async def _drop(_: Request, error: Exception) -> Response:
-    """Return a response although the client has disconnected, so that no error is logged. Nobody receives it."""
+    """Return a response although the client has disconnected, so that no error is logged."""
     return Response(status_code=400)
 
 

@@ -134,8 +134,6 @@ def random_parts(config: dict[str, Any], seed: int = 7) -> "CodecModules":
 def _center_output(parts: "CodecModules", audio: "torch.Tensor") -> None:
     """Change the decoder's last convolution so that its output has zero mean and an RMS of 0.1.
 
-    Otherwise, the activation after it might saturate and hide differences between outputs.
-
     Args:
         parts: modules, which are changed in place.
         audio: speech [B, T_audio] that consists of complete frames.

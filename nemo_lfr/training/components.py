@@ -255,7 +255,8 @@ class ScoreLoss(nn.Module):
         built_in: values of `_target_` for the built-in losses, for error messages.
 
     Raises:
-        ConfigError: see `build_component`.
+        ConfigError: if the loss is not registered, is not an `nn.Module`, cannot be built from `section`, or does not
+            accept `arguments`.
     """
 
     def __init__(

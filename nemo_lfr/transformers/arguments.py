@@ -30,7 +30,7 @@ def checked_files(name: Any, **kwargs: Any) -> Iterator[None]:
         kwargs: keyword arguments of `PreTrainedModel.from_pretrained`.
 
     Raises:
-        CheckpointError: as in `check_hub` and `check_index`, or if a safetensors file is damaged.
+        CheckpointError: if the Hub cannot be reached, or if the index or a safetensors file is damaged.
     """
     check_hub(name, **kwargs)
     check_index(name, **kwargs)
@@ -88,8 +88,6 @@ def check_index(
 ) -> None:
     """Check the index of a model whose weights are in several files.
 
-    The check is needed, because transformers opens every file that the index lists.
-
     Args:
         name: local path or Hub id. If it is neither a local folder nor downloaded, nothing is checked.
         subfolder: as in `PreTrainedModel.from_pretrained`.
@@ -99,7 +97,7 @@ def check_index(
         is_downloaded: whether the Hub's cache has the current index of the repository.
 
     Raises:
-        CheckpointError: as in `read_index`, or if the index has no "metadata".
+        CheckpointError: if the index is damaged, has no "metadata", or lists a file in another folder.
     """
     suffix = "" if variant is None else f".{variant}"
     index_name = SAFETENSORS_INDEX.removesuffix(".json") + f"{suffix}.json"

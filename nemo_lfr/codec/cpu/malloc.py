@@ -53,7 +53,7 @@ def trim_between_windows(windows: Iterable[tuple[_Items, Window]]) -> Iterator[t
     """Yield the windows unchanged, calling `trim_malloc` between some of them.
 
     Periodic trims keep memory from growing with the duration of a recording. The heap is also trimmed when the width
-    of the windows changes, because blocks of another size may not fit into the memory that malloc keeps.
+    of the windows changes.
     """
     width = 0
     for number, (items, window) in enumerate(windows):

@@ -98,10 +98,7 @@ class PackedOps:
         self._num_frames = num_frames
 
     def without_autocast(self) -> AbstractContextManager[Any]:
-        """Return a context manager that disables autocast if the weights are packed.
-
-        The dtype of packed weights already determines the precision.
-        """
+        """Return a context manager that disables autocast if the weights are packed."""
         is_packed = not isinstance(self._weights, ModuleWeights)
         return torch.autocast("cpu", enabled=False) if is_packed and self._autocast else nullcontext()
 

@@ -126,7 +126,7 @@ class ModuleWeights:
     def winograd(
         self, layers: list[Conv1d], padded: torch.Tensor, starts: list[int], slope: float = 1.0
     ) -> list[torch.Tensor]:
-        """Raise an error, because `use_winograd` is always false here."""
+        """Raise an error, because these weights do not support Winograd convolution."""
         raise AssertionError("modules have no weights for Winograd convolution")
 
 

@@ -25,8 +25,7 @@ class Tile(NamedTuple):
         warps: Triton's `num_warps`.
         stages: Triton's `num_stages`.
         pairs: whether a leaky ReLU before the convolution processes two 16-bit values at a time, on GPUs that support
-            this. The kernel activates each value once per tap. With one value at a time, the activation would take as
-            long as the matrix product.
+            this.
     """
 
     time: int

@@ -110,7 +110,7 @@ class Parquet(Table):
         AudioError.
 
         Raises:
-            SegmentsNotReadError: see `SegmentCheck`.
+            SegmentsNotReadError: if several rows with a column such as `start` list the same file.
         """
         shards: list[ShardSpec] = []
         number = 0

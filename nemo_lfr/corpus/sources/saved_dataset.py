@@ -80,7 +80,7 @@ class SavedDataset(Table):
         """Split the rows into shards of `size` rows.
 
         Raises:
-            SegmentsNotReadError: see `SegmentCheck`.
+            SegmentsNotReadError: if several rows with a column such as `start` list the same file.
         """
         total = len(self.rows)
         if chosen := self._checked_columns(self.rows.column_names):

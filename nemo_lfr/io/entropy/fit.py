@@ -31,10 +31,10 @@ class FitSettings:
     """Settings for fitting an entropy model.
 
     Attributes:
-        past: number of past frames that the model sees as features; see `ModelSpec`.
-        averages: time constants of running averages of the FSQ values; see `ModelSpec`.
-        spreads: time constants of running averages of the distance between FSQ values and middle levels; see
-            `ModelSpec`.
+        past: number of past frames whose FSQ values are features.
+        averages: time constants of running averages of the FSQ values; k means 2^k frames.
+        spreads: time constants of running averages of the distance between FSQ values and middle levels; k means 2^k
+            frames.
         hidden: number of units in the first and the second hidden layer.
         epochs: number of passes over the data with float weights.
         rounded_epochs: number of further passes with rounded weights.

@@ -48,8 +48,7 @@ class History:
     """Features for predicting the next frame.
 
     The features are the FSQ values of past frames, a flag for each past frame, and the running averages that
-    `ModelSpec` describes. The flag says whether the past frame exists, since the first frames of a block have fewer
-    past frames.
+    `ModelSpec` describes. The flag says whether the past frame exists.
 
     Args:
         spec: sizes of the model.
