@@ -11,7 +11,7 @@ instead. The other codecs also have random weights, which do not affect their sp
 
 The last tables list the convolutions of the execution plan, grouped by their numbers of channels. They show each
 group's share of the time, the rate of its multiply-adds, and this rate relative to that of a large matrix product.
-Only multiply-adds that are computed count: a Toom-Cook algorithm computes fewer than a direct convolution.
+Only the multiply-adds that are computed are counted. A Toom-Cook algorithm computes fewer than a direct convolution.
 """
 
 import argparse

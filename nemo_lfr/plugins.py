@@ -66,9 +66,8 @@ def _described(point: "EntryPoint") -> str:
 def naming_extension(extension: Any, role: str) -> Iterator[None]:
     """Replace an unexpected error of an extension by an error that names the extension and its package.
 
-    Errors that already say what to do pass unchanged: those of this package and of the operating system, EOFError, and
-    errors from a lack of memory. The exceptions of click also pass unchanged, and so does every error if `extension`
-    belongs to this package.
+    Errors of this package, of the operating system and of click are raised unchanged, as are EOFError and errors from
+    a lack of memory. If `extension` belongs to this package, no error is replaced.
 
     Args:
         extension: the class or function that is called in the context, or an instance of the class.

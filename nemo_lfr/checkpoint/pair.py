@@ -14,8 +14,9 @@ from nemo_lfr.io.locate import SAFETENSORS, SAFETENSORS_CONFIG
 def check_pair(tensors: Tensors, config: DictConfig) -> None:
     """Check that the weights in a safetensors file belong to a config.
 
-    The file may store a copy of the config, and the config may store a checksum of the weights. At least one of them
-    does not match if an export or a download was interrupted, or a file was edited or damaged. Both may be missing.
+    The file may store a copy of the config, and the config may store a checksum of the weights. A mismatch means that
+    an export or a download was interrupted, or that a file was edited or damaged. A missing copy or checksum is not an
+    error.
 
     Raises:
         CheckpointError: if the copy differs from `config`, or the checksum differs from that of the weights.

@@ -97,8 +97,7 @@ class _AsyncStream(CodecProperties):
     def __aiter__(self) -> AsyncIterator[np.ndarray]:
         """Return an iterator that yields the results as they arrive, until the last one.
 
-        Before the end of the input, the iterator waits for a result without a time limit, because the server may need
-        more input.
+        Until the input ends, the iterator waits for each result without a time limit.
 
         Returns:
             Iterator over samples [n] when decoding, or tokens [C, k] when encoding. No result is empty.
@@ -181,8 +180,8 @@ class AsyncDecodeStream(_AsyncStream):
 
         Args:
             num_samples: length of the recording in samples. The audio is trimmed to this length; None for no trimming.
-                If the lookahead or the first lookahead is 0, the server may already have sent the whole last frame,
-                so trim the audio yourself.
+                If `lookahead` or `first_lookahead` is 0, the server may already have sent the whole last frame. The
+                caller must then trim the audio.
 
         Raises:
             NemoLfrError: if the stream is not open, its input has ended, or `num_samples` is not valid.

@@ -251,8 +251,8 @@ class DecodeStream(_Stream):
 
         Args:
             num_samples: length of the recording in samples. The audio is trimmed to this length; None for no trimming.
-                If the lookahead or the first lookahead is 0, the server may already have sent the whole last frame,
-                so trim the audio yourself.
+                If `lookahead` or `first_lookahead` is 0, the server may already have sent the whole last frame. The
+                caller must then trim the audio.
 
         Raises:
             NemoLfrError: if the stream is closed, another thread is using it, or `num_samples` is not valid.

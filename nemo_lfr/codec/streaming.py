@@ -129,8 +129,8 @@ class StreamDecoder(BaseStream):
 
         Args:
             num_samples: length of the original recording in samples at the codec's rate; the audio is trimmed to this
-                length. Default: no trimming. If the lookahead or the first lookahead is 0, `push` may already have
-                returned the whole last frame, and the caller must trim.
+                length. Default: no trimming. If `lookahead` or `first_lookahead` is 0, `push` may already have
+                returned the whole last frame. The caller must then trim the audio.
 
         Raises:
             TokensError: if `num_samples` does not match the number of frames.

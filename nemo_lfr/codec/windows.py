@@ -132,8 +132,8 @@ def place_windows(
         places: recording and window of each example.
         results: results for the windows, [b, ..., t * items_per_frame].
         items_per_frame: length of one frame on the last axis: `samples_per_frame` for audio, 1 for tokens.
-        lengths: number of valid samples or frames in each row of `out`; later ones are not copied. None if all are
-            valid.
+        lengths: number of valid samples or frames in each row of `out`. Values after them are not copied. None if all
+            are valid.
     """
     for (row, window), result in zip(places, results, strict=True):
         start, stop = (edge * items_per_frame for edge in (window.keep_start, window.keep_stop))

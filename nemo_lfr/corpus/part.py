@@ -191,8 +191,7 @@ def reserve(out: Path, state: Path, part: Part | None) -> Iterator[None]:
 def forget_count(out: Path, state: Path, part: Part) -> None:
     """Remove the record of the number of parts, unless another part is being tokenized.
 
-    A run that fails before its plan is stored calls this function, so that the next run may have another number of
-    parts. The caller must have reserved `part`.
+    The caller must have reserved `part`. Afterwards, a run may have another number of parts.
     """
     with suppress(OSError, NemoLfrError):
         _check_free(state, out, part)

@@ -271,10 +271,7 @@ def sweep(folder: Path, names: Collection[str] | None = ()) -> None:
 
 
 class Sweeper:
-    """Remove leftovers of killed runs, for a caller that learns the names of its output files one by one.
-
-    Each folder is listed only once.
-    """
+    """Remove the leftovers of killed runs for one output file at a time."""
 
     def __init__(self) -> None:
         self._leftovers: dict[Path, dict[str, list[os.DirEntry[str]]]] = {}

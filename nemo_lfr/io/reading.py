@@ -73,8 +73,6 @@ def read_bytes(
 ) -> np.ndarray:
     """Read an encoded audio file in memory, or a section of it.
 
-    The file may be, for instance, a cell of a table.
-
     Args:
         data: content of the audio file.
         name: name of the clip for messages.

@@ -30,7 +30,7 @@ class SeekableBytes(io.RawIOBase):
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         """Move to a position and return it.
 
-        A position before the first byte becomes 0, since an exception would be lost in libsndfile's callback.
+        A position before the first byte becomes 0.
         """
         base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._length}[whence]
         self._position = max(0, base + offset)

@@ -40,7 +40,7 @@ def check_supervisions(recordings: Path) -> None:
     """Log a warning if a file of recordings has no supervisions, and raise an error if they cannot be read.
 
     Raises:
-        ConfigError: if several files could be the supervisions, or if the file is a JSON list.
+        ConfigError: if several files could be the supervisions, or if the file of supervisions is a JSON list.
     """
     if (path := supervisions_beside(recordings)) is not None:
         refuse_list(path)

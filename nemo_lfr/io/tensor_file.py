@@ -24,10 +24,7 @@ def save_tensors(path: Path, value: Any) -> None:
 
 
 def save_to_file(value: Any, file: IO[bytes]) -> None:
-    """Call `torch.save`, and raise the original OSError if a write fails.
-
-    PyTorch would raise a RuntimeError about its archive instead.
-    """
+    """Call `torch.save`, and raise the original OSError if a write fails."""
     try:
         torch.save(value, file)
     except RuntimeError as error:

@@ -36,8 +36,8 @@ def convolve(
 ) -> torch.Tensor:
     """Convolve as `F.conv1d` does, with the implementation that is fastest on a CPU.
 
-    In a short clip, the weights of the deep layers are larger than the signal, and copying them dominates the run
-    time. There are three implementations:
+    In a short clip, the weights of the deep layers are larger than the signal, and copying the weights takes most of
+    the time. There are three implementations:
 
     - If the signal is larger than the weights: a channels-last convolution. It copies the weights, and in training
       also their gradients, to another layout on every call.

@@ -2,7 +2,7 @@
 
 `quantize` marks such values with the token `INVALID`, and `to_audio` with NaN. `Codec` raises an error when it finds a
 mark. Without marks, the quantizer and the output activation would hide the values: `tanh` of infinity is 1, and
-converting NaN to an integer is undefined. Marking runs on the device, without synchronizing a GPU.
+converting NaN to an integer is undefined.
 """
 
 from collections.abc import Callable

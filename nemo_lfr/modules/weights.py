@@ -163,7 +163,7 @@ class DerivedForms(Generic[Form]):
         return len(self._forms)
 
     def get(self, module: nn.Module, key: Hashable, build: Callable[[], Form], *others: nn.Module) -> Form:
-        """Return the form of a module for its current weights; build it if there is none or the weights have changed.
+        """Return a form of a module. Build it if it is missing or the weights have changed.
 
         Args:
             module: module that the form is derived from.

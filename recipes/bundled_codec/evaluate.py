@@ -35,8 +35,6 @@ CURVE_KEYS = ("step", "minutes", "seconds_per_update", "parts", "training")
 class Evaluator:
     """Evaluator that measures generators on a fixed set of recordings.
 
-    The pitch of the recordings is estimated only once.
-
     Args:
         clips: one array of int16 samples [T_audio] at 22.05 kHz per recording.
         custom: dict from the name of each additional metric to its config section; see `nemo_lfr.training.components`.

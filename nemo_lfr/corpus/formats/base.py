@@ -188,8 +188,7 @@ class FormatReader(ABC):
     def count_shards(self) -> list[int]:
         """Count the utterances in each shard.
 
-        This method is called only if these numbers are neither in `tokens.json` nor in the records of the shards. By
-        default, it reads the shards.
+        This method is only used for runs that did not record these numbers. By default, it reads the shards.
         """
         return self._shard_counts(
             lambda files: sum(isinstance(row, Row) for row in self.rows(files, 0, self.summary["clips"]))

@@ -80,10 +80,7 @@ class Cuts(CorpusReader):
         return list_digest(("", digest(path)) for path in self.files)
 
     def older_shards(self, identity: str, shards: list[ShardSpec], size: int) -> list[ShardSpec] | None:
-        """Return `shards` if `identity` is the hash of older versions of this package.
-
-        That hash also included the names of the files.
-        """
+        """Return `shards` if `identity` is the hash that an older version computed."""
         return shards if identity == list_digest((path.name, digest(path)) for path in self.files) else None
 
     @property

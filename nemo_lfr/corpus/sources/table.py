@@ -93,10 +93,7 @@ class Table(CorpusReader):
         return self._hash(["" if is_file else file.name for file in self.files])
 
     def older_shards(self, identity: str, shards: list[ShardSpec], size: int) -> list[ShardSpec] | None:
-        """Return `shards` if `identity` is the hash that an older version computed.
-
-        That hash included the names of all files.
-        """
+        """Return `shards` if `identity` is the hash that an older version computed."""
         return shards if identity == self._hash([file.name for file in self.files]) else None
 
     def _hash(self, names: Sequence[str]) -> str:

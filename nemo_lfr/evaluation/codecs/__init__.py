@@ -1,7 +1,7 @@
 """Codecs that an evaluation can compare. Each kind of codec has its own module.
 
-A codec is a subclass of `ComparedCodec` that is decorated with `register_codec`. When the first codec is opened, all
-modules in this folder are imported. These modules must therefore import large packages only inside functions.
+A codec is a subclass of `ComparedCodec` that is decorated with `register_codec`. All modules in this folder are
+imported together, so they must import large packages only inside functions.
 """
 
 from typing import TYPE_CHECKING

@@ -107,7 +107,8 @@ class Splice(SeekableBytes):
 
 
 def is_zero(data: bytes) -> bool:
-    """Return whether all bytes are 0. Comparing is 50 times as fast as `bytes.strip`."""
+    """Return whether all bytes are 0."""
+    # Comparing is 50 times as fast as `bytes.strip`.
     return data == (_ZEROS[: len(data)] if len(data) <= len(_ZEROS) else bytes(len(data)))
 
 
