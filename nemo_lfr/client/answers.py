@@ -199,10 +199,7 @@ def _flac_figures(content: bytes) -> _Figures | None:
 
 
 def _opus_figures(content: bytes) -> _Figures | None:
-    """Return the description of an Ogg Opus file; None if the file is not complete.
-
-    The last page of a complete file has the end-of-stream flag.
-    """
+    """Return the description of an Ogg Opus file; None if the file is not complete."""
     position, is_last = 0, False
     while content[position : position + 4] == b"OggS" and position + 27 <= len(content):
         is_last = bool(content[position + 5] & 4)

@@ -110,8 +110,6 @@ def check_backend(backend: Any) -> None:
 def check_result(backend: Any, operation: Operation, result: Any, inputs: Any, num_frames: Sequence[int]) -> None:
     """Check the type and shape of the result of a backend's `encode_frames` or `decode_frames`.
 
-    Only the metadata of the array is read, so a GPU does not have to finish the computation.
-
     Args:
         backend: the backend.
         operation: "encode" or "decode".

@@ -1,7 +1,7 @@
 """Kill processes that would outlive the run that started them.
 
-This file is also run as a script, in a watcher process. It imports only the standard library, so that the watcher
-starts quickly.
+A watcher process runs this file as a script. The file imports only the standard library, so that the watcher starts
+quickly.
 """
 
 import contextlib

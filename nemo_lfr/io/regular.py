@@ -1,7 +1,7 @@
 """Open and replace only regular files.
 
-Reading a pipe or a device may block or never end. Git LFS pointers, which stand in for files that were not downloaded
-yet, are refused too.
+Reading a pipe or a device may block or never end. Git LFS pointers are refused too: they stand in for files that were
+not downloaded yet.
 """
 
 import io

@@ -250,10 +250,7 @@ def _out_in_taps(conv: nn.Conv1d | nn.ConvTranspose1d) -> torch.Tensor:
 
 
 def _fill_orthogonal(conv: nn.Conv1d | nn.ConvTranspose1d, *, mirror_in: bool = True, mirror_out: bool = True) -> None:
-    """Fill a layer with random orthogonal filters for mirrored channels, and set the bias to zero.
-
-    `mirror_in` and `mirror_out` say whether the input and the output channels are mirrored.
-    """
+    """Fill a layer with random orthogonal filters for mirrored channels, and set the bias to zero."""
     weight = _out_in_taps(conv)
     num_out, num_in = weight.shape[0] // (1 + mirror_out), weight.shape[1] // (1 + mirror_in)
     filters = torch.empty(num_out, num_in * weight.shape[2])

@@ -154,7 +154,7 @@ def decode_blocks(model: EntropyModel, blocks: Sequence[tuple[bytes, int]]) -> l
         The int32 tokens [C, T] of each block.
 
     Raises:
-        ValueError: if a block is invalid, see `decode_block`.
+        ValueError: if the bytes of a block are not a valid encoding of its number of frames.
     """
     if len(blocks) < SIDE_BY_SIDE:
         return [decode_block(model, data, count) for data, count in blocks]
