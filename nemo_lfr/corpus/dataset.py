@@ -102,8 +102,7 @@ class TokenDataset(IterableDataset[TokenizedUtterance]):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a pickled or copied dataset, with its epoch in shared memory.
 
-        The epoch of a spawned data loader worker is already in shared memory. A copy from `copy.deepcopy` gets a
-        separate epoch.
+        A spawned data loader worker shares the epoch of its parent. A copy from `copy.deepcopy` gets a separate epoch.
         """
         self.__dict__.update(state)
         self._shared_epoch = _shared(self._shared_epoch)  # does nothing if it is in shared memory
