@@ -19,8 +19,7 @@ HEARTBEAT_S = 20.0
 def echo_stderr(text: str) -> None:
     """Print one line on stderr, with control characters replaced.
 
-    If the line cannot be written, for example to a log file on a full disk, the error is ignored, so that it does not
-    end the command.
+    If the line cannot be written, for example because the disk is full, the error is ignored.
 
     Raises:
         BrokenPipeError: if the reader of stderr has closed its pipe.

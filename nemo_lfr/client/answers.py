@@ -113,8 +113,8 @@ def problem_of(values: Mapping[str, Any], schema: Mapping[str, Kind]) -> str | N
 def message_type(values: Mapping[str, Any]) -> str:
     """Return the type of a text message, or "" if the type is not valid.
 
-    A message without the key "type" contains tokens, so "tokens" is returned. The value of the key is not valid if it
-    is not a string, or if it is "tokens".
+    A message without the key "type" contains tokens, so "tokens" is returned. The type is not valid if the value of
+    this key is "tokens" or is not a string.
     """
     if "type" not in values:
         return "tokens"

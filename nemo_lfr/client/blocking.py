@@ -228,9 +228,7 @@ class DecodeStream(_Stream):
     """Stream that decodes one recording; see `Client.decode_stream`."""
 
     def push(self, tokens: Any) -> np.ndarray:
-        """Send tokens, and return the audio that has arrived so far.
-
-        This method does not wait for the audio of these tokens.
+        """Send tokens, and return the audio that has arrived, without waiting for more.
 
         Args:
             tokens: integers of shape [C, k], or [C] for one frame.
@@ -266,9 +264,7 @@ class EncodeStream(_Stream):
     """Stream that encodes one recording; see `Client.encode_stream`."""
 
     def push(self, samples: Any) -> np.ndarray:
-        """Send samples, and return the tokens that have arrived so far.
-
-        This method does not wait for the tokens of these samples.
+        """Send samples, and return the tokens that have arrived, without waiting for more.
 
         Args:
             samples: floating point in [-1, 1] or int16, shape [n].

@@ -1,7 +1,6 @@
 """Draw the plots of the HTML report as SVG: quality against bit rate, distributions, and spectrograms.
 
-Labels are SVG text, and colors are set by the CSS classes `c0` to `c5` of the page, so the plots follow its dark
-mode. The markers of different codecs also differ in shape.
+Colors are set by the CSS classes `c0` to `c5` of the page, so the plots follow the dark mode of the page.
 """
 
 import base64

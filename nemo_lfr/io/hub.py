@@ -140,8 +140,8 @@ def _choose(found: list[str], repository: str, place: str = "") -> str:
 def files_on_hub(repository: str, revision: str | None = None, token: bool | str | None = None) -> list[str]:
     """List the files of a repository on the Hub.
 
-    Call this function before the first download. Without a network, it fails at once, whereas the client's download
-    functions retry for half a minute.
+    Call this function before the first download. Without a network, this function fails at once, but the download
+    functions of `huggingface_hub` retry for half a minute.
 
     Args:
         repository: Hub id, such as "OWNER/NAME".

@@ -2,7 +2,7 @@
 
 Some damaged footers make pyarrow crash the process instead of raising an exception. This module therefore reads and
 validates the footer of a file in Python before pyarrow opens the file. For the same reason, pyarrow's metadata objects
-are not used at all.
+are not used.
 
 The footer is a struct in Thrift's compact protocol. `_Thrift` reads any such struct as a dictionary whose keys are the
 numbers of the fields in Parquet's specification.

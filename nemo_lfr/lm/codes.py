@@ -56,8 +56,8 @@ def fold(codes: Any, levels: Levels) -> Any:
 
     Args:
         codes: integers, shape [..., D, T]. The codes of a dimension with n levels are in [0, n).
-        levels: levels of the codebooks; see `unfold`. If only one sequence is passed, it is used for all
-            D / len(levels) codebooks.
+        levels: number of FSQ levels in each dimension of a codebook, such as `codec.levels`; the number of codebooks
+            is then D / len(levels). If the codebooks have different levels, pass one such sequence for each codebook.
 
     Returns:
         Tokens, int64, shape [..., C, T].

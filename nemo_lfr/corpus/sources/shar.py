@@ -86,7 +86,7 @@ class Shar(CorpusReader):
         return shar
 
     def log_gaps(self) -> None:
-        """Log which shards are missing between the first and the last one. Lhotse numbers them in sequence."""
+        """Log which shards are missing between the first and the last one. Lhotse numbers shards in sequence."""
         numbers = _numbers(self.fields["cuts"])
         if not numbers or numbers[-1] >= MAX_SHARDS:
             return

@@ -19,7 +19,8 @@ class SpeakerSimilarity(ModelMetric):
     """Speaker similarity that a speaker verification model computes.
 
     Args:
-        source: `.nemo` file or nemo:HUB_ID of a NeMo model, or folder or Hub id of an x-vector model for transformers.
+        source: for a NeMo model, a `.nemo` file or nemo:HUB_ID. For an x-vector model of transformers, a folder or Hub
+            id.
         device: PyTorch device.
     """
 

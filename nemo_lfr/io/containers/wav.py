@@ -43,7 +43,7 @@ LINEAR = (b"\x01\0", b"\xfe\xff")  # tags in the `fmt ` chunk
 class WavSamples:
     """Filter that extracts the samples from WAV data that arrives in pieces, as from a pipe.
 
-    The rules are those of `wav_streams`, which finds the samples in a file.
+    The samples are found by the same rules as in `wav_streams`.
 
     Args:
         header: the header before the first sample.
