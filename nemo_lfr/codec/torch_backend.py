@@ -200,7 +200,7 @@ class TorchBackend:
         """Check that the codec's config describes its modules, before the config is saved.
 
         Args:
-            consequence: end of the message, such as `nemo_lfr.modules.altered.SAVE`.
+            consequence: end of the message, such as "which are not saved; remove or merge them".
 
         Raises:
             NemoLfrError: if a module has hooks, replaced layers or changed settings.
