@@ -177,10 +177,7 @@ def quoted(value: object, length: int = 80) -> str:
 
 
 def printable(text: str) -> str:
-    """Replace characters that are not printable, such as control characters and line ends, with "?".
-
-    A terminal would obey some of these characters, such as bidirectional overrides, instead of showing them.
-    """
+    """Replace characters that are not printable, such as control characters and line ends, with "?"."""
     return "".join(char if char.isprintable() else "?" for char in text)
 
 

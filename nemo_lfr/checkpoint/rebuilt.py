@@ -151,7 +151,7 @@ def restore_settings(model: nn.Module, settings: Mapping[str, Mapping[str, Any]]
 
 
 def flags_of(model: nn.Module) -> tuple[dict[str, bool], dict[str, bool]]:
-    """Return the mode (`training`) of each module and `requires_grad` of each tensor, by their plain names."""
+    """Return `training` of each module and `requires_grad` of each tensor, by plain name (see `plain_key`)."""
     modules = model.named_modules(remove_duplicate=False)
     parameters = model.named_parameters(remove_duplicate=False)
     buffers = model.named_buffers(remove_duplicate=False)  # PyTorch makes a frozen weight without weight norm a buffer

@@ -31,8 +31,9 @@ class BaseStream:
         context: number of later frames that the result of a frame depends on.
         min_frames: shortest valid input of the network, in frames.
         items: numbers of input and output items in one frame. An item is an audio sample, or the tokens of one frame.
-        lookahead: number of later frames to wait for; None for `context`.
-        first_lookahead: number of later frames to wait for at the start of the recording; None for `lookahead`.
+        lookahead: number of later frames to wait for; None for all `context` frames.
+        first_lookahead: number of later frames to wait for at the start of the recording; None for the value of
+            `lookahead`.
     """
 
     def __init__(

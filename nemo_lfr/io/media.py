@@ -249,9 +249,9 @@ class MediaDecoder:
                 raise AudioError("the audio is damaged: a packet is incomplete")
 
     def _pre_skip(self, track: Any, packet: Any) -> int:
-        """Return the number of samples that FFmpeg should skip at the start of Opus audio in Matroska, but does not.
+        """Return how many more samples must be skipped at the start of Opus audio in Matroska, counted at 48 kHz.
 
-        The count is at 48 kHz. FFmpeg 8 skips too few samples if the sample rate in the header is lower.
+        FFmpeg 8 skips too few samples if the sample rate in the header is lower.
         """
         codec = track.codec_context
         if codec.name not in ("opus", "libopus") or not self._container.format.name.startswith("matroska"):

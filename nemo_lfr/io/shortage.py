@@ -31,7 +31,7 @@ _MAX_THREADS = 16
 def check_address_space() -> None:
     """Raise an error if the limit on address space is too low to load and run PyTorch.
 
-    Without this check, the process could crash, since oneDNN does not check all of its memory allocations.
+    Without enough address space, oneDNN could crash the process.
 
     Raises:
         NemoLfrError: if the limit (`ulimit -v`) is too low.

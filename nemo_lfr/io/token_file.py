@@ -35,10 +35,9 @@ frame whose number is not below codebook_size ^ num_codebooks, an invalid compre
 number of samples that does not match the number of frames, and bytes after the end section. The position of a block
 follows from the lengths of the blocks before it, so a reader can seek without reading all blocks.
 
-A block's CRC also covers the four bytes before the block, which are the previous CRC field. The CRC is therefore wrong
-if a block was moved, repeated, omitted or taken from another file. A reader that seeks does not read all blocks. It
-uses the outline instead, which detects such changes from the lengths and CRC fields alone. The same metadata, and the
-same tokens in the same blocks, always give the same bytes.
+A block's CRC also covers the CRC field before the block. The CRC is therefore wrong if a block was moved, repeated,
+omitted or taken from another file. A reader that seeks detects such changes by the outline, without reading all
+blocks. The same metadata, and the same tokens in the same blocks, always give the same bytes.
 
 Files are written to a temporary name, `NAME.????????.part`, and renamed when they are complete. Each block is written
 to the file system immediately. After a crash, the `.part` file can be read with `recover=True` up to its last complete

@@ -345,7 +345,7 @@ def _function(value: Any) -> Any:
 def _stock(cls: type[BaseModel], name: str) -> Any:
     """Return a class method of NeMo's model, bound to `cls`.
 
-    `super()` is not used: it would add `__class__` to the frame of the calling method, so that Lightning's
+    `super()` is not used, because it would add `__class__` to the frame of the calling method, so that Lightning's
     `save_hyperparameters` would mistake the calling method for a constructor.
     """
     return getattr(NeMoAudioCodecModel, name).__func__.__get__(cls)

@@ -82,8 +82,8 @@ def feature_matching(real: FeatureMaps, gen: FeatureMaps) -> torch.Tensor:
 def relative_feature_matching(real: FeatureMaps, gen: FeatureMaps, guard: float = 1e-3) -> torch.Tensor:
     """Compute the relative difference between feature maps of real and generated audio (EnCodec).
 
-    The difference is divided by the magnitude of the feature map of real audio. Both are means over the last dimension
-    (arXiv 2210.13438). `guard` is added to the magnitude, to avoid a division by zero.
+    The mean absolute difference over the last dimension is divided by the mean absolute value of the feature map of
+    real audio (arXiv 2210.13438). `guard` is added to the divisor, to avoid a division by zero.
     """
     return _average(
         [
