@@ -117,7 +117,7 @@ class Codec(HubMethods[Array]):
         codebook k.
 
         Raises:
-            AudioError: as in `encode`.
+            AudioError: for invalid audio (see `nemo_lfr.codec.arguments.check_audio`), or a file that cannot be read.
             NemoLfrError: if the encoder returns NaN or infinite values, or the backend only returns tokens.
         """
         backend, spec = self.backend, self.backend.spec

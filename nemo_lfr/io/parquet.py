@@ -120,7 +120,7 @@ def read_footer(path: Path, *, is_input: bool = False) -> ParquetFooter:
         is_input: whether the file is a table of recordings; otherwise its columns contain tokens.
 
     Raises:
-        NemoLfrError: for the same reasons as in `open_parquet`.
+        NemoLfrError: if the footer is damaged or missing, or declares an implausible size (see `is_implausible`).
     """
     status = os.stat(path)
     footer, size = _read_footer(path, (status.st_size, status.st_mtime_ns, status.st_ino))

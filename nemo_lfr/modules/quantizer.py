@@ -237,7 +237,7 @@ class GroupFiniteScalarQuantizer(CodebookDropout):
         eps: see `FiniteScalarQuantizer`.
 
     Raises:
-        ConfigError: as in `FiniteScalarQuantizer`.
+        ConfigError: if a dimension has fewer than 2 levels, or a codebook has more than 2^24 entries.
     """
 
     input_names = FiniteScalarQuantizer.input_names
