@@ -21,10 +21,6 @@ MAX_DEPTH = 100
 def read_clips(corpus: CorpusReader, shard: ShardSpec) -> Iterator[Clip]:
     """Yield the clips of a shard.
 
-    Args:
-        corpus: the opened corpus.
-        shard: description of the shard.
-
     Raises:
         NemoLfrError: if a corpus reader of another package fails, or yields an object that is not a clip.
     """

@@ -141,10 +141,7 @@ def _has_same_base(plan: dict[str, Any], folder: str | None, config: TokenizeCon
 
     The result is also True if the folder in the plan no longer exists, because the corpus may have been moved.
 
-    Args:
-        plan: the stored plan.
-        folder: folder that relative paths start from now; None if the corpus has no relative paths.
-        config: options of the run.
+    `folder` is the folder that relative paths start from now; None if the corpus has no relative paths.
     """
     stored = plan.get("audio_dir")
     # Older versions stored the value of --audio-dir for some corpora, even if it had no effect.

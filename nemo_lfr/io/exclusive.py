@@ -17,10 +17,6 @@ class _LockedFile:
 
     Forked children close the descriptors that they inherit, because a child may outlive the run and would keep the
     lock.
-
-    Args:
-        path: file or folder.
-        flags: flags of `os.open`.
     """
 
     _opened: ClassVar[set["_LockedFile"]] = set()

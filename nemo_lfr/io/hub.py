@@ -112,12 +112,9 @@ def checkpoint_in(snapshot: Path, repository: str) -> Path:
 
 
 def _choose(found: list[str], repository: str, place: str = "") -> str:
-    """Choose one of the `.nemo` files of a repository.
+    """Choose one of the `.nemo` files `found` in a repository.
 
-    Args:
-        found: names of the `.nemo` files.
-        repository: Hub id of the repository.
-        place: text that says where the files are, for messages, such as " in FOLDER".
+    `place` is a text for messages that says where the files are, such as " in FOLDER".
 
     Raises:
         CheckpointError: if there is no file, or if there are several and none of them is named after the repository.

@@ -132,10 +132,8 @@ def read_footer(path: Path, *, is_input: bool = False) -> ParquetFooter:
 def _read_footer(path: Path, state: tuple[int, ...]) -> tuple[ParquetFooter, int]:
     """Return the validated footer of a file, and the file's size in bytes.
 
-    Args:
-        path: path of the file.
-        state: size, modification time and inode of the file. They are part of the cache key, so that the footer is
-            read again if the file has changed.
+    `state` is the size, modification time and inode of the file. It is part of the cache key, so that the footer is
+    read again if the file has changed.
     """
     with open_regular(path) as file:
         size = file.seek(0, os.SEEK_END)

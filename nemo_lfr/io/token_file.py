@@ -517,12 +517,9 @@ class _Sections:
         return size, field
 
     def _read_tokens(self, count: int, first: int, before: bytes) -> tuple[np.ndarray, int, bytes]:
-        """Read the rest of a block, after its number of frames.
+        """Read the rest of a block, after the field with its number of frames (`count`).
 
-        Args:
-            count: number of frames in the block.
-            first: index of the first frame, for messages.
-            before: CRC field of the previous section.
+        `first` is the index of the first frame, for messages. `before` is the CRC field of the previous section.
 
         Returns:
             Tokens [C, count], length of the payload in bytes, and CRC field.

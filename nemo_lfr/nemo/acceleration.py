@@ -132,9 +132,6 @@ def _stock_module(config: Mapping[str, Any]) -> torch.nn.Module:
 
     The weights of an encoder or decoder are on the meta device.
 
-    Args:
-        config: `_target_` and the constructor's arguments.
-
     Raises:
         ConfigError: if NeMo has no class for this module.
     """

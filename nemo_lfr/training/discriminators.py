@@ -242,11 +242,7 @@ def _band_network() -> Network:
 
 
 class Discriminator(AudioDiscriminator):
-    """Discriminator that combines the networks of several discriminators.
-
-    Args:
-        discriminators: discriminators to combine.
-    """
+    """Discriminator that combines the networks of several discriminators."""
 
     def __init__(self, discriminators: Sequence[AudioDiscriminator]) -> None:
         super().__init__()

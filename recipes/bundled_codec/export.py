@@ -57,11 +57,6 @@ def codec_config(network: NetworkConfig, samples_per_frame: int) -> dict[str, An
 def export(generator: Generator, network: NetworkConfig, path: Path) -> None:
     """Write a trained generator as a `.nemo` file with fp16 weights.
 
-    Args:
-        generator: trained generator.
-        network: sizes of the generator's network.
-        path: file to write.
-
     Raises:
         ValueError: if a weight is NaN or outside the range of fp16.
     """

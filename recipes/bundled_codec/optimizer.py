@@ -84,13 +84,9 @@ class Muon:
 
 
 def adamw(parameters: list[nn.Parameter], lr: torch.Tensor) -> torch.optim.AdamW:
-    """Build an AdamW optimizer whose learning rate is a tensor.
+    """Build an AdamW optimizer whose learning rate is a scalar tensor.
 
     A captured CUDA graph then uses the current value of the tensor.
-
-    Args:
-        parameters: parameters to optimize.
-        lr: learning rate, a scalar tensor.
     """
     return torch.optim.AdamW(
         parameters, lr=lr, betas=(0.8, 0.99), weight_decay=1e-3, fused=True, capturable=lr.is_cuda

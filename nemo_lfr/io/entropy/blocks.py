@@ -39,9 +39,6 @@ def least_bytes(num_frames: int) -> int:
     """Return the minimum payload size of a block in bytes.
 
     Without this limit, a file of a few bytes could declare so many frames that decoding them would take hours.
-
-    Args:
-        num_frames: number of frames of the block.
     """
     return -(-num_frames // 4)
 
