@@ -412,7 +412,7 @@ def test_cached_repository_loads_offline_for_any_cache_layout(tmp_path, offline,
     path = save(cached_codec("symmetric"), tmp_path / "tiny.nemo")
     snapshot = fill_cache(tmp_path / "cache", path, *CACHES[layout])
     assert nemo_lfr.load("me/one").fingerprint == nemo_lfr.load(path).fingerprint
-    assert (f"the only one is used, {snapshot}" in caplog.text) is not is_main(layout)
+    assert (f"using the only snapshot, {snapshot}" in caplog.text) is not is_main(layout)
     codec = Codec.from_pretrained("me/one", device="cpu", revision=REVISION, cache_dir=tmp_path / "cache")
     assert codec.fingerprint == nemo_lfr.load(path).fingerprint
 
@@ -461,7 +461,7 @@ def test_a_repositorys_folder_in_the_cache_is_a_path(tmp_path, layout, caplog):
             nemo_lfr.load(repository)
     else:
         assert nemo_lfr.load(repository, "cpu").fingerprint == nemo_lfr.load(path, "cpu").fingerprint
-        assert ("the only one is used" in caplog.text) is not is_main(layout)
+        assert ("using the only snapshot" in caplog.text) is not is_main(layout)
 
 
 @pytest.mark.parametrize("linked", slow_after(1, [True, False]))

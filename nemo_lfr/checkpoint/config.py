@@ -271,11 +271,13 @@ def _check_sizes(arguments: Mapping[str, Any]) -> None:
         for item in value if isinstance(value, list | tuple) else [value]:
             if isinstance(item, bool) or item is None or isinstance(item, str):
                 continue
-            if key == "eps" and item == 1:  # the quantizer divides by 1 - eps
-                raise ConfigError("eps is 1; numbers of at least 0 and less than 1 are allowed.")
-            if not isinstance(item, int | float) or not least <= item <= most or (key != "eps" and item != int(item)):
-                kind = "numbers" if key == "eps" else "whole numbers"
-                raise ConfigError(f"{key} is {quoted(value)}; {kind} from {least} to {most} are allowed.")
+            is_valid = isinstance(item, int | float) and least <= item <= most
+            if key == "eps":  # the quantizer divides by 1 - eps
+                is_valid, allowed = is_valid and item != 1, "numbers of at least 0 and less than 1"
+            else:
+                is_valid, allowed = is_valid and item == int(item), f"whole numbers from {least} to {most}"
+            if not is_valid:
+                raise ConfigError(f"{key} is {quoted(value)}; {allowed} are allowed.")
 
 
 def build_parts(config: Mapping[str, Any], *, weight_norm: bool = True) -> CodecModules:

@@ -53,8 +53,8 @@ if TYPE_CHECKING:
 @seconds_option("--duration", "Duration of the audio to decode, in seconds (default: to the end).")
 @click.option("--recover", is_flag=True, help="Decode the intact part of damaged or unfinished files.")
 @entropy_model_option(
-    "Entropy model (.lfrm) for compressed files (default: the bundled model, or HASH.lfrm in the folder of the token "
-    "file or in a folder above it; `nemo-lfr info` prints the HASH)."
+    "Entropy model (.lfrm) for compressed files (default: the bundled codec's model, or HASH.lfrm in the folder of "
+    "the token file or in a folder above it; `nemo-lfr info` prints the HASH)."
 )
 @lookahead_option
 @model_options

@@ -74,11 +74,12 @@ class Server:
         token = self.token
         if token is not None and not (isinstance(token, str) and token.isascii() and token.isprintable()):
             raise NemoLfrError("the access token is not printable ASCII; pass the value that the server requires.")
-        for name, value in (("timeout", self.timeout), ("retry_s", self.retry_s)):
-            if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= value <= MAX_SECONDS:
-                raise NemoLfrError(f"{name} is {shorten(repr(value))}; pass from 0 to {MAX_SECONDS} seconds.")
-        if not self.timeout:
-            raise NemoLfrError("timeout is 0; pass a positive number of seconds.")
+        for name, value, low in (("timeout", self.timeout, "more than 0"), ("retry_s", self.retry_s, "at least 0")):
+            is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+            if not is_number or not 0 <= value <= MAX_SECONDS or (name == "timeout" and not value):
+                raise NemoLfrError(
+                    f"{name} is {shorten(repr(value))}; pass a number of seconds, {low} and at most {MAX_SECONDS}."
+                )
 
     @property
     def headers(self) -> dict[str, str]:

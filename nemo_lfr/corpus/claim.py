@@ -56,8 +56,8 @@ def check_claim(state: Path, text: str) -> None:
     """
     if text and not holds_claim(state, text):
         raise NemoLfrError(
-            f"{state.parent}: this folder was removed or replaced during the run; stop any other run that writes to "
-            "this folder, or choose another --out, and start this run again."
+            f"{state.parent}: this folder was removed or replaced during the run; start the run again, and choose "
+            "another --out if another run writes to this folder."
         )
 
 

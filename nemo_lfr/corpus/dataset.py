@@ -171,7 +171,7 @@ class TokenDataset(IterableDataset[TokenizedUtterance]):
             if self._given is not None and place[1] > 1 and splitter.num_processes > 1:
                 raise NemoLfrError(
                     f"Accelerate would split the utterances of rank {place[0]} of {place[1]} again, among "
-                    f"{splitter.num_processes} processes, so some utterances are never read; pass rank=0 and "
+                    f"{splitter.num_processes} processes, and some utterances would never be read; pass rank=0 and "
                     "world_size=1 to TokenDataset."
                 )
             return 0, 1

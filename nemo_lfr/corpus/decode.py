@@ -111,16 +111,15 @@ def _check_existing(path: Path, sample_rate: int, num_samples: int) -> None:
         with open(path, "rb") as file:  # `info` may refuse a path that is not UTF-8
             found = soundfile.info(file)
     except soundfile.SoundFileError:
-        what = "not an audio file"
+        problem = "is not an audio file"
     except OSError as error:
-        what = f"it cannot be read: {error.strerror}"
+        problem = f"cannot be read ({error.strerror})"
     else:
         if (found.frames, found.samplerate) == (num_samples, sample_rate):
             return
-        what = f"{found.frames} samples at {found.samplerate} Hz, not {num_samples} samples at {sample_rate} Hz"
+        problem = f"has {found.frames} samples at {found.samplerate} Hz instead of {num_samples} at {sample_rate} Hz"
     raise OutputExistsError(
-        f"{path}: this file exists, but is not the audio of these tokens ({what}); choose another --out, or pass "
-        "--overwrite."
+        f"{path}: this file exists, but {problem}; choose another --out, or pass --overwrite (overwrite=True)."
     )
 
 

@@ -15,7 +15,8 @@ from pathlib import Path
 from nemo_lfr.errors import NemoLfrError, shorten
 
 REMEDY = (
-    'put the program into a file, with its calls under `if __name__ == "__main__":`, or use one worker (workers=1)'
+    'put the program into a file, with its calls under `if __name__ == "__main__":`, or use one worker (workers=1 or '
+    "jobs=1)"
 )
 
 

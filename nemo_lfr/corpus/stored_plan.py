@@ -102,13 +102,13 @@ def _check_audio(stored: dict[str, Any], folder: str | None, config: TokenizeCon
     different = [file for key, (file, file_hash) in sample.items() if file_hash != hashes[key]]
     if different and len(different) == len(sample):
         raise NemoLfrError(
-            f"{config.out}: the folder contains the tokens of another run: this run was started with audio in "
-            f"{earlier}, which no longer exists, and {different[0]} differs from the file there; choose another --out."
+            f"{config.out}: the folder contains the tokens of other audio. That audio was in {earlier}, which no "
+            f"longer exists, and {different[0]} differs from the file that was there; choose another --out."
         )
     if different:  # files may have been repaired after the first run
         logger.warning(
-            "%s: the corpus was moved from %s, which no longer exists, and %d of %d compared files differ from those "
-            "there (%s). If this is other audio with the same file names, stop, and choose another --out.",
+            "%s: the corpus was moved from %s, which no longer exists, and %d of %d compared files differ from the "
+            "earlier ones (%s). If this is other audio with the same file names, stop, and choose another --out.",
             config.out, earlier, len(different), len(sample), ", ".join(map(str, different[:NAMED])),
         )  # fmt: skip
     if not sample:
@@ -170,10 +170,11 @@ def _difference(key: str, stored: Any, expected: Any, stored_source: Any, source
     if key == "corpus" and stored_source == source:
         return f"the corpus {source} was changed after the run was started"
     if key in ("corpus", "codec"):
-        moved = f": it was {stored_source}, but is now {source}" if key == "corpus" and stored_source else ""
-        return f"the {key} is another one or was changed{moved}"
+        if key == "corpus" and stored_source:
+            return f"the corpus was {stored_source}, but is now {source}"
+        return f"the {key} differs"
     if key == "audio_dir":
-        names = ["not used" if folder is None else folder for folder in (stored, expected)]
+        names = ["none" if folder is None else folder for folder in (stored, expected)]
         return f"the folder that relative paths start from was {names[0]}, but is now {names[1]}"
     option = {"kind": "--format", "entropy model": "the entropy model"}.get(key, f"--{key.replace('_', '-')}")
     return f"{option} was {stored!r}, but is now {expected!r}"

@@ -49,8 +49,8 @@ class WorkerFailures:
                 ) from error
         if self.since_record > MAX_DEATHS:
             raise NemoLfrError(
-                f"workers died {self.since_record} times and finished no shard ({first_line(error)}); the machine may "
-                "not have enough memory: use fewer --workers."
+                f"workers died {self.since_record} times, and no shard was finished in between ({first_line(error)}); "
+                "the machine may not have enough memory: use fewer --workers."
             ) from error
 
 

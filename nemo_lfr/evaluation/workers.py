@@ -199,7 +199,7 @@ def _check_functions(table: Mapping[str, Metric]) -> None:
         except Exception as error:  # pickle raises errors of several classes
             raise NemoLfrError(
                 f"metric {name!r} cannot be sent to worker processes ({shorten(error, 200)}); define the function at "
-                "the top level of a module, or use --workers 1."
+                "the top level of a module, or use --workers 1 (jobs=1)."
             ) from error
 
 

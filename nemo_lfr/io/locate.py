@@ -256,7 +256,7 @@ def only_snapshot(folder: Path) -> Path:
             "repository."
         )
     logger.warning(
-        "%s: the Hub's cache does not say which snapshot is the main branch; the only one is used, %s.",
+        "%s: the Hub's cache does not say which snapshot is the main branch; using the only snapshot, %s.",
         folder,
         snapshots[0],
     )
@@ -304,7 +304,8 @@ def _in_folder(folder: Path) -> Path:
         )
     if any(name.endswith(".onnx") for name in names):
         raise CheckpointError(
-            f"{folder}: the folder has ONNX files, but no checkpoint; pass the checkpoint that was exported."
+            f"{folder}: the folder has ONNX files, but no checkpoint; pass the checkpoint from which they were "
+            "exported."
         )
     pairs = ", nor ".join(f"{config} and {weights}" for config, weights in FOLDERS)
     raise CheckpointError(

@@ -92,7 +92,7 @@ def network_field(network: Any) -> Field:
     except AttributeError as error:  # in a property of a module, this error would name the property instead
         raise ConfigError(
             f"a layer of the {type(network).__name__} was replaced by a module that lacks its attributes ({error}); "
-            "use a subclass of the layer's class, or replace the convolution inside of the layer."
+            "use a subclass of the layer's class, or replace the convolution inside the layer."
         ) from error
     return field
 

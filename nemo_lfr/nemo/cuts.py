@@ -192,7 +192,7 @@ def cut_loader(
         raise ConfigError("dataloader_params: batch_size must be set.")
     for key in ("truncate_duration", "min_duration") if not validation else ():
         if given.get(key) not in (None, -1):
-            raise ConfigError(f"dataloader_params: {key} is determined by dataset_args.segment_duration; remove it.")
+            raise ConfigError(f"dataloader_params: remove {key}, because dataset_args.segment_duration determines it.")
     try:
         dataset = CutDataset(sample_rate, **arguments)
     except TypeError as error:

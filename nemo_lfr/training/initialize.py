@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import IterableDataset
 
 from nemo_lfr.checkpoint.names import GAIN
-from nemo_lfr.errors import ConfigError
+from nemo_lfr.errors import ConfigError, shorten
 from nemo_lfr.modules.conv import Conv1d, ConvTranspose1d
 from nemo_lfr.modules.decoder import HiFiGANDecoder
 from nemo_lfr.modules.encoder import HiFiGANEncoder
@@ -42,9 +42,12 @@ def draw_segments(loader: Any, num_segments: int, samples_per_frame: int, min_fr
     audio: list[torch.Tensor] = []
     for drawn in batches:
         if not isinstance(drawn, Mapping) or not isinstance(drawn.get("audio"), torch.Tensor):
+            described = f"a {type(drawn).__name__}"
+            if isinstance(drawn, Mapping):
+                described += f" with the keys {shorten(list(drawn))}"
             raise ConfigError(
-                f"initialize_from_data needs batches with the key 'audio', but the loader returns a "
-                f"{type(drawn).__name__}; set model.initialize_from_data=false."
+                f"initialize_from_data needs batches with a tensor 'audio', but the loader returns {described}; "
+                "set model.initialize_from_data=false."
             )
         audio += [*drawn["audio"]]
         if len(audio) >= num_segments:

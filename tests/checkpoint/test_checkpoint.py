@@ -783,7 +783,7 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
             ("vector_quantizer__num_levels_per_group", [0, 7, 6, 6], "num_levels_per_group"),
             ("vector_quantizer__num_levels_per_group", [9999, 9999, 9999, 9999], "vector_quantizer"),
             ("vector_quantizer__eps", 7, "eps"),
-            ("vector_quantizer__eps", 1.0, "eps is 1; numbers of at least 0 and less than 1 are"),
+            ("vector_quantizer__eps", 1.0, "eps is 1.0; numbers of at least 0 and less than 1 are"),
             ("audio_encoder__causal", True, "causal is not an argument of HiFiGANEncoder; remove it"),
             ("audio_decoder__causal", False, "causal is not an argument of HiFiGANDecoder"),
             ("audio_encoder__weight_norm", False, "weight_norm is not an argument of HiFiGANEncoder"),

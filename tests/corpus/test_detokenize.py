@@ -510,7 +510,8 @@ def test_an_existing_file_that_is_not_the_audio_of_the_tokens_is_a_failure(kind,
         soundfile.write(path, audio[: -1 if kind == "other length" else None], rate - 50 * (kind == "other rate"))
     before = path.read_bytes()
     code, lines = run(whole["shar"], out, model, capsys)
-    assert code == 1 and "clip0.wav: this file exists, but is not the audio of these tokens" in lines[0]
+    problem = "is not an audio file" if kind == "text" else "has "
+    assert code == 1 and f"clip0.wav: this file exists, but {problem}" in lines[0]
     assert path.read_bytes() == before
     assert run(whole["shar"], out, model, capsys, "--overwrite")[0] == 0
 

@@ -124,7 +124,7 @@ def test_an_equal_list_in_another_folder_is_not_resumed(kind, model, tmp_path, m
     assert run("clean")["clips"] == 3
     (tmp_path / "clean").rename(tmp_path / "kept")
     with pytest.raises(
-        NemoLfrError, match=r"started with audio in .*clean.*, which no longer exists, and .*\.wav differs"
+        NemoLfrError, match=r"That audio was in .*clean.*, which no longer exists, and .*\.wav differs"
     ):
         run("noisy")
     (tmp_path / "noisy").rename(tmp_path / "removed")

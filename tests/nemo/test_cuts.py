@@ -197,7 +197,7 @@ def test_training_draws_segments_without_end(shar, convert):
         ({"dataset_args": {"segment_duration": 1, "color": "red"}}, "color"),
         ({"dataloader_params": {"batch_sise": 3}}, "batch_sise"),
         ({"dataloader_params": {"batch_size": None}}, "batch_size must be set"),
-        ({"dataloader_params": {"truncate_duration": 1}}, "truncate_duration is determined by"),
+        ({"dataloader_params": {"truncate_duration": 1}}, "remove truncate_duration, because"),
     ],
 )
 def test_a_wrong_section_is_refused_by_key(shar, change, match):

@@ -42,7 +42,9 @@ class Squim(ModelMetric):
 
         path = Path(torch.hub.get_dir(), "torchaudio", "models", WEIGHTS)  # where `get_model` downloads it to
         if not path.is_file():
-            raise FileNotFoundError(f"{path} is missing; download it with SQUIM_SUBJECTIVE.get_model()")
+            raise FileNotFoundError(
+                f"{path} is missing; download it with torchaudio.pipelines.SQUIM_SUBJECTIVE.get_model()"
+            )
         self.model, self.device = SQUIM_SUBJECTIVE.get_model().eval().to(device), device
 
     def measure(self, original: Signal, output: Signal, labels: Mapping[str, Any]) -> dict[str, Value]:
