@@ -234,7 +234,9 @@ def _open_file(path: Path) -> SafeTensors:
             state = file_state(file.fileno())
             return SafeTensors(path, FileSource(path, file, 0, state[0], state))
     except OSError as error:
-        raise CheckpointError(f"{path}: the file cannot be opened ({error.strerror}); check the path.") from error
+        raise CheckpointError(
+            f"{path}: the file cannot be opened ({error.strerror}); check the path and its permissions."
+        ) from error
 
 
 def write_tensors(

@@ -213,7 +213,7 @@ def _read_recordings(
 
     if preset:
         if not source.is_dir():
-            raise NemoLfrError(f"{source}: no such folder; with --preset, pass the folder of the unpacked archives.")
+            raise NemoLfrError(f"{source}: not a folder; with --preset, pass the folder of the unpacked archives.")
         recordings = PRESETS[preset].recordings(source, seed)
         look = {"title": f"Speech codecs on {preset}", "card": PRESETS[preset].card}
         note(f"{preset}: {PRESETS[preset].selection}")

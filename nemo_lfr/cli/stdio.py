@@ -34,11 +34,12 @@ def check_pipe(inputs: Sequence[str], out: Path | None) -> None:
         raise NemoLfrError("'': no such file or folder.")
     if out is not None or len(inputs) > 2 or inputs[-1] != "-":
         raise NemoLfrError(f"{' '.join(inputs)}: for pipes, pass `-`, `- -` or `FILE -`, without --out.")
-    if sys.stdout is None or (inputs[0] == "-" and sys.stdin is None):
-        raise NemoLfrError("-: stdin or stdout is closed; connect it to a pipe or a file.")
-    if sys.stdout.isatty() or (inputs[0] == "-" and sys.stdin.isatty()):
-        raise NemoLfrError("-: stdin or stdout is a terminal; connect both to a pipe or a file.")
-    for stream in (sys.stdin, sys.stdout) if inputs[0] == "-" else (sys.stdout,):
+    streams = {"stdin": sys.stdin, "stdout": sys.stdout} if inputs[0] == "-" else {"stdout": sys.stdout}
+    for name, stream in streams.items():
+        if stream is None or stream.isatty():
+            problem = "is closed" if stream is None else "is a terminal"
+            raise NemoLfrError(f"-: {name} {problem}; connect it to a pipe or a file.")
+    for stream in streams.values():
         # Streams without a descriptor, and Windows before Python 3.12.
         with suppress(OSError, ValueError, AttributeError):
             os.set_blocking(stream.fileno(), True)

@@ -228,7 +228,11 @@ def _read_plan(path: Path, config: TokenizeConfig) -> dict[str, Any]:
             raise TypeError("expected a JSON object with a list of shards")
         if stored.get("parts_digest") != _shards_digest(shards):
             raise ValueError("the list of shards was changed after it was written")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except OSError as error:
+        raise NemoLfrError(
+            f"{path}: the file cannot be read ({error.strerror}), so the run cannot be resumed; check its permissions."
+        ) from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise NemoLfrError(
             f"{path}: the file is damaged ({shorten(error, 200)}), so the run cannot be resumed; remove {config.out}, "
             "or choose another --out."

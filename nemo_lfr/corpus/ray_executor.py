@@ -13,7 +13,7 @@ from nemo_lfr.corpus.records import ShardRecord
 from nemo_lfr.corpus.shard import QUEUED, Task, Worker
 from nemo_lfr.corpus.sources.base import ShardSpec
 from nemo_lfr.corpus.worker_failures import WorkerFailures, last_line
-from nemo_lfr.errors import NemoLfrError, first_line
+from nemo_lfr.errors import NemoLfrError, counted, first_line
 from nemo_lfr.io.shortage import require
 
 logger = logging.getLogger(__name__)
@@ -201,7 +201,7 @@ def _room(ray: Any, cores: int, gpu: bool, address: str) -> int:
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     room = sum(int(min(node.get("CPU", 0) // cores, node.get("GPU", 0) if gpu else math.inf)) for node in nodes)
     if not room:
-        needed = f"{cores} cores" + (" and a GPU" if gpu else "")
+        needed = counted(cores, "core") + (" and a GPU" if gpu else "")
         if address == "local":
             less = "--device cpu, or fewer --threads" if gpu else "fewer --threads"
             raise NemoLfrError(f"--ray: this machine does not have the {needed} that a worker needs; use {less}.")
@@ -225,8 +225,10 @@ def _connect(ray: Any, address: str) -> str:
         else:
             ray.init(address, logging_level="error", log_to_driver=False)
     except Exception as error:  # each Ray transport raises its own exceptions
-        problem = "Ray cannot be started on this machine" if address == "local" else "no Ray cluster is reachable"
-        raise NemoLfrError(
-            f"--ray {requested}: {problem} ({first_line(error)}); start Ray, or pass the address of a cluster."
-        ) from error
+        problem, remedy = (
+            ("Ray cannot be started on this machine", "pass the address of a cluster, or remove --ray")
+            if address == "local"
+            else ("no Ray cluster is reachable", "start Ray, or pass the address of a cluster")
+        )
+        raise NemoLfrError(f"--ray {requested}: {problem} ({first_line(error)}); {remedy}.") from error
     return address

@@ -107,7 +107,9 @@ def _stored_claims(path: Path) -> dict[str, object]:
             stored = json.load(file)
         if not isinstance(stored, dict):
             raise ValueError("expected a JSON object")
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise NemoLfrError(f"{path}: the file cannot be read ({error.strerror}); check its permissions.") from error
+    except (ValueError, RecursionError) as error:
         raise NemoLfrError(f"{path}: the file is damaged ({shorten(error, 200)}); choose another --out.") from error
     return stored
 

@@ -196,7 +196,7 @@ def cut_loader(
     try:
         dataset = CutDataset(sample_rate, **arguments)
     except TypeError as error:
-        raise ConfigError(f"dataset_args: {error}") from error
+        raise ConfigError(f"dataset_args: {error}; correct the arguments in the config.") from error
     if dataset.segment is None and not validation:
         raise ConfigError("dataset_args: segment_duration must be set for training.")
     loader = make_structured_with_schema_warnings(given)

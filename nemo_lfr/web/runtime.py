@@ -65,7 +65,9 @@ def read_runtime(source: str | os.PathLike[str]) -> dict[str, bytes]:
             read = _member_reader(archive)
             return {name: _checked(source, name, read(f"package/dist/{name}")) for name in SHA512}
     except (tarfile.TarError, EOFError, OSError) as error:
-        raise NemoLfrError(f"{source}: not an archive of npm pack ({shorten(error)}); {_HINT}.") from error
+        raise NemoLfrError(
+            f"{source}: cannot be read as an archive of npm pack ({shorten(error)}); {_HINT}."
+        ) from error
 
 
 def _read_file(path: Path) -> bytes | None:

@@ -58,7 +58,7 @@ BAD_PACKAGES = {
         "no dist/ort.wasm.min.mjs in this package",
     ),
     "an empty archive": (lambda root: archive(root / "p.tgz"), "no dist/ort.wasm.min.mjs in this package"),
-    "no archive": (lambda root: text(root / "p.tgz"), "not an archive of npm pack"),
+    "no archive": (lambda root: text(root / "p.tgz"), "cannot be read as an archive of npm pack"),
 }
 
 
