@@ -59,7 +59,7 @@ def shortage_of(error: BaseException) -> str | None:
     reason = f" ({shorten(text, 120)})" if text else ""
     is_memory_message = isinstance(error, RuntimeError | ImportError) and any(phrase in text for phrase in NO_MEMORY)
     if isinstance(error, MemoryError) or is_memory_message:
-        return f"not enough memory{reason}; use a smaller --batch-size or fewer --workers."
+        return f"not enough memory{reason}; free memory, or reduce --batch-size or --workers if the command has them."
     if isinstance(error, RuntimeError) and any(phrase in text for phrase in NO_THREAD):
         return f"no more threads can be started{reason}; raise the limit `ulimit -u`, or end other processes."
     return None
