@@ -521,8 +521,8 @@ def test_json_has_names_that_are_not_utf_8(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("line", "code", "text"),
     [
-        ("encode - - <&-", 2, "stdin or stdout is closed"),
-        ("decode {folder}/a.lfr - >&-", 2, "stdin or stdout is closed"),
+        ("encode - - <&-", 2, "-: stdin is closed"),
+        ("decode {folder}/a.lfr - >&-", 2, "-: stdout is closed"),
         ("info {folder}/a.wav --json >&-", 1, "stdout is closed, so the result was not printed"),
         ("info {folder}/a.wav >&-", 1, "stdout is closed, so the result was not printed"),
         ("encode {folder}/a.wav --out {folder}/y >&-", 1, "stdout is closed, so the result was not printed"),

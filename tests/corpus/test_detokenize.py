@@ -539,7 +539,7 @@ def test_an_existing_file_that_cannot_be_read_is_a_failure(whole, model, tmp_pat
     list(decode_folder(whole["lfr"], tmp_path, "wav", model=str(model), device="cpu"))
     monkeypatch.setattr(soundfile, "info", _denied)
     found = list(decode_folder(whole["lfr"], tmp_path, "wav", model=str(model), device="cpu"))
-    assert found and all("it cannot be read: Permission denied" in str(error) for error in found)
+    assert found and all("exists, but cannot be read (Permission denied)" in str(error) for error in found)
 
 
 def _denied(file: object) -> None:

@@ -266,7 +266,7 @@ def test_a_requested_model_that_cannot_be_loaded_gives_exit_code_1(capsys, corpu
     [
         (["{corpus}/none.json"], "none.json: no such file"),
         (["{corpus}"], "is a folder, not a manifest; write a manifest with: nemo-lfr prepare folder"),
-        (["{corpus}/manifest.json", "--preset", "card-mls"], "no such folder"),
+        (["{corpus}/manifest.json", "--preset", "card-mls"], "manifest.json: not a folder; with --preset"),
         (["{corpus}", "--preset", "card-daps"], "unpack daps.tar.gz"),
         (["{corpus}/manifest.json", "--codec", "mp3"], "unknown codec; use one of codec2:BIT"),
         (["{corpus}/manifest.json", "--by", "nope"], "no recording has the key 'nope'; use one of lang, "),
