@@ -214,7 +214,7 @@ def _check_state_dict(state_dict: Any) -> None:
         if not isinstance(value, torch.Tensor) or value.is_meta:
             is_meta = isinstance(value, torch.Tensor)
             fault = "a meta tensor, which has no values" if is_meta else f"not a tensor but {type(value).__name__}"
-            hint = "; pass the value of that key" if key == "state_dict" else ""
+            hint = "; pass the value of the key state_dict" if "state_dict" in state_dict else ""
             raise CheckpointError(f"the value of {shorten(key)} in the state dict is {shorten(fault)}{hint}.")
 
 

@@ -855,7 +855,7 @@ def test_weights_of_a_subclass_with_another_shape_are_refused(nemo_file, tmp_pat
 
 
 STRANGE = {
-    "whole checkpoint": (lambda state: {"state_dict": state, "epoch": 3}, "pass the value of that key"),
+    "whole checkpoint": (lambda state: {"epoch": 3, "state_dict": state}, "int; pass the value of the key state_dict"),
     "number": (
         lambda state: state | {"audio_encoder.epoch": 5},
         "epoch in the state dict is not a tensor but int",
