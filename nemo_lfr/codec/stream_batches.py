@@ -198,12 +198,20 @@ def flush(
             with _naming(stream):
                 ends.append(stream._end(length))
         begun = [number for number, stream in enumerate(streams) if stream._num_in]
-        results = [stream._empty() for stream in streams]
-        if begun:
-            rests = advance([streams[number] for number in begun], [ends[number][0] for number in begun], True)
-            for number, rest in zip(begun, rests, strict=True):
-                results[number] = rest[..., : ends[number][1]]
-        return results
+        rests = _advance_some(streams, begun, [end for end, _ in ends], True, advance)
+        return [rest[..., :remaining] for rest, (_, remaining) in zip(rests, ends, strict=True)]
+
+
+def _advance_some(
+    streams: Sequence[Any], numbers: list[int], inputs: list[torch.Tensor], last: bool, advance: Advance
+) -> list[np.ndarray]:
+    """Process the inputs of the streams with these numbers, and return an empty output for each of the others."""
+    results = [stream._empty() for stream in streams]
+    if numbers:
+        outputs = advance([streams[number] for number in numbers], [inputs[number] for number in numbers], last)
+        for number, output in zip(numbers, outputs, strict=True):
+            results[number] = output
+    return results
 
 
 def _batch(streams: Sequence[Any], kind: type[BaseStream]) -> list[Any]:
@@ -251,7 +259,9 @@ def _push_checked(streams: Sequence[Any], inputs: Sequence[Any], advance: Advanc
         for stream, new in zip(streams, checked, strict=True):
             taken.append(stream._take(new[..., at : at + size]))
             stream._has_more = stream._has_frame(new.shape[-1] - at - size)
-        results.append(advance(streams, taken, False))
+        # Without a complete frame, a stream has nothing to compute, and a check of its network would take too long.
+        ready = [number for number, new in enumerate(taken) if new.shape[-1]]
+        results.append(_advance_some(streams, ready, taken, False, advance))
     return [np.concatenate(pieces, axis=-1) for pieces in zip(*results, strict=True)]
 
 
@@ -279,7 +289,6 @@ def run_step(
         number
         for number, stream in enumerate(streams)
         if not (stream.exact or last or stream._has_more)
-        and inputs[number].numel()
         and stream._num_due() > max(computed[number], stream._num_out)
     ]
     if early:
