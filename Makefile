@@ -43,7 +43,7 @@ lint: $(VENV)/.full
 PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(VENV)/bin/python -m pytest -n 2 --dist worksteal
 
 check: lint
-	$(PYTEST) --hypothesis-profile=dev -m "not slow and not nemo and not network"
+	$(PYTEST) --hypothesis-profile=dev -m "not slow and not nemo"
 
 test: lint
 	$(PYTEST)

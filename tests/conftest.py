@@ -1,12 +1,14 @@
 """Fixtures of all tests; PyTorch runs on one thread."""
 
+import ctypes
 import gc
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,6 +19,8 @@ import torch
 # Tests start many processes that import librosa, and numba's cache breaks if two of them compile into it at the same
 # time. So the tests have a cache of their own, which pytest fills before any worker starts.
 os.environ.setdefault("NUMBA_CACHE_DIR", str(Path(__file__).parent.parent / ".pytest_cache" / "numba"))
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before huggingface_hub is imported
 
 if not torch.cuda.is_available():
     # Set before Triton is imported: without a GPU, its kernels run in its interpreter.
@@ -65,6 +69,26 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 20)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol() -> Generator[None, bool, bool]:
+    """Return the memory of a test with large models to the system.
+
+    Its objects often refer to each other, and collections of old objects are rare.
+    """
+    before = _resident_bytes()
+    result = yield
+    if _resident_bytes() - before > 256 << 20:
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+    return result
+
+
+def _resident_bytes() -> int:
+    """Return the resident memory of this process on Linux, and 0 on other systems."""
+    path = Path("/proc/self/statm")
+    return int(path.read_text().split()[1]) * resource.getpagesize() if path.exists() else 0
 
 
 def pytest_unconfigure() -> None:

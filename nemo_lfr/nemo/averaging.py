@@ -82,16 +82,25 @@ class WeightAveraging(BaseModel):
         """
         if self._average is None:
             return
-        averaged = {id(parameter) for parameter in self._generator.parameters()}
-        for optimizer in self.trainer.optimizers:
-            hooks = optimizer._optimizer_step_post_hooks.values()
-            is_new = self._update_average not in hooks
-            weights = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-            if is_new and not averaged.isdisjoint(weights):
+        for optimizer in self._generator_optimizers():
+            if self._update_average not in optimizer._optimizer_step_post_hooks.values():
                 optimizer.register_step_post_hook(self._update_average)
 
-    def _update_average(self, *_: Any) -> None:
-        if self._average is not None:
+    def _generator_optimizers(self) -> list[torch.optim.Optimizer]:
+        """Return the trainer's optimizers of weights that are averaged."""
+        averaged = {id(parameter) for parameter in self._generator.parameters()}
+        return [
+            optimizer
+            for optimizer in self.trainer.optimizers
+            if any(id(parameter) in averaged for group in optimizer.param_groups for parameter in group["params"])
+        ]
+
+    def _update_average(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        if self._average is None:
+            return
+        optimizers = self._generator_optimizers()
+        # Several optimizers take a step per batch; the average counts them as one.
+        if not optimizers or optimizer is optimizers[-1]:
             self._average.update(self._generator)
 
     def on_validation_epoch_end(self, *args: Any, **kwargs: Any) -> Any:

@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from omegaconf import OmegaConf
@@ -49,17 +49,25 @@ class TrainingSteps(DataLoaders, StockSteps):
     network access. Until then, the model keeps their weights in memory, and saved models contain these weights.
     """
 
-    def setup(self, stage: str | None = None) -> None:
-        """Prepare training, as NeMo does, and add `CodecCallback` to the trainer if it is missing."""
-        super().setup(stage)
-        self._add_callback(stage)
+    @property
+    def trainer(self) -> Any:
+        """Lightning's trainer, or None. Setting it adds `CodecCallback` to the callbacks of the trainer."""
+        return self._trainer
 
-    def _add_callback(self, stage: str | None) -> None:
-        """Add `CodecCallback` and prepare the model, unless the trainer already has this callback."""
-        callbacks = [] if self._trainer is None else self._trainer.callbacks
+    @trainer.setter
+    def trainer(self, trainer: Any) -> None:
+        # Lightning sets this attribute before it loads a checkpoint and before it calls any hook, and no subclass
+        # overrides it.
+        LightningModule.trainer.fset(self, trainer)
+        callbacks = [] if trainer is None else trainer.callbacks
         if not any(isinstance(callback, CodecCallback) for callback in callbacks):
             saving = (index for index, callback in enumerate(callbacks) if isinstance(callback, Checkpoint))
             callbacks.insert(next(saving, len(callbacks)), CodecCallback())
+
+    def setup(self, stage: str | None = None) -> None:
+        """Prepare training, as NeMo does."""
+        super().setup(stage)
+        if self._trainer is None:
             self.prepare(stage or "fit")
 
     def prepare(self, stage: str) -> None:
@@ -116,15 +124,10 @@ class TrainingSteps(DataLoaders, StockSteps):
             self.load_state_dict(self.state_dict() | state)
 
     def configure_optimizers(self) -> Any:
-        """Build the optimizers, and prepare training if no hook has done this before."""
-        self._add_callback("fit")
+        """Build the optimizers. Without a trainer, also prepare training."""
+        if self._trainer is None:
+            self.prepare("fit")
         return super().configure_optimizers()
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Prepare training before a run is resumed, if no hook has done this before."""
-        if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
-            self._add_callback("fit")  # Lightning calls the hooks of callbacks later
-        super().on_load_checkpoint(checkpoint)
 
     @property
     def metrics(self) -> AudioTerms:
@@ -141,7 +144,7 @@ class TrainingSteps(DataLoaders, StockSteps):
         return self._metrics
 
     def configure_callbacks(self) -> list[Callback]:
-        """Return `CodecCallback` and, for training, `RunLock` and NeMo's logging callback.
+        """Return `RunLock` and NeMo's logging callback for training; no callbacks otherwise.
 
         The logging callback also logs spectrograms if `log_config.log_spectrograms` is set in the config. The
         trainer's `validate` and `test` run without the logging callback.
@@ -150,13 +153,13 @@ class TrainingSteps(DataLoaders, StockSteps):
             ConfigError: if the trainer is set to accumulate or clip gradients.
         """
         if self._trainer is not None and self._trainer.state.fn != TrainerFn.FITTING:
-            return [CodecCallback()]
+            return []
         if self._trainer is not None and not self.automatic_optimization:  # a subclass may turn it on
             check_gradients(self._trainer)  # before Lightning, whose own message does not name the model's options
         callbacks: list[Callback] = super().configure_callbacks()
         if callbacks and self.log_config.get("log_spectrograms"):
             callbacks[0].generators.append(SpectrogramGenerator())
-        return [RunLock(), *callbacks, CodecCallback()]
+        return [RunLock(), *callbacks]
 
     def begin_fit(self) -> None:
         """Check that the trainer can train the model, and set the modules of a restored model to training mode.

@@ -191,12 +191,12 @@ CASES: dict[str, dict[str, Any]] = {
         "batch size": 1,
         **FULL_SIZE,
     },
-    FULL + ", smooth activation": {
+    "all layers, smooth activation": {
         "use": [],
         "batch size": 1,
         "steps": 1,
-        "audio_encoder": FULL_SIZE["audio_encoder"] | {"activation": "elu"},
-        "audio_decoder": FULL_SIZE["audio_decoder"] | {"activation": "elu"},
+        "audio_encoder": {"base_channels": 12, "activation": "elu"},
+        "audio_decoder": FULL_SIZE["audio_decoder"] | {"base_channels": 256, "activation": "elu"},
     },
 }  # fmt: skip
 
@@ -758,6 +758,29 @@ def test_the_average_follows_optimizers_that_a_callback_replaces():
     assert model._average.count == 6
 
 
+class TwoOptimizers(AudioCodecModel):
+    """A model with one optimizer for the encoder and one for the decoder."""
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD(part.parameters(), lr=0.01) for part in (self.audio_encoder, self.audio_decoder)]
+
+    def training_step(self, batch, batch_idx):
+        audio, _, audio_gen, _, _ = self.reconstruct(batch)
+        self.manual_backward((audio - audio_gen).square().mean())
+        for optimizer in self.optimizers():
+            optimizer.step()
+        self.weights.append(generator_weights(self).clone())
+
+
+def test_two_optimizers_update_the_average_once_per_batch():
+    model = TwoOptimizers(OmegaConf.create(training_config([], ema_decay=0.99, **TWO_STAGES)))
+    model.weights = [generator_weights(model).clone()]
+    train(model, [batch(frames=1)] * 2)
+    start, first, second = model.weights
+    with model.averaged():
+        torch.testing.assert_close(generator_weights(model), start.lerp(first, 50 / 51).lerp(second, 50 / 52))
+
+
 class OwnDecoderTraining(AudioCodecModel):
     """A model whose decoder a user trains through the public methods, with Lightning's automatic optimization."""
 
@@ -791,7 +814,7 @@ SMALLEST = training_config([STFT | {"resolutions": [[64, 32, 64]]}], **TWO_STAGE
 # Hooks that a subclass overrides without calling those of the base class
 OWN_HOOKS = [
     ["configure_callbacks"],
-    ["configure_callbacks", "setup"],
+    ["configure_callbacks", "setup", "on_load_checkpoint"],
     ["setup", "on_fit_start", "on_fit_end", "on_train_start", "on_validation_start", "on_validation_end",
      "on_validation_epoch_end", "on_save_checkpoint", "on_load_checkpoint"],
 ]  # fmt: skip
@@ -811,6 +834,7 @@ def train_twice(kind: type, folder: Path) -> dict[str, Any]:
         trainer.fit(model, loader, loader, ckpt_path=path)
         trainer.save_checkpoint(folder / f"{epochs}.ckpt")
         model.save_to(folder / f"{epochs}.nemo")
+        result[f"val_loss {epochs}"] = quiet_trainer().validate(model, loader, verbose=False)[0]["val_loss"]
         result |= {f"trained {epochs}": generator_weights(model)} | {
             f"{name} {epochs}": generator_weights(AudioCodecModel.restore_from(folder / f"{epochs}.{name}"))
             for name in ("ckpt", "nemo")
@@ -823,9 +847,9 @@ def test_hooks_of_a_user_do_not_replace_ours(tmp_path):
     expected = train_twice(AudioCodecModel, tmp_path / "reference")
     for trained, average in (("trained 1", "ckpt 1"), ("trained 2", "nemo 2")):
         assert not torch.equal(expected[trained], expected[average])
-    for hooks in OWN_HOOKS:
+    for number, hooks in enumerate(OWN_HOOKS):
         kind = type("OwnHooks", (AudioCodecModel,), {name: lambda self, *args, **kwargs: None for name in hooks})
-        own = train_twice(kind, tmp_path / hooks[-1])
+        own = train_twice(kind, tmp_path / str(number))
         for name, value in expected.items():
             torch.testing.assert_close(own[name], value, msg=f"{name} with own {hooks}")
 
