@@ -171,7 +171,7 @@ def compare_with_peers(codec: Codec, rounds: int) -> None:
 class Convolutions(TorchDispatchMode):
     """Profiler that sums the seconds and multiply-adds of convolutions and matrix products.
 
-    There is one sum for each pair of input and output channels.
+    Convolutions with equal numbers of input channels and of output channels are summed together.
     """
 
     def __init__(self) -> None:

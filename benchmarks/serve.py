@@ -2,9 +2,10 @@
 
     python benchmarks/serve.py [--seconds 20] [--buffer 0.2] [--most 256]
 
-Each stream receives one frame of tokens per 46 ms, as from a language model that produces them in real time. A player
-starts `--buffer` seconds after its first audio; the stream has a gap if audio is missing when the player needs it. For
-each mode the number of streams is doubled, then bisected, until the largest number without any gap is found:
+Each stream receives one frame of tokens per 46 ms, as from a language model that produces them in real time. Its audio
+is played from `--buffer` seconds after the first audio of the stream arrives. The stream has a gap if audio arrives
+later than it should be played. For each mode, the number of streams is doubled, then bisected, to find the largest
+number without any gap. This number is at most `--most`, and about 5 % too low at worst. The modes are:
 
 - server: `nemo-lfr serve`, with this process as the client of all streams.
 - processes: one process per stream, which pushes each frame to a `StreamDecoder`.

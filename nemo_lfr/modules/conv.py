@@ -89,7 +89,7 @@ def _outweighs(weight: torch.Tensor, hidden: torch.Tensor) -> float:
 def convolve_by_product(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, stride: int = 1, dilation: int = 1
 ) -> torch.Tensor:
-    """Convolve as `F.conv1d` does, by one matrix product that copies the signal but not the weights."""
+    """Convolve as `F.conv1d` does, but with one matrix product of the signal's windows and the weights."""
     span = (weight.shape[2] - 1) * dilation + 1
     seen = hidden.transpose(1, 2).unfold(1, span, stride)[..., ::dilation]  # [B, T_out, H_in, K]
     return F.linear(seen.flatten(2), weight.flatten(1), bias).transpose(1, 2)

@@ -23,7 +23,8 @@ class DataLoaders(BaseModel):
         the data loader.
 
         Raises:
-            ConfigError: if the section is invalid, or has another sample rate than the codec.
+            ConfigError: if the section is invalid. Also if its `sample_rate` is not the codec's and it has no
+                `resample_rate`.
         """
         rate = (cfg.get("dataset") or {}).get("sample_rate")
         if rate not in (None, self.sample_rate) and not cfg.dataset.get("resample_rate"):

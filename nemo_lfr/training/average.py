@@ -75,7 +75,7 @@ class Average:
 class WeightRecord:
     """Checksums of parameters, to find out later whether the parameters changed.
 
-    Weights that were only moved to another device or converted to another dtype do not count as changed.
+    Weights that were only moved to another device, or converted to fp16 or bf16, do not count as changed.
 
     Args:
         *modules: modules with the parameters.

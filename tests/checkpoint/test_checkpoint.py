@@ -913,10 +913,10 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
         "directory is larger",
     ),
     "compressed records": (lambda: with_weights(rezipped(compressed_records)), "compressed"),
-    "two pickles": (lambda: with_weights(rezipped(two_pickles)), "not a single PyTorch archive"),
+    "two pickles": (lambda: with_weights(rezipped(two_pickles)), "not a PyTorch archive with one data.pkl"),
     "records that are not there": (lambda: with_weights(rezipped(no_records)), "is missing"),
     "records that are short": (lambda: with_weights(rezipped(short_records)), "its record contains"),
-    "a record twice": (lambda: with_weights(rezipped(twice)), "not a single PyTorch archive"),
+    "a record twice": (lambda: with_weights(rezipped(twice)), "not a PyTorch archive with one data.pkl"),
 }  # fmt: skip
 
 
