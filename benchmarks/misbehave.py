@@ -190,7 +190,7 @@ async def malformed(target: Target, number: int) -> None:
 
 
 async def too_fast(target: Target, number: int) -> None:
-    """Send half a minute of tokens or a thousand pings at once, read a little, and leave."""
+    """Send 30 s of tokens at once, read at most 80 KiB, and disconnect. Some clients send 1000 pings first."""
     async with connection(target) as peer:
         await peer.open()
         if number % 4 == 0:

@@ -23,7 +23,7 @@ class Copies:
     _recomputed: ClassVar[tuple[str, ...]] = ()  # attributes that are neither pickled nor compared
 
     def __copy__(self) -> "Self":
-        """Return a model that shares the weights of this one. Modules that are replaced in one stay in the other."""
+        """Return a model that shares this model's weights. Replacing a module in one does not change the other."""
         other = type(self).__new__(type(self))
         state = self._to_copy().items()
         vars(other).update({key: copy.copy(value) if isinstance(value, dict | set) else value for key, value in state})

@@ -194,7 +194,11 @@ def decode_tokens(server: Server, tokens: Any, num_samples: int | None, audio_fo
 
 
 def _json(server: Server, path: str, body: bytes | None, max_bytes: int, schema: Mapping[str, Kind]) -> dict[str, Any]:
-    """Send a request, and return the JSON object in the response, which must match a schema."""
+    """Send a request, and return the JSON object in the response.
+
+    Raises:
+        ServerError: if the request fails, or if the response is not a JSON object that matches `schema`.
+    """
     headers = None if body is None else {"Content-Type": "audio/*"}
     content, kind = server.retry(lambda: request(server, path, body, headers, max_bytes=max_bytes))
     values = parse_object(content)

@@ -140,7 +140,7 @@ def _exclusive(streams: Sequence[BaseStream]) -> Iterator[None]:
 
 @contextmanager
 def _naming(stream: BaseStream) -> Iterator[None]:
-    """Begin the message of an error with the name of its stream, if there are several streams."""
+    """Put the name of a stream before the message of an error in this context. A single stream has no name."""
     try:
         yield
     except NemoLfrError as error:

@@ -1,8 +1,8 @@
 """Cut recordings into windows, and stack windows into batches.
 
 The result for a frame depends on a limited number of frames around it, which are its context. A window consists of a
-chunk of consecutive frames and their context, so the results for the chunk equal those for the whole recording. The
-results for the context frames are discarded.
+chunk of consecutive frames and their context. The frames of the chunk therefore get the same results as if the whole
+recording were processed at once. The results for the context frames are discarded.
 """
 
 from collections.abc import Iterable, Iterator, Sequence

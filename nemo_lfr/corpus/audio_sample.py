@@ -19,7 +19,7 @@ WITHOUT_FILE = 16  # maximum number of clips without a file per shard; a table m
 
 
 def sample_audio(corpus: CorpusReader, shards: list[ShardSpec], base: Path | None) -> dict[str, tuple[Path, str]]:
-    """Hash a sample of the audio files whose paths start from the folder `base`.
+    """Hash a sample of a corpus's audio files that are in the folder `base`.
 
     Args:
         corpus: reader of the corpus.

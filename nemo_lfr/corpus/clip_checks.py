@@ -75,8 +75,8 @@ def load_samples(loader: AudioLoader, what: str, sample_rate: int, max_duration:
     Args:
         loader: the audio loader.
         what: subject of the messages, with the origin of the clip.
-        sample_rate: sample rate of the samples, Hz.
-        max_duration: maximum duration, in seconds.
+        sample_rate: sample rate to load the audio at, Hz.
+        max_duration: maximum duration in seconds. The loader raises an error for longer audio.
 
     Returns:
         Samples [T], floating point.

@@ -140,7 +140,7 @@ def _run_codec(
 
 
 def _is_round_trip(entry: Any) -> bool:
-    """Return whether a journal entry has the fields that `_store_round_trip` returns."""
+    """Return whether a journal entry has the sizes and times of a round trip, all of them numbers."""
     keys = ("seconds", "num_bytes", "file_bytes", "encode_seconds", "decode_seconds")
     return isinstance(entry, dict) and all(key in entry and is_number(entry[key]) for key in keys)
 

@@ -172,9 +172,9 @@ def differences(evaluation: Evaluation, keys: Sequence[str]) -> Table | None:
 
     Returns:
         A table, or None if there are fewer than two codecs besides "original". A cell contains the mean difference
-        (first codec minus second codec) over the recordings for which both codecs have a value, or "-" if there are
-        none. If there are several, the confidence interval follows. If this interval excludes zero and the metric has
-        a better direction, a mark (FIRST or SECOND) shows which codec is better.
+        (first codec minus second codec) over the recordings for which both codecs have a value, or "-" if there is no
+        such recording. With two or more recordings, the confidence interval follows. If this interval excludes zero
+        and the metric has a better direction, a mark (FIRST or SECOND) shows which codec is better.
     """
     metrics = all_metrics()
     codecs = [result for result in evaluation.results if result.name not in REFERENCES]

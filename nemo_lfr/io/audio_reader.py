@@ -355,7 +355,7 @@ class AudioReader:
             seconds: number of seconds to decode at a time. If the audio is resampled, the blocks vary in length.
 
         Raises:
-            AudioError: if the audio is damaged or its peak is not valid, or if `problem_at_end` returns a message.
+            AudioError: if the audio is damaged, `check_peak` rejects it, or `problem_at_end` returns a message.
         """
         resampler: Resampler | None = None
         rate = self.sample_rate

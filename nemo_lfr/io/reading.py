@@ -208,7 +208,7 @@ def read_samples(
 
 
 def rounding(duration: float) -> float:
-    """Return by how many seconds a file may differ from its listed duration, which may be rounded."""
+    """Return by how many seconds a file's duration may differ from the listed one, which may be rounded."""
     return max(DURATION_SLACK, 0.02 * duration)
 
 

@@ -60,7 +60,11 @@ def refuse_list(path: Path) -> None:
 
 
 def read_supervisions(recordings: Path) -> dict[str, list[bytes]]:
-    """Return the accompanying supervisions by recording id, as JSON lines to save memory."""
+    """Read the supervisions file that accompanies a file of recordings.
+
+    Returns:
+        Dict from each recording id to its supervisions, as JSON lines to save memory; empty if there is no such file.
+    """
     path = supervisions_beside(recordings)
     found: dict[str, list[bytes]] = {}
     bad = 0

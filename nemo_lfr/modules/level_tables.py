@@ -33,7 +33,7 @@ _COMPARED: WeakKeyDictionary[nn.Module, _Buffers] = WeakKeyDictionary()
 
 @cache
 def level_tables(levels: tuple[int, ...]) -> dict[str, list[int]]:
-    """Return the correct values of a quantizer's buffers by name, one value per dimension."""
+    """Return the correct content of a quantizer's buffers: a dict from buffer name to one value per FSQ dimension."""
     bases = [math.prod(levels[:dim]) for dim in range(len(levels))]
     return {"dim_base_index": bases, "num_levels": list(levels)}
 

@@ -111,7 +111,10 @@ class WeightAveraging(BaseModel):
         return result
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store the average; see `store_average`. Lightning calls no callback for a checkpoint with only weights."""
+        """Add the average to a checkpoint; see `store_average`.
+
+        `CodecCallback` does not suffice: Lightning calls no callback when it saves a checkpoint with only weights.
+        """
         super().on_save_checkpoint(checkpoint)
         self.store_average(checkpoint)
 

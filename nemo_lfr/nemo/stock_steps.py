@@ -159,7 +159,10 @@ class _StockLoss:
         self._is_close = not self._buffers
 
     def equals(self, loss: Any) -> bool:
-        """Return whether a loss has the same layers, settings and buffers, and no patched methods or hooks."""
+        """Return whether a model's loss is equal to the stored one, and has no patched methods or hooks.
+
+        Equal losses have the same layers and settings, and nearly the same buffers.
+        """
         layers = dict(loss.named_modules()) if isinstance(loss, nn.Module) else {}
         if layers.keys() != self._layers.keys() or not all(map(_is_same, layers.values(), self._layers.values())):
             return False

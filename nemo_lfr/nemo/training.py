@@ -95,7 +95,7 @@ class TrainingSteps(DataLoaders, StockSteps):
 
     @property
     def _min_samples(self) -> int:
-        """Length, in samples, of the shortest batch that the losses and any discriminators can use."""
+        """Length, in samples, of the shortest audio that the losses and the discriminators can use."""
         least = self.losses.reconstruction.min_samples
         discriminator = self.discriminator  # a caller may have replaced it with NeMo's
         return max(least, discriminator.min_samples) if isinstance(discriminator, AudioDiscriminator) else least

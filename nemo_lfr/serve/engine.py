@@ -255,7 +255,7 @@ class Engine:
         Without trims, fragmentation lets the memory of a busy server grow. A trim takes about 10 ms.
 
         Returns:
-            The time until the next trim in seconds; None if no memory was freed since the last one.
+            Seconds until the next trim; None if no trim is needed until more memory is freed.
         """
         if not self._untrimmed:
             return None

@@ -118,7 +118,7 @@ class _HeaderLimit(asyncio.Protocol):
         super().on_message_begin()  # type: ignore[misc]
 
     def on_body(self, body: bytes) -> None:
-        """Count bytes from 0 again after each part of the body."""
+        """Reset the count of received bytes after each part of the body."""
         self._num_bytes = 0
         super().on_body(body)  # type: ignore[misc]
 

@@ -82,8 +82,9 @@ def feature_matching(real: FeatureMaps, gen: FeatureMaps) -> torch.Tensor:
 def relative_feature_matching(real: FeatureMaps, gen: FeatureMaps, guard: float = 1e-3) -> torch.Tensor:
     """Compute the relative difference between feature maps of real and generated audio (EnCodec).
 
-    The mean absolute difference over the last dimension is divided by the mean absolute value of the feature map of
-    real audio (arXiv 2210.13438). `guard` is added to the divisor, to avoid a division by zero.
+    In each feature map, the mean absolute difference over the last dimension is divided by `guard` plus the mean
+    absolute value of the feature map of real audio (arXiv 2210.13438). These ratios are averaged over the feature map,
+    then over the layers of each network, then over all networks. `guard` avoids a division by zero.
     """
     return _average(
         [

@@ -51,7 +51,7 @@ class Run:
     Args:
         settings: settings of the run.
         utterances: training speech, with one array of int16 samples [T_audio] per utterance.
-        clips: held-out speech for evaluation, in the same form.
+        clips: held-out speech for evaluation, with one array of int16 samples [T_audio] per clip.
         state: state from which to resume, as returned by `Run.state`; None to start a new run.
 
     Raises:

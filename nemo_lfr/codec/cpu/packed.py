@@ -166,7 +166,10 @@ class PackedWeights:
         return interleave(self._run(layer, padded), stride)
 
     def use_winograd(self, layer: Conv1d, num_frames: int) -> bool:
-        """Return True in fp32, if the layer is wide and has stride 1, and the batch is large."""
+        """Return whether to use Winograd convolution for a layer and a batch of `num_frames` time steps.
+
+        It is used in fp32 for large batches, if the layer is wide and has stride 1 and at least 3 taps.
+        """
         conv = layer.conv
         size = conv.kernel_size[0]
         return (

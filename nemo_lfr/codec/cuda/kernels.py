@@ -230,7 +230,7 @@ def pointwise(
 
 
 def _rows(signal: torch.Tensor) -> torch.Tensor:
-    """Return the signal with contiguous rows; there may be gaps in memory between examples."""
+    """Return a signal [B, T, H] in which each example is contiguous in memory. The signal is copied if necessary."""
     _, _, channels = signal.shape
     return signal if signal.stride()[1:] == (channels, 1) else signal.contiguous()
 

@@ -92,7 +92,7 @@ class Plan:
 
     Args:
         network: encoder or decoder. The weights of its convolutions are copied.
-        precision: precision of all layers except the first and the last one.
+        precision: precision of all layers except the first and the last one, which stay in fp32.
         kernels: the module `nemo_lfr.codec.cuda.kernels`, or None for plain PyTorch.
         autotuner: autotuner that chooses among the candidates for each layer.
     """

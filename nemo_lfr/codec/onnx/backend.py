@@ -64,7 +64,7 @@ class OnnxBackend(NumpyBackend):
         return vars(self) | {"_sessions": {}}
 
     def fingerprints(self) -> tuple[str, ...]:
-        """Return the fingerprints of the exported checkpoint."""
+        """Return the exported checkpoint's fingerprint, then those that older versions computed for it."""
         return self.spec.fingerprint, self._manifest.weights_fingerprint, *self._manifest.older_fingerprints
 
     def load(self, operation: Operation) -> None:

@@ -58,7 +58,10 @@ class Folder(Manifest):
         """Do nothing, since the tables were checked when the list was written."""
 
     def older_shards(self, identity: str, shards: list[ShardSpec], size: int) -> list[ShardSpec] | None:
-        """Return new shards if an older version, which hashed the path of the folder too, made the plan."""
+        """Split the folder into new shards if an older version of this package made the plan; else return None.
+
+        Older versions included the path of the folder in `identity`.
+        """
         listing = hashlib.sha256()
         with open(self.path, "rb") as file:
             for line in file:

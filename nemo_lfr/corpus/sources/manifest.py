@@ -151,7 +151,7 @@ class Manifest(CorpusReader):
         return shards
 
     def _check_segment(self, line: bytes, check: SegmentCheck) -> None:
-        """Let `check` find out whether an entry without `offset` describes a segment in other keys."""
+        """Pass an entry without `offset` to `check`, which detects segments that are described by other keys."""
         try:
             entry = parse_entry(line)
             file = entry["audio_filepath"]

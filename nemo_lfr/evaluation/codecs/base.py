@@ -77,8 +77,7 @@ class ComparedCodec(ABC):
             rate: sample rate of the audio in Hz.
 
         Returns:
-            The reconstruction at the same sample rate and with the same length, the sizes of the encoded data, and the
-            times.
+            The reconstruction, with the sample rate and length of `audio`, and the sizes and times in `RoundTrip`.
         """
 
 

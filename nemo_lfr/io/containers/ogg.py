@@ -124,10 +124,10 @@ def _link(
         start: position of its first page.
         stop: position after its last page.
         problem: error message if the recording is damaged.
-        open_serials: logical streams whose last page is missing.
+        open_serials: serial numbers of the logical streams whose last page is missing.
         tracks: number of audio tracks.
         header: bytes that replace the first page; b"" to keep it.
-        ends: from the serial number of each audio track to the time stamps of its last two pages, in samples.
+        ends: dict from the serial number of each audio track to the time stamps of its last two pages, in samples.
     """
     if open_serials:
         problem = problem or "the audio was truncated: its last page is missing"

@@ -264,9 +264,9 @@ def _no_samples(window: Window, start: int, stop: int, header: WavHeader, spans:
 
 
 def _mpeg_inside(window: Window, spans: list[Span], problem: str | None) -> list[Stream]:
-    """Return the MPEG audio in a WAV file.
+    """Return the MPEG audio in a WAV file, without the WAV header.
 
-    libsndfile would use the length in the WAV header, which is an estimate.
+    With the header, libsndfile would use the length that the header declares, which is only an estimate.
     """
     inner = Stream(spans)
     streams = [

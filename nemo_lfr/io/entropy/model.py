@@ -44,7 +44,7 @@ MAX_LEVELS, MAX_DIGITS, MAX_PAST, MAX_AVERAGES, MAX_HIDDEN, MAX_SHIFT = 64, 512,
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Sizes of an entropy model, and the codec that it was fitted to.
+    """Sizes of an entropy model, and the fingerprint of the codec whose tokens it was fitted to.
 
     Attributes:
         levels: number of levels in each FSQ dimension of a codebook, from 2 to 64.
@@ -151,11 +151,11 @@ class EntropyModel:
 
     Args:
         spec: sizes of the model.
-        weights: tensors by name, as listed by `ModelSpec.tensors`.
+        weights: dict from the name of each tensor to its values. `ModelSpec.tensors` lists the names.
 
     Raises:
-        ValueError: if `spec` is invalid, if a tensor does not have the shape and dtype that `spec` requires, or if a
-            sum could reach 2^24.
+        ValueError: if `spec` is invalid, if a tensor does not have the shape and dtype that `spec` requires, or if the
+            sums in a layer could reach 2^24, so that float32 would not be exact.
         KeyError: if a tensor is missing.
     """
 
