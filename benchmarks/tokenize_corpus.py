@@ -38,7 +38,7 @@ SHARD = 4
 
 
 def write_corpus(root: Path, seconds: list[float]) -> Path:
-    """Write synthetic clips of these durations and their manifest."""
+    """Write one synthetic clip for each duration in `seconds`, and a manifest. Return the path of the manifest."""
     lines = []
     for number, length in enumerate(seconds):
         soundfile.write(root / f"{number}.wav", synthesize(length, seed=number), RATE)

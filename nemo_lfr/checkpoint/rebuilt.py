@@ -162,7 +162,13 @@ def flags_of(model: nn.Module) -> tuple[dict[str, bool], dict[str, bool]]:
 
 
 def restore_flags(model: nn.Module, modes: Mapping[str, bool], gradients: Mapping[str, bool]) -> None:
-    """Set the flags that `flags_of` returned for the original of a rebuilt model."""
+    """Set the flags of a rebuilt model to those of the original model, as `flags_of` returned them.
+
+    Args:
+        model: the rebuilt model. It may have weight norm even if the original model has none.
+        modes: value of `training` for each module, by plain name.
+        gradients: value of `requires_grad` for each tensor, by plain name.
+    """
     for name, module in model.named_modules():
         layer = name.partition(".parametrizations")[0]
         module.training = modes[name] if name in modes else modes.get(layer, modes[""])

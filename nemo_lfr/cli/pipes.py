@@ -46,7 +46,7 @@ def encode_pipe(
 ) -> AudioReader:
     """Encode a recording while it arrives.
 
-    Input that is not audio counts as a usage error, and all later errors as failures of the work.
+    If stdin does not contain audio, this counts as a usage error. All other errors count as failures of the work.
 
     Args:
         codec: codec to use.

@@ -70,7 +70,7 @@ class Decoder(nn.Module):
 
 
 def graphs(backend: TorchBackend) -> tuple[Graph, Graph]:
-    """Return the graphs of the encoder and the decoder."""
+    """Return the encoder and the decoder, each with example inputs and dynamic dimensions for an exporter."""
     batch = torch.export.Dim("batch", min=1)
     spec, encoder, decoder, device = backend.spec, backend.encoder, backend.decoder, backend.device
     frame = spec.samples_per_frame

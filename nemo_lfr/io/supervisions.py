@@ -54,7 +54,7 @@ def check_supervisions(recordings: Path) -> None:
 
 
 def refuse_list(path: Path) -> None:
-    """Raise ConfigError if a file is a JSON list, which Lhotse writes to .json files, instead of JSON lines."""
+    """Raise ConfigError if a file contains a JSON list instead of JSON lines. Lhotse writes lists to .json files."""
     if next(json_lines(path), b"").lstrip().startswith(b"["):
         raise ConfigError(f"{path}: the file is a JSON list; save it as .jsonl or .jsonl.gz with `lhotse copy`.")
 

@@ -63,8 +63,7 @@ def fold(codes: Any, levels: Levels) -> Any:
         Tokens, int64, shape [..., C, T].
 
     Raises:
-        TokensError: if a code is outside the levels of its dimension, or the number of dimensions of `codes` does not
-            fit `levels`.
+        TokensError: if a code is outside the levels of its dimension, or D does not fit `levels`.
     """
     codes = as_integers(codes, "codes")
     if len(codes.shape) < 2:

@@ -119,7 +119,7 @@ class WeightAveraging(BaseModel):
         self.store_average(checkpoint)
 
     def store_average(self, checkpoint: dict[str, Any]) -> None:
-        """Put the averaged weights into the state dict of a checkpoint, and the trained weights beside it.
+        """Put the averaged weights into the state dict of a checkpoint, and the trained weights into another entry.
 
         Only a resumed run reads the trained weights. Inference and fine-tuning use the averaged weights, with which
         `val_loss` was measured.

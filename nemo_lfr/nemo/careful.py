@@ -225,9 +225,9 @@ class CarefulShar(LazySharIterator):
 
     @staticmethod
     def can_replace(item: Any) -> bool:
-        """Return whether all shard files are local.
+        """Return whether all shard files of a Lhotse iterator are local files.
 
-        For other files, such as files in cloud storage, Lhotse's own iterator is kept.
+        If some are not, such as files in cloud storage, Lhotse's iterator is kept.
         """
         return all(Path(path).is_file() for shard in item.shards for path in shard.values())
 

@@ -65,7 +65,7 @@ class TrainingSteps(DataLoaders, StockSteps):
             callbacks.insert(next(saving, len(callbacks)), CodecCallback())
 
     def setup(self, stage: str | None = None) -> None:
-        """Prepare training, as NeMo does."""
+        """Run NeMo's `setup`, and also `prepare` if the model has no trainer."""
         super().setup(stage)
         if self._trainer is None:
             self.prepare(stage or "fit")

@@ -20,7 +20,7 @@ from recipes.bundled_codec.model import SAMPLE_RATE
 
 
 def resolution(window: int, hops_per_window: int = 4) -> tuple[int, int, int]:
-    """Return (n_fft, hop, window) for an STFT, in samples."""
+    """Return (n_fft, hop, window) in samples, for an STFT with n_fft = window."""
     return window, window // hops_per_window, window
 
 
@@ -209,7 +209,15 @@ class PerceptualDistance(nn.Module):
         self.register_buffer("quiet", quiet, persistent=False)
 
     def forward(self, real: Spectra, gen: Spectra) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the symmetric and the asymmetric disturbance as scalars."""
+        """Return the disturbance and the asymmetric disturbance (see the class), averaged over a batch.
+
+        Args:
+            real: recordings [B, T_audio] with cached STFTs.
+            gen: reconstructions [B, T_audio] with cached STFTs.
+
+        Returns:
+            Two scalars.
+        """
         with torch.no_grad():
             powers_real = self._powers(real)
             gain = self._playback_gain(powers_real)
