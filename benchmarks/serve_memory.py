@@ -54,7 +54,7 @@ async def stream(client: AsyncClient, rng: np.random.Generator, closed: Counter[
 
 
 async def keep_busy(url: str, number: int, until: float, closed: Counter[str]) -> None:
-    """Run streams one after the other, with pauses, until a time."""
+    """Run streams one after the other, with pauses, until `time.monotonic()` reaches `until`."""
     rng = np.random.default_rng(number)
     client = AsyncClient(url)
     while time.monotonic() < until:

@@ -102,7 +102,11 @@ def check(codec: Codec, waves: list[np.ndarray], chunkings: int, seed: int) -> s
 
 
 def time_pushes(codec: Codec, wave: np.ndarray, push_ms: int, count: int) -> tuple[list[float], list[float]]:
-    """Return the seconds that `count` encoders, and as many decoders, need for each chunk of `push_ms`."""
+    """Measure the seconds per chunk of `push_ms` for `count` encoders and `count` decoders.
+
+    Returns:
+        For each chunk, the seconds to push it to all encoders; and the seconds to push their tokens to all decoders.
+    """
     size = codec.sample_rate * push_ms // 1000
     encoders = [codec.stream_encoder() for _ in range(count)]
     decoders = [codec.stream_decoder() for _ in range(count)]

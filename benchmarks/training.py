@@ -6,8 +6,8 @@ The benchmark compares time, losses and memory. The model has full size, as in t
 112.7 M parameters, 5 STFT and 5 period discriminators, and WavLM base (random weights) as the SLM discriminator. The
 discriminators are updated every second step, and the optimizer is Adam. Both implementations start from the same
 weights, run in separate processes and alternate, two steps each. The first round is a warm-up whose times are
-discarded but whose losses are compared. The benchmark puts WavLM in evaluation mode in both. Without this, NeMo would
-leave WavLM in training mode, in which it masks its input at random. Times cover the training steps, without the
+discarded but whose losses are compared. The benchmark puts WavLM in evaluation mode for both implementations. NeMo
+would leave it in training mode, in which WavLM masks its input at random. Times cover the training steps, without the
 startup of the trainer and data loading.
 """
 
@@ -79,7 +79,7 @@ class Turns(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, model: pl.LightningModule, outputs: Any, batch: Any, number: int
     ) -> None:
-        """After every `STEPS` steps, report the mean time of a step."""
+        """After every `STEPS` steps, report the mean time of a step. Keep the losses of the first step."""
         if (number + 1) % STEPS == 0:
             if self.device == "cuda":
                 torch.cuda.synchronize()

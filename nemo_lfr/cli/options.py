@@ -26,7 +26,7 @@ class WholeNumber(click.IntRange):
     """Type of an option whose value is an integer below 2^63, which PyTorch and NumPy accept."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Convert the value to an int, and check it."""
+        """Convert the value to an int in the range of this type; refuse 2^63 or more."""
         number = super().convert(value, param, ctx)
         if abs(number) >= 2**63:
             self.fail(f"{shorten(str(value))} is too large; pass a number below 2^63.", param, ctx)
@@ -37,7 +37,7 @@ class Number(click.FloatRange):
     """Type of an option whose value is a float in a range. NaN and infinity are rejected."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Convert the value to a float, and check it."""
+        """Convert the value to a float in the range of this type; refuse NaN and infinity."""
         number = super().convert(value, param, ctx)
         if not math.isfinite(number):
             self.fail(f"{number} is not a valid number.", param, ctx)

@@ -43,9 +43,8 @@ class PluginGroup(Group):
 def _adopted(command: click.Command) -> click.Command:
     """Copy another package's command, and add the options --json, --quiet and --verbose to the copy.
 
-    With --json, text that the command prints on stdout goes to stderr. The JSON output is the dict that the callback
-    returns, or only the list of failures if it returns something else. If the command itself defines one of these
-    options, its own option is kept.
+    With --json, text that the command prints on stdout goes to stderr. The JSON output contains the list of failures
+    and, if the callback returns a dict, the entries of this dict. An option that the command already has is not added.
     """
     adopted = copy.copy(command)
     taken = {name for parameter in command.params for name in parameter.opts}

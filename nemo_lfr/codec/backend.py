@@ -281,7 +281,7 @@ class LatentBackend(Protocol[Array]):
         """
 
     def quantize_latents(self, encoded: Array, num_frames: list[int]) -> Array:
-        """Apply FSQ to vectors [B, D, T]. In the result, the frames after the end of an example are zero."""
+        """Quantize vectors [B, D, T] to codes [B, D, T], which are zero after the end of each example."""
 
 
 @runtime_checkable

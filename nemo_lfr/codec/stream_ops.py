@@ -202,7 +202,7 @@ def _split(slots: tuple[Slot, ...], values: torch.Tensor) -> dict[Hashable, Laye
 
 
 def _merge(layers: dict[Hashable, LayerState], batch: int) -> tuple[tuple[Slot, ...], torch.Tensor]:
-    """Copy the states of all layers to one tensor [B, N], and return its slots and the tensor."""
+    """Copy the states of all layers to one tensor [B, N]; return a `Slot` for each layer, and the tensor."""
     slots = tuple(Slot(key, kept.items.shape[1], kept.items.shape[2], kept.started) for key, kept in layers.items())
     sizes = [slot.num_items * slot.channels for slot in slots]
     first = next(iter(layers.values())).items

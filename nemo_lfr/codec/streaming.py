@@ -24,7 +24,7 @@ from nemo_lfr.modules.finite import dequantize, quantize, to_audio
 
 
 class StreamEncoder(BaseStream):
-    """Streaming encoder of one recording; see `Codec.stream_encoder`, and `BaseStream` for the other arguments."""
+    """Streaming encoder of one recording; see `Codec.stream_encoder`, and `BaseStream` for the arguments."""
 
     def __init__(self, codec: CodecBase[torch.Tensor], modules: StreamModules, lookahead: int | None = None) -> None:
         encoder = modules.encoder
@@ -91,7 +91,7 @@ class StreamEncoder(BaseStream):
 
 
 class StreamDecoder(BaseStream):
-    """Streaming decoder of one recording; see `Codec.stream_decoder`, and `BaseStream` for the other arguments."""
+    """Streaming decoder of one recording; see `Codec.stream_decoder`, and `BaseStream` for the arguments."""
 
     def __init__(
         self,

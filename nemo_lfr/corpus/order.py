@@ -76,10 +76,11 @@ class EpochOrder:
         yield from buffer[skip:]
 
     def _grouped(self, skip: int, size: int) -> Iterator[TokenizedUtterance]:
-        """Fill the buffer repeatedly, sort its utterances by length, and yield them in groups of `size`.
+        """Fill the buffer repeatedly, sort it by length, and yield its utterances.
 
-        The first `skip` utterances are not yielded. With `shuffle`, the order of the groups is random, but the same on
-        every rank, so that all ranks have batches of similar length in the same training step.
+        With `shuffle`, the sorted buffer is divided into groups of `size` utterances, and the groups are shuffled. The
+        order of the groups is the same on every rank, so that all ranks have batches of similar length in the same
+        training step. The first `skip` utterances are not yielded.
         """
         pool_size = max(1, self.buffer_size // size) * size
         number, skip = divmod(skip, pool_size)

@@ -1,6 +1,6 @@
 """Tables for the report of an evaluation.
 
-The tables contain the means of metrics with confidence intervals, cost, compression and codebook use.
+They show means of metrics (with confidence intervals), cost, compression and codebook use.
 """
 
 import itertools

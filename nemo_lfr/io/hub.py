@@ -159,8 +159,8 @@ def files_on_hub(repository: str, revision: str | None = None, token: bool | str
 def _download(repository: str, refresh: bool) -> Path:
     """Return a repository's checkpoint from the Hub's cache, or download it.
 
-    If the Hub cannot be reached, a cached snapshot is used even if its branch is unknown; see `only_snapshot`. With
-    `refresh`, an unreachable Hub is an error.
+    If the Hub cannot be reached, the snapshot in the cache is used even if it may not be from the main branch; see
+    `only_snapshot`. With `refresh`, an unreachable Hub is an error.
     """
     from huggingface_hub import hf_hub_download, snapshot_download
 

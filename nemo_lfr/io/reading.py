@@ -223,7 +223,7 @@ def _read(reader: AudioReader, offset: float | None, duration: float | None, lon
 
 
 def check_end(reader: AudioReader, offset: float, duration: float, name: str) -> None:
-    """Check that an open file is as long as a manifest says.
+    """Check that an open file contains the whole clip that a manifest lists.
 
     Args:
         reader: reader of the file.

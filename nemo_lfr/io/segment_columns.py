@@ -47,7 +47,7 @@ class SegmentCheck:
         self._first = ""  # the warning about the first row that has a start
 
     def add(self, place: str, file: str, values: Mapping[str, Any]) -> None:
-        """Check a row, which is read as a whole file.
+        """Check a row whose audio file is read as a whole.
 
         Args:
             place: location of the row, for messages.

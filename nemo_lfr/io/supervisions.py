@@ -37,7 +37,7 @@ def supervisions_beside(recordings: Path) -> Path | None:
 
 
 def check_supervisions(recordings: Path) -> None:
-    """Log a warning if a file of recordings has no supervisions, and raise an error if they cannot be read.
+    """Warn if a file of recordings has no supervisions; refuse supervisions in a JSON list.
 
     Raises:
         ConfigError: if several files could be the supervisions, or if the file of supervisions is a JSON list.

@@ -155,7 +155,11 @@ def read_table(path: Path) -> Iterator[TableRow]:
 
 
 def _entry(row: TableRow) -> TableRow:
-    """Rename the audio column to `audio_filepath`, and add the standard labels."""
+    """Rename the audio column to `audio_filepath`, add the standard labels, and remove empty cells.
+
+    `offset` and `duration` are removed if the audio column had another name. A row without the path of an audio file
+    gets a `problem`.
+    """
     values = {key: value for key, value in row.values.items() if not is_missing(value) and value != ""}
     column = next((name for name in AUDIO if name in row.values), None)
     if column is None:

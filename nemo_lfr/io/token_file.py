@@ -733,7 +733,10 @@ class TokenReader(_Sections):
         return self._decode(payloads)
 
     def _read_at(self, position: int, size: int) -> bytes:
-        """Read up to `size` bytes without using the file position, which threads and forked processes share."""
+        """Read up to `size` bytes at `position`.
+
+        Several threads or forked processes may call this method at the same time.
+        """
         if hasattr(os, "pread"):
             return os.pread(self._file.fileno(), size, position)
         with self._lock:

@@ -87,7 +87,7 @@ class WeightAveraging(BaseModel):
                 optimizer.register_step_post_hook(self._update_average)
 
     def _generator_optimizers(self) -> list[torch.optim.Optimizer]:
-        """Return the trainer's optimizers of weights that are averaged."""
+        """Return the trainer's optimizers that update at least one averaged weight."""
         averaged = {id(parameter) for parameter in self._generator.parameters()}
         return [
             optimizer

@@ -30,7 +30,7 @@ class CodecCallback(Callback):
             pl_module.begin_training()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Update the average after the steps of the current optimizers."""
+        """Make optimizer steps update the average; see `WeightAveraging.follow_optimizers`."""
         if isinstance(pl_module, WeightAveraging):
             pl_module.follow_optimizers()
 

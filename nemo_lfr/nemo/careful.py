@@ -104,7 +104,9 @@ class CarefulLines(LazyJsonlIterator):
         return (data for _, data in self.numbered())
 
     def numbered(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Yield each line's number, counted from 1, and its JSON object.
+        """Yield the number (from 1) and the content of each line that is a JSON object.
+
+        Other lines are skipped with a warning; see `lose`.
 
         Raises:
             ConfigError: if the file has lines but none of them is a JSON object.

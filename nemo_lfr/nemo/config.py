@@ -242,7 +242,7 @@ def _loaded(file: Any, name: str) -> DictConfig | ListConfig:
 def check_hparams(file: Any) -> None:
     """Check the lengths of OmegaConf interpolations (`${...}`) in the hyperparameter file that Lightning will read.
 
-    Lightning reports a file that cannot be read or parsed.
+    A file that cannot be read or parsed is ignored here, because Lightning reports it.
 
     Args:
         file: local path of a YAML file. Other values are not checked.

@@ -75,8 +75,8 @@ def tidy_experiment(settings: Mapping[str, Any] | None) -> None:
     it does not exist.
 
     Args:
-        settings: settings of `exp_manager`, such as `cfg.exp_manager`. The function does nothing unless
-            `resume_if_exists` is set.
+        settings: settings of `exp_manager`, such as `cfg.exp_manager`. The function does nothing if
+            `resume_if_exists` is not set, or if the folder of the checkpoints is a URL.
 
     Raises:
         ConfigError: if the checkpoint that NeMo would resume from is damaged, or if several files are named

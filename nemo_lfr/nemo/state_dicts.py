@@ -223,7 +223,7 @@ def _is_wavlm(key: str) -> bool:
 
 
 def _stock_names(state: Mapping[str, Any]) -> set[str]:
-    """Return NeMo's names for the directions (weight norm) of the convolutions that have plain weights in `state`."""
+    """Return NeMo's key of the weight-norm direction for each convolution with a plain weight in `state`."""
     stems = [key.removesuffix(".weight") for key in state if key.endswith(".conv.weight")]
     return {stem + DIRECTION for stem in stems if stem.partition(".")[0] in PARTS}
 

@@ -267,9 +267,10 @@ class Engine:
         return None
 
     def _choose(self) -> list[Session]:
-        """Return the streams of the next step: the most urgent one, and others of the same kind (encode or decode).
+        """Return the streams of the next step: the most urgent ones of one kind, within `limits`.
 
-        Background sessions are chosen only if no live stream is ready.
+        The kind (encode or decode) is that of the most urgent stream. Background sessions are chosen only if no live
+        stream is ready.
         """
         ready = sorted((session for session in self._sessions if session._ready()), key=Session._urgency)
         if ready and ready[0]._live:
@@ -355,7 +356,7 @@ def _for_each(function: Callable[..., list[np.ndarray]], streams: list[Any], *ar
 
 
 def _warm_up(stream: StreamEncoder | StreamDecoder) -> None:
-    """Process silence once, so that the first client does not wait for weights to load and kernels to compile."""
+    """Process some zeros, so that the first client does not wait for weights to load and kernels to compile."""
     for num_frames in (stream.delay_frames + 1, 1):
         if isinstance(stream, StreamEncoder):
             stream.push(np.zeros(num_frames * stream.codec.samples_per_frame, np.float32))

@@ -273,7 +273,10 @@ def _open_all(
     check: bool,
     progress: Progress,
 ) -> dict[str, float | Failure]:
-    """Return the duration of each file in seconds, or the record of a failure."""
+    """Return a dict from the path of each usable file to its duration in seconds, or to the record of a failure.
+
+    The durations are also written to `journal`. Durations that an interrupted run wrote there are used again.
+    """
     mine = {"kind": kind, "corpus": str(resolve(corpus)), "check": check}
     with Journal(journal) as log:
         found: dict[str, float | Failure] = {}

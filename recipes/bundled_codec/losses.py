@@ -258,7 +258,7 @@ def _bark(hertz: np.ndarray) -> np.ndarray:
 
 
 def _bad_frames_mean(disturbance: torch.Tensor) -> torch.Tensor:
-    """Return the RMS over the frames of each example, averaged over the batch.
+    """Return the RMS of each example's frames [B, frames], averaged over the batch.
 
     Compared with a mean, the RMS gives more weight to frames with a large disturbance.
     """

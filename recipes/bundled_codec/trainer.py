@@ -93,8 +93,8 @@ class Trainer:
             seed: seed of the batch.
 
         Returns:
-            A dict of tensors: the loss terms, the norm of the gradients, and the tokens [C, B, T_encoded]. The next
-            call may overwrite these tensors.
+            A dict of tensors: the loss terms by name, "gradient_norm", and "tokens" [C, B, T_encoded]. The next call
+            may overwrite these tensors.
         """
         self._batch.copy_(self.segments.batch(len(self._batch), seed))
         self.optimizer.set_rate(lr)

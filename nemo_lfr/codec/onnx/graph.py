@@ -75,7 +75,17 @@ class _Reader:
         self._count = 0
 
     def message(self, checks: dict[int, _Check], name: str, start: int, end: int) -> None:
-        """Check each field of a message with the function that `checks` contains for the number of the field."""
+        """Check the fields of the message at [start, end).
+
+        Args:
+            checks: function that checks a field, for each allowed field number.
+            name: type of the message, such as "ModelProto".
+            start: start of the message in the file.
+            end: end of the message in the file.
+
+        Raises:
+            CheckpointError: if a number is not in `checks`, or a function refuses its field.
+        """
         for field in self.fields(start, end):
             check = checks.get(field.number)
             if check is None:

@@ -90,7 +90,10 @@ class Cuts(CorpusReader):
 
     @property
     def files(self) -> list[Path]:
-        """Return the file and, if it contains recordings, the file of their supervisions in the same folder."""
+        """Return the path of the cuts or recordings.
+
+        If supervisions accompany the recordings, their path follows; see `supervisions_beside`.
+        """
         beside = supervisions_beside(self.path) if kind_of(self.path) == "recordings" else None
         return [self.path] if beside is None else [self.path, beside]
 

@@ -27,7 +27,7 @@ class Folder(Manifest):
     Args:
         path: the manifest.
         audio_dir: folder that relative paths of audio files start from.
-        root: folder that relative paths of unusable entries start from, for messages; None for `audio_dir`.
+        root: folder that messages about unusable entries put before the entry's name; None for `audio_dir`.
     """
 
     base_advice = "pass {} as the corpus"
@@ -55,7 +55,7 @@ class Folder(Manifest):
         return replace(result, origin=place, audio=unreadable(f"{place}: {problem}."), path=None)
 
     def _check_segment(self, line: bytes, check: SegmentCheck) -> None:
-        """Do nothing, since the tables were checked when the list was written."""
+        """Do nothing, because `read_table` has checked the tables in the folder."""
 
     def older_shards(self, identity: str, shards: list[ShardSpec], size: int) -> list[ShardSpec] | None:
         """Split the folder into new shards if an older version of this package made the plan; else return None.

@@ -136,7 +136,10 @@ def damage_after(window: Window, end: int, section: re.Pattern[bytes]) -> str | 
 
 
 def note_after(window: Window, end: int) -> str | None:
-    """Return a warning if bytes other than tags and padding follow the end of the audio; None otherwise."""
+    """Return a warning if other data follows the audio; None otherwise.
+
+    Tags, zeros and fewer than `FEW_BYTES` other bytes are accepted without a warning.
+    """
     start = after_tags(window, end)
     if window.size - start < FEW_BYTES:
         return None

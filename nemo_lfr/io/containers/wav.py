@@ -346,9 +346,9 @@ def _end_of_chunks(window: Window, position: int, order: str) -> int:
 
 
 def _after(window: Window, begin: int, length: int) -> int:
-    """Return the position of the next chunk, after the padding byte of a chunk of odd size.
+    """Return the position after a chunk whose content has `length` bytes and starts at `begin`.
 
-    Some writers omit the padding byte.
+    A padding byte follows content of odd length. Some writers omit it.
     """
     position = begin + length
     padded = position + length % 2

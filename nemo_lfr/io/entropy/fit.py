@@ -163,8 +163,8 @@ def _examples(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the int8 features [N, F] and the int64 FSQ values [N, D] of N frames.
 
-    The examples are all frames of the utterances, in blocks, and the frames of random short excerpts, each of which is
-    a block of its own. Features never depend on frames before the block.
+    Each utterance is split into blocks of `BLOCK_FRAMES` frames. Random excerpts of `START_FRAMES` frames are used as
+    additional blocks. The N frames are those of all blocks. Features never depend on frames before the block.
     """
     features, digits = [], []
     for tokens in utterances:

@@ -30,10 +30,12 @@ class _Chain(torch.autograd.Function):
     ) -> torch.Tensor:
         """Compute the logits [B, D, L].
 
+        The logits of an FSQ dimension depend on `sums` and on the values of the FSQ dimensions before it.
+
         Args:
             ctx: context of autograd.
-            sums: sums of the second layer before the first FSQ dimension, [B, H2].
-            digit: vectors that the levels of each FSQ dimension add to the sums, [D, L, H2].
+            sums: hidden units of the second layer before the activation, without any FSQ dimension, [B, H2].
+            digit: vector to add to `sums` for each level of each FSQ dimension, [D, L, H2].
             output: weights of the output layer, [D, H2, L].
             ones: one-hot encoded FSQ values, [B, D, L].
             rounded: whether to round the hidden units as in the integer model.
@@ -195,7 +197,7 @@ class Network(nn.Module):
         rows = [slice(0, level) for level in spec.digit_levels]
 
         def integers(name: str, dtype: str) -> np.ndarray:
-            """Return a weight as integers, scaled by its power of two."""
+            """Return a weight multiplied by 2 ** scale[name] and rounded to integers."""
             return np.rint(self.weight(name).numpy().astype(np.float64) * 2.0 ** scale[name]).astype(dtype)
 
         def bias(values: torch.Tensor, unit: int, shift: int) -> np.ndarray:
