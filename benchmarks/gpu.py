@@ -138,7 +138,7 @@ class StockOps:
         return masked(result, length * rate), length * rate
 
     def residual(self, layer: ResidualLayer, signal: Masked) -> Masked:
-        """Average the residual branches of a layer."""
+        """Run the branches of a residual layer, and return the mean of their outputs."""
         results = []
         for blocks in layer.branches:
             result = signal

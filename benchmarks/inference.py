@@ -225,7 +225,13 @@ def stages(codec: Codec) -> None:
 
 
 def plot(found: dict[str, dict[str, list[float]]], path: Path, what: str) -> None:
-    """Plot the speedups over NeMo as bars with ranges."""
+    """Plot the median speedup over NeMo as bars, with the range over all rounds.
+
+    Args:
+        found: for each implementation and each case, the speedup in each round.
+        path: image file to write.
+        what: title of the plot.
+    """
     import matplotlib
 
     matplotlib.use("Agg")

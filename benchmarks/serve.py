@@ -48,7 +48,7 @@ class Player:
     arrivals: list[tuple[float, float]] = field(default_factory=list)
 
     def has_gap(self, buffer_s: float) -> bool:
-        """Return whether the player ever waits for audio."""
+        """Return whether a player that starts `buffer_s` seconds after the first piece ever waits for audio."""
         if not self.arrivals:
             return True
         start, played = self.arrivals[0][0] + buffer_s, 0.0

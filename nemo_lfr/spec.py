@@ -92,7 +92,7 @@ class KnownCodec(Protocol):
 
     @property
     def spec(self) -> CodecSpec:
-        """Description of the tokens."""
+        """Description of the tokens: sample rate, frame size, levels and codebooks."""
 
     def made(self, fingerprint: str) -> bool:
         """Return whether tokens with this fingerprint were made by this codec."""

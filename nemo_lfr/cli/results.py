@@ -13,7 +13,7 @@ from nemo_lfr.errors import Failure
 
 
 class Result(TypedDict):
-    """Base class of all outputs, with the key that every output has."""
+    """Base class of all outputs, with the key `failures`, which every output has."""
 
     failures: list[Failure]
 

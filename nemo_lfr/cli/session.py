@@ -53,10 +53,10 @@ class Session:
         """Print on stderr the failures that have not been printed yet.
 
         Args:
-            total: number of inputs, for the last line.
+            total: number of inputs. If it is 2 or more, a last line says how many of the inputs failed.
             shown: maximum number of failures to print.
             see: name of the file that lists all failures; "" for none.
-            failed: number of inputs that failed; None for the number of failures.
+            failed: number of inputs that failed, if one failure may affect several inputs.
         """
         failures = self.failures[self.reported :]
         self.reported = len(self.failures)

@@ -308,7 +308,7 @@ class Conversation(CodecProperties):
 
     @property
     def _num_expected(self) -> int:
-        """Number of frames or samples expected for the input sent so far, not counting any trimming."""
+        """Number of frames (or samples, when decoding) that result from the input sent so far, before trimming."""
         if self.kind == "encode":
             num_samples = self._num_sent
             if self._input_rate not in (None, self.sample_rate):

@@ -26,8 +26,8 @@ _MKLDNN: Any = torch.backends.mkldnn
 class ProcessSetting:
     """Process-wide setting that several threads can change temporarily, in `with setting.at(value)` blocks.
 
-    The first thread that enters such a block saves the caller's value, and the last thread that leaves one restores
-    it. A thread that needs a different value waits until no other thread is in such a block.
+    The first thread that enters such a block saves the old value, and the last thread that leaves such a block
+    restores it. A thread that needs another value than the threads inside such blocks waits until they have left.
 
     Args:
         get: function that returns the current value.

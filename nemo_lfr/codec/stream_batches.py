@@ -101,7 +101,7 @@ class BaseStream:
         raise NotImplementedError
 
     def _end(self, length: Any) -> tuple[torch.Tensor, int]:
-        """Mark the stream as flushed. Return the last input of the network and the number of remaining output items.
+        """Mark the stream as flushed. Return the rest of the network's input, and the number of items still to return.
 
         Args:
             length: length of the recording in samples; None if unknown.

@@ -19,10 +19,11 @@ def as_list(audio: Any) -> Any:
     Any other argument is returned unchanged.
 
     Columns are sequences (the `Column` of `datasets`), arrays of objects or of paths (a `Series` of pandas or polars),
-    and Arrow arrays. An Arrow column of numbers is one clip, and becomes a numpy array of the same type.
+    and Arrow arrays. An Arrow column of numbers is one clip, and becomes a numpy array of the same type. An Arrow
+    table becomes a list with a dict for each row. Arrow values in a list are converted as by `from_arrow`.
 
     Raises:
-        AudioError: for a data frame with columns other than numbers, because any of them could contain the audio.
+        AudioError: for a data frame, unless all of its columns contain numbers. Pass one of its columns instead.
     """
     if isinstance(audio, list | tuple):
         return [from_arrow(clip) for clip in audio] if audio and _is_arrow(audio[0]) else audio

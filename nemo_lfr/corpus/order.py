@@ -111,7 +111,10 @@ class EpochOrder:
         return [found[position] for position in positions]
 
     def _spans(self, positions: range) -> Iterator[tuple[int, int, int]]:
-        """Split a range of positions at the ends of shards, and yield (shard, start, stop) for each piece."""
+        """Split a range of positions at the ends of shards, and yield (shard, start, stop) for each piece.
+
+        Unlike `positions`, `start` and `stop` are counted from the start of the shard.
+        """
         start, stop = positions.start, positions.stop
         ends = np.cumsum([self.tokens.counts[shard] for shard in self.shards])
         while start < stop:

@@ -125,6 +125,11 @@ def tokenize_shard(
 def _kept(out: Path, earlier: ShardRecord, lost: list[dict[str, str]]) -> ShardRecord:
     """Return the record of an earlier run, and log why its tokens are kept.
 
+    Args:
+        out: the output folder.
+        earlier: record of the earlier run.
+        lost: failures of clips that the earlier run tokenized.
+
     Raises:
         NemoLfrError: if files of the shard are damaged.
     """

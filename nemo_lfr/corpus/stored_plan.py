@@ -181,12 +181,15 @@ def _difference(key: str, stored: Any, expected: Any, stored_source: Any, source
 
 
 def _older_fingerprint(stored: Any, spec: dict[str, Any], made: Callable[[str], bool]) -> str | None:
-    """Return the stored fingerprint if an older version of this package computed it.
+    """Return the fingerprint in a stored plan if an older version of this package computed it for the current codec.
 
-    The result is None if the fingerprints are equal, if the stored one is that of another codec, or if the
-    descriptions differ in anything else.
+    The result is None if the fingerprint is current or belongs to another codec, or if `stored` and `spec` differ in
+    anything except the fingerprint.
 
-    See `load_or_create_plan` for `made`.
+    Args:
+        stored: value of the key "codec" in the stored plan.
+        spec: the current codec, in the same form.
+        made: see `load_or_create_plan`.
     """
     if not isinstance(stored, dict) or stored == spec or stored | {"fingerprint": spec["fingerprint"]} != spec:
         return None

@@ -109,7 +109,13 @@ def _color(index: int) -> str:
 
 
 def _rate_plot(name: str, rates: Mapping[int, float], means: Mapping[int, tables.Mean]) -> str:
-    """Draw the mean and confidence interval of each codec against the bit rate, on a logarithmic axis."""
+    """Draw a metric against the bit rate, which has a logarithmic axis, and return the SVG.
+
+    Args:
+        name: name of the metric.
+        rates: bit rate in kbit/s by index of the codec.
+        means: mean of the metric and its confidence interval by index of the codec.
+    """
     top, height = 8, 190
     bottom = height - 34
     low, high = _padded(min(mean.low for mean in means.values()), max(mean.high for mean in means.values()))

@@ -34,7 +34,7 @@ def start_column(columns: Iterable[str]) -> str | None:
     """Return the first column that may contain the start of a segment; None if there is none.
 
     Args:
-        columns: names of the columns, without `offset` if the caller reads it as the start of a segment.
+        columns: names of the columns. A caller that reads the column `offset` leaves out this name.
     """
     return next((name for name in columns if isinstance(name, str) and _START.fullmatch(name)), None)
 

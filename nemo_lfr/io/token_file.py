@@ -504,9 +504,11 @@ class _Sections:
         return model
 
     def _read_size(self, count: int) -> tuple[int, bytes]:
-        """Return the length of a block's payload in bytes, and the bytes of the file that store this length.
+        """Read the length of the payload of a block with `count` frames.
 
-        An uncompressed file stores no length; the second value is then empty.
+        Returns:
+            The length in bytes, and the 4 bytes of the file that contain it. In an uncompressed file, the length
+            follows from `count`, and the second value is empty.
         """
         if self.coding == CODING:
             return count * self._bytes_per_frame, b""

@@ -145,9 +145,14 @@ def is_altered(network: nn.Module) -> bool:
 
 
 def _is_expected(module: nn.Module, name: str, child: nn.Module) -> bool:
-    """Return False if fast inference would ignore changes to a child module.
+    """Return whether a child module has no changes that fast inference would ignore.
 
     Fast inference uses the weights of a convolution, for example, but does not call its `forward`.
+
+    Args:
+        module: the parent module.
+        name: attribute of the parent that contains the child.
+        child: the child module.
     """
     if name == "conv":
         return not _is_altered(child, _conv_kind(child))

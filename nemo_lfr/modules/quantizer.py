@@ -62,7 +62,7 @@ class FiniteScalarQuantizer(NeuralModule):
             self.register_buffer(name, table)
 
     def tables(self) -> dict[str, torch.Tensor]:
-        """Return the values that the buffers should have, by name; both are int32 and have the shape [1, D, 1]."""
+        """Return the correct values of the buffers `num_levels` and `dim_base_index` by name, each int32 [1, D, 1]."""
         values = level_tables(self.levels).items()
         return {name: torch.tensor(value, dtype=torch.int32).reshape(1, -1, 1) for name, value in values}
 
@@ -289,8 +289,8 @@ class GroupFiniteScalarQuantizer(CodebookDropout):
         """Split a tensor along the dimension `dim`, and yield each group's quantizer with its part of the tensor.
 
         Raises:
-            TokensError: if the shape is wrong. As in NeMo, the shape is not checked if a caller has changed the number
-                of groups.
+            TokensError: if the tensor does not have three dimensions, or `dim` does not have the size for all groups.
+                As in NeMo, the shape is not checked if a caller has changed the number of groups.
         """
         if len(self.fsqs) == self.num_groups:
             if dim == 1:

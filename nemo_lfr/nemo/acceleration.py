@@ -75,9 +75,9 @@ def _replacement(name: str, config: Mapping[str, Any], given: Any) -> torch.nn.M
     """Build this package's module around the parameters of a NeMo module.
 
     Args:
-        name: attribute of the module, such as "audio_encoder".
+        name: attribute of the model that contains the module, such as "audio_encoder".
         config: config section of the module.
-        given: the model's module. If it is already a module of this package, it is returned unchanged.
+        given: the module. If it already belongs to this package, it is returned unchanged.
 
     Raises:
         ConfigError: if the NeMo module does not match the config, or was altered in a way that would be lost.

@@ -1,4 +1,4 @@
-"""Lightning callback that does the work of the model's hooks."""
+"""Lightning callback that prepares the training of the codec and switches to the averaged weights."""
 
 from typing import Any
 

@@ -229,7 +229,12 @@ def _stock_names(state: Mapping[str, Any]) -> set[str]:
 
 
 def _spelled_for(own: Mapping[str, Any], state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """Rename the weights of a state dict to match a model's modules and wrappers."""
+    """Convert a state dict to the names and the form of weights (with or without weight norm) that a model has.
+
+    Args:
+        own: state dict of the model. Its keys may contain names of wrappers, such as "_orig_mod".
+        state_dict: state dict to convert. Weights that the model does not have are included.
+    """
     names = {plain_key(key): key for key in own}
     plain = plain_keys(state_dict.items(), "the state dict")
     return {names.get(key, key): value for key, value in spell_as(names, plain).items()}

@@ -163,7 +163,7 @@ async def _running(engine: Engine) -> AsyncIterator[None]:
 def _without_parameters(
     respond: Callable[[], Response | Awaitable[Response]],
 ) -> Callable[[Request], Awaitable[Response]]:
-    """Return the endpoint of a route that has no parameters except the access token."""
+    """Return an endpoint that calls `respond`, and refuses all URL parameters except the access token."""
 
     async def endpoint(request: Request) -> Response:
         check_names(request.query_params, {"token"})

@@ -351,7 +351,7 @@ class EncodeProtocol:
         return samples
 
     def format(self, tokens: np.ndarray) -> bytes | str:
-        """Return the message for tokens [C, k], frame by frame, as JSON or int16."""
+        """Return a message with tokens [C, k], frame by frame: JSON if the client chose "json", otherwise int16."""
         if self.tokens == "json":
             return json.dumps({"tokens": tokens.T.tolist()})
         return np.ascontiguousarray(tokens.T).astype("<i2").tobytes()

@@ -88,7 +88,7 @@ class WeightRecord:
         ]
 
     def describes(self, *modules: torch.nn.Module) -> bool:
-        """Return whether the parameters of the modules are the same as when they were recorded."""
+        """Return whether the parameters of `modules` equal those from which this record was made."""
         weights = _weights(modules)
         return len(weights) == len(self._checksums) and all(map(_is_converted, weights, self._checksums))
 

@@ -354,8 +354,12 @@ def _unusable(corpus: Path, name: str, error: Exception) -> Failure:
 def _fitted(utterance: CorpusUtterance, found: dict[str, float | Failure]) -> CorpusUtterance:
     """Adapt an utterance's duration to the length of its file.
 
-    A missing duration becomes the rest of the file, and differences due to rounding are corrected. If the utterance's
-    section exceeds the file by more than rounding, the returned utterance is marked as a problem.
+    A missing duration becomes the rest of the file, and differences due to rounding are corrected. If the utterance
+    extends beyond the end of its file by more than rounding explains, the returned utterance has a `problem`.
+
+    Args:
+        utterance: the utterance.
+        found: duration in seconds of each file, or the reason why the file cannot be used, by the file's path.
     """
     total = found.get(str(utterance.path))
     if utterance.problem or not isinstance(total, float | int):

@@ -90,15 +90,15 @@ def waveform_distance(real: torch.Tensor, gen: torch.Tensor) -> torch.Tensor:
     """Return the waveform error in low-frequency bands. Minimizing this error preserves the phase.
 
     The error in each band and 20 ms frame is log(1 + error energy / signal energy). The logarithm limits the error and
-    its gradient in bands whose phase is lost. A thousandth of the mean energy of the segment is added to the signal
-    energy of each frame, so that pauses have little influence.
+    its gradient in bands whose phase is lost. A thousandth of the band's mean energy in the segment is added to the
+    signal energy of each frame, so that pauses have little influence.
 
     Args:
         real: recordings, shape [B, T_audio].
         gen: reconstructions, shape [B, T_audio].
 
     Returns:
-        A scalar.
+        A scalar: the sum of the mean errors of the bands, with the weights in `LOW_BANDS`.
     """
     samples = real.shape[-1]
     frequencies = torch.fft.rfftfreq(2 * samples, 1 / SAMPLE_RATE, device=real.device)

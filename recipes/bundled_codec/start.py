@@ -96,8 +96,8 @@ def signal_channels(rates: Sequence[int], encoded_dim: int, sample_rate: int = S
 def stage_filters(stride: int, before: int, after: int) -> torch.Tensor:
     """Return the filters of an encoder stage.
 
-    They are low-pass filters if the number of signal channels stays the same. Otherwise, they are the lowest bands of
-    an MDCT.
+    They are low-pass filters if the number of signal channels stays the same. Otherwise, they split each input channel
+    into its lowest `after // before` MDCT bands.
 
     Args:
         stride: stride of the stage.
@@ -214,9 +214,9 @@ def transform_start_(generator: Generator, audio: torch.Tensor) -> float:
 
 
 def _normalize_encoded(generator: Generator, audio: torch.Tensor) -> None:
-    """Center and scale the encoder output for FSQ.
+    """Change the encoder so that each dimension of its output has mean 0 and standard deviation `ENCODED_STD`.
 
-    The weights of the first layer of the decoder are divided by the same scale.
+    Both are measured on `audio`. The weights of the first layer of the decoder are divided by the encoder's scale.
     """
     encoder, decoder = generator.audio_encoder, generator.audio_decoder
     encoded = encoder.encode_frames(audio)
@@ -279,8 +279,8 @@ def _put(
     Args:
         conv: layer to change.
         filters: filters, shape [n_out, n_in, K].
-        mirror_in: whether the input channels are mirrored.
-        mirror_out: whether the output channels are mirrored.
+        mirror_in: whether the input contains a mirror image (-u) of each signal channel u.
+        mirror_out: whether the output contains a mirror image of each signal channel.
 
     Raises:
         ValueError: if the layer has too few channels.

@@ -122,10 +122,15 @@ def _multiply(layer: Transformed, seen: torch.Tensor, out: torch.Tensor) -> None
 def _sum_of_products(
     seen: torch.Tensor, weights: torch.Tensor, bias: torch.Tensor | None, dilation: int
 ) -> torch.Tensor:
-    """Convolve [n, H_in] with [pieces, H_out, H_in] -> [n - (pieces - 1) * dilation, H_out].
+    """Convolve by matrix products: [n, H_in] -> [n - (pieces - 1) * dilation, H_out].
 
-    Matrix products are used, because oneDNN's convolution is slow with few rows or only one tap: 3 to 25 GFLOP/s
-    instead of 100 (measured).
+    oneDNN's convolution is slow with few rows or only one tap: 3 to 25 GFLOP/s instead of 100 (measured).
+
+    Args:
+        seen: input, [n, H_in].
+        weights: kernel with one tap for each piece, [pieces, H_out, H_in].
+        bias: [H_out], or None.
+        dilation: distance of the taps in time steps.
     """
     count = seen.shape[0] - (len(weights) - 1) * dilation
     result = F.linear(seen[:count], weights[0], bias)

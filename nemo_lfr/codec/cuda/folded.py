@@ -120,11 +120,14 @@ class Layer:
         return self.weight[0].numel() if self.groups == 1 else 2 * self.inputs // self.groups
 
     def num_out(self, num_in: int) -> int:
-        """Return the number of time steps of the convolution, each of which contains `upsample_stride` phases."""
+        """Return the number of output time steps of the convolution for `num_in` input time steps.
+
+        If the layer upsamples, each output time step contains `upsample_stride` phases, which are not interleaved yet.
+        """
         return num_in + 1 if self.upsample_stride > 1 else num_in // self.stride
 
     def num_kept(self, num_in: int) -> int:
-        """Return the number of output time steps after the phases are interleaved and the ends are trimmed."""
+        """Return the number of output time steps of the layer, after interleaving of the phases and trimming."""
         return num_in * self.upsample_stride // self.stride
 
     @classmethod

@@ -1,10 +1,10 @@
 """Execution plan of an encoder or decoder on CUDA: the list of its layers, each with the fastest implementation.
 
-There are several implementations of a layer, called candidates: a cuDNN convolution between two pointwise kernels, or
-one fused Triton kernel with different tile sizes. The autotuner measures the candidates for each shape and chooses the
-fastest one. In fp32, only cuDNN is used. Without Triton, the layer runs in plain PyTorch. At every precision, the
-first and the last layer of the network run in fp32, because these layers are cheap, and their errors affect tokens and
-audio directly.
+A layer has several implementations, called candidates: a cuDNN convolution between two pointwise Triton kernels, and
+one fused Triton kernel for each tile size. The autotuner measures the candidates for each shape and chooses the
+fastest one. In fp32, the only candidate is the one with cuDNN. Without Triton, all layers run in plain PyTorch. At
+every precision, the first and the last layer of the network run in fp32, because these layers are cheap, and their
+errors affect tokens and audio directly.
 """
 
 import functools
@@ -234,10 +234,10 @@ class LayerRunner:
         return self._autotuner.run(key, candidates, ends * layer.upsample_stride // layer.stride)
 
     def run_residuals(self, branches: list[list[Block]], signal: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-        """Return the mean of the residual branches, [B, T, H].
+        """Run the branches of a residual layer, and return the mean of their outputs, [B, T, H].
 
         Args:
-            branches: blocks of each branch.
+            branches: residual blocks of each branch, in order.
             signal: input of all branches, [B, T, H].
             ends: number of valid time steps in each example, [B].
         """

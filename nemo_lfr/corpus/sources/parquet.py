@@ -151,7 +151,7 @@ class Parquet(Table):
         return shards
 
     def _check_file(self, check: SegmentCheck, path: Path, table: Any, footer: ParquetFooter) -> None:
-        """Check the rows of a file, if it has a column with starts of segments."""
+        """Add the rows of a file to `check` if the file has a column with starts of segments."""
         chosen = self._checked_columns(table.schema_arrow.names)
         if not chosen:
             return

@@ -102,7 +102,7 @@ class Shar(CorpusReader):
         return list_digest((file.relative_to(self.path).as_posix(), digest) for file, digest in self._digests)
 
     def older_shards(self, identity: str, shards: list[ShardSpec], size: int) -> list[ShardSpec] | None:
-        """Return `shards` if `identity` is the hash that an older version computed."""
+        """Return `shards` if `identity` is the hash that an older version computed for this corpus; otherwise None."""
         return shards if identity == list_digest((str(file), digest) for file, digest in self._digests) else None
 
     @cached_property

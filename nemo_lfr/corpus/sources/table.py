@@ -93,7 +93,7 @@ class Table(CorpusReader):
         return self._hash(["" if is_file else file.name for file in self.files])
 
     def older_shards(self, identity: str, shards: list[ShardSpec], size: int) -> list[ShardSpec] | None:
-        """Return `shards` if `identity` is the hash that an older version computed."""
+        """Return `shards` if `identity` is the hash that an older version computed for this corpus; otherwise None."""
         return shards if identity == self._hash([file.name for file in self.files]) else None
 
     def _hash(self, names: Sequence[str]) -> str:
@@ -138,7 +138,7 @@ class Table(CorpusReader):
             logger.warning(text, self.path, counted(len(audio_files), "audio file"))
 
     def _checked_columns(self, columns: Sequence[str]) -> list[str]:
-        """Return the columns that contain paths and starts of segments; [] if one of them is missing."""
+        """Return the names of the column of audio and the column of starts of segments; [] unless both exist."""
         names = known_names(columns)
         found = [name for name in columns if name == self._start or names.get(name, name) == self.column]
         return found if len(found) == 2 else []

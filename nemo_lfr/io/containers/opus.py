@@ -42,7 +42,7 @@ class OpusTimes:
         self._last = start, opus_duration(head)
 
     def problem(self, end: float | None) -> str | None:
-        """Return an error message if headers contradict the time stamps.
+        """Return an error message if headers of packets contradict the time stamps; otherwise None.
 
         Most packets of a track have the same duration, for example 20 ms. If a header states 60 ms, but the next
         packet follows after 20 ms, the header is wrong. Lost packets, pauses and imprecise time stamps are not errors.
