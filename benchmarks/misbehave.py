@@ -169,7 +169,7 @@ MALFORMED = (
 
 
 async def malformed(target: Target, number: int) -> None:
-    """Send invalid HTTP, an invalid WebSocket frame, or an invalid message."""
+    """Send invalid HTTP, invalid URL parameters, an invalid WebSocket frame, or an invalid message."""
     async with connection(target) as peer:
         choice = number % (len(MALFORMED) + 4)
         if choice < len(MALFORMED):
@@ -333,7 +333,7 @@ async def _forever() -> AsyncIterator[None]:
 
 
 async def _hold(target: Target, number: int) -> None:
-    """Keep a connection open that sends no request, reads nothing, or sends a frame every 0.5 s."""
+    """Keep open a connection without a request, an idle stream, or a stream that sends a frame every 0.5 s."""
     with suppress(OSError, asyncio.IncompleteReadError):
         async with connection(target, small=True) as peer:
             if number % 3:

@@ -166,7 +166,7 @@ def run(mode: str, num_streams: int, num_frames: int) -> list[Player]:
 
 
 def most_without_gap(mode: str, num_frames: int, buffer_s: float, most: int) -> int:
-    """Return, to about 5 %, the largest number of streams that the server decodes without a gap in any of them."""
+    """Return, to about 5 %, the largest number of streams that a mode decodes without a gap in any of them."""
 
     def holds(count: int) -> bool:
         gaps = sum(player.has_gap(buffer_s) for player in run(mode, count, num_frames))

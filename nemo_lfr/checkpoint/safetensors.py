@@ -55,7 +55,7 @@ class SafeTensors(Tensors):
         source: bytes of the file.
 
     Raises:
-        CheckpointError: if `source` is damaged, or is not a safetensors file.
+        CheckpointError: if `source` is damaged, is not a safetensors file, or contains no tensors.
     """
 
     def __init__(self, path: Path, source: ByteSource) -> None:

@@ -239,7 +239,7 @@ class OwnSource:
 
 
 def _only_source(cut: Any) -> Any:
-    """Return the source of a cut that is an unmodified excerpt of all channels of one source; otherwise None."""
+    """Return the source of a cut if the cut is an unmodified excerpt of all channels of one source; else None."""
     if getattr(cut, "tracks", None) is not None:
         return None
     recording = getattr(cut, "recording", None) or cut

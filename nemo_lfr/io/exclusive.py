@@ -72,7 +72,8 @@ def exclusive(folder: Path, shared: bool = False) -> Iterator[None]:
 def exclusive_file(path: Path, message: str) -> Iterator[None]:
     """Hold an exclusive lock on a file while this context manager is active.
 
-    On network drives, other machines see locks on files, but not locks on folders.
+    Without support for locks, such as on Windows, nothing is locked. On network drives, other machines see locks on
+    files, but not locks on folders.
 
     Args:
         path: file in an existing folder. It is created if it does not exist, and is not removed afterwards.

@@ -160,8 +160,8 @@ class Trainer:
         """Update the discriminators with the first `batch_size` segments of a batch.
 
         Returns:
-            The terms and the gradient for the generator, as `Adversary.step` returns them. The gradient is zero for
-            the other segments.
+            The loss terms and the gradient that `Adversary.step` returns for these segments. The gradient is
+            extended with zeros for the other segments.
         """
         size = adversary.config.batch_size or len(real.audio)
         if size >= len(real.audio):

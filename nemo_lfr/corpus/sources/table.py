@@ -144,7 +144,7 @@ class Table(CorpusReader):
         return found if len(found) == 2 else []
 
     def _check_segments(self, check: SegmentCheck, place: str, rows: Any) -> None:
-        """Pass each row of an Arrow table or batch to `check`. It has only the columns in `_checked_columns`."""
+        """Pass each row of `rows` to `check`. `rows` is an Arrow table or batch of the columns `_checked_columns`."""
         column = rows.schema.names.index(self._start)
         for path, cell in zip(rows.column(1 - column), rows.column(column), strict=True):
             if path.is_valid and cell.is_valid:
