@@ -41,7 +41,7 @@ class Arrays(Protocol[Array]):
         """
 
     def kind(self, array: Array) -> Kind:
-        """Return the type of the elements."""
+        """Return the type of the elements: FLOAT, INT16, INTEGER (other integers) or OTHER."""
 
     def zeros(self, shape: Sequence[int], dtype: type[np.generic]) -> Array:
         """Return zeros on the backend's device."""
@@ -66,7 +66,7 @@ class NumpyArrays:
         return numeric_array(value, name, error)
 
     def kind(self, array: np.ndarray) -> Kind:
-        """Return the type of the elements."""
+        """Return the type of the elements: FLOAT, INT16, INTEGER (other integers) or OTHER."""
         if array.dtype.kind == "f":
             return Kind.FLOAT
         if array.dtype.kind not in "iu":

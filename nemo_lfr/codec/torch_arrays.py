@@ -41,7 +41,7 @@ class TorchArrays:
         return _tensor(value, name, error)
 
     def kind(self, array: torch.Tensor) -> Kind:
-        """Return the kind of the elements: FLOAT, INT16, INTEGER (any other integer type) or OTHER."""
+        """Return the type of the elements: FLOAT, INT16, INTEGER (other integers) or OTHER."""
         if array.dtype.is_floating_point:
             return Kind.FLOAT
         if array.dtype.is_complex or array.dtype is torch.bool:

@@ -114,7 +114,7 @@ def label_value(cell: Any, names: Sequence[str] | None, column: str) -> Any:
 
     Args:
         cell: the Arrow scalar.
-        names: class names of an integer column; None for other columns.
+        names: class names of an integer column, which replace the integers; None for other columns.
         column: name of the column.
 
     Raises:

@@ -110,7 +110,7 @@ def initialize_from_data(
 def _multiply_weight(conv: nn.Conv1d | nn.ConvTranspose1d, factor: torch.Tensor) -> None:
     """Multiply the weight of a convolution by a factor. With weight norm, multiply the gain instead.
 
-    The factor is a scalar, or has one value per output channel.
+    The factor is a scalar or, for `nn.Conv1d`, a tensor [H_out, 1, 1].
     """
     gain = dict(conv.named_parameters()).get(GAIN.removeprefix("."))
     (conv.weight if gain is None else gain).mul_(factor)

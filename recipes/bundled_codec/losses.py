@@ -209,14 +209,14 @@ class PerceptualDistance(nn.Module):
         self.register_buffer("quiet", quiet, persistent=False)
 
     def forward(self, real: Spectra, gen: Spectra) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the disturbance and the asymmetric disturbance (see the class), averaged over a batch.
+        """Return the disturbance and the asymmetric disturbance of a batch; see the class.
 
         Args:
             real: recordings [B, T_audio] with cached STFTs.
             gen: reconstructions [B, T_audio] with cached STFTs.
 
         Returns:
-            Two scalars.
+            Two scalars. Each is the RMS over the frames of an example, averaged over the examples.
         """
         with torch.no_grad():
             powers_real = self._powers(real)

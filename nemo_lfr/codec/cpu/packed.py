@@ -166,7 +166,7 @@ class PackedWeights:
         return interleave(self._run(layer, padded), stride)
 
     def use_winograd(self, layer: Conv1d, num_frames: int) -> bool:
-        """Return whether to use Winograd convolution for a layer and a batch of `num_frames` time steps.
+        """Return whether to use Winograd convolution for a layer, in a batch of `num_frames` frames in total.
 
         It is used in fp32 for large batches, if the layer is wide and has stride 1 and at least 3 taps.
         """
