@@ -181,7 +181,7 @@ def codec_values(config: DictConfig) -> dict[str, Any]:
 
 
 def our_target(target: str) -> tuple[type[nn.Module], dict[str, Any], dict[str, Any]]:
-    """Return the class that a config's `_target_` selects.
+    """Return the class and the default arguments that a config's `_target_` selects.
 
     Returns:
         The class of this package, the arguments that NeMo's class implies, such as `{"causal": True}`, and those

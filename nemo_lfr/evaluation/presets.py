@@ -2,7 +2,7 @@
 
 The model card does not list the recordings that NVIDIA used, so the selections in this module are our own. The
 selection from MLS depends only on the files and the seed. The selection from DAPS depends only on the files. The
-values from the card are those of the released checkpoint (170k steps).
+field `card` contains the metrics that the card reports for the released checkpoint (170k steps).
 """
 
 import random

@@ -138,7 +138,7 @@ class CodecDataset(Dataset[dict[str, Any]]):
                 start is random.
 
         Returns:
-            `dataset_name`, `audio_filepath`, `audio` (float32, shape [T_audio]) and `audio_len` in samples.
+            A dict with `dataset_name`, `audio_filepath`, `audio` (float32, [T_audio]) and `audio_len` in samples.
 
         Raises:
             IndexError: if the index is out of range.

@@ -329,7 +329,7 @@ class LossConfig:
 
     Attributes:
         windows: window lengths of `LogMelDistance` in samples.
-        num_mels: number of mel bands for each of these windows.
+        num_mels: number of mel bands for each length in `windows`.
         compressed_windows: window lengths of `compressed_distance` in samples.
         log_mel: weight of `LogMelDistance`.
         compressed: weight of `compressed_distance`.

@@ -68,7 +68,7 @@ class FormatWriter(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Finish the files. For a shard without clips, the same files are written as for any other shard."""
+        """Write the remaining files of the shard, even if the shard has no clips."""
 
     @contextmanager
     def _writing(self, name: str) -> Iterator[Path]:

@@ -291,9 +291,10 @@ def _wav_data(window: Window, header: WavHeader, start: int, begin: int) -> tupl
 
 
 def _to_end(window: Window, position: int) -> tuple[int, str | None]:
-    """Return where samples of unknown length end: at the next recording or at the end of the file.
+    """Return the end of samples of unknown length, and an error message or None.
 
-    The second value is an error message; None if there is no error.
+    The samples end at the header of another WAV file, or at the end of the file. The header of an audio file in
+    another format is an error.
     """
     found = find_header(window, position)
     if found is None:
