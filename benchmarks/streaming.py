@@ -105,7 +105,8 @@ def time_pushes(codec: Codec, wave: np.ndarray, push_ms: int, count: int) -> tup
     """Measure the seconds per chunk of `push_ms` for `count` encoders and `count` decoders.
 
     Returns:
-        For each chunk, the seconds to push it to all encoders; and the seconds to push their tokens to all decoders.
+        Two lists with one entry per chunk: the seconds to push the chunk to all encoders, and the seconds to push the
+        tokens of these encoders to all decoders.
     """
     size = codec.sample_rate * push_ms // 1000
     encoders = [codec.stream_encoder() for _ in range(count)]

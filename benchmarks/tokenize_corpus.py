@@ -54,7 +54,7 @@ def stock_loop(
     """Encode the corpus, or its first `limit` clips, with NeMo.
 
     Returns:
-        Seconds of the loop, and the tokens of each clip, shape [C, T_encoded].
+        Duration of the loop in seconds, and the tokens of each clip, shape [C, T_encoded].
     """
     from nemo.collections.asr.parts.preprocessing.segment import AudioSegment
 

@@ -164,7 +164,10 @@ def _run(arguments: Sequence[str] | None) -> None:
 
 
 def _exit_for_usage(error: click.UsageError, session: Session) -> NoReturn:
-    """Print a usage error and the advice to try --help. If a group was called without a command, print its help."""
+    """Print a usage error and the advice to try --help, and exit with code 2.
+
+    If a group was called without a command, print the help of the group instead.
+    """
     no_arguments = getattr(click.exceptions, "NoArgsIsHelpError", ())  # since click 8.2
     if isinstance(error, no_arguments):
         click.echo(error.format_message(), err=True)

@@ -43,9 +43,9 @@ def sample_audio(corpus: CorpusReader, shards: list[ShardSpec], base: Path | Non
 def _hashes(
     corpus: CorpusReader, shard: ShardSpec, base: Path, hashed: set[Path]
 ) -> Iterator[tuple[str, tuple[Path, str]]]:
-    """Yield (clip id, (file, hash)) for the audio files in the first clips of a shard.
+    """Yield (clip id, (file, hash)) for the audio files of the first clips of a shard.
 
-    Files outside the folder `base` and files in `hashed` are skipped. Each file is added to `hashed`.
+    Files outside the folder `base` and files in `hashed` are skipped. Each hashed file is added to `hashed`.
     """
     without_file = 0
     for clip in islice(corpus.read(shard), SEARCHED):
