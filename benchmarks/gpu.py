@@ -333,7 +333,17 @@ def check_kernels(bench: Bench) -> None:
 
 @torch.no_grad()
 def _error_of(run: Callable[[], torch.Tensor], expected: torch.Tensor, kept: list[int], close: float) -> str:
-    """Return a description of a mismatch, or an empty string."""
+    """Compare a result with the expected one.
+
+    Args:
+        run: function that computes the result, [B, T, ...].
+        expected: expected result, [B, T, ...].
+        kept: number of time steps of each example to compare.
+        close: maximum error, relative to the peak of the expected example.
+
+    Returns:
+        A description of the mismatch, or of the exception that `run` raised; "" if the results agree.
+    """
     try:
         found = run()
         errors = [

@@ -1,6 +1,7 @@
 """Speed of encoding and decoding, compared with stock NeMo, EnCodec, DAC and Mimi.
 
-    python benchmarks/inference.py [--model FILE.nemo] [--threads N] [--rounds 3] [--plot docs/images/inference.png]
+    python benchmarks/inference.py [--model FILE.nemo] [--threads N] [--rounds 3] [--precisions fp32,bf16]
+        [--plot docs/images/inference.png]
 
 Without --model, a full-size checkpoint (112.7 M parameters) with random weights is written first. All implementations
 run in one process under `no_grad` in alternating rounds; NeMo runs without its discriminator. The cases are single
@@ -88,7 +89,11 @@ class Case:
         return f"{ties} ties among {total} tokens, audio within {worst:.1e}"
 
     def agreement(self, codec: Codec) -> str:
-        """Return a summary of how closely another precision agrees with NeMo."""
+        """Compare a codec of lower precision with NeMo.
+
+        Returns:
+            Text with the percentage of equal tokens and the SNR of the audio.
+        """
         tokens = self._own_tokens(codec.encode(self.audio, self.audio_len)[0])
         same = sum(int((row == expected).sum()) for row, expected in zip(tokens, self.alone, strict=True))
         audio = codec.decode(self.tokens, self.tokens_len)[0]
@@ -136,7 +141,7 @@ def compare_with_stock(stock: Any, codecs: dict[str, Codec], rounds: int) -> dic
 
 
 def compare_with_peers(codec: Codec, rounds: int) -> None:
-    """Print the speed of other neural codecs on the same CPU, relative to real time."""
+    """Print the speeds of this codec, EnCodec, DAC and Mimi as multiples of real time."""
     import transformers
 
     dac = {"downsampling_ratios": [2, 4, 5, 8], "upsampling_ratios": [8, 5, 4, 2], "n_codebooks": 32}
@@ -171,7 +176,9 @@ def compare_with_peers(codec: Codec, rounds: int) -> None:
 class Convolutions(TorchDispatchMode):
     """Profiler that sums the seconds and multiply-adds of convolutions and matrix products.
 
-    Convolutions with equal numbers of input channels and of output channels are summed together.
+    Attributes:
+        seconds: a dict from (number of input channels, number of output channels) to the total time in seconds.
+        sums: a dict with the same keys to the total number of multiply-adds.
     """
 
     def __init__(self) -> None:

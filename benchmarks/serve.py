@@ -42,7 +42,7 @@ class Player:
 
     Attributes:
         arrivals: for each piece, the time when it arrived and its duration, in seconds. Time 0 is when the first frame
-            of the stream was due.
+            of tokens should be sent.
     """
 
     arrivals: list[tuple[float, float]] = field(default_factory=list)

@@ -49,7 +49,7 @@ main()
 
 
 def write_released(folder: Path) -> Path:
-    """Write a checkpoint with the released model's discriminators, using NeMo."""
+    """Write a full-size NeMo checkpoint with discriminators and random weights."""
     from nemo.collections.tts.models.audio_codec import AudioCodecModel
     from omegaconf import OmegaConf
     from transformers import WavLMConfig, WavLMModel

@@ -37,7 +37,9 @@ MODEL_TYPE = "nemo_lfr"
 def export_safetensors(
     source: str | os.PathLike[str], folder: str | os.PathLike[str], *, overwrite: bool = False
 ) -> list[Path]:
-    """Write the codec of a checkpoint to a folder.
+    """Export the codec of a checkpoint to a folder.
+
+    The folder then contains config.json, model.safetensors and preprocessor_config.json.
 
     Args:
         source: local path of a checkpoint.

@@ -53,8 +53,8 @@ class Checkpoint:
     Attributes:
         path: path of the checkpoint.
         config: the whole model config.
-        parts: modules in eval mode. Encoder and decoder have plain fp32 weights, which are on the meta device until
-            `load_module` loads them.
+        parts: encoder, quantizer and decoder, in eval mode and without weight norm. The fp32 weights of encoder and
+            decoder are on the meta device until `load_module` loads them.
 
     Raises:
         CheckpointError: if the checkpoint is missing, is damaged or does not match its config.

@@ -37,12 +37,15 @@ _OWN_ATTRIBUTES = frozenset(vars(nn.Module()))
 
 
 class Operation(NamedTuple):
-    """Wording of the messages about changes that an operation would drop.
+    """Words for error messages about an operation that would drop changes of a model.
+
+    A message is, for example: "X is a Y, not the stock Z, and accelerate() would drop it; restore the stock module
+    before accelerate(), and replace it afterwards in the accelerated model."
 
     Attributes:
-        name: name of the operation, such as "accelerate()".
-        original: article and adjective for modules without the changes, such as "the stock".
-        result: model on which to make the changes again, such as "accelerated model".
+        name: the operation, such as "accelerate()".
+        original: article and adjective for an unchanged module, such as "the stock".
+        result: the model after the operation, such as "accelerated model".
     """
 
     name: str
@@ -244,7 +247,11 @@ def _changed_settings(
 def _pairs(
     module: nn.Module, reference: nn.Module, path: str, operation: Operation
 ) -> Iterator[tuple[str, nn.Module, nn.Module]]:
-    """Yield (path, layer, rebuilt layer) for each layer, after checking the hooks and the class of the layer."""
+    """Yield (path, layer, rebuilt layer) for a module and all modules inside it.
+
+    Raises:
+        ConfigError: if a layer has hooks or another class than the rebuilt layer, or if a layer was added or removed.
+    """
     name, original_kind = path or "the model", f"{operation.original} module"
     while len(module._modules) == 1 and type(module).__module__.partition(".")[0] in _WRAPPER_PACKAGES:
         (key, inner), *_ = module._modules.items()

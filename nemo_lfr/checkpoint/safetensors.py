@@ -198,8 +198,8 @@ def open_shards(index: Path, shards: Mapping[str, str]) -> Tensors:
         shards: a dict from the name of each tensor to the name of its file, as `read_index` returns.
 
     Raises:
-        CheckpointError: if a file is missing, cannot be read or is damaged, or if the files contain other tensors than
-            `shards` lists.
+        CheckpointError: if a file is missing, cannot be read or is damaged, or if its tensors are not those that
+            `shards` lists for it.
     """
     paths = [index.with_name(name) for name in sorted(set(shards.values()))]
     for path in paths:

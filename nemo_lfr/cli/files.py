@@ -237,13 +237,22 @@ def tasks_to_run(
     skip: bool,
     possible: Sequence[str] | None = None,
 ) -> list[FileTask]:
-    """Plan the tasks, and drop the tasks whose output exists and is kept.
+    """Return the tasks for all input files, except those whose output is kept.
 
-    Skipped files in input folders are reported, and folders that cannot be read are recorded as failures. See
-    `plan_tasks` and `pending_tasks` for the arguments.
+    Skipped files in input folders are reported, and folders that cannot be read are recorded as failures.
+
+    Args:
+        inputs: paths and glob patterns from the command line.
+        out: output folder, or output file of a single input; None writes beside the inputs.
+        suffixes: lower-case suffixes of the files to select in folders.
+        suffix: suffix of the outputs.
+        overwrite: value of --overwrite.
+        skip: value of --skip-existing, with which existing outputs are kept.
+        possible: all suffixes that an output file may have, for messages; None if `suffix` is the only one.
 
     Raises:
-        NemoLfrError: as in `plan_tasks` and `pending_tasks`.
+        NemoLfrError: if inputs or outputs are invalid (see `plan_tasks`), if `overwrite` and `skip` are both set, or
+            if an output exists and neither is set.
     """
     passed_over: list[str] = []
     unread: list[OSError] = []

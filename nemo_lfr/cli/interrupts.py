@@ -102,8 +102,8 @@ class _Watcher:
 def watch_signals(source: IO[bytes] | None) -> Iterator[InputSignals]:
     """Watch signals until the context ends. If `source` is a pipe, only the second SIGINT raises KeyboardInterrupt.
 
-    Ctrl-C sends SIGINT to all processes of a pipeline. The program that records then writes its last data and ends,
-    and the command that reads from it finishes its output.
+    In a pipeline such as `arecord | nemo-lfr encode - -`, Ctrl-C sends SIGINT to both processes. The recorder then
+    ends, and this command encodes the data that the recorder has written.
 
     Signals are not watched on Windows or outside the main thread.
 

@@ -19,7 +19,7 @@ class Kind(click.Choice):  # type: ignore[type-arg]  # generic in recent release
     """Type of an argument that names the layout of a corpus: a built-in layout, or a recipe of Lhotse."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Return the value if it is valid. Names of recipes are checked later, when the command runs."""
+        """Return the value if it is one of the choices or begins with "lhotse:"; otherwise, fail."""
         return value if str(value).startswith("lhotse:") else super().convert(value, param, ctx)
 
 

@@ -129,8 +129,11 @@ def _clip(
 ) -> tuple[Any, list[int]]:
     """Convert one array, file or `datasets` item to clips at the target rate.
 
-    `index` is the position of `audio` in the caller's list, or None. An element of a list must be a single clip. See
-    `to_batch` for the other arguments.
+    `index` is the position of `audio` in the caller's list of clips, or None if there is no list. In a list, `audio`
+    must be a single clip. See `to_batch` for the other arguments.
+
+    Returns:
+        Clips as float32, shape [B, T_audio], and the length of each clip in samples.
     """
     name = "audio" if index is None else f"audio[{index}]"
     recording = _recording(arrays, audio, audio_len, sample_rate, target_rate, name)

@@ -101,9 +101,9 @@ def check_described(config: Mapping[str, Any], settings: Mapping[str, Any], name
 
 
 def _unused_children(module: nn.Module) -> list[nn.Module]:
-    """Return the children of a layer that do nothing unless a caller alters them.
+    """Return the children of a layer that do not affect results, such as dropout.
 
-    The fingerprint leaves them out. A codec with altered layers has no fingerprint.
+    The fingerprint does not depend on them. If a caller has altered one, the codec has no fingerprint.
     """
     match module:
         case Conv1d() | ConvTranspose1d():

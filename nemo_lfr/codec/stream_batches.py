@@ -184,7 +184,9 @@ def flush(
         advance: function that processes the last input of the streams.
 
     Raises:
-        NemoLfrError: as in `push`.
+        NemoLfrError: if the streams belong to different codecs; if a stream is passed twice, was flushed before, or is
+            in use by another thread; if the numbers of streams and lengths differ; if a length is invalid; or if a
+            result is not finite.
     """
     streams = _batch(streams, kind)
     if lengths is None:
@@ -205,7 +207,15 @@ def flush(
 def _advance_some(
     streams: Sequence[Any], numbers: list[int], inputs: list[torch.Tensor], last: bool, advance: Advance
 ) -> list[np.ndarray]:
-    """Process the inputs of the streams with these numbers, and return an empty output for each of the others."""
+    """Process the inputs of some streams, and return the output of every stream.
+
+    Args:
+        streams: all streams.
+        numbers: indices of the streams whose input is processed. The other streams get an empty output.
+        inputs: input of every stream.
+        last: whether the recordings end with this input.
+        advance: function that processes the inputs.
+    """
     results = [stream._empty() for stream in streams]
     if numbers:
         outputs = advance([streams[number] for number in numbers], [inputs[number] for number in numbers], last)

@@ -182,9 +182,11 @@ def push_encoders(streams: Sequence[StreamEncoder], samples: Sequence[np.ndarray
         For each stream, the tokens [C, k] that `StreamEncoder.push` would return.
 
     Raises:
-        AudioError: as in `StreamEncoder.push`. All streams then remain unchanged.
-        NemoLfrError: as in `StreamEncoder.push`. Also if the streams belong to different codecs, a stream is passed
-            twice or is in use by another thread, or the numbers of streams and chunks differ.
+        AudioError: if a chunk has an unsupported shape or type, or samples that are NaN, infinite or far outside
+            [-1, 1].
+        NemoLfrError: if the streams belong to different codecs, if a stream is passed twice, was flushed before or is
+            in use by another thread, if the numbers of streams and chunks differ, or if the encoder returns NaN or
+            infinite values. After any error, all streams are unchanged.
     """
     return push(streams, samples, StreamEncoder, _advance_encoders)
 

@@ -81,7 +81,7 @@ def class_names(features: Mapping[str, Any]) -> dict[str, list[str]]:
         features: description of each column, in the form that `datasets` stores as JSON.
 
     Returns:
-        The class names of each `ClassLabel` column.
+        A dict from the name of each `ClassLabel` column to its class names. The integer i stands for class name i.
     """
     found = {}
     for column, feature in features.items():
@@ -164,7 +164,7 @@ def _time_text(cell: Any) -> str | None:
 
 
 def is_label(column: str, kind: Any) -> bool:
-    """Return whether `label_value` keeps the values of a column, according to its Arrow type."""
+    """Return whether a column of the Arrow type `kind` can contain labels; see `label_value`."""
     import pyarrow.types as is_
 
     if is_.is_dictionary(kind):

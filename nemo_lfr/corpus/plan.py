@@ -247,10 +247,15 @@ def _shards_digest(shards: list[ShardSpec]) -> str:
 def _load_codec(
     config: TokenizeConfig, on_cpu: bool
 ) -> tuple[dict[str, Any], EntropyModel | None, "Codec[Any] | None", Callable[[str], bool]]:
-    """Load the codec, and return its description, the entropy model, the codec and the method `codec.made`.
+    """Load the codec and the entropy model of a run.
 
-    The entropy model is None without compression. If `on_cpu` is not set, the returned codec is None, because each
-    worker loads the codec for its own device.
+    Args:
+        config: options of the run.
+        on_cpu: whether the workers run the codec on a CPU.
+
+    Returns:
+        A description of the tokens as JSON values, the entropy model (None without compression), the codec (None
+        unless `on_cpu` is set, since other workers load it for their own devices), and the codec's method `made`.
     """
     from nemo_lfr.io.token_file import Metadata
     from nemo_lfr.pretrained import load

@@ -156,10 +156,11 @@ def finish_part(plan: Plan, records: list[ShardRecord]) -> dict[str, Any]:
 
     Args:
         plan: the plan.
-        records: records of the shards of this run.
+        records: records of the shards that belong to this process's part.
 
     Returns:
-        The return value of `tokenize`.
+        The content of `tokens.json` if it was written. Otherwise, the same counts for `records` only, with the keys
+        "part" (such as "2/4") and "missing_shards" (the number of shards that other processes must still complete).
 
     Raises:
         NemoLfrError: if the output was removed or changed during the run.

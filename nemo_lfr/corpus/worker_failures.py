@@ -35,7 +35,8 @@ class WorkerFailures:
             is_death: False if this worker was counted before, for another of its shards.
 
         Raises:
-            NemoLfrError: if workers die repeatedly.
+            NemoLfrError: if more than `MAX_DEATHS` workers died while they processed the same shard, or died since
+                the last shard was finished.
         """
         self.since_record += is_death
         for index in indices:

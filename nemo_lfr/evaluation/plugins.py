@@ -30,9 +30,10 @@ def import_submodules(package: str) -> None:
 
 @cache
 def load_plugins() -> None:
-    """Import the modules that installed packages list in the entry-point group. Later calls do nothing.
+    """Import the modules in the entry-point group `nemo_lfr.evaluation`.
 
-    If a module cannot be imported, a warning is logged, and the module's codecs and metrics are not available.
+    If a module cannot be imported, a warning is logged, and the module's codecs and metrics are not available. Only
+    the first call does anything.
     """
     for point in entry_points(group=ENTRY_POINTS):
         try:
@@ -65,11 +66,11 @@ def add_entry(table: dict[str, Any], name: str, value: Any, kind: str) -> None:
 
 
 def in_order(table: dict[str, Any], package: str) -> dict[str, Any]:
-    """Return a table of classes in an order that does not depend on the order of imports.
+    """Sort a table of classes by the names of their modules, built-in classes first.
 
     Args:
-        table: classes by name.
-        package: name of the package that contains the built-in classes, which come first.
+        table: classes by name, in the order in which they were registered.
+        package: name of the package that contains the built-in classes.
     """
 
     def place(item: tuple[str, Any]) -> tuple[bool, str]:

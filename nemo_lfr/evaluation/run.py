@@ -205,7 +205,7 @@ def _identity(model: str) -> str:
 
 
 def _labels(recording: Recording) -> str:
-    """Return a short hash of the labels that `ModelMetric.measure` may use."""
+    """Return a short hash of the labels "text" and "lang", which `ModelMetric.measure` may use."""
     labels = [str(recording.labels.get(key)) for key in ("text", "lang")]
     return hashlib.sha256(json.dumps(labels).encode()).hexdigest()[:8]
 

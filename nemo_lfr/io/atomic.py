@@ -271,7 +271,10 @@ def sweep(folder: Path, names: Collection[str] | None = ()) -> None:
 
 
 class Sweeper:
-    """Remove the leftovers of killed runs for one output file at a time."""
+    """Remover of temporary files that killed runs left beside output files.
+
+    Each folder is listed only once.
+    """
 
     def __init__(self) -> None:
         self._leftovers: dict[Path, dict[str, list[os.DirEntry[str]]]] = {}

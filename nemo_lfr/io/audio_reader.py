@@ -171,8 +171,13 @@ class AudioReader:
     def _open_mpeg(self, first: SndfileDecoder) -> Decoder:
         """Open MPEG audio that follows other bytes.
 
-        The frames are counted, because libsndfile only estimates the number of samples. If there are no frames, the
-        result is `first`.
+        The frames are counted, because libsndfile only estimates the number of samples.
+
+        Args:
+            first: libsndfile's decoder for the file. It is returned if no MPEG frame is found.
+
+        Raises:
+            AudioError: if a recording in the file is damaged.
         """
         if self._source is None or not (streams := find_mpeg(self._source)):
             return first

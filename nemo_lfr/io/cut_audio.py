@@ -82,7 +82,9 @@ def _mappings(value: Any) -> Iterator[Mapping[str, Any]]:
 
 
 def check_source(kind: object, source: object, allow_url: bool = False) -> None:
-    """Check that a Lhotse audio source is a file, in memory, in a Shar or, if allowed, an http(s) URL.
+    """Check that a Lhotse audio source may be read.
+
+    Files and audio in memory or in a Shar may be read, and http(s) URLs if `allow_url` is set. Commands are refused.
 
     Args:
         kind: attribute `type` of Lhotse's `AudioSource`, such as "file".

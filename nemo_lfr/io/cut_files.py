@@ -107,7 +107,7 @@ class CutFile:
 
     @cached_property
     def _supervisions(self) -> dict[str, list[bytes]] | None:
-        """Lines of supervisions by recording; None for a file of cuts."""
+        """Manifest lines of supervisions by recording id; None for a file of cuts."""
         return read_supervisions(self.path) if kind_of(self.path) == "recordings" else None
 
     def read(self, start: int = 0, stop: int = sys.maxsize) -> Iterator[CutItem]:

@@ -62,9 +62,9 @@ class _Gaps:
         self._last: float | None = None  # duration of the last frame
 
     def begin(self, start: float) -> None:
-        """Add the gap before the first packet, whose time stamp should be 0.
+        """Count the gap before the first packet, whose time stamp is `start` in seconds.
 
-        Some decoders yield no frame for the first packets, so the time stamp of the first frame may be later.
+        The first packet counts, rather than the first frame, because some decoders yield no frame for it.
         """
         if start > _LEAST_START:
             self.seconds = start

@@ -71,15 +71,15 @@ def read_bytes(
     offset: float | None = None,
     duration: float | None = None,
 ) -> np.ndarray:
-    """Read an encoded audio file in memory, or a section of it.
+    """Read an encoded audio file in memory, or a section of it; see `read_file`.
 
     Args:
         data: content of the audio file.
         name: name of the clip for messages.
         sample_rate: sample rate of the result in Hz.
         longest: maximum duration of the clip in seconds.
-        offset: start in seconds, as in `read_file`.
-        duration: seconds to read, as in `read_file`.
+        offset: start in seconds; None for the beginning.
+        duration: seconds to read; None for the rest of the file.
 
     Returns:
         Mono float32 samples [T].

@@ -70,6 +70,6 @@ class SegmentCheck:
         self._first = self._first or f"{place}: {shorten(repr(column))} does not select a part of the file; {ADVICE}."
 
     def finish(self) -> None:
-        """Log a warning that names the first column with starts, if there is one."""
+        """Log a warning about the first row with a column like `start`, if there was one."""
         if self._first:
             logger.warning("%s", self._first)

@@ -247,12 +247,17 @@ def _declared_delimiter(path: Path, line: bytes) -> str | None:
 
 
 def _header(path: Path, line: bytes, declared: str | None) -> tuple[str, list[str]]:
-    """Return the delimiter of a table and the names of its columns, spelled as in `known_names`.
+    """Return the delimiter of a table and the names of its columns.
+
+    Known names are returned in lower case, such as "path" for a column "Path"; see `known_names`.
 
     Args:
         path: path of the table.
         line: the header.
-        declared: delimiter that the table declares, if any.
+        declared: delimiter that the table declares; None if it declares none.
+
+    Raises:
+        ConfigError: if the header cannot be read, has no column for the audio, or has a column twice.
     """
     delimiters = declared or (DELIMITERS if table_suffix(path) == ".csv" else "\t")
     try:

@@ -203,7 +203,7 @@ class Layout(ABC):
         return at < 0
 
     def _is_end(self, at: Any, length: Any, steps: Any) -> Any:
-        """Return a mask of the positions `at` whose id is EOS, for `length` frames in `steps` steps with tokens."""
+        """Return a mask of the positions `at` whose id is EOS. `steps` is the number of steps with tokens."""
         return at == steps
 
     @abstractmethod

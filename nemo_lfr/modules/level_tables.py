@@ -19,7 +19,7 @@ class _Buffers(NamedTuple):
         tensors: the buffers.
         places: address and version of each buffer when it was compared. PyTorch increases the version at each write.
         arrays: numpy views of the buffers, whose values are compared again on every call; None on a GPU.
-        are_own: whether the values were correct.
+        are_own: whether the values matched the levels.
     """
 
     tensors: list[torch.Tensor]

@@ -131,11 +131,11 @@ class CutLoader(DataLoader[dict[str, Any]]):
 
 
 def data_section(section: Any, name: str) -> DictConfig:
-    """Return a section of the config that describes a data loader. A plain dict is converted.
+    """Convert the config section of a data loader to a `DictConfig`, if it is a dict.
 
     Args:
-        section: the section.
-        name: name of the section, for messages.
+        section: the section, a dict or a `DictConfig`.
+        name: name of the section, such as "train_ds", for messages.
 
     Raises:
         ConfigError: if the section is neither a config nor a dict, or contains values that a config cannot contain.

@@ -52,7 +52,7 @@ class RunLock(Callback):
     _has_trained = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Lock the folders.
+        """Lock the folders of the trainer's checkpoint callbacks, except remote ones.
 
         Raises:
             ConfigError: in all processes, if another run is using one of the folders.

@@ -174,7 +174,10 @@ class StateDicts(BaseModel):
         return type(loss).__module__.startswith("nemo.collections.tts.losses.")
 
     def _quantizer_tables(self) -> dict[str, torch.Tensor]:
-        """Return the values of the quantizer's buffers by key, even if the buffers are empty after `to_empty`."""
+        """Compute the quantizer's buffers from its levels, by state-dict key.
+
+        After `to_empty`, the buffers of the model have no valid values.
+        """
         with torch.device("cpu"):
             return {
                 f"{path}.{name}": value

@@ -71,7 +71,9 @@ class TrainingSteps(DataLoaders, StockSteps):
             self.prepare(stage or "fit")
 
     def prepare(self, stage: str) -> None:
-        """Build the discriminators, and let Lightning write checkpoints atomically.
+        """Check the trainer's precision and, if `stage` is "fit", prepare training.
+
+        The discriminators, losses and metrics are built, and Lightning's checkpoints are written atomically.
 
         Raises:
             ConfigError: if the trainer's precision would round the weights. For training, also if the config sets a

@@ -329,7 +329,7 @@ class Engine:
 
     @staticmethod
     def _flush(sessions: list[Session]) -> list[Any]:
-        """End streams of one kind, and return the remaining results or an exception for each stream."""
+        """End streams of one kind. Return, for each stream, its remaining result or an exception."""
         streams = [session._stream for session in sessions]
         if sessions[0].kind == "decode":
             return _for_each(flush_decoders, streams, [session._num_samples for session in sessions])

@@ -163,10 +163,15 @@ def _check_is_plain(request: Request) -> None:
 
 
 def _limited(pieces: Iterable[np.ndarray], limits: StreamLimits, rate: float) -> Iterator[np.ndarray]:
-    """Yield the pieces [..., k] of a recording unchanged, and check the duration of the recording.
+    """Yield the pieces [..., k] of a recording unchanged, and check its duration.
+
+    Args:
+        pieces: consecutive samples or tokens.
+        limits: limits with the maximum duration.
+        rate: samples or frames per second.
 
     Raises:
-        ProtocolError: if the recording is longer than `max_seconds`.
+        ProtocolError: if the recording is longer than `limits.max_seconds`.
     """
     num_items = 0
     for piece in pieces:

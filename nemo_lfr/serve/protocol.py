@@ -242,7 +242,7 @@ class DecodeProtocol:
 
         Args:
             fields: the JSON object.
-            alternative: what else the client may send, for error messages.
+            alternative: end of the error message, such as ', or {"type": "end"}', for what else the client may send.
 
         Raises:
             ProtocolError: if the tokens are not valid.

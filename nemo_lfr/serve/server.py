@@ -49,17 +49,17 @@ class _WebSockets(WebSocketsSansIOProtocol):
             super().data_received(data[start : start + _SLICE])
 
     def handle_ping(self) -> None:
-        """Count a ping."""
+        """Answer a ping. Too many pings within a second end the connection."""
         self._count_small()
         super().handle_ping()
 
     def handle_pong(self, event: Any) -> None:
-        """Count a pong."""
+        """Process a pong. Too many pongs within a second end the connection."""
         self._count_small()
         super().handle_pong(event)
 
     def handle_cont(self, event: Any) -> None:
-        """Count a fragment of a message if it is small."""
+        """Process a fragment of a message. Too many small ones within a second end the connection."""
         if len(event.data) < _SMALL:
             self._count_small()
         super().handle_cont(event)
@@ -76,7 +76,10 @@ class _WebSockets(WebSocketsSansIOProtocol):
                 self._cutoff = self.loop.call_later(self.send_s, self.transport.abort)
 
     def pause_writing(self) -> None:
-        """Start a timer when the write buffer is full. After `send_s` seconds, the connection is cut."""
+        """Start a timer when the write buffer is full.
+
+        The connection is cut unless the client reads enough data within `send_s` seconds.
+        """
         super().pause_writing()
         self._end_cutoff()
         self._cutoff = asyncio.get_running_loop().call_later(self.send_s, self.transport.abort)

@@ -100,7 +100,10 @@ def _weights(modules: Iterable[torch.nn.Module]) -> list[torch.Tensor]:
 
 
 def _is_converted(weight: torch.Tensor, recorded: Mapping[torch.dtype, tuple[int, ...]]) -> bool:
-    """Return whether a weight is the recorded one, possibly converted to another dtype and rounded."""
+    """Return whether a weight has its recorded values, perhaps rounded to its dtype.
+
+    `recorded` maps dtypes to the checksum of the recorded weight in this dtype.
+    """
     return not weight.is_meta and any(
         checksums([weight.to(dtype)]) == expected and torch.equal(weight.to(dtype).to(weight.dtype), weight)
         for dtype, expected in recorded.items()

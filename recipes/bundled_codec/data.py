@@ -158,7 +158,12 @@ class SpeechSegments:
         return segments * torch.minimum(gains.abs(), limits).copysign(gains)[:, None]
 
     def _change(self, audio: torch.Tensor, response: torch.Tensor) -> torch.Tensor:
-        """Resample audio to the size of a segment with margins, equalize it, and cut the margins off."""
+        """Change the speed and the spectrum of a segment with margins, and cut off the margins.
+
+        Args:
+            audio: samples. They are resampled to the length of a segment with margins, which changes the speed.
+            response: factor for each frequency of the spectrum.
+        """
         if len(audio) != self.full_length or self.augment.equalizer_db:
             spectrum = torch.fft.rfft(audio, norm="forward")[: len(response)]
             spectrum = spectrum * response[: len(spectrum)]

@@ -250,7 +250,14 @@ def _out_in_taps(conv: nn.Conv1d | nn.ConvTranspose1d) -> torch.Tensor:
 
 
 def _fill_orthogonal(conv: nn.Conv1d | nn.ConvTranspose1d, *, mirror_in: bool = True, mirror_out: bool = True) -> None:
-    """Fill a layer with random orthogonal filters for mirrored channels, and set the bias to zero."""
+    """Fill a layer with random orthogonal filters, and set the bias to zero.
+
+    Args:
+        conv: the layer.
+        mirror_in: whether the second half of the input channels is the negative of the first half. Both halves then
+            have the same filters with opposite signs.
+        mirror_out: whether to make the second half of the output channels the negative of the first half.
+    """
     weight = _out_in_taps(conv)
     num_out, num_in = weight.shape[0] // (1 + mirror_out), weight.shape[1] // (1 + mirror_in)
     filters = torch.empty(num_out, num_in * weight.shape[2])

@@ -80,7 +80,10 @@ def network_config(values: Mapping[str, Any]) -> NetworkConfig:
 
 
 def _sizes(path: Path, config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return the values in a codec's config that belong to a `NetworkConfig`.
+    """Return the values in a codec's config that set fields of a `NetworkConfig`.
+
+    Returns:
+        A dict from each section, such as "audio_encoder", to a dict with its values.
 
     Raises:
         ValueError: if the codec does not pad with zeros.

@@ -181,13 +181,18 @@ class PackedOps:
     def _shared_winograd(
         self, convs: list[Conv1d], shared: torch.Tensor, starts: list[int], after: CodecActivation
     ) -> dict[int, torch.Tensor]:
-        """Run all layers that can share one Winograd transform; return a dict from index in `convs` to output.
+        """Run those layers that use Winograd convolution without dilation.
+
+        The input is transformed only once.
 
         Args:
             convs: first convolution of each branch.
             shared: padded input of all layers, [B, H_in, T].
             starts: for each layer, the index of the first time step in `shared` that its first output depends on.
             after: activation after the convolutions.
+
+        Returns:
+            A dict from the index of each of these layers in `convs` to its output.
         """
         numbers = [n for n, conv in enumerate(convs) if self._use_winograd(conv) and conv.conv.dilation[0] == 1]
         if not numbers:

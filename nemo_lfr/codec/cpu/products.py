@@ -2,7 +2,7 @@
 
 A live stream advances by a few frames at a time. In the deep layers of the network, such a signal is only a few time
 steps long, and oneDNN's convolutions read all weights again for each stream. A matrix product reads the weights once
-for all streams: each row contains the inputs of one output, and the rows of all streams form one matrix.
+for all streams. Each row of its left matrix contains the inputs that one output of one stream depends on.
 """
 
 from typing import Protocol

@@ -259,7 +259,7 @@ class LayerRunner:
         total: torch.Tensor | None = None,
         scale: float = 1.0,
     ) -> torch.Tensor:
-        """Return scale * (signal + block(signal) + total)."""
+        """Return scale * (signal + output of the block's second convolution + total)."""
         first, second = block.first, block.second
         candidates: dict[str, Candidate] = {
             "library": lambda: self._block_by_library(block, signal, ends, total, scale)

@@ -113,7 +113,7 @@ def _check_readable(data: bytes, target: Path) -> None:
 
 
 def _write_aside(path: Path, data: bytes, target: Path) -> str:
-    """Write data to `path`, the temporary file for `target`, and return the SHA-256 of the data."""
+    """Write data to the temporary file `path`, and return its SHA-256 in hex. Errors name `target` instead."""
     with naming(target, path), open(path, "wb") as file:
         file.write(data)
         file.flush()

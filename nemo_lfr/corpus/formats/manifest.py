@@ -153,7 +153,7 @@ class ManifestReader(FormatReader):
 
 @register_format
 class ManifestFormat(OutputFormat):
-    """Output format `manifest`."""
+    """Output format `manifest`: a `.pt` file for each clip, and a NeMo manifest."""
 
     name = "manifest"
     writer = ManifestWriter

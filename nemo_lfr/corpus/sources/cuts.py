@@ -80,7 +80,7 @@ class Cuts(CorpusReader):
         return list_digest(("", digest(path)) for path in self.files)
 
     def older_shards(self, identity: str, shards: list[ShardSpec], size: int) -> list[ShardSpec] | None:
-        """Return `shards` if `identity` is the hash that an older version computed."""
+        """Return `shards` if an older version computed the hash `identity` for this corpus, else None."""
         return shards if identity == list_digest((path.name, digest(path)) for path in self.files) else None
 
     @property
@@ -185,7 +185,10 @@ def cut_to_clip(cut: Any, origin: str, number: int = 1, allow_url: bool = False)
 
 
 def _plain_labels(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the known columns and plain values among `fields`, without None."""
+    """Return the fields that can be labels, without those whose value is None.
+
+    A field can be a label if its name is in `LABEL_COLUMNS`, or if its value is a string, number or boolean.
+    """
     labels = {key: value for key, value in fields.items() if key in LABEL_COLUMNS or _is_plain(value)}
     return {key: value for key, value in labels.items() if value is not None}
 

@@ -87,7 +87,7 @@ def voc_streams(window: Window) -> list[Stream]:
 
 
 def _voc_format(block: bytes) -> bytes | None:
-    """Return the WAV format description of a sound block; None if it is unsupported."""
+    """Return the content of a WAV `fmt ` chunk for a VOC block; None if the encoding is unsupported."""
     if block[0] == 1:
         rate, bits, channels, codec = round(1_000_000 / (256 - block[1])), 8, 1, block[2]
     else:

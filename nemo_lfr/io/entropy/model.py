@@ -319,7 +319,7 @@ def _with_bias(weight: np.ndarray, bias: np.ndarray) -> np.ndarray:
 
 
 def model_hash(data: bytes) -> str:
-    """Return the id of a model from the bytes of its file."""
+    """Return the hash that identifies a model: 16 hex digits of the SHA-256 of its file."""
     return hashlib.sha256(data).hexdigest()[:HASH_DIGITS]
 
 

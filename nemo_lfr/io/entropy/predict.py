@@ -102,14 +102,14 @@ class History:
 
 
 def block_features(spec: ModelSpec, digits: np.ndarray) -> np.ndarray:
-    """Return the features of each frame in a block whose FSQ values are known.
+    """Return the features from which each frame of a block is predicted.
 
     Args:
         spec: sizes of the model.
-        digits: FSQ values [T, D].
+        digits: FSQ values [T, D] of the block.
 
     Returns:
-        The float32 features [T, F + 1].
+        The float32 features [T, F + 1], see `History`. Row t depends only on the frames before t.
     """
     history = History(spec, 1)
     features = np.empty((len(digits), spec.num_features + 1), dtype=np.float32)
