@@ -217,10 +217,7 @@ def find_matches(pattern: str, unread: list[OSError] | None = None) -> list[str]
 
 
 def _matches(pattern: str, unread: list[OSError]) -> list[str]:
-    """Return the sorted paths that match a glob pattern.
-
-    The errors of unreadable folders are added to `unread`, some of them more than once.
-    """
+    """Return the sorted paths that match a glob pattern. The errors of unreadable folders are added to `unread`."""
     head, star, tail = pattern.partition("**")
     if not star or (head and head[-1] not in _SEPARATORS) or (tail and tail[0] not in _SEPARATORS):
         return _glob(pattern, unread)
