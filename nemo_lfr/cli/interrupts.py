@@ -92,7 +92,7 @@ class _Watcher:
                 return number
 
     def handle(self, *_: object) -> None:
-        """Handle SIGINT in the main thread."""
+        """Raise KeyboardInterrupt at the first SIGINT after `run` has decided to stop the command."""
         if self._stopping and not self.answered:
             self.answered = True
             raise KeyboardInterrupt

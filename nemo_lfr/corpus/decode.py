@@ -54,8 +54,8 @@ def decode_folder(
         The path of each audio file, or the error that prevented its creation.
 
     Raises:
-        NemoLfrError: if the folder cannot be read or has no utterances, its tokens were produced by another codec, or
-            `out` is the same folder.
+        NemoLfrError: if `tokens` cannot be read or has no utterances, if its tokens were produced by another codec, or
+            if `out` is the same folder as `tokens`.
         OSError: if audio cannot be written.
     """
     folder, out = TokenFolder(tokens, verify=verify), expand_home(out)

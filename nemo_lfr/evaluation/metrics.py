@@ -307,7 +307,7 @@ def measure(
 
     Args:
         original: original recording.
-        output: reconstruction, with the same rate and length.
+        output: reconstruction, with the rate and length of `original`.
         names: names of metrics in `table`; None for all metrics.
         table: descriptions of the metrics by name.
 

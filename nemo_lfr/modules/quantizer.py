@@ -300,7 +300,10 @@ class GroupFiniteScalarQuantizer(CodebookDropout):
         return zip(self.fsqs, values.chunk(self.num_groups, dim), strict=False)
 
     def _fold(self, values: torch.Tensor) -> torch.Tensor:
-        """Move the codebooks into the batch dimension. They have the same levels, so one quantizer handles all."""
+        """Move the C codebooks into the batch dimension: [B, D, T] -> [B * C, D / C, T].
+
+        One quantizer can then quantize all codebooks, because they have the same levels.
+        """
         return torch.unflatten(values, 1, (-1, len(self.levels))).flatten(0, 1)
 
     def forward(

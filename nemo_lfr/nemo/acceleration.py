@@ -31,7 +31,7 @@ def accelerate(model: NeMoAudioCodecModel) -> NeMoAudioCodecModel:
             subclass keeps its class.
 
     Returns:
-        The same model object.
+        `model` itself.
 
     Raises:
         ConfigError: if the model is not an `AudioCodecModel` of the LFR codec family; if its modules do not match its

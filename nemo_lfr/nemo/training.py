@@ -311,7 +311,7 @@ class TrainingSteps(DataLoaders, StockSteps):
 
         Args:
             views_real: discriminator inputs computed from real audio, one tensor [B, ...] per network.
-            views_gen: discriminator inputs computed from generated audio, with the same shapes.
+            views_gen: discriminator inputs computed from generated audio, with the shapes of `views_real`.
 
         Returns:
             A scalar.

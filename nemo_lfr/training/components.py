@@ -44,7 +44,7 @@ def register_component(component: Any = None, *, name: str | None = None) -> Any
         name: value of `_target_` for this class; by default the import path of the class.
 
     Returns:
-        The same class, or a decorator if `component` is not passed.
+        `component` itself, or a decorator if `component` is not passed.
 
     Raises:
         ConfigError: if `component` is not a subclass of `torch.nn.Module`.

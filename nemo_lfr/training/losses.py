@@ -180,7 +180,7 @@ class CodecLosses(nn.Module):
         self.feature = FEATURE_LOSSES[feature]
 
     def set_weights(self, weights: Mapping[str, float]) -> None:
-        """Change the weights of some terms, by name."""
+        """Change the weights of the terms named in `weights`. Terms of weight 0 are no longer computed."""
         self.weights = {term: weight for term, weight in (self.weights | dict(weights)).items() if weight}
 
     def terms(

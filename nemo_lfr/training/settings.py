@@ -147,14 +147,14 @@ def check_counts(values: Any, name: str) -> None:
         name: name of the list in the config, for error messages.
 
     Raises:
-        ConfigError: if `values` is not such a list.
+        ConfigError: if `values` is not a list, is empty, or contains anything but positive whole numbers.
     """
     if not _is_list(values) or not values or not all(COUNT.contains(value) for value in values):
         raise ConfigError(f"{name} is {quoted(values)}; pass a list of whole numbers of at least 1.")
 
 
 def check_model(config: Mapping[str, Any]) -> None:
-    """Validate those numbers in a model config that affect only training.
+    """Validate the numbers in a model config that affect only training.
 
     Args:
         config: model config, as Python values.

@@ -178,7 +178,7 @@ class Trainer:
         return {"optimizer": self.optimizer.state_dict(), "adversary": adversary}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Load a state dict. If it contains discriminators, add them with `add_adversary` first."""
+        """Load a state dict. If it contains discriminators, call `add_adversary` first."""
         self.optimizer.load_state_dict(state["optimizer"])
         if self.adversary is not None and state["adversary"] is not None:
             self.adversary.load_state_dict(state["adversary"])

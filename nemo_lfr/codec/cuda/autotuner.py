@@ -31,7 +31,7 @@ class Autotuner:
     Attributes:
         benchmark: function that runs a candidate several times and returns its run time in seconds.
         chosen: dict from each `key` passed to `run` to the name of the fastest candidate.
-        measured: run time in seconds of each candidate that matches the reference, by `key` and by name.
+        measured: `measured[key][name]` is the run time in seconds of a candidate that matches the reference.
         force: name of a candidate to use wherever it exists, without measuring; for benchmarks and tests.
     """
 

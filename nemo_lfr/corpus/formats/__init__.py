@@ -32,7 +32,7 @@ def register_format(output: "type[OutputFormat]") -> "type[OutputFormat]":
         output: class of the format.
 
     Returns:
-        The same class.
+        `output` itself.
     """
     _registered[output.name] = output
     return output

@@ -22,7 +22,7 @@ def register_codec(codec: "type[ComparedCodec]") -> "type[ComparedCodec]":
         codec: class of the codec.
 
     Returns:
-        The same class.
+        `codec` itself.
 
     Raises:
         NemoLfrError: if another codec has the same `kind`.

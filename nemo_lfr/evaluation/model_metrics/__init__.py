@@ -36,7 +36,7 @@ def register_model_metric(metric: type[ModelMetric]) -> type[ModelMetric]:
         metric: the class.
 
     Returns:
-        The same class.
+        `metric` itself.
 
     Raises:
         NemoLfrError: if the `kind` of `metric` is already registered by another class, or another metric already has

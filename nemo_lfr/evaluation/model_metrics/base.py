@@ -41,7 +41,7 @@ class ModelMetric(ABC):
 
         Args:
             original: original recording.
-            output: reconstruction, with the same rate and length.
+            output: reconstruction, with the rate and length of `original`.
             labels: labels of the recording in the manifest. Stored results are computed again only if "text" or "lang"
                 has changed, so `measure` should not depend on other labels.
 

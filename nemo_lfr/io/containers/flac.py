@@ -66,7 +66,7 @@ def _before_others(window: Window, stream: Stream, total: int, block_size: int) 
         block_size: number of samples per frame; 0 if it varies.
 
     Returns:
-        The same stream.
+        `stream` itself, changed in place.
     """
     ((start, stop),) = stream.spans
     first = _after_metadata(window, start, stop)
