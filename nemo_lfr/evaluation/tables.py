@@ -36,7 +36,7 @@ class Mean:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Mean":
-        """Compute the mean of one or more values, and the confidence interval of the mean."""
+        """Compute the mean of one or more values, and its 95 % confidence interval by resampling."""
         rng, found = np.random.default_rng(0), np.asarray(values, float)
         # Draw the resamples in blocks, since all of them together need gigabytes of memory for a large test set.
         blocks = [rng.choice(found, (RESAMPLES // 50, len(found))).mean(axis=1) for _ in range(50)]

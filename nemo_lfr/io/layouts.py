@@ -267,7 +267,7 @@ def _as_text(value: object) -> str:
 def _metadata(corpus: Path) -> Iterator[CorpusUtterance]:
     """Yield the rows of all AudioFolder tables, such as metadata.csv, in a folder and its subfolders.
 
-    A table that cannot be used, such as one without a column of audio, gives one utterance with a problem.
+    A table that cannot be read, or has no column of audio, gives one utterance with a problem.
     """
     # `folder`, the caller, reports the folders that cannot be read.
     tables = find_files(corpus, (".csv", ".tsv", ".jsonl"), report=lambda _: None, unread=[])

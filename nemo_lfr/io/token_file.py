@@ -250,7 +250,8 @@ class TokenStreamWriter:
             num_samples: number of samples that were encoded.
 
         Raises:
-            TokensError: if `num_samples` does not match the number of frames, or if `finish` was called before.
+            TokensError: if `num_samples` is not an integer or does not match the number of frames, or if `finish` was
+                called before.
         """
         self._check_open()
         try:
@@ -769,7 +770,7 @@ class TokenReader(_Sections):
             number = last
 
     def check_recovered(self) -> None:
-        """Log a warning that says how much of a damaged or incomplete file is read.
+        """If the file is damaged or incomplete, log a warning that says how much of it is read.
 
         Raises:
             TokenFileError: if the file is damaged or incomplete, and none of its blocks is intact.

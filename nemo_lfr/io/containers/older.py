@@ -49,7 +49,7 @@ def is_voc(head: bytes, _: Window) -> bool:
 
 
 def voc_streams(window: Window) -> list[Stream]:
-    """Return a VOC file as one `Stream` of the samples in its blocks.
+    """Return a VOC file as one `Stream`. The samples of several blocks are joined after a WAV header.
 
     libsndfile would decode the headers of all blocks after the first one as samples.
     """
