@@ -161,7 +161,7 @@ def main() -> None:
 def compare_with_stock(
     manifest: Path, out: Callable[[], Path], model: str | None, rounds: int, cores: int, batches: bool
 ) -> None:
-    """Print the speed of `nemo-lfr tokenize` and the NeMo loop, and compare tokens."""
+    """Print the speeds of `nemo-lfr tokenize` and of the NeMo loop, and how many of their tokens differ."""
     torch.set_num_threads(cores)
     stock = stock_model(find_checkpoint(model)).eval()
     seconds = sum(json.loads(line)["duration"] for line in manifest.read_text().splitlines())

@@ -65,7 +65,7 @@ class Copies:
         refuse_pickle()
 
     def _to_copy(self) -> dict[str, Any]:
-        """Return the attributes for a copy, by name."""
+        """Return a dict of the attributes that a copy gets. Those in `_not_copied` are None."""
         # `Module.compile` sets `_compiled_call_impl`. In a copy, it would still run the original model.
         state = {key: value for key, value in vars(self).items() if key != "_compiled_call_impl"}
         return state | dict.fromkeys(self._not_copied)

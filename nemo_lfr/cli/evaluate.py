@@ -204,7 +204,7 @@ def _requested_models(asr: str | None, speaker_model: str | None, model_metrics:
 def _read_recordings(
     source: Path, preset: str | None, audio_dir: Path | None, seed: int
 ) -> "tuple[list[Recording], dict[str, Any]]":
-    """Return the recordings in a manifest or preset, and keyword arguments for `write_report`.
+    """Return the recordings in a manifest or preset, and arguments for `write_report`, such as the title.
 
     Lines of a manifest that cannot be used are recorded as failures.
     """

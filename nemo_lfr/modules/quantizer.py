@@ -302,7 +302,7 @@ class GroupFiniteScalarQuantizer(CodebookDropout):
     def _fold(self, values: torch.Tensor) -> torch.Tensor:
         """Move the C codebooks into the batch dimension: [B, D, T] -> [B * C, D / C, T].
 
-        One quantizer can then quantize all codebooks, because they have the same levels.
+        One quantizer can then process all codebooks, because they have the same levels.
         """
         return torch.unflatten(values, 1, (-1, len(self.levels))).flatten(0, 1)
 

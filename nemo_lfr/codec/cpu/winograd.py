@@ -110,7 +110,13 @@ def convolve(
 
 
 def _multiply(layer: Transformed, seen: torch.Tensor, out: torch.Tensor) -> None:
-    """Convolve a transformed input [POINTS, n, H_in], and write the result to `out`, [tiles, 4, dilation * H_out]."""
+    """Convolve a transformed input, and write the result to `out`.
+
+    Args:
+        layer: weights of the layer.
+        seen: transformed input, [POINTS, (tiles + layer.num_pieces - 1) * dilation, H_in].
+        out: [tiles, 4, dilation * H_out].
+    """
     products = [
         # The bias is added at the point 1 only. Because 1 ** n = 1, every output then contains it once.
         _sum_of_products(seen[point], layer.bank[point], layer.bias if point == 2 else None, layer.dilation)

@@ -239,7 +239,7 @@ def _depends_on(folder: Path, line: bytes) -> bool:
 
 
 def _is_in_tar(line: bytes) -> bool:
-    """Return whether a line has the number of a tar file, as in NeMo's manifests of tarred datasets."""
+    """Return whether a line has an integer `shard_id`: the number of a tar file, in NeMo's tarred datasets."""
     try:
         return type(parse_entry(line).get("shard_id")) is int
     except NOT_A_LINE:

@@ -77,7 +77,7 @@ class ComparedCodec(ABC):
             rate: sample rate of the audio in Hz.
 
         Returns:
-            The reconstruction, with the sample rate and length of `audio`, and the sizes and times in `RoundTrip`.
+            The result. The reconstruction has the sample rate and length of `audio`.
         """
 
 
