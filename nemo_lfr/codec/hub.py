@@ -165,7 +165,7 @@ class HubMethods(CodecBase[Array]):
 
 
 def _check_upload(arguments: Mapping[str, Any], method: str) -> None:
-    """Check the names of an upload's arguments.
+    """Raise NemoLfrError for unknown arguments of an upload.
 
     `config` and `model_card_kwargs` must be None, because this package writes the config and the model card itself.
     """

@@ -46,9 +46,9 @@ def _as_bytes(levels: tuple[int, ...]) -> list[bytes]:
 def has_level_tables(quantizer: nn.Module, levels: tuple[int, ...]) -> bool:
     """Return whether the buffers of a quantizer have the values for its levels.
 
-    On a GPU, changes through `.data` are not noticed, because PyTorch does not count such writes. The result is True
-    if the values were never compared and cannot be read now, for example on the meta device or while a graph is
-    captured.
+    On a CPU, each call compares the values. On a GPU, the values are compared again only after changes that PyTorch
+    counts, so a write through `.data` is not noticed. The result is True if the values were never compared and cannot
+    be read now, for example on the meta device or while a graph is captured.
     """
     if torch.compiler.is_compiling():
         return True

@@ -104,7 +104,7 @@ def contiguous_values(parameter: torch.Tensor) -> torch.Tensor:
     """Return the values of a parameter in contiguous memory, detached; a contiguous parameter is not copied.
 
     A parameter may be a view, for example a column of a table or an expanded scalar. Kernels that read memory by
-    pointer, such as oneDNN's convolutions and Triton's, ignore its strides.
+    pointer, such as oneDNN's convolutions and Triton's, ignore the strides of a view.
     """
     values = parameter.detach() if parameter.layout is torch.strided else parameter.detach().to_dense()
     return values.resolve_neg().contiguous()

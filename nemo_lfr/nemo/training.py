@@ -166,8 +166,8 @@ class TrainingSteps(DataLoaders, StockSteps):
     def begin_fit(self) -> None:
         """Check that the trainer can train the model, and set the modules of a restored model to training mode.
 
-        `restore_from` returns a model in evaluation mode, in which Lightning would leave it. Frozen modules stay in
-        evaluation mode.
+        `restore_from` returns a model in evaluation mode, and Lightning does not change this mode. Frozen modules stay
+        in evaluation mode.
 
         Raises:
             ConfigError: if the trainer's strategy or callbacks cannot train the model; see `check_fit`. Also if the

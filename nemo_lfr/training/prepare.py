@@ -183,7 +183,7 @@ def prepare(
 
 
 def _check_level(speaker_level: int | None, utterances: Sequence[CorpusUtterance], corpus: Path) -> None:
-    """Raise NemoLfrError if no audio file is `speaker_level` folders deep in the corpus."""
+    """Raise NemoLfrError if no audio file is at least `speaker_level` folders deep in the corpus."""
     depth = max(len(utterance.path.parts) for utterance in utterances) - 1
     if speaker_level is not None and speaker_level > depth:
         remedy = f"pass a number from 1 to {depth}, or remove it" if depth else "remove it"

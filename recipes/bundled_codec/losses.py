@@ -125,7 +125,7 @@ PITCH_LAGS = (44, 368)  # samples: from 500 Hz down to 60 Hz
 
 
 def periodicity_distance(real: torch.Tensor, gen: torch.Tensor) -> torch.Tensor:
-    """Return the mean absolute difference of the two signals' periodicity.
+    """Return the weighted mean of the absolute differences between the periodicities of two signals.
 
     The periodicity of a frame at a lag is YIN's cumulative mean normalized difference (de Cheveigne and Kawahara,
     2002, equation 8). It is near 0 at lags at which the frame repeats itself, and near 1 at most other lags. Lags at

@@ -368,11 +368,11 @@ def _true_header(window: Window, piece: Piece) -> tuple[bytes, list[Span]]:
 
 
 def _header_frames(head: bytes, count: int) -> bytes:
-    """Return a Xing header for frames without one, and a silent frame that follows it.
+    """Return a frame with a Xing header and a silent frame, to be placed before audio without a Xing header.
 
-    With the number of frames in the header, libmpg123 does not have to estimate it from the bit rate. The header also
-    declares a delay. libmpg123 drops this delay and 529 more samples (its own delay). The declared delay is such that
-    only the silent frame is dropped.
+    The header states the number of frames, which libmpg123 would otherwise estimate from the bit rate. The header also
+    declares a delay. libmpg123 drops the declared delay and 529 more samples (the delay of its decoder). The declared
+    delay is 529 samples shorter than the silent frame, so exactly the silent frame is dropped.
 
     Args:
         head: first four bytes of an audio frame. The two returned frames have its sample rate and channels.
