@@ -208,7 +208,7 @@ class Convolutions(TorchDispatchMode):
 
 
 def stages(codec: Codec) -> None:
-    """Print the share of the time and the GFLOP/s of all convolutions with the same numbers of channels."""
+    """Print the convolutions' share of the time and GFLOP/s, by the numbers of input and output channels."""
     left, right = torch.rand(2048, 2048), torch.rand(2048, 2048)
     took = in_turns({"product": partial(torch.mm, left, right)}, 9)["product"]
     peak = 2 * 2048**3 / min(took) / 1e9

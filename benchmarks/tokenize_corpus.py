@@ -195,7 +195,7 @@ def compare_with_stock(
 
 
 def compare_with_ray(manifest: Path, out: Callable[[], Path], model: str | None, rounds: int) -> None:
-    """Print the speed of Ray workers relative to a single process."""
+    """Print the speed without Ray, with one Ray worker and with two Ray workers, and the ratios of these speeds."""
     import ray
 
     ray.init("local", include_dashboard=False, logging_level="error", log_to_driver=False)

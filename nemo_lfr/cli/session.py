@@ -56,7 +56,7 @@ class Session:
             total: number of inputs. If it is 2 or more, a last line says how many of the inputs failed.
             shown: maximum number of failures to print.
             see: name of the file that lists all failures; "" for none.
-            failed: number of inputs that failed, if one failure may affect several inputs.
+            failed: number of inputs that failed; None if each failure affects one input.
         """
         failures = self.failures[self.reported :]
         self.reported = len(self.failures)
@@ -148,7 +148,7 @@ class _StderrHandler(logging.Handler):
         self._seen: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Print a log record; with --verbose, also print its traceback."""
+        """Print a log record, unless its text was printed before. --verbose prints all records, with tracebacks."""
         text = record.getMessage()
         if self._verbose:
             echo_stderr(f"nemo-lfr: {record.levelname.lower()}: {record.name}: {text}")

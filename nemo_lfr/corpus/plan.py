@@ -148,7 +148,7 @@ def _withdraw(config: TokenizeConfig, out: Path, is_new: bool) -> None:
     number of parts is removed, because other parts may use the other files.
 
     Args:
-        config: options of the run. The folder belongs to this run if it contains the ID `config.claim`.
+        config: options of the run. The output folder belongs to the run if it contains the ID `config.claim`.
         out: the output folder.
         is_new: whether this run created the output folder.
     """

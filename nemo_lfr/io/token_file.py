@@ -783,7 +783,7 @@ class TokenReader(_Sections):
         logger.warning("%s: the file is damaged or incomplete; its first %.2f s are read.", self.path, seconds)
 
     def _frame_number(self, name: str, value: Any) -> int:
-        """Return the frame number that the caller passed as `name`, as an int."""
+        """Return a frame number as an int. If it is not valid, raise TokenFileError with the argument's `name`."""
         try:
             number = operator.index(value)
         except TypeError:

@@ -289,7 +289,7 @@ class GroupFiniteScalarQuantizer(CodebookDropout):
         """Split a tensor along the dimension `dim`, and yield each group's quantizer with its part of the tensor.
 
         Raises:
-            TokensError: if the tensor does not have three dimensions, or `dim` does not have the size for all groups.
+            TokensError: if the tensor does not have three dimensions, or its size along `dim` does not fit the groups.
                 As in NeMo, the shape is not checked if a caller has changed the number of groups.
         """
         if len(self.fsqs) == self.num_groups:

@@ -45,7 +45,7 @@ def is_replaced(model: NeMoAudioCodecModel, name: str, kind: type) -> bool:
 
 
 def is_changed(kind: Any, module: ModuleType) -> bool:
-    """Return whether a class is defined outside a certain module of NeMo, or has a patched method."""
+    """Return whether a class is defined outside NeMo's module `module`, or has a patched method."""
     return getattr(kind, "__module__", None) != module.__name__ or patched_method(kind) is not None
 
 

@@ -212,7 +212,7 @@ class SegmentSampler(DistributedSampler[tuple[int, float]]):
 
     Args:
         dataset: dataset to sample from.
-        count: number of draws per epoch, summed over all processes; `len(dataset)` if `weights` is None.
+        count: number of draws per epoch, summed over all processes; must be `len(dataset)` if `weights` is None.
         weights: weight of each recording for draws with replacement, float64, shape [len(dataset)]; None for one
             shuffled pass over all recordings.
         world_size: number of processes.

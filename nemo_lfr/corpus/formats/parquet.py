@@ -89,7 +89,7 @@ class ParquetReader(FormatReader):
         return self._shard_counts(lambda files: read_footer(files.path(self._name(files.shard))).num_rows)
 
     def rows(self, files: ShardFiles, start: int, stop: int) -> Iterator[Row | Damage]:
-        """Yield the utterances [start, stop) of a shard, and messages about damage."""
+        """Yield all utterances of a shard from `start` on, also those after `stop`, and messages about damage."""
         path, damage = files.path_and_damage(self._name(files.shard))
         if damage:
             yield damage

@@ -222,7 +222,7 @@ class SharReader(FormatReader):
         return self._shard_counts(lambda files: sum(1 for _ in self._cuts(files.path(self._cuts_name(files.shard)))))
 
     def rows(self, files: ShardFiles, start: int, stop: int) -> Iterator[Row | Damage]:
-        """Yield the utterances [start, stop) of a shard, and messages about damage."""
+        """Yield all utterances of a shard from `start` on, also those after `stop`, and messages about damage."""
         names = [self._cuts_name(files.shard)]
         names += [Layout(self.folder).tar(name, f"{files.shard:06d}") for name in self._fields()]
         paths = []
