@@ -119,7 +119,10 @@ class _Plain:
 
 
 def _content(placeholder: Inert) -> Any:
-    """Return what a placeholder for an OmegaConf object, a dict subclass or a Namespace contains; else None."""
+    """Return the content of a placeholder for an OmegaConf object, a dict subclass or a Namespace.
+
+    For any other placeholder, return None.
+    """
     state = placeholder.state if isinstance(placeholder.state, dict) else {}
     for key in ("_content", "_val"):  # of a container, and of a leaf
         if key in state:

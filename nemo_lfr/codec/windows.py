@@ -100,10 +100,10 @@ class Cutter(NamedTuple):
 
 
 def group_widths(by_width: dict[int, list[Any]], mix: bool) -> Iterable[tuple[int, list[Any]]]:
-    """Return groups of windows that may share a batch, each with the width of its widest window.
+    """Return pairs (width, windows). The windows of a pair may share a batch, and `width` is that of the widest one.
 
     Args:
-        by_width: windows of each padded width.
+        by_width: dict from padded width to the windows of this width.
         mix: whether windows of similar widths form a group, which is faster on a GPU. Groups with wider windows then
             come first. If false, all windows of a group have one width.
     """

@@ -21,7 +21,7 @@ def text_of(*transcripts: Path) -> tuple[dict[str, str], str | None]:
 
     Returns:
         The labels, and an error message. The labels are {"text": ...} if the file was read, otherwise empty. The
-        message is None unless the file exists but cannot be read.
+        message says why an existing file cannot be read; otherwise it is None.
     """
     for transcript in transcripts:
         try:

@@ -78,7 +78,7 @@ class Evaluator:
 
 
 def within_cents(original: Signal, output: Signal, cents: float = CLOSE_CENTS) -> float:
-    """Return the percentage of voiced frames in which the reconstruction has nearly the same F0.
+    """Return the percentage of voiced frames in which the F0 of the output is close to that of the original.
 
     Args:
         original: recording.
