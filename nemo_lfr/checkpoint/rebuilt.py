@@ -227,7 +227,14 @@ def _changed_settings(
     Tensors outside the state dict and plain values, such as dropout rates, are compared by value. Other objects are
     compared by type if the attribute is public, and ignored if it is private.
 
-    For the arguments and the result see `settings_to_pickle`.
+    Args:
+        model: the model.
+        reference: the rebuilt model.
+        operation: what the rebuilt model is for, for error messages.
+        skipped: names of attributes to ignore.
+
+    Returns:
+        A dict from the path of each changed layer to a dict of its changed attributes.
     """
     settings = {}
     for path, layer, original in _pairs(model, reference, "", operation):

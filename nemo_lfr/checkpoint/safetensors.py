@@ -220,7 +220,7 @@ def open_shards(index: Path, shards: Mapping[str, str]) -> Tensors:
 def recorded_checksum(weights: Path) -> Any:
     """Return the SHA-256 that `config.json` in the same folder states for a weights file; None if it states none.
 
-    If the weights are in several files, the result is a dict with the SHA-256 of each file.
+    If the weights are in several files, the result is a dict from file name to SHA-256.
     """
     try:
         return json.loads(weights.with_name(SAFETENSORS_CONFIG).read_text(encoding="utf-8")).get(WEIGHTS_CHECKSUM)

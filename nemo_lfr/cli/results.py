@@ -259,7 +259,7 @@ class PrepareResult(Result):
     """Output of `prepare`.
 
     Attributes:
-        splits: manifest of each split (train, valid or test).
+        splits: dict from the name of each split (train, valid or test) to the figures of its manifest.
         failures_file: path of failures.jsonl; None if nothing failed.
         held_out_by: kind of group that was held out for validation: "speaker", "folder" or "file". Several kinds are
             joined by "or". Empty if nothing was held out.

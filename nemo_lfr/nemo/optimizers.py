@@ -159,7 +159,9 @@ class Optimizers(WeightAveraging):
         return configured
 
     def check_resumed(self) -> None:
-        """Check the optimizers of the run to resume, which a subclass may have changed in `configure_optimizers`.
+        """Check that the optimizers in the checkpoint of the run to resume fit the trainer's optimizers.
+
+        They may differ if a subclass overrides `configure_optimizers`.
 
         Raises:
             ConfigError: if the optimizers in the checkpoint differ from those of the trainer.

@@ -114,7 +114,7 @@ class StateDicts(BaseModel):
         return result
 
     def _keep_discriminator(self, state: dict[str, Any]) -> dict[str, Any]:
-        """Keep the weights of discriminators that are not built yet, and return the other weights."""
+        """Store the weights of discriminators that are not built yet for later, and return the other weights."""
         if getattr(self, "discriminator", None) is not None:
             return state
         discriminator = {key: value for key, value in state.items() if key.startswith(DISCRIMINATOR)}

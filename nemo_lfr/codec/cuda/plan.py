@@ -282,7 +282,8 @@ class LayerRunner:
     def _may_fuse(self, layer: Layer) -> bool:
         """Return whether fused kernels are candidates for a layer.
 
-        In fp32, they are not, because reference tokens must not depend on which candidate is the fastest.
+        In fp32 without TF32, they never are: reference tokens must not depend on which candidate is the fastest. At
+        other precisions, they are candidates for layers of at most `FUSED_CHANNELS` channels.
         """
         return (self.precision.dtype, self.precision.tf32) != (torch.float32, False) and (
             max(layer.inputs, layer.outputs // layer.upsample_stride) <= FUSED_CHANNELS
