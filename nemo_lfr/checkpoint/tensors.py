@@ -203,8 +203,10 @@ class Tensors:
             archive = zipfile.ZipFile(_SourceFile(source))
             self._records = {info.filename: info for info in archive.infolist()}
             pickles = [name for name in self._records if name.endswith("/data.pkl")]
-            if len(pickles) != 1 or len(self._records) != len(archive.infolist()):
+            if len(pickles) != 1:
                 raise zipfile.BadZipFile("it is not a PyTorch archive with one data.pkl")
+            if len(self._records) != len(archive.infolist()):
+                raise zipfile.BadZipFile("it contains two records of the same name")
             # PyTorch writes no checksums after a call of `torch.serialization.set_crc32_options(False)`.
             self._has_checksums = any(info.CRC for info in self._records.values() if info.file_size)
             self._root = pickles[0].removesuffix("data.pkl")

@@ -916,7 +916,7 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
     "two pickles": (lambda: with_weights(rezipped(two_pickles)), "not a PyTorch archive with one data.pkl"),
     "records that are not there": (lambda: with_weights(rezipped(no_records)), "is missing"),
     "records that are short": (lambda: with_weights(rezipped(short_records)), "its record contains"),
-    "a record twice": (lambda: with_weights(rezipped(twice)), "not a PyTorch archive with one data.pkl"),
+    "a record twice": (lambda: with_weights(rezipped(twice)), "two records of the same name"),
 }  # fmt: skip
 
 

@@ -326,6 +326,14 @@ def test_long_chunk_is_processed_in_short_ones(monkeypatch):
     assert np.abs(heard - codec.decode(tokens[:, :120])[0][0].numpy()).max() < 1e-5
 
 
+def test_a_push_that_completes_no_frame_runs_no_network(monkeypatch):
+    codec = cached_codec("two_stages")
+    encoder, decoder = codec.stream_encoder(), codec.stream_decoder()
+    monkeypatch.setattr(stream_batches, "run_batched", lambda *_: pytest.fail("the network runs"))
+    assert encoder.push(np.zeros(codec.samples_per_frame - 1, np.float32)).shape == (codec.num_codebooks, 0)
+    assert decoder.push(np.zeros((codec.num_codebooks, 0), np.int32)).shape == (0,)
+
+
 def test_integers_and_lists_of_samples_are_audio_too():
     codec = cached_codec("symmetric")
     wave = (synthesize(1) * 32767).astype(np.int16)
