@@ -9,8 +9,7 @@ PYTHON ?= python3
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 
-.PHONY: setup demo check test lint docs lock clean
-.NOTPARALLEL:
+.PHONY: setup demo check fast test lint docs lock clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.full
@@ -42,7 +41,10 @@ lint: $(VENV)/.full
 # Tests start many processes. If Python did not write bytecode, each of them would compile all modules.
 PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(VENV)/bin/python -m pytest -n 2 --dist worksteal
 
-check: lint
+check: $(VENV)/.full
+	$(MAKE) --no-print-directory -j 2 lint fast
+
+fast: $(VENV)/.full
 	$(PYTEST) --hypothesis-profile=dev -m "not slow and not nemo"
 
 test: lint

@@ -44,6 +44,7 @@ def test_an_install_command_works_where_the_package_is_not_installed(monkeypatch
     assert install_command(*NEMO_PACKAGES).startswith('pip install "nemo_toolkit[tts]" lightning')
 
 
+@pytest.mark.slow
 def test_no_file_tells_users_to_install_an_unpublished_name():
     pattern = re.compile(r"(?:pip|uv add|uv pip)\b[^\n]*install[^\n]*nemo[-_]lfr(?!-[\d.]+-py3)\[")
     folders = ("nemo_lfr", "tests", "examples", "benchmarks", "recipes", "conf", "docs")

@@ -243,6 +243,7 @@ def test_two_ranks_stop_together_and_resume_exactly(undisturbed, tmp_path):
     assert not torch.equal(weights_of(tmp_path / "a")["head.weight"], weights_of(undisturbed[1])["head.weight"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

@@ -92,6 +92,7 @@ def test_the_bundled_codec_encodes_and_decodes_speech():
     assert audio.abs().max() > 0.01 and torch.isfinite(audio).all()
 
 
+@pytest.mark.slow
 def test_a_path_loads_the_file_under_it(tmp_path):
     codec = cached_codec("symmetric")
     path = save(codec, tmp_path / "my.nemo")
@@ -303,6 +304,7 @@ PLACES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", slow_after(3, PLACES))
 @pytest.mark.parametrize("home", slow_except([False, True], False))
 def test_a_folder_that_holds_a_checkpoint_loads(tmp_path, monkeypatch, place, home):
@@ -333,6 +335,7 @@ def test_incomplete_folder_names_the_missing_file(tmp_path, names, message):
         nemo_lfr.load(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_tilde_is_the_home_directory_for_models_and_files(tmp_path, monkeypatch):
     codec, wave = cached_codec("symmetric"), synthesize(0.3)
     save(codec, tmp_path / "my.nemo")
@@ -407,6 +410,7 @@ def fill_cache(
     return snapshot
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", slow_after(2, CACHES))
 def test_cached_repository_loads_offline_for_any_cache_layout(tmp_path, offline, layout, caplog):
     path = save(cached_codec("symmetric"), tmp_path / "tiny.nemo")
@@ -451,6 +455,7 @@ def test_a_snapshot_that_may_not_be_main_is_not_used_if_the_hub_answers(tmp_path
         find_checkpoint("me/one", refresh=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", slow_after(3, [name for name in CACHES if name != "in a folder"]))
 def test_a_repositorys_folder_in_the_cache_is_a_path(tmp_path, layout, caplog):
     path = save(cached_codec("symmetric"), tmp_path / "tiny.nemo")
@@ -464,6 +469,7 @@ def test_a_repositorys_folder_in_the_cache_is_a_path(tmp_path, layout, caplog):
         assert ("using the only snapshot" in caplog.text) is not is_main(layout)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("linked", slow_after(1, [True, False]))
 @pytest.mark.parametrize("source", slow_after(1, ["id", "repository", "snapshot"]))
 def test_a_cached_unpacked_checkpoint_is_read(tmp_path, offline, source, linked):
@@ -549,6 +555,7 @@ def test_control_characters_of_a_path_are_not_in_messages(tmp_path, text, suffix
         assert type(copied) is CheckpointError and str(copied) == str(raised.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reference", [REVISION, None])
 def test_a_cached_repository_of_several_codecs_names_them_offline(tmp_path, offline, reference):
     path = save(cached_codec("symmetric"), tmp_path / "tiny.nemo")
@@ -561,6 +568,7 @@ def test_a_cached_repository_of_several_codecs_names_them_offline(tmp_path, offl
         Codec.from_pretrained("me/one", revision=REVISION, cache_dir=tmp_path / "cache")
 
 
+@pytest.mark.slow
 def test_a_forked_process_reads_what_a_thread_was_reading(tmp_path, monkeypatch):
     if not hasattr(os, "fork"):
         pytest.skip("this system has no fork")

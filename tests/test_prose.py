@@ -104,6 +104,7 @@ def faults(text: str, suffix: str) -> list[str]:
     return found
 
 
+@pytest.mark.slow
 def test_no_phrase_of_the_list_is_used() -> None:
     wrong = [
         f"{path.relative_to(ROOT)}:{fault}"

@@ -111,6 +111,7 @@ def test_comparisons_report_shapes_and_values() -> None:
     testing.assert_tokens_equal(many, np.where(np.arange(2000) == 7, 1, many))
 
 
+@pytest.mark.slow
 def test_a_written_checkpoint_opens_as_the_built_codec(tmp_path) -> None:
     built = testing.build_codec(seed=3)
     opened = nemo_lfr.load(testing.write_checkpoint(tmp_path / "a.nemo", seed=3), "cpu")

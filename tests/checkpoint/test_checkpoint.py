@@ -293,6 +293,7 @@ def test_every_weight_norm_naming_gives_the_same_tokens(nemo, spelling):
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
 
 
+@pytest.mark.slow
 def test_fp16_weights_are_widened(nemo):
     half = {key: value.half() if value.is_floating_point() else value for key, value in STATE.items()}
     parts, _ = read_checkpoint(nemo(with_weights(half)))
@@ -300,6 +301,7 @@ def test_fp16_weights_are_widened(nemo):
     torch.testing.assert_close(parts.decoder.post_conv.conv.bias, STATE[BIAS].half().float())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spelling", ["NeMo 2.0", "NeMo 3.0, with WavLM", "weight norm removed"])
 def test_weights_for_training_keep_weight_norm(nemo, spelling):
     parts, tensors = load_parts(nemo(SPELLINGS[spelling]()))
@@ -314,6 +316,7 @@ def test_weights_for_training_keep_weight_norm(nemo, spelling):
     assert len(rest) == (60 if "3.0" in spelling else 0)
 
 
+@pytest.mark.slow
 def test_strict_false_initializes_missing_and_ignores_unknown_weights(nemo):
     path = nemo(with_weights(without(STATE, BIAS) | {"audio_encoder.bogus": torch.ones(1)}))
     with pytest.raises(CheckpointError, match="1 weights that are not in its config"):
@@ -1066,6 +1069,7 @@ def test_checksums_are_verified_before_values_are_used(nemo):
             read_checkpoint(nemo(flipped(GOOD_TAR, begin + info.file_size // 2)))
 
 
+@pytest.mark.slow
 def test_module_weights_are_read_on_first_use(nemo):
     """Damage in the decoder does not prevent encoding; only decoding fails."""
     decoder = [value for key, value in STATE.items() if key.startswith("audio_decoder.")]
@@ -1189,6 +1193,7 @@ def test_a_file_that_changes_while_it_is_read_gives_its_tokens_or_an_error(tmp_p
     assert right + refused == rounds
 
 
+@pytest.mark.slow
 def test_a_copied_codec_no_longer_needs_its_file(nemo):
     path = nemo(GOOD_TAR)
     codec = nemo_lfr.load(path, device="cpu")

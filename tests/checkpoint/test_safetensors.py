@@ -42,6 +42,7 @@ def small_folder(tmp_path):
     return tmp_path / "small"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", slow_except(KINDS, "two_stages"))
 def test_an_exported_folder_gives_the_same_tokens_audio_and_fingerprint(kind, tmp_path):
     source = write_nemo(tmp_path / "tiny.nemo", codec_config(kind))
@@ -79,6 +80,7 @@ def test_an_exported_folder_can_be_exported_again(folder, tmp_path):
     assert len(export_safetensors(folder, tmp_path / "again", overwrite=True)) == 3
 
 
+@pytest.mark.slow
 def test_the_command_exports_a_folder(nemo_file, tmp_path):
     out = tmp_path / "out"
     result = CliRunner().invoke(app, ["export", "safetensors", "--model", str(nemo_file), "--out", str(out)])
@@ -179,6 +181,7 @@ def test_no_flipped_bit_changes_a_codec_unnoticed(name, small_folder):
     assert refused > 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("written", [["model.safetensors"], ["model.safetensors", "preprocessor_config.json"]])
 def test_an_interrupted_export_over_another_codec_is_refused(written, small_folder, tmp_path):
     config = codec_config("two_stages")
@@ -190,6 +193,7 @@ def test_an_interrupted_export_over_another_codec_is_refused(written, small_fold
         nemo_lfr.load(small_folder, "cpu")
 
 
+@pytest.mark.slow
 def test_infinite_weights_are_refused_when_they_are_used(folder):
     path = folder / "model.safetensors"
     data = _header(lambda header: header.pop("__metadata__"))(path.read_bytes())  # removes the checksum
@@ -229,6 +233,7 @@ def test_a_folder_needs_both_files(folder):
         nemo_lfr.load(folder, "cpu")
 
 
+@pytest.mark.slow
 def test_info_describes_an_exported_folder(folder, capsys):
     main(["info", str(folder), "--json"])
     (described,) = json.loads(capsys.readouterr().out)["items"]

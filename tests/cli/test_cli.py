@@ -57,6 +57,7 @@ def test_folder_round_trip_keeps_subfolders_and_lengths(capsys, folder, tmp_path
     assert soundfile.info(audio / "deep" / "b.wav").frames == 11_025  # half a second at 22.05 kHz
 
 
+@pytest.mark.slow
 def test_file_without_samples_is_reported(capsys, tmp_path):
     soundfile.write(tmp_path / "empty.wav", np.zeros(0), 22050)
     code, _, err = run(capsys, "encode", tmp_path / "empty.wav", "--out", tmp_path / "empty.lfr")
@@ -73,6 +74,7 @@ RECOVERED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", slow_except(RECOVERED, "without its end"))
 def test_recovery_reports_what_is_read_of_a_file(capsys, tmp_path, damage):
     change, expected, message = RECOVERED[damage]
@@ -85,6 +87,7 @@ def test_recovery_reports_what_is_read_of_a_file(capsys, tmp_path, damage):
     assert (tmp_path / "cut.wav").exists() == (code == 0)
 
 
+@pytest.mark.slow
 def test_batched_files_have_the_same_bytes_as_single_files(capsys, folder, tmp_path):
     for size in (1, 8):
         run(capsys, "encode", folder, "--out", tmp_path / str(size), "--batch-size", size)
@@ -92,17 +95,20 @@ def test_batched_files_have_the_same_bytes_as_single_files(capsys, folder, tmp_p
         assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "8" / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_quoted_globs_reach_into_sub_folders(capsys, folder, tmp_path):
     code, out, _ = run(capsys, "encode", f"{folder}/**/*.flac", "--out", tmp_path / "tokens")
     assert code == 0
     assert out.strip() == str(tmp_path / "tokens" / "b.lfr")
 
 
+@pytest.mark.slow
 def test_default_output_is_beside_its_input(capsys, folder):
     assert run(capsys, "encode", folder / "a.wav")[0] == 0
     assert (folder / "a.lfr").is_file()
 
 
+@pytest.mark.slow
 def test_existing_results_are_refused_before_any_work_and_replaced_on_request(capsys, folder, tmp_path):
     out = tmp_path / "tokens"
     out.mkdir()
@@ -116,6 +122,7 @@ def test_existing_results_are_refused_before_any_work_and_replaced_on_request(ca
         assert reader.num_samples == 12_345
 
 
+@pytest.mark.slow
 def test_a_bad_file_does_not_stop_the_others(capsys, folder, tmp_path):
     (folder / "broken.wav").write_bytes(b"RIFF nonsense")
     code, out, err = run(capsys, "encode", folder, "--out", tmp_path / "tokens", "--json")
@@ -128,6 +135,7 @@ def test_a_bad_file_does_not_stop_the_others(capsys, folder, tmp_path):
     assert left == ["a.lfr", "b.lfr"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "inputs", [["speech"], ["speech/**/*.*"], ["speech/*/*.*", "speech/a.wav"], ["speech/closed", "speech"],
                ["speech/locked.wav", "speech"]]
@@ -269,6 +277,7 @@ def test_a_folder_without_files_for_the_command_is_described(command, names, tex
     assert (code, out) == (2, "") and text in err and "in this folder" in err
 
 
+@pytest.mark.slow
 def test_info_describes_token_files_and_the_bundled_codec(capsys, folder):
     run(capsys, "encode", folder / "a.wav")
     code, out, _ = run(capsys, "info", folder / "a.lfr", "--json")
@@ -279,6 +288,7 @@ def test_info_describes_token_files_and_the_bundled_codec(capsys, folder):
     assert (described["num_codebooks"], described["codebook_size"], described["samples_per_frame"]) == (8, 2016, 1024)
 
 
+@pytest.mark.slow
 def test_info_identifies_files_and_names_the_command_for_them(capsys, folder):
     run(capsys, "encode", folder / "a.wav", "--out", folder / "B.LFR")
     assert "frames " in run(capsys, "info", folder / "B.LFR")[1]
@@ -309,6 +319,7 @@ def test_info_identifies_files_and_names_the_command_for_them(capsys, folder):
     assert code == 2 and err.startswith("nemo-lfr: error: ~nobody-has-this-name/a: no such file")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "source", "out"), slow_after(1, [("decode", "a.lfr", "b.flac"), ("encode", "a.wav", "T.lfr")])
 )
@@ -323,6 +334,7 @@ def test_out_may_name_the_file_for_a_single_input(capsys, folder, command, sourc
     assert (folder / "t.lfr" / "a.lfr").is_file()
 
 
+@pytest.mark.slow
 def test_skip_existing_keeps_existing_results(capsys, folder, tmp_path):
     out = tmp_path / "tokens"
     run(capsys, "encode", folder / "a.wav", "--out", out)
@@ -335,6 +347,7 @@ def test_skip_existing_keeps_existing_results(capsys, folder, tmp_path):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "expected", "message", "is_kept"),
     [
@@ -362,6 +375,7 @@ def test_an_output_that_appears_in_the_meantime(
     assert (target.read_bytes() == b"precious") == is_kept and len(list(target.parent.iterdir())) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="links need a privilege")
 @pytest.mark.parametrize("name", slow_after(1, ["encode", "decode"]))
 def test_skip_existing_replaces_a_link_to_a_missing_file(name, capsys, folder, tmp_path):
@@ -454,6 +468,7 @@ def test_truncated_file_is_refused_with_a_hint_to_recover(capsys, tmp_path):
     assert soundfile.info(tmp_path / "cut.wav").frames == BATCHING["cpu"].chunk_frames * 1024  # the first block
 
 
+@pytest.mark.slow
 def test_finished_files_of_a_failed_batch_are_not_failures(capsys, tmp_path, monkeypatch):
     """Encode a.wav and c.wav in a batch with a damaged b.flac, which fails after a.lfr was written."""
     monkeypatch.setattr("nemo_lfr.cli.encode.BATCH_SECONDS", 1)
@@ -564,6 +579,7 @@ def test_signal_handlers_are_restored(capsys):
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+@pytest.mark.slow
 def test_a_tilde_is_the_home_directory_in_quotes_and_after_an_equals_sign(capsys, folder, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)

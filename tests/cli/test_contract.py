@@ -368,6 +368,7 @@ def test_an_unexpected_error_is_one_line_with_a_traceback_only_on_request(folder
     assert code == 1 and "Traceback" in err and "in broken" in err
 
 
+@pytest.mark.slow
 def test_verbose_shows_the_log_and_the_traceback_of_a_failure(folder, tmp_path, capsys):
     code, _, err = run(
         capsys, "encode", folder / "mixed", "--out", tmp_path, "--model", folder / "tiny.nemo", "--verbose"
@@ -406,6 +407,7 @@ def test_common_options_are_accepted_before_the_command(folder, capsys):
     assert code == 2 and "are mutually exclusive" in err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["encode", "tokenize"])
 def test_heartbeat_reports_progress_without_a_terminal(name, folder, tmp_path, capsys, monkeypatch):
     need(CASES[name])
@@ -503,6 +505,7 @@ def test_help_fits_80_columns_and_describes_every_option(name, capsys, monkeypat
     assert f"{words[-1]} " in listing and group.commands[words[-1]].short_help in listing  # on one line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", slow_after(3, sorted(SHARED["--model"])))
 def test_the_default_codec_is_named_with_its_quality(name, folder, tmp_path, capsys):
     assert bundled_quality() in " ".join(run(capsys, *name.split(), "--help")[1].split())

@@ -225,6 +225,7 @@ def test_pipes_accept_other_formats_rates_and_stereo(piped, tmp_path, rate, subt
     assert got.shape == expected.shape and (got != expected).sum() <= 1
 
 
+@pytest.mark.slow
 def test_wav_of_unknown_length_is_encoded_to_its_end(piped):
     data = bytearray(wav(speech_like(30_000)))
     struct.pack_into("<I", data, 4, 0xFFFFFFFF)
@@ -316,6 +317,7 @@ def test_a_broken_pipe_is_a_one_line_error(piped):
     assert "NaN" in said(piped("encode", "-", stdin=nan))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "damage", "expected"),
     [
@@ -341,6 +343,7 @@ def test_only_input_of_another_kind_is_a_usage_error_as_for_files(
     assert done.returncode == expected and "stdin: " in said(done)
 
 
+@pytest.mark.slow
 def test_empty_recording_passes_through_pipes(piped):
     tokens = piped("encode", "-", stdin=wav(np.zeros(0)))
     assert tokens.returncode == 0, tokens.stderr
@@ -406,6 +409,7 @@ def test_ambiguous_data_after_the_samples_of_a_pipe_is_reported(monkeypatch):
     assert "may be samples or other data; write it to a file" in filtered.problem
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", slow_after(2, ["data size 0", "cut WAV", "ADPCM", "data size of a quarter", "list after"])
 )

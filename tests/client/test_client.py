@@ -142,6 +142,7 @@ def test_files_are_encoded_and_decoded(server, audio, tokens, tmp_path):
     assert info == client.info() and info.fingerprint == server.codec.fingerprint
 
 
+@pytest.mark.slow
 def test_a_push_longer_than_all_buffers_does_not_block(server, tokens, monkeypatch):
     monkeypatch.setattr("nemo_lfr.client.conversation._MAX_MESSAGE", 16)  # a frame
     limits = EngineLimits(max_pending_s=0.1, max_uncollected_s=0.1)
@@ -244,6 +245,7 @@ def check_all(url, tokens, error, match, skip=(), **options):
             assert "\n" not in str(caught.value) and "secret" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_wrong_token_is_refused_and_the_right_one_is_not(tokens):
     with running(Settings(token="secret")) as server:
         check_all(server.url(""), tokens, ServerRefusedError, "token", token="secretive")
@@ -252,6 +254,7 @@ def test_a_wrong_token_is_refused_and_the_right_one_is_not(tokens):
         assert client.info().num_codebooks == 8 and decode(client, tokens, 9).size
 
 
+@pytest.mark.slow
 def test_a_full_server_is_an_error_unless_a_retry_succeeds(tokens):
     with running(Settings(EngineLimits(max_streams=1))) as server:
         with client_of(server).decode_stream() as only:
@@ -263,6 +266,7 @@ def test_a_full_server_is_an_error_unless_a_retry_succeeds(tokens):
         async_attempt(server.url(""), retry_s=20)()
 
 
+@pytest.mark.slow
 def test_a_server_that_shuts_down_refuses_with_a_clear_error(tokens):
     with running() as server, client_of(server).decode_stream() as stream:
         server.app.state.engine.draining = True
@@ -271,6 +275,7 @@ def test_a_server_that_shuts_down_refuses_with_a_clear_error(tokens):
         assert stream.flush().size <= 5 * 1024
 
 
+@pytest.mark.slow
 def test_streams_ended_by_a_shutdown_raise_a_clear_error(tokens):
     with running() as server:
         stream = client_of(server).decode_stream()

@@ -96,6 +96,7 @@ report([tokens, (await client.encode(await readFile("speech.wav"))).tokens]);
 """
 
 
+@pytest.mark.slow
 def test_the_javascript_client_has_the_results_of_the_codec(server, tmp_path):
     audio = synthesize(0.4)
     tokens = np.asarray(server.codec.encode(audio)[0][0])
@@ -649,6 +650,7 @@ report([second, third, count, size]);
 """
 
 
+@pytest.mark.slow
 def test_only_one_iterator_at_a_time_reads_a_stream(server, tmp_path):
     *errors, count, size = run(tmp_path, READERS, url=server.url(""))
     assert count == size == 100 * 1024

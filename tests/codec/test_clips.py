@@ -202,6 +202,7 @@ def test_other_numbers_of_rows_are_not_logged(arrays, warnings, audio):
     assert not warnings()
 
 
+@pytest.mark.slow
 def test_audio_columns_of_datasets_are_encoded(tmp_path):
     datasets = pytest.importorskip("datasets", reason="pip install datasets")
     codec, path = cached_codec(), tmp_path / "a.wav"

@@ -52,6 +52,7 @@ def released(**changes):
     return codec.encoder.double(), codec.decoder.double()
 
 
+@pytest.mark.slow
 def test_released_layout_needs_6_frames_of_context_to_encode_and_13_to_decode():
     encoder, decoder = released()
     assert encoder.context == Context(6, 6)
@@ -59,6 +60,7 @@ def test_released_layout_needs_6_frames_of_context_to_encode_and_13_to_decode():
     assert (encoder.min_frames, decoder.min_frames) == (4, 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", slow_if(["symmetric", "causal", "two_stages", "zeros", "nano"], ["zeros", "nano"]))
 def test_encoded_frames_depend_only_on_their_context(kind):
     torch.manual_seed(0)
@@ -73,6 +75,7 @@ def test_encoded_frames_depend_only_on_their_context(kind):
     assert at + context.past - 1 <= changed[-1] <= at + context.past
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", slow_if(["symmetric", "causal", "two_stages", "clamp", "nano"], ["clamp", "nano"]))
 def test_decoded_frames_depend_only_on_their_context(kind):
     torch.manual_seed(0)
@@ -122,6 +125,7 @@ def test_a_clip_has_the_same_tokens_in_a_ragged_batch_with_any_padding_as_alone(
         assert not tokens[row, :, count:].any()
 
 
+@pytest.mark.slow
 def test_tokens_decode_alike_in_a_ragged_batch_with_any_padding_and_alone(codec):
     rng = np.random.default_rng(4)
     lengths = [0, 4, 5, 30, *rng.integers(4, 30, size=5).tolist()]
@@ -139,6 +143,7 @@ def test_tokens_decode_alike_in_a_ragged_batch_with_any_padding_and_alone(codec)
     assert audio.abs().max() <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["symmetric", "two_stages", "single"])
 def test_utterances_shorter_than_the_decoder_can_reflect_end_in_zero_codes_on_every_path(kind):
     codec = cached_codec(kind)
@@ -218,6 +223,7 @@ def test_tokens_in_ragged_batches_equal_single_clips_except_for_rounding_ties():
     assert ties <= compared // 10_000
 
 
+@pytest.mark.slow
 def test_a_batch_of_more_clips_than_run_at_once_keeps_their_order(small):
     wave = synthesize(2)
     clips = [wave[at : at + 6000] for at in range(0, 60 * 600, 600)]
@@ -229,6 +235,7 @@ def test_a_batch_of_more_clips_than_run_at_once_keeps_their_order(small):
 # --- chunks and streams
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", slow_if([1, 7, 20, 128], [1, 20, 128]))
 @pytest.mark.parametrize("kind", slow_if(["symmetric", "nano", "causal", "two_stages"], ["nano", "causal"]))
 def test_any_chunk_size_gives_the_same_result(kind, chunk):
@@ -288,6 +295,7 @@ def test_stream_yields_early_with_bounded_state(small):
     assert sum(piece.shape[1] for piece in stream) == -(-100 * len(block) // 1024) - 16
 
 
+@pytest.mark.slow
 def test_files_round_trip_at_another_rate_and_length(small, tmp_path):
     import soundfile
 
@@ -324,6 +332,7 @@ def test_a_file_is_not_replaced_by_its_own_result_even_if_asked(small, tmp_path)
     assert (tmp_path / "a.wav").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_bad_recording_leaves_no_token_file(small, tmp_path):
     import soundfile
 
@@ -338,6 +347,7 @@ def test_a_bad_recording_leaves_no_token_file(small, tmp_path):
 # --- accepted input
 
 
+@pytest.mark.slow
 def test_every_form_of_the_same_audio_gives_the_same_tokens(small):
     wave = synthesize(0.5, 1)
     pcm = np.round(wave * 32768).clip(-32768, 32767).astype(np.int16)
@@ -518,6 +528,7 @@ def test_a_codec_has_one_fingerprint_with_weight_norm_or_without(kind):
     assert_same_tokens(second, wave, first.encode(wave)[0][0])
 
 
+@pytest.mark.slow
 def test_fingerprint_does_not_load_weights_into_memory():
     whole, encoding, fresh = (nemo_lfr.load(device="cpu") for _ in range(3))
     expected = whole.encoder and whole.decoder and whole.fingerprint
@@ -563,6 +574,7 @@ SETTINGS: dict[str, tuple[str, dict]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", slow_after(3, [*SETTINGS]))
 def test_a_setting_that_changes_tokens_or_audio_changes_the_fingerprint(setting):
     kind, changes = SETTINGS[setting]
@@ -632,6 +644,7 @@ FAST_OVERFLOWS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "where", "value"),
     [pytest.param(*case, marks=() if case in FAST_OVERFLOWS else pytest.mark.slow) for case in OVERFLOWS],
@@ -683,6 +696,7 @@ def test_using_a_codec_gives_no_warnings(small):
         small.decode(*small.encode(wave))
 
 
+@pytest.mark.slow
 def test_modules_are_built_from_our_target_names_and_from_nemos():
     sizes = {"encoded_dim": 4, "causal": True, "base_channels": 2}
     for folder in ("modules", "codec"):  # the current name, and that of older versions
@@ -721,6 +735,7 @@ def test_forked_process_does_not_hang(way):
 # --- fewer codebooks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", slow_after(1, [1, 5, 8, np.int64(2)]))
 def test_the_first_codebooks_are_encoded_and_decoded(number):
     codec = cached_codec()

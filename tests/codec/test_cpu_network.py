@@ -30,6 +30,7 @@ def piece(request, monkeypatch):
     monkeypatch.setattr(inference, "PIECE", request.param)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_cpu_network_equals_modules(codec, piece):
     count = max(codec.encoder.min_frames, codec.decoder.min_frames) + 9
@@ -43,6 +44,7 @@ def test_cpu_network_equals_modules(codec, piece):
     assert found.shape == expected.shape and (found - expected).abs().max() < 1e-5
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_examples_of_different_lengths_equal_single_examples(codec, piece):
     least = max(codec.encoder.min_frames, codec.decoder.min_frames)
@@ -64,6 +66,7 @@ def test_examples_of_different_lengths_equal_single_examples(codec, piece):
         assert (decoded[row, : length * frame] - alone).abs().max() < 1e-5
 
 
+@pytest.mark.slow
 def test_padded_width_changes_no_token(monkeypatch):
     codec = cached_codec("symmetric")
     audio = speech_like(40_000)

@@ -140,12 +140,14 @@ def test_fingerprint_of_the_bundled_codec():
     assert codec.made(codec.fingerprint) and not codec.made("0" * 16)
 
 
+@pytest.mark.slow
 def test_version_3_of_the_bundled_codec_has_several_fingerprints():
     assert all(same_fingerprint(first, second) for first in VERSION_3 for second in VERSION_3)
     codec = nemo_lfr.load(device="cpu")
     assert not any(codec.made(value) or same_fingerprint(codec.fingerprint, value) for value in VERSION_3)
 
 
+@pytest.mark.slow
 def test_weights_that_were_written_after_loading_no_longer_have_the_older_fingerprints(tmp_path):
     path = write_normed(tmp_path / "a.nemo", "two_stages")
     codec = nemo_lfr.load(path, "cpu")
@@ -157,6 +159,7 @@ def test_weights_that_were_written_after_loading_no_longer_have_the_older_finger
     assert not any(codec.made(value) for value in older)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", slow_after(1, ["removed", "replaced", "damaged"]))
 def test_a_file_changed_after_loading_loses_only_its_older_fingerprints(tmp_path, change):
     path = write_normed(tmp_path / "a.nemo", "two_stages")
@@ -172,6 +175,7 @@ def test_a_file_changed_after_loading_loses_only_its_older_fingerprints(tmp_path
     assert [codec.made(value) for value in before] == [True, True] + [False] * (len(before) - 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [1, 2])
 def test_token_files_with_older_fingerprints_are_decoded(tmp_path, number):
     codec = nemo_lfr.load(device="cpu")

@@ -135,6 +135,7 @@ def fresh_codec() -> Codec:
     return copy.deepcopy(cached_codec("two_stages"))
 
 
+@pytest.mark.slow
 def test_changed_or_moved_weights_change_the_weights_version():
     encoder = fresh_codec().encoder
     numbers = weights_version(encoder)
@@ -156,6 +157,7 @@ def test_changed_or_moved_weights_change_the_weights_version():
         assert numbers() != before, name
 
 
+@pytest.mark.slow
 def test_an_optimizer_step_changes_the_weights_version():
     encoder = fresh_codec().encoder.requires_grad_(True)
     numbers, optimizer = weights_version(encoder), torch.optim.SGD(encoder.parameters(), 0.1)
@@ -197,6 +199,7 @@ def test_cuda_modules_are_freed_with_their_networks():
     assert len(graphs._MODULES) == kept
 
 
+@pytest.mark.slow
 def test_codec_with_cuda_modules_can_be_copied():
     codec = fresh_codec()
     cuda_module(codec.encoder, codec.quantizer, "fp32", CPU)
@@ -226,6 +229,7 @@ class GpuOnCpu(TorchBackend):
         return self.engines[self.decoder](tokens, num_frames, tokens.shape[2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", slow_except(KINDS, "two_stages"))
 def test_clips_of_all_lengths_equal_single_clips_and_share_few_graphs(kind):
     codec = cached_codec(kind)
@@ -242,6 +246,7 @@ def test_clips_of_all_lengths_equal_single_clips_and_share_few_graphs(kind):
     assert fast.backend.capture.captures == 4 and fast.backend.capture.replays == 2 * 3 * len(frames) - 4
 
 
+@pytest.mark.slow
 def test_batches_share_a_graph_whatever_their_lengths():
     codec = cached_codec("two_stages")
     fast, rate = Codec(GpuOnCpu(codec)), codec.samples_per_frame

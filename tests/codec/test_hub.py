@@ -36,6 +36,7 @@ def test_a_saved_codec_is_loaded_with_its_tokens_audio_and_fingerprint(kind, tmp
     assert loaded.fingerprint == codec.fingerprint and type(loaded) is nemo_lfr.Codec
 
 
+@pytest.mark.slow
 def test_changed_weights_are_saved(nemo_file, tmp_path):
     codec = nemo_lfr.load(nemo_file, "cpu")
     with torch.no_grad():
@@ -45,6 +46,7 @@ def test_changed_weights_are_saved(nemo_file, tmp_path):
     assert loaded.fingerprint == codec.fingerprint != nemo_lfr.load(nemo_file, "cpu").fingerprint
 
 
+@pytest.mark.slow
 def test_a_folder_is_saved_again_in_place(nemo_file, tmp_path):
     nemo_lfr.load(nemo_file, "cpu").save_pretrained(tmp_path / "out")
     before = {name: (tmp_path / "out" / name).read_bytes() for name in FILES}
@@ -92,6 +94,7 @@ def test_a_name_that_is_no_path_is_refused(name):
         nemo_lfr.Codec.from_pretrained(name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["file", "file/below"])
 def test_a_codec_is_not_saved_over_a_file(name, nemo_file, tmp_path):
     (tmp_path / "file").write_text("mine")
@@ -127,12 +130,14 @@ def test_arguments_without_an_effect_are_refused(method, argument, nemo_file, tm
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_arguments_of_an_upload_are_accepted_without_an_upload(nemo_file, tmp_path):
     options = {"config": None, "private": True, "commit_message": "First"}
     nemo_lfr.load(nemo_file, "cpu").save_pretrained(tmp_path / "out", push_to_hub=False, **options)
     assert sorted(os.listdir(tmp_path / "out")) == FILES
 
 
+@pytest.mark.slow
 def test_a_codec_is_uploaded_with_a_card(nemo_file, tmp_path, monkeypatch):
     """The Hub's API is replaced, because an upload needs an account."""
     uploads = {}

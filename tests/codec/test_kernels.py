@@ -120,6 +120,7 @@ def test_fused_convolution_equals_separate_operations(data):
     assert_same(found, expected, kept, CLOSE[dtype])
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_values_after_the_valid_length_do_not_matter():
     layer = Layer.of(Conv1d(8, 8, 11, dilation=3).to(DEVICE), FP32)

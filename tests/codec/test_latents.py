@@ -14,6 +14,7 @@ RATE = 22050
 CLOSE = {"rtol": 0, "atol": 1e-4}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["nano", "causal"])
 def test_they_fit_the_tokens_and_the_quantizer(kind):
     codec = cached_codec(kind)
@@ -33,6 +34,7 @@ def test_they_fit_the_tokens_and_the_quantizer(kind):
         torch.testing.assert_close(alone, encoded[row, :, :frames], **CLOSE)
 
 
+@pytest.mark.slow
 def test_windows_and_hooks_do_not_change_them():
     codec = build_codec("nano")
     audio = speech_like(20 * 1024)

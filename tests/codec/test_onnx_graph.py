@@ -189,6 +189,7 @@ def test_location_of_more_than_32_bits_is_refused():
         check_graph(tagged(7, 2, bytes([len(graph)])) + graph)
 
 
+@pytest.mark.slow
 def test_file_of_millions_of_fields_is_refused():
     with pytest.raises(CheckpointError, match="the limit"):
         check_graph(tagged(1, 0, b"\x08") * (MAX_FIELDS + 1))

@@ -120,6 +120,7 @@ def round_to_half(part):
     part.half().float()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", slow_after(2, [step, load, assign, copy, through_data, round_to_half]))
 def test_outdated_packed_weights_are_never_used(change):
     codec = build_codec()
@@ -151,6 +152,7 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("layout", slow_after(1, LAYOUTS))
 @pytest.mark.parametrize("kind", slow_after(1, ["symmetric", "causal", "nano"]))

@@ -55,6 +55,7 @@ def test_other_precisions_and_backends_are_refused(function):
         function(codec)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", slow_except(KINDS, "nano", "two_stages"))
 def test_golden_vectors_are_those_of_the_codec(kind):
     codec = cached_codec(kind)
@@ -74,6 +75,7 @@ def _middle(codec) -> torch.Tensor:
     return torch.tensor([level // 2 for level in codec.levels] * codec.num_codebooks)[None, :, None]
 
 
+@pytest.mark.slow
 def test_the_command_writes_golden_vectors_that_safetensors_reads(tmp_path):
     safetensors = pytest.importorskip("safetensors", reason="pip install safetensors")
     model, out = write_nemo(tmp_path / "tiny.nemo", codec_config("two_stages")), tmp_path / "new" / "g.safetensors"

@@ -72,6 +72,7 @@ def test_streams_equal_the_whole_recording_for_any_pieces(kind):
         assert_streams_as_whole(codec, synthesize(4, seed=number)[:num_samples], rng)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ALL_KINDS)
 @pytest.mark.parametrize(
     "length", slow_after(5, [0, 1, 1023, 1024, 1025, 2048, 3072, 4096, 4097, 6 * 1024, 13 * 1024 + 5, 20 * 1024])
@@ -89,6 +90,7 @@ def test_bundled_codec_streams_equal_offline(bundled):
         assert_streams_as_whole(bundled, synthesize(3, seed=number), rng)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", slow_except(KINDS, "two_stages"))
 def test_frame_is_returned_when_its_lookahead_is_complete(kind):
     codec = cached_codec(kind)
@@ -110,6 +112,7 @@ def test_frame_is_returned_when_its_lookahead_is_complete(kind):
         assert samples <= frame * number
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", slow_after(1, ["symmetric", "causal"]))
 @pytest.mark.parametrize("first", slow_after(1, [0, 2, 100]))
 def test_first_lookahead_gives_the_first_audio_sooner_and_the_rest_exactly(kind, first):
@@ -280,6 +283,7 @@ def test_foreign_input_raises():
             codec.stream_encoder(lookahead)
 
 
+@pytest.mark.slow
 def test_invalid_input_of_one_stream_does_not_affect_the_others():
     codec, wave = cached_codec("symmetric"), synthesize(1.5)
     good, bad = codec.stream_encoder(), codec.stream_encoder()
@@ -357,6 +361,7 @@ MISUSES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("misuse", slow_after(2, [*MISUSES]))
 def test_misused_stream_raises_and_stays_unchanged(misuse):
     codec, wave = cached_codec("symmetric"), synthesize(0.7)
@@ -417,6 +422,7 @@ def test_stream_in_use_by_another_thread_raises_and_stays_unchanged(use, monkeyp
     assert_same_tokens(codec, wave, torch.from_numpy(np.concatenate([other.push(wave), other.flush()], axis=1)))
 
 
+@pytest.mark.slow
 def test_a_push_that_fails_halfway_is_undone(monkeypatch):
     codec, wave = cached_codec("symmetric"), synthesize(4)
     stream = codec.stream_encoder()
@@ -452,6 +458,7 @@ def test_an_error_names_the_stream_with_the_invalid_chunk(count):
         push_decoders(decoders, tokens)
 
 
+@pytest.mark.slow
 def test_an_error_of_a_flush_names_the_stream():
     codec = build_codec("symmetric")
     streams = [codec.stream_encoder() for _ in range(3)]
@@ -461,6 +468,7 @@ def test_an_error_of_a_flush_names_the_stream():
         flush_encoders(streams)
 
 
+@pytest.mark.slow
 def test_copied_stream_is_independent():
     codec, wave = cached_codec("symmetric"), synthesize(0.7)
     stream = codec.stream_encoder()
@@ -471,6 +479,7 @@ def test_copied_stream_is_independent():
     assert_same_tokens(codec, wave, torch.from_numpy(np.concatenate([first, *rest], axis=1)))
 
 
+@pytest.mark.slow
 def test_stream_raises_if_its_network_overflows():
     codec = build_codec("symmetric")
     for part in (codec.encoder, codec.decoder):

@@ -75,6 +75,7 @@ MEDDLING: dict[str, tuple[Callable[[Path], object], str]] = {
 FAST = ("removed", "taken over", "a file cut")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("meddling", "workers"),
     [

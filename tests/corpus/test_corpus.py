@@ -276,6 +276,7 @@ def test_a_damaged_record_of_the_job_is_named(audio, model, tmp_path, content):
         tokenize(job_, device="cpu", workers=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kept", slow_after(1, ["records", "results"]))
 @pytest.mark.parametrize("kind", BUILT_IN)
 def test_results_without_the_record_of_the_job_are_refused(audio, model, tmp_path, kind, kept):
@@ -312,6 +313,7 @@ def test_run_with_other_options_refuses_an_existing_output(audio, model, tmp_pat
         tokenize(replace(job_, out=str(audio)), device="cpu", workers=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "error"),
     slow_after(
@@ -514,6 +516,7 @@ def odd_files(root: Path) -> list[str]:
     return [path.name for path in root.iterdir()]
 
 
+@pytest.mark.slow
 def test_invalid_clips_are_listed_once_with_their_reasons(model, tmp_path, capsys):
     root = tmp_path / "audio"
     root.mkdir()
@@ -565,6 +568,7 @@ def test_invalid_clips_are_listed_once_with_their_reasons(model, tmp_path, capsy
     assert not (tmp_path / "strict" / "tokens.json").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems' file names are text")
 @pytest.mark.parametrize("kind", BUILT_IN)
 def test_a_name_that_is_not_utf8_fails_only_its_clip(kind, audio, model, tmp_path):
@@ -600,6 +604,7 @@ def write_shar(folder: Path, cuts: list, **fields: str) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_other_fields_of_a_shar_are_dropped(audio, model, expected, clips, tmp_path):
     names = list(clips)[:5]
     old = np.zeros((8, 3), np.int16)
@@ -611,6 +616,7 @@ def test_other_fields_of_a_shar_are_dropped(audio, model, expected, clips, tmp_p
     assert_equal(read(tmp_path / "out"), {name: expected[name] for name in names})
 
 
+@pytest.mark.slow
 def test_cuts_of_a_truncated_tar_are_failures(audio, model, expected, clips, tmp_path):
     names = list(clips)[:8]
     shar = write_shar(tmp_path / "shar", lhotse_cuts(audio, names))
@@ -627,6 +633,7 @@ def test_cuts_of_a_truncated_tar_are_failures(audio, model, expected, clips, tmp
     assert all("truncated" in failure["error"] for failure in failures)
 
 
+@pytest.mark.slow
 def test_mixed_cuts_become_shar_and_cuts_without_audio_are_failures(audio, model, tmp_path):
     from lhotse import CutSet
 
@@ -656,6 +663,7 @@ def test_labels_keep_their_meaning_in_every_format(audio, model, tmp_path):
     assert recording.labels == line
 
 
+@pytest.mark.slow
 def test_a_table_may_hold_the_bytes_of_files_themselves(audio, model, expected, tmp_path):
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -912,6 +920,7 @@ def test_workers_without_cluster_resources_do_not_block_the_run(audio, model, tm
         ray.shutdown()
 
 
+@pytest.mark.slow
 def test_unreachable_cluster_is_a_one_line_error(audio, model, tmp_path):
     pytest.importorskip("ray", reason="pip install '.[ray]'")
     with pytest.raises(NemoLfrError, match="no Ray cluster is reachable"):

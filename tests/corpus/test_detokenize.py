@@ -478,6 +478,7 @@ def test_verification_skips_changed_shards(whole, model, tmp_path, capsys):
     assert code == 1 and "SHA-256" in lines[0] and len(list((tmp_path / "out").rglob("*.wav"))) == 1
 
 
+@pytest.mark.slow
 def test_existing_files_are_kept_without_overwrite(whole, model, tmp_path, capsys):
     out = tmp_path / "out"
     assert run(whole["shar"], out, model, capsys, "--limit", 1) == (0, [])
@@ -490,6 +491,7 @@ def test_existing_files_are_kept_without_overwrite(whole, model, tmp_path, capsy
     assert kept.stat().st_mtime_ns > before
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="file systems with names that are not UTF-8")
 @pytest.mark.parametrize("kind", ["wav", "flac"])
 def test_a_folder_whose_name_is_not_utf8_is_resumed(kind, whole, model, tmp_path):
@@ -498,6 +500,7 @@ def test_a_folder_whose_name_is_not_utf8_is_resumed(kind, whole, model, tmp_path
     assert first == second and all(isinstance(path, Path) for path in first)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["text", "other length", "other rate"])
 def test_an_existing_file_that_is_not_the_audio_of_the_tokens_is_a_failure(kind, whole, model, tmp_path, capsys):
     out = tmp_path / "out"
@@ -535,6 +538,7 @@ def test_non_regular_audio_target_fails_only_its_utterance(kind, whole, model, t
     assert code == 1 and "clip0.wav: not a regular file" in lines[0] and (out / "s0" / "clip1.wav").is_file()
 
 
+@pytest.mark.slow
 def test_an_existing_file_that_cannot_be_read_is_a_failure(whole, model, tmp_path, monkeypatch):
     list(decode_folder(whole["lfr"], tmp_path, "wav", model=str(model), device="cpu"))
     monkeypatch.setattr(soundfile, "info", _denied)

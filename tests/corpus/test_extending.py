@@ -92,6 +92,7 @@ def path_list(tmp_path):
     SOURCES.remove(PathList)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_registered_format_and_source_are_written_and_read_back(path_list, tmp_path, workers):
     model = write_codec(tmp_path / "model.nemo")
@@ -185,6 +186,7 @@ def clip_list(path_list, monkeypatch):
     return path_list
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", BAD_CLIPS)
 def test_an_invalid_clip_of_another_packages_reader_costs_only_that_clip(case, clip_list, tmp_path, monkeypatch):
     clip, message = BAD_CLIPS[case]
@@ -197,6 +199,7 @@ def test_an_invalid_clip_of_another_packages_reader_costs_only_that_clip(case, c
     assert message in failure["error"] and failure["input"] == "line 2" and isinstance(failure["id"], str)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("middle", "message"),
     [
@@ -213,6 +216,7 @@ def test_an_error_in_another_packages_reader_names_the_reader(middle, message, c
         tokenize(config, device="cpu", workers=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["__init__", "write", "close", "finish"])
 def test_an_error_in_another_packages_format_names_the_format(method, path_list, tmp_path, monkeypatch):
     def fail(*arguments: Any) -> None:

@@ -44,6 +44,7 @@ INPUTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", slow_except(INPUTS, "manifest"))
 def test_an_input_edited_to_the_same_size_is_not_resumed(kind, folder, model):
     source = INPUTS[kind](folder, "xyz")
@@ -115,6 +116,7 @@ def test_failed_clips_are_tried_again_when_asked_for(folder, model, capsys):
     assert "--retry-failed" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", slow_except(["manifest", "shar"], "manifest"))
 def test_tokens_of_clips_whose_audio_was_deleted_are_kept(kind, folder, model, caplog):
     broken, repaired = folder / "c.wav", folder / "c.flac"
@@ -141,6 +143,7 @@ class _nothing:
     def __exit__(self, *error: object) -> None: ...
 
 
+@pytest.mark.slow
 def test_a_folder_that_was_moved_names_its_files_where_they_are(folder, model):
     source = write_manifest(folder, "xyz")
     tokenize(TokenizeConfig(str(source), str(folder / "out"), "manifest", model=str(model)), workers=1, device="cpu")
@@ -150,6 +153,7 @@ def test_a_folder_that_was_moved_names_its_files_where_they_are(folder, model):
         assert Path(json.loads(line)["target_audio_codes_path"]).is_relative_to(folder / "moved")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "parts",
     slow_after(
@@ -193,6 +197,7 @@ def test_run_with_another_codec_is_not_resumed(source, kind, folder, model):
     assert "stale" not in text and "x.lfr" not in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["manifest", "parquet"])
 def test_labels_are_written_as_strict_json(kind, folder, model):
     (folder / "m.json").write_text('{"audio_filepath": "a.wav", "snr": Infinity, "more": {"x": [NaN, 1]}}\n')
@@ -219,6 +224,7 @@ def test_shar_field_cannot_replace_attributes_of_a_cut(name, folder, model):
         tokenize(TokenizeConfig(str(shar), str(folder / "out"), "lfr", model=str(model)), workers=1, device="cpu")
 
 
+@pytest.mark.slow
 def test_a_manifest_with_keys_of_lhotse_is_a_manifest(folder, model):
     entry = {"audio_filepath": "a.wav", "recording_id": "r", "start": 0.0, "num_features": 80, "sampling_rate": 1}
     path = lines(folder / "m.jsonl", [entry | {"sources": ["x"]}])

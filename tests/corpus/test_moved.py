@@ -95,6 +95,7 @@ PARALLEL = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", slow_except(PARALLEL, "manifest"))
 def test_an_equal_list_in_another_folder_is_not_resumed(kind, model, tmp_path, monkeypatch, caplog):
     """Parallel corpora, such as clean and noisy speech, have equal lists of files."""
@@ -152,6 +153,7 @@ def test_a_base_folder_that_is_not_used_is_reported(kind, tmp_path, monkeypatch,
     assert caplog.text.count("--audio-dir is not used for this kind of corpus") == is_reported
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind", slow_after(2, [kind for kind in PARALLEL if kind not in ("folder", "saved dataset", "Shar")])
 )
@@ -177,6 +179,7 @@ def test_a_link_to_a_list_is_read_like_a_copy(kind, model, tmp_path, monkeypatch
         tokenize(job, workers=1, device="cpu")
 
 
+@pytest.mark.slow
 def test_a_copy_of_a_manifest_without_relative_paths_is_resumed(model, tmp_path):
     write_audio(tmp_path / "audio", 0.02)
     for name in ("one", "two"):
@@ -187,6 +190,7 @@ def test_a_copy_of_a_manifest_without_relative_paths_is_resumed(model, tmp_path)
         assert tokenize(job, workers=1, device="cpu")["clips"] == 3
 
 
+@pytest.mark.slow
 def test_a_copy_of_a_table_is_resumed_with_the_earlier_folder(model, tmp_path):
     write_audio(tmp_path / "audio", 0.02)
     cells = [{"bytes": (tmp_path / "audio" / f"{name}.wav").read_bytes(), "path": f"{name}.wav"} for name in "abc"]
@@ -253,6 +257,7 @@ OLDER_PLANS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", slow_except(OLDER_PLANS, "folder"))
 def test_a_plan_of_an_older_version_is_resumed(kind, model, tmp_path):
     write, older = OLDER_PLANS[kind]
@@ -307,6 +312,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", slow_after(3, CHANGES))
 def test_a_corpus_is_found_again_after_a_change(change, model, tmp_path, monkeypatch, caplog):
     write, make, message = CHANGES[change]
@@ -326,6 +332,7 @@ def test_a_corpus_is_found_again_after_a_change(change, model, tmp_path, monkeyp
     assert tokenize(replace(changed, audio_dir=audio_dir), workers=1, device="cpu")["clips"] == 3  # as advised
 
 
+@pytest.mark.slow
 def test_a_renamed_folder_keeps_the_name_of_the_corpus(model, tmp_path):
     write_audio(tmp_path / "earlier", 0.02)
     options = ["--out", tmp_path / "out", "--model", model, "--device", "cpu", "--workers", 1]

@@ -245,6 +245,7 @@ def test_a_linked_state_folder_is_refused(name, model, audio, tmp_path):
 # Shards that are damaged between runs.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", slow_except(BUILT_IN, "shar"))
 @pytest.mark.parametrize("damage", ["cut", "flipped"])
 def test_a_damaged_shard_is_computed_again_to_the_same_bytes(kind, damage, model, audio, tmp_path):

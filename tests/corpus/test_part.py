@@ -61,6 +61,7 @@ def files_of(out: Path) -> dict[str, bytes]:
     return {str(path.relative_to(out)): path.read_bytes().replace(str(out).encode(), b"OUT") for path in paths}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", slow_after(1, BUILT_IN))
 def test_parts_in_any_order_write_the_bytes_of_one_run(kind, audio, model, tmp_path):
     whole, out = tmp_path / "whole", tmp_path / "out"
@@ -163,6 +164,7 @@ def test_failures_are_tried_again_by_the_part_that_has_them(audio, model, tmp_pa
     assert not (tmp_path / "out" / "failures.jsonl").read_text()
 
 
+@pytest.mark.slow
 def test_a_part_that_finds_no_corpus_does_not_fix_the_number_of_parts(audio, model, tmp_path):
     config = job(audio / "manifest.json", tmp_path / "out", model)
     with pytest.raises(NemoLfrError, match="no such file"):
@@ -193,6 +195,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", slow_after(1, REFUSED))
 def test_a_part_that_does_not_belong_to_the_run_is_refused(name, audio, model, tmp_path):
     config = job(audio / "manifest.json", tmp_path / "out", model)
@@ -206,6 +209,7 @@ def test_a_part_that_does_not_belong_to_the_run_is_refused(name, audio, model, t
     assert (tmp_path / "out" / METADATA).exists()
 
 
+@pytest.mark.slow
 def test_a_folder_that_grew_is_refused_and_does_not_disturb_the_running_parts(audio, model, tmp_path):
     shutil.copytree(audio, tmp_path / "audio")
     config = job(tmp_path / "audio", tmp_path / "out", model)
@@ -222,6 +226,7 @@ def test_a_folder_that_grew_is_refused_and_does_not_disturb_the_running_parts(au
     assert "was changed after the run was started" in messages[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("running", "other", "message"),
     slow_after(
@@ -339,6 +344,7 @@ def test_processes_of_torchrun_share_the_cores_of_a_machine(audio, model, tmp_pa
     assert names == ["run", "<lambda>", "<lambda>"]  # 4 processes; 1, which is this one
 
 
+@pytest.mark.slow
 def test_the_command_line_reports_each_part(audio, model, tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
     command = ["tokenize", audio / "manifest.json", "--out", out, "--model", model, "--format", "lfr", "--json"]

@@ -186,6 +186,7 @@ def test_array_files_are_those_of_lhotse(tmp_path):
     assert (tmp_path / "ours 100%.tar").read_bytes() == (tmp_path / "theirs.tar").read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
 def test_a_full_disk_prints_nothing_when_an_array_file_is_dropped(monkeypatch):
     printed: list[object] = []

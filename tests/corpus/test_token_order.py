@@ -50,6 +50,7 @@ def ids_of(utterances) -> list[str]:
 # Resuming.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", slow_except(BUILT_IN, "lfr"))
 @pytest.mark.parametrize("order", slow_after(2, ORDERS.values()), ids=list(ORDERS))
 def test_a_resumed_dataset_yields_what_an_undisturbed_one_yields(order, kind, folders):

@@ -60,6 +60,7 @@ def test_stock_nemo_agrees_with_lfr(speech):
     assert np.allclose(stock.audio, output[0].numpy(), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_output_has_the_rate_of_the_recording():
     wave = synthesize(2.0, seed=1)[: 2 * 16000]
     check(open_codec("lfr", "cpu").round_trip(wave, 16000), 32000)
@@ -81,6 +82,7 @@ def test_opus_is_aligned_improves_with_bit_rate_and_is_counted_without_its_conta
     assert distances[1] < distances[0]
 
 
+@pytest.mark.slow
 @codec2
 @pytest.mark.parametrize(("mode", "bits"), [("3200", 3200), ("1300", 1300), ("700C", 700)])
 def test_the_delay_of_codec2_is_compensated_and_its_bytes_are_counted(speech, mode, bits):
@@ -138,6 +140,7 @@ def test_codecs_of_transformers_run_from_a_folder(tmp_path, speech, kind, settin
             open_codec(f"encodec:5:{tmp_path}", "cpu")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "message"),
     [

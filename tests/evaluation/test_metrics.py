@@ -44,6 +44,7 @@ def test_distances_and_si_sdr_equal_nemos(pair):
     assert measure(*pair, expected) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_si_sdr_equals_torchmetrics(pair):
     torchmetrics = pytest.importorskip("torchmetrics.functional.audio", reason="comes with NeMo")
     real, gen = (torch.from_numpy(signal.wave) for signal in pair)

@@ -61,6 +61,7 @@ def xvector(tmp_path_factory):
     return str(folder)
 
 
+@pytest.mark.slow
 def test_error_rates_use_the_models_transcript(pair, wav2vec):
     import jiwer
     from transformers import pipeline

@@ -651,6 +651,7 @@ def test_mp3_with_tags_around_it_is_read_once():
     assert len(read(tag + data + tag + data)) == 2 * len(expected)
 
 
+@pytest.mark.slow
 def test_more_joined_recordings_than_python_allows_nested_calls_are_read():
     count = sys.getrecursionlimit() + 100
     assert len(read(written(WAVE[:10]) * count)) == 10 * count

@@ -61,6 +61,7 @@ def test_reference_decoder_reads_what_the_encoder_writes(levels, num_codebooks, 
         assert np.array_equal(decode_block(model, payload, frames), tokens)
 
 
+@pytest.mark.slow
 def test_blocks_side_by_side_decode_as_each_alone():
     model = random_model()
     parts = [random_tokens(model, frames, frames) for frames in (5, 1, 40, 17, 40, 3)]
@@ -166,6 +167,7 @@ def test_a_damaged_payload_raises_or_gives_other_tokens():
                 decode_blocks(model, [(wrong, 5)] * count)
 
 
+@pytest.mark.slow
 def test_short_payloads_are_padded_to_a_quarter_byte_per_frame():
     spec = ModelSpec((2,), 1, 1, (), (), (1, 1), (0, 0, 0))
     weights = {name: np.zeros(shape, dtype) for name, dtype, shape in spec.tensors()}

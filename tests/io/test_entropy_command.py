@@ -197,6 +197,7 @@ def test_a_corpus_of_compressed_files_carries_its_model(capsys, speech, tmp_path
     assert code == 2 and 'format "shar" cannot be compressed' in err
 
 
+@pytest.mark.slow
 def test_a_model_of_another_codec_with_the_same_levels_still_loses_nothing(tmp_path):
     """Such a model only compresses less. Blocks that it would enlarge are packed instead."""
     model = random_model(size=40)

@@ -279,6 +279,7 @@ def test_tokens_outside_the_codebook_are_refused(tmp_path):
                 stream.write(np.full((6, 3), value))
 
 
+@pytest.mark.slow
 def test_blocks_of_a_killed_writer_can_be_recovered(tmp_path):
     """A killed process may leave a file that ends at any byte. The complete blocks before that byte are intact."""
     model = small_model()

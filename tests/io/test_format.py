@@ -68,6 +68,7 @@ def read(path):
         return reader.read(), reader.num_samples, reader.metadata
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.lists(st.integers(2, 10), min_size=1, max_size=5),
@@ -687,6 +688,7 @@ def spans(reader: TokenReader, tokens: np.ndarray, seed: int, count: int = 300) 
     return sum(not np.array_equal(reader.read(at, at + 10), tokens[:, at : at + 10]) for at in starts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", WRITERS)
 def test_threads_may_read_from_one_reader(tmp_path, version):
     tokens = random_tokens(RELEASED, 2000)

@@ -137,6 +137,7 @@ def test_whole_blocks_and_segments_have_the_samples_that_libsndfile_reads_at_onc
     check(path, expected.mean(axis=1), positions_in(len(expected)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", slow_after(1, OTHERS))
 def test_time_stamps_that_do_not_begin_at_0_change_no_sample(tmp_path, name):
     data, same = OTHERS[name]

@@ -361,6 +361,7 @@ def test_doors_that_describe_or_save_a_codec_reject_hooks(loaded, change, door, 
     assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", SETTINGS)
 def test_changed_settings_change_the_fingerprint_and_are_not_saved(loaded, change, tmp_path):
     before = loaded.fingerprint

@@ -101,6 +101,7 @@ def test_context_counts_the_new_stages(causal):
     assert encoder.context.past > HiFiGANEncoder(8, (3, 5), 4, **SMALL, causal=causal).context.past
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_packed_weights_run_new_stages(codec):
     lengths = [40, 23]
@@ -155,6 +156,7 @@ def test_new_stages_train():
         assert all(parameter.grad.abs().max() > 0 for parameter in network.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["encoder", "decoder"])
 def test_a_layer_that_lacks_attributes_is_named(part):
     network = getattr(random_parts(codec_config(**TWO_STAGES)), part)

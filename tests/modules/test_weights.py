@@ -96,6 +96,7 @@ def test_both_checksums_change_if_several_values_change(dtype, change):
     assert not torch.equal(weights._device_checksum(values), device_sum)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("write", slow_after(1, ["data, one", "numpy view", "permuted outputs"]))
 def test_cuda_module_and_packed_weights_notice_uncounted_writes(write):
     codec = copy.deepcopy(cached_codec("symmetric"))
@@ -111,6 +112,7 @@ def test_cuda_module_and_packed_weights_notice_uncounted_writes(write):
     assert write == "data, one" or not torch.equal(codec.encode(wave)[0], tokens)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("has_weight_norm", slow_after(1, [False, True]))
 @pytest.mark.parametrize("write", slow_after(1, ["data, one", "numpy view", "permuted outputs"]))
 def test_streams_notice_uncounted_writes(write, has_weight_norm):
@@ -153,6 +155,7 @@ def test_forms_are_built_once_for_each_key_and_again_after_a_write():
     assert len(forms) == 0
 
 
+@pytest.mark.slow
 def test_checksum_once_reads_contents_once(monkeypatch):
     looks = []
     read = weights.checksums

@@ -233,6 +233,7 @@ def test_the_transform_start_sends_a_waveform_through_the_tokens():
     assert min(codebook.unique().numel() for codebook in tokens) > 100
 
 
+@pytest.mark.slow
 def test_the_bundled_network_can_hold_the_transform_start():
     torch.manual_seed(0)
     assert transform_start_(Generator(NetworkConfig()), SPEECH) > 1

@@ -83,6 +83,7 @@ def assert_equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]
 WITH_DISCRIMINATORS = ["discriminators={from_update: 1, learn_alone: 1, ramp: 2, batch_size: 1, period_channels: 2}"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("overrides", slow_after(1, [[], WITH_DISCRIMINATORS]), ids=["spectra", "discriminators"])
 @pytest.mark.parametrize("stop", slow_except([1, 2, 3], 2))
 def test_resumed_run_makes_the_same_updates(manifest, tmp_path, overrides, stop):
@@ -139,6 +140,7 @@ def test_custom_components_train_and_are_saved(manifest, tmp_path):
     assert not torch.equal(*(next(other.generator.audio_decoder.parameters()) for other in (run, without)))
 
 
+@pytest.mark.slow
 def test_losses_fall(manifest, tmp_path):
     run = run_of(settings_of(manifest, tmp_path / "run", "updates=30"), manifest)
     totals = [float(run.trainer.terms.total(run.update())) for _ in range(30)]
@@ -195,6 +197,7 @@ def test_weights_that_fp16_cannot_store_are_not_exported(manifest, tmp_path, val
         export.export(run.average, run.settings.network, tmp_path / "small.nemo")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", slow_after(1, ["small.nemo", "state.pt"]))
 def test_a_run_may_start_with_other_weights(manifest, tmp_path, monkeypatch, kind):
     first = run_of(settings_of(manifest, tmp_path / "first"), manifest)
@@ -251,6 +254,7 @@ def bundled_sizes(overrides: list[str]) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_state_of_the_older_script_resumes_with_the_same_updates(manifest, tmp_path):
     settings = settings_of(manifest, tmp_path / "run", *bundled_sizes([]))
     run = run_of(settings, manifest)
@@ -274,6 +278,7 @@ def test_a_state_of_another_format_is_refused_with_both_remedies(manifest, tmp_p
         train._read_state(settings, path)
 
 
+@pytest.mark.slow
 def test_importing_names_the_settings_that_differ(manifest, tmp_path):
     settings = settings_of(manifest, tmp_path / "run", *bundled_sizes([]))
     torch.save(trial_state(run_of(settings, manifest)), tmp_path / "trial.pt")
@@ -355,6 +360,7 @@ def test_a_user_error_of_another_command_is_reported_in_one_line(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.json", "empty.json"]
 
 
+@pytest.mark.slow
 def test_finished_run_is_reported_and_unchanged(manifest, tmp_path, caplog):
     settings = settings_of(manifest, tmp_path / "run", "updates=1")
     run = run_of(settings, manifest)
@@ -374,6 +380,7 @@ def test_a_second_run_in_the_same_folder_is_refused(manifest, tmp_path, monkeypa
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_folder_of_another_network_is_not_continued(manifest, tmp_path, monkeypatch, capsys):
     run_of(settings_of(manifest, tmp_path), manifest).save()
     with pytest.raises(SystemExit):

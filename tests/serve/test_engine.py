@@ -49,6 +49,7 @@ def test_a_codec_whose_streams_cannot_be_batched_is_refused():
         Engine(codec)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("function", ["push_decoders", "flush_decoders", "Engine._advance"])
 def test_a_step_that_fails_ends_its_streams_only(monkeypatch, function):
     async def work(engine):
@@ -61,6 +62,7 @@ def test_a_step_that_fails_ends_its_streams_only(monkeypatch, function):
     assert len(with_engine(work)) == 3 * 1024
 
 
+@pytest.mark.slow
 def test_an_error_of_on_step_does_not_stop_the_engine():
     async def work(engine):
         await decode(engine)
@@ -69,6 +71,7 @@ def test_an_error_of_on_step_does_not_stop_the_engine():
     assert len(with_engine(work, on_step=lambda step: 1 / 0)) == 3 * 1024
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("interval", "trims"), [(0.0, True), (1e9, False)])
 def test_the_heap_is_trimmed_while_streams_are_open(monkeypatch, interval, trims):
     calls = []
@@ -85,6 +88,7 @@ def test_the_heap_is_trimmed_while_streams_are_open(monkeypatch, interval, trims
     assert len(calls) < 20  # an idle engine does not trim again and again
 
 
+@pytest.mark.slow
 def test_closing_the_engine_ends_open_streams_and_refuses_new_ones():
     async def work(engine):
         with engine.decoder() as session:
@@ -100,6 +104,7 @@ def test_closing_the_engine_ends_open_streams_and_refuses_new_ones():
     with_engine(work)
 
 
+@pytest.mark.slow
 def test_input_after_an_error_does_not_wait():
     async def work(engine):
         with engine.decoder() as session:
@@ -123,6 +128,7 @@ def test_empty_chunks_are_not_queued():
     with_engine(work)
 
 
+@pytest.mark.slow
 def test_first_lookahead_gives_the_first_audio_before_the_full_lookahead():
     async def work(engine):
         with engine.decoder(first_lookahead=1) as session:
@@ -135,6 +141,7 @@ def test_first_lookahead_gives_the_first_audio_before_the_full_lookahead():
     assert with_engine(work) == (1024, 11 * 1024)
 
 
+@pytest.mark.slow
 def test_a_ramp_longer_than_the_input_that_may_wait_does_not_block():
     async def work(engine):
         with engine.decoder(ramp=[64]) as session:
@@ -146,6 +153,7 @@ def test_a_ramp_longer_than_the_input_that_may_wait_does_not_block():
     assert len(with_engine(work, EngineLimits(max_pending_s=1.0))) == 31 * 1024
 
 
+@pytest.mark.slow
 def test_files_take_turns():
     steps = []
 

@@ -46,6 +46,7 @@ def wait_for(condition):
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 def test_a_recording_that_is_too_long_is_refused():
     with running() as server:
         _, lfr = post(server, "/v1/encode", wav(synthesize(1.0)))
@@ -59,6 +60,7 @@ def test_a_recording_that_is_too_long_is_refused():
         assert len(server.app.state.engine) == 0
 
 
+@pytest.mark.slow
 def test_a_body_that_stalls_is_refused():
     with running(Settings(stream=StreamLimits(idle_s=0.2))) as server, posting(server, b"x", missing=9) as connection:
         assert b" 408 " in connection.recv(1000).splitlines()[0]
@@ -97,6 +99,7 @@ def test_a_connection_without_a_complete_request_is_closed():
 CHUNKED = b"POST /v1/encode HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nR\r\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("start", "more"),
     [
@@ -125,6 +128,7 @@ def test_endless_headers_and_trailers_are_refused(start, more):
         assert received.startswith(b"HTTP/1.1 400")
 
 
+@pytest.mark.slow
 def test_more_files_than_the_limit_are_refused():
     with running(Settings(max_files=1)) as server:
         with posting(server, b"x", missing=9):
@@ -132,6 +136,7 @@ def test_more_files_than_the_limit_are_refused():
         wait_for(lambda: post(server, "/v1/encode", b"x")[0] == 400)
 
 
+@pytest.mark.slow
 def test_a_file_whose_client_has_left_is_not_computed(monkeypatch, caplog):
     step = Engine._advance
 
@@ -203,6 +208,7 @@ def full_at_second_copy(monkeypatch):
         yield
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("failing", "path", "reason"),
     [
@@ -235,6 +241,7 @@ def test_a_temporary_file_that_cannot_be_written_is_reported(monkeypatch, caplog
     assert all(file.closed for file in opened)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", files._FORMATS)
 def test_an_empty_recording_is_only_sent_as_wav(kind):
     with running() as server:

@@ -48,6 +48,7 @@ def fail(*_):
     raise RuntimeError("CUDA error: an illegal memory access was encountered\nCompile with more")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("function", slow_after(1, ["push_decoders", "flush_decoders", "Engine._advance"]))
 @pytest.mark.parametrize("is_full", slow_after(1, [False, True]))
 def test_a_network_that_fails_is_reported_until_it_works(monkeypatch, function, is_full):
@@ -73,6 +74,7 @@ def test_a_network_that_fails_is_reported_until_it_works(monkeypatch, function, 
         assert (status, values) == (200, {"status": "ok", "streams": 0})
 
 
+@pytest.mark.slow
 def test_an_error_of_the_client_is_not_a_fault():
     with running() as server:
         with pytest.raises(ServerError):
@@ -80,6 +82,7 @@ def test_an_error_of_the_client_is_not_a_fault():
         assert request(server, "/health")[0] == 200
 
 
+@pytest.mark.slow
 def test_a_step_that_does_not_return_is_a_fault(monkeypatch):
     release, entered = threading.Event(), threading.Event()
     monkeypatch.setattr(health, "STALLED_S", 0.0)
@@ -104,6 +107,7 @@ def test_a_step_that_does_not_return_is_a_fault(monkeypatch):
 PREFLIGHT = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,content-type"}
 
 
+@pytest.mark.slow
 def test_pages_of_allowed_origins_can_read_responses():
     with running(Settings(token="secret", origins=("https://a.example",))) as server:
         status, headers, _ = request(server, "/v1/decode", "OPTIONS", Origin="https://a.example", **PREFLIGHT)
@@ -120,6 +124,7 @@ def test_pages_of_allowed_origins_can_read_responses():
         assert status >= 400 and "Access-Control-Allow-Origin" not in headers
 
 
+@pytest.mark.slow
 def test_a_server_without_origins_sends_no_cors_headers():
     with running() as server:
         for origin in ("https://a.example", server.url("")):
@@ -127,6 +132,7 @@ def test_a_server_without_origins_sends_no_cors_headers():
             assert not any(name.lower().startswith("access-control") for name in headers)
 
 
+@pytest.mark.slow
 def test_an_app_serves_again_after_a_shutdown():
     app = create_app(cached_codec("symmetric"))
 

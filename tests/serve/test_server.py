@@ -101,6 +101,7 @@ def test_a_token_that_no_client_can_send_is_refused(capsys, monkeypatch, token):
     assert code == 2 and "NEMO_LFR_TOKEN" in err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("query", ["?audio=pcm_f32le", "?audio=pcm_f32le&ramp=1,2,4", "?audio=pcm_f32le&lookahead=50"])
 @pytest.mark.parametrize("chunk", slow_after(1, [7, 1, 1000]))
 def test_a_decoded_stream_equals_the_decoded_recording(server, tokens, chunk, query):
@@ -176,6 +177,7 @@ BAD = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "message"),
     slow_after(2, [(kind, message) for kind in BAD for message in BAD[kind]], lambda row: (row[0], type(row[1]))),
@@ -331,6 +333,7 @@ def test_bad_json_is_an_error_of_the_client(server, body):
     assert "message" not in json.loads(text)["error"]  # a word of streams
 
 
+@pytest.mark.slow
 def test_streams_that_exceed_limits_are_ended(tokens):
     limits = StreamLimits(idle_s=0.3, max_seconds=0.5, max_message_bytes=2000)
     settings = Settings(EngineLimits(max_streams=2), limits, max_body_bytes=1000)
@@ -403,6 +406,7 @@ class OldIntEnum(IntEnum):
         return "CloseCode.POLICY"
 
 
+@pytest.mark.slow
 def test_the_token_and_the_origin_are_checked():
     with running(Settings(token="secret", origins=("https://a.example",))) as server:
         assert post(server, "/v1/encode", b"x")[0] == 401
@@ -417,6 +421,7 @@ def test_the_token_and_the_origin_are_checked():
             assert exchange(socket, [])[2] == 1008
 
 
+@pytest.mark.slow
 def test_metrics_and_info_describe_the_server(server, tokens):
     decoded(server, tokens, 4)
     text = urllib.request.urlopen(server.url("/metrics")).read().decode()
@@ -457,6 +462,7 @@ def test_sigterm_lets_open_streams_end_and_refuses_new_ones():
         process.wait()
 
 
+@pytest.mark.slow
 def test_a_port_in_use_is_a_one_line_error(capsys):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

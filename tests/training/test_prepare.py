@@ -250,6 +250,7 @@ def test_another_corpus_does_not_reuse_results_of_an_interrupted_run(tmp_path, m
     assert [entry["duration"] for entry in entries] == [1.0] * 3
 
 
+@pytest.mark.slow
 def test_a_folder_has_the_manifests_of_one_run_only(tmp_path):
     out = tmp_path / "out"
     folder(tmp_path / "corpus")
@@ -427,6 +428,7 @@ def test_a_folder_without_such_a_corpus_is_refused_with_its_layout(tmp_path, kin
         prepare(kind, tmp_path / "none", tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_command_reports_its_output_and_the_failures(tmp_path, capsys):
     folder(tmp_path / "corpus")
     (tmp_path / "corpus" / "bad.wav").write_bytes(b"no")

@@ -172,6 +172,7 @@ def test_unknown_losses_are_refused_by_name(key, value):
         CodecLosses(codec_config() | {key: value})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weight_norm", slow_after(1, [False, True]))
 def test_initialization_from_data_centers_and_spreads_the_encoder_and_fills_the_codebooks(weight_norm):
     parts = build_parts(codec_config(), weight_norm=weight_norm)

@@ -80,6 +80,7 @@ def test_every_auto_class_knows_the_codec(folder, model):
         assert type(auto.from_pretrained(folder)) is ours.NemoLfrFeatureExtractor
 
 
+@pytest.mark.slow
 def test_a_batch_with_a_padding_mask_equals_its_clips_alone(model, batch):
     assert batch["input_values"].shape == (2, 1, 9000) and batch["padding_mask"].sum(1).tolist() == [9000, 5000]
     encoded = model.encode(**batch)
@@ -98,6 +99,7 @@ def test_a_batch_with_a_padding_mask_equals_its_clips_alone(model, batch):
     assert torch.equal(by_codes[:, :, :5000], decoded[:, :, :5000])
 
 
+@pytest.mark.slow
 def test_values_after_a_clip_have_no_effect(model, batch):
     loud = batch["input_values"].masked_fill(~batch["padding_mask"][:, None].bool(), 0.9)
     assert torch.equal(model.encode(loud, batch["padding_mask"]).audio_codes, model.encode(**batch).audio_codes)
@@ -113,6 +115,7 @@ def test_tuples_equal_outputs(model, batch):
     assert torch.equal(model.decode(codes, return_dict=False)[0], model.decode(codes).audio_values)
 
 
+@pytest.mark.slow
 def test_fewer_codebooks_are_encoded_and_decoded(model):
     codes = model.encode(FIRST[None, None], num_codebooks=3).audio_codes
     assert codes.shape[1] == 3 and torch.equal(codes, model.encode(FIRST[None]).audio_codes[:, :3])
@@ -142,6 +145,7 @@ def test_the_config_of_a_nemo_checkpoint_is_read_without_its_other_keys(folder):
     assert ours.NemoLfrConfig().codebook_size == 2016 and ours.NemoLfrConfig().hop_length == 1024
 
 
+@pytest.mark.slow
 def test_a_model_without_weights_is_initialized(model):
     torch.manual_seed(0)
     fresh = transformers.AutoModel.from_config(copy.deepcopy(model.config)).eval()
@@ -277,6 +281,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_used", [False, True], ids=["new", "used"])
 @pytest.mark.parametrize("key", CHANGES)
 def test_a_model_whose_config_was_changed_is_not_saved(key, is_used, folder, tmp_path):
@@ -294,6 +299,7 @@ def test_a_model_whose_config_was_changed_is_not_saved(key, is_used, folder, tmp
     assert not (tmp_path / "changed").exists()
 
 
+@pytest.mark.slow
 def test_a_variant_is_named_by_load(folder, tmp_path):
     transformers.AutoModel.from_pretrained(folder).save_pretrained(tmp_path, variant="fp16")
     with pytest.raises(NemoLfrError, match=r"model\.fp16\.safetensors, a variant that only transformers reads"):
@@ -333,6 +339,7 @@ COPIES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", slow_after(1, COPIES))
 def test_copies_and_pickled_models_have_the_same_tokens_and_can_be_saved(folder, tmp_path, kind):
     model = transformers.AutoModel.from_pretrained(folder)
@@ -360,6 +367,7 @@ UNPICKLABLE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("message", UNPICKLABLE)
 def test_a_model_is_not_pickled_without_a_part_of_it(folder, message):
     model = transformers.AutoModel.from_pretrained(folder)
