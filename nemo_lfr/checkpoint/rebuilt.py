@@ -230,7 +230,7 @@ def _changed_settings(
     Args:
         model: the model.
         reference: the rebuilt model.
-        operation: what the rebuilt model is for, for error messages.
+        operation: words for error messages.
         skipped: names of attributes to ignore.
 
     Returns:
