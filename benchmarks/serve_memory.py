@@ -63,7 +63,11 @@ async def keep_busy(url: str, number: int, until: float, closed: Counter[str]) -
 
 
 async def sample(pid: int, until: float) -> list[tuple[float, int, int]]:
-    """Return (seconds, memory in MB, descriptors) for each second until a time."""
+    """Sample a process once per second, until `time.monotonic()` is `until`.
+
+    Returns:
+        For each sample, the seconds since the first one, the memory in MB and the number of open descriptors.
+    """
     start = time.monotonic()
     found = []
     while time.monotonic() < until:

@@ -115,7 +115,7 @@ def encode_tasks(
         model: entropy model that compresses the token files; None for no compression.
 
     Yields:
-        Figures of each file from `task_result`, in the order of `tasks`, as soon as its token file is complete.
+        A description of each file for --json, in the order of `tasks`, as soon as its token file is complete.
     """
     import numpy as np
 

@@ -72,8 +72,8 @@ def progress_bar(unit: str) -> Iterator[Callable[..., Any]]:
         unit: noun for the items, such as "files".
 
     Yields:
-        A function with the keyword arguments `completed`, `total`, `text` (shown beside the bar) and `line`
-        (printed above the bar).
+        A function that updates the bar. Its keyword arguments are `completed` and `total` (numbers of items), `text`
+        (shown beside the bar) and `line` (printed above the bar).
     """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn

@@ -175,7 +175,7 @@ class Conversation(CodecProperties):
         self.check_open()
 
     def messages(self, items: Any) -> Iterator[bytes | str]:
-        """Yield messages that contain a piece of input, each with at most 64 KiB of array data.
+        """Split a piece of input into messages, each with at most 64 KiB of array data.
 
         Args:
             items: samples [n], tokens [C, k], or the tokens of one frame, [C].

@@ -61,7 +61,10 @@ def new_children(others: Collection[BaseProcess]) -> set[BaseProcess]:
 
 
 def _main_path() -> Path | None:
-    """Return the file that workers import as the main program; None if they import a module, or nothing."""
+    """Return the script that workers import as the main program.
+
+    The result is None after `python -m MODULE` and in an interactive session.
+    """
     main = sys.modules["__main__"]
     path: str | None = getattr(main, "__file__", None)
     if path is None or getattr(main, "__spec__", None) is not None or Path(path).stem == "ipython":

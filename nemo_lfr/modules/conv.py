@@ -196,7 +196,7 @@ class Conv1d(nn.Module):
         return max(self.pad) + 1 if self.pad_mode == "reflect" else 1
 
     def pad_ends(self, hidden: torch.Tensor, first: bool = True, last: bool = True) -> torch.Tensor:
-        """Pad a signal [B, H, T] at the start if `first` is set, and at the end if `last` is set."""
+        """Pad a signal [B, H, T] for `convolve`: at the start if `first` is set, at the end if `last` is set."""
         return pad_signal(hidden, (self.pad[0] * first, self.pad[1] * last), self.pad_mode)
 
     def convolve(self, padded: torch.Tensor) -> torch.Tensor:

@@ -129,9 +129,9 @@ class Optimizers(WeightAveraging):
         return int(config.max_epochs) * -(-int(batches) // self._batches_per_update)
 
     def configure_optimizers(self) -> Any:
-        """Return NeMo's optimizers, with fused Adam on a CPU.
+        """Return NeMo's optimizers and schedules, with fused Adam on a CPU.
 
-        A `fused` or `foreach` setting in the config takes precedence.
+        Adam is not changed if the config sets `fused`, or sets `foreach` to true.
 
         Raises:
             ConfigError: if the config has no optimizer, or if an optimizer or schedule cannot be built.

@@ -146,7 +146,7 @@ class StateDicts(BaseModel):
             self._unbuilt_discriminator = {key: tensors[key] for key in names}
 
     def _added_names(self, stored: Collection[str], loaded: Sequence[torch.Tensor]) -> list[str]:
-        """Return the names of the weights of modules that a subclass added or replaced.
+        """Return the names of stored weights for modules that a subclass added or replaced.
 
         Tensors of NeMo's losses are left out, because they follow from the config.
 

@@ -45,7 +45,7 @@ _VALIDATED = ("loss", "perplexity", "levels_used")
 class TrainingSteps(DataLoaders, StockSteps):
     """Lightning hooks for training and validation.
 
-    The discriminators are built when training starts (`setup("fit")`), so restoring a model requires neither WavLM nor
+    `prepare("fit")` builds the discriminators when training starts, so restoring a model requires neither WavLM nor
     network access. Until then, the model keeps their weights in memory, and saved models contain these weights.
     """
 

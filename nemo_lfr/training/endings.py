@@ -60,7 +60,10 @@ def ending_in_one_line(*folders: str | os.PathLike[str] | None) -> Iterator[None
 
 
 def _line(error: BaseException, folders: list[Path]) -> str | None:
-    """Describe an error in one line, or return None if it may be a bug."""
+    """Describe an error in one line, or return None if it may be a bug.
+
+    `folders` are the folders that the run writes to; see `ending_in_one_line`.
+    """
     if CONFIG_ERRORS & {base.__name__ for base in type(error).__mro__}:
         lines = str(error).split("\n    full_key: ")[0].split()  # OmegaConf adds details on more lines
         return printable(" ".join(lines)) or type(error).__name__

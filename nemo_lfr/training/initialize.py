@@ -26,7 +26,7 @@ def draw_segments(loader: Any, num_segments: int, samples_per_frame: int, min_fr
         loader: `DataLoader`, or another iterable over batches with `audio` [B, T_audio].
         num_segments: batches are drawn until there are at least this many segments, or no more batches.
         samples_per_frame: number of samples per frame.
-        min_frames: minimum length of the segments in frames.
+        min_frames: minimum of T_audio, in frames.
 
     Returns:
         Audio [B, T_audio] of complete frames. Segments that are shorter than T_audio are padded with zeros.

@@ -15,7 +15,9 @@ PadMode = Literal["reflect", "zeros"]
 
 
 class Conv2d(nn.Module):
-    """2-D convolution with weight norm. With a stride of 1, height and width do not change.
+    """2-D convolution with weight norm.
+
+    With odd kernel sizes and a stride of 1, height and width do not change.
 
     Args:
         in_channels: number of input channels.

@@ -150,7 +150,7 @@ def _launch(
 
 
 def _constants(layer: Layer, tile: Tile) -> dict[str, Any]:
-    """Return the compile-time arguments that only depend on a layer and a tile."""
+    """Return those compile-time arguments of the convolution kernel that depend only on a layer and a tile."""
     return {
         "inputs": layer.inputs,
         "outputs": layer.outputs,

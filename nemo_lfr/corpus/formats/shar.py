@@ -47,7 +47,7 @@ SPEAKER = re.compile(r"\| Language:\w+ Dataset:.+ Speaker:.+ \|", re.DOTALL)  # 
 
 
 class Layout:
-    """Names of the files in a Shar: the current names, or those of earlier versions.
+    """Names of the files in a Shar. If an earlier version wrote the folder, its names are used.
 
     Args:
         folder: the output folder.

@@ -70,7 +70,7 @@ class Parquet(Table):
 
     @classmethod
     def open(cls, path: Path, options: OpenOptions) -> "Parquet":
-        """Open the file or folder."""
+        """Open the file or folder. With `options.relist`, log which columns are used."""
         table = cls(path, options.audio_dir)
         if options.relist:  # log in the process that plans the run, not in each worker
             table.log_choices()

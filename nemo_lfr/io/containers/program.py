@@ -133,7 +133,7 @@ def transport_streams(window: Window) -> list[Stream]:
 def _note_tracks(extents: Extents, packets: np.ndarray, index: int) -> None:
     """Record in `extents` the track of each packet in which an audio frame begins.
 
-    `packets` is uint8 [N, bytes per packet], and `index` is the index of the first packet in the file.
+    `packets` is uint8 [N, bytes per packet]. `index` is the position of `packets[0]` in the file, in packets.
     """
     ids = (packets[:, 1] & 0x1F).astype(int) << 8 | packets[:, 2]
     # A flag marks a packet in which a frame begins. The frame follows an optional adaptation field.

@@ -109,7 +109,7 @@ def block_features(spec: ModelSpec, digits: np.ndarray) -> np.ndarray:
         digits: FSQ values [T, D] of the block.
 
     Returns:
-        The float32 features [T, F + 1], see `History`. Row t depends only on the frames before t.
+        The float32 features [T, F + 1]; see `History`. Row t depends only on the frames before t.
     """
     history = History(spec, 1)
     features = np.empty((len(digits), spec.num_features + 1), dtype=np.float32)
