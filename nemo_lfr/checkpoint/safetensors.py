@@ -194,7 +194,7 @@ def open_shards(index: Path, shards: Mapping[str, str]) -> Tensors:
     """Open the safetensors files that an index lists.
 
     Args:
-        index: path of the index. The files are in the same folder.
+        index: path of the index, which is in the folder of the files.
         shards: a dict from the name of each tensor to the name of its file, as `read_index` returns.
 
     Raises:

@@ -171,7 +171,7 @@ def count_option(name: str, text: str, default: int | None = None, low: int = 1,
 
     Args:
         name: name of the option, such as "--workers".
-        text: help text. If `default` is None, it must say what happens without the option.
+        text: help text. If `default` is None, the text must say what happens without the option.
         default: default value, which is appended to the help text; None for no value.
         low: smallest value.
         options: other arguments of `click.option`.
@@ -188,7 +188,7 @@ def seconds_option(name: str, text: str, default: float | None = None, low: floa
 
     Args:
         name: name of the option, such as "--duration".
-        text: help text. If `default` is None, it must say what happens without the option.
+        text: help text. If `default` is None, the text must say what happens without the option.
         default: default value, which is appended to the help text; None for no value.
         low: smallest value.
     """

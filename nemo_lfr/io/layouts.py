@@ -173,9 +173,9 @@ def vctk(corpus: Path) -> Iterator[CorpusUtterance]:
 def folder(corpus: Path, speaker_level: int | None = None) -> Iterator[CorpusUtterance]:
     """Read the audio files below a folder.
 
-    The transcript of an audio file is a .txt or .TXT file with the same name. If an AudioFolder table (`metadata.csv`,
-    `metadata.tsv` or `metadata.jsonl`) lists the file, all labels come from the table instead. Splits come from the
-    table or from folder names such as `train` and `test`; see `nemo_lfr.io.splits.splits_of_folders`.
+    The transcript of `a.wav` is `a.txt` or `a.TXT` in the same folder. If an AudioFolder table (`metadata.csv`,
+    `metadata.tsv` or `metadata.jsonl`) lists the audio file, all labels come from the table instead. Splits come from
+    the table or from folder names such as `train` and `test`; see `nemo_lfr.io.splits.splits_of_folders`.
 
     Args:
         corpus: the folder.

@@ -229,7 +229,7 @@ class GroupFiniteScalarQuantizer(CodebookDropout):
     """Quantizer with `num_groups` codebooks, each for a group of dimensions.
 
     The groups have the same levels, so the first group's quantizer handles all groups at once. If a caller has altered
-    one of the quantizers `fsqs`, each is called for its own group, as in NeMo.
+    one of the quantizers in `fsqs`, each quantizer is called for its own group, as in NeMo.
 
     Args:
         num_groups: number of codebooks C.

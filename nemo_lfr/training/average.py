@@ -100,9 +100,9 @@ def _weights(modules: Iterable[torch.nn.Module]) -> list[torch.Tensor]:
 
 
 def _is_converted(weight: torch.Tensor, recorded: Mapping[torch.dtype, tuple[int, ...]]) -> bool:
-    """Return whether a weight has its recorded values, perhaps rounded to its dtype.
+    """Return whether a weight has its recorded values, or these rounded to 16 bits.
 
-    `recorded` maps dtypes to the checksum of the recorded weight in this dtype.
+    `recorded` maps a dtype, such as bf16, to the checksum of the recorded weight in this dtype.
     """
     return not weight.is_meta and any(
         checksums([weight.to(dtype)]) == expected and torch.equal(weight.to(dtype).to(weight.dtype), weight)

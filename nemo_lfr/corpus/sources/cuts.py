@@ -142,9 +142,8 @@ def cut_to_clip(cut: Any, origin: str, number: int = 1, allow_url: bool = False)
     """Convert a Lhotse cut to a clip.
 
     If the cut has the field `target_audio`, the recording in this field is used instead of the audio of the cut, as in
-    NeMo's loaders. If the cut has several supervisions, their texts are joined in order of start time, and the clip
-    has the other labels of the first supervision. Custom fields of the cut take precedence over those of the
-    supervision.
+    NeMo's loaders. If the cut has several supervisions, their texts are joined in order of start time. All other
+    labels come from the first supervision. Custom fields of the cut take precedence over those of the supervision.
 
     Args:
         cut: the cut.

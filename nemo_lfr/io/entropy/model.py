@@ -199,7 +199,7 @@ class EntropyModel:
         """Return the index of each FSQ dimension's first row in `digit_weight`, followed by the number of rows.
 
         The tensor has one row for each level: first all rows of dimension 0 of the frame, then those of dimension 1,
-        and so on. `output_weight` and `output_bias` have the same rows.
+        and so on. The rows of `output_weight` and `output_bias` are in the same order.
         """
         return [0, *np.cumsum(self.spec.digit_levels).tolist()]
 
