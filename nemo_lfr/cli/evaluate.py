@@ -54,8 +54,8 @@ class RegistryOption(click.Option):
 @click.option(
     "--preset",
     type=click.Choice(["card-mls", "card-daps"]),
-    help="Test set from a corpus that NVIDIA's model card names. SOURCE is then the folder with the unpacked archives "
-    "of the corpus (default: none).",
+    help="Test set from a corpus that NVIDIA's model card names (default: none). With this option, SOURCE is the "
+    "folder with the unpacked archives of the corpus.",
 )
 @click.option(
     "--audio-dir",

@@ -40,8 +40,8 @@ class Kind(click.Choice):  # type: ignore[type-arg]  # generic in recent release
     "--speaker-level",
     type=click.IntRange(min=1),
     metavar="N",
-    help="For KIND folder: depth of the folders that are named after speakers, such as 1 for folders directly in "
-    "CORPUS (default: none).",
+    help="For KIND folder: depth of the folders that are named after speakers (default: no folder is). 1 stands for "
+    "the folders directly in CORPUS.",
 )
 @count_option("--workers", "Number of files to read in parallel.", 4, cls=RenamedOption, earlier="--jobs")
 @click.option(

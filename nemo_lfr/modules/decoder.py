@@ -162,7 +162,7 @@ class HiFiGANDecoder(NeuralModule):
         return audio.squeeze(1)
 
     def hidden_frames(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Decode up to the output activation: [B, D, T] -> [B, 1, T * samples_per_frame]."""
+        """Decode without the output activation: [B, D, T] -> [B, 1, T * samples_per_frame]."""
         return self.run(ModuleOps(), inputs)
 
     def forward(self, inputs: torch.Tensor, input_len: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,9 +6,9 @@ million fp32 weights. `Codec` uses `checksum_once`, so the checksum is computed 
 batch.
 
 The checksum reads the weights as rows of 509 integers, adds up each column of a block of 128 rows, and hashes the
-sums. (An integer has 8 bytes on a CPU. On a GPU, it has at most 4 bytes, and all rows form one block.) The checksum
-always detects a change of a single integer. It misses changes that leave every sum unchanged, such as a swap of two
-values in one column of a block. Other changes are missed with a probability of about 2^-60.
+sums. (An integer has 8 bytes on a CPU. On a GPU, it has at most 4 bytes, and all rows form one block.) Changes that
+leave every sum unchanged, such as a swap of two values in one column of a block, are not detected. Other changes are
+missed with a probability of about 2^-60.
 """
 
 import operator
