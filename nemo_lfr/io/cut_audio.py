@@ -88,7 +88,7 @@ def check_source(kind: object, source: object, allow_url: bool = False) -> None:
 
     Args:
         kind: attribute `type` of Lhotse's `AudioSource`, such as "file".
-        source: its attribute `source`: a path, a URL, a command or bytes.
+        source: attribute `source` of the `AudioSource`: a path, a URL, a command or bytes.
         allow_url: whether http(s) URLs are allowed.
 
     Raises:

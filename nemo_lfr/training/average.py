@@ -100,7 +100,7 @@ def _weights(modules: Iterable[torch.nn.Module]) -> list[torch.Tensor]:
 
 
 def _is_converted(weight: torch.Tensor, recorded: Mapping[torch.dtype, tuple[int, ...]]) -> bool:
-    """Return whether a weight has its recorded values, or these rounded to 16 bits.
+    """Return whether a weight has its recorded values, perhaps rounded to 16 bits.
 
     `recorded` maps a dtype, such as bf16, to the checksum of the recorded weight in this dtype.
     """

@@ -1,6 +1,6 @@
 """Read training segments from the recordings in NeMo manifests, in any audio format and sample rate.
 
-Files that cannot be read are skipped, and logged once. This dataset replaces NeMo's `VocoderDataset`.
+Files that cannot be read are skipped, and logged once. `CodecDataset` replaces NeMo's `VocoderDataset`.
 """
 
 import logging

@@ -202,13 +202,14 @@ class FormatReader(ABC):
     def rows(self, files: ShardFiles, start: int, stop: int) -> Iterator[Row | Damage]:
         """Yield the utterances [start, stop) of a shard, and messages about damage.
 
-        An implementation may continue after `stop`.
+        An implementation may also yield the utterances after `stop`.
         """
 
     def _shard_counts(self, count: Callable[[ShardFiles], int]) -> list[int]:
         """Return the number of utterances in each shard, according to `count`.
 
-        Shards for which `count` fails get equal shares of the rest of the total in `tokens.json`.
+        If `count` fails for some shards, the other counts are subtracted from the total in `tokens.json`, and the rest
+        is divided equally among these shards.
         """
         counts: list[int | None] = []
         for shard in range(self.summary["shards"]):

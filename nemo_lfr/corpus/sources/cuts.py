@@ -195,7 +195,7 @@ def _plain_labels(fields: Mapping[str, Any]) -> dict[str, Any]:
 def _joined(supervisions: Sequence[Any], text: str | None) -> dict[str, Any]:
     """Return the manifest of one supervision with the time span of all `supervisions` and the joined `text`.
 
-    The supervisions must be sorted by start time.
+    Its other values are those of the first supervision. The supervisions must be sorted by start time.
     """
     joined = {key: value for key, value in supervisions[0].to_dict().items() if not is_missing(value)}
     joined |= {} if text is None else {"text": text}

@@ -5,7 +5,7 @@ a pipe, or if files were concatenated with `cat`. `find_streams` compares the he
 returns a `Stream` for each recording, from which a decoder reads the whole recording.
 
 Each module handles some formats. Functions `is_FORMAT` recognize a format, and functions `FORMAT_streams` return the
-recordings in a file. If a recording is truncated or damaged, they store a message in `Stream.problem`.
+recordings in a file. If a recording is truncated or damaged, `Stream.problem` contains a message.
 """
 
 import io
