@@ -98,7 +98,9 @@ class _Plain:
         self.count = 0
 
     def of(self, value: Any, depth: int = 0) -> Any:
-        """Convert a value, including all values that it contains.
+        """Convert an unpickled value to dicts, lists, strings, numbers and None.
+
+        Values inside it are converted too. Objects of all other types become None.
 
         Raises:
             ConfigError: if there are more than MAX_CONFIG_EVENTS values or more than MAX_CONFIG_DEPTH levels.

@@ -81,7 +81,8 @@ def class_names(features: Mapping[str, Any]) -> dict[str, list[str]]:
         features: description of each column, in the form that `datasets` stores as JSON.
 
     Returns:
-        A dict from the name of each `ClassLabel` column to its class names. The integer i stands for class name i.
+        A dict from the name of each `ClassLabel` column to a list of class names. The integers in the column are
+        indices of this list.
     """
     found = {}
     for column, feature in features.items():

@@ -47,7 +47,7 @@ SPEAKER = re.compile(r"\| Language:\w+ Dataset:.+ Speaker:.+ \|", re.DOTALL)  # 
 
 
 class Layout:
-    """Names of the files in a Shar. If an earlier version wrote the folder, its names are used.
+    """Names of the files in a Shar; for a folder that an earlier version wrote, the names of that version.
 
     Args:
         folder: the output folder.
