@@ -1,6 +1,6 @@
 """Read columns from the names of folders, such as the column `lang` from `lang=de/part-0.parquet`.
 
-Spark, Hive, pandas and polars store the columns by which a table is partitioned only in folder names.
+If a table is partitioned by a column, Spark, Hive and pandas store the values of the column only in folder names.
 """
 
 from pathlib import Path

@@ -354,7 +354,7 @@ def _phase_weight(weight: torch.Tensor, stride: int) -> torch.Tensor:
         [stride * H_out, H_in, 2].
     """
     taps = torch.unflatten(weight, 2, (2, stride)).flip(2)  # [H_in, H_out, 2, stride]
-    return taps.permute(3, 1, 0, 2).flatten(0, 1)
+    return taps.permute(3, 1, 0, 2).flatten(0, 1).contiguous()
 
 
 def interleave(phases: torch.Tensor, stride: int) -> torch.Tensor:
