@@ -7,8 +7,8 @@ Without --model, a full-size checkpoint (112.7 M parameters) with random weights
 run in one process under `no_grad` in alternating rounds; NeMo runs without its discriminator. The cases are single
 clips of 1, 10 and 60 s, 8 clips of 5 s, and 8 clips of 1 to 15 s, which NeMo computes as a padded batch. Before a case
 is timed, its results are compared with reference results, for which NeMo computes one clip at a time. Tokens must be
-equal except for rounding ties, and audio must agree within 1e-4. For bf16 the percentage of equal tokens and the SNR of
-the audio are printed instead. The other codecs also have random weights, which do not affect their speed.
+equal except for rounding ties, and audio must agree within 1e-4. For bf16 the percentage of equal tokens and the SNR
+of the audio are printed instead. The other codecs also have random weights, which do not affect their speed.
 
 The last tables list the convolutions of the execution plan, grouped by their numbers of channels. They show each
 group's share of the time, the rate of its multiply-adds, and this rate relative to that of a large matrix product.

@@ -6,7 +6,6 @@ worker dies, its shards are assigned to another worker. If workers die repeatedl
 
 import multiprocessing
 import os
-import signal
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -18,8 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_lfr.codec.devices import choose_device
 from nemo_lfr.corpus.config import TokenizeConfig
-from nemo_lfr.corpus.main_program import check_is_file, check_starts, new_children
-from nemo_lfr.corpus.orphans import die_with
+from nemo_lfr.corpus.main_program import begin_worker, check_is_file, check_starts, new_children, safe_imports
 from nemo_lfr.corpus.part import Part
 from nemo_lfr.corpus.plan import Plan
 from nemo_lfr.corpus.ray_executor import run_ray
@@ -113,12 +111,10 @@ def _start_worker(
 ) -> None:
     """Initialize a worker process.
 
-    The process ignores SIGINT, because its parent handles Ctrl-C. An error here would look like a crash of the
-    process, so it is stored, and raised for the first shard.
+    An error here would look like a crash of the process, so it is stored, and raised for the first shard.
     """
     global _worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    die_with(driver)
+    begin_worker(driver)
     try:
         _worker = Worker(config, devices.get(), plugins)
     except Exception as error:  # loading a codec or a corpus may raise anything
@@ -159,7 +155,7 @@ def run_processes(
     context = get_context("spawn")
     other_processes = multiprocessing.active_children()
     while remaining:
-        with sharing("several --workers"):
+        with sharing("several --workers"), safe_imports():
             assignments: SimpleQueue[str] = context.SimpleQueue()
             arguments = (config, assignments, os.getpid(), plugins)
             pool = ProcessPoolExecutor(workers, context, _start_worker, arguments)
@@ -172,7 +168,8 @@ def run_processes(
             while running or waiting:
                 while waiting and len(running) < QUEUED * workers:
                     index = waiting.popleft()
-                    running[pool.submit(_run_shard, index, remaining[index])] = index
+                    with safe_imports():  # starts the workers
+                        running[pool.submit(_run_shard, index, remaining[index])] = index
                     started |= new_children(other_processes)
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     index = running[future]

@@ -1,4 +1,4 @@
-"""Report a main program that worker processes cannot import.
+"""Start worker processes, and report a main program that they cannot import.
 
 A process that `multiprocessing` spawns imports the main program of its parent. The import fails if the program is not
 a file. If the program's calls are not under `if __name__ == "__main__":`, the import runs the whole program again.
@@ -6,18 +6,52 @@ a file. If the program's calls are not under `if __name__ == "__main__":`, the i
 
 import multiprocessing
 import os
+import signal
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from multiprocessing import process
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+from nemo_lfr.corpus.orphans import die_with
 from nemo_lfr.errors import NemoLfrError, shorten
 
 REMEDY = (
     'put the program into a file, with its calls under `if __name__ == "__main__":`, or use one worker (workers=1 or '
     "jobs=1)"
 )
+
+
+_VARIABLE, _VALUE = "PYTHONSAFEPATH", "nemo_lfr"
+
+
+@contextmanager
+def safe_imports() -> Iterator[None]:
+    """Keep processes that start inside a `with` block from importing modules of the current folder.
+
+    Until it has the import path of its parent, a process that `multiprocessing` spawns imports from the current folder
+    first, for example a `types.py` beside the recordings of a corpus. Python 3.10 ignores this setting.
+    """
+    if _VARIABLE in os.environ:
+        yield
+        return
+    os.environ[_VARIABLE] = _VALUE
+    try:
+        yield
+    finally:
+        os.environ.pop(_VARIABLE, None)
+
+
+def begin_worker(parent: int) -> None:
+    """Initialize this worker process, which ends when the process with the id `parent` ends.
+
+    It ignores SIGINT, because its parent handles Ctrl-C.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    die_with(parent)
+    if os.environ.get(_VARIABLE) == _VALUE:
+        del os.environ[_VARIABLE]  # programs that the worker starts may need their own folder
 
 
 def check_main_program() -> None:

@@ -3,8 +3,10 @@
 import contextlib
 import logging
 import math
+import os
+import sys
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from nemo_lfr.corpus.config import TokenizeConfig
@@ -209,21 +211,37 @@ def _room(ray: Any, cores: int, gpu: bool, address: str) -> int:
     return room
 
 
+class _ImportFolders(list[str]):
+    """List to which Ray adds folders from which its workers import modules.
+
+    Ray adds the current folder of the driver. A corpus may be there, with a `types.py` beside the recordings.
+    """
+
+    def extend(self, folders: Iterable[str]) -> None:
+        """Add the folders from which the driver imports modules too."""
+        own = {os.path.abspath(folder) for folder in sys.path}
+        super().extend(folder for folder in folders if os.path.abspath(folder) in own)
+
+
 def _connect(ray: Any, address: str) -> str:
     """Connect to Ray and return the address. "auto" becomes "local" if no cluster was found and Ray was started."""
+    from ray.job_config import JobConfig
+
     requested = address
+    job = JobConfig()
+    job._py_driver_sys_path = _ImportFolders()
     options: dict[str, Any] = {"logging_level": "error", "log_to_driver": False, "include_dashboard": False}
     try:
         if address == "auto":
             try:
-                ray.init("auto", logging_level="error", log_to_driver=False)
+                ray.init("auto", job_config=job, logging_level="error", log_to_driver=False)
                 return address
             except ConnectionError:
                 address = "local"
         if address == "local":
-            ray.init("local", **options)
+            ray.init("local", job_config=job, **options)
         else:
-            ray.init(address, logging_level="error", log_to_driver=False)
+            ray.init(address, job_config=job, logging_level="error", log_to_driver=False)
     except Exception as error:  # each Ray transport raises its own exceptions
         problem, remedy = (
             ("Ray cannot be started on this machine", "pass the address of a cluster, or remove --ray")

@@ -3,7 +3,6 @@
 import multiprocessing
 import os
 import pickle
-import signal
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -16,8 +15,7 @@ from typing import Any
 
 import soundfile
 
-from nemo_lfr.corpus.main_program import check_is_file, check_starts, new_children
-from nemo_lfr.corpus.orphans import die_with
+from nemo_lfr.corpus.main_program import begin_worker, check_is_file, check_starts, new_children, safe_imports
 from nemo_lfr.errors import NemoLfrError, shorten
 from nemo_lfr.evaluation.codecs.base import fit
 from nemo_lfr.evaluation.metrics import METRICS, Metric, Signal, Undefined, Value, measure
@@ -171,14 +169,15 @@ def _in_parallel(tasks: Sequence[Task], jobs: int) -> Iterator[Measured]:
     check_is_file()
     _check_functions(tasks[0].table)
     others = multiprocessing.active_children()
-    with sharing("several --workers"):
+    with sharing("several --workers"), safe_imports():
         workers = min(jobs, len(tasks), MAX_WORKERS)
         pool = ProcessPoolExecutor(workers, get_context("spawn"), _start, (os.getpid(),))
     started: set[BaseProcess] = set()
     try:
         futures = []
         for task in tasks:
-            futures.append(pool.submit(_measure, task))
+            with safe_imports():  # starts the workers
+                futures.append(pool.submit(_measure, task))
             if len(started) < workers:
                 started |= new_children(others)
         for future in as_completed(futures):
@@ -204,12 +203,8 @@ def _check_functions(table: Mapping[str, Metric]) -> None:
 
 
 def _start(driver: int) -> None:
-    """Initialize a worker process.
-
-    A worker ends when the process with the id `driver` ends. It ignores SIGINT, since the driver handles Ctrl-C.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    die_with(driver)
+    """Initialize a worker process with one thread; see `begin_worker`."""
+    begin_worker(driver)
     import torch
 
     torch.set_num_threads(1)

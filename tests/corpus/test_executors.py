@@ -1,5 +1,6 @@
 """Tests of workers that die, cannot start or start slowly. Every executor must count each death once."""
 
+import json
 import os
 import signal
 import subprocess
@@ -135,3 +136,33 @@ def test_main_program_that_workers_cannot_import_is_reported_at_once(kind, tmp_p
     assert done.returncode == 1 and error in last and 'if __name__ == "__main__":' in last, done.stderr
     if kind == "unguarded":  # the workers print no traceback
         assert "spawn_main" not in done.stderr
+
+
+WITH_WORKERS = {
+    "tokenize": ["tokenize", "manifest.json", "--out", "out", "--shard-size", 1, "--workers", 2],
+    "tokenize with Ray": ["tokenize", "manifest.json", "--out", "out", "--ray", "local", "--workers", 1],
+    "evaluate": ["evaluate", "manifest.json", "--out", "out", "--codec", "lfr", "--workers", 2],
+}
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 cannot prevent it")
+@pytest.mark.parametrize("name", WITH_WORKERS)
+def test_workers_import_nothing_from_the_current_folder(name, tmp_path):
+    if "Ray" in name:
+        pytest.importorskip("ray", reason="pip install '.[ray]'")
+    for stem in "ab":
+        soundfile.write(tmp_path / f"{stem}.wav", synthesize(0.5), RATE)
+    entries = [{"audio_filepath": f"{stem}.wav", "duration": 0.5} for stem in "ab"]
+    (tmp_path / "manifest.json").write_text("\n".join(map(json.dumps, entries)))
+    for module in ("pickle", "types", "selectors", "nemo_lfr", "numpy"):
+        (tmp_path / f"{module}.py").write_text("import os\nos.close(os.open('imported', os.O_CREAT))\nraise ImportError")
+    (tmp_path / "bin").mkdir()
+    program = tmp_path / "bin" / "main.py"
+    program.write_text("from nemo_lfr.cli.main import main\nif __name__ == '__main__':\n    main()\n")
+    command = [sys.executable, program, *WITH_WORKERS[name]]
+    environment = os.environ | {"PYTHONPATH": str(Path(executors.__file__).parents[2]), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        list(map(str, command)), cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "imported").exists()
