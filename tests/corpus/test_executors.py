@@ -155,7 +155,9 @@ def test_workers_import_nothing_from_the_current_folder(name, tmp_path):
     entries = [{"audio_filepath": f"{stem}.wav", "duration": 0.5} for stem in "ab"]
     (tmp_path / "manifest.json").write_text("\n".join(map(json.dumps, entries)))
     for module in ("pickle", "types", "selectors", "nemo_lfr", "numpy"):
-        (tmp_path / f"{module}.py").write_text("import os\nos.close(os.open('imported', os.O_CREAT))\nraise ImportError")
+        (tmp_path / f"{module}.py").write_text(
+            "import os\nos.close(os.open('imported', os.O_CREAT))\nraise ImportError"
+        )
     (tmp_path / "bin").mkdir()
     program = tmp_path / "bin" / "main.py"
     program.write_text("from nemo_lfr.cli.main import main\nif __name__ == '__main__':\n    main()\n")

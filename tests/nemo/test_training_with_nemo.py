@@ -221,7 +221,7 @@ def test_steps_are_stock_steps(tmp_path, wavlm, case):
     size, steps = changes.pop("batch size", 2), changes.pop("steps", 2)
     config = training_config([known[name] for name in changes.pop("use")], **changes)
     stock, ours = models(tmp_path, config)
-    batches = [batch_without_ties(stock, frames=8, size=size)] * steps
+    batches = [batch_without_ties(stock, frames=4, size=size)] * steps
     expected, mine = (train(model, batches) for model in (stock, ours))
     for step, (theirs, own) in enumerate(zip(expected.logged, mine.logged, strict=True)):
         names = {key for key in theirs if "loss" in key}
