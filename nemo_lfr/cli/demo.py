@@ -143,25 +143,27 @@ def draw(audio: "np.ndarray", output: "np.ndarray", rate: int, bit_rate: float, 
         Whether the picture was drawn; False if matplotlib is not installed.
     """
     try:
+        from matplotlib import style
         from matplotlib.figure import Figure
     except ImportError:
         note(f"nemo-lfr: no picture was drawn, because matplotlib is not installed: {install_command('matplotlib')}")
         return False
-    figure = Figure(figsize=(10, 6), layout="constrained")
-    axes = figure.subplots(2, 1, sharex=True)
-    for axis, wave, title in zip(
-        axes, (audio, output), ("original", f"decoded from {bit_rate / 1000:.2f} kbit/s"), strict=True
-    ):
-        *_, image = axis.specgram(
-            wave + 1e-6, NFFT=1024, Fs=rate, noverlap=768, mode="magnitude", scale="dB", vmin=-110, vmax=-30
-        )
-        axis.set_title(title, loc="left")
-        axis.set_ylabel("frequency (kHz)")
-        ticks = range(0, rate // 2, 2000)
-        axis.set_yticks(ticks, [str(tick // 1000) for tick in ticks])
-    axes[1].set_xlabel("time (s)")
-    figure.colorbar(image, ax=axes, label="magnitude (dB)")
     picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=110)
+    with style.context("default", after_reset=True):  # the user's settings may need LaTeX
+        figure = Figure(figsize=(10, 6), layout="constrained")
+        axes = figure.subplots(2, 1, sharex=True)
+        for axis, wave, title in zip(
+            axes, (audio, output), ("original", f"decoded from {bit_rate / 1000:.2f} kbit/s"), strict=True
+        ):
+            *_, image = axis.specgram(
+                wave + 1e-6, NFFT=1024, Fs=rate, noverlap=768, mode="magnitude", scale="dB", vmin=-110, vmax=-30
+            )
+            axis.set_title(title, loc="left")
+            axis.set_ylabel("frequency (kHz)")
+            ticks = range(0, rate // 2, 2000)
+            axis.set_yticks(ticks, [str(tick // 1000) for tick in ticks])
+        axes[1].set_xlabel("time (s)")
+        figure.colorbar(image, ax=axes, label="magnitude (dB)")
+        figure.savefig(picture, format="png", dpi=110)
     write_bytes(path, picture.getvalue())
     return True

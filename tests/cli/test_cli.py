@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
 import soundfile
@@ -410,7 +411,8 @@ def test_an_empty_name_is_not_the_current_folder(capsys):
 
 
 @pytest.mark.slow
-def test_the_demo_writes_four_files_and_prints_bit_rate_and_quality(capsys, tmp_path):
+def test_the_demo_writes_four_files_and_prints_bit_rate_and_quality(capsys, tmp_path, monkeypatch):
+    monkeypatch.setitem(matplotlib.rcParams, "text.usetex", True)  # as a user's settings, which need LaTeX
     code, out, err = run(capsys, "demo", "--out", tmp_path)
     assert code == 0 and err.splitlines()[-1].endswith("nemo-lfr serve")
     assert {path.name for path in tmp_path.iterdir()} == {
