@@ -11,7 +11,7 @@ from nemo_lfr.errors import CheckpointError
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-_FORM = 1  # version of the content of pickled models; increase it when the content changes
+_FORM = 2  # version of the content of pickled models; increase it when the content changes
 
 
 class Copies:

@@ -28,6 +28,7 @@ class WeightAveraging(BaseModel):
 
         Without an average, the weights do not change.
         """
+        self.update_average()
         if averaged:
             self._drop_stale_average()
         if self._average is not None:
@@ -35,6 +36,7 @@ class WeightAveraging(BaseModel):
 
     def finish_average(self) -> None:
         """Record checksums of the trained weights at the end of a training, to detect later changes."""
+        self.update_average()
         # Only once: if a later validation fails, the weights may have been changed since the training.
         if self._average is not None and not self._average.in_use and not self._average.is_finished:
             self._average.finish(self._generator)
@@ -76,31 +78,27 @@ class WeightAveraging(BaseModel):
         self._average = self._average or Average(self._generator, float(self.cfg.ema_decay))
 
     def follow_optimizers(self) -> None:
-        """Make each optimizer step of the encoder or the decoder update the average, if there is one.
+        """Register a hook on new optimizers, so that `update_average` knows whether one of them took a step.
 
-        A script may replace the optimizers during training, so this method is called before each batch.
+        The average is not updated in `training_step`, because a subclass may replace that method. A script may replace
+        the optimizers during training, so this method is called before each batch.
         """
         if self._average is None:
             return
-        for optimizer in self._generator_optimizers():
-            if self._update_average not in optimizer._optimizer_step_post_hooks.values():
-                optimizer.register_step_post_hook(self._update_average)
-
-    def _generator_optimizers(self) -> list[torch.optim.Optimizer]:
-        """Return the trainer's optimizers that update at least one averaged weight."""
         averaged = {id(parameter) for parameter in self._generator.parameters()}
-        return [
-            optimizer
-            for optimizer in self.trainer.optimizers
-            if any(id(parameter) in averaged for group in optimizer.param_groups for parameter in group["params"])
-        ]
+        for optimizer in self.trainer.optimizers:
+            is_new = self._note_step not in optimizer._optimizer_step_post_hooks.values()
+            weights = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+            if is_new and not averaged.isdisjoint(weights):
+                optimizer.register_step_post_hook(self._note_step)
 
-    def _update_average(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        if self._average is None:
-            return
-        optimizers = self._generator_optimizers()
-        # Several optimizers take a step per batch; the average counts them as one.
-        if not optimizers or optimizer is optimizers[-1]:
+    def _note_step(self, *_: Any) -> None:
+        if self._average is not None:
+            self._average.is_due = True
+
+    def update_average(self) -> None:
+        """Update any average once if optimizers of the encoder or the decoder took steps since the last update."""
+        if self._average is not None and self._average.is_due and not self._average.in_use:
             self._average.update(self._generator)
 
     def on_validation_epoch_end(self, *args: Any, **kwargs: Any) -> Any:
@@ -124,6 +122,7 @@ class WeightAveraging(BaseModel):
         Only a resumed run reads the trained weights. Inference and fine-tuning use the averaged weights, with which
         `val_loss` was measured.
         """
+        self.update_average()
         self._drop_stale_average()
         if self._average is None or "average" in checkpoint:
             return

@@ -75,6 +75,7 @@ class BaseModel(NeMoAudioCodecModel):
     _average: Average | None
     _codebook_use: CodebookUse | None  # accumulated during a validation epoch
     _step_began: float
+    _accumulated: tuple[int, int] | None = None  # epoch and number of the update to which the gradients belong
     _random_weights: WeightRecord | None  # of the random initial weights, until weights are loaded
     _restored_from: Path | None
     _is_without_gan: bool = False  # whether a caller has set the discriminator to None

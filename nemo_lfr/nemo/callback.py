@@ -34,6 +34,11 @@ class CodecCallback(Callback):
         if isinstance(pl_module, WeightAveraging):
             pl_module.follow_optimizers()
 
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Update the average if an optimizer took a step."""
+        if isinstance(pl_module, WeightAveraging):
+            pl_module.update_average()
+
     def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Switch to the averaged weights for validation."""
         if isinstance(pl_module, WeightAveraging):
@@ -81,3 +86,15 @@ class CodecCallback(Callback):
         """Restore the trained weights and their average; see `WeightAveraging.resume_average`."""
         if isinstance(pl_module, WeightAveraging):
             pl_module.resume_average(checkpoint)
+
+
+class FirstCallback(Callback):
+    """Callback that runs before those of the user, and records checksums of the trained weights.
+
+    A user's callback may load other weights at the end of the training, for example the best ones.
+    """
+
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Record the checksums; see `WeightAveraging.finish_average`."""
+        if isinstance(pl_module, WeightAveraging):
+            pl_module.finish_average()

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.trainer.states import TrainerFn
 from omegaconf import OmegaConf
 
@@ -19,7 +20,7 @@ from nemo_lfr.checkpoint import PARTS, load_parts
 from nemo_lfr.errors import ConfigError
 from nemo_lfr.nemo.artifacts import SpectrogramGenerator
 from nemo_lfr.nemo.base import DISCRIMINATOR, WAVLM
-from nemo_lfr.nemo.callback import CodecCallback
+from nemo_lfr.nemo.callback import CodecCallback, FirstCallback
 from nemo_lfr.nemo.config import check_fit, check_gradients, check_precision, check_segments, check_training
 from nemo_lfr.nemo.inference import Inference
 from nemo_lfr.nemo.loaders import DataLoaders
@@ -51,7 +52,7 @@ class TrainingSteps(DataLoaders, StockSteps):
 
     @property
     def trainer(self) -> Any:
-        """Lightning's trainer, or None. Setting it adds `CodecCallback` to the callbacks of the trainer."""
+        """Lightning's trainer, or None. Setting it adds `CodecCallback` and `FirstCallback` to the trainer."""
         return self._trainer
 
     @trainer.setter
@@ -63,6 +64,7 @@ class TrainingSteps(DataLoaders, StockSteps):
         if not any(isinstance(callback, CodecCallback) for callback in callbacks):
             saving = (index for index, callback in enumerate(callbacks) if isinstance(callback, Checkpoint))
             callbacks.insert(next(saving, len(callbacks)), CodecCallback())
+            callbacks.insert(0, FirstCallback())
 
     def setup(self, stage: str | None = None) -> None:
         """Run NeMo's `setup`, and also `prepare` if the model has no trainer."""
@@ -180,6 +182,11 @@ class TrainingSteps(DataLoaders, StockSteps):
                 weights = list(part.parameters())
                 part.train(not weights or any(weight.requires_grad for weight in weights))
         check_fit(self.trainer, has_discriminator=self.discriminator is not None)
+        if self.cfg.get("ema_decay") and isinstance(self.trainer.strategy.launcher, _MultiProcessingLauncher):
+            logger.warning(
+                "trainer.strategy trains in other processes, which return only the trained weights to this program. "
+                "The averaged weights (ema_decay) are in the .ckpt files."
+            )
 
     def begin_training(self) -> None:
         """Initialize random weights from data, compile modules and start the moving average.
@@ -191,6 +198,7 @@ class TrainingSteps(DataLoaders, StockSteps):
         if self.cfg.get("initialize_from_data") and self.trainer.strategy.broadcast(self._is_random):
             self.initialize_from_data()
         self._random_weights = None
+        self._accumulated = None
         self._step_began = time.perf_counter()
         if compiler := self.cfg.get("compile"):
             for part in (self.audio_encoder, self.audio_decoder):
@@ -249,9 +257,12 @@ class TrainingSteps(DataLoaders, StockSteps):
     def training_step(self, batch: Mapping[str, torch.Tensor], batch_idx: int) -> None:
         """Update the discriminators and then the generator, which consists of the encoder and the decoder.
 
-        As in NeMo, the discriminators are skipped in some steps. The updates equal NeMo's. If the model config sets
-        `accumulate_grad_batches`, each update uses the gradients of that many batches. The last update of an epoch may
-        use fewer. NeMo's own step runs if a caller has changed the losses that it uses; see `StockSteps`.
+        As in NeMo, the discriminators are skipped in some steps. The updates equal NeMo's. NeMo's own step runs if a
+        caller has changed the losses that it uses; see `StockSteps`.
+
+        If the model config sets `accumulate_grad_batches`, each update uses the gradients of that many batches, but
+        those of fewer batches at the end of an epoch, or if a subclass skips batches. If the subclass skips the last
+        batch of an update, the update does not take place.
 
         Args:
             batch: `audio` [B, T_audio] and `audio_lens` [B].
@@ -261,7 +272,9 @@ class TrainingSteps(DataLoaders, StockSteps):
             super().training_step(batch, batch_idx)
             return
         every = self._batches_per_update
-        first = batch_idx % every == 0
+        group = self.current_epoch, batch_idx // every
+        first = batch_idx % every == 0 or group != self._accumulated  # a subclass may skip batches
+        self._accumulated = group
         last = (batch_idx + 1) % every == 0 or self.trainer.is_last_batch
         optim_gen, *others = [self.optimizers()] if self.discriminator is None else self.optimizers()
         audio, audio_len, audio_gen, encoded, _ = self.reconstruct(batch)

@@ -19,19 +19,20 @@ class Average:
         weights: the averaged weights. While `in_use` is True, the averaged weights are in the module, and this
             attribute holds the trained weights instead.
         in_use: whether the averaged weights are in the module.
+        is_due: whether the module's weights were trained since the last update; set by the caller.
     """
 
     def __init__(self, module: torch.nn.Module, decay: float) -> None:
         self.decay = decay
         self.count = 0
-        self.in_use = False
+        self.in_use = self.is_due = False
         self._trained: WeightRecord | None = None
         self.weights = [parameter.detach().clone() for parameter in module.parameters()]
 
     @torch.no_grad()
     def update(self, module: torch.nn.Module) -> None:
         """Update the average with the module's current parameters."""
-        self._trained = None
+        self._trained, self.is_due = None, False
         self.count += 1
         decay = min(self.decay, self.count / (self.count + 50))
         self._move(module)

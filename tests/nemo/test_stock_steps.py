@@ -226,7 +226,7 @@ def test_changes_have_the_effect_that_they_have_in_nemo(tmp_path, change, door, 
     if door == "accelerate":
         ours = twin(stock)
     # Without a quantizer, the gradient is so large that rounding changes the losses of the second step.
-    batches = [batch_without_ties(stock, frames=8)] * (1 if change == "no_quantizer" else 2)
+    batches = [batch_without_ties(stock, frames=8, size=1)] * (1 if change == "no_quantizer" else 2)
     before = train(unchanged, batches)
     if change in PATCHES:
         PATCHES[change](monkeypatch)
@@ -247,10 +247,10 @@ def test_a_change_that_needs_nemos_step_excludes_additions(tmp_path, caplog):
     with open_dict(ours.cfg):
         ours.cfg.accumulate_grad_batches = 2
     with pytest.raises(ConfigError, match=r"mel_loss_fn of the model was changed.*accumulate_grad_batches"):
-        train(ours, [batch_without_ties(ours, frames=8)])
+        train(ours, [batch_without_ties(ours, frames=8, size=1)])
     ours.cfg.accumulate_grad_batches = 1
     with caplog.at_level(logging.WARNING, "nemo_lfr"):
-        train(ours, [batch_without_ties(ours, frames=8)])
+        train(ours, [batch_without_ties(ours, frames=8, size=1)])
     assert [record.message for record in caplog.records if "slower step" in record.message] == [
         "training uses NeMo's own, slower step, because the model's mel_loss_fn changed"
     ]

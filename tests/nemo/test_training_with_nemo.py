@@ -781,6 +781,59 @@ def test_two_optimizers_update_the_average_once_per_batch():
         torch.testing.assert_close(generator_weights(model), start.lerp(first, 50 / 51).lerp(second, 50 / 52))
 
 
+class LateEncoder(TwoOptimizers):
+    """A model whose encoder, which has the last optimizer, is not trained yet."""
+
+    def training_step(self, batch, batch_idx):
+        audio, _, audio_gen, _, _ = self.reconstruct(batch)
+        self.manual_backward((audio - audio_gen).square().mean())
+        self.optimizers()[1].step()
+
+    def configure_optimizers(self):
+        return super().configure_optimizers()[::-1]
+
+    def optimizers(self, *args, **kwargs):
+        return super().optimizers(*args, **kwargs)[::-1]
+
+
+def test_the_average_follows_one_of_two_optimizers():
+    model = LateEncoder(OmegaConf.create(training_config([], ema_decay=0.99, **TWO_STAGES)))
+    train(model, [batch(frames=1)] * 2)
+    assert model._average.count == 2
+
+
+def test_weights_that_a_callback_loads_at_the_end_of_the_training_are_saved(tmp_path):
+    model = AudioCodecModel(OmegaConf.create(training_config([], ema_decay=0.5, **TWO_STAGES)))
+    best = {name: weight / 2 for name, weight in model.state_dict().items() if name.startswith("audio_")}
+    load = pl.callbacks.LambdaCallback(on_train_end=lambda *_: model.load_state_dict(best, strict=False))
+    loader = torch.utils.data.DataLoader([batch(frames=1)] * 2, batch_size=None)
+    quiet_trainer(max_epochs=1, callbacks=[load]).fit(model, loader)
+    model.save_to(tmp_path / "a.nemo")
+    assert torch.equal(generator_weights(AudioCodecModel.restore_from(tmp_path / "a.nemo")), generator_weights(model))
+
+
+class Skipping(AudioCodecModel):
+    """A model that skips batches without audio."""
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) if batch["audio"].any() else None
+
+
+def test_a_skipped_batch_leaves_no_gradients_of_the_update_before():
+    silent = batch(frames=1) | {"audio": torch.zeros(2, 1024)}
+    found = []
+    for batches in (
+        [batch(frames=1), batch(frames=1, seed=2), silent, batch(frames=1, seed=4)],
+        [batch(frames=1, seed=4)],
+    ):
+        model = Skipping(OmegaConf.create(training_config([], accumulate_grad_batches=2, optim=FROZEN, **TWO_STAGES)))
+        model.load_state_dict(found[0][0] if found else model.state_dict(), strict=False)
+        found.append((model.state_dict(), train(model, batches).gradients[-1]))
+    (_, expected), (_, alone) = found
+    for name, gradient in alone.items():
+        torch.testing.assert_close(expected[name], gradient)
+
+
 class OwnDecoderTraining(AudioCodecModel):
     """A model whose decoder a user trains through the public methods, with Lightning's automatic optimization."""
 
@@ -863,7 +916,7 @@ def test_a_trainer_is_used_with_models_of_nemo_too(tmp_path):
 
 def test_initialization_names_batches_of_another_form():
     model = AudioCodecModel(OmegaConf.create(training_config([]) | {"initialize_from_data": True}))
-    with pytest.raises(ConfigError, match="needs batches with the key 'audio', but the loader returns a list"):
+    with pytest.raises(ConfigError, match="needs batches with a tensor 'audio', but the loader returns a list"):
         train(model, [list(batch().values())])
 
 
