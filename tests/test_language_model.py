@@ -296,6 +296,7 @@ def test_a_damaged_checkpoint_is_named(example, undisturbed, tmp_path, capsys):
     assert "checkpoint.pt: damaged checkpoint; remove it" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_server_that_does_not_answer_is_reported_before_the_training(example, tokens, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(example, "SERVER_WAIT_S", 0)
     with socket.create_server(("127.0.0.1", 0)) as free:

@@ -421,6 +421,7 @@ def test_cached_repository_loads_offline_for_any_cache_layout(tmp_path, offline,
     assert codec.fingerprint == nemo_lfr.load(path).fingerprint
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("references", slow_after(2, OTHER_REVISIONS))
 @pytest.mark.parametrize("source", ["id", "repository"])
 def test_a_snapshot_of_another_branch_is_not_taken_for_main(tmp_path, offline, references, source):

@@ -789,6 +789,7 @@ def test_a_rate_with_many_filters_is_resampled_exactly(tmp_path):
     np.testing.assert_allclose(run(tmp_path, TONE)[200:-200], expected[200:-200], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_example_of_the_protocol_page_runs(server, tmp_path):
     page = (ROOT / "docs/reference/protocol.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"^```js\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)

@@ -221,6 +221,7 @@ def test_codec_restores_caller_settings(state):
         assert settings() == before
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not has_bf16(), reason="this CPU has no bf16 instructions")
 @pytest.mark.parametrize("state", ["autocast bf16", "autocast fp16", "inference mode", "default dtype fp64"])
 def test_bf16_stays_bf16_in_any_state(state):

@@ -154,6 +154,7 @@ def test_other_forms_are_refused_with_the_name_of_the_argument(arrays, name):
     assert "\n" not in str(error.value) and len(str(error.value)) < 300
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rate", [RATE, 16000])
 @pytest.mark.parametrize("channels", [1, 2])
 def test_a_file_in_any_form_has_the_tokens_of_encode_file(rate, channels, tmp_path, warnings):

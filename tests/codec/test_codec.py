@@ -378,6 +378,7 @@ def test_lengths_may_be_lists_arrays_or_tensors(small, form):
     assert audio.shape == (2, 7168) and audio_len.tolist() == [7168, 2048]
 
 
+@pytest.mark.slow
 def test_results_carry_no_gradient_and_the_global_mode_stays(small):
     tokens, _ = small.encode(torch.from_numpy(synthesize(0.2)).requires_grad_())
     audio, _ = small.decode(tokens)
@@ -552,6 +553,7 @@ threading.Thread(target=work).start()
     assert done.stdout == "22\n", done.stderr
 
 
+@pytest.mark.slow
 def test_fingerprints_of_different_weights_differ():
     codec, other = build_codec("two_stages"), build_codec("two_stages")
     assert codec.fingerprint == other.fingerprint
@@ -603,6 +605,7 @@ def test_a_setting_that_is_changed_on_the_module_changes_the_fingerprint():
     assert codec.fingerprint != before
 
 
+@pytest.mark.slow
 def test_fingerprint_does_not_depend_on_class_names():
     ours = codec_config("causal")
     for section, name in (("audio_encoder", "encoder.HiFiGANEncoder"), ("audio_decoder", "decoder.HiFiGANDecoder")):

@@ -168,6 +168,7 @@ def test_an_optimizer_step_changes_the_weights_version():
     assert numbers() != before
 
 
+@pytest.mark.slow
 def test_cuda_module_is_kept_until_the_weights_change():
     codec = fresh_codec()
     encoder = codec.encoder
@@ -276,6 +277,7 @@ def test_low_precision_keeps_the_quantizer_and_the_first_and_last_layers_in_fp32
         assert plan(torch.zeros(1, 16 * 1024, 1), torch.tensor([16])).dtype == torch.float32
 
 
+@pytest.mark.slow
 def test_cuda_module_ignores_caller_modes():
     codec = fresh_codec()
     audio = torch.randn(1, 48 * codec.samples_per_frame) / 10

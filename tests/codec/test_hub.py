@@ -54,6 +54,7 @@ def test_a_folder_is_saved_again_in_place(nemo_file, tmp_path):
     assert before == {name: (tmp_path / "out" / name).read_bytes() for name in FILES}
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_nemo_is_a_pretrained_codec_too(nemo_file):
     codec = nemo_lfr.Codec.from_pretrained(nemo_file, device="cpu", force_download=True)
     assert codec.fingerprint == nemo_lfr.load(nemo_file, "cpu").fingerprint

@@ -60,6 +60,7 @@ class TokensOnly(NumpyBackend):
     encoder = decoder = ModuleLimits(Context(0, 0), 1)
 
 
+@pytest.mark.slow
 def test_bad_input_and_backends_without_latents_are_errors():
     with pytest.raises(NemoLfrError, match="only returns tokens, not latents; load the checkpoint"):
         Codec(TokensOnly()).encode_latents(torch.zeros(9000))

@@ -338,6 +338,7 @@ def test_a_push_that_completes_no_frame_runs_no_network(monkeypatch):
     assert decoder.push(np.zeros((codec.num_codebooks, 0), np.int32)).shape == (0,)
 
 
+@pytest.mark.slow
 def test_integers_and_lists_of_samples_are_audio_too():
     codec = cached_codec("symmetric")
     wave = (synthesize(1) * 32767).astype(np.int16)
@@ -387,6 +388,7 @@ def test_streams_of_the_other_direction_are_refused():
         push_decoders([codec.stream_encoder()], [np.zeros((8, 2), int)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("use", ["push", "flush", "push_encoders"])
 def test_stream_in_use_by_another_thread_raises_and_stays_unchanged(use, monkeypatch):
     codec, wave = cached_codec("symmetric"), synthesize(0.7)

@@ -266,6 +266,7 @@ def test_resumed_run_keeps_complete_shards(kind, audio, model, tmp_path):
     assert changed == [marks[1]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", slow_after(2, ["pipe", "[1]", "{", "{}", '{"parts": 3}', "null"]))
 def test_a_damaged_record_of_the_job_is_named(audio, model, tmp_path, content):
     job_ = job(audio / "manifest.json", tmp_path / "out", model)

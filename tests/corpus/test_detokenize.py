@@ -126,6 +126,7 @@ IDS = ["../../up", "/abs/x", "a/../../b", "", ".", "nul\0byte", "con", "aux.txt"
 IDS += ["s0/CLIP1", "s0/clip1", "s0/clip1.wav/inner", "\x1b[2Jred", "new\nline", "C:\\x", "trailing. ", "half \ud800"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", by_kind)
 @pytest.mark.parametrize("clip_id", slow_after(3, IDS), ids=[ascii(name[:20]) for name in IDS])
 def test_ids_stay_inside_the_folder_and_unique(kind, clip_id, whole, model, tmp_path, capsys):

@@ -117,6 +117,7 @@ def test_long_names_fit_the_file_system_and_stay_apart(name, suffix, tmp_path):
         assert all(len(part.encode()) <= MAX_COMPONENT_BYTES for part in Path(clip_id).parts)
 
 
+@pytest.mark.slow
 def test_random_names_stay_inside_their_folder_and_are_stable(tmp_path):
     rng = random.Random(0)
     pieces = ["..", ".", "/", "a", "A", "aux", "\\", ":", "語", " ", "\0", "\n", "~2", ".wav", "\ud800", "x" * 120]

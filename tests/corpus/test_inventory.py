@@ -174,6 +174,7 @@ ARRAY = {"array": {"storage_type": "numpy_files", "storage_path": "/stale", "sto
 ARRAY |= {"temporal_dim": -1, "frame_shift": 0.04, "start": 0}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["manifest", "cuts", "parquet"])
 @pytest.mark.parametrize("kind", slow_after(1, ["shar", "manifest", "parquet"]))
 def test_run_with_another_codec_is_not_resumed(source, kind, folder, model):

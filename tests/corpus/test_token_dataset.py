@@ -149,6 +149,7 @@ def test_all_ranks_yield_as_many_utterances_as_len_says(counts, world_size, drop
             assert set(seen) == set(made) and most <= -(-world_size // max(1, len(made))) + 1
 
 
+@pytest.mark.slow
 def test_epochs_have_different_orders_shared_by_workers(folders):
     dataset = TokenDataset(folders["lfr"], shuffle=True)
     first, second = ([utterance.id for utterance in dataset] for _ in range(2))
@@ -333,6 +334,7 @@ def test_an_unpickled_dataset_uses_the_rank_of_its_own_process(folders):
 # Batches.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("collate_fn", [None, collate, TokenDataset.collate])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_are_padded_and_masked(collate_fn, workers, tmp_path):

@@ -89,6 +89,7 @@ def sections(path):
     return head, blocks, data[at:]
 
 
+@pytest.mark.slow
 def test_writer_gathers_frames_for_blocks_that_compress_well(tmp_path):
     model = small_model()
     parts = [random_tokens(model, frames, frames) for frames in (100, 156, 7, 500, 1)]

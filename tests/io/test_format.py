@@ -131,6 +131,7 @@ def outcome(path):
         return None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", slow_after(1, WRITERS))
 def test_any_flipped_bit_is_detected(tmp_path, version):
     blocks = [random_tokens(RELEASED, 2), random_tokens(RELEASED, 1, 1)]

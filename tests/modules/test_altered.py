@@ -183,6 +183,7 @@ def test_stream_rejects_networks_with_hooks(change):
                 decoder.push(torch.zeros(8, 20, dtype=torch.int32).numpy())
 
 
+@pytest.mark.slow
 def test_active_dropout_is_applied_and_refused_by_streams():
     codec = build_codec("two_stages")
     tokens, _ = codec.encode(AUDIO, LENGTHS)
@@ -452,6 +453,7 @@ def tanh_in_one_branch(part):
     part.res_layers[0].res_blocks[1].res_blocks[0].skip_activation.activation = nn.Tanh()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [

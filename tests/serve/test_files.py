@@ -153,6 +153,7 @@ def test_a_file_whose_client_has_left_is_not_computed(monkeypatch, caplog):
     assert "Exception" not in caplog.text
 
 
+@pytest.mark.slow
 def test_a_decoded_file_is_not_held_in_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "_PIECE", 1000)
     audio = synthesize(3.0)

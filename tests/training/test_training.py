@@ -49,6 +49,7 @@ def distances(loss, real, gen, *args):
     return loss(Spectra(real), Spectra(gen), *args)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DISCRIMINATORS)
 def test_no_shorter_audio_than_declared_can_be_scored(name):
     discriminator = Discriminator([DISCRIMINATORS[name]])

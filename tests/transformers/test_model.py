@@ -376,6 +376,7 @@ def test_a_model_is_not_pickled_without_a_part_of_it(folder, message):
         pickle.dumps(model)
 
 
+@pytest.mark.slow
 def test_rates_of_dropout_and_weights_without_weight_norm_are_pickled(folder):
     model = transformers.AutoModel.from_pretrained(folder)
     model.audio_encoder.remove_weight_norm()

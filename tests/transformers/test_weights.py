@@ -136,6 +136,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", slow_after(2, REFUSED))
 def test_a_damaged_folder_is_refused_as_by_load(name, folder):
     damage, message = REFUSED[name]
@@ -150,6 +151,7 @@ def test_a_damaged_folder_is_refused_as_by_load(name, folder):
         assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", slow_after(1, [torch.float16, torch.bfloat16, torch.float32]))
 @pytest.mark.parametrize("asked", slow_after(1, [None, "auto", torch.float32, torch.float16, torch.bfloat16]))
 def test_buffers_stay_int32_whatever_the_dtype_of_the_file_and_of_the_call(folder, tmp_path, dtype, asked):
@@ -253,6 +255,7 @@ CASES = [(name, door) for name in INDEXES for door in DOORS_OF_INDEXES if door i
 CASES.remove(("no metadata", "load"))  # only transformers needs the metadata
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "door"), slow_after(4, CASES, lambda case: case[1]))
 def test_an_index_that_does_not_match_its_files_is_refused(name, door, sharded, monkeypatch):
     folder, _ = sharded
@@ -282,6 +285,7 @@ def test_an_index_that_does_not_match_its_files_is_refused(name, door, sharded, 
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_a_state_dict_of_the_caller_is_used(folder):
     model = transformers.AutoModel.from_pretrained(folder)
     state = model.state_dict() | {BIAS: model.state_dict()[BIAS] + 1}
@@ -334,6 +338,7 @@ def _out_of_space(*arguments, **options):
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("failure", ["an invalid argument", "an invalid state dict", "a full disk"])
 def test_an_earlier_save_is_kept_if_saving_fails(failure, folder, tmp_path, monkeypatch):
     model = transformers.AutoModel.from_pretrained(folder)
@@ -349,6 +354,7 @@ def test_an_earlier_save_is_kept_if_saving_fails(failure, folder, tmp_path, monk
     assert {path.name: path.read_bytes() for path in (tmp_path / "saved").iterdir()} == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", slow_after(1, UNSAVED))
 def test_a_model_that_would_give_other_results_is_not_saved(name, folder, tmp_path):
     change, message = UNSAVED[name]
@@ -360,6 +366,7 @@ def test_a_model_that_would_give_other_results_is_not_saved(name, folder, tmp_pa
     assert not (tmp_path / "saved").exists()
 
 
+@pytest.mark.slow
 def test_a_saved_model_is_uploaded_with_its_checksum(folder, monkeypatch):
     model = transformers.AutoModel.from_pretrained(folder)
     uploads = []
