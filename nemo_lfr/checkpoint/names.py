@@ -70,8 +70,8 @@ def unwrapped(module: nn.Module) -> nn.Module:
 def gain_of(weight: torch.Tensor) -> torch.Tensor:
     """Return the gain of a weight for weight norm: the norm of each slice along the first dimension.
 
-    All other dimensions of the gain have size 1. The gain is rounded in the same way as when weight norm is folded, so
-    splitting a plain weight and folding it again gives the same weight.
+    All other dimensions of the gain have size 1. The norms are rounded as in `fold_weight_norm`, so that folding the
+    gain and the weight gives exactly the weight again.
     """
     if weight.is_meta:
         return weight.new_empty(len(weight), *[1] * (weight.dim() - 1))

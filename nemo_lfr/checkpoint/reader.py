@@ -294,7 +294,7 @@ def _match(tensors: Tensors, prefix: str, part: nn.Module, strict: bool) -> dict
 
 
 def _expected(part: nn.Module) -> dict[str, torch.Tensor]:
-    """Return a module's weights by name. With weight norm, "conv.weight" is the tensor of the direction."""
+    """Return a module's weights by plain name. With weight norm, only the direction is returned, as "conv.weight"."""
     state = part.state_dict()
     return {key.replace(DIRECTION, ".weight"): value for key, value in state.items() if not key.endswith(GAIN)}
 

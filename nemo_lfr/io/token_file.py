@@ -132,7 +132,7 @@ class Metadata(CodecSpec):
         # The hash of the model becomes part of a file name, so only hex digits are allowed.
         entropy = named.get("entropy")
         if not isinstance(entropy, str) or not HASH.fullmatch(entropy):
-            raise ValueError(f"entropy is {shorten(repr(entropy))}, not the hash of a model")
+            raise ValueError(f"'entropy' is {shorten(repr(entropy))}, not the hash of a model")
         return cls._from_values(named), entropy
 
     @classmethod

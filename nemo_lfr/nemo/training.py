@@ -154,7 +154,7 @@ class TrainingSteps(DataLoaders, StockSteps):
         trainer's `validate` and `test` run without the logging callback.
 
         Raises:
-            ConfigError: if the trainer is set to accumulate or clip gradients.
+            ConfigError: if the trainer is set to accumulate or clip gradients, and the model optimizes manually.
         """
         if self._trainer is not None and self._trainer.state.fn != TrainerFn.FITTING:
             return []

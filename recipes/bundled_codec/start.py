@@ -26,7 +26,7 @@ output rate f applies one of two operations to the channels that carry the signa
   and is orthonormal with overlap R (Princen and Bradley 1986). The MDCT is lossless if P = R. If P < R, it keeps the
   lowest P / R of the bandwidth.
 
-The decoder uses the transposed windows and bases, since the inverse of an orthonormal transform is its transpose. The
+The decoder uses the transposed windows and bases: the inverse of an orthonormal transform is its transpose. The
 other channels contain random features of the signal, which the output layer initially ignores.
 
 **Scales.** On a batch of speech, each encoded dimension is centered and scaled to a standard deviation of 0.9, a range

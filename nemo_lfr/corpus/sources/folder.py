@@ -58,7 +58,7 @@ class Folder(Manifest):
         """Do nothing, because `read_table` has checked the tables in the folder."""
 
     def older_shards(self, identity: str, shards: list[ShardSpec], size: int) -> list[ShardSpec] | None:
-        """Split the folder into new shards if an older version of this package made the plan; else return None.
+        """Return the shards of the folder if an older version of this package has computed `identity`; else None.
 
         Older versions included the path of the folder in `identity`.
         """
