@@ -4,7 +4,6 @@ import ctypes
 import gc
 import os
 import re
-import resource
 import shutil
 import subprocess
 import sys
@@ -88,7 +87,7 @@ def pytest_runtest_protocol() -> Generator[None, bool, bool]:
 def _resident_bytes() -> int:
     """Return the resident memory of this process on Linux, and 0 on other systems."""
     path = Path("/proc/self/statm")
-    return int(path.read_text().split()[1]) * resource.getpagesize() if path.exists() else 0
+    return int(path.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if path.exists() else 0
 
 
 def pytest_unconfigure() -> None:

@@ -176,7 +176,6 @@ def restore_flags(model: nn.Module, modes: Mapping[str, bool], gradients: Mappin
         layer = name.partition(".parametrizations")[0]
         module.training = modes[name] if name in modes else modes.get(layer, modes[""])
     for name, parameter in model.named_parameters():
-        # The rebuilt model may have weight norm even if the original has none.
         weight = name.removesuffix(GAIN).removesuffix(DIRECTION) + ".weight"
         parameter.requires_grad_(gradients.get(name, gradients.get(weight, True)))
 

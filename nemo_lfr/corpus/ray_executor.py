@@ -230,18 +230,18 @@ def _connect(ray: Any, address: str) -> str:
     requested = address
     job = JobConfig()
     job._py_driver_sys_path = _ImportFolders()
-    options: dict[str, Any] = {"logging_level": "error", "log_to_driver": False, "include_dashboard": False}
+    options: dict[str, Any] = {"job_config": job, "logging_level": "error", "log_to_driver": False}
     try:
         if address == "auto":
             try:
-                ray.init("auto", job_config=job, logging_level="error", log_to_driver=False)
+                ray.init("auto", **options)
                 return address
             except ConnectionError:
                 address = "local"
         if address == "local":
-            ray.init("local", job_config=job, **options)
+            ray.init("local", include_dashboard=False, **options)
         else:
-            ray.init(address, job_config=job, logging_level="error", log_to_driver=False)
+            ray.init(address, **options)
     except Exception as error:  # each Ray transport raises its own exceptions
         problem, remedy = (
             ("Ray cannot be started on this machine", "pass the address of a cluster, or remove --ray")
