@@ -92,7 +92,7 @@ def naming_extension(extension: Any, role: str) -> Iterator[None]:
 
 
 def named_items(extension: Any, role: str, items: Iterable[T]) -> Iterator[T]:
-    """Yield the items of an extension's iterator; see `naming_extension` for its errors."""
+    """Yield the items that an extension supplies. Errors of the extension are replaced as in `naming_extension`."""
     with naming_extension(extension, role):
         iterator = iter(items)
     while True:

@@ -102,7 +102,7 @@ def write_folder(
         overwrite: whether to replace existing files.
 
     Returns:
-        Paths of the three files that were written.
+        Paths of config.json, model.safetensors and preprocessor_config.json.
 
     Raises:
         ConfigError: if `config` is invalid.

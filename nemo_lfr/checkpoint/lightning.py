@@ -16,8 +16,8 @@ from nemo_lfr.errors import ConfigError
 class Inert:
     """Placeholder for a pickled object of any class.
 
-    The placeholder stores the object's state and, for an object of a dict subclass, its items. Calls and assignments
-    in the pickle have no other effect.
+    The placeholder stores the object's state and, for an object of a dict subclass, its items. Everything else that
+    the pickle does with the object is ignored.
     """
 
     __slots__ = ("items", "state")

@@ -31,7 +31,7 @@ class RegistryOption(click.Option):
     """
 
     def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
-        """Return the option and its help text. In the text, `{}` is replaced by the registered names."""
+        """Return the option and its help text. In the text, `{}` is replaced by the names of all codecs or metrics."""
         from nemo_lfr.evaluation.codecs import codec_usage
         from nemo_lfr.evaluation.model_metrics import model_metric_kinds
 

@@ -23,7 +23,7 @@ class Quality(TypedDict):
 
     Attributes:
         pesq_wb: wideband PESQ (ITU-T P.862.2), on the MOS scale.
-        estoi: ESTOI, from 0 to 1.
+        estoi: ESTOI, at most 1.
         si_sdr_db: SI-SDR in dB.
     """
 

@@ -27,7 +27,7 @@ class ProcessSetting:
     """Process-wide setting that several threads can change temporarily, in `with setting.at(value)` blocks.
 
     The first thread that enters such a block saves the old value, and the last thread that leaves such a block
-    restores it. A thread that needs another value than the threads inside such blocks waits until they have left.
+    restores it. While a thread is inside such a block, threads that need another value wait.
 
     Args:
         get: function that returns the current value.

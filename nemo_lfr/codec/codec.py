@@ -350,7 +350,7 @@ class Codec(HubMethods[Array]):
             overwrite: replace an existing `target`.
             recover: decode the part of a damaged `source` before the damage, and log the duration of this part.
             entropy_model: entropy model that `source` was compressed with, or the path of its `.lfrm` file. Only
-                needed if this model is neither bundled nor in the folder of `source`.
+                needed if this model is neither bundled, nor in the folder of `source` or in a folder above it.
 
         Returns:
             Number of samples that were written.
@@ -392,7 +392,7 @@ class Codec(HubMethods[Array]):
         return Cutter(backend.arrays, backend.decoder, backend.batching, self.chunk_frames, 1, np.int64)
 
     def _at_own_rate(self, audio: object, audio_len: object, sample_rate: int | None) -> tuple[Array, list[int]]:
-        """Convert audio in any supported form to float32 [B, T_audio] at the codec's rate, with the lengths."""
+        """Convert audio in any supported form to float32 [B, T_audio] at the codec's rate; also return the lengths."""
         return to_batch(self.backend.arrays, audio, audio_len, sample_rate, self.sample_rate)
 
     def _integers(self, values: list[int]) -> Array:

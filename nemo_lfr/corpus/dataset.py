@@ -329,8 +329,8 @@ def collate(utterances: Iterable[TokenizedUtterance], pad: int = 0) -> dict[str,
 
     Returns:
         A dictionary with the keys `id` and `labels` (lists), `tokens` [B, C, T], `tokens_len` [B], `mask` [B, T] (true
-        for valid frames) and `num_samples` [B]. If any utterance has context audio, its tokens are in `context`
-        [B, C, T], with `context_len` [B] (0 for an utterance without context audio) and `context_mask` [B, T].
+        for valid frames) and `num_samples` [B]. If any utterance has context audio, also `context` (tokens [B, C, T]),
+        `context_len` [B] (0 for an utterance without context audio) and `context_mask` [B, T].
 
     Raises:
         TokensError: if `utterances` is empty, or contains anything but tokenized utterances.

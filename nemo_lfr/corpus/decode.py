@@ -136,7 +136,7 @@ def _codec_of(folder: TokenFolder, codec: Codec[Any]) -> Codec[Any]:
 
 
 def _decode(utterance: TokenizedUtterance, codec: Codec[Any], path: Path, overwrite: bool) -> None:
-    """Decode an utterance to a file. Only `overwrite` replaces a file that another process wrote in the meantime."""
+    """Decode an utterance to a file, unless another process has written the file and `overwrite` is not set."""
     audio, _ = codec.decode(utterance.tokens)
     # A link to a missing file does not count as existing. The audio file replaces the link.
     replace = overwrite or path.is_symlink()

@@ -112,7 +112,7 @@ def _clean_component(text: str) -> str:
 def _shorten(text: str, of: str | None = None) -> str:
     """Truncate a path component that is too long, and append a hash of its full text.
 
-    If `of` is passed, a hash of `of` is always appended, even to a short component.
+    If `of` is passed, a hash of `of` is appended instead, even to a short component.
     """
     data = text.encode()
     if of is None and len(data) <= MAX_COMPONENT_BYTES:

@@ -35,7 +35,7 @@ def check_stored_plan(
         expected: values that the plan must have.
         config: options of the run.
         corpus: reader of the corpus.
-        made: see `load_or_create_plan`.
+        made: function that returns whether tokens with a certain fingerprint are from the current codec.
 
     Raises:
         NemoLfrError: if the plan was made for another corpus, codec or options.
@@ -189,7 +189,7 @@ def _older_fingerprint(stored: Any, spec: dict[str, Any], made: Callable[[str], 
     Args:
         stored: value of the key "codec" in the stored plan.
         spec: the current codec, in the same form.
-        made: see `load_or_create_plan`.
+        made: function that returns whether tokens with a certain fingerprint are from the current codec.
     """
     if not isinstance(stored, dict) or stored == spec or stored | {"fingerprint": spec["fingerprint"]} != spec:
         return None

@@ -127,7 +127,7 @@ class AudioReader:
         """Open a decoder at the first sample of a stream.
 
         Raises:
-            AudioError: if neither libsndfile nor FFmpeg can decode the stream.
+            AudioError: if neither libsndfile nor FFmpeg can decode the stream, or if samples are missing.
         """
         if self._decoder is not None:
             self._decoder.close()

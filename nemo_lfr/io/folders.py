@@ -186,8 +186,8 @@ def describe_contents(root: Path, wanted: Collection[str]) -> str:
         wanted: suffixes that were searched for.
 
     Returns:
-        What was found instead, and how to read it, such as " (2 skipped: 2 .tar); unpack archives ...". The text is
-        empty if the folder contains nothing else.
+        Text that says which other files the folder contains and how to read them, such as " (2 skipped: 2 .tar);
+        unpack archives ...". The text is empty if there are no other files.
     """
     walk = _Walk(root, frozenset(wanted), frozenset(), frozenset())
     report = walk.passed_over()
@@ -330,7 +330,7 @@ class _Walk:
                     self.passed[suffix.lower()] += 1
 
     def _take(self, entry: "os.DirEntry[str]") -> bool:
-        """Add an entry of a folder to the results. Return False, without a change, if it is a companion file."""
+        """Record an entry of a folder, and return True. For a companion file, only return False."""
         ending = os.path.splitext(entry.name)[1]
         suffix = ending.lower()
         hidden = entry.name.startswith(".")

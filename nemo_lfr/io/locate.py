@@ -123,7 +123,7 @@ def looks_local(name: str) -> bool:
     """Return whether a name is a local path rather than a Hub repository.
 
     The path need not exist. A name is a local path if it has the suffix of a model file, if it begins like a path (for
-    instance with `.`, `/` or `~`), or if its first folder exists.
+    instance with `.`, `/` or `~`), if it contains a backslash, or if its first folder exists.
     """
     path = os.path.expanduser(name)
     if path.startswith((".", "~", "/", "\\")) or os.path.isabs(path) or "\\" in path:

@@ -232,7 +232,7 @@ def check_end(reader: AudioReader, offset: float, duration: float, name: str) ->
         name: name of the clip for messages.
 
     Raises:
-        AudioError: if the file is shorter than the manifest says, by more than a rounded duration can explain.
+        AudioError: if the clip ends after the end of the file, by more than the rounding error of `duration`.
     """
     if offset + duration > reader.duration + rounding(duration):
         raise AudioError(

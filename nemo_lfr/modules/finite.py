@@ -19,7 +19,7 @@ class Quantizer(Protocol):
 
     @property
     def is_plain(self) -> Any:
-        """Whether no caller has changed the quantizer."""
+        """Whether no caller has added hooks to the quantizer, or changed its methods, buffers or groups."""
 
     def __call__(self, inputs: torch.Tensor) -> Any:
         """Return codes [B, D, T] and tokens [C, B, T]."""

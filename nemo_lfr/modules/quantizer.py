@@ -262,12 +262,12 @@ class GroupFiniteScalarQuantizer(CodebookDropout):
 
     @property
     def is_consistent(self) -> bool:
-        """Whether no caller has changed the buffers of a group."""
+        """Whether no caller has changed the buffers of any group."""
         return all(group.is_consistent for group in self.fsqs if isinstance(group, FiniteScalarQuantizer))
 
     @property
     def is_plain(self) -> bool:
-        """Whether no caller has changed this quantizer or the quantizers of its groups."""
+        """Whether no caller has added hooks, or changed groups, methods or buffers."""
         return check_once(self, "plain", lambda: not is_altered(self) and self._is_uniform())
 
     def _is_uniform(self) -> bool:

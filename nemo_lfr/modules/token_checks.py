@@ -6,7 +6,10 @@ from nemo_lfr.errors import TokensError
 
 
 def mask(values: torch.Tensor, length: torch.Tensor | None) -> torch.Tensor:
-    """Set values [B, ..., T] after the end of each example to zero; `length` [B] has the numbers of valid frames."""
+    """Return values [B, ..., T] with zeros after the end of each example.
+
+    `length` [B] has the numbers of valid frames; None if all frames are valid.
+    """
     if length is None or bool((length == values.shape[-1]).all()):
         return values
     valid = torch.arange(values.shape[-1], device=values.device) < length.to(values.device)[:, None]

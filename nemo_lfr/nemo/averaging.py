@@ -42,7 +42,7 @@ class WeightAveraging(BaseModel):
             self._average.finish(self._generator)
 
     def _drop_stale_average(self) -> None:
-        """Drop the average if the weights were loaded or edited after the training that it belongs to."""
+        """Drop the average, with a warning, if the weights were loaded or edited after the end of the training."""
         average = self._average
         if average is not None and not average.in_use and not average.describes(self._generator):
             self._average = None

@@ -196,8 +196,8 @@ def override_config(source: Any) -> DictConfig:
             section is used.
 
     Raises:
-        ConfigError: if the file cannot be read or parsed, if the config or its `model` section is not a mapping, if a
-            value cannot be resolved, or if the config names a component that cannot be imported.
+        ConfigError: if `source` has another type, if the file cannot be read or parsed, if the config or its `model`
+            section is not a mapping, if a value cannot be resolved, or if a component cannot be imported.
     """
     is_path = isinstance(source, str | os.PathLike) and os.fspath(source)
     if not (is_path or OmegaConf.is_config(source) or hasattr(source, "read")):

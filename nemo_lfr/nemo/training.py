@@ -260,9 +260,9 @@ class TrainingSteps(DataLoaders, StockSteps):
         As in NeMo, the discriminators are skipped in some steps. The updates equal NeMo's. NeMo's own step runs if a
         caller has changed the losses that it uses; see `StockSteps`.
 
-        If the model config sets `accumulate_grad_batches`, each update uses the gradients of that many batches, but
-        those of fewer batches at the end of an epoch, or if a subclass skips batches. If the subclass skips the last
-        batch of an update, the update does not take place.
+        If the model config sets `accumulate_grad_batches`, each update uses the gradients of that many batches. It
+        uses fewer at the end of an epoch, or if a subclass skips batches. If the subclass skips the last batch of an
+        update, the update does not take place.
 
         Args:
             batch: `audio` [B, T_audio] and `audio_lens` [B].

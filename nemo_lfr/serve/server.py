@@ -212,9 +212,9 @@ class Server(uvicorn.Server):
 
 
 def _without_traceback(record: logging.LogRecord) -> bool:
-    """Remove the traceback from the log record that uvicorn writes when a client sends a message that is not UTF-8.
+    """Keep a log record, but remove its traceback if a client sent a message that is not UTF-8.
 
-    Any client can cause this record, and it does not indicate a bug in the server.
+    Any client can send such a message, so a traceback would not indicate a bug in the server.
     """
     if record.getMessage().startswith("Invalid UTF-8"):
         record.exc_info = None

@@ -113,8 +113,8 @@ class Network(nn.Module):
             view: representation of the audio, shape [B, C, H, W].
 
         Returns:
-            Scores [B, W, H], and a list with the feature map of each layer, [B, C, H, W] (C, H and W depend on the
-            layer).
+            Scores [B, W, H], and a list with the feature map of each layer, [B, C, H, W]. C, H and W depend on the
+            layer; H and W of the scores are those of the last layer.
         """
         feature_maps = []
         hidden = view

@@ -145,7 +145,8 @@ def inverse_filters(stride: int, before: int, after: int) -> torch.Tensor:
 def looks_linear_(generator: Generator) -> None:
     """Make a generator linear, in place.
 
-    Channels are mirrored, filters are random and orthogonal, and the output of residual branches is zero.
+    Channels form mirrored pairs (see the module's docstring), filters are random and orthogonal, and the output of
+    residual branches is zero.
 
     Args:
         generator: generator with leaky ReLUs and without weight norm.

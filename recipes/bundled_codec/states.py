@@ -200,7 +200,7 @@ def read_generator(path: Path) -> tuple[Generator, NetworkConfig, int]:
         The generator in fp32, its config, and the number of updates with which it was trained (0 for a `.nemo` file).
 
     Raises:
-        ValueError: if the file is neither a `.nemo` file nor a training state.
+        ValueError: if the file is neither a `.nemo` file nor a training state, or its codec does not pad with zeros.
         CheckpointError: if a `.nemo` file cannot be read.
     """
     if path.suffix == ".nemo":

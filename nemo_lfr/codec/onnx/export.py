@@ -34,8 +34,8 @@ def export_onnx(codec: CodecBase[Any], folder: str | os.PathLike[str], *, overwr
 
     The files are validated with ONNX's checker and written atomically. encoder.onnx maps audio
     [B, T * samples_per_frame] to int32 tokens [B, C, T]. decoder.onnx maps int64 tokens [B, C, T] and tokens_len [B]
-    to audio. Input shorter than `min_frames` must be zero-padded, and all clips in a batch must have the same length;
-    a codec from `nemo_lfr.load(folder)` does both automatically. The tokens are described in codec.json
+    to audio. Input shorter than `min_frames` must be zero-padded, and all clips in a batch must have the same length.
+    A codec from `nemo_lfr.load(folder)` accepts clips of any lengths. The tokens are described in codec.json
     (`nemo_lfr.codec.onnx.manifest`), and in the metadata of both ONNX files under the key "nemo_lfr".
 
     Args:
@@ -122,7 +122,7 @@ def _write_aside(path: Path, data: bytes, target: Path) -> str:
 
 
 def metadata(backend: TorchBackend) -> dict[str, Any]:
-    """Return the description of the codec, which is stored in each of the two ONNX files and in the manifest."""
+    """Return the description of the codec that is stored in codec.json and in both ONNX files."""
     fingerprint, weights_fingerprint, *older_fingerprints = backend.fingerprints()
     spec = asdict(replace(backend.spec, fingerprint=fingerprint))
     del spec["precision"]  # left out, because ONNX files always run in fp32

@@ -84,7 +84,7 @@ class _Reader:
             end: end of the message in the file.
 
         Raises:
-            CheckpointError: if a number is not in `checks`, or a function refuses its field.
+            CheckpointError: if the number of a field is not in `checks`, or the function for this number refuses it.
         """
         for field in self.fields(start, end):
             check = checks.get(field.number)

@@ -27,7 +27,7 @@ class Folder(Manifest):
     Args:
         path: the manifest.
         audio_dir: folder that relative paths of audio files start from.
-        root: folder that messages about unusable entries put before the entry's name; None for `audio_dir`.
+        root: folder to put before the name of an unusable entry in messages; None for `audio_dir`.
     """
 
     base_advice = "pass {} as the corpus"

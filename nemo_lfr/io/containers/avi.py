@@ -61,8 +61,8 @@ class _Avi:
 def _parts(window: Window) -> Iterator[int]:
     """Yield the size in bytes of each section.
 
-    A section is the header of a RIFF chunk, the header of a list, or a whole chunk of another type. The iterator stops
-    before the first chunk that does not fit the format.
+    A section is the header of a RIFF chunk, the header of a list, a whole chunk of another type, or padding. The
+    iterator stops before the first chunk that does not fit the format.
     """
     position, avi = 0, _Avi()
     while window.at(position, 4) == b"RIFF" and (position == 0 or window.at(position + 8, 4) == b"AVIX"):

@@ -298,7 +298,7 @@ def _w64_samples(window: Window, header: WavHeader, position: int, length: int) 
 
 
 def _after_w64_chunks(window: Window, position: int) -> int:
-    """Return the end of the Wave64 chunks at a position. Padding may precede them."""
+    """Skip padding, and then Wave64 chunks, from a position on; return the position after them."""
     padded = position + -position % 8
     position = padded if window.is_zero(position, padded) else position
     while _W64_CHUNK.fullmatch(window.at(position, 16)) and not has_magic(window, position):

@@ -90,8 +90,8 @@ class ModelSpec:
 
         Raises:
             ValueError: if a value is invalid.
-            TypeError: if a value has a wrong type.
-            KeyError: if a value is missing.
+            TypeError: if a value has a wrong type, or if a number is missing.
+            KeyError: if a list is missing.
         """
         values = json.loads(text)
         known = {name: values[name] for name in cls.__dataclass_fields__ if name in values}
