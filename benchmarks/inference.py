@@ -178,7 +178,7 @@ class Convolutions(TorchDispatchMode):
 
     Attributes:
         seconds: a dict from (number of input channels, number of output channels) to the total time in seconds.
-        sums: a dict with the same keys to the total number of multiply-adds.
+        sums: a dict from (number of input channels, number of output channels) to the total number of multiply-adds.
     """
 
     def __init__(self) -> None:

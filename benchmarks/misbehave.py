@@ -190,7 +190,7 @@ async def malformed(target: Target, number: int) -> None:
 
 
 async def too_fast(target: Target, number: int) -> None:
-    """Send 30 s of tokens at once, read at most 80 KiB, and disconnect. Some clients send 1000 pings first."""
+    """Send 30 s of tokens at once, read at most 80 KiB, and disconnect. Every fourth client sends 1000 pings first."""
     async with connection(target) as peer:
         await peer.open()
         if number % 4 == 0:
@@ -291,7 +291,7 @@ async def beside(
 
 
 def state_of(pid: int) -> dict[str, int]:
-    """Return the number of descriptors and threads of a process, and its memory in MB."""
+    """Return a dict with the numbers of open "descriptors" and "threads" of a process, and its "memory_mb"."""
     status = Path(f"/proc/{pid}/status").read_text()
     fields = {name: int(re.search(rf"^{name}:\s+(\d+)", status, re.MULTILINE)[1]) for name in ("Threads", "VmRSS")}  # type: ignore[index]
     return {

@@ -48,7 +48,11 @@ class Player:
     arrivals: list[tuple[float, float]] = field(default_factory=list)
 
     def has_gap(self, buffer_s: float) -> bool:
-        """Return whether a player that starts `buffer_s` seconds after the first piece ever waits for audio."""
+        """Return whether the player runs out of audio before the last piece arrives; True if no piece arrives.
+
+        Args:
+            buffer_s: time in seconds from the arrival of the first piece to the start of the playback.
+        """
         if not self.arrivals:
             return True
         start, played = self.arrivals[0][0] + buffer_s, 0.0

@@ -164,7 +164,7 @@ class Connection:
         return message
 
     def _watch(self) -> None:
-        """Start the watchdog while this client waits for the server to read input or to answer; otherwise stop it."""
+        """Start the watchdog if this client is waiting for the server to read input or to answer; else stop it."""
         must_answer = not self.conversation.opened or self.conversation.ended  # else the server may owe no message
         self._watchdog.set(bool(self._num_sending) or (self._is_receiving and must_answer))
 

@@ -44,8 +44,8 @@ def from_arrow(value: Any) -> Any:
     """Convert an Arrow array or scalar; return any other value unchanged.
 
     An array of numbers becomes a numpy array with the same dtype. Any other array becomes a list with one converted
-    item for each element. A scalar that is a list is converted like an array. However, a list of lists of numbers
-    becomes one numpy array if the lists have equal lengths. A struct becomes a dict.
+    item for each element. A scalar that is a list is converted like an array, except that lists of numbers of equal
+    lengths inside it become one numpy array. A scalar that is a struct becomes a dict.
     """
     if not _is_arrow(value):
         return value

@@ -255,7 +255,7 @@ def _load_codec(
 
     Returns:
         A description of the tokens as JSON values, the entropy model (None without compression), the codec (None
-        unless `on_cpu` is set, since other workers load it for their own devices), and the codec's method `made`.
+        unless `on_cpu` is set, since workers load it again on another device), and the codec's method `made`.
     """
     from nemo_lfr.io.token_file import Metadata
     from nemo_lfr.pretrained import load

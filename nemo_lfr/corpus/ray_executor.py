@@ -218,7 +218,7 @@ class _ImportFolders(list[str]):
     """
 
     def extend(self, folders: Iterable[str]) -> None:
-        """Add the folders from which the driver imports modules too."""
+        """Add those of the folders that are in the driver's `sys.path`."""
         own = {os.path.abspath(folder) for folder in sys.path}
         super().extend(folder for folder in folders if os.path.abspath(folder) in own)
 

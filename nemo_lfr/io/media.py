@@ -62,9 +62,9 @@ class _Gaps:
         self._last: float | None = None  # duration of the last frame
 
     def begin(self, start: float) -> None:
-        """Count the gap before the first packet, whose time stamp is `start` in seconds.
+        """Add the gap before the first packet, whose time stamp is `start` in seconds.
 
-        The first packet counts, rather than the first frame, because some decoders yield no frame for it.
+        The time stamp of the first frame is not used, because some decoders yield no frame for the first packet.
         """
         if start > _LEAST_START:
             self.seconds = start

@@ -12,8 +12,8 @@ MISSING = "__HIVE_DEFAULT_PARTITION__"  # stands for a missing value in a folder
 def partition_of(file: Path, root: Path) -> dict[str, str]:
     """Return the columns that are stored in the names of a file's folders, with their values as text.
 
-    Columns come from folders named `COLUMN=VALUE`. All such folders below `root` count. `root` and the folders above
-    it count up to the first one with another name: if `root` is `corpus/lang=de`, its files have the column `lang`.
+    Columns come from folders named `COLUMN=VALUE`. Below `root`, all such folders count. From `root` upward, they
+    count until the first folder with another name: if `root` is `corpus/lang=de`, its files have the column `lang`.
     Missing and empty values are left out.
 
     Args:

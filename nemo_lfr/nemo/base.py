@@ -82,7 +82,7 @@ class BaseModel(NeMoAudioCodecModel):
     _resumed: dict[str, Any] | None = None  # checkpoint of the run to resume, until training starts
 
     def init_codec_state(self, *, is_random: bool, discriminator: dict[str, torch.Tensor] | None = None) -> None:
-        """Initialize the attributes that this package adds.
+        """Initialize the attributes that NeMo's model does not have.
 
         Args:
             is_random: whether the weights are random.

@@ -159,9 +159,9 @@ class Optimizers(WeightAveraging):
         return configured
 
     def check_resumed(self) -> None:
-        """Check that the optimizers in the checkpoint of the run to resume fit the trainer's optimizers.
+        """Check that the checkpoint to resume from contains states of the trainer's optimizers.
 
-        They may differ if a subclass overrides `configure_optimizers`.
+        It may contain states of other optimizers if a subclass overrides `configure_optimizers`.
 
         Raises:
             ConfigError: if the optimizers in the checkpoint differ from those of the trainer.

@@ -54,8 +54,9 @@ def tidy_checkpoints(experiment: str | os.PathLike[str]) -> None:
     Call this function before `exp_manager`, in one process only. NeMo refuses to resume if the last checkpoint is
     unfinished, even if an older one is intact.
 
-    NeMo resumes from the file named `*last.ckpt`. If there is an unfinished checkpoint, this function keeps only the
-    newest intact file of this name. If none is intact, it copies the newest intact checkpoint to a file of this name.
+    NeMo resumes from the file named `*last.ckpt`. If there is an unfinished checkpoint, this function removes all
+    files of this name except the newest intact one. If none of them is intact, it copies the newest intact checkpoint
+    of another name to a file of this name.
 
     Args:
         experiment: folder of the run, such as EXP_DIR/NAME. A missing folder is ignored.

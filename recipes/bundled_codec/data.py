@@ -53,7 +53,7 @@ def read_speech(manifest: Path, audio_dir: Path | None = None) -> list[np.ndarra
         audio_dir: folder that relative paths are resolved against; by default the manifest's folder.
 
     Returns:
-        One array of int16 samples [T_audio] at 22.05 kHz per utterance.
+        For each utterance, an array [T_audio] of int16 samples at 22.05 kHz.
     """
 
     def read(recording: Recording) -> np.ndarray:

@@ -166,7 +166,7 @@ class CudaOps:
         return self._add_layer("up", folded_layer, signal, activation, self._precision.dtype)
 
     def residual(self, layer: ResidualLayer, signal: Recording) -> Recording:
-        """Record the residual branches as one step."""
+        """Record a residual layer with all its branches as one step."""
         branches = [[Block.of(block, self._precision) for block in blocks] for blocks in layer.branches]
         layers = tuple(layer for blocks in branches for block in blocks for layer in (block.first, block.second))
         run = functools.partial(self._runner.run_residuals, branches)

@@ -70,7 +70,8 @@ class CorpusReader(ABC):
     """Base class for corpus readers, which yield the clips of a corpus in a fixed order.
 
     Attributes:
-        base_advice: text for messages that says how to make relative paths start from the folder {}.
+        base_advice: text for messages that says how to make relative paths start from a folder. "{}" stands for the
+            path of the folder.
     """
 
     base_advice: ClassVar[str] = "pass --audio-dir {}"
