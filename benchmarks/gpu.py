@@ -205,7 +205,7 @@ class Bench:
 
         Args:
             way: function to time.
-            most: time limit in seconds for all calls.
+            most: approximate time limit in seconds for all calls.
 
         Returns:
             Duration of each timed call in seconds, including the time until the device has finished.

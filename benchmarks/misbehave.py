@@ -241,7 +241,7 @@ KINDS: dict[str, Callable[[Target, int], Awaitable[None]]] = {
 
 
 async def misbehave(target: Target, kinds: list[str], count: int, at_once: int = 100) -> Counter[str]:
-    """Open connections of all kinds in turn.
+    """Open `count` connections, at most `at_once` at a time, and cycle through `kinds` of misbehavior.
 
     Returns:
         The number of connections of each kind that the server did not end in time.

@@ -231,7 +231,7 @@ def _parse_config(path: Path, members: Members) -> DictConfig:
 
 
 def _empty_parts(path: Path, name: str, config: DictConfig, *, weight_norm: bool, meta: bool = True) -> CodecModules:
-    """Build modules whose weights are loaded later. On the meta device, the weights use no memory until then."""
+    """Build modules whose weights are loaded later. With `meta`, the weights use no memory until then."""
     try:
         values = codec_values(config)
         with on_meta_device() if meta else torch.device("cpu"):

@@ -299,7 +299,7 @@ async def _receive_all(connection: Connection, results: "deque[np.ndarray]") -> 
 
 
 async def _start(coroutine: Coroutine[Any, Any, T]) -> "asyncio.Task[T]":
-    """Run a coroutine in the background."""
+    """Start a coroutine in the background, and return its task."""
     return asyncio.create_task(coroutine)
 
 

@@ -79,7 +79,7 @@ def open_plan(config: TokenizeConfig, on_cpu: bool) -> Iterator[Plan]:
 
     Args:
         config: the options.
-        on_cpu: whether the codec will run on this machine's CPU.
+        on_cpu: whether local processes will run the codec on the CPU.
 
     Raises:
         NemoLfrError: if the corpus or codec cannot be read, an option is invalid, or another run is writing to the
@@ -251,11 +251,11 @@ def _load_codec(
 
     Args:
         config: options of the run.
-        on_cpu: whether the workers run the codec on a CPU.
+        on_cpu: whether local processes will run the codec on the CPU.
 
     Returns:
         A description of the tokens as JSON values, the entropy model (None without compression), the codec (None
-        unless `on_cpu` is set, since workers load it again on another device), and the codec's method `made`.
+        unless `on_cpu` is set, since GPU and Ray workers load the codec themselves), and the codec's method `made`.
     """
     from nemo_lfr.io.token_file import Metadata
     from nemo_lfr.pretrained import load

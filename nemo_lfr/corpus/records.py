@@ -114,7 +114,7 @@ class ShardRecord:
         return None
 
     def lost_since(self, earlier: "ShardRecord") -> list[dict[str, str]]:
-        """Return the failures of clips that an earlier run of the same shard tokenized."""
+        """Return the failures of clips that did not fail in an earlier run of the same shard."""
         failed = {failure.get("id") for failure in earlier.failures}
         return [failure for failure in self.failures if failure.get("id") not in failed]
 

@@ -389,7 +389,7 @@ class AudioReader:
             yield wave
 
     def _check_count(self, decoder: Decoder, num_read: int) -> None:
-        """Raise AudioError if fewer samples were read than the header declares, or than the frames contain.
+        """Raise AudioError if fewer samples were read than the header declares, or than `Stream.least_samples`.
 
         The header may declare up to `decoder.slack` samples too many.
         """

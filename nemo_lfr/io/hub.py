@@ -46,7 +46,7 @@ def find_checkpoint(source: str | os.PathLike[str] | None, refresh: bool = False
 
     Raises:
         CheckpointError: if the path does not exist or is not a checkpoint. Also if the repository contains no
-            checkpoint or more than one, or if it is not cached and cannot be downloaded.
+            checkpoint, or several of which none is named after it; or if it is not cached and cannot be downloaded.
     """
     if source is None:
         return bundled_checkpoint()
@@ -102,7 +102,8 @@ def checkpoint_in(snapshot: Path, repository: str) -> Path:
         Path of a `.nemo` file, which may be in a subfolder, or `snapshot` if it contains config and weights.
 
     Raises:
-        CheckpointError: if there is no checkpoint, or more than one.
+        CheckpointError: if there is no checkpoint, or if there are several `.nemo` files and none of them is named
+            after the repository.
     """
     # `is_file`, since a link in the cache may lead to a deleted file.
     found = sorted(path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*.nemo") if path.is_file())

@@ -120,7 +120,7 @@ class Metadata(CodecSpec):
     def from_list(cls, raw: bytes) -> tuple["Metadata", str]:
         """Parse the metadata of a compressed file, and the hash of its entropy model.
 
-        The metadata is a list of values. Names would take 5% of a short file.
+        The metadata is a list of values without names, because names would take 5 % of a short file.
 
         Raises:
             ValueError: if the metadata is invalid. The error may also be a TypeError or KeyError.

@@ -242,7 +242,8 @@ class DecodeProtocol:
 
         Args:
             fields: the JSON object.
-            alternative: end of the error message, such as ', or {"type": "end"}', for what else the client may send.
+            alternative: end of the error message, which says what else the client may send, such as
+                ', or {"type": "end"}'.
 
         Raises:
             ProtocolError: if the tokens are not valid.

@@ -188,7 +188,7 @@ class Server(uvicorn.Server):
         self._draining: asyncio.Task[None] | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Start draining at the first signal, and stop at the second one."""
+        """At the first signal, begin to wait for open streams to end. At the second one, stop."""
         if self._draining is not None or self._loop is None:
             super().handle_exit(sig, frame)
             return

@@ -273,9 +273,10 @@ def _open_all(
     check: bool,
     progress: Progress,
 ) -> dict[str, float | Failure]:
-    """Return a dict from the path of each usable file to its duration in seconds, or to the record of a failure.
+    """Return a dict from the path of each audio file to its duration in seconds, or to the record of a failure.
 
-    The durations are also written to `journal`. Durations that an interrupted run wrote there are used again.
+    Files of utterances with a `problem` are left out. The durations are also written to `journal`. Durations that an
+    interrupted run wrote there are used again if the files have not changed.
     """
     mine = {"kind": kind, "corpus": str(resolve(corpus)), "check": check}
     with Journal(journal) as log:

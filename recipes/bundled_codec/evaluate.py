@@ -36,7 +36,7 @@ class Evaluator:
     """Evaluator that measures generators on a fixed set of recordings.
 
     Args:
-        clips: one array of int16 samples [T_audio] at 22.05 kHz per recording.
+        clips: for each recording, an array [T_audio] of int16 samples at 22.05 kHz.
         custom: dict from the name of each additional metric to its config section; see `nemo_lfr.training.components`.
 
     Raises:

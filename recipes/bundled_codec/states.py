@@ -150,7 +150,8 @@ def import_trial(path: Path, settings: Mapping[str, Any]) -> tuple[dict[str, Any
         The state, and a message for each setting that differs from the older run.
 
     Raises:
-        ValueError: if the file is not a state of the older script, contains discriminators, or has another network.
+        ValueError: if the file is not a state of the older script or contains discriminators, or if its network is not
+            that of `settings`.
     """
     trial = _load(path)
     keys = {"args", "model", "average", "moments", "adam", "step", "seconds"}

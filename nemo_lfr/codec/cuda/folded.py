@@ -106,7 +106,7 @@ class Layer:
 
     @property
     def outputs(self) -> int:
-        """Number of output channels of the convolution, including all phases."""
+        """Number of output channels of the convolution, including all phases (see the class)."""
         return self.weight.shape[0] if self.groups == 1 else self.upsample_stride * self.groups
 
     @property

@@ -259,7 +259,7 @@ class SharReader(FormatReader):
 
     @staticmethod
     def _arrays(path: Path) -> Iterator[tuple[str, bytes | None]]:
-        """Yield the name of each clip in a tar file, and its array, which is None for a clip without one."""
+        """Yield the name of each clip in a tar file, and the content of its `.npy` file (None without an array)."""
         with open_tar(path) as tar:
             members = iter(tar)
             for member in members:

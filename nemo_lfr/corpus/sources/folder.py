@@ -58,9 +58,9 @@ class Folder(Manifest):
         """Do nothing, because `read_table` has checked the tables in the folder."""
 
     def older_shards(self, identity: str, shards: list[ShardSpec], size: int) -> list[ShardSpec] | None:
-        """Return the shards of the folder if an older version of this package has computed `identity`; else None.
+        """Return the shards if `identity` is the hash that an older version computed for this folder; otherwise None.
 
-        Older versions included the path of the folder in `identity`.
+        Older versions also hashed the path of the folder.
         """
         listing = hashlib.sha256()
         with open(self.path, "rb") as file:

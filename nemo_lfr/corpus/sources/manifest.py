@@ -278,7 +278,7 @@ def _describe_content(lines: Sequence[bytes]) -> str:
 
 
 def _audio_key(line: bytes) -> str | None:
-    """Return the key of a JSON object that probably contains the path of the audio; None if there is none."""
+    """Return the key under which a JSON object probably stores the path of the audio; None if there is none."""
     try:
         entry = parse_entry(line)
     except NOT_A_LINE:

@@ -87,13 +87,15 @@ def _parts(window: Window) -> Iterator[int]:
 
 
 def _chunk(window: Window, position: int, end: int, avi: _Avi, is_first: bool) -> int | None:
-    """Return the size of a section of a RIFF chunk in bytes; None if no valid section starts at `position`.
+    """Return the size in bytes of the chunk at `position`; None if the chunk is invalid.
+
+    For a list in `_LISTS`, this is the size of its header, so that the chunks in the list are checked next.
 
     Args:
         window: the file.
-        position: position of the section.
-        end: end of the RIFF chunk.
-        avi: information from earlier chunks, which is updated.
+        position: start of the chunk.
+        end: end of the RIFF chunk that contains it.
+        avi: information from earlier chunks; the information from this chunk is added.
         is_first: whether this is the first RIFF chunk. The index does not list the contents of later RIFF chunks.
     """
     head = window.at(position, _LIST_HEAD)

@@ -167,8 +167,8 @@ def compare_size(window: Window, start: int, promised: int) -> list[Stream]:
 def of_unknown_length(window: Window, start: int, block: int) -> list[Stream]:
     """Return one `Stream` for a file whose header stores no length.
 
-    The stream has a `problem` if the last block is incomplete or if another file follows. It has a `note` otherwise,
-    since a file that is truncated between two blocks looks complete. Tags at the end of the file are excluded.
+    The stream has a `problem` if the last block is incomplete or if another file follows. A file that looks complete
+    has a `note`, since it may have been truncated between two blocks. Tags at the end of the file are excluded.
 
     Args:
         window: the file.
