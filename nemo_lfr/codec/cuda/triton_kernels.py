@@ -1,7 +1,7 @@
 """Triton kernels: a convolution fused with its padding, activations and sums, and a pointwise kernel.
 
 Signals are [B, T, H], channels innermost. Each example in a batch has its own length. The padding of an example
-(reflected values, zeros or the last value) is not written to memory; the kernels read it from the signal by index.
+(reflected values, zeros or the last value) is not stored in memory; the kernels derive it from the signal.
 """
 
 import triton

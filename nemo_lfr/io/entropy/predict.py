@@ -120,9 +120,10 @@ def block_features(spec: ModelSpec, digits: np.ndarray) -> np.ndarray:
 
 
 def hidden_sums(model: EntropyModel, features: np.ndarray) -> np.ndarray:
-    """Compute the inputs of the second hidden layer's activation function from past frames.
+    """Compute the inputs of the activation function of the second hidden layer.
 
-    The contributions of the current frame's FSQ values are added later, one by one, when the values are known.
+    They depend on past frames only. The contributions of the current frame's FSQ values are added later, one by one,
+    when the values are known.
 
     Args:
         model: entropy model.
