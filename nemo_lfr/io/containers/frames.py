@@ -75,7 +75,7 @@ def _resumed(window: Window, position: int, size_of: Callable[[bytes], int | Non
 
 
 def is_gsm(head: bytes, window: Window) -> bool:
-    """Return whether a file consists of GSM 06.10 frames, whose first four bits are constant."""
+    """Return whether a file begins with four or more GSM 06.10 frames, whose first four bits are constant."""
     starts = range(0, min(window.size - _GSM_FRAME, 32 * _GSM_FRAME) + 1, _GSM_FRAME)
     return len(starts) > 3 and all(window.at(start, 1)[0] >> 4 == 0xD for start in starts)
 
