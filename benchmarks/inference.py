@@ -208,7 +208,10 @@ class Convolutions(TorchDispatchMode):
 
 
 def stages(codec: Codec) -> None:
-    """Print the convolutions' share of the time and GFLOP/s, by the numbers of input and output channels."""
+    """Print a row for each size of convolution: its share of the time, and its GFLOP/s.
+
+    Convolutions with the same numbers of input and output channels share a row. Rows of at most 1 % are left out.
+    """
     left, right = torch.rand(2048, 2048), torch.rand(2048, 2048)
     took = in_turns({"product": partial(torch.mm, left, right)}, 9)["product"]
     peak = 2 * 2048**3 / min(took) / 1e9

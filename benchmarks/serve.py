@@ -91,7 +91,7 @@ async def _client(url: str, frames: list[bytes], start: float) -> Player:
 
 
 def run_server(num_streams: int, num_frames: int) -> list[Player]:
-    """Decode all streams on one server, with one connection per stream."""
+    """Decode streams on one server, with one connection per stream. Return the player of each stream."""
     command = [sys.executable, "-m", "nemo_lfr", "serve", "--port", "0", "--max-streams", "100000"]
     server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert server.stderr is not None
@@ -144,7 +144,7 @@ def _decode(streams: int, num_frames: int, seed: int, ready: object, go: object,
 
 
 def run_processes(num_streams: int, num_frames: int, each: int = 1) -> list[Player]:
-    """Decode without batching, in processes with `each` streams per process."""
+    """Decode without batching, in processes with `each` streams per process. Return the player of each stream."""
     context = multiprocessing.get_context("spawn")
     ready, go, queue = context.Semaphore(0), context.Event(), context.Queue()
     workers = [

@@ -29,7 +29,7 @@ FRAME_S = 1024 / 22050
 
 
 async def live(items: list[np.ndarray]) -> AsyncIterator[np.ndarray]:
-    """Yield one item per frame, in real time."""
+    """Yield the items, each of which is one frame, at the rate of live audio."""
     start = time.monotonic()
     for number, item in enumerate(items):
         await asyncio.sleep(max(0.0, start + number * FRAME_S - time.monotonic()))
@@ -92,7 +92,11 @@ def draw(samples: list[tuple[float, int, int]], path: Path) -> None:
 async def run(
     url: str, pid: int, minutes: float, num_streams: int
 ) -> tuple[list[tuple[float, int, int]], Counter[str]]:
-    """Keep streams open for some minutes, and sample the server."""
+    """Keep streams open for some minutes, and sample the server.
+
+    Returns:
+        The samples that `sample` returns, and the number of finished streams by kind ("encode" or "decode").
+    """
     closed: Counter[str] = Counter()
     until = time.monotonic() + 60 * minutes
     tasks = [keep_busy(url, number, until, closed) for number in range(num_streams)]

@@ -4,8 +4,8 @@
 
 Each run is a new process that imports the package, loads a checkpoint and encodes one second of audio. The two
 implementations alternate, and their tokens must be equal. Without --checkpoint, two full-size checkpoints with random
-weights are written first: one without discriminators, and one with the discriminators of the released checkpoint, for
-which WavLM is in a local folder. `nemo-lfr --help` is timed as well.
+weights are written first: one with the discriminators of the released checkpoint, and one without them.
+`nemo-lfr --help` is timed as well.
 """
 
 import argparse

@@ -88,7 +88,7 @@ class Turns(pl.Callback):
 
 
 def work(name: str, folder: str, args: argparse.Namespace, pipe: Connection) -> None:
-    """Train one model on request, then send its first losses and the peak memory."""
+    """Train one model on request, then send the losses of its first step and the peak memory in GiB."""
     torch.manual_seed(0)
     config = OmegaConf.create(released_config(folder))
     weights = Path(folder, "weights.pt")

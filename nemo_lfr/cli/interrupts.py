@@ -75,7 +75,10 @@ class _Watcher:
             signal.pthread_kill(self._main, signal.SIGINT)
 
     def _last_signal(self) -> bytes:
-        """Return the number of the signal that stops the command, as one byte; b"" at the end of the context."""
+        """Wait for the signal that stops the command, and return its number as one byte.
+
+        At the end of the context, return b"".
+        """
         may_finish, timeout = self._finishes, None
         while True:
             if not select.select([self._numbers], [], [], timeout)[0]:

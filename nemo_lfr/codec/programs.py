@@ -43,7 +43,7 @@ class Programs(NamedTuple):
 class Encoder(nn.Module):
     """Encoder followed by FSQ: audio [B, T * samples_per_frame] -> int32 tokens [B, C, T].
 
-    A frame for which the encoder returns NaN or infinite values gets the token -1.
+    If the encoder returns NaN or infinite values for a frame, all tokens of this frame are -1.
     """
 
     def __init__(self, backend: TorchBackend) -> None:

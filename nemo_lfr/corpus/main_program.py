@@ -31,7 +31,7 @@ def safe_imports() -> Iterator[None]:
     """Keep processes that start inside a `with` block from importing modules of the current folder.
 
     Until it has the import path of its parent, a process that `multiprocessing` spawns imports from the current folder
-    first, for example a `types.py` beside the recordings of a corpus. Python 3.10 ignores this setting.
+    first, for example a `types.py` beside the recordings of a corpus. This function has no effect in Python 3.10.
     """
     if _VARIABLE in os.environ:
         yield

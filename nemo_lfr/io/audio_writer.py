@@ -126,7 +126,7 @@ class SinkFile:
         return self._try(lambda: self._file.write(data))
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """Change the position. Return 0 if this call or an earlier one failed."""
+        """Change the position, and return it. If this or an earlier call fails, return 0."""
         return self._try(lambda: self._file.seek(offset, whence))  # seeking flushes the buffer, which may fail
 
     def tell(self) -> int:

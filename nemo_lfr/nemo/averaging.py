@@ -97,7 +97,10 @@ class WeightAveraging(BaseModel):
             self._average.is_due = True
 
     def update_average(self) -> None:
-        """Update any average once if optimizers of the encoder or the decoder took steps since the last update."""
+        """Update the average, if there is one and the encoder or decoder was trained since the last update.
+
+        Steps of several optimizers cause only one update.
+        """
         if self._average is not None and self._average.is_due and not self._average.in_use:
             self._average.update(self._generator)
 
@@ -133,7 +136,7 @@ class WeightAveraging(BaseModel):
         checkpoint["average"] = {"count": self._average.count, "trained": dict(zip(names, trained, strict=True))}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Drop the average, since the checkpoint replaces the weights that it belongs to."""
+        """Drop the average: it belongs to weights that the checkpoint replaces."""
         super().on_load_checkpoint(checkpoint)
         self._average = None
 

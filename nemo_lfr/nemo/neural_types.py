@@ -22,7 +22,7 @@ def lookup_types(module: nn.Module, attribute: str) -> dict[str, Any]:
         The NeMo type of each input or output, by name.
 
     Raises:
-        NotImplementedError: if NeMo has no class with the name of the module's class or of one of its base classes.
+        NotImplementedError: if no class of NeMo has the same name as the module's class or one of its base classes.
     """
     for ours in type(module).__mro__:
         if (stock := getattr(audio_codec_modules, ours.__name__, None)) is not None:

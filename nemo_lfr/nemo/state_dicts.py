@@ -114,7 +114,10 @@ class StateDicts(BaseModel):
         return result
 
     def _keep_discriminator(self, state: dict[str, Any]) -> dict[str, Any]:
-        """Store the weights of discriminators that are not built yet for later, and return the other weights."""
+        """Remove the discriminators' weights from a state dict if the model has no discriminators yet.
+
+        The weights are stored until the discriminators are built. The other weights are returned.
+        """
         if getattr(self, "discriminator", None) is not None:
             return state
         discriminator = {key: value for key, value in state.items() if key.startswith(DISCRIMINATOR)}
@@ -236,7 +239,7 @@ def _spelled_for(own: Mapping[str, Any], state_dict: Mapping[str, Any]) -> dict[
 
     Args:
         own: state dict of the model. Its keys may contain names of wrappers, such as "_orig_mod".
-        state_dict: state dict to convert. Weights that the model does not have are included.
+        state_dict: state dict to convert. The result also contains the weights that the model does not have.
     """
     names = {plain_key(key): key for key in own}
     plain = plain_keys(state_dict.items(), "the state dict")

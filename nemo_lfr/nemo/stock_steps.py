@@ -49,10 +49,10 @@ class StockSteps(Optimizers):
     _stock_losses: "dict[str, _StockLoss] | None" = None
 
     def setup(self, stage: str | None = None) -> None:
-        """Call `find_changes`, so that the changes are known before the first validation.
+        """Call `find_changes` before the first validation.
 
         Raises:
-            ConfigError: if something was changed, and the config sets a key that NeMo's own steps do not support.
+            ConfigError: if NeMo's own steps are required, and the config sets a key that they do not support.
         """
         super().setup(stage)
         self.find_changes()

@@ -64,7 +64,7 @@ class StorageError(NemoLfrError):
 
 @contextmanager
 def storing() -> Iterator[None]:
-    """Turn failures of the folder for temporary files into a `StorageError`, and log them.
+    """Log an error of writing a temporary file, and raise it as a `StorageError`.
 
     Raises:
         StorageError: if a temporary file cannot be written, for example because the disk is full.

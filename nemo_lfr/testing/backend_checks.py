@@ -27,9 +27,8 @@ def assert_tokens_equal(actual: np.ndarray, expected: np.ndarray, max_ties: floa
     Args:
         actual: tokens of any shape.
         expected: tokens of the same shape.
-        max_ties: maximum fraction of tokens that may differ. A rounding tie is a value so close to the edge between
-            two FSQ levels that its token depends on the order of fp32 additions. That a difference is such a tie is
-            not checked.
+        max_ties: maximum fraction of tokens that may differ. Every difference counts as a rounding tie: a value so
+            close to the edge between two FSQ levels that its token depends on the order of fp32 additions.
 
     Raises:
         AssertionError: if the shapes differ, or if more than `max_ties` of the tokens differ.

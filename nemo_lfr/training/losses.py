@@ -82,9 +82,9 @@ def feature_matching(real: FeatureMaps, gen: FeatureMaps) -> torch.Tensor:
 def relative_feature_matching(real: FeatureMaps, gen: FeatureMaps, guard: float = 1e-3) -> torch.Tensor:
     """Compute the relative difference between feature maps of real and generated audio (EnCodec).
 
-    In each feature map, the mean absolute difference over the last dimension is divided by `guard` plus the mean
-    absolute value of the feature map of real audio (arXiv 2210.13438). These ratios are averaged over the feature map,
-    then over the layers of each network, then over all networks. `guard` avoids a division by zero.
+    The mean absolute difference along the last dimension is divided by the mean absolute value for real audio along
+    this dimension (arXiv 2210.13438). `guard` is added to the divisor, to avoid a division by zero. The ratios are
+    averaged over the other dimensions, then over the layers of each network, then over all networks.
     """
     return _average(
         [

@@ -360,7 +360,7 @@ def _fitted(utterance: CorpusUtterance, found: dict[str, float | Failure]) -> Co
 
     Args:
         utterance: the utterance.
-        found: duration in seconds of each file, or the reason why the file cannot be used, by the file's path.
+        found: dict from the path of each file to its duration in seconds, or to a failure record.
     """
     total = found.get(str(utterance.path))
     if utterance.problem or not isinstance(total, float | int):

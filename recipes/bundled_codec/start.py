@@ -77,7 +77,8 @@ def signal_channels(rates: Sequence[int], encoded_dim: int, sample_rate: int = S
         A list that begins with 1, for the audio, and continues with one number for each stage.
 
     Raises:
-        ValueError: if the strides do not lead to `encoded_dim` channels.
+        ValueError: if the last number would not be `encoded_dim`, or if a number would not be a multiple of the number
+            before it.
     """
     bandwidth = encoded_dim * sample_rate / math.prod(rates) / 2
     channels, rate = [1], float(sample_rate)
@@ -217,7 +218,8 @@ def transform_start_(generator: Generator, audio: torch.Tensor) -> float:
 def _normalize_encoded(generator: Generator, audio: torch.Tensor) -> None:
     """Change the encoder so that each dimension of its output has mean 0 and standard deviation `ENCODED_STD`.
 
-    Both are measured on `audio`. The weights of the first layer of the decoder are divided by the encoder's scale.
+    Both are measured on `audio`. The last layer of the encoder multiplies each dimension by a factor, and the first
+    layer of the decoder divides the dimension by the same factor.
     """
     encoder, decoder = generator.audio_encoder, generator.audio_decoder
     encoded = encoder.encode_frames(audio)

@@ -148,8 +148,8 @@ class CorpusReader(ABC):
 def repeat_number(shard: ShardSpec, index: int) -> int:
     """Return the number with which `numbered_id` makes the id of a clip unique.
 
-    The number is 1 for the first clip with a name, 2 for the second, and so on. A number is skipped if the id with
-    this number, such as "a~2", is the name of another clip.
+    Clips with the same name are numbered from 1 in order. A number is skipped if the id with this number, such as
+    "a~2", is the name of another clip.
 
     Args:
         shard: specification of the shard. For clips whose name has occurred before, the dictionary "repeats" maps the

@@ -77,7 +77,7 @@ class Shar(CorpusReader):
 
     @classmethod
     def open(cls, path: Path, options: OpenOptions) -> "Shar":
-        """Open the folder. With `options.relist`, log missing shards and refuse an output of `tokenize`."""
+        """Open the folder. With `options.relist`, log missing shards, and refuse a folder that `tokenize` wrote."""
         shar = cls(path, options.allow_url)
         if options.relist:  # log in the process that plans the run, not in each worker
             shar.log_gaps()

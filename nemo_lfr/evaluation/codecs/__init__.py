@@ -47,8 +47,8 @@ def open_codec(text: str, device: str | None = None) -> "ComparedCodec":
     """Open a codec.
 
     Args:
-        text: value of `--codec`, such as "opus:16"; see `codec_usage`. A `.nemo` file, a `.ckpt` file and
-            a Hub id need no prefix; they are opened as `lfr`.
+        text: value of `--codec`, such as "opus:16"; see `codec_usage`. For an LFR codec, the path of a `.nemo` or
+            `.ckpt` file or a Hub id is enough, without the prefix "lfr:".
         device: PyTorch device; chosen automatically if None.
 
     Returns:

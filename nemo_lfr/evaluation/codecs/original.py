@@ -8,7 +8,7 @@ from nemo_lfr.evaluation.codecs.base import ComparedCodec, RoundTrip
 
 @register_codec
 class Original(ComparedCodec):
-    """Identity codec, which shows the best value of each metric. Its sizes are those of 16-bit PCM in a WAV file."""
+    """Identity codec, which shows the best value of each metric. Its file size is that of a 16-bit WAV file."""
 
     kind, usage = "original", "original (the recording itself)"
     name, identity = "original", "original"

@@ -49,7 +49,7 @@ class Frame:
     def kind(self) -> Kind:
         """Return the values that all frames of a recording share: layer, sample rate and size of side information.
 
-        In layer 3, the side information also distinguishes mono from stereo.
+        In layer 3, this size also distinguishes mono from stereo.
         """
         return self.layer, self.rate, self.side
 

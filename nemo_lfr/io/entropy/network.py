@@ -34,8 +34,9 @@ class _Chain(torch.autograd.Function):
 
         Args:
             ctx: context of autograd.
-            sums: hidden units of the second layer before the activation, without any FSQ dimension, [B, H2].
-            digit: vector to add to `sums` for each level of each FSQ dimension, [D, L, H2].
+            sums: second hidden layer before the activation, without the contributions of the frame's own FSQ values,
+                [B, H2].
+            digit: contribution of each level of each FSQ dimension, which is added to `sums`, [D, L, H2].
             output: weights of the output layer, [D, H2, L].
             ones: one-hot encoded FSQ values, [B, D, L].
             rounded: whether to round the hidden units as in the integer model.
