@@ -61,7 +61,7 @@ class Copies:
         return unpickled, (content,), settings or None, None, None, restore_settings
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Refuse the attributes of a model that was pickled without `__reduce__`."""
+        """Raise an error, because an older version of this package pickled the model without `__reduce__`."""
         refuse_pickle()
 
     def _to_copy(self) -> dict[str, Any]:

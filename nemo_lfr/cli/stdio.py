@@ -61,7 +61,7 @@ def spooled(source: str, suffix: str, new_suffix: str) -> Iterator[FileTask]:
         The task to run in the context. Its output is the temporary file.
 
     Raises:
-        NemoLfrError: if the context ends with this error. The message names stdin instead of the temporary file.
+        NemoLfrError: if the `with` block raises it. The message then names stdin instead of the temporary file.
     """
     with tempfile.TemporaryDirectory(prefix="nemo-lfr-") as folder:
         path = Path(source)

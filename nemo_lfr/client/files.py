@@ -133,7 +133,7 @@ def encode_file(server: Server, audio: bytes | str | os.PathLike[str]) -> Encode
 
 
 def _read(server: Server, audio: object) -> tuple[bytes, ServerInfo]:
-    """Read an audio file, and return its content and the server's description."""
+    """Read an audio file that is not too large for the server. Return its content, and the server's description."""
     if not isinstance(audio, str | os.PathLike):
         raise AudioError(f"audio has type {type(audio).__name__}; pass the path or the content of a file.")
     path = expand_home(audio, AudioError)

@@ -140,7 +140,7 @@ def _exclusive(streams: Sequence[BaseStream]) -> Iterator[None]:
 
 @contextmanager
 def _naming(stream: BaseStream) -> Iterator[None]:
-    """Put the name of a stream before the message of an error in this context. A single stream has no name."""
+    """Put the name of a stream, if it has one, before the message of an error in this context."""
     try:
         yield
     except NemoLfrError as error:

@@ -137,7 +137,7 @@ def _check_same_run(
 
 
 def _has_same_base(plan: dict[str, Any], folder: str | None, config: TokenizeConfig) -> bool:
-    """Return whether relative paths start from the folder in the stored plan.
+    """Return whether relative paths still start from the folder in the stored plan.
 
     The result is also True if the folder in the plan no longer exists, because the corpus may have been moved.
 

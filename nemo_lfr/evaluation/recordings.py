@@ -63,9 +63,10 @@ def read(path: Path, rate: int, offset: float, duration: float) -> np.ndarray:
 
 
 def claim(out: Path, recordings: dict[str, Recording], rate: int, source: str = "") -> None:
-    """Write `recordings.json`, a description of each recording by its key, to the folder of an evaluation.
+    """Add recordings to the file `recordings.json` in the folder of an evaluation.
 
-    All recordings of an evaluation must come from the same source, such as one manifest.
+    The file maps the key of each recording to its path, position, sample rate and hash. All recordings of an
+    evaluation must come from the same source, such as one manifest.
 
     Args:
         out: folder of the evaluation.
@@ -75,7 +76,7 @@ def claim(out: Path, recordings: dict[str, Recording], rate: int, source: str = 
 
     Raises:
         NemoLfrError: if `out` contains recordings from another source or at another rate, or if a recording has
-            changed since `recordings.json` was written.
+            changed since it was added.
     """
     path = out / CLAIMS
     sweep(out, [path.name])

@@ -97,8 +97,8 @@ def read_part(
 ) -> np.ndarray:
     """Read a section of an audio file for a cut, from a path or from bytes in memory.
 
-    The section has as many samples as in Lhotse. If the audio ends at most `tolerance` seconds too early, the missing
-    samples are filled by reflection, as in Lhotse.
+    As in Lhotse, the missing samples are filled by reflection if the audio ends at most `tolerance` seconds too early.
+    The result has as many samples as with Lhotse.
 
     Args:
         source: path of the audio file, or its content.

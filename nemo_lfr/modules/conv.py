@@ -319,7 +319,7 @@ class ConvTranspose1d(nn.Module):
 
 
 def _must_be_called(layer: Conv1d | ConvTranspose1d) -> bool:
-    """Return whether the child `conv` must be called, because a caller has altered it or its settings."""
+    """Return whether a caller has altered the child `conv` or its settings, so that `conv` must be called."""
     kind = nn.Conv1d if isinstance(layer, Conv1d) else nn.ConvTranspose1d
     return must_be_called(layer.conv, kind) or not layer.is_consistent
 

@@ -40,7 +40,7 @@ def quantize(quantizer: Quantizer, encoded: torch.Tensor, num_frames: list[int] 
     If a frame has NaN or infinite values, all of its tokens are `INVALID`.
 
     Args:
-        quantizer: the quantizer. If a caller has changed it, its method `encode` is called, as NeMo does.
+        quantizer: the quantizer. If a caller has changed it, its method `encode` is called, as in NeMo.
         encoded: output of the encoder.
         num_frames: valid frames in each example; default: all.
     """

@@ -97,9 +97,9 @@ class WeightAveraging(BaseModel):
             self._average.is_due = True
 
     def update_average(self) -> None:
-        """Update the average, if there is one and the encoder or decoder was trained since the last update.
+        """Update the average if the encoder or decoder was trained since the last update.
 
-        Steps of several optimizers cause only one update.
+        Steps of several optimizers cause only one update. Without an average, this method does nothing.
         """
         if self._average is not None and self._average.is_due and not self._average.in_use:
             self._average.update(self._generator)

@@ -114,9 +114,9 @@ class StateDicts(BaseModel):
         return result
 
     def _keep_discriminator(self, state: dict[str, Any]) -> dict[str, Any]:
-        """Remove the discriminators' weights from a state dict if the model has no discriminators yet.
+        """Return a state dict without the weights of discriminators that are not built yet.
 
-        The weights are stored until the discriminators are built. The other weights are returned.
+        These weights are kept until the discriminators are built.
         """
         if getattr(self, "discriminator", None) is not None:
             return state

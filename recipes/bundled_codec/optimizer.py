@@ -22,7 +22,7 @@ def as_matrix(weight: torch.Tensor) -> torch.Tensor:
 
 
 class Muon:
-    """Muon optimizer (Jordan et al., 2024), scaled to the RMS of an AdamW update.
+    """Muon optimizer (Jordan et al., 2024). Its updates are scaled to the usual RMS of AdamW updates.
 
     Muon orthogonalizes the momentum of each matrix, and uses the result as the update. `torch.optim.Muon` processes
     one matrix at a time, in 2,000 small products per update, and cannot be captured in a CUDA graph. This class

@@ -205,7 +205,10 @@ class PackedWeights:
         slope: float = 1.0,
         residual: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Convolve at the precision of the weights, or in fp32 if bf16 is too inaccurate for this shape."""
+        """Convolve at the precision of the weights, or in fp32 if bf16 is too inaccurate for this shape.
+
+        For `slope` and `residual`, see `Weights.convolve`.
+        """
         packed = self._get(layer, self.dtype)
         shape = layer, padded.shape
         if self.dtype == torch.bfloat16 and shape not in self._checked:

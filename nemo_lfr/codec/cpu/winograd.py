@@ -115,7 +115,7 @@ def _multiply(layer: Transformed, seen: torch.Tensor, out: torch.Tensor) -> None
     Args:
         layer: weights of the layer.
         seen: transformed input, [POINTS, (tiles + layer.num_pieces - 1) * dilation, H_in].
-        out: [tiles, 4, dilation * H_out].
+        out: tensor for the result, [tiles, 4, dilation * H_out].
     """
     products = [
         # The bias is added at the point 1 only. Because 1 ** n = 1, every output then contains it once.

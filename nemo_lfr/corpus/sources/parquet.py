@@ -100,7 +100,7 @@ class Parquet(Table):
         return table, footer
 
     def files_of(self, shard: ShardSpec) -> list[Path]:
-        """Return a list with the file from which a shard is read. It is empty for a folder that cannot be read."""
+        """Return the file from which a shard is read, as a list; empty for the shard of an unreadable folder."""
         return [self.files[shard["file"]]] if "file" in shard else []
 
     def shards(self, size: int) -> list[ShardSpec]:

@@ -213,7 +213,7 @@ def walked(window: Window, parts: Iterator[int], section: re.Pattern[bytes] | No
         window: the file.
         parts: size of each section in bytes, in order; 0 if the size is unknown.
         section: pattern of the beginning of a section; None if a header states the number of sections. If another
-            section begins after those in `parts`, the bytes between them are damaged.
+            section begins anywhere after those in `parts`, the file is damaged.
 
     Returns:
         The file as one `Stream`. The stream has a `problem` if the file is truncated or damaged, if the size of a
