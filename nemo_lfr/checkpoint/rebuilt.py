@@ -322,7 +322,7 @@ def _tensors(layer: nn.Module) -> set[str]:
 
 
 def _is_changed(key: str, value: Any, expected: Mapping[str, Any]) -> bool:
-    """Return whether an attribute of a layer differs from the rebuilt layer; see `_changed_settings`.
+    """Return whether an attribute of a layer differs from that of the rebuilt layer; see `_changed_settings`.
 
     Args:
         key: name of the attribute.

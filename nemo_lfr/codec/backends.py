@@ -59,8 +59,8 @@ class Opener:
     """Functions that `nemo_lfr.load` calls to open a backend, and texts for messages.
 
     Attributes:
-        open: function that opens the model at a local path and returns its backend. The model is a checkpoint, or a
-            model in the backend's own format if `accepts` is set.
+        open: function that opens the model at a local path and returns its backend. The model is in the backend's own
+            format if `accepts` is set; otherwise, it is a checkpoint.
         accepts: function that returns whether a local path is a model in the backend's own format, such as a .tflite
             file. None for a backend that opens checkpoints.
         check: function that raises an error for unsupported options. It is called before a checkpoint is downloaded.

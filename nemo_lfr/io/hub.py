@@ -45,8 +45,9 @@ def find_checkpoint(source: str | os.PathLike[str] | None, refresh: bool = False
         Path of a `.nemo` or `.ckpt` file, or of a folder with config and weights.
 
     Raises:
-        CheckpointError: if the path does not exist or is not a checkpoint. Also if the repository contains no
-            checkpoint, or several of which none is named after it; or if it is not cached and cannot be downloaded.
+        CheckpointError: if the path does not exist or is not a checkpoint; if the repository contains no checkpoint,
+            or several and none of them is named after the repository; or if the repository is not cached and cannot
+            be downloaded.
     """
     if source is None:
         return bundled_checkpoint()

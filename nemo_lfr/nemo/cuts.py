@@ -103,8 +103,9 @@ class CutLoader(DataLoader[dict[str, Any]]):
     """Data loader that handles batches in which no cut can be read.
 
     Attributes:
-        keep_count: whether each unreadable batch is replaced by a copy of the previous or next readable batch, so that
-            all processes have the same number of batches. If False, unreadable batches are dropped.
+        keep_count: whether each unreadable batch is replaced by a copy of the previous readable batch (of the next one
+            at the start), so that all processes have the same number of batches. If False, unreadable batches are
+            dropped.
     """
 
     keep_count = False

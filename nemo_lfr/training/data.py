@@ -37,7 +37,7 @@ class CodecDataset(Dataset[dict[str, Any]]):
             folder) and `sample_weight` (by default 1). Invalid lines of a manifest are skipped, and logged once.
         sample_rate: sample rate of the audio in Hz.
         n_samples: length of a segment in samples; None for entire recordings.
-        weighted_sampling_steps_per_epoch: number of batches per epoch, for which recordings are drawn at random, with
+        weighted_sampling_steps_per_epoch: number of batches per epoch. Recordings are then drawn at random, with
             probabilities proportional to the `sample_weight` of their dataset. If None, an epoch is one shuffled pass
             over all recordings. Without `n_samples`, this argument has no effect, and recordings are read in order.
         min_duration: minimum duration of a recording in seconds. Shorter recordings are skipped.

@@ -135,7 +135,7 @@ class SpeechSegments:
     def cut(self, draw: Draw) -> torch.Tensor:
         """Cut the segments of a batch, and change their speed, loudness and spectrum.
 
-        A gain is reduced if the segment would clip.
+        The random gain of a segment is reduced if the segment would clip.
 
         Args:
             draw: random choices, as `draw` returns them.

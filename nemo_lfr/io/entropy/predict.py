@@ -120,10 +120,9 @@ def block_features(spec: ModelSpec, digits: np.ndarray) -> np.ndarray:
 
 
 def hidden_sums(model: EntropyModel, features: np.ndarray) -> np.ndarray:
-    """Compute the inputs of the activation function of the second hidden layer.
+    """Compute the contribution of past frames to the second hidden layer, before its activation function.
 
-    They depend on past frames only. The contributions of the current frame's FSQ values are added later, one by one,
-    when the values are known.
+    The contributions of the current frame's FSQ values are added later, one by one, when the values are known.
 
     Args:
         model: entropy model.
