@@ -48,7 +48,7 @@ def read(path: Path, rate: int) -> np.ndarray:
 
 
 def cut(rng: np.random.Generator, total: int, frame: int, longest: int) -> list[tuple[int, int]]:
-    """Split `total` items into random chunks [start, stop)."""
+    """Split `total` items into chunks [start, stop) of random lengths: 0, 1, `frame`, 997 or less than `longest`."""
     edges = [0]
     while edges[-1] < total:
         kind = int(rng.integers(6))

@@ -6,8 +6,7 @@ A package lists its extensions in its `pyproject.toml`:
     text = "my_package.text_format:TextFormat"
 
 The groups are `nemo_lfr.backends`, `nemo_lfr.sources`, `nemo_lfr.formats` and `nemo_lfr.commands`. An extension is
-imported on first use. Extensions for evaluations (codecs and metrics) use other groups;
-see `nemo_lfr.evaluation.plugins`.
+imported on first use. Codecs and metrics for evaluations have their own group; see `nemo_lfr.evaluation.plugins`.
 """
 
 from collections.abc import Iterable, Iterator

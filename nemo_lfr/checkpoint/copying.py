@@ -30,7 +30,7 @@ class Copies:
         return other
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Self":
-        """Return an independent copy."""
+        """Return a copy that shares only the attributes in `_shared` with this object."""
         other = memo[id(self)] = type(self).__new__(type(self))
         state = self._to_copy().items()
         vars(other).update({key: value if key in self._shared else copy.deepcopy(value, memo) for key, value in state})

@@ -165,12 +165,12 @@ def flags_of(model: nn.Module) -> tuple[dict[str, bool], dict[str, bool]]:
 
 
 def restore_flags(model: nn.Module, modes: Mapping[str, bool], gradients: Mapping[str, bool]) -> None:
-    """Set the flags of a rebuilt model to those of the original model, as `flags_of` returned them.
+    """Set `training` and `requires_grad` in a rebuilt model as in the original model.
 
     Args:
         model: the rebuilt model. It may have weight norm even if the original model has none.
-        modes: value of `training` for each module, by plain name.
-        gradients: value of `requires_grad` for each tensor, by plain name.
+        modes: dict from the plain name of each module (see `plain_key`) to its `training`.
+        gradients: dict from the plain name of each parameter and buffer to its `requires_grad`.
     """
     for name, module in model.named_modules():
         layer = name.partition(".parametrizations")[0]

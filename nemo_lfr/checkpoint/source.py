@@ -54,7 +54,7 @@ class FileSource:
         file: the open file. Its descriptor is duplicated, so the caller may close `file` at any time.
         offset: start of the range.
         size: length of the range in bytes.
-        state: result of `file_state` before the file was first read.
+        state: size and modification time of the file before it was first read, from `file_state`.
     """
 
     def __init__(self, path: Path, file: IO[bytes], offset: int, size: int, state: tuple[int, int]) -> None:

@@ -223,7 +223,7 @@ def _examples(evaluation: Evaluation, keys: Sequence[str], count: int) -> list[d
 
 
 def _play(name: str, wave: np.ndarray, rate: int) -> dict[str, str]:
-    """Return the content of a player: its name, a spectrogram as SVG, and the audio [T] as a data URI with FLAC."""
+    """Return a player as a dict: its "name", its "picture" (a spectrogram, SVG) and its "audio" (data URI of FLAC)."""
     audio = io.BytesIO()
     soundfile.write(audio, wave.clip(-1, 1), rate, format="FLAC", subtype="PCM_16")
     data = base64.b64encode(audio.getvalue()).decode()

@@ -88,6 +88,6 @@ class RunLock(Callback):
         unlock_runs()
 
     def teardown(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        """Release the locks."""
+        """Release the locks at the end of training."""
         if stage == "fit":
             unlock_runs()

@@ -47,7 +47,7 @@ class _PageFiles(StaticFiles):
     """Static files of the page. Each response has the headers in `HEADERS`."""
 
     async def get_response(self, path: str, scope: Scope) -> Response:
-        """Return a file, or status 404."""
+        """Return a file with the headers in `HEADERS`. Raise HTTPException if there is no such file."""
         response = await super().get_response(path, scope)
         response.headers.update(HEADERS)
         return response

@@ -185,7 +185,7 @@ def entry_clip(name: str, labels: dict[str, Any], audio_dir: Path) -> Clip:
 
     Args:
         name: id of the clip.
-        labels: values of the entry.
+        labels: the entry, as a dict.
         audio_dir: folder that relative paths are resolved against.
 
     Raises:

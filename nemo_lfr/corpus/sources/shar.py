@@ -139,7 +139,7 @@ class Shar(CorpusReader):
 
 
 def _find_fields(path: Path) -> dict[str, list[Path]]:
-    """Return the files of each field in a folder, sorted by path.
+    """Return a dict from each field of a Shar to its files, sorted by path.
 
     If a cuts file has a shard number, files without a number do not belong to the Shar.
     """
