@@ -138,7 +138,8 @@ def export_programs(codec: CodecBase[Any]) -> Programs:
         The exported programs of the encoder and the decoder, which `torch.export.save` can write to files.
 
     Raises:
-        NemoLfrError: if the codec does not run in PyTorch in fp32, or has hooks or replaced layers.
+        NemoLfrError: if the codec does not run in PyTorch in fp32; if it has hooks, replaced layers or changed
+            buffers; or if `eps` differs between codebooks.
     """
     backend = fp32_backend(codec, "programs")
     with building_state(torch.device("cpu")), backend.computing():
