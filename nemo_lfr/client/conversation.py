@@ -373,7 +373,7 @@ class Conversation(CodecProperties):
         return error
 
     def invalid(self, problem: str) -> ServerError:
-        """Record and return the error for a message that does not follow the protocol.
+        """Return the error for a message that does not follow the protocol, and record it as in `fail`.
 
         Args:
             problem: what the server did, such as "sent text that is not a JSON object".

@@ -50,6 +50,8 @@ def _adopt_codec(
 ) -> None:
     """Replace the codec in a stored plan by `spec` if the plan has an older fingerprint of the same codec.
 
+    `made` returns whether a fingerprint belongs to this codec.
+
     Raises:
         NemoLfrError: if the run writes token files, and readers do not treat the two fingerprints as equal.
     """

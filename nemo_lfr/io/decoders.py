@@ -30,7 +30,7 @@ class Decoder(Protocol):
 
     @property
     def note(self) -> str | None:
-        """Return a warning about audio that is not read, or None.
+        """Return a warning about audio that is ignored, such as a second track; None if there is none.
 
         The warning may change until the end of the file has been read.
         """

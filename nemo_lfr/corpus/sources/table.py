@@ -97,7 +97,7 @@ class Table(CorpusReader):
         return shards if identity == self._hash([file.name for file in self.files]) else None
 
     def _hash(self, names: Sequence[str]) -> str:
-        """Return a hash of `names`, one for each file, and of the contents of the files."""
+        """Return a hash of the contents of all files, and of `names`, which has a name for each file."""
         return list_digest(zip(names, self._digests, strict=True))
 
     @cached_property
