@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 
 from nemo_lfr.checkpoint import PARTS, build_part, build_parts, nemo_config
 from nemo_lfr.checkpoint.names import DIRECTION, plain_key, plain_keys, unwrapped
@@ -34,15 +35,19 @@ def accelerate(model: NeMoAudioCodecModel) -> NeMoAudioCodecModel:
         `model` itself.
 
     Raises:
-        ConfigError: if the model is not an `AudioCodecModel` of the LFR codec family; if its modules do not match its
-            config; or if a hook, an overridden method, a layer of another class or a changed setting in its encoder,
-            quantizer or decoder would be lost. The model is then unchanged.
+        ConfigError: if the model is not an `AudioCodecModel` of the LFR codec family, or is being trained; if its
+            modules do not match its config; or if a hook, an overridden method, a layer of another class or a
+            changed setting in its encoder, quantizer or decoder would be lost. The model is then unchanged.
     """
     inner = unwrapped(model) if isinstance(model, torch.nn.Module) else model
     if isinstance(inner, LFRCodecModel):
         return model
     if not isinstance(inner, NeMoAudioCodecModel):
         raise ConfigError(f"{type(model).__name__} is not NeMo's AudioCodecModel; pass a loaded model of that class.")
+    # Its optimizers and hooks would stay those of NeMo's model.
+    trainer = inner._trainer
+    if trainer is not None and (trainer.state.fn, trainer.state.status) == (TrainerFn.FITTING, TrainerStatus.RUNNING):
+        raise ConfigError("the model is being trained; call accelerate before the trainer's fit.")
     # Everything that can fail runs before the first change to the model.
     values = checked_values(inner.cfg)
     with building_state(torch.device("cpu")):

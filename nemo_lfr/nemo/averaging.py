@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from nemo_lfr.nemo.base import BaseModel, logging
-from nemo_lfr.training.average import Average
+from nemo_lfr.training.average import Average, is_finite
 
 # Modules whose weights are averaged, in the order of `_generator`.
 PARTS = ("audio_encoder", "audio_decoder")
@@ -30,7 +30,7 @@ class WeightAveraging(BaseModel):
         """
         self.update_average()
         if averaged:
-            self._drop_stale_average()
+            self._check_average()
         if self._average is not None:
             self._average.use(self._generator, averaged)
 
@@ -41,14 +41,25 @@ class WeightAveraging(BaseModel):
         if self._average is not None and not self._average.in_use and not self._average.is_finished:
             self._average.finish(self._generator)
 
-    def _drop_stale_average(self) -> None:
-        """Drop the average, with a warning, if the weights were loaded or edited after the end of the training."""
+    def _check_average(self) -> None:
+        """Drop the average if the weights were changed after the training; restart it if only it is not finite.
+
+        Both are logged as warnings. While the averaged weights are in the model, this method does nothing.
+        """
         average = self._average
-        if average is not None and not average.in_use and not average.describes(self._generator):
+        if average is None or average.in_use:
+            return
+        if not average.describes(self._generator):
             self._average = None
             logging.warning(
                 "The weights were changed after the training, so their moving average (ema_decay) is not "
                 "used. The .ckpt files that the training wrote contain the average."
+            )
+        elif not average.is_finite and is_finite(self._generator.parameters()):
+            average.restart(self._generator)
+            logging.warning(
+                "The moving average of the weights (ema_decay) contains NaN or infinity, but the weights are finite "
+                "again. The average restarts from the current weights."
             )
 
     @contextmanager
@@ -71,7 +82,7 @@ class WeightAveraging(BaseModel):
         The average is dropped with a warning if the weights were changed after the training.
         """
         self.use_average(False)
-        self._drop_stale_average()
+        self._check_average()
 
     def start_average(self) -> None:
         """Start or resume the moving average."""
@@ -126,7 +137,7 @@ class WeightAveraging(BaseModel):
         `val_loss` was measured.
         """
         self.update_average()
-        self._drop_stale_average()
+        self._check_average()
         if self._average is None or "average" in checkpoint:
             return
         state, names = checkpoint["state_dict"], self._averaged_names()

@@ -24,10 +24,9 @@ class Average:
 
     def __init__(self, module: torch.nn.Module, decay: float) -> None:
         self.decay = decay
-        self.count = 0
         self.in_use = self.is_due = False
         self._trained: WeightRecord | None = None
-        self.weights = [parameter.detach().clone() for parameter in module.parameters()]
+        self.restart(module)
 
     @torch.no_grad()
     def update(self, module: torch.nn.Module) -> None:
@@ -37,6 +36,16 @@ class Average:
         decay = min(self.decay, self.count / (self.count + 50))
         self._move(module)
         torch._foreach_lerp_(self.weights, [parameter.detach() for parameter in module.parameters()], 1 - decay)
+
+    def restart(self, module: torch.nn.Module) -> None:
+        """Set the average to the module's current parameters, as at the start of training."""
+        self.count = 0
+        self.weights = [parameter.detach().clone() for parameter in module.parameters()]
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether `weights` contain neither NaN nor infinity."""
+        return is_finite(self.weights)
 
     def use(self, module: torch.nn.Module, averaged: bool) -> None:
         """Put the averaged weights into the module, or put the trained weights back if `averaged` is False."""
@@ -92,6 +101,11 @@ class WeightRecord:
         """Return whether the parameters of `modules` equal those from which this record was made."""
         weights = _weights(modules)
         return len(weights) == len(self._checksums) and all(map(_is_converted, weights, self._checksums))
+
+
+def is_finite(weights: Iterable[torch.Tensor]) -> bool:
+    """Return whether tensors contain neither NaN nor infinity."""
+    return all(bool(weight.isfinite().all()) for weight in weights)
 
 
 def _weights(modules: Iterable[torch.nn.Module]) -> list[torch.Tensor]:

@@ -23,7 +23,7 @@ from nemo.collections.tts.models.audio_codec import AudioCodecModel as StockMode
 from omegaconf import OmegaConf, open_dict
 
 import nemo_lfr
-from nemo_lfr import AudioCodecModel, CheckpointError, ConfigError
+from nemo_lfr import AudioCodecModel, CheckpointError, ConfigError, accelerate
 from nemo_lfr.io.exclusive import exclusive
 from nemo_lfr.modules.quantizer import FiniteScalarQuantizer, GroupFiniteScalarQuantizer
 from nemo_lfr.nemo.config import check_training
@@ -810,6 +810,38 @@ def test_weights_that_a_callback_loads_at_the_end_of_the_training_are_saved(tmp_
     quiet_trainer(max_epochs=1, callbacks=[load]).fit(model, loader)
     model.save_to(tmp_path / "a.nemo")
     assert torch.equal(generator_weights(AudioCodecModel.restore_from(tmp_path / "a.nemo")), generator_weights(model))
+
+
+class Rollback(pl.Callback):
+    """Callback that loads good weights after a batch that makes the weights NaN."""
+
+    def on_train_start(self, trainer, model):
+        self.good = {name: value.clone() for name, value in model.state_dict().items()}
+
+    def on_train_batch_start(self, trainer, model, batch, batch_idx):
+        if batch_idx == 1:
+            model.load_state_dict(self.good)
+
+    def on_train_batch_end(self, trainer, model, outputs, batch, batch_idx):
+        if batch_idx == 0:
+            torch.nn.init.constant_(next(model.audio_decoder.parameters()), torch.nan)
+
+
+def test_an_average_of_nan_restarts_when_the_weights_are_finite_again(tmp_path):
+    model = AudioCodecModel(OmegaConf.create(training_config([], ema_decay=0.5, optim=FROZEN, **TWO_STAGES)))
+    loader = torch.utils.data.DataLoader([batch(frames=1)] * 3, batch_size=None)
+    quiet_trainer(max_epochs=1, callbacks=[Rollback()]).fit(model, loader)
+    model.save_to(tmp_path / "a.nemo")
+    assert torch.equal(generator_weights(AudioCodecModel.restore_from(tmp_path / "a.nemo")), generator_weights(model))
+
+
+def test_accelerate_refuses_a_model_that_is_being_trained(tmp_path):
+    stock, _ = models(tmp_path, training_config([], **TWO_STAGES))
+    loader = torch.utils.data.DataLoader([batch(frames=1)], batch_size=None)
+    late = pl.callbacks.LambdaCallback(on_fit_start=lambda *_: accelerate(stock))
+    with pytest.raises(ConfigError, match="call accelerate before"):
+        quiet_trainer(max_epochs=1, callbacks=[late]).fit(stock, loader)
+    assert accelerate(stock)
 
 
 class Skipping(AudioCodecModel):
