@@ -1,8 +1,11 @@
 """Marks all tests of this folder with `nemo`, and skips importing their files if they are deselected."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from tests.models import FULL_SIZE, codec_config, write_nemo
 
 FOLDER = Path(__file__).parent
 
@@ -17,3 +20,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if FOLDER in item.path.parents:
             item.add_marker(pytest.mark.nemo)
+
+
+@pytest.fixture(scope="session")
+def full_size(once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
+    """Return a checkpoint of the released size, which takes 13 s of CPU time to make."""
+
+    def fill(folder: Path) -> None:
+        folder.mkdir()
+        write_nemo(folder / "model.nemo", codec_config(**FULL_SIZE))
+
+    return once("full_size", fill) / "model.nemo"

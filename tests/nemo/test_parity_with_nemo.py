@@ -4,6 +4,7 @@ The reference is stock NeMo, restored by its own reader, on one utterance alone.
 rounding ties, where stock NeMo's value before rounding is within 1e-4 of a rounding edge.
 """
 
+import functools
 import json
 import subprocess
 import sys
@@ -18,29 +19,67 @@ import torch
 pytest.importorskip("nemo", reason="stock NeMo is the reference here: pip install '.[nemo]'")
 
 import nemo_lfr
+from nemo_lfr.checkpoint import read_config
 from nemo_lfr.pretrained import bundled_checkpoint
-from tests.models import FULL_SIZE, KINDS, codec_config, speech_like, stock_model, write_nemo
+from tests.models import KINDS, RATE, codec_config, same_parts, speech_like, stock_model, write_nemo
 from tests.reference import TIE
 
 # Relative to full scale. Sums in another order change a few float32 digits through 100 layers.
 AUDIO_TOLERANCE = 1e-5
-LENGTHS = (30_000, 12_288, 4_500)
+LENGTHS = (29.3, 12, 4.4)  # in frames
 
 
-@pytest.fixture(scope="session", params=[*KINDS, "bundled", pytest.param("full size", marks=pytest.mark.slow)])
+class Reference:
+    """A checkpoint, stock NeMo restored from it, the results of stock NeMo for some utterances, and our models.
+
+    Args:
+        path: the checkpoint.
+        lengths: lengths of the utterances in frames.
+        short_chunks: two lengths in frames of the chunks into which our codec divides an utterance.
+    """
+
+    def __init__(self, path: Path, lengths: tuple[float, ...], short_chunks: tuple[int, int]) -> None:
+        self.path, self.short_chunks = path, short_chunks
+        self.stock = stock_model(path)
+        samples = [int(length * self.stock.samples_per_frame) for length in lengths]
+        self.clips = [speech_like(RATE, seed)[-number:] for seed, number in enumerate(samples)]
+        self.expected = [stock_round_trip(self.stock, clip) for clip in self.clips]
+
+    @functools.cached_property
+    def codec(self):
+        """Codec of the standalone API, which divides none of the utterances into chunks."""
+        codec = nemo_lfr.load(self.path, device="cpu")
+        assert codec.chunk_frames > LENGTHS[0]
+        return codec
+
+    def chunked(self, short: int):
+        """Return `codec` with other chunks."""
+        return same_parts(self.codec, chunk_frames=self.short_chunks[short])
+
+    @functools.cached_property
+    def model(self):
+        """Our model for NeMo."""
+        return nemo_lfr.AudioCodecModel.restore_from(self.path, map_location="cpu")
+
+
+@pytest.fixture(scope="module", params=[*KINDS, "bundled", pytest.param("full size", marks=pytest.mark.slow)])
 def reference(request, tmp_path_factory):
-    """Return a checkpoint, stock NeMo restored from it, and the results of stock NeMo for some utterances."""
+    """Return a `Reference` for a kind of codec."""
+    if request.param == "full size":
+        # With 15 frames, each chunk lacks some of the clip on one side, as the decoder depends on 13 frames.
+        return Reference(request.getfixturevalue("full_size"), (LENGTHS[0], LENGTHS[-1]), (15, 16))
     if request.param == "bundled":
-        path = bundled_checkpoint()
-    else:
-        folder = tmp_path_factory.mktemp("parity")
-        full = request.param == "full size"
-        config = codec_config(**FULL_SIZE) if full else codec_config(request.param)
-        path = write_nemo(folder / "model.nemo", config)
-    stock = stock_model(path)
-    clips = [speech_like(length, seed) for seed, length in enumerate(LENGTHS)]
-    expected = [stock_round_trip(stock, clip) for clip in clips]
-    return SimpleNamespace(path=path, stock=stock, clips=clips, expected=expected)
+        return Reference(bundled_checkpoint(), LENGTHS, (5, 7))
+    path = write_nemo(tmp_path_factory.mktemp("parity") / "model.nemo", codec_config(request.param))
+    return Reference(path, LENGTHS, (5, 7))
+
+
+@pytest.fixture(scope="module")
+def saved(reference, tmp_path_factory):
+    """Return the path of the file that our model saves, which is alone in its folder."""
+    path = tmp_path_factory.mktemp("saved") / "saved.nemo"
+    reference.model.save_to(path)
+    return path
 
 
 @torch.no_grad()
@@ -59,59 +98,54 @@ def stock_round_trip(stock, clip):
     return SimpleNamespace(tokens=tokens[0], margins=torch.stack(margins, dim=1)[0], audio=audio[0])
 
 
-# Each path takes the checkpoint and the clips, and gives (tokens [C, T], audio [T_audio]) of each clip.
+# Each path takes the reference, and gives (tokens [C, T], audio [T_audio]) of each clip.
 
 
 def light_alone(reference):
-    codec = nemo_lfr.load(reference.path, device="cpu")
-    for clip in reference.clips:
-        tokens, _ = codec.encode(clip)
-        yield tokens[0], codec.decode(tokens)[0][0]
+    yield from one_by_one(reference.codec, reference.clips)
 
 
 def light_batch(reference):
-    codec = nemo_lfr.load(reference.path, device="cpu")
-    tokens, tokens_len = codec.encode(*noise_padded(reference.clips))
-    audio, audio_len = codec.decode(tokens, tokens_len)
+    tokens, tokens_len = reference.codec.encode(*noise_padded(reference.clips))
+    audio, audio_len = reference.codec.decode(tokens, tokens_len)
     yield from split(tokens, tokens_len, audio, audio_len)
 
 
 def light_chunks(reference):
-    codec = nemo_lfr.load(reference.path, device="cpu")
-    codec.chunk_frames = 5
-    for clip in reference.clips:
-        tokens, _ = codec.encode(clip)
-        yield tokens[0], codec.decode(tokens)[0][0]
+    yield from one_by_one(reference.chunked(0), reference.clips)
 
 
 def light_blocks(reference):
-    codec = nemo_lfr.load(reference.path, device="cpu")
-    codec.chunk_frames = 7
+    codec = reference.chunked(1)
     for clip in reference.clips:
         tokens = np.concatenate(list(codec.encode_blocks(np.array_split(clip.numpy(), 5))), axis=1)
         audio = np.concatenate(list(codec.decode_blocks(np.array_split(tokens, 3, axis=1))))
         yield torch.from_numpy(tokens), torch.from_numpy(audio)
 
 
+def one_by_one(codec, clips):
+    for clip in clips:
+        tokens, _ = codec.encode(clip)
+        yield tokens[0], codec.decode(tokens)[0][0]
+
+
 def nemo_alone(reference):
-    model = nemo_lfr.AudioCodecModel.restore_from(reference.path, map_location="cpu")
     for clip in reference.clips:
-        tokens, tokens_len = model.encode(audio=clip[None], audio_len=torch.tensor([len(clip)]))
-        audio, _ = model.decode(tokens=tokens, tokens_len=tokens_len)
+        tokens, tokens_len = reference.model.encode(audio=clip[None], audio_len=torch.tensor([len(clip)]))
+        audio, _ = reference.model.decode(tokens=tokens, tokens_len=tokens_len)
         yield tokens[0], audio[0]
 
 
 def nemo_batch(reference):
-    model = nemo_lfr.AudioCodecModel.restore_from(reference.path, map_location="cpu")
     audio, audio_len = noise_padded(reference.clips)
-    tokens, tokens_len = model.encode(audio, audio_len)
-    audio, audio_len = model.decode(tokens, tokens_len)
+    tokens, tokens_len = reference.model.encode(audio, audio_len)
+    audio, audio_len = reference.model.decode(tokens, tokens_len)
     yield from split(tokens, tokens_len, audio, audio_len)
 
 
 def nemo_in_steps(reference):
     """Run the four steps of NeMo's inference tutorial on a ragged batch."""
-    model = nemo_lfr.AudioCodecModel.restore_from(reference.path, map_location="cpu")
+    model = reference.model
     audio, audio_len = noise_padded(reference.clips)
     with torch.no_grad():
         encoded, encoded_len = model.encode_audio(audio=audio, audio_len=audio_len)
@@ -206,17 +240,15 @@ def stock_tokens(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[
         yield encode
 
 
-def test_saved_file_opens_in_nemo_without_this_package(reference, stock_tokens, tmp_path):
-    saved = tmp_path / "saved.nemo"
-    nemo_lfr.AudioCodecModel.restore_from(reference.path, map_location="cpu").save_to(saved)
+def test_saved_file_opens_in_nemo_without_this_package(reference, saved, stock_tokens, tmp_path):
     np.save(tmp_path / "clip.npy", reference.clips[0].numpy())
     assert torch.equal(stock_tokens(saved, tmp_path / "clip.npy"), reference.expected[0].tokens.long())
 
 
 def test_the_cards_snippet_runs_as_printed(reference):
     """The example ends with `.cpu().numpy()`, which fails in stock NeMo because the output requires gradients."""
-    model = nemo_lfr.AudioCodecModel.restore_from(str(reference.path), map_location="cpu")
-    audio_tensor = reference.clips[0].unsqueeze(dim=0)
+    model = reference.model
+    audio_tensor = reference.clips[-1].unsqueeze(dim=0)
     audio_len = torch.tensor([audio_tensor[0].shape[0]])
     encoded_tokens, encoded_len = model.encode(audio=audio_tensor, audio_len=audio_len)
     reconstructed_audio, _ = model.decode(tokens=encoded_tokens, tokens_len=encoded_len)
@@ -224,11 +256,6 @@ def test_the_cards_snippet_runs_as_printed(reference):
     assert output_audio.shape == (1, encoded_tokens.shape[2] * model.samples_per_frame)
 
 
-def test_written_files_name_only_nemo_classes(reference, tmp_path):
-    from nemo_lfr.checkpoint import read_config
-
-    saved = tmp_path / "saved.nemo"
-    nemo_lfr.AudioCodecModel.restore_from(reference.path, map_location="cpu").save_to(saved)
-    text = str(read_config(saved))
-    assert "nemo_lfr" not in text
-    assert [entry.name for entry in Path(tmp_path).iterdir()] == ["saved.nemo"]
+def test_written_files_name_only_nemo_classes(saved):
+    assert "nemo_lfr" not in str(read_config(saved))
+    assert [entry.name for entry in saved.parent.iterdir()] == ["saved.nemo"]
