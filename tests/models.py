@@ -1,12 +1,15 @@
 """Codecs of every kind with random weights, as our classes, as files and as NeMo's model; see `nemo_lfr.testing`."""
 
+import contextlib
 import copy
 import functools
+import io
 import json
 import os
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from nemo_lfr import testing
@@ -66,6 +69,13 @@ KINDS: dict[str, dict[str, Any]] = {
     "two_stages": testing.TWO_STAGES,
 }
 
+# A convolution of each kind, for exports, which take time for each layer. Passed as changes to any of `KINDS`.
+ONE_STAGE: dict[str, Any] = {
+    "samples_per_frame": 15,
+    "audio_encoder": {"down_sample_rates": [15], "resblock_kernel_sizes": [3], "resblock_dilation_sizes": [2]},
+    "audio_decoder": {"up_sample_rates": [15], "resblock_kernel_sizes": [3], "resblock_dilation_sizes": [2]},
+}
+
 
 def codec_config(kind: str = "symmetric", **changes: Any) -> dict[str, Any]:
     """Return `testing.codec_config` changed to one of `KINDS`, with the decoder's layers of `FEWER_LAYERS`.
@@ -111,6 +121,23 @@ def write_nemo(path: str | os.PathLike[str], config: dict[str, Any] | None = Non
     elif testing.write_checkpoint(path, config, seed).stat().st_size < 10_000_000:
         _written[key] = Path(path).read_bytes()
     return Path(path)
+
+
+def export_smallest(folder: Path) -> None:
+    """Export a codec with the layers of `ONE_STAGE` to ONNX, for `once("onnx-smallest", export_smallest)`.
+
+    The command line exports it, and stdout.json has what it prints with --json.
+    """
+    for package in ("onnx", "onnxruntime", "onnxscript"):
+        pytest.importorskip(package, reason="pip install '.[onnx]'")
+    from nemo_lfr.cli.main import main
+
+    folder.mkdir()
+    model, printed = write_nemo(folder / "codec.nemo", codec_config(**ONE_STAGE)), io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        main(["export", "onnx", "--model", str(model), "--out", str(folder), "--json"])
+    model.unlink()
+    (folder / "stdout.json").write_text(printed.getvalue())
 
 
 def same_parts(codec: Codec, *, chunk_frames: int | None = None, **changes: Any) -> Codec:

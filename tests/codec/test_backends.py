@@ -1,6 +1,6 @@
 """Tests of the registry of backends, and `testing.BACKEND_CHECKS` for every registered backend.
 
-For a new backend, add a function that creates a model to `MODELS`.
+For a new backend, add a function that creates a model to `MODELS`. `export_smallest` creates the one of ONNX Runtime.
 """
 
 import functools
@@ -15,23 +15,12 @@ from nemo_lfr import Codec, NemoLfrError
 from nemo_lfr.codec import backends
 from nemo_lfr.testing import BACKEND_CHECKS
 from tests import level_backend
-from tests.models import cached_codec, codec_config, write_nemo
+from tests.models import codec_config, export_smallest, write_nemo
 from tests.tiers import slow_if
-
-KIND = "two_stages"
 
 
 def write_checkpoint(folder: Path) -> Path:
-    return write_nemo(folder / "codec.nemo", codec_config(KIND))
-
-
-def write_onnx(folder: Path) -> Path:
-    for package in ("onnx", "onnxruntime", "onnxscript"):
-        pytest.importorskip(package, reason="pip install '.[onnx]'")
-    from nemo_lfr.codec.onnx.export import export_onnx
-
-    export_onnx(cached_codec(KIND), folder)
-    return folder
+    return write_nemo(folder / "codec.nemo", codec_config("two_stages"))
 
 
 def write_levels(folder: Path) -> Path:
@@ -40,7 +29,7 @@ def write_levels(folder: Path) -> Path:
     return path
 
 
-MODELS: dict[str, Callable[[Path], Path]] = {"torch": write_checkpoint, "onnx": write_onnx, "levels": write_levels}
+MODELS: dict[str, Callable[[Path], Path] | None] = {"torch": write_checkpoint, "onnx": None, "levels": write_levels}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -52,9 +41,14 @@ def levels() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def model_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Return a function that returns the model for a backend's name; models are cached, as an export takes 10 s."""
-    return functools.cache(lambda name: MODELS[name](tmp_path_factory.mktemp(name)))
+def model_of(tmp_path_factory: pytest.TempPathFactory, once: Callable[..., Path]) -> Callable[[str], Path]:
+    """Return a function that returns the model for a backend's name; models are cached, as an export takes 5 s."""
+
+    def make(name: str) -> Path:
+        write = MODELS[name]
+        return write(tmp_path_factory.mktemp(name)) if write else once("onnx-smallest", export_smallest)
+
+    return functools.cache(make)
 
 
 every_model = slow_if(MODELS, ["onnx"])

@@ -1,5 +1,6 @@
 """Tests of exported ONNX codecs: the same tokens and audio for any length and batch, without PyTorch."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -7,7 +8,7 @@ import pickle
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,7 @@ from nemo_lfr.cli import main as cli
 from nemo_lfr.codec import torch_backend
 from nemo_lfr.codec.codec import Codec
 from nemo_lfr.io.token_file import TokenReader
-from nemo_lfr.testing import TWO_STAGES
-from tests.models import KINDS, RATE, build_codec, cached_codec, synthesize
+from tests.models import KINDS, ONE_STAGE, RATE, build_codec, cached_codec, export_smallest, synthesize
 from tests.packages import require
 from tests.reference import assert_same_tokens
 
@@ -34,7 +34,7 @@ from nemo_lfr.codec.onnx.backend import OnnxBackend  # noqa: E402
 from nemo_lfr.codec.onnx.export import export_onnx  # noqa: E402
 from tests.codec.test_onnx_graph import body, external, node  # noqa: E402
 
-# An export takes 5 to 15 s. The fast tests export once, in test_backends.py.
+# An export takes 5 to 15 s.
 pytestmark = pytest.mark.slow
 
 
@@ -44,16 +44,45 @@ def bundled(once):
     return once("onnx-bundled", lambda folder: export_onnx(nemo_lfr.load(), folder))
 
 
-@pytest.fixture(scope="module", params=KINDS)
-def pair(request, once):
-    """Return a codec and its exported version.
+@contextlib.contextmanager
+def unusual_state() -> Iterator[None]:
+    """Set what PyTorch reads while it builds and traces modules to values with which it could not export."""
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.autocast("cpu", torch.bfloat16), torch.inference_mode(), torch.device("meta"):
+            yield
+    finally:
+        torch.set_default_dtype(torch.float32)
 
-    A conversion takes time for each layer. So the kinds that differ from "symmetric", which has the released layout,
-    have two stages.
-    """
-    codec = build_codec(request.param, **({} if request.param == "symmetric" else TWO_STAGES))
-    folder = once(f"onnx-{request.param}", lambda folder: export_onnx(codec, folder))
-    return codec, nemo_lfr.load(folder, backend="onnx")
+
+def mixed_codec() -> Codec:
+    """Return a codec with one FSQ, reflection in the encoder, and replication and clamping in the decoder."""
+    single, clamp, small = KINDS["single"], KINDS["clamp"], ONE_STAGE
+    return build_codec("single", **small | {key: single[key] | clamp.get(key, {}) | small[key] for key in PARTS})
+
+
+PARTS = ("audio_encoder", "audio_decoder")
+# One codec has the released size. The others have the other kinds of layers, each once: an export takes time for each
+# layer.
+EXPORTED: dict[str, tuple[Callable[[], Codec], Callable[[], contextlib.AbstractContextManager]]] = {
+    "bundled": (nemo_lfr.load, contextlib.nullcontext),
+    "nano": (lambda: build_codec("nano", **ONE_STAGE), contextlib.nullcontext),
+    "causal": (lambda: build_codec("causal", **ONE_STAGE), unusual_state),
+    "mixed": (mixed_codec, contextlib.nullcontext),
+}
+
+
+@pytest.fixture(scope="module", params=EXPORTED)
+def pair(request, once):
+    """Return a codec and its exported version, which does not depend on the state of the process that exports."""
+    build, state = EXPORTED[request.param]
+    codec = build()
+
+    def export(folder: Path) -> None:
+        with state():
+            export_onnx(codec, folder)
+
+    return codec, nemo_lfr.load(once(f"onnx-{request.param}", export), backend="onnx")
 
 
 def assert_same(codec, exported, waves: list[np.ndarray]) -> None:
@@ -228,13 +257,15 @@ def test_other_onnx_folders_raise(bundled, tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def two_exports(once):
-    """Export two codecs of the same layout."""
-    other = build_codec("two_stages")
-    other.encoder.pre_conv.conv.bias.add_(0.01)
-    return [
-        once("onnx-two_stages", lambda folder: export_onnx(cached_codec("two_stages"), folder)),
-        once("onnx-other", lambda folder: export_onnx(other, folder)),
-    ]
+    """Export a codec, and make what the export of another codec of the same layout would be."""
+
+    def other(folder: Path) -> None:
+        shutil.copytree(export, folder)
+        forge(folder, fingerprint="0123456789abcdef")
+        fill(folder, "encoder.onnx", 0.5)
+
+    export = once("onnx-smallest", export_smallest)
+    return [export, once("onnx-other", other)]
 
 
 def flip(path: Path, where: float) -> None:
@@ -275,16 +306,28 @@ def forge(folder: Path, **changes: object) -> None:
     set_values(folder, files=hashes, **changes)
 
 
-def lie(folder: Path, change: Callable[[Any], None]) -> None:
-    """Change the contents of encoder.onnx, and correct its hash."""
+def lie(folder: Path, change: Callable[[Any], None], name: str = "encoder.onnx") -> None:
+    """Change the contents of an ONNX file, and correct its hash."""
     import onnx
 
-    path = folder / "encoder.onnx"
+    path = folder / name
     model = onnx.load(path)
     change(model)
     path.write_bytes(model.SerializeToString())
-    hashes = json_files(folder) | {"encoder.onnx": hashlib.sha256(path.read_bytes()).hexdigest()}
+    hashes = json_files(folder) | {name: hashlib.sha256(path.read_bytes()).hexdigest()}
     set_values(folder, files=hashes)
+
+
+def fill(folder: Path, name: str, value: float) -> None:
+    """Set the weights of all convolutions of an ONNX file, and correct its hash."""
+
+    def change(model: Any) -> None:
+        weights = [tensor for tensor in model.graph.initializer if tensor.data_type == 1 and len(tensor.dims) == 3]
+        assert len(weights) > 3
+        for weight in weights:
+            weight.raw_data = np.full(tuple(weight.dims), value, np.float32).tobytes()
+
+    lie(folder, change, name)
 
 
 def json_files(folder: Path) -> dict[str, str]:
@@ -402,30 +445,15 @@ def test_a_file_that_is_replaced_after_opening_is_not_run(two_exports, tmp_path)
 
 
 @pytest.mark.parametrize("value", [1e30, -1e30, float("nan")])
-def test_exported_networks_that_overflow_are_errors_too(value, tmp_path):
-    codec = build_codec("two_stages")
-    for part in (codec.encoder, codec.decoder):
-        part.res_layers[0].res_blocks[0].res_blocks[0].skip_conv.conv.weight.fill_(value)
-        part.post_conv.conv.weight.fill_(value)
-    export_onnx(codec, tmp_path)
-    exported = nemo_lfr.load(tmp_path)
+def test_exported_networks_that_overflow_are_errors_too(value, two_exports, tmp_path):
+    shutil.copytree(two_exports[0], tmp_path / "x")
+    for name in ("encoder.onnx", "decoder.onnx"):
+        fill(tmp_path / "x", name, value)
+    exported = nemo_lfr.load(tmp_path / "x")
     with pytest.raises(NemoLfrError, match="encoder gives NaN or infinite"):
         exported.encode(synthesize(0.1))
     with pytest.raises(NemoLfrError, match="decoder gives NaN or infinite"):
         exported.decode(np.ones((8, 12), int))
-
-
-def test_exporting_does_not_depend_on_the_callers_state(two_exports, tmp_path):
-    codec = build_codec("two_stages")
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with torch.autocast("cpu", torch.bfloat16), torch.inference_mode(), torch.device("meta"):
-            export_onnx(codec, tmp_path)
-    finally:
-        torch.set_default_dtype(torch.float32)
-    wave = synthesize(0.1)
-    exported, expected = nemo_lfr.load(tmp_path), nemo_lfr.load(two_exports[0])
-    assert np.array_equal(exported.encode(wave)[0], expected.encode(wave)[0])
 
 
 def test_onnx_rejects_bad_audio_and_tokens_like_torch(bundled):
