@@ -141,7 +141,7 @@ def record_checksum(folder: Path) -> None:
 def move_files(source: Path, target: Path, stem: str) -> None:
     """Move all files of a save to another folder, which may contain an earlier save.
 
-    Weights of the earlier save that the new files do not replace are removed: transformers might load them instead.
+    Weights files that only the earlier save has are removed, because transformers might load them.
 
     Args:
         source: folder with the new files.

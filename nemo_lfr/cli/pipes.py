@@ -46,7 +46,7 @@ def encode_pipe(
 ) -> AudioReader:
     """Encode a recording while it arrives.
 
-    If stdin does not contain audio, this counts as a usage error. All other errors count as failures of the work.
+    If stdin does not contain audio, the exit code is 2, as for a wrong argument. For all later errors, it is 1.
 
     Args:
         codec: codec to use.

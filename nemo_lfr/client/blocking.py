@@ -81,7 +81,8 @@ class Client:
         Raises:
             TokensError: if `tokens` is not a two-dimensional array of integers.
             NemoLfrError: if another argument is not valid.
-            ServerError: if the server refuses the tokens, fails or cannot be reached.
+            ServerError: if the server refuses the tokens, fails, cannot be reached or does not return the requested
+                audio.
         """
         return decode_tokens(self._server, tokens, num_samples, audio_format)
 

@@ -285,7 +285,8 @@ class Conversation(CodecProperties):
         """Check the number of frames or samples that the server's last message reports.
 
         Raises:
-            ServerError: if `reported` is not the number received, or not the number expected for the input.
+            ServerError: if the input has not ended, or if `reported` is not the number that arrived, or not the number
+                that the server must send for this input.
         """
         units_in, units_out = self._units
         if not self.ended:

@@ -101,10 +101,13 @@ class BaseStream:
         raise NotImplementedError
 
     def _end(self, length: Any) -> tuple[torch.Tensor, int]:
-        """Mark the stream as flushed. Return the rest of the network's input, and the number of items still to return.
+        """Mark the stream as flushed, and return the last input of the network.
 
         Args:
             length: length of the recording in samples; None if unknown.
+
+        Returns:
+            The last input, and the number of frames (when encoding) or samples (when decoding) still to return.
         """
         raise NotImplementedError
 

@@ -43,9 +43,9 @@ def as_list(audio: Any) -> Any:
 def from_arrow(value: Any) -> Any:
     """Convert an Arrow array or scalar; return any other value unchanged.
 
-    An array of numbers becomes a numpy array with the same dtype. Any other array becomes a list with one converted
-    item for each element. A scalar that is a list is converted like an array, except that lists of numbers of equal
-    lengths inside it become one numpy array. A scalar that is a struct becomes a dict.
+    An array of numbers becomes a numpy array. Any other array becomes a list with one converted item for each element.
+    A scalar that is a list is converted like an array, but a list of equally long lists of numbers becomes one numpy
+    array. A scalar that is a tensor becomes a numpy array, and a scalar that is a struct becomes a dict.
     """
     if not _is_arrow(value):
         return value

@@ -174,8 +174,8 @@ def folder(corpus: Path, speaker_level: int | None = None) -> Iterator[CorpusUtt
     """Read the audio files below a folder.
 
     The transcript of `a.wav` is `a.txt` or `a.TXT` in the same folder. If an AudioFolder table (`metadata.csv`,
-    `metadata.tsv` or `metadata.jsonl`) lists the audio file, all labels come from the table instead. Splits come from
-    the table or from folder names such as `train` and `test`; see `nemo_lfr.io.splits.splits_of_folders`.
+    `metadata.tsv` or `metadata.jsonl`) lists the audio file, all labels and the split come from the table instead. A
+    missing speaker or split comes from the folder names; see `speaker_level` and `nemo_lfr.io.splits`.
 
     Args:
         corpus: the folder.

@@ -80,7 +80,7 @@ def read_manifest(
 
     Raises:
         ConfigError: if the manifest cannot be read, or if none of its entries is valid. An empty manifest is accepted.
-            Also if entries select segments with other keys; see `SegmentCheck`.
+            Also if several entries select segments of one file, but with another key than `offset`, such as `start`.
     """
     path = expand_home(path)
     folder = path.parent if audio_dir is None else expand_home(audio_dir)

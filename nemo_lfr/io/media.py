@@ -50,11 +50,11 @@ _REASONS = {
 
 
 class _Gaps:
-    """Sum of the gaps between the time stamps of consecutive frames.
+    """Sum of the gaps between consecutive frames, according to their time stamps.
 
     Attributes:
         seconds: sum of the gaps in seconds. Overlapping frames reduce the sum, so that jitter cancels out.
-        end: end of the last frame in seconds, according to the time stamps; 0 before the first frame.
+        end: end of the last frame in seconds; 0 before the first frame.
     """
 
     def __init__(self) -> None:
@@ -73,7 +73,7 @@ class _Gaps:
         """Add a frame.
 
         Args:
-            start: time stamp in seconds; None if the frame has none and follows the previous one.
+            start: time stamp in seconds. If it is None, the frame starts where the previous one ends.
             duration: duration of the samples in seconds.
         """
         if start is not None and self._last is not None:

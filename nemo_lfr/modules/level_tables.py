@@ -18,7 +18,7 @@ class _Buffers(NamedTuple):
     Attributes:
         tensors: the buffers.
         places: address and version of each buffer when it was compared. PyTorch increases the version at each write.
-        arrays: numpy views of the buffers, whose values are compared again on every call; None on a GPU.
+        arrays: numpy views of the buffers, through which later writes are visible; None on a GPU.
         are_own: whether the values matched the levels.
     """
 
@@ -47,8 +47,8 @@ def has_level_tables(quantizer: nn.Module, levels: tuple[int, ...]) -> bool:
     """Return whether the buffers of a quantizer have the values for its levels.
 
     On a CPU, each call compares the values. On a GPU, the values are compared again only after changes that PyTorch
-    counts, so a write through `.data` is not noticed. The result is True if the values were never compared and cannot
-    be read now, for example on the meta device or while a graph is captured.
+    counts, so a write through `.data` is not noticed. Inside `torch.compile`, the result is always True. It is also
+    True if the values were never compared and cannot be read now, for example on the meta device.
     """
     if torch.compiler.is_compiling():
         return True

@@ -177,9 +177,9 @@ class StateDicts(BaseModel):
         return type(loss).__module__.startswith("nemo.collections.tts.losses.")
 
     def _quantizer_tables(self) -> dict[str, torch.Tensor]:
-        """Compute the quantizer's buffers from its levels, by state-dict key.
+        """Compute the quantizer's buffers from its levels; return them by state-dict key.
 
-        After `to_empty`, the buffers of the model have no valid values.
+        They are not copied from the model, whose buffers have no valid values after `to_empty`.
         """
         with torch.device("cpu"):
             return {

@@ -128,7 +128,7 @@ class TrainingSteps(DataLoaders, StockSteps):
             self.load_state_dict(self.state_dict() | state)
 
     def configure_optimizers(self) -> Any:
-        """Build the optimizers. If the model has no trainer, prepare it for training before that."""
+        """Build the optimizers. A model without a trainer is first prepared for training."""
         if self._trainer is None:
             self.prepare("fit")
         return super().configure_optimizers()

@@ -339,7 +339,7 @@ class Engine:
 def _for_each(function: Callable[..., list[np.ndarray]], streams: list[Any], *arguments: list[Any]) -> list[Any]:
     """Call a function with a batch of streams, and return a result or an exception for each stream.
 
-    If the batch fails, each stream is processed alone, so that only the streams with an error end.
+    If the batch fails, each stream is processed alone. Streams without an error then still get their results.
     """
     try:
         return list(function(streams, *arguments))

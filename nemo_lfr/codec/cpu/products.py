@@ -49,7 +49,7 @@ class ProductWeights(Transposed):
     """Weights in the layout for matrix products. They are converted layer by layer on first use.
 
     Args:
-        weights: weights for convolutions that are not computed as products: long signals and grouped layers.
+        weights: weights with which long signals and grouped transposed layers are convolved.
     """
 
     def __init__(self, weights: Weights) -> None:

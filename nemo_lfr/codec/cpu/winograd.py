@@ -128,13 +128,13 @@ def _multiply(layer: Transformed, seen: torch.Tensor, out: torch.Tensor) -> None
 def _sum_of_products(
     seen: torch.Tensor, weights: torch.Tensor, bias: torch.Tensor | None, dilation: int
 ) -> torch.Tensor:
-    """Convolve by matrix products: [n, H_in] -> [n - (pieces - 1) * dilation, H_out].
+    """Convolve by matrix products: [n, H_in] -> [n - (K - 1) * dilation, H_out].
 
     oneDNN's convolution is slow with few rows or only one tap: 3 to 25 GFLOP/s instead of 100 (measured).
 
     Args:
         seen: input, [n, H_in].
-        weights: kernel with one tap for each piece, [pieces, H_out, H_in].
+        weights: kernel with K taps, [K, H_out, H_in].
         bias: [H_out], or None.
         dilation: distance of the taps in time steps.
     """

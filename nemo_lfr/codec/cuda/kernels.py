@@ -261,7 +261,7 @@ def leaky_pairs(name: str, bits: int) -> str:
 
 
 def _spec(activation: Activation | None, unused: torch.Tensor) -> tuple[Any, torch.Tensor]:
-    """Return the kind and the alpha of an activation. Alpha is an empty slice of `unused` if there is none."""
+    """Return the kind and the alpha of an activation. Without an alpha, return an empty slice of `unused` instead."""
     if activation is None:
         return "none", unused[:0]
     return activation.kind, unused[:0] if activation.alpha is None else activation.alpha

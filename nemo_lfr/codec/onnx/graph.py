@@ -58,8 +58,8 @@ def check_graph(data: bytes) -> None:
         data: content of the file.
 
     Raises:
-        CheckpointError: for the first thing that the export does not write. The message is the end of a sentence that
-            begins with the name of the file.
+        CheckpointError: if the file contains anything else. The message has no subject, so the caller puts one, such
+            as "the file", before it.
     """
     if data[4:8] == b"ORTM":  # ONNX Runtime would read it in its own format, whatever else the bytes mean
         raise CheckpointError("is in the format of ONNX Runtime, not in ONNX format")

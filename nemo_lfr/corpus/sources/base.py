@@ -70,8 +70,8 @@ class CorpusReader(ABC):
     """Base class for corpus readers, which yield the clips of a corpus in a fixed order.
 
     Attributes:
-        base_advice: text for messages that says how to make relative paths start from a folder. "{}" stands for the
-            path of the folder.
+        base_advice: advice for users who want relative paths in the corpus to start from another folder, such as
+            "pass --audio-dir {}". "{}" stands for the path of this folder.
     """
 
     base_advice: ClassVar[str] = "pass --audio-dir {}"
