@@ -300,7 +300,7 @@ class Codec(HubMethods[Array]):
             source: the audio file, at any sample rate.
             target: the `.lfr` token file to write.
             overwrite: replace an existing `target`.
-            compress: make the token file about 26 % smaller, without loss.
+            compress: make the token file about 25 % smaller, without loss.
             entropy_model: entropy model to compress with, or the path of its `.lfrm` file. Default: the model for the
                 bundled codec. If a model is passed, the file is compressed even if `compress` is not set.
 
