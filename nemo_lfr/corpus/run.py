@@ -25,7 +25,7 @@ from nemo_lfr.plugins import naming_extension
 
 @dataclass
 class Totals:
-    """Counts for the complete shards of a run, which are updated while the run is active."""
+    """Counts over the complete shards of a run. They are updated while the run is active."""
 
     shards: int  # number of shards of the run (or of its part), complete or not
     sample_rate: int

@@ -34,7 +34,7 @@ class NotMeasured(str):
 class Undefined(NotMeasured):
     """Placeholder for a metric that is not defined for this pair of recordings.
 
-    It is stored like a value, because another run would not change it.
+    It is stored like a value, because the metric would not be defined in another run either.
     """
 
 

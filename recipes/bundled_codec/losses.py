@@ -269,9 +269,9 @@ class IntelligibilityDistance(nn.Module):
     """One minus a differentiable ESTOI (Jensen and Taal, 2016).
 
     ESTOI is the correlation of two spectrograms in third-octave bands, over segments of 0.38 s that are normalized in
-    time and in frequency. Unlike the original, this class does not resample to 10 kHz before the STFT. Instead of
-    removing pauses, it ignores segments that are 30 dB or more below the loudest one. The hop of the STFT is half of
-    its window.
+    time and in frequency. Unlike the published method, this class does not resample to 10 kHz before the STFT. Instead
+    of removing pauses, it ignores segments that are 30 dB or more below the loudest one. The hop of the STFT is half
+    of its window.
     """
 
     BANDS, LOWEST_HZ = 15, 150.0  # number of third-octave bands, and the center of the lowest one
