@@ -64,8 +64,8 @@ def plan_tasks(
         report: function that is called after all checks have passed, with one line for each folder in which files
             were skipped.
         unread: list to which the errors of unreadable folders are added. With None, the first such error is raised,
-            but unreadable folders in the search of a glob pattern are ignored. If the only input is unreadable, its
-            error is always raised.
+            but folders that cannot be searched for matches of a glob pattern are ignored. If the only input is
+            unreadable, its error is always raised.
         possible: all suffixes that an output file may have, for messages; None if `new_suffix` is the only one.
 
     Returns:

@@ -225,8 +225,8 @@ class ConvTranspose1d(nn.Module):
     all extra outputs at the end.
 
     The child `conv` has the same settings as in NeMo: `conv` itself removes the extra outputs of a symmetric layer. If
-    the stride is 1, the layer removes them instead, because PyTorch refuses NeMo's settings for this stride. For when
-    `conv` is called, and for the child `activation`, see `Conv1d`.
+    the stride is 1, the layer removes them instead, because PyTorch refuses NeMo's settings for this stride. See
+    `Conv1d` for the cases in which `conv` is called, and for the child `activation`.
 
     Args:
         in_channels: number of input channels.

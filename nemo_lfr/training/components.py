@@ -299,7 +299,7 @@ class AudioTerms(nn.Module):
 
     Raises:
         ConfigError: if `sections` is not a mapping, if a name is invalid, reserved or the name of an attribute of
-            `nn.ModuleDict`, or if a component cannot be built.
+            `nn.ModuleDict`, or if a component cannot be built, or cannot be called as above.
     """
 
     def __init__(self, sections: Mapping[str, Any] | None, where: str, reserved: Collection[str]) -> None:
