@@ -474,7 +474,7 @@ def nemo_stock(codec: Codec) -> Any:
 
 
 def stock_calls(bench: Bench, codec: Codec, stock: Stock) -> dict[str, Any]:
-    """Return the (encode, decode) functions of the reference implementations by name."""
+    """Return a dict from the name of each reference implementation to its functions (encode, decode)."""
     calls: dict[str, Any] = {"PyTorch reference": (stock.encode, stock.decode)}
     model = nemo_stock(codec) if bench.on_gpu else None
     if model is not None:

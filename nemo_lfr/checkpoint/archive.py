@@ -129,7 +129,7 @@ def read_index(index: Path, pattern: str = SHARDS) -> dict[str, str]:
 
     Args:
         index: path of `model.safetensors.index.json`, the index that transformers writes.
-        pattern: pattern of the files' names.
+        pattern: glob pattern of the file names, such as "model-*-of-*.safetensors".
 
     Raises:
         CheckpointError: if the file is not a valid index; see `check_shards`.
@@ -148,7 +148,7 @@ def check_shards(index: Path, shards: Any, pattern: str = SHARDS) -> dict[str, s
     Args:
         index: path of the index, for messages.
         shards: value to check.
-        pattern: pattern of the files' names.
+        pattern: glob pattern of the file names, such as "model-*-of-*.safetensors".
 
     Raises:
         CheckpointError: if `shards` is not a dict, lists no files or more than MAX_SHARDS, or lists a file that is in

@@ -89,7 +89,7 @@ class Copies:
 def unpickled(content: dict[str, Any]) -> Any:
     """Rebuild a model from the values that `Copies.__reduce__` returned.
 
-    The model is on the same device as the weights.
+    The device of the model is that of the pickled weights.
 
     Raises:
         CheckpointError: if another version of this package pickled the model.

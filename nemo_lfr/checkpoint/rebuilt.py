@@ -63,7 +63,7 @@ def check_layers(module: nn.Module, reference: nn.Module, path: str, operation: 
         module: the module, possibly inside wrappers such as `torch.compile`.
         reference: the rebuilt module.
         path: name of the module in the model, for messages.
-        operation: operation that would drop the changes.
+        operation: the operation that rebuilds the module, such as pickling, for messages.
 
     Raises:
         ConfigError: if the module or one of its sub-modules differs. The message says how to fix it.

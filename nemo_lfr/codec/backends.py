@@ -38,7 +38,7 @@ DEFAULT = "torch"
 
 @dataclass(frozen=True)
 class OpenOptions:
-    """Arguments of `nemo_lfr.load` that are passed on to a backend.
+    """Options with which `nemo_lfr.load` opens a backend.
 
     Attributes:
         name: name of the model, for messages.

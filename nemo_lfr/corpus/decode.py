@@ -42,8 +42,8 @@ def decode_folder(
         model: checkpoint or Hub id of the codec that produced the tokens; None for the bundled codec.
         device: "cpu" or "cuda"; None for a GPU if one is available, else the CPU.
         limit: maximum number of utterances, including those that fail; None for all.
-        overwrite: whether to decode utterances whose audio file already exists, and replace the file. Without it, an
-            existing file is kept if it has the sample rate and the number of samples of its utterance.
+        overwrite: whether to replace existing audio files. Otherwise, an existing file is kept, and OutputExistsError
+            is yielded if the file does not have the sample rate and number of samples of its utterance.
         verify: whether to compare the hash of each token file with the record of the run. Otherwise, only the size is
             compared.
         precision: precision of the codec; see `nemo_lfr.load`.

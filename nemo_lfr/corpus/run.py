@@ -159,9 +159,8 @@ def finish_part(plan: Plan, records: list[ShardRecord]) -> dict[str, Any]:
         records: records of the shards that belong to this process's part.
 
     Returns:
-        The content of `tokens.json` if it was written. Otherwise, such content for `records` only, without versions
-        and command, and with the keys "part" (such as "2/4") and "missing_shards" (the number of shards that other
-        processes must still complete).
+        The content of `tokens.json` if it was written. Otherwise, a dict with the counts of `records` (see `_counts`),
+        "part" (such as "2/4") and "missing_shards" (the number of shards of the run that are not complete).
 
     Raises:
         NemoLfrError: if the output was removed or changed during the run.

@@ -65,7 +65,7 @@ def read(path: Path, rate: int, offset: float, duration: float) -> np.ndarray:
 def claim(out: Path, recordings: dict[str, Recording], rate: int, source: str = "") -> None:
     """Add recordings to the file `recordings.json` in the folder of an evaluation.
 
-    The file maps the key of each recording to its path, position, sample rate and hash. All recordings of an
+    The file maps the key of each recording to its path, offset, duration, sample rate and hash. All recordings of an
     evaluation must come from the same source, such as one manifest.
 
     Args:

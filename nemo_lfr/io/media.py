@@ -251,7 +251,7 @@ class MediaDecoder:
     def _pre_skip(self, track: Any, packet: Any) -> int:
         """Return how many more samples must be skipped at the start of Opus audio in Matroska, counted at 48 kHz.
 
-        FFmpeg 8 skips too few samples if the sample rate in the header is lower.
+        FFmpeg 8 skips too few samples if the header declares a sample rate below 48 kHz.
         """
         codec = track.codec_context
         if codec.name not in ("opus", "libopus") or not self._container.format.name.startswith("matroska"):

@@ -52,7 +52,7 @@ class SegmentCheck:
         Args:
             place: location of the row, for messages.
             file: path of the audio file.
-            values: values by column, which may be missing or empty.
+            values: dict from the name of each column to its value in the row; a value may be missing or empty.
 
         Raises:
             SegmentsNotReadError: if the row has a column like `start`, and an earlier row with such a column has the

@@ -42,9 +42,10 @@ class WeightAveraging(BaseModel):
             self._average.finish(self._generator)
 
     def _check_average(self) -> None:
-        """Drop the average if the weights were changed after the training; restart it if only it is not finite.
+        """Drop the average if the weights were changed after the training.
 
-        Both are logged as warnings. While the averaged weights are in the model, this method does nothing.
+        If the average contains NaN or infinity, but the weights do not, restart it from the weights. A warning is
+        logged in both cases. While the averaged weights are in the model, this method does nothing.
         """
         average = self._average
         if average is None or average.in_use:

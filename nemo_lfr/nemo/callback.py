@@ -95,6 +95,6 @@ class FirstCallback(Callback):
     """
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Record the checksums; see `WeightAveraging.finish_average`."""
+        """Record checksums of the trained weights; see `WeightAveraging.finish_average`."""
         if isinstance(pl_module, WeightAveraging):
             pl_module.finish_average()

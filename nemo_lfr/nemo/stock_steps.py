@@ -149,7 +149,7 @@ class StockSteps(Optimizers):
 
 
 class _StockLoss:
-    """Layers, settings and buffers of a loss of NeMo, for comparison with a loss of a model."""
+    """Layers, settings and buffers of one of NeMo's losses; `equals` compares a loss with them."""
 
     def __init__(self, loss: nn.Module) -> None:
         self._layers = {name: (type(layer), _settings(layer)) for name, layer in loss.named_modules()}

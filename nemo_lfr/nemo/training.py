@@ -150,8 +150,7 @@ class TrainingSteps(DataLoaders, StockSteps):
     def configure_callbacks(self) -> list[Callback]:
         """Return `RunLock` and NeMo's logging callback for training; no callbacks otherwise.
 
-        The logging callback also logs spectrograms if `log_config.log_spectrograms` is set in the config. The
-        trainer's `validate` and `test` run without the logging callback.
+        The logging callback also logs spectrograms if `log_config.log_spectrograms` is set in the config.
 
         Raises:
             ConfigError: if the trainer is set to accumulate or clip gradients, and the model optimizes manually.

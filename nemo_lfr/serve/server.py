@@ -59,7 +59,7 @@ class _WebSockets(WebSocketsSansIOProtocol):
         super().handle_pong(event)
 
     def handle_cont(self, event: Any) -> None:
-        """Process a fragment of a message. Too many small ones within a second end the connection."""
+        """Process a fragment of a message. Too many small fragments within a second end the connection."""
         if len(event.data) < _SMALL:
             self._count_small()
         super().handle_cont(event)

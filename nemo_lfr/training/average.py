@@ -98,7 +98,7 @@ class WeightRecord:
         ]
 
     def describes(self, *modules: torch.nn.Module) -> bool:
-        """Return whether the parameters of `modules` equal those from which this record was made."""
+        """Return whether the parameters of `modules` have the recorded values, perhaps rounded to 16 bits."""
         weights = _weights(modules)
         return len(weights) == len(self._checksums) and all(map(_is_converted, weights, self._checksums))
 

@@ -30,8 +30,8 @@ class WavLM:
         layers: number of hidden states: the number of layers plus 1 (for the input of the first layer).
 
     Attributes:
-        fallback: function that is called if `name` is not available. It returns the weights of WavLM from a checkpoint
-            of the codec, since NeMo 3.0 saves them there. None if there is no such checkpoint.
+        fallback: function to call if the model `name` is not available, or None. It returns the weights of WavLM from
+            a checkpoint of the codec, since NeMo 3.0 saves them there.
     """
 
     def __init__(self, name: str, hidden: int, layers: int) -> None:

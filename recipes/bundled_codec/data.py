@@ -138,7 +138,7 @@ class SpeechSegments:
         The random gain of a segment is reduced if the segment would clip.
 
         Args:
-            draw: random choices, as `draw` returns them.
+            draw: random choices, from the method `draw`.
 
         Returns:
             Audio in [-1, 1], shape [B, T_audio], on the device.

@@ -309,7 +309,7 @@ class IntelligibilityDistance(nn.Module):
 
     @staticmethod
     def _normalize(segments: torch.Tensor) -> torch.Tensor:
-        """Remove the mean and the scale of each band, then of each frame."""
+        """Subtract the mean of each band, and divide the band by its norm. Then do so for each frame."""
         for axis in (3, 2):
             segments = segments - segments.mean(axis, keepdim=True)
             segments = segments / (segments.square().sum(axis, keepdim=True) + 1e-8).sqrt()

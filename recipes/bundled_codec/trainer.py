@@ -32,7 +32,7 @@ class Stopwatch:
 
     @contextmanager
     def __call__(self, part: str) -> Iterator[None]:
-        """Add the duration of a `with` block to the time of a section."""
+        """Add the duration of a `with` block to the time of the section named `part`."""
         began = time.perf_counter()
         yield
         if self.enabled:

@@ -89,7 +89,10 @@ class ParquetReader(FormatReader):
         return self._shard_counts(lambda files: read_footer(files.path(self._name(files.shard))).num_rows)
 
     def rows(self, files: ShardFiles, start: int, stop: int) -> Iterator[Row | Damage]:
-        """Yield all utterances of a shard from `start` on, also those after `stop`, and messages about damage."""
+        """Yield the utterances of a shard from `start` to its end, and messages about damage.
+
+        `stop` has no effect.
+        """
         path, damage = files.path_and_damage(self._name(files.shard))
         if damage:
             yield damage

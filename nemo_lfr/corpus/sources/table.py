@@ -43,7 +43,7 @@ class Table(CorpusReader):
 
     Args:
         path: file or folder of the table.
-        files: files that contain the rows.
+        files: files from which the rows are read.
         schema: Arrow schema of the rows.
         features: descriptions of the columns, in the form that Hugging Face `datasets` stores ("features").
         audio_dir: folder that relative paths are resolved against; None for the table's folder.
@@ -106,12 +106,12 @@ class Table(CorpusReader):
 
     @property
     def base(self) -> Path | None:
-        """The folder that relative paths are resolved against; None if the column of audio cannot contain paths."""
+        """The folder that relative paths are resolved against; None if no column of audio can contain paths."""
         return self.audio_dir if self._has_paths else None
 
     @property
     def files(self) -> list[Path]:
-        """Return the files that contain the rows."""
+        """Return the files from which the rows are read."""
         return self._files
 
     def log_choices(self) -> None:

@@ -76,7 +76,7 @@ def find_pattern(window: Window, pattern: re.Pattern[bytes], position: int, long
 
 
 def find_header(window: Window, position: int) -> int | None:
-    """Return the position of the first header of another audio file after `position`; None if there is none.
+    """Return the position of the first header of an audio file from `position` on; None if there is none.
 
     This search is for files that do not declare the length of their samples.
     """
@@ -168,7 +168,7 @@ def of_unknown_length(window: Window, start: int, block: int) -> list[Stream]:
     """Return one `Stream` for a file whose header stores no length.
 
     The stream has a `problem` if the last block is incomplete or if another file follows. A file that looks complete
-    has a `note`, since it may have been truncated between two blocks. Tags at the end of the file are excluded.
+    has a `note`, since it may have been truncated between two blocks. Its stream does not include tags at the end.
 
     Args:
         window: the file.

@@ -248,7 +248,10 @@ def _next_sync(window: Window, position: int) -> int:
 
 
 def _xing_frames(frame_bytes: bytes, frame: Frame) -> int | None:
-    """Return the number of frames that a Xing or VBRI header declares, or 0; None without such a header."""
+    """Return the number of frames that a Xing or VBRI header declares.
+
+    The result is 0 if the header does not declare it, and None without such a header.
+    """
     if frame.layer != 3:
         return None
     tag = frame_bytes[4 + frame.side : 4 + frame.side + 12]

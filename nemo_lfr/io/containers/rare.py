@@ -228,7 +228,7 @@ def sox_streams(window: Window) -> list[Stream]:
 def is_htk(head: bytes, _: Window) -> bool:
     """Return whether a file is an HTK waveform.
 
-    The format has no magic number. The header must declare 2-byte samples with a period from 1 microsecond to 10 ms.
+    The format has no magic number. The header must declare 2-byte samples, and 1 microsecond to 10 ms per sample.
     """
     return head[8:12] == b"\0\x02\0\0" and 10 <= int.from_bytes(head[4:8], "big") <= 100_000
 

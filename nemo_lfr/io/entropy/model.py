@@ -196,10 +196,10 @@ class EntropyModel:
 
     @cached_property
     def offsets(self) -> list[int]:
-        """Return the index of each FSQ dimension's first row in `digit_weight`, followed by the number of rows.
+        """Return the index of each FSQ dimension's first row in `digit_weight`, and then the number of rows.
 
-        The tensor has one row for each level: first all rows of dimension 0 of the frame, then those of dimension 1,
-        and so on. The rows of `output_weight` and `output_bias` are in the same order.
+        `digit_weight` has one row for each level: first the levels of the frame's dimension 0, then those of dimension
+        1, and so on. The rows of `output_weight` and `output_bias` are in the same order.
         """
         return [0, *np.cumsum(self.spec.digit_levels).tolist()]
 

@@ -126,7 +126,7 @@ def hidden_sums(model: EntropyModel, features: np.ndarray) -> np.ndarray:
 
     Args:
         model: entropy model.
-        features: features [B, F + 1].
+        features: features [B, F + 1]; see `History`.
 
     Returns:
         Sums [B, H2].
