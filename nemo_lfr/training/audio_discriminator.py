@@ -98,7 +98,7 @@ def score_views(discriminator: AudioDiscriminator, views: Views) -> Discriminato
         views: list with one tensor [B, ...] per network.
 
     Raises:
-        ConfigError: if `score` does not return a tensor [B, ...] and a list of feature maps [B, ...] for each network.
+        ConfigError: if the result of `score` does not have the form that `AudioDiscriminator.score` describes.
     """
     output = discriminator.score(views)
     if not isinstance(output, tuple) or len(output) != 2:

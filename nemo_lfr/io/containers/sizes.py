@@ -47,7 +47,7 @@ def dts_size(head: bytes) -> int | None:
     """Return the size in bytes of a DTS core frame or DTS-HD extension; None if the bytes are neither.
 
     Args:
-        head: first bytes of the frame, at least `FRAME_HEAD`.
+        head: first bytes of the frame; at least `FRAME_HEAD` bytes are needed.
     """
     fields = int.from_bytes(head[4:10], "big")
     if len(head) < FRAME_HEAD:
