@@ -96,9 +96,7 @@ class Checkpoint:
                 self._filled.add(name)
 
     def iter_weights(self, name: str, order: SumOrder = CANONICAL) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield the names and weights of a module, sorted by name, without keeping them in memory.
-
-        Weight norm is folded.
+        """Yield the names and folded weights of a module, sorted by name, without keeping them in memory.
 
         Args:
             name: name of the module in the checkpoint, such as "audio_encoder".
