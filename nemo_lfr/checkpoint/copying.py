@@ -80,8 +80,8 @@ class Copies:
 
         Args:
             recipe: values that `_recipe` returned.
-            has_weights: whether the encoder and the decoder have random weights. If not, they are on the meta device,
-                which saves time and memory.
+            has_weights: whether the encoder and the decoder get random weights. Otherwise, they are built on the meta
+                device, without weights, which saves time and memory.
         """
         raise NotImplementedError
 

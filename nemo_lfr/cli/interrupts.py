@@ -77,7 +77,7 @@ class _Watcher:
     def _last_signal(self) -> bytes:
         """Wait for the signal that stops the command, and return its number as one byte.
 
-        At the end of the context, return b"".
+        If the context ends first, return b"".
         """
         may_finish, timeout = self._finishes, None
         while True:

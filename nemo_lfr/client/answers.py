@@ -191,7 +191,7 @@ def _wav_figures(content: bytes) -> _Figures | None:
 
 
 def _flac_figures(content: bytes) -> _Figures | None:
-    """Return the description in the header of a FLAC file; None if the header is invalid."""
+    """Return the description of a FLAC file, according to its header; None if the header is invalid."""
     if content[:4] != b"fLaC" or len(content) < 42:
         return None
     bits = int.from_bytes(content[18:26], "big")  # bits: 20 sample rate, 3 channels, 5 sample size, 36 length

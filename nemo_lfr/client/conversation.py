@@ -226,7 +226,8 @@ class Conversation(CodecProperties):
                 None for no trimming.
 
         Raises:
-            NemoLfrError: if `num_samples` is not valid, the stream is not open or has failed, or its input has ended.
+            ServerError: if the stream has failed.
+            NemoLfrError: if `num_samples` is not valid, the stream is not open, or its input has ended.
         """
         self.check_input()
         self._num_samples = num_samples = integer_of("num_samples", num_samples)

@@ -144,7 +144,7 @@ class HubMethods(CodecBase[Array]):
             URL of the commit.
 
         Raises:
-            NemoLfrError: as in `save_pretrained`.
+            NemoLfrError: as in `save_pretrained`, or if an argument is refused or unknown.
         """
         from huggingface_hub import ModelHubMixin
 

@@ -212,13 +212,14 @@ def _room(ray: Any, cores: int, gpu: bool, address: str) -> int:
 
 
 class _ImportFolders(list[str]):
-    """List to which Ray adds folders from which its workers import modules.
+    """List of the folders from which Ray's workers import modules.
 
-    Ray adds the current folder of the driver. A corpus may be there, with a `types.py` beside the recordings.
+    Ray also adds the driver's current folder. It is left out unless it is in the driver's `sys.path`, because a corpus
+    with a `types.py` beside the recordings may be there.
     """
 
     def extend(self, folders: Iterable[str]) -> None:
-        """Add those of the folders that are in the driver's `sys.path`."""
+        """Add only the folders that are in the driver's `sys.path`."""
         own = {os.path.abspath(folder) for folder in sys.path}
         super().extend(folder for folder in folders if os.path.abspath(folder) in own)
 

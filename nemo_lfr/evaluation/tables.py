@@ -355,7 +355,7 @@ def definitions(evaluation: Evaluation) -> list[tuple[str, str]]:
 
 
 def gaps(evaluation: Evaluation) -> list[str]:
-    """List the failed recordings, and the number of missing values for each metric and reason."""
+    """List, for each codec, the failed recordings, and the number of missing values by metric and reason."""
     lines = [
         f"{result.name}: {evaluation.recordings[key].name}: {why}"
         for result in evaluation.results

@@ -60,7 +60,7 @@ KNOWN = (
 def known_names(columns: Iterable[str]) -> dict[str, str]:
     """Return the known name of each column that is spelled in another case, such as {"Path": "path"}.
 
-    If a column has exactly the known name, its other spellings are ignored.
+    If a column has exactly the known name, columns with other spellings of this name are left out.
 
     Raises:
         ConfigError: if two columns are spellings of the same known name, and no column has exactly this name.

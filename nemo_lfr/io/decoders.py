@@ -129,9 +129,9 @@ class SndfileDecoder:
     def seek(self, position: int) -> None:
         """Continue reading at the sample with index `position`.
 
-        `read` returns the same samples as without a seek (in Opus audio almost always; see `_LEAD`). For
-        codecs in which libsndfile's seeks are not exact, `_LEAD` seconds before the position are decoded and dropped.
-        If libsndfile cannot seek at all, the file is decoded from its beginning.
+        `read` then returns the samples that decoding from the beginning gives (in Opus audio almost always; see
+        `_LEAD`). For codecs in which libsndfile's seeks are not exact, `_LEAD` seconds before the position are decoded
+        and dropped. If libsndfile cannot seek at all, the file is decoded from its beginning.
         """
         start = position - self._lead
         if self._last_seek is not None:

@@ -1,4 +1,4 @@
-"""Refuse lists that select segments of files with columns such as "start" and "end".
+"""Refuse lists in which columns such as "start" and "end" select segments of files.
 
 Such columns are not read, because their meaning is not known: they may be in seconds, milliseconds or samples, or
 refer to a longer recording from which the file was cut. If several rows with a start have the same file, each row is a

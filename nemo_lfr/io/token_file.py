@@ -566,7 +566,7 @@ class _Sections:
         self._outline = zlib.crc32(struct.pack("<I", count) + checksum, self._outline)
 
     def _read_end(self, num_frames: int) -> int:
-        """Read and check the rest of the end section, after its first field; return the number of samples."""
+        """Read and check the end section, whose first field was already read; return the number of samples."""
         fields = self._take(8 if self.version == 1 else 12)
         self._check(bytes(4) + fields, "the end section")
         if read_whole(self._file, 1):

@@ -159,11 +159,11 @@ class DerivedForms(Generic[Form]):
         self._forms: WeakKeyDictionary[nn.Module, dict[Hashable, _Entry[Form]]] = WeakKeyDictionary()
 
     def __len__(self) -> int:
-        """Return the number of modules whose forms are cached."""
+        """Return the number of modules with cached forms (see the class)."""
         return len(self._forms)
 
     def get(self, module: nn.Module, key: Hashable, build: Callable[[], Form], *others: nn.Module) -> Form:
-        """Return a form of a module. Build it if it is missing or the weights have changed.
+        """Return a cached form of a module (see the class). Build it if it is missing or the weights have changed.
 
         Args:
             module: module that the form is derived from.

@@ -116,7 +116,7 @@ class StateDicts(BaseModel):
     def _keep_discriminator(self, state: dict[str, Any]) -> dict[str, Any]:
         """Return a state dict without the weights of discriminators that are not built yet.
 
-        These weights are kept until the discriminators are built.
+        `_unbuilt_discriminator` keeps these weights until the discriminators are built.
         """
         if getattr(self, "discriminator", None) is not None:
             return state

@@ -97,7 +97,7 @@ class StockSteps(Optimizers):
         return bool(changes)
 
     def loss_scales(self) -> dict[str, float]:
-        """Return the weights of NeMo's loss terms by name. They are attributes of the model, which may change."""
+        """Return the current weight of each of NeMo's loss terms by name, read from the model's attributes."""
         scales = {term: getattr(self, key) for term, (key, _) in SCALES.items() if hasattr(self, key)}
         return {term: float(scale or 0) for term, scale in scales.items()}
 

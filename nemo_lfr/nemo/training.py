@@ -75,7 +75,7 @@ class TrainingSteps(DataLoaders, StockSteps):
     def prepare(self, stage: str) -> None:
         """Check the trainer's precision and, if `stage` is "fit", prepare training.
 
-        The discriminators, losses and metrics are built, and Lightning's checkpoints are written atomically.
+        Preparation builds the discriminators, losses and metrics, and makes Lightning write checkpoints atomically.
 
         Raises:
             ConfigError: if the trainer's precision would round the weights. For training, also if the config sets a

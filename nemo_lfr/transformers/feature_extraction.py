@@ -60,11 +60,12 @@ class NemoLfrFeatureExtractor(SequenceFeatureExtractor):
         Args:
             raw_audio: mono samples, [T_audio], or a list of such clips; floating point in [-1, 1], or int16.
             padding: True or "longest" pads all clips to the length of the longest one, "max_length" pads them to
-                `max_length`, and False does not pad.
+                `max_length`, and False or None does not pad.
             truncation: whether to cut clips at `max_length`.
             max_length: length in samples for `padding` and `truncation`.
             return_tensors: "pt" or "np"; None for lists of arrays.
-            sampling_rate: sample rate of `raw_audio`, Hz. It must be the codec's sample rate.
+            sampling_rate: sample rate of `raw_audio`, Hz. It must be the codec's sample rate, which None also
+                stands for, with a warning.
 
         Returns:
             `input_values` [B, 1, T_audio] and, if clips are padded, `padding_mask` [B, T_audio].

@@ -81,13 +81,14 @@ class CudaCapture:
 
 
 class GraphCache:
-    """Cache of CUDA graphs by shape.
+    """Cache of CUDA graphs, one for each function and shape of the inputs.
 
-    The first call with a shape runs without a graph, the second one captures a graph, and later ones replay it.
+    The first call of a function with a shape runs without a graph. The second call captures a graph and replays it,
+    and later calls replay it.
 
     Args:
         capture: function that captures a call of a function as a graph.
-        capacity: maximum number of shapes in the cache.
+        capacity: maximum number of entries. The least recently used entry is dropped first.
     """
 
     def __init__(self, capture: Capture, capacity: int = MAX_GRAPHS) -> None:

@@ -64,7 +64,7 @@ class OnnxBackend(NumpyBackend):
         return vars(self) | {"_sessions": {}}
 
     def fingerprints(self) -> tuple[str, ...]:
-        """Return the exported checkpoint's fingerprint, then those that older versions of this package computed."""
+        """Return the fingerprints of the exported checkpoint, the current one first; see `Backend.fingerprints`."""
         return self.spec.fingerprint, self._manifest.weights_fingerprint, *self._manifest.older_fingerprints
 
     def load(self, operation: Operation) -> None:

@@ -86,7 +86,7 @@ class ManifestReader(FormatReader):
     _is_reported = False  # whether a wrong number of lines was reported, which is done only once for all shards
 
     def count_shards(self) -> list[int]:
-        """Divide the clips evenly among the shards, since the lines of a manifest do not name their shards."""
+        """Return equal numbers of clips, up to rounding, because manifest lines do not name their shards."""
         clips, shards = self.summary["clips"], self.summary["shards"]
         return [clips * (shard + 1) // shards - clips * shard // shards for shard in range(shards)]
 

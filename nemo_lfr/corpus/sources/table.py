@@ -138,13 +138,16 @@ class Table(CorpusReader):
             logger.warning(text, self.path, counted(len(audio_files), "audio file"))
 
     def _checked_columns(self, columns: Sequence[str]) -> list[str]:
-        """Return the names of the column of audio and the column of starts of segments; [] unless both exist."""
+        """Return the names of the audio column and the segment-start column, in table order; [] unless both exist."""
         names = known_names(columns)
         found = [name for name in columns if name == self._start or names.get(name, name) == self.column]
         return found if len(found) == 2 else []
 
     def _check_segments(self, check: SegmentCheck, place: str, rows: Any) -> None:
-        """Pass each row of `rows` to `check`. `rows` is an Arrow table or batch of the columns `_checked_columns`."""
+        """Pass each row to `check`.
+
+        `rows` is an Arrow table or batch with the two columns that `_checked_columns` returned.
+        """
         column = rows.schema.names.index(self._start)
         for path, cell in zip(rows.column(1 - column), rows.column(column), strict=True):
             if path.is_valid and cell.is_valid:

@@ -125,9 +125,10 @@ def _last_sample(window: Window, start: int, stop: int, block_size: int) -> tupl
 
 
 def _counted(window: Window, first: int | None, end: int, block_size: int) -> int | None:
-    """Return the number of samples from the frame at byte `first` up to sample `end`; None if the frame is invalid.
+    """Return the number of samples from the frame at byte `first` up to sample `end`.
 
-    The frame need not begin at sample 0, because the stream may be an excerpt of a longer one.
+    The frame need not begin at sample 0, because the stream may be an excerpt of a longer one. The result is None if
+    there is no frame (`first` is None), or if its header is invalid.
     """
     span = None if first is None else _frame_span(window.at(first, 32), block_size)
     return None if span is None else end - span[0]

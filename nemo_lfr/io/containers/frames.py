@@ -53,7 +53,7 @@ def _walk(window: Window, size_of: FrameSize) -> list[Stream]:
 def _file_follows(window: Window, position: int, size_of: FrameSize) -> bool:
     """Return whether another file begins at a position or after the tags that begin there.
 
-    Without tags, a frame of the file's own codec does not count as another file, but as the rest of a damaged one.
+    A frame of the file's own codec counts as another file only after tags. Without tags, the file is damaged.
     """
     start = next_file(window, position)
     is_tagged = window.at(position, 11).startswith(TAGS)

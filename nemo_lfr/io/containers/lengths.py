@@ -175,7 +175,7 @@ def _aifc_whole(stream: Stream, kind: bytes, channels: int, count: int, size: in
         kind: name of the codec.
         channels: number of channels.
         count: number of samples that the header declares; 0 if unknown.
-        size: size of the samples in bytes.
+        size: total size of all samples in bytes.
     """
     if stream.problem or channels <= 0:
         return stream

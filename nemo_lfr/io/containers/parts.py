@@ -207,7 +207,7 @@ def _real_parts(window: Window) -> Iterator[int]:
 
 
 def walked(window: Window, parts: Iterator[int], section: re.Pattern[bytes] | None = None) -> list[Stream]:
-    """Return a file as one `Stream`, after comparing the sum of its sections' sizes with its size.
+    """Return a file as one `Stream`, after comparing the total size of its sections with the size of the file.
 
     Args:
         window: the file.

@@ -69,7 +69,7 @@ def frame_size_at(window: Window, position: int, size_of: FrameSize) -> int | No
 
 
 def codec_frames_follow(window: Window, position: int) -> bool:
-    """Return whether three consecutive frames of AAC, AC-3 or DTS begin at a position."""
+    """Return whether three consecutive frames of AAC, AC-3, E-AC-3, DTS or LOAS begin at a position."""
     return any(_three_follow(window, position, size_of) for size_of in FRAME_SIZES.values())
 
 

@@ -166,7 +166,7 @@ class Network(nn.Module):
         """Choose the exponents of the integer weights, and round weights and hidden units from now on."""
 
         def exponent(*values: torch.Tensor) -> int:
-            """Return the largest e <= 16 such that 99.95% of each tensor, times 2^e, is in [-127, 127]."""
+            """Return the largest e <= 16 for which 99.95 % of each tensor's values, times 2^e, are in [-127, 127]."""
             # A few outliers are clipped, which allows a finer resolution for all other weights.
             largest = max(float(value.detach().abs().flatten().kthvalue(_rank(value)).values) for value in values)
             return math.floor(math.log2(127 / max(largest, 1e-3)))
