@@ -19,8 +19,8 @@ from nemo_lfr.cli import main as cli
 from nemo_lfr.cli.command import Command, RenamedOption
 from nemo_lfr.errors import Failure
 from tests.cli.test_cli import run
-from tests.corpora import write_codec, write_tokens
-from tests.models import export_smallest, speech_like
+from tests.corpora import write_tokens
+from tests.models import ONE_STAGE, codec_config, export_smallest, speech_like, write_nemo
 from tests.tiers import slow_after, slow_if
 
 ROOT = Path(__file__).parents[2]
@@ -99,7 +99,7 @@ def folder(tmp_path_factory) -> Path:
         (root / f"{name}.json").write_text("\n".join(lines))
     (root / "table.csv").write_text("audio_filepath,duration\naudio/a.wav,0.9\n")
     (root / "table.tsv.gz").write_bytes(gzip.compress(b"path\naudio/a.wav\n"))
-    write_codec(root / "tiny.nemo")
+    write_nemo(root / "tiny.nemo", codec_config(**ONE_STAGE))
     cli.main(["encode", str(root / "audio"), "--out", str(root / "tokens"), "--model", str(root / "tiny.nemo")])
     data = (root / "tokens" / "a.lfr").read_bytes()
     (root / "cut" / "a.lfr").write_bytes(data[: len(data) // 2])
