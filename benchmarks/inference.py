@@ -238,7 +238,7 @@ def plot(found: dict[str, dict[str, list[float]]], path: Path, what: str) -> Non
     """Plot the median speedup over NeMo as bars, with the range over all rounds.
 
     Args:
-        found: for each implementation and each case, the speedup in each round.
+        found: `found[implementation][case]` is a list with the speedup in each round.
         path: image file to write.
         what: title of the plot.
     """

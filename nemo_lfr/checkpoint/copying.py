@@ -15,7 +15,7 @@ _FORM = 2  # version of the content of pickled models; increase it when the cont
 
 
 class Copies:
-    """Mixin of modules with the methods that `copy` and `pickle` call."""
+    """Mixin for modules, with the methods that `copy` and `pickle` call."""
 
     _not_copied: ClassVar[tuple[str, ...]] = ("_codec",)  # attributes that copies set to None
     _shared: ClassVar[tuple[str, ...]] = ()  # attributes that a deep copy shares with the original

@@ -143,7 +143,7 @@ class _Unpickler(pickle.Unpickler):
         return _NAMES[module, name]
 
     def persistent_load(self, pid: Any) -> Any:
-        """Return the name of the archive's record that holds a tensor's storage, and the dtype."""
+        """Return the name of the archive's record with a tensor's storage, and the dtype of the storage."""
         kind, dtype, record, *_ = pid
         if kind != "storage" or not isinstance(dtype, torch.dtype) or not isinstance(record, str):
             raise pickle.UnpicklingError("its pickle refers to an object that is not a tensor's storage")
@@ -358,7 +358,7 @@ class Tensors:
         return bytes(raw)
 
     def _checksum(self, offset: int, size: int, checksum: int = 0) -> int:
-        """Update a checksum with bytes of the source, without storing them."""
+        """Return the CRC-32 of `size` bytes of the source from `offset` on. `checksum` is that of earlier bytes."""
         scratch = memoryview(bytearray(min(size, _PIECE)))
         for done in range(0, size, _PIECE):
             piece = scratch[: size - done]

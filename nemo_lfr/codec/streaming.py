@@ -219,8 +219,8 @@ def flush_decoders(
             return whole frames. Default: whole frames for all streams.
 
     Raises:
-        TokensError: as in `StreamDecoder.flush`. All streams then remain unchanged.
-        NemoLfrError: as in `push_decoders`, or if a stream was flushed before.
+        TokensError: if a length in `num_samples` does not match the number of frames of its stream.
+        NemoLfrError: as in `push_encoders`. After any error, all streams are unchanged.
     """
     return flush(streams, num_samples, StreamDecoder, _advance_decoders)
 

@@ -339,7 +339,8 @@ def groups(evaluation: Evaluation, label: str) -> list[Table]:
 def definitions(evaluation: Evaluation) -> list[tuple[str, str]]:
     """Return the name and definition of each metric.
 
-    The definition also names the model that computed the metric, or the reason why the metric is not available.
+    The definition ends with the name of the model that computed the metric, if any. If the metric is not available,
+    the definition ends with the reason.
     """
     measured = {name for result in evaluation.results for own in result.values.values() for name in own}
     lines = []

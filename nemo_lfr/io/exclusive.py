@@ -53,8 +53,8 @@ def exclusive(folder: Path, shared: bool = False) -> Iterator[None]:
 
     Args:
         folder: an existing folder.
-        shared: whether several runs may hold the lock at the same time. No run can hold an exclusive lock while
-            another run holds a shared one, and vice versa.
+        shared: whether other runs that also set `shared` may hold the lock at the same time. Otherwise, no other run
+            may hold it.
 
     Raises:
         NemoLfrError: if another run holds the lock.

@@ -73,7 +73,7 @@ class Inference(BaseModel):
         return None if step is None else f"the model's method {step} is overridden"
 
     def _must_run_stock(self, name: str) -> bool:
-        """Return whether a method must call NeMo's method of that name, because `Codec` would ignore a change."""
+        """Return whether a caller made a change that `Codec` would ignore, so that NeMo's method `name` must run."""
         return self._alteration() is not None or patched_method(NeMoAudioCodecModel, (name,)) is not None
 
     def _is_in_step(self) -> bool:
