@@ -9,7 +9,7 @@ neither a network nor NeMo. The full-size codec (112.7 M parameters) has random 
 The "PyTorch reference" is always timed. It implements NeMo's operations in plain PyTorch: weight norm on every call,
 [B, H, T] convolutions over padded copies, a mask after each of them, and FSQ group by group. NeMo is timed too if it
 is installed. A speedup "over stock" is relative to NeMo if it is timed, and otherwise to the PyTorch reference. In
-fp32, both use PyTorch's defaults, which means TF32 in the convolutions of cuDNN.
+fp32, NeMo and the reference use PyTorch's defaults, which means TF32 in the convolutions of cuDNN.
 
 Agreement of tokens is measured on real speech with the bundled codec, relative to fp32 on the CPU. If soundfile or
 omegaconf are missing, run --pack on a machine that has them. It writes the codec and speech to one file. Without

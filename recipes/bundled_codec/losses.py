@@ -309,7 +309,7 @@ class IntelligibilityDistance(nn.Module):
 
     @staticmethod
     def _normalize(segments: torch.Tensor) -> torch.Tensor:
-        """Subtract the mean of each band, and divide the band by its norm. Then do so for each frame."""
+        """Scale each band, and then each frame, to mean 0 and norm 1."""
         for axis in (3, 2):
             segments = segments - segments.mean(axis, keepdim=True)
             segments = segments / (segments.square().sum(axis, keepdim=True) + 1e-8).sqrt()
