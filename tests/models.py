@@ -35,6 +35,25 @@ def speech_like(num_samples: int, seed: int = 0) -> torch.Tensor:
     return torch.from_numpy(synthesize(num_samples / RATE, seed))
 
 
+# Changes to `codec_config` for the fewest layers. Every kind of layer is there.
+ONE_STAGE: dict[str, Any] = {
+    "samples_per_frame": 15,
+    "audio_encoder": {"down_sample_rates": [15], "resblock_kernel_sizes": [3], "resblock_dilation_sizes": [2]},
+    "audio_decoder": {"up_sample_rates": [15], "resblock_kernel_sizes": [3], "resblock_dilation_sizes": [2]},
+}
+
+
+def merge(config: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Return a config with changes; a dict is merged into the section of its name, except for another quantizer."""
+    merged = dict(config)
+    for key, value in changes.items():
+        replaces = key == "vector_quantizer" and "_target_" in value
+        merges = isinstance(value, dict) and isinstance(merged.get(key), dict) and not replaces
+        merged[key] = merged[key] | value if merges else value
+    return merged
+
+
+# Kinds that differ from "symmetric", which has the released stages, only in one layer have one stage.
 KINDS: dict[str, dict[str, Any]] = {
     "symmetric": {},
     # NanoCodec: symmetric encoder, causal decoder whose transposed convolutions sum two channels into one.
@@ -59,21 +78,17 @@ KINDS: dict[str, dict[str, Any]] = {
             "input_dim": 16,
         },
     },
-    "single": {
-        "audio_encoder": {"encoded_dim": 4},
-        "vector_quantizer": {"_target_": MODULES + "FiniteScalarQuantizer", "num_levels": [8, 7, 6, 6]},
-        "audio_decoder": {"input_dim": 4},
-    },
-    "zeros": {"audio_encoder": {"pad_mode": "zeros"}, "audio_decoder": {"pad_mode": "zeros"}},
-    "clamp": {"audio_decoder": {"output_activation": "clamp", "pad_mode": "replicate"}},
+    "single": merge(
+        ONE_STAGE,
+        {
+            "audio_encoder": {"encoded_dim": 4},
+            "vector_quantizer": {"_target_": MODULES + "FiniteScalarQuantizer", "num_levels": [8, 7, 6, 6]},
+            "audio_decoder": {"input_dim": 4},
+        },
+    ),
+    "zeros": merge(ONE_STAGE, {"audio_encoder": {"pad_mode": "zeros"}, "audio_decoder": {"pad_mode": "zeros"}}),
+    "clamp": merge(ONE_STAGE, {"audio_decoder": {"output_activation": "clamp", "pad_mode": "replicate"}}),
     "two_stages": testing.TWO_STAGES,
-}
-
-# A convolution of each kind, for exports, which take time for each layer. Passed as changes to any of `KINDS`.
-ONE_STAGE: dict[str, Any] = {
-    "samples_per_frame": 15,
-    "audio_encoder": {"down_sample_rates": [15], "resblock_kernel_sizes": [3], "resblock_dilation_sizes": [2]},
-    "audio_decoder": {"up_sample_rates": [15], "resblock_kernel_sizes": [3], "resblock_dilation_sizes": [2]},
 }
 
 
@@ -86,11 +101,7 @@ def codec_config(kind: str = "symmetric", **changes: Any) -> dict[str, Any]:
     """
     merged = dict(KINDS[kind])
     merged["audio_decoder"] = FEWER_LAYERS | merged.get("audio_decoder", {})
-    for key, value in changes.items():
-        replaces = key == "vector_quantizer" and "_target_" in value
-        merges = isinstance(value, dict) and isinstance(merged.get(key), dict) and not replaces
-        merged[key] = merged[key] | value if merges else value
-    return testing.codec_config(**merged)
+    return testing.codec_config(**merge(merged, changes))
 
 
 # Random weights are fitted to a signal, which takes 0.3 s of CPU time, so each codec is built once and copied.

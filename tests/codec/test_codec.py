@@ -638,7 +638,7 @@ OVERFLOWS = [
     ),
     *(
         ("single", where, value)
-        for where, value in zip(("last", "first", "middle", "first", "last"), VALUES, strict=True)
+        for where, value in zip(("last", "last", "middle", "first", "middle"), VALUES, strict=True)
     ),
 ]
 FAST_OVERFLOWS = [
