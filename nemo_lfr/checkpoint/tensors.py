@@ -93,7 +93,7 @@ class _RebuildTensor:
         sizes = tuple(shape), tuple(stride)
         counts = [offset, *sizes[0], *sizes[1]]
         if not all(type(count) is int and 0 <= count < 1 << 62 for count in counts):
-            raise pickle.UnpicklingError("a tensor's shape is not a list of sizes")
+            raise pickle.UnpicklingError("a tensor's offset, shape or strides are not valid integers")
         if len(sizes[0]) != len(sizes[1]) or len(sizes[0]) > MAX_DIMENSIONS:
             raise pickle.UnpicklingError("a tensor's shape and strides disagree")
         # The last argument of `_rebuild_tensor_v2`, if there are seven, contains PyTorch's negative bit.
