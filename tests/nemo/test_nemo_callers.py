@@ -30,6 +30,11 @@ from nemo_lfr.codec.torch_backend import TorchBackend
 from nemo_lfr.modules.encoder import HiFiGANEncoder
 from tests.models import KINDS, MODULES, codec_config, speech_like, stock_model, write_nemo
 
+# Two stages instead of five, and few residual layers, because these tests build many models.
+FEW_STAGES = {
+    "audio_encoder": {"down_sample_rates": [32, 32]},
+    "audio_decoder": {"up_sample_rates": [32, 32], "resblock_dilation_sizes": [1]},
+}
 AUDIO, LENGTHS = torch.stack([speech_like(9000), speech_like(9000, 1)]), torch.tensor([9000, 9000])
 DISCRIMINATOR = {
     "_target_": MODULES + "Discriminator",
@@ -37,9 +42,15 @@ DISCRIMINATOR = {
 }
 
 
+def small_config(kind="symmetric"):
+    """Return the config of a kind of codec with `FEW_STAGES`."""
+    config = codec_config(kind)
+    return config | {section: config[section] | changes for section, changes in FEW_STAGES.items()}
+
+
 @pytest.fixture(scope="module")
 def nemo_file(tmp_path_factory):
-    return write_nemo(tmp_path_factory.mktemp("callers") / "tiny.nemo", codec_config())
+    return write_nemo(tmp_path_factory.mktemp("callers") / "tiny.nemo", small_config())
 
 
 @pytest.fixture(scope="module")
@@ -326,7 +337,12 @@ STOCK_ONLY = {"more levels"}
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("surgery")
-    return {kind: write_nemo(folder / f"{kind}.nemo", codec_config(kind)) for kind in ("symmetric", "nano")}
+    return {kind: write_nemo(folder / f"{kind}.nemo", small_config(kind)) for kind in ("symmetric", "nano")}
+
+
+@functools.cache
+def unchanged_tokens(path):
+    return tokens_of(stock_model(path))
 
 
 @pytest.mark.parametrize("kind", ["symmetric", "nano"])
@@ -346,7 +362,7 @@ def test_changed_layers_give_what_stock_gives(files, kind, surgery):
         assert torch.equal(tokens, results[0][0])
         torch.testing.assert_close(audio, results[0][1], rtol=1e-4, atol=1e-5)
     if surgery != "hook of the quantizer":  # stock NeMo does not call it
-        assert not torch.equal(results[0][0], tokens_of(stock_model(files[kind])))
+        assert not torch.equal(results[0][0], unchanged_tokens(files[kind]))
 
 
 @pytest.mark.parametrize("name", ["inputs_to_codes", "codes_to_indices", "encode", "forward"])
@@ -883,7 +899,7 @@ def test_invalid_state_dict_is_named_and_changes_nothing(nemo_file, expected, st
 @pytest.mark.parametrize("wrapper", sorted(WRAPPERS))
 def test_names_of_any_wrapper_are_understood(nemo_file, expected, wrapper):
     state = ours(nemo_file).state_dict()
-    model = AudioCodecModel(OmegaConf.create(codec_config())).eval()
+    model = AudioCodecModel(OmegaConf.create(small_config())).eval()
     model.load_state_dict(
         {f"{wrapper}.{key}".replace("res_layers.", f"res_layers.{wrapper}."): value for key, value in state.items()}
     )
@@ -919,7 +935,7 @@ def test_invalid_path_argument_is_named(nemo_file, path):
 
 
 def test_deleting_the_discriminator_frees_its_weights(nemo_file, tmp_path, expected):
-    stock = StockModel(OmegaConf.create(codec_config(discriminator=DISCRIMINATOR)))
+    stock = StockModel(OmegaConf.create(small_config() | {"discriminator": DISCRIMINATOR}))
     stock.load_state_dict(stock_model(nemo_file).state_dict())
     path = tmp_path / "trained.nemo"
     stock.save_to(str(path))
@@ -939,25 +955,22 @@ def test_deleting_the_discriminator_frees_its_weights(nemo_file, tmp_path, expec
 
 
 @pytest.mark.parametrize("kind", ["ours", "accelerated after del", "accelerated, compiled before", "pickled"])
-@pytest.mark.parametrize("new", ["NeMo's", "ours"])
-def test_codebooks_are_regrouped_as_by_stock_and_back(nemo_file, kind, new):
+def test_codebooks_are_regrouped_as_by_stock_and_back(nemo_file, kind):
     levels = {"num_groups": 4, "num_levels_per_group": [8, 7, 6, 6, 8, 7, 6, 6]}
-    regrouped = {"NeMo's": GroupFiniteScalarQuantizer, "ours": nemo_lfr.modules.quantizer.GroupFiniteScalarQuantizer}
     tokens = torch.randint(0, 2016, (2, 8, 20), generator=torch.Generator().manual_seed(0))
     tokens[0] = 2015
     lengths = torch.tensor([20, 13])
-    converters = [
-        VectorQuantizerIndexConverter(quantizer, target(**levels))
-        for quantizer, target in (
-            (stock_model(nemo_file).vector_quantizer, GroupFiniteScalarQuantizer),
-            (MODELS[kind](nemo_file).vector_quantizer, regrouped[new]),
-        )
-    ]
-    there = [converter.convert_original_to_new(audio_tokens=tokens, audio_lens=lengths) for converter in converters]
-    assert torch.equal(*there)
-    back = [converter.convert_new_to_original(audio_tokens=there[0], audio_lens=lengths) for converter in converters]
-    assert torch.equal(*back)
-    assert torch.equal(back[0][0], tokens[0].int()) and torch.equal(back[0][1, :, :13], tokens[1, :, :13].int())
+    stock, mine = (model.vector_quantizer for model in (stock_model(nemo_file), MODELS[kind](nemo_file)))
+    for target in (GroupFiniteScalarQuantizer, nemo_lfr.modules.quantizer.GroupFiniteScalarQuantizer):
+        converters = [
+            VectorQuantizerIndexConverter(stock, GroupFiniteScalarQuantizer(**levels)),
+            VectorQuantizerIndexConverter(mine, target(**levels)),
+        ]
+        there = [each.convert_original_to_new(audio_tokens=tokens, audio_lens=lengths) for each in converters]
+        assert torch.equal(*there)
+        back = [each.convert_new_to_original(audio_tokens=there[0], audio_lens=lengths) for each in converters]
+        assert torch.equal(*back)
+        assert torch.equal(back[0][0], tokens[0].int()) and torch.equal(back[0][1, :, :13], tokens[1, :, :13].int())
 
 
 def test_codes_of_another_dimension_are_named(nemo_file):
@@ -966,16 +979,17 @@ def test_codes_of_another_dimension_are_named(nemo_file):
         quantizer.codes_to_indices(codes=torch.zeros(1, 31, 5), input_len=torch.tensor([5]))
 
 
-@pytest.mark.parametrize("dtype", [torch.int64, torch.int16, torch.uint8, torch.float32])
 @pytest.mark.parametrize("kind", ["ours", "accelerated"])
-def test_dequantize_takes_tokens_outside_the_codebook_modulo_its_size_as_stock_does(nemo_file, kind, dtype):
-    tokens = torch.tensor([2016, 2017, 30_000, -1, -2016, 2015, 5]).to(dtype).expand(1, 8, 7)
+def test_dequantize_takes_tokens_outside_the_codebook_modulo_its_size_as_stock_does(nemo_file, kind):
+    stock, model = stock_model(nemo_file), MODELS[kind](nemo_file)
     lengths = torch.tensor([7])
-    stock = stock_model(nemo_file).dequantize(tokens=tokens, tokens_len=lengths)
-    assert torch.equal(MODELS[kind](nemo_file).dequantize(tokens=tokens, tokens_len=lengths), stock)
-    if dtype is not torch.uint8:
-        with pytest.raises(TokensError, match=r"token 2016(\.0)? is outside \[0, 2016\); pass tokens"):
-            MODELS[kind](nemo_file).vector_quantizer.decode(tokens.transpose(0, 1), lengths)
+    for dtype in (torch.int64, torch.int16, torch.uint8, torch.float32):
+        tokens = torch.tensor([2016, 2017, 30_000, -1, -2016, 2015, 5]).to(dtype).expand(1, 8, 7)
+        expected = stock.dequantize(tokens=tokens, tokens_len=lengths)
+        assert torch.equal(model.dequantize(tokens=tokens, tokens_len=lengths), expected), dtype
+        if dtype is not torch.uint8:
+            with pytest.raises(TokensError, match=r"token 2016(\.0)? is outside \[0, 2016\); pass tokens"):
+                model.vector_quantizer.decode(tokens.transpose(0, 1), lengths)
 
 
 @pytest.mark.parametrize("levels", [[8, 7, 6, 6], [2, 3], [5, 5, 5, 5, 5, 5], [36, 37]])
@@ -1037,11 +1051,16 @@ def test_freezing_follows_nemos_rules(nemo_file, section):
     assert states(ours(nemo_file)) == states(stock_model(nemo_file))
 
 
+@functools.cache
+def random_models(kind):
+    """Return our model and a stock model, which tests must not change."""
+    return AudioCodecModel(OmegaConf.create(small_config(kind))), StockModel(OmegaConf.create(small_config(kind)))
+
+
 @pytest.mark.parametrize("section", SECTIONS)
 @pytest.mark.parametrize("kind", ["symmetric", "causal", "nano"])
-def test_modules_have_nemos_types(tmp_path, section, kind):
-    path = write_nemo(tmp_path / "kind.nemo", codec_config(kind))
-    mine, stock = ours(path).get_submodule(section), stock_model(path).get_submodule(section)
+def test_modules_have_nemos_types(section, kind):
+    mine, stock = (model.get_submodule(section) for model in random_models(kind))
     for direction in ("input_types", "output_types"):
         assert str(getattr(mine, direction)) == str(getattr(stock, direction))
 
@@ -1057,9 +1076,8 @@ LACKING = FILES | CONFIGS
 
 @pytest.mark.parametrize("section", ["", *SECTIONS])
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind in ("symmetric", "causal", "nano")])
-def test_every_public_name_of_stock_is_there_or_its_absence_has_a_reason(tmp_path, section, kind):
-    path = write_nemo(tmp_path / "kind.nemo", codec_config(kind))
-    mine, stock = ours(path).get_submodule(section), stock_model(path).get_submodule(section)
+def test_every_public_name_of_stock_is_there_or_its_absence_has_a_reason(section, kind):
+    mine, stock = (model.get_submodule(section) for model in random_models(kind))
     lacking = {name for name in dir(stock) if not name.startswith("_")} - set(dir(mine))
     assert lacking == (set(LACKING) if section else set())
     for name in set(dir(stock)) - lacking:
