@@ -29,6 +29,7 @@ from nemo_lfr.training.data import NEMO_DATASET, CodecDataset
 from tests.models import RATE, speech_like
 from tests.nemo.test_training_with_nemo import (
     SMALL_STFT,
+    Recorder,
     batch_without_ties,
     models,
     quiet_trainer,
@@ -100,7 +101,7 @@ def own_batches(model):
 
 
 def first_half(batch):
-    return {"audio": batch["audio"][:, :4096], "audio_lens": batch["audio_lens"] // 2}
+    return {"audio": batch["audio"][:, : batch["audio"].shape[1] // 2], "audio_lens": batch["audio_lens"] // 2}
 
 
 def hooked_discriminator(model):
@@ -190,9 +191,23 @@ def config() -> dict[str, Any]:
     return training_config([SMALL_STFT], time_domain_loss_scale=1.0)
 
 
-def twin(stock):
-    """Return another stock model with the same weights."""
-    model = type(stock)(stock.cfg)
+@functools.cache
+def stock_model_and_batch() -> tuple[Any, dict[str, torch.Tensor]]:
+    """Return a stock model, which tests must not change, and a batch."""
+    stock, _ = models(config())
+    return stock, batch_without_ties(stock, frames=1, size=1)
+
+
+@functools.cache
+def unchanged_run(steps: int) -> Recorder:
+    """Return the record of some training steps of stock NeMo without changes."""
+    stock, batch = stock_model_and_batch()
+    return train(twin(stock), [batch] * steps)
+
+
+def twin(stock, kind=StockModel):
+    """Return another model with the same weights."""
+    model = kind(OmegaConf.create(config()))
     model.load_state_dict({key: value.clone() for key, value in stock.state_dict().items()})
     return model
 
@@ -220,18 +235,15 @@ def differ(run, other, tolerance: float) -> bool:
     [*((change, "ours") for change in (*CHANGES, *PATCHES)),
      *((change, "accelerate") for change in ("own_mel", "no_discriminator", "training_step"))],
 )  # fmt: skip
-def test_changes_have_the_effect_that_they_have_in_nemo(tmp_path, change, door, monkeypatch):
-    stock, ours = models(tmp_path, config())
-    unchanged = twin(stock)
-    if door == "accelerate":
-        ours = twin(stock)
+def test_changes_have_the_effect_that_they_have_in_nemo(change, door, monkeypatch):
+    start, batch = stock_model_and_batch()
     # Without a quantizer, the gradient is so large that rounding changes the losses of the second step.
-    batches = [batch_without_ties(stock, frames=8, size=1)] * (1 if change == "no_quantizer" else 2)
-    before = train(unchanged, batches)
+    batches = [batch] * (1 if change == "no_quantizer" else 2)
+    before = unchanged_run(len(batches))
     if change in PATCHES:
-        PATCHES[change](monkeypatch)
-        stock, ours = twin(stock), twin(ours)  # NeMo looks up the training step when it builds a model
-    else:
+        PATCHES[change](monkeypatch)  # before the models are built, when NeMo looks up the training step
+    stock, ours = twin(start), twin(start, StockModel if door == "accelerate" else AudioCodecModel)
+    if change in CHANGES:
         for model in (stock, ours):
             CHANGES[change](model)
     if door == "accelerate":
@@ -241,16 +253,16 @@ def test_changes_have_the_effect_that_they_have_in_nemo(tmp_path, change, door, 
     assert differ(before, expected, 1e-3) == (change != "stock_discriminator")
 
 
-def test_a_change_that_needs_nemos_step_excludes_additions(tmp_path, caplog):
-    _, ours = models(tmp_path, config())
+def test_a_change_that_needs_nemos_step_excludes_additions(caplog):
+    _, ours = models(config())
     own_mel(ours)
     with open_dict(ours.cfg):
         ours.cfg.accumulate_grad_batches = 2
     with pytest.raises(ConfigError, match=r"mel_loss_fn of the model was changed.*accumulate_grad_batches"):
-        train(ours, [batch_without_ties(ours, frames=8, size=1)])
+        train(ours, [stock_model_and_batch()[1]])
     ours.cfg.accumulate_grad_batches = 1
     with caplog.at_level(logging.WARNING, "nemo_lfr"):
-        train(ours, [batch_without_ties(ours, frames=8, size=1)])
+        train(ours, [stock_model_and_batch()[1]])
     assert [record.message for record in caplog.records if "slower step" in record.message] == [
         "training uses NeMo's own, slower step, because the model's mel_loss_fn changed"
     ]

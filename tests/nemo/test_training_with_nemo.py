@@ -2,6 +2,8 @@
 
 import argparse
 import copy
+import functools
+import json
 import os
 import pickle
 import shutil
@@ -24,16 +26,16 @@ from omegaconf import OmegaConf, open_dict
 
 import nemo_lfr
 from nemo_lfr import AudioCodecModel, CheckpointError, ConfigError, accelerate
+from nemo_lfr.checkpoint import split_weight_norm
 from nemo_lfr.io.exclusive import exclusive
 from nemo_lfr.modules.quantizer import FiniteScalarQuantizer, GroupFiniteScalarQuantizer
 from nemo_lfr.nemo.config import check_training
 from nemo_lfr.nemo.run_lock import lock_run
 from nemo_lfr.pretrained import bundled_checkpoint
 from nemo_lfr.signal import spectra
-from nemo_lfr.testing import TWO_STAGES
 from nemo_lfr.training.average import Average
 from tests.crash import ROOT
-from tests.models import FULL_SIZE, LOSSES, MODULES, RATE, codec_config, speech_like, write_nemo
+from tests.models import FULL_SIZE, LOSSES, MODULES, RATE, codec_config, random_parts, speech_like, write_nemo
 
 ENCODEC = "nemo.collections.tts.modules.encodec_modules."
 STFT = {
@@ -75,10 +77,33 @@ def wavlm(tmp_path_factory):
     }
 
 
-def training_config(discriminators: list[dict[str, Any]], **changes: Any) -> dict[str, Any]:
+# A codec that trains in a few milliseconds, with two codebooks and few layers.
+TINY: dict[str, Any] = {
+    "samples_per_frame": 16,
+    "audio_encoder": {"down_sample_rates": [2, 8], "encoded_dim": 8},
+    "vector_quantizer": {"num_groups": 2},
+    "audio_decoder": {
+        "up_sample_rates": [8, 2],
+        "input_dim": 8,
+        "base_channels": 16,
+        "resblock_kernel_sizes": [3],
+        "resblock_dilation_sizes": [1],
+    },
+    "loss_resolutions": [[64, 16, 64], [128, 32, 128]],
+    "mel_loss_dims": [5, 10],
+}
+
+
+def released_config(discriminators: list[dict[str, Any]], **changes: Any) -> dict[str, Any]:
+    """Return a training config with the released layout and few channels."""
     union = {"_target_": MODULES + "Discriminator", "discriminators": discriminators}
     optim = {"_target_": "torch.optim.SGD", "lr": 1e-3}
     return codec_config(**{"discriminator": union if discriminators else None, "optim": optim} | changes)
+
+
+def training_config(discriminators: list[dict[str, Any]], **changes: Any) -> dict[str, Any]:
+    """Return a training config of the codec `TINY`."""
+    return released_config(discriminators, **TINY | changes)
 
 
 def batch(size: int = 2, frames: int = 12, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -164,7 +189,7 @@ CASES: dict[str, dict[str, Any]] = {
     "WavLM": {"use": ["slm"]},
     "all three, discriminators every second step": {"use": ["stft", "one period", "slm"], "disc_update_period": 2},
     "hinged, relative features": {
-        "use": ["stft", "one period"],
+        "use": ["stft"],
         "feature_loss_type": "relative",
         "generator_loss": {"_target_": LOSSES + "GeneratorHingedLoss"},
         "discriminator_loss": {"_target_": LOSSES + "DiscriminatorHingedLoss"},
@@ -201,26 +226,40 @@ CASES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def models(tmp_path, config: dict[str, Any]) -> tuple[Any, Any]:
-    """Return a stock model and our model with the same weights."""
-    start = StockModel.restore_from(str(write_nemo(tmp_path / "a.nemo", config)), map_location="cpu")
+@functools.cache
+def random_state(sections: str) -> dict[str, torch.Tensor]:
+    """Return the state dict of a codec from `random_parts`."""
+    parts = random_parts(json.loads(sections)).named()
+    return {f"{name}.{key}": value for name, part in parts.items() for key, value in split_weight_norm(part).items()}
+
+
+def models(config: dict[str, Any], path: Path | None = None) -> tuple[Any, Any]:
+    """Return a stock model and our model with the same weights, those of a checkpoint or random ones."""
+    if path is None:
+        keys = ("sample_rate", "samples_per_frame", "audio_encoder", "vector_quantizer", "audio_decoder")
+        state = random_state(json.dumps({key: config[key] for key in keys}))
+    else:
+        state = AudioCodecModel.restore_from(path, map_location="cpu").state_dict()
     torch.manual_seed(3)
     stock = StockModel(OmegaConf.create(config))
-    stock.load_state_dict(start.state_dict())
+    with torch.no_grad():
+        for key, weight in stock.named_parameters():
+            if not key.startswith("discriminator."):
+                weight.copy_(state[key])
     ours = AudioCodecModel(OmegaConf.create(config))
     ours.load_state_dict({key: value.clone() for key, value in stock.state_dict().items()})
     return stock, ours
 
 
 @pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.slow if FULL in c else ()) for c in CASES])
-def test_steps_are_stock_steps(tmp_path, wavlm, case):
+def test_steps_are_stock_steps(request, wavlm, case):
     changes = dict(CASES[case])
     known = {"stft": STFT, "bands": BANDS, "period": PERIOD, "slm": wavlm, "all stft": ALL_STFT}
     known["one period"] = ONE_PERIOD
     known["all periods"] = {"_target_": MODULES + "MultiPeriodDiscriminator"}
     size, steps = changes.pop("batch size", 2), changes.pop("steps", 2)
-    config = training_config([known[name] for name in changes.pop("use")], **changes)
-    stock, ours = models(tmp_path, config)
+    config = released_config([known[name] for name in changes.pop("use")], **changes)
+    stock, ours = models(config, request.getfixturevalue("full_size") if case == FULL else None)
     batches = [batch_without_ties(stock, frames=4, size=size)] * steps
     expected, mine = (train(model, batches) for model in (stock, ours))
     for step, (theirs, own) in enumerate(zip(expected.logged, mine.logged, strict=True)):
@@ -246,9 +285,9 @@ def test_steps_are_stock_steps(tmp_path, wavlm, case):
             assert difference.norm() < tolerance * gradient.norm(), part
 
 
-def test_validation_losses_are_stocks_for_clips_of_unequal_length(tmp_path):
-    config = training_config([])
-    stock, ours = models(tmp_path, config)
+def test_validation_losses_are_stocks_for_clips_of_unequal_length():
+    config = released_config([])
+    stock, ours = models(config)
     audio = batch(3, 20)["audio"]
     lengths = torch.tensor([20 * 1024, 15 * 1024 - 300, 9000])
     for row, length in zip(audio, lengths, strict=True):
@@ -263,11 +302,11 @@ def test_validation_losses_are_stocks_for_clips_of_unequal_length(tmp_path):
 
 
 def test_fine_tuning_starts_where_a_stock_file_ends_discriminators_included(tmp_path):
-    config = training_config([STFT, ONE_PERIOD])
-    start, _ = models(tmp_path, config)
+    config = released_config([STFT, SMALL_STFT])
+    start, _ = models(config)
     start.save_to(str(tmp_path / "source.nemo"))
     torch.manual_seed(9)
-    other = training_config([STFT, ONE_PERIOD], loss_resolutions=[[256, 64, 256]], mel_loss_dims=[20])
+    other = released_config([STFT, SMALL_STFT], loss_resolutions=[[256, 64, 256]], mel_loss_dims=[20])
     for values in (config, other):  # the losses are the new config's
         model = AudioCodecModel(OmegaConf.create(values))
         model.maybe_init_from_pretrained_checkpoint(
@@ -279,7 +318,7 @@ def test_fine_tuning_starts_where_a_stock_file_ends_discriminators_included(tmp_
         assert any(key.startswith("discriminator.") for key in learned)
         assert all(torch.equal(model.state_dict()[key], expected[key]) for key in learned)
         trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
-        loader = torch.utils.data.DataLoader([batch(frames=8)], batch_size=None)
+        loader = torch.utils.data.DataLoader([batch(frames=4)], batch_size=None)
         stock = StockModel(OmegaConf.create(values | {"discriminator": None}))
         stock.load_state_dict({key: expected[key] for key, _ in stock.named_parameters()}, strict=False)
         (theirs,) = trainer.validate(stock, loader, verbose=False)
@@ -287,8 +326,8 @@ def test_fine_tuning_starts_where_a_stock_file_ends_discriminators_included(tmp_
         assert {key: mine[key] for key in theirs} == pytest.approx(theirs, rel=1e-5)
 
 
-def test_loading_some_weights_keeps_those_of_the_discriminators(tmp_path):
-    start, model = models(tmp_path, training_config([SMALL_STFT], **TWO_STAGES))
+def test_loading_some_weights_keeps_those_of_the_discriminators():
+    start, model = models(training_config([SMALL_STFT]))
     state = {key: value.clone() for key, value in start.state_dict().items()}
     model.load_state_dict(state)
     for key in [key for key in state if key.startswith("discriminator.")]:
@@ -301,7 +340,7 @@ def test_loading_some_weights_keeps_those_of_the_discriminators(tmp_path):
         assert all(torch.equal(parent["codec"].state_dict()[key], value) for key, value in start.named_parameters())
 
 
-def test_a_cpu_updates_with_fused_adam_unless_the_config_says_otherwise(tmp_path):
+def test_a_cpu_updates_with_fused_adam_unless_the_config_says_otherwise():
     """The updates differ only by rounding."""
     ends = []
     for fused in (None, False):
@@ -340,7 +379,7 @@ def test_a_saved_model_is_validated_without_its_logged_clips(tmp_path):
         train(model, [batch(frames=8)])
 
 
-def test_wavlm_is_neither_loaded_before_a_step_nor_trained_nor_saved(tmp_path, wavlm):
+def test_wavlm_is_neither_loaded_before_a_step_nor_trained_nor_saved(wavlm):
     config = training_config([wavlm])
     model = AudioCodecModel(OmegaConf.create(config))
     model.build_discriminator()
@@ -405,27 +444,27 @@ def generator_weights(model) -> torch.Tensor:
     return torch.cat([parameter.detach().flatten() for parameter in model._generator.parameters()])
 
 
-def test_accumulated_batches_make_the_update_of_one_large_batch(tmp_path):
+def test_accumulated_batches_make_the_update_of_one_large_batch():
     # A smooth activation, because rounding may change the sign of the input of a leaky ReLU.
     smooth = {part: {"activation": "elu"} for part in ("audio_encoder", "audio_decoder")}
-    config = training_config([], accumulate_grad_batches=2, **smooth)
-    _, model = models(tmp_path, config)
-    whole = batch_without_ties(model, frames=8, size=4)
+    config = released_config([], accumulate_grad_batches=2, **smooth)
+    _, model = models(config)
+    whole = batch_without_ties(model, frames=4, size=4)
     parts = [{key: value[rows] for key, value in whole.items()} for rows in (slice(0, 2), slice(2, 4))]
     recorder = train(model, parts)
-    _, large = models(tmp_path, config | {"accumulate_grad_batches": 1})
+    _, large = models(config | {"accumulate_grad_batches": 1})
     expected = train(large, [whole])
     (own,), (theirs,) = recorder.gradients, expected.gradients
     for key, gradient in theirs.items():
         assert (own[key] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-7, key
     # A validation between the two batches must not discard the gradients of the first one.
-    _, model = models(tmp_path, config)
+    _, model = models(config)
     (again,) = train(model, parts, parts[:1], val_check_interval=1, num_sanity_val_steps=0).gradients
     for key, gradient in own.items():
         assert torch.equal(again[key], gradient), key
 
 
-def test_a_schedule_counts_updates_not_batches(tmp_path):
+def test_a_schedule_counts_updates_not_batches():
     config = training_config([], accumulate_grad_batches=4, max_epochs=3, steps_per_epoch=10)
     model = AudioCodecModel(OmegaConf.create(config))
     assert model.max_steps == 9
@@ -465,7 +504,7 @@ def test_averaged_weights_move_with_the_module():
 
 def test_the_average_of_the_weights_is_validated_exported_and_resumed(tmp_path):
     config = training_config([], ema_decay=0.9, optim={"_target_": "torch.optim.SGD", "lr": 0.01})
-    _, model = models(tmp_path, config)
+    _, model = models(config)
     batches = torch.utils.data.DataLoader([batch(frames=8)] * 3, batch_size=None)
     trainer = pl.Trainer(accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False,
                          enable_progress_bar=False, enable_model_summary=False)  # fmt: skip
@@ -570,7 +609,7 @@ def resume_a_complete_run(model, first):
 )
 def test_weights_that_are_changed_after_the_training_are_saved(tmp_path, change, is_averaged):
     config = training_config([], ema_decay=0.9, optim={"_target_": "torch.optim.SGD", "lr": 0.01})
-    _, model = models(tmp_path, config)
+    _, model = models(config)
     first = {key: value.clone() for key, value in model.state_dict().items()}
     batches = torch.utils.data.DataLoader([batch(frames=8)] * 2, batch_size=None)
     quiet_trainer(max_epochs=1).fit(model, batches)
@@ -640,7 +679,7 @@ class Fails(pl.Callback):
 @pytest.mark.parametrize("error", [ValueError("a clip"), SystemExit(143)])
 def test_a_failed_validation_leaves_and_saves_the_trained_weights(tmp_path, error):
     config = training_config([], ema_decay=0.9, optim={"_target_": "torch.optim.SGD", "lr": 0.01})
-    _, model = models(tmp_path, config)
+    _, model = models(config)
     before = generator_weights(model)
     failing = Fails(error, tmp_path)
     batches = torch.utils.data.DataLoader([batch(frames=8)] * 2, batch_size=None)
@@ -661,9 +700,9 @@ def test_a_failed_validation_leaves_and_saves_the_trained_weights(tmp_path, erro
     assert torch.equal(generator_weights(model), trained)
 
 
-def test_loaded_weights_are_not_scaled_and_unknown_terms_are_refused(tmp_path):
+def test_loaded_weights_are_not_scaled_and_unknown_terms_are_refused():
     optim = {"_target_": "torch.optim.SGD", "lr": 0.0}
-    _, model = models(tmp_path, training_config([], initialize_from_data=True, optim=optim))
+    _, model = models(training_config([], initialize_from_data=True, optim=optim))
     before = generator_weights(model)
     train(model, [batch()])
     assert torch.equal(generator_weights(model), before)
@@ -674,7 +713,7 @@ def test_loaded_weights_are_not_scaled_and_unknown_terms_are_refused(tmp_path):
         train(stock_only, [batch()])
 
 
-def test_random_weights_are_scaled_by_the_training_speech_when_asked(tmp_path):
+def test_random_weights_are_scaled_by_the_training_speech_when_asked():
     torch.manual_seed(0)
     spread = {}
     for wanted in (False, True):
@@ -773,7 +812,7 @@ class TwoOptimizers(AudioCodecModel):
 
 
 def test_two_optimizers_update_the_average_once_per_batch():
-    model = TwoOptimizers(OmegaConf.create(training_config([], ema_decay=0.99, **TWO_STAGES)))
+    model = TwoOptimizers(OmegaConf.create(training_config([], ema_decay=0.99)))
     model.weights = [generator_weights(model).clone()]
     train(model, [batch(frames=1)] * 2)
     start, first, second = model.weights
@@ -797,13 +836,13 @@ class LateEncoder(TwoOptimizers):
 
 
 def test_the_average_follows_one_of_two_optimizers():
-    model = LateEncoder(OmegaConf.create(training_config([], ema_decay=0.99, **TWO_STAGES)))
+    model = LateEncoder(OmegaConf.create(training_config([], ema_decay=0.99)))
     train(model, [batch(frames=1)] * 2)
     assert model._average.count == 2
 
 
 def test_weights_that_a_callback_loads_at_the_end_of_the_training_are_saved(tmp_path):
-    model = AudioCodecModel(OmegaConf.create(training_config([], ema_decay=0.5, **TWO_STAGES)))
+    model = AudioCodecModel(OmegaConf.create(training_config([], ema_decay=0.5)))
     best = {name: weight / 2 for name, weight in model.state_dict().items() if name.startswith("audio_")}
     load = pl.callbacks.LambdaCallback(on_train_end=lambda *_: model.load_state_dict(best, strict=False))
     loader = torch.utils.data.DataLoader([batch(frames=1)] * 2, batch_size=None)
@@ -828,15 +867,15 @@ class Rollback(pl.Callback):
 
 
 def test_an_average_of_nan_restarts_when_the_weights_are_finite_again(tmp_path):
-    model = AudioCodecModel(OmegaConf.create(training_config([], ema_decay=0.5, optim=FROZEN, **TWO_STAGES)))
+    model = AudioCodecModel(OmegaConf.create(training_config([], ema_decay=0.5, optim=FROZEN)))
     loader = torch.utils.data.DataLoader([batch(frames=1)] * 3, batch_size=None)
     quiet_trainer(max_epochs=1, callbacks=[Rollback()]).fit(model, loader)
     model.save_to(tmp_path / "a.nemo")
     assert torch.equal(generator_weights(AudioCodecModel.restore_from(tmp_path / "a.nemo")), generator_weights(model))
 
 
-def test_accelerate_refuses_a_model_that_is_being_trained(tmp_path):
-    stock, _ = models(tmp_path, training_config([], **TWO_STAGES))
+def test_accelerate_refuses_a_model_that_is_being_trained():
+    stock, _ = models(training_config([]))
     loader = torch.utils.data.DataLoader([batch(frames=1)], batch_size=None)
     late = pl.callbacks.LambdaCallback(on_fit_start=lambda *_: accelerate(stock))
     with pytest.raises(ConfigError, match="call accelerate before"):
@@ -858,7 +897,7 @@ def test_a_skipped_batch_leaves_no_gradients_of_the_update_before():
         [batch(frames=1), batch(frames=1, seed=2), silent, batch(frames=1, seed=4)],
         [batch(frames=1, seed=4)],
     ):
-        model = Skipping(OmegaConf.create(training_config([], accumulate_grad_batches=2, optim=FROZEN, **TWO_STAGES)))
+        model = Skipping(OmegaConf.create(training_config([], accumulate_grad_batches=2, optim=FROZEN)))
         model.load_state_dict(found[0][0] if found else model.state_dict(), strict=False)
         found.append((model.state_dict(), train(model, batches).gradients[-1]))
     (_, expected), (_, alone) = found
@@ -888,14 +927,14 @@ class OwnDecoderTraining(AudioCodecModel):
     ],
 )
 def test_a_user_trains_the_decoder_with_automatic_optimization(call):
-    model = OwnDecoderTraining(OmegaConf.create(training_config([], **TWO_STAGES)), call)
+    model = OwnDecoderTraining(OmegaConf.create(training_config([])), call)
     start = generator_weights(model).clone()
     train(model, [batch(frames=1)] * 2, accumulate_grad_batches=2, gradient_clip_val=1.0)
     assert not torch.equal(generator_weights(model), start)
     assert not call(model, *batch(frames=1).values())[0].requires_grad
 
 
-SMALLEST = training_config([STFT | {"resolutions": [[64, 32, 64]]}], **TWO_STAGES, ema_decay=0.5)
+SMALLEST = training_config([STFT | {"resolutions": [[64, 32, 64]]}], ema_decay=0.5)
 # Hooks that a subclass overrides without calling those of the base class
 OWN_HOOKS = [
     ["configure_callbacks"],
@@ -939,8 +978,8 @@ def test_hooks_of_a_user_do_not_replace_ours(tmp_path):
             torch.testing.assert_close(own[name], value, msg=f"{name} with own {hooks}")
 
 
-def test_a_trainer_is_used_with_models_of_nemo_too(tmp_path):
-    stock, ours = models(tmp_path, training_config([]))
+def test_a_trainer_is_used_with_models_of_nemo_too():
+    stock, ours = models(released_config([]))
     trainer, loader = quiet_trainer(), torch.utils.data.DataLoader([batch(frames=8)], batch_size=None)
     (expected,), (mine,) = (trainer.validate(model, loader, verbose=False) for model in (ours, stock))
     assert mine["val_loss"] == pytest.approx(expected["val_loss"], rel=1e-4)
@@ -974,8 +1013,8 @@ def test_converted_weights_are_still_random():
     assert not model._is_random
 
 
-def test_a_trained_model_forgets_its_weights_and_their_average_on_the_meta_device(tmp_path):
-    _, model = models(tmp_path, training_config([], ema_decay=0.9, optim=FROZEN))
+def test_a_trained_model_forgets_its_weights_and_their_average_on_the_meta_device():
+    _, model = models(training_config([], ema_decay=0.9, optim=FROZEN))
     state = {key: 2 * value for key, value in model.state_dict().items() if "audio_" in key}
     train(model, [batch(frames=8)])
     model.to("meta").to_empty(device="cpu").load_state_dict(state, strict=False)
@@ -1092,9 +1131,9 @@ def test_two_processes_learn_the_same_as_one_with_a_doubled_batch(tmp_path):
         assert 0 < differs.norm() < 0.01 * moved.norm() or differs.norm() == 0 < moved.norm(), part
 
 
-def test_a_validation_before_the_first_step_leaves_nothing_that_training_cannot_use(tmp_path):
+def test_a_validation_before_the_first_step_leaves_nothing_that_training_cannot_use():
     spectra.hann.cache_clear()
-    fitted(tmp_path)  # Lightning's sanity check validates in inference mode
+    fitted()  # Lightning's sanity check validates in inference mode
 
 
 @pytest.mark.skipif(os.name == "nt", reason="folders have no locks")
@@ -1104,19 +1143,18 @@ def test_a_second_training_in_a_folder_of_checkpoints_is_refused(tmp_path):
     folder.mkdir()
     options = {"enable_checkpointing": True, "callbacks": [pl.callbacks.ModelCheckpoint(folder)]}
     with exclusive(folder), pytest.raises(ConfigError, match=f"{folder}: another run is writing to this folder"):
-        fitted(tmp_path, **options)
+        fitted(**options)
     assert not list(folder.iterdir())
     lock_run(folder)
     for _ in range(2):
-        fitted(tmp_path, **options)
+        fitted(**options)
         with exclusive(folder):
             pass
 
 
-def fitted(tmp_path, lr: float = 1e-3, **trainer_options: Any) -> tuple[Any, pl.Trainer]:
+def fitted(config: dict[str, Any] | None = None, **trainer_options: Any) -> tuple[Any, pl.Trainer]:
     """Return our model after two steps and a validation."""
-    config = training_config([SMALL_STFT], optim={"_target_": "torch.optim.SGD", "lr": lr})
-    _, model = models(tmp_path, config)
+    _, model = models(config or training_config([SMALL_STFT]))
     options = {"enable_checkpointing": False, **trainer_options}
     trainer = pl.Trainer(
         accelerator="cpu", max_epochs=1, logger=False, enable_progress_bar=False, enable_model_summary=False,
@@ -1129,7 +1167,7 @@ def fitted(tmp_path, lr: float = 1e-3, **trainer_options: Any) -> tuple[Any, pl.
 
 def test_a_model_is_copied_and_loaded_from_a_checkpoint_strictly_or_not(tmp_path):
     """In stock NeMo, `copy.deepcopy` and `load_from_checkpoint(strict=False)` fail."""
-    model, trainer = fitted(tmp_path)
+    model, trainer = fitted()
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     before = generator_weights(model)
     for other in (
@@ -1212,7 +1250,7 @@ def test_a_file_that_is_no_training_checkpoint_of_the_codec_is_named(name, train
     assert "\n" not in str(error.value)
 
 
-def test_bf16_mixed_learns_like_fp32_and_quantizes_in_fp32(tmp_path, monkeypatch):
+def test_bf16_mixed_learns_like_fp32_and_quantizes_in_fp32(monkeypatch):
     codes = []
     forward = GroupFiniteScalarQuantizer.forward
 
@@ -1224,7 +1262,8 @@ def test_bf16_mixed_learns_like_fp32_and_quantizes_in_fp32(tmp_path, monkeypatch
     monkeypatch.setattr(GroupFiniteScalarQuantizer, "forward", watched)
     losses = {}
     for precision in ("32-true", "bf16-mixed"):
-        _, trainer = fitted(tmp_path, lr=1e-4, precision=precision)  # larger steps amplify rounding errors
+        optim = {"_target_": "torch.optim.SGD", "lr": 1e-4}  # larger steps amplify rounding errors
+        _, trainer = fitted(released_config([SMALL_STFT], optim=optim), precision=precision)
         losses[precision] = float(trainer.callback_metrics["val_loss"])
     for values in codes:
         assert values.dtype == torch.float32 and torch.allclose((values * 12).round(), values * 12)
@@ -1232,8 +1271,8 @@ def test_bf16_mixed_learns_like_fp32_and_quantizes_in_fp32(tmp_path, monkeypatch
     assert losses["bf16-mixed"] == pytest.approx(losses["32-true"], rel=0.1)
 
 
-def test_speed_perplexity_and_levels_are_logged(tmp_path):
-    _, trainer = fitted(tmp_path)
+def test_speed_perplexity_and_levels_are_logged():
+    _, trainer = fitted()
     assert trainer.callback_metrics["samples_per_second"] > 0
     model = AudioCodecModel.restore_from(bundled_checkpoint(), map_location="cpu")
     clips = [batch(1, frames=20), batch(1, frames=12)]
@@ -1245,8 +1284,8 @@ def test_speed_perplexity_and_levels_are_logged(tmp_path):
     assert 0.1 < metrics["val_levels_used"] <= 1
 
 
-def test_gradients_are_clipped_to_the_norm_that_the_config_names(tmp_path):
-    _, model = models(tmp_path, training_config([SMALL_STFT], clip_grad_norm=0.01))
+def test_gradients_are_clipped_to_the_norm_that_the_config_names():
+    _, model = models(training_config([SMALL_STFT], clip_grad_norm=0.01))
     recorder = train(model, [batch(frames=8)])
     assert len(recorder.gradients) == 2  # of the discriminators and of the generator
     for gradients in recorder.gradients:
@@ -1254,8 +1293,8 @@ def test_gradients_are_clipped_to_the_norm_that_the_config_names(tmp_path):
         assert float(norm) == pytest.approx(0.01, rel=1e-3)
 
 
-def test_non_finite_step_changes_nothing(tmp_path):
-    _, model = models(tmp_path, training_config([SMALL_STFT], skip_nan_gradients=True))
+def test_non_finite_step_changes_nothing():
+    _, model = models(training_config([SMALL_STFT], skip_nan_gradients=True))
     bad = batch(frames=8)
     bad["audio"][0, 100] = float("nan")
     before = generator_weights(model)
@@ -1266,10 +1305,10 @@ def test_non_finite_step_changes_nothing(tmp_path):
     assert after.isfinite().all() and not torch.equal(after, before)
 
 
-def test_compiled_parts_learn_the_same(tmp_path):
+def test_compiled_parts_learn_the_same():
     recorders = []
     for compiler in (None, "aot_eager"):  # the default, "inductor", runs a C++ compiler for minutes
-        _, model = models(tmp_path, training_config([], compile=compiler))
+        _, model = models(training_config([], compile=compiler))
         recorders.append(train(model, [batch(frames=8)]))
         assert (compiler is not None) == (model.audio_encoder._compiled_call_impl is not None)
     plain, compiled = recorders
@@ -1281,9 +1320,9 @@ def test_compiled_parts_learn_the_same(tmp_path):
 # Codebook dropout, with the key of NeMo after 3.0.0, which this test's NeMo does not know.
 
 
-def test_without_codebook_dropout_no_random_number_is_drawn(tmp_path):
+def test_without_codebook_dropout_no_random_number_is_drawn():
     for changes in ({}, {"codebook_dropout_rate": 0.0}, {"codebook_dropout_rate": None}):
-        _, model = models(tmp_path, training_config([], **changes))
+        _, model = models(training_config([], **changes))
         model.train()
         torch.manual_seed(0)
         model.reconstruct(batch())
@@ -1293,8 +1332,8 @@ def test_without_codebook_dropout_no_random_number_is_drawn(tmp_path):
         assert torch.equal(torch.get_rng_state(), expected)
 
 
-def test_codebook_dropout_reaches_the_decoder_in_training_only(tmp_path):
-    stock, model = models(tmp_path, training_config([], codebook_dropout_rate=1.0))
+def test_codebook_dropout_reaches_the_decoder_in_training_only():
+    stock, model = models(released_config([], codebook_dropout_rate=1.0))
     plain = model.eval().reconstruct(batch())
     model.train()
     torch.manual_seed(3)
@@ -1316,8 +1355,8 @@ def test_codebook_dropout_reaches_the_decoder_in_training_only(tmp_path):
         assert encoded.grad[row, : 4 * number].any() and not encoded.grad[row, 4 * number :].any()
 
 
-def test_a_model_trains_with_codebook_dropout(tmp_path):
-    _, model = models(tmp_path, training_config([SMALL_STFT], codebook_dropout_rate=0.5))
+def test_a_model_trains_with_codebook_dropout():
+    _, model = models(training_config([SMALL_STFT], codebook_dropout_rate=0.5))
     before = generator_weights(model)
     train(model, [batch(4)] * 2)
     assert generator_weights(model).isfinite().all() and not torch.equal(generator_weights(model), before)
@@ -1432,7 +1471,7 @@ def test_short_clips_are_padded_for_losses_and_discriminators():
     ],
 )
 def test_segments_too_short_for_a_discriminator_are_refused(section, match):
-    config = training_config([STFT | {"resolutions": [[4096, 1024, 4096]]}])
+    config = released_config([STFT | {"resolutions": [[4096, 1024, 4096]]}])
     model = AudioCodecModel(OmegaConf.create(config))
     with open_dict(model.cfg):
         model.cfg.train_ds = section
@@ -1479,24 +1518,29 @@ def test_only_one_file_may_give_the_initial_weights():
 
 
 ADAM = {"_target_": "torch.optim.Adam", "lr": 1e-3}
+ANOTHER_PERIOD = SMALL_PERIOD | {"periods": [3]}
 
 
 @pytest.mark.parametrize(
     ("discriminators", "optim", "match"),
     [
-        ([PERIOD | {"periods": [3]}, STFT], None, None),  # as before
-        ([PERIOD, STFT], None, "section discriminator of the config does not match the checkpoint: discriminator"),
-        ([PERIOD | {"periods": [3]}], None, "section discriminator .* in the checkpoint, but is missing in the model"),
+        ([ANOTHER_PERIOD, SMALL_STFT], None, None),  # as before
+        (
+            [SMALL_PERIOD | {"periods": [2, 5]}, SMALL_STFT],
+            None,
+            "section discriminator of the config does not match the checkpoint: discriminator",
+        ),
+        ([ANOTHER_PERIOD], None, "section discriminator .* in the checkpoint, but is missing in the model"),
         ([], None, "section discriminator"),
         (
-            [PERIOD | {"periods": [3]}, STFT],
+            [ANOTHER_PERIOD, SMALL_STFT],
             ADAM,
             "section optim .*: the optimizer in the checkpoint is not Adam: its settings ",
         ),
     ],
 )
 def test_a_run_is_resumed_only_with_its_discriminators_and_optimizer(tmp_path, discriminators, optim, match):
-    model = AudioCodecModel(OmegaConf.create(training_config([PERIOD | {"periods": [3]}, STFT])))
+    model = AudioCodecModel(OmegaConf.create(training_config([ANOTHER_PERIOD, SMALL_STFT])))
     trainer = quiet_trainer(max_epochs=1)
     trainer.fit(model, torch.utils.data.DataLoader([batch(frames=8)], batch_size=None))
     trainer.save_checkpoint(tmp_path / "last.ckpt")
@@ -1548,7 +1592,7 @@ class OwnHead(AudioCodecModel):
 
 
 def test_a_run_of_a_subclass_with_more_parameters_is_resumed(tmp_path):
-    config = OmegaConf.create(training_config([], **TWO_STAGES, optim=ADAM))
+    config = OmegaConf.create(training_config([], optim=ADAM))
     loader = torch.utils.data.DataLoader([batch(frames=1)], batch_size=None)
     for epochs, path in ((1, None), (2, tmp_path / "1.ckpt")):
         trainer = quiet_trainer(max_epochs=epochs)
