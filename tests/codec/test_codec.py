@@ -23,7 +23,7 @@ from tests.reference import assert_same_tokens, changed_frames, reference_decode
 from tests.tiers import ALL_KINDS, slow_after, slow_except, slow_if
 
 # Lengths and tokens of the longest comparisons with single clips; the nightly run has more.
-LENGTHS = int(os.environ.get("NEMO_LFR_LENGTHS", "500"))
+LENGTHS = int(os.environ.get("NEMO_LFR_LENGTHS", "200"))
 TOKENS = int(os.environ.get("NEMO_LFR_TOKENS", "20000"))
 
 # The order of float32 sums changes with the batch and the window; audio is in [-1, 1], so 1e-5 is -100 dB.

@@ -235,8 +235,8 @@ class GpuOnCpu(TorchBackend):
 def test_clips_of_all_lengths_equal_single_clips_and_share_few_graphs(kind):
     codec = cached_codec(kind)
     fast, rate = Codec(GpuOnCpu(codec)), codec.samples_per_frame
-    frames = [2, 5, 9, 14, 16, 30]
-    for _ in range(3):
+    frames = [2, 9, 16, 30]
+    for _ in range(2):
         for count in frames:
             clip = speech_like(count * rate - 7, seed=count)
             tokens = fast.encode(clip)[0][0]
@@ -244,7 +244,7 @@ def test_clips_of_all_lengths_equal_single_clips_and_share_few_graphs(kind):
             audio = fast.decode(tokens)[0][0]
             assert (audio - reference_decode(codec, tokens)).abs().max() < 1e-5
     # Two widths (16 and 32 frames), each for the encoder and the decoder, give 4 graphs.
-    assert fast.backend.capture.captures == 4 and fast.backend.capture.replays == 2 * 3 * len(frames) - 4
+    assert fast.backend.capture.captures == 4 and fast.backend.capture.replays == 2 * 2 * len(frames) - 4
 
 
 @pytest.mark.slow

@@ -57,8 +57,7 @@ def test_tracers_raise_and_leave_the_codec_unchanged(tracer):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("kind", [Tokens, Audio])
+@pytest.mark.parametrize(("kind", "backend"), [(Tokens, "eager"), (Audio, "aot_eager")])
 def test_a_compiled_function_leaves_the_codec_out_of_its_graphs(kind, backend):
     expected = kind()(AUDIO)
     torch._dynamo.reset()

@@ -174,13 +174,19 @@ DOORS = {
 }
 
 
+@pytest.fixture(scope="module")
+def saved_once(exported, tmp_path_factory):
+    model, saved = transformers.AutoModel.from_pretrained(exported), tmp_path_factory.mktemp("sharded")
+    model.save_pretrained(saved, max_shard_size="20KB")
+    assert len(list(saved.glob("model-*.safetensors"))) > 1
+    return saved, model.codec.fingerprint
+
+
 @pytest.fixture
-def sharded(folder, tmp_path):
+def sharded(saved_once, tmp_path):
     """Return a folder with weights in several files, and the fingerprint of the codec."""
-    model = transformers.AutoModel.from_pretrained(folder)
-    model.save_pretrained(tmp_path / "saved", max_shard_size="20KB")
-    assert len(list((tmp_path / "saved").glob("model-*.safetensors"))) > 1
-    return tmp_path / "saved", model.codec.fingerprint
+    saved, fingerprint = saved_once
+    return shutil.copytree(saved, tmp_path / "saved"), fingerprint
 
 
 @pytest.mark.slow
