@@ -23,10 +23,10 @@ PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 
 
 class WholeNumber(click.IntRange):
-    """Type of an option whose value is an integer below 2^63, which PyTorch and NumPy accept."""
+    """Type of an option whose value is an integer between -2^63 and 2^63, as PyTorch and NumPy accept."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Convert the value to an int in the range of this type; refuse 2^63 or more."""
+        """Convert the value to an int in the range of this type; refuse absolute values of 2^63 or more."""
         number = super().convert(value, param, ctx)
         if abs(number) >= 2**63:
             self.fail(f"{shorten(str(value))} is too large; pass a number below 2^63.", param, ctx)
