@@ -36,9 +36,9 @@ def corpus(tmp_path_factory):
     folder = tmp_path_factory.mktemp("corpus")
     lines = []
     for number, lang in enumerate(["en", "de", "en"]):
-        soundfile.write(folder / f"{number}.wav", synthesize(1.5, number), RATE, subtype="FLOAT")
+        soundfile.write(folder / f"{number}.wav", synthesize(1, number), RATE, subtype="FLOAT")
         labels = {"text": f"<b>text</b> {number}", "lang": lang, "speaker": f"s{number}"}
-        lines.append(json.dumps({"audio_filepath": f"{number}.wav", "duration": 1.5} | labels))
+        lines.append(json.dumps({"audio_filepath": f"{number}.wav", "duration": 1.0} | labels))
     (folder / "manifest.json").write_text("\n".join(lines))
     return folder
 
@@ -142,7 +142,7 @@ def test_a_browser_shows_every_picture_and_plays_every_recording(report, tmp_pat
             browser.wait()
             server.shutdown()
     assert len(found["images"]) == 8 + 2 * 2 and min(found["images"]) > 300  # metrics, and examples x codecs
-    assert found["audio"] == pytest.approx([1.5] * 4, abs=0.01)
+    assert found["audio"] == pytest.approx([1.0] * 4, abs=0.01)
     assert found["rows"] >= 2 + 2 + 1 + 4 and found["overflow"] <= 0
 
 
@@ -193,7 +193,7 @@ def test_codec_exception_fails_only_its_recording(capsys, corpus, tmp_path, monk
     round_trip = LFR.round_trip
 
     def choosy(self, audio, rate):
-        if audio[100] == synthesize(1.5, 1)[100]:
+        if audio[100] == synthesize(1, 1)[100]:
             raise RuntimeError("Padding size should be\nless")
         return round_trip(self, audio, rate)
 
@@ -286,11 +286,11 @@ def test_user_errors_are_one_line_errors(capsys, corpus, tmp_path, arguments, wo
 
 @pytest.mark.slow
 def test_a_clip_that_ends_after_its_file_fails_alone(capsys, corpus, tmp_path):
-    clips = [(0, 1.55), (0.5, 1.0), (0, 30), (1.0, 1.0), (9, 1)]  # the files last 1.5 s; durations are rounded
+    clips = [(0, 1.05), (0.25, 0.75), (0, 30), (0.5, 1.0), (9, 1)]  # the files last 1 s; durations are rounded
     lines = [{"audio_filepath": str(corpus / "0.wav"), "offset": at, "duration": length} for at, length in clips]
     (tmp_path / "manifest.json").write_text("\n".join(map(json.dumps, lines)))
     code, _, err = evaluate(capsys, tmp_path, tmp_path / "out", "--codec", "original")
-    assert code == 1 and err.count("the audio lasts 1.50 s, but its manifest requires") == 3
+    assert code == 1 and err.count("the audio lasts 1.00 s, but its manifest requires") == 3
     assert len(rows(tmp_path / "out" / "recordings.csv")) == 2
 
 
@@ -310,7 +310,7 @@ def test_a_manifest_of_other_files_is_refused_in_the_same_folder(capsys, corpus,
     lines = []
     for number in range(3):
         shutil.copy(corpus / f"{number}.wav", other / f"other{number}.wav")
-        lines.append(json.dumps({"audio_filepath": f"other{number}.wav", "duration": 1.5}))
+        lines.append(json.dumps({"audio_filepath": f"other{number}.wav", "duration": 1.0}))
     (other / "manifest.json").write_text("\n".join(lines))
     out = tmp_path / "out"
     assert evaluate(capsys, corpus, out, "--codec", "original", "--limit", 1)[0] == 0
@@ -324,8 +324,8 @@ def test_a_manifest_of_other_files_is_refused_in_the_same_folder(capsys, corpus,
     "stored",
     [
         {"source": "manifest elsewhere.json"},  # another source, without recordings in common
-        {"00000-other": ["/other.wav", 0.0, 1.5, RATE, "0"]},  # an older file: another recording in the same place
-        {"00000-0": ["/other.wav", 0.0, 1.5, RATE, "0"]},
+        {"00000-other": ["/other.wav", 0.0, 1.0, RATE, "0"]},  # an older file: another recording in the same place
+        {"00000-0": ["/other.wav", 0.0, 1.0, RATE, "0"]},
     ],
 )
 def test_a_claim_on_other_recordings_is_kept(corpus, tmp_path, stored):
@@ -381,7 +381,7 @@ def test_changed_recordings_refuse_an_existing_evaluation(capsys, corpus, tmp_pa
     shutil.copytree(corpus, copy)
     assert evaluate(capsys, copy, tmp_path / "out", "--limit", 1, "--codec", "original")[0] == 0
     for number in range(3):
-        soundfile.write(copy / f"{number}.wav", synthesize(1.5, number + 5), RATE, subtype="FLOAT")
+        soundfile.write(copy / f"{number}.wav", synthesize(1, number + 5), RATE, subtype="FLOAT")
     code, _, stderr = evaluate(capsys, copy, tmp_path / "out", "--limit", 1, "--codec", "original")
     assert code == 2 and "other or changed recordings" in stderr
 
