@@ -30,7 +30,7 @@ from nemo_lfr import AudioCodecModel, AudioError, CheckpointError, ConfigError, 
 from nemo_lfr.modules.encoder import HiFiGANEncoder
 from tests.checkpoint.test_checkpoint import HOSTILE
 from tests.hub_server import HubServer
-from tests.models import MODULES, codec_config, speech_like, stock_model, write_nemo
+from tests.models import MODULES, codec_config, small_config, speech_like, stock_model, write_nemo
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -46,7 +46,13 @@ def test_a_nemo_without_some_of_its_modules_is_reported_as_missing(monkeypatch, 
 
 @pytest.fixture(scope="module")
 def nemo_file(tmp_path_factory):
-    return write_nemo(tmp_path_factory.mktemp("model") / "tiny.nemo", codec_config())
+    return write_nemo(tmp_path_factory.mktemp("model") / "tiny.nemo", small_config())
+
+
+@pytest.fixture(scope="module")
+def loaded(nemo_file):
+    """Return our model and the codec of the standalone API, which tests must not change."""
+    return AudioCodecModel.restore_from(nemo_file, map_location="cpu"), nemo_lfr.load(nemo_file, device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -316,7 +322,7 @@ def test_strict_names_the_missing_weight_and_not_strict_loads_the_rest(nemo_file
     state = AudioCodecModel.restore_from(nemo_file).state_dict()
     key = "audio_encoder.pre_conv.conv.bias"
     del state[key]
-    model = AudioCodecModel(OmegaConf.create(codec_config()))
+    model = AudioCodecModel(OmegaConf.create(small_config()))
     with pytest.raises(CheckpointError, match=key):
         model.load_state_dict(state)
     result = model.load_state_dict(state, strict=False)
@@ -366,11 +372,11 @@ def test_forward_gives_back_the_length_that_came_in(nemo_file):
 
 
 @pytest.mark.parametrize("rate", [8000, 16000, 22049, 22050, 24000, 44100, 48000.0, np.int64(16000)])
-def test_other_sample_rates_give_the_tokens_of_the_standalone_api(nemo_file, rate):
+def test_other_sample_rates_give_the_tokens_of_the_standalone_api(loaded, rate):
     """Both models use the same resampler for all rates; NeMo's own resampler takes minutes for 22,049 Hz."""
     audio, lengths = torch.stack([speech_like(16000), speech_like(16000, 1)]), torch.tensor([16000, 9000])
-    expected, expected_len = nemo_lfr.load(nemo_file, device="cpu").encode(audio, lengths, rate)
-    model = AudioCodecModel.restore_from(nemo_file, map_location="cpu")
+    model, codec = loaded
+    expected, expected_len = codec.encode(audio, lengths, rate)
     tokens, tokens_len = model.encode(audio=audio, audio_len=lengths, sample_rate=rate)
     assert torch.equal(tokens, expected) and torch.equal(tokens_len, expected_len)
     assert tokens_len.tolist() == [-(-math.ceil(count * 22050 / rate) // 1024) for count in (16000, 9000)]
@@ -439,11 +445,9 @@ def test_accelerate_names_the_expected_type(what):
 
 @pytest.mark.parametrize("rate", [0, -5, "16000", float("nan"), float("inf"), True, 99, 10**7])
 @pytest.mark.parametrize("method", ["encode", "encode_audio", "forward", "standalone"])
-def test_invalid_sample_rate_is_named(nemo_file, rate, method):
-    codec = (
-        nemo_lfr.load(nemo_file, device="cpu") if method == "standalone" else AudioCodecModel.restore_from(nemo_file)
-    )
-    call = codec.encode if method == "standalone" else getattr(codec, method)
+def test_invalid_sample_rate_is_named(loaded, rate, method):
+    model, codec = loaded
+    call = codec.encode if method == "standalone" else getattr(model, method)
     with pytest.raises(AudioError, match=f"sample_rate is {rate!r}; expected a number"):
         call(audio=torch.zeros(1, 2000), audio_len=torch.tensor([2000]), sample_rate=rate)
 

@@ -28,24 +28,13 @@ from nemo_lfr.codec import Codec
 from nemo_lfr.codec.streaming import push_encoders
 from nemo_lfr.codec.torch_backend import TorchBackend
 from nemo_lfr.modules.encoder import HiFiGANEncoder
-from tests.models import KINDS, MODULES, codec_config, speech_like, stock_model, write_nemo
+from tests.models import KINDS, MODULES, small_config, speech_like, stock_model, write_nemo
 
-# Two stages instead of five, and few residual layers, because these tests build many models.
-FEW_STAGES = {
-    "audio_encoder": {"down_sample_rates": [32, 32]},
-    "audio_decoder": {"up_sample_rates": [32, 32], "resblock_dilation_sizes": [1]},
-}
 AUDIO, LENGTHS = torch.stack([speech_like(9000), speech_like(9000, 1)]), torch.tensor([9000, 9000])
 DISCRIMINATOR = {
     "_target_": MODULES + "Discriminator",
     "discriminators": [{"_target_": MODULES + "MultiPeriodDiscriminator"}],
 }
-
-
-def small_config(kind="symmetric"):
-    """Return the config of a kind of codec with `FEW_STAGES`."""
-    config = codec_config(kind)
-    return config | {section: config[section] | changes for section, changes in FEW_STAGES.items()}
 
 
 @pytest.fixture(scope="module")
