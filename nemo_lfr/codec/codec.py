@@ -267,8 +267,8 @@ class Codec(HubMethods[Array]):
                 at some cost in quality. Default: `decoder.context.future`, which gives the same audio as `decode`.
             first_lookahead: lookahead in frames for the start of the audio, at most `lookahead`. The audio then
                 starts n = `lookahead - first_lookahead` frames sooner, but its first n frames are approximate. Later
-                frames wait for the full `lookahead`. Playback has no gap if the first tokens arrive at twice the
-                playback rate or faster. Default: `lookahead`.
+                frames wait for the full `lookahead`. Playback has no gap if the tokens of the first n + `lookahead`
+                frames arrive at twice the playback rate or faster. Default: `lookahead`.
 
         Raises:
             NemoLfrError: for an invalid `lookahead` or `first_lookahead`, or a backend that does not stream.

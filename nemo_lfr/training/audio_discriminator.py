@@ -122,7 +122,7 @@ def score_views(discriminator: AudioDiscriminator, views: Views) -> Discriminato
 
 
 def _check(discriminator: AudioDiscriminator, method: str, values: Any, batch: int) -> None:
-    """Raise ConfigError unless `values` is a list with one tensor [batch, ...] per network."""
+    """Raise ConfigError unless `values` is a list or tuple with one tensor [batch, ...] per network."""
     count = discriminator.num_networks
     is_list = isinstance(values, list | tuple) and all(isinstance(value, torch.Tensor) for value in values)
     if not is_list or len(values) != count:
