@@ -317,7 +317,7 @@ class Tensors:
     def _read_record(self, name: str, begin: int, buffer: memoryview) -> None:
         """Fill a buffer with the bytes of a stored record from `begin`, and verify the whole record's checksum.
 
-        A record that several tensors share is only verified when the first of them is read.
+        Nothing is verified if the file contains no checksums, or for a part of a record that was verified before.
         """
         if name not in self._records:
             raise zipfile.BadZipFile(f"record {name} is missing")

@@ -145,7 +145,7 @@ class CutFile:
 
 
 def check_fields(folder: Path, fields: Iterable[str]) -> None:
-    """Raise an error if a field of a Shar would replace an attribute or method of a cut.
+    """Check that each field of a Shar has a valid name, and does not replace an attribute or method of a cut.
 
     Args:
         folder: folder of the Shar, for messages.

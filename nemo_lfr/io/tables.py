@@ -157,8 +157,8 @@ def read_table(path: Path) -> Iterator[TableRow]:
 def _entry(row: TableRow) -> TableRow:
     """Rename the audio column to `audio_filepath`, add the standard labels, and remove empty cells.
 
-    `offset` and `duration` are removed if the audio column had another name. A row without the path of an audio file
-    gets a `problem`.
+    If the audio column is not already named `audio_filepath`, the table is not a NeMo manifest, so its `offset` and
+    `duration` may have another meaning and are removed. A row without the path of an audio file gets a `problem`.
     """
     values = {key: value for key, value in row.values.items() if not is_missing(value) and value != ""}
     column = next((name for name in AUDIO if name in row.values), None)
@@ -168,7 +168,7 @@ def _entry(row: TableRow) -> TableRow:
     if not isinstance(name, str):
         value = "empty" if name is None else shorten(name)
         return TableRow(row.line, {}, f"the column {column!r} is {value}; expected the path of an audio file")
-    if column != "audio_filepath":  # in tables of other programs, the meaning of these columns is unknown
+    if column != "audio_filepath":
         values = {key: value for key, value in values.items() if key not in ("offset", "duration")}
     return TableRow(row.line, {"audio_filepath": name, **standard_labels(values, strict=False)})
 
