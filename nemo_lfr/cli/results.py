@@ -4,7 +4,7 @@ Keys are in snake_case. A key whose value has a unit ends in the unit: `_s` seco
 second, `_bytes` bytes, `_db` decibels. Numbers are JSON numbers, and paths are strings, in which each byte that is not
 valid UTF-8 is written as `\x` and two hex digits. Every output has the key `failures`: a list of `Failure` records,
 empty on success. If a command fails before it has a result, the output has only this key. A command that a signal
-stops prints no output.
+stops prints no output, except for `serve`.
 """
 
 from typing import Literal, TypedDict

@@ -74,7 +74,7 @@ def _size(head: bytes) -> int | None:
 
 
 def _track(packet: bytes) -> int | None:
-    """Return the track number of an audio packet; None if the packet contains subtitles."""
+    """Return the track number of an audio packet; None for a private packet that is not audio."""
     if packet[3] != _PRIVATE or len(packet) < 9:
         return packet[3]
     content = packet[9 + packet[8] :][:1]
