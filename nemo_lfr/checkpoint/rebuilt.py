@@ -39,8 +39,8 @@ _OWN_ATTRIBUTES = frozenset(vars(nn.Module()))
 class Operation(NamedTuple):
     """Words for error messages about an operation that would drop changes of a model.
 
-    A message is, for example: "X is a Y, not the stock Z, and accelerate() would drop it; restore the stock module
-    before accelerate(), and replace it afterwards in the accelerated model."
+    A message is, for example: "X is a Y, not the stock Z, and accelerate() would drop the Y; put the stock module
+    back before accelerate(), and insert the Y again in the accelerated model."
 
     Attributes:
         name: the operation, such as "accelerate()".
@@ -270,8 +270,8 @@ def _pairs(
     if kind is not expected:
         raise ConfigError(
             f"{name} is a {_name(kind)}, not {operation.original} {_name(expected)}, and {operation.name} would drop "
-            f"it; restore {original_kind} before {operation.name}, and replace it afterwards in the "
-            f"{operation.result}."
+            f"the {_name(kind)}; put {original_kind} back before {operation.name}, and insert the {_name(kind)} again "
+            f"in the {operation.result}."
         )
     yield path, module, reference
     for key, child in module._modules.items():

@@ -181,8 +181,8 @@ class TokenFolder:
         if missing:
             raise TokenFileError(
                 f"{self.path}: tokens cannot be verified, because the hashes of {len(missing)} of "
-                f"{self.metadata['shards']} shards are missing from {ShardRecord.folder(self.path)}; copy that folder "
-                "too, or read without verifying."
+                f"{self.metadata['shards']} shards are missing from {ShardRecord.folder(self.path)} or damaged; if "
+                "you copied the tokens from elsewhere, copy that folder too, or read without verifying."
             )
 
     def read(

@@ -346,10 +346,7 @@ def held_out_by(utterances: list[CorpusUtterance], share: float) -> str:
 
 
 def _units(utterances: list[CorpusUtterance], share: float) -> Callable[[CorpusUtterance], str]:
-    """Return a function that says what `hold_out` keeps together with an utterance.
-
-    The function returns "speaker" or "folder" for the utterances of the same speaker or folder, and "file" for none.
-    """
+    """Return a function: does `hold_out` keep an utterance with its "speaker", its "folder", or only its "file"?"""
     speakers = {utterance.speaker for utterance in utterances if utterance.split is None}
     folders = {utterance.path.parent for utterance in utterances if utterance.split is None}
 

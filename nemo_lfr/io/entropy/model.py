@@ -51,8 +51,8 @@ class ModelSpec:
         num_codebooks: number of codebooks C; a frame has `C * len(levels)` FSQ values.
         past: number of past frames whose FSQ values are features.
         averages: time constants of running averages of the FSQ values; k means 2^k frames.
-        spreads: time constants of running averages of the distance between FSQ values and middle levels; k means 2^k
-            frames.
+        spreads: time constants of running averages of each FSQ value's distance from the middle level of its
+            dimension; k means 2^k frames.
         hidden: number of units in the first and the second hidden layer.
         shifts: right shifts after the first layer, the second layer and the output layer, in bits.
         fingerprint: fingerprint of the codec whose tokens were fitted.
