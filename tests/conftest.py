@@ -70,17 +70,30 @@ def pytest_collection_finish() -> None:
     gc.set_threshold(20_000, 20, 20)
 
 
+# With glibc, the memory of tensors of up to 32 MiB is reused, and returned to the system only by `malloc_trim`: new
+# pages take long in a virtual machine. -1 is M_TRIM_THRESHOLD, and -3 is M_MMAP_THRESHOLD.
+_GLIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+_GLIBC = _GLIBC if hasattr(_GLIBC, "malloc_trim") else None
+if _GLIBC is not None:
+    _GLIBC.mallopt(-1, 2**31 - 1)
+    _GLIBC.mallopt(-3, 32 << 20)
+
+_resident = 0  # bytes after the last collection
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol() -> Generator[None, bool, bool]:
-    """Return the memory of a test with large models to the system.
+    """Collect garbage after tests with large models, whose objects often refer to each other.
 
-    Its objects often refer to each other, and collections of old objects are rare.
+    Python itself rarely collects old objects.
     """
-    before = _resident_bytes()
+    global _resident
     result = yield
-    if _resident_bytes() - before > 256 << 20:
+    if (now := _resident_bytes()) - _resident > 512 << 20:
         gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)
+        if _GLIBC is not None and now > 3 << 30:
+            _GLIBC.malloc_trim(0)
+        _resident = _resident_bytes()
     return result
 
 

@@ -26,7 +26,7 @@ TOKENS = np.random.default_rng(0).integers(0, 2016, (8, 16))
 
 @pytest.fixture(scope="module")
 def server():
-    limits = StreamLimits(idle_s=2, send_s=1)
+    limits = StreamLimits(idle_s=4, send_s=1)
     settings = Settings(stream=limits, token="secret", max_body_bytes=5 << 20)
     with running(settings, send_buffer=1 << 14) as server:  # a client that does not read fills it soon
         yield server
@@ -58,7 +58,7 @@ def resources(server):
 def test_a_good_stream_is_not_disturbed_and_nothing_is_left(server, target, expected, kind):
     wait_for(lambda: len(server.app.state.engine) == 0)
     before = resources(server)
-    late, results = asyncio.run(misbehave.beside(target, [kind], COUNT, TOKENS, 0.02))
+    late, results = asyncio.run(misbehave.beside(target, [kind], COUNT, TOKENS, 0.005))
     assert not late
     for audio in results:
         np.testing.assert_allclose(audio, expected, atol=misbehave.TOLERANCE)
