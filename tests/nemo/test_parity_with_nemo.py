@@ -49,7 +49,7 @@ class Reference:
     def codec(self):
         """Codec of the standalone API, which divides none of the utterances into chunks."""
         codec = nemo_lfr.load(self.path, device="cpu")
-        assert codec.chunk_frames > LENGTHS[0]
+        assert codec.chunk_frames * codec.samples_per_frame > max(map(len, self.clips))
         return codec
 
     def chunked(self, short: int):
@@ -71,7 +71,9 @@ def reference(request, tmp_path_factory):
     if request.param == "bundled":
         return Reference(bundled_checkpoint(), LENGTHS, (5, 7))
     path = write_nemo(tmp_path_factory.mktemp("parity") / "model.nemo", codec_config(request.param))
-    return Reference(path, LENGTHS, (5, 7))
+    # A frame of 15 samples depends so little on the farthest frame that 29 frames would not show a missing one.
+    factor = 4 if request.param == "two_stages" else 1
+    return Reference(path, tuple(factor * length for length in LENGTHS), (5, 7))
 
 
 @pytest.fixture(scope="module")
