@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf, SCMode
 
 from nemo_lfr.codec.codec import Codec
 from nemo_lfr.errors import NEMO_PACKAGES, MissingExtraError, install_command
@@ -65,7 +65,6 @@ PROXIES = (wrapt.FunctionWrapper, wrapt.BoundFunctionWrapper)
 class BaseModel(NeMoAudioCodecModel):
     """Base class of the mixins: NeMo's model and the attributes that this package adds."""
 
-    cfg: DictConfig
     training: bool
     discriminator: AudioDiscriminator | None
     _codec: tuple[tuple[Any, ...], Codec[torch.Tensor]] | None = None  # values it was built from, and the codec itself
@@ -96,6 +95,20 @@ class BaseModel(NeMoAudioCodecModel):
         self._random_weights = WeightRecord(self.audio_encoder, self.audio_decoder) if is_random else None
         self._restored_from = None
         self._is_without_gan = False
+
+    @property
+    def cfg(self) -> DictConfig:
+        """Model config."""
+        return self._cfg
+
+    @cfg.setter
+    def cfg(self, cfg: DictConfig) -> None:
+        """Replace the config, as NeMo's setter does, but allow a value that is not set (`???`)."""
+        self._cfg = cfg
+        self._set_hparams(OmegaConf.create({"cfg": cfg}))
+        self._hparams_initial["cfg"] = OmegaConf.to_container(
+            cfg, resolve=True, structured_config_mode=SCMode.INSTANTIATE
+        )
 
     @property
     def _is_random(self) -> bool:

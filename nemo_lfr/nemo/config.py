@@ -3,14 +3,14 @@
 import contextlib
 import io
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from torch.nn.parallel import DistributedDataParallel
 
 from nemo_lfr.checkpoint import check_interpolations, codec_values
@@ -180,6 +180,18 @@ def model_config(cfg: Any) -> DictConfig:
         return updated
     except (OmegaConfBaseException, RecursionError) as error:
         raise ConfigError(f"the config cannot be resolved: {_reason(error)}.") from error
+
+
+@contextlib.contextmanager
+def unset_keys_named() -> Iterator[None]:
+    """Raise ConfigError if NeMo or a data loader reads a key whose value is `???`, OmegaConf's mark of an unset value.
+
+    A config may contain unset keys that are never read.
+    """
+    try:
+        yield
+    except MissingMandatoryValue as error:
+        raise ConfigError(f"{error.full_key} is '???', which means that it is not set; set it.") from error
 
 
 def check_trainer(trainer: Any) -> None:

@@ -8,6 +8,7 @@ from omegaconf import DictConfig
 
 from nemo_lfr.errors import ConfigError, shorten
 from nemo_lfr.nemo.base import BaseModel, NeMoAudioCodecModel
+from nemo_lfr.nemo.config import unset_keys_named
 from nemo_lfr.nemo.cuts import cut_loader, data_section, uses_lhotse
 from nemo_lfr.nemo.patches import is_changed, patched_method
 from nemo_lfr.training.data import manifest_loader
@@ -47,7 +48,8 @@ class DataLoaders(BaseModel):
 
     def setup_training_data(self, cfg: DictConfig | dict[str, Any]) -> None:
         """Build the training loader from a section of the config."""
-        super().setup_training_data(data_section(cfg, "train_ds"))
+        with unset_keys_named():
+            super().setup_training_data(data_section(cfg, "train_ds"))
 
     def setup_validation_data(self, cfg: DictConfig | dict[str, Any]) -> None:
         """Build the validation loader from manifests or from Lhotse cuts.
@@ -55,7 +57,9 @@ class DataLoaders(BaseModel):
         NeMo itself supports manifests only.
         """
         cfg = data_section(cfg, "validation_ds")
-        if uses_lhotse(cfg):
-            self._validation_dl = cut_loader(cfg, self.sample_rate, self.global_rank, self.world_size, validation=True)
-        else:
-            super().setup_validation_data(cfg)
+        with unset_keys_named():
+            if uses_lhotse(cfg):
+                ranks = self.global_rank, self.world_size
+                self._validation_dl = cut_loader(cfg, self.sample_rate, *ranks, validation=True)
+            else:
+                super().setup_validation_data(cfg)

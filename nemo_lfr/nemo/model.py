@@ -32,6 +32,7 @@ from nemo_lfr.nemo.config import (
     checked_values,
     model_config,
     target_of,
+    unset_keys_named,
 )
 from nemo_lfr.nemo.copies import Copies
 from nemo_lfr.nemo.files import READ_PARTS, NemoFiles
@@ -91,7 +92,7 @@ class LFRCodecModel(Inference, StateDicts, NemoFiles, Copies, TrainingSteps):
                     lean[key] = dict(ANY_LOSS)
             lean.commit_loss_scale = 0.0
             lean.vector_quantizer = dict(SMALLEST_QUANTIZER)
-        with building_state():
+        with building_state(), unset_keys_named():
             super().__init__(cfg=lean, trainer=trainer)
         self.audio_encoder, self.vector_quantizer, self.audio_decoder = parts.encoder, parts.quantizer, parts.decoder
         self.init_codec_state(is_random=READ_PARTS.get() is None)

@@ -21,7 +21,14 @@ from nemo_lfr.errors import ConfigError
 from nemo_lfr.nemo.artifacts import SpectrogramGenerator
 from nemo_lfr.nemo.base import DISCRIMINATOR, WAVLM
 from nemo_lfr.nemo.callback import CodecCallback, FirstCallback
-from nemo_lfr.nemo.config import check_fit, check_gradients, check_precision, check_segments, check_training
+from nemo_lfr.nemo.config import (
+    check_fit,
+    check_gradients,
+    check_precision,
+    check_segments,
+    check_training,
+    unset_keys_named,
+)
 from nemo_lfr.nemo.inference import Inference
 from nemo_lfr.nemo.loaders import DataLoaders
 from nemo_lfr.nemo.patches import is_replaced
@@ -159,7 +166,8 @@ class TrainingSteps(DataLoaders, StockSteps):
             return []
         if self._trainer is not None and not self.automatic_optimization:  # a subclass may turn it on
             check_gradients(self._trainer)  # before Lightning, whose own message does not name the model's options
-        callbacks: list[Callback] = super().configure_callbacks()
+        with unset_keys_named():
+            callbacks: list[Callback] = super().configure_callbacks()
         if callbacks and self.log_config.get("log_spectrograms"):
             callbacks[0].generators.append(SpectrogramGenerator())
         return [RunLock(), *callbacks]

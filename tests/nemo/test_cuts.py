@@ -158,6 +158,7 @@ def test_urls_are_read_when_the_section_says_so(shar):
         ({"dataset": {"sample_rate": 8000}}, "{}.dataset.sample_rate is 8000, but the codec runs at"),
         ("manifest.json", "{} is 'manifest.json'; pass a dict or an OmegaConf config"),
         ({"dataset": object()}, "{}: .*object"),
+        ({"dataset": "???"}, r"{}\.dataset is '\?\?\?', which means that it is not set"),
     ],
 )
 def test_an_invalid_section_that_is_no_config_is_named(values, error):

@@ -176,6 +176,7 @@ OVERRIDES = {
     "name of the file": lambda config, path: str(path),
     "open file": lambda config, path: io.StringIO(path.read_text()),
     "config": lambda config, path: config,
+    "config with an unset value that nothing reads": lambda config, path: OmegaConf.merge(config, {"note": "???"}),
     "config with a model section": lambda config, path: OmegaConf.create({"model": config, "trainer": {"devices": 1}}),
 }
 
@@ -311,10 +312,15 @@ def test_a_name_or_path_that_is_none_is_an_error_of_this_package(value):
 
 
 @pytest.mark.parametrize(
-    "value", [5, "", None, [], {}, "x.yaml", OmegaConf.create([1]), OmegaConf.create({"a": "${b}"})]
+    "value",
+    [
+        *(5, "", None, [], {}, "x.yaml", OmegaConf.create([1]), OmegaConf.create({"a": "${b}"})),
+        OmegaConf.create(codec_config() | {"generator_loss": "???"}),
+    ],
 )
 def test_a_config_that_is_none_is_named_by_the_constructor(value):
-    with pytest.raises(ConfigError, match=r"^cfg is .*; pass a DictConfig|the config cannot be resolved"):
+    message = r"^cfg is .*; pass a DictConfig|the config cannot be resolved|^generator_loss is '\?\?\?'"
+    with pytest.raises(ConfigError, match=message):
         AudioCodecModel(value)
 
 
