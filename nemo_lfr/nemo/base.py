@@ -73,7 +73,7 @@ class BaseModel(NeMoAudioCodecModel):
     _metrics: AudioTerms | None
     _average: Average | None
     _codebook_use: CodebookUse | None  # accumulated during a validation epoch
-    _step_began: float
+    _step_began: float = 0.0  # time in seconds; not set by Lightning's tuners, which run steps without callbacks
     _accumulated: tuple[int, int] | None = None  # epoch and number of the update to which the gradients belong
     _random_weights: WeightRecord | None  # of the random initial weights, until weights are loaded
     _restored_from: Path | None

@@ -110,7 +110,8 @@ class StateDicts(BaseModel):
                     f"the state dict {what} weights ({len(judged)} in total, the first are {judged[:5]}); pass "
                     "strict=False to load the weights that fit."
                 )
-        self._random_weights = None
+        if not self._is_random:  # Lightning's tuners restore the initial weights
+            self._random_weights = None
         return result
 
     def _keep_discriminator(self, state: dict[str, Any]) -> dict[str, Any]:

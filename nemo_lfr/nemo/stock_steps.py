@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 _NEMO_ONLY = ("commit_loss_scale", "mmd_loss_scale", "mmd_time_loss_scale", "use_slm_loss", "use_scl_loss")
 _VALIDATED = ("losses", "metrics")  # keys that also affect validation
 _PLAIN = (str, int, float, type(None))  # types of settings; faster than a union
+_OBSERVERS = {"wandb"}  # packages whose hooks only record what a module computes, such as `wandb.watch`
 _FORWARD = AudioDiscriminator.forward  # before a caller patches it
 # Keys of the config that NeMo's steps do not support, and the values with which they have no effect
 _ADDITIONS: dict[str, tuple[Any, ...]] = {
@@ -196,9 +197,10 @@ def _settings(layer: nn.Module) -> dict[str, Any]:
 
 
 def _is_hooked(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
+    """Return whether a module has hooks that may change its results."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    packages = {str(getattr(hook, "__module__", "")).partition(".")[0] for of_kind in hooks for hook in of_kind.values()}
+    return not packages <= _OBSERVERS
 
 
 def _is_scored_directly(discriminator: nn.Module) -> bool:

@@ -362,10 +362,19 @@ def with_patched_discriminators(monkeypatch):
     return model
 
 
+def watched_by_wandb(_):
+    torch_hooks = pytest.importorskip("wandb.integration.torch.wandb_torch", reason="pip install wandb")
+    model = built()
+    for module in model.modules():  # as `WandbLogger.watch` does
+        module.register_forward_hook(torch_hooks.TorchGraph().create_forward_hook("a name", 0))
+    return model
+
+
 @pytest.mark.parametrize(
     ("make", "changes"),
     [
         (lambda _: built(), []),
+        (watched_by_wandb, []),
         (lambda _: built().half().float(), []),
         (lambda _: copy.deepcopy(built()), []),
         (lambda _: pickle.loads(pickle.dumps(built())), []),

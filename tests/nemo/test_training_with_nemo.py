@@ -1033,6 +1033,21 @@ def test_weights_that_a_script_loads_into_a_part_are_not_scaled(change):
     assert torch.equal(generator_weights(model), before)
 
 
+def test_a_search_for_the_learning_rate_does_not_prevent_the_initialization():
+    encoders = []
+    finder = pl.callbacks.LearningRateFinder(num_training_steps=2, update_attr=False)
+    for callbacks in ([], [finder]):
+        torch.manual_seed(0)
+        model = AudioCodecModel(
+            OmegaConf.create(training_config([], optim=FROZEN) | {"initialize_from_data": True})
+        )
+        model.lr = 0.0
+        loader = torch.utils.data.DataLoader([batch(frames=8)] * 4, batch_size=None)
+        quiet_trainer(max_steps=1, callbacks=callbacks).fit(model, loader)
+        encoders.append(generator_weights(model))
+    torch.testing.assert_close(*encoders)
+
+
 def test_initialization_uses_the_loader_that_a_script_passes_to_fit():
     config = training_config([]) | {"initialize_from_data": True}
     model = AudioCodecModel(OmegaConf.create(config))
