@@ -78,7 +78,7 @@ if _GLIBC is not None:
     _GLIBC.mallopt(-1, 2**31 - 1)
     _GLIBC.mallopt(-3, 32 << 20)
 
-_resident = 0  # bytes after the last collection
+_resident = sys.maxsize  # smallest number of bytes since the last collection
 
 
 @pytest.hookimpl(wrapper=True)
@@ -89,7 +89,9 @@ def pytest_runtest_protocol() -> Generator[None, bool, bool]:
     """
     global _resident
     result = yield
-    if (now := _resident_bytes()) - _resident > 512 << 20:
+    now = _resident_bytes()
+    _resident = min(_resident, now)
+    if now - _resident > 512 << 20:
         gc.collect()
         if _GLIBC is not None and now > 3 << 30:
             _GLIBC.malloc_trim(0)
@@ -127,6 +129,7 @@ def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[P
         done = root / f"{name}.done"
         with FileLock(root / f"{name}.lock"):
             if not done.exists():
+                shutil.rmtree(root / name, ignore_errors=True)  # of a call that failed
                 fill(root / name)
                 done.touch()
         return root / name

@@ -23,7 +23,7 @@ PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 
 
 class WholeNumber(click.IntRange):
-    """Type of an option whose value is an integer between -2^63 and 2^63, as PyTorch and NumPy accept."""
+    """Type of an option whose value is an integer whose absolute value is below 2^63."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Convert the value to an int in the range of this type; refuse absolute values of 2^63 or more."""

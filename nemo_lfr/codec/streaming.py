@@ -203,7 +203,7 @@ def flush_encoders(streams: Sequence[StreamEncoder]) -> list[np.ndarray]:
         streams: streaming encoders of one codec, without duplicates.
 
     Raises:
-        NemoLfrError: as in `push_encoders`, or if a stream was flushed before. All streams then remain unchanged.
+        NemoLfrError: as in `push_encoders`. All streams then remain unchanged.
     """
     return flush(streams, None, StreamEncoder, _advance_encoders)
 

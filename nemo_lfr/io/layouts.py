@@ -346,7 +346,7 @@ def held_out_by(utterances: list[CorpusUtterance], share: float) -> str:
 
 
 def _units(utterances: list[CorpusUtterance], share: float) -> Callable[[CorpusUtterance], str]:
-    """Return a function: does `hold_out` keep an utterance with its "speaker", its "folder", or only its "file"?"""
+    """Return a function that gives the kind of an utterance's unit, "speaker", "folder" or "file"; see `hold_out`."""
     speakers = {utterance.speaker for utterance in utterances if utterance.split is None}
     folders = {utterance.path.parent for utterance in utterances if utterance.split is None}
 

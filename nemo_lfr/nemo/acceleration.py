@@ -44,9 +44,9 @@ def accelerate(model: NeMoAudioCodecModel) -> NeMoAudioCodecModel:
         return model
     if not isinstance(inner, NeMoAudioCodecModel):
         raise ConfigError(f"{type(model).__name__} is not NeMo's AudioCodecModel; pass a loaded model of that class.")
-    # Its optimizers and hooks would stay those of NeMo's model.
     trainer = inner._trainer
-    if trainer is not None and (trainer.state.fn, trainer.state.status) == (TrainerFn.FITTING, TrainerStatus.RUNNING):
+    is_fit = trainer is not None and trainer.lightning_module is inner and trainer.state.fn == TrainerFn.FITTING
+    if is_fit and trainer.state.status == TrainerStatus.RUNNING:  # its optimizers and hooks would stay those of NeMo
         raise ConfigError("the model is being trained; call accelerate before the trainer's fit.")
     # Everything that can fail runs before the first change to the model.
     values = checked_values(inner.cfg)

@@ -199,8 +199,8 @@ def _settings(layer: nn.Module) -> dict[str, Any]:
 def _is_hooked(module: nn.Module) -> bool:
     """Return whether a module has hooks that may change its results."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    packages = {str(getattr(hook, "__module__", "")).partition(".")[0] for of_kind in hooks for hook in of_kind.values()}
-    return not packages <= _OBSERVERS
+    modules = [str(getattr(hook, "__module__", "")) for of_kind in hooks for hook in of_kind.values()]
+    return any(name.partition(".")[0] not in _OBSERVERS for name in modules)
 
 
 def _is_scored_directly(discriminator: nn.Module) -> bool:

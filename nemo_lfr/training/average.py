@@ -40,7 +40,8 @@ class Average:
     def restart(self, module: torch.nn.Module) -> None:
         """Set the average to the module's current parameters, as at the start of training."""
         self.count = 0
-        self.weights = [parameter.detach().clone() for parameter in module.parameters()]
+        with torch.inference_mode(False):  # the trainer's `validate` calls this in inference mode
+            self.weights = [parameter.detach().clone() for parameter in module.parameters()]
 
     @property
     def is_finite(self) -> bool:

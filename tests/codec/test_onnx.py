@@ -60,7 +60,7 @@ def unusual_state() -> Iterator[None]:
 EXPORTED: dict[str, tuple[Callable[[], Codec], Callable[[], contextlib.AbstractContextManager]]] = {
     "bundled": (nemo_lfr.load, contextlib.nullcontext),
     "nano": (lambda: build_codec("nano", **ONE_STAGE), contextlib.nullcontext),
-    "causal": (lambda: build_codec("causal", **ONE_STAGE), unusual_state),
+    "causal, exported in an unusual state": (lambda: build_codec("causal", **ONE_STAGE), unusual_state),
     # one FSQ, reflection in the encoder, and replication and clamping in the decoder
     "mixed": (lambda: build_codec("single", audio_decoder=KINDS["clamp"]["audio_decoder"]), contextlib.nullcontext),
 }

@@ -21,7 +21,7 @@ pytest.importorskip("nemo", reason="stock NeMo is the reference here: pip instal
 import nemo_lfr
 from nemo_lfr.checkpoint import read_config
 from nemo_lfr.pretrained import bundled_checkpoint
-from tests.models import KINDS, RATE, codec_config, same_parts, speech_like, stock_model, write_nemo
+from tests.models import KINDS, codec_config, same_parts, speech_like, stock_model, write_nemo
 from tests.reference import TIE
 
 # Relative to full scale. Sums in another order change a few float32 digits through 100 layers.
@@ -42,7 +42,8 @@ class Reference:
         self.path, self.short_chunks = path, short_chunks
         self.stock = stock_model(path)
         samples = [int(length * self.stock.samples_per_frame) for length in lengths]
-        self.clips = [speech_like(RATE, seed)[-number:] for seed, number in enumerate(samples)]
+        self.clips = [speech_like(max(samples), seed)[-number:] for seed, number in enumerate(samples)]
+        assert [len(clip) for clip in self.clips] == samples
         self.expected = [stock_round_trip(self.stock, clip) for clip in self.clips]
 
     @functools.cached_property
@@ -66,14 +67,12 @@ class Reference:
 def reference(request, tmp_path_factory):
     """Return a `Reference` for a kind of codec."""
     if request.param == "full size":
-        # With 15 frames, each chunk lacks some of the clip on one side, as the decoder depends on 13 frames.
+        # The decoder needs 13 frames on each side, so chunks of 15 frames are decoded from frames 0 to 27 and 2 to 29.
         return Reference(request.getfixturevalue("full_size"), (LENGTHS[0], LENGTHS[-1]), (15, 16))
     if request.param == "bundled":
         return Reference(bundled_checkpoint(), LENGTHS, (5, 7))
     path = write_nemo(tmp_path_factory.mktemp("parity") / "model.nemo", codec_config(request.param))
-    # A frame of 15 samples depends so little on the farthest frame that 29 frames would not show a missing one.
-    factor = 4 if request.param == "two_stages" else 1
-    return Reference(path, tuple(factor * length for length in LENGTHS), (5, 7))
+    return Reference(path, LENGTHS, (5, 7))
 
 
 @pytest.fixture(scope="module")

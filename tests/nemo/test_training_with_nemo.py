@@ -866,12 +866,30 @@ class Rollback(pl.Callback):
             torch.nn.init.constant_(next(model.audio_decoder.parameters()), torch.nan)
 
 
-def test_an_average_of_nan_restarts_when_the_weights_are_finite_again(tmp_path):
+def saved_and_read(model, loader, folder):
+    model.save_to(folder / "a.nemo")
+    return AudioCodecModel.restore_from(folder / "a.nemo")
+
+
+def validated_and_trained(model, loader, folder):
+    quiet_trainer().validate(model, loader, verbose=False)
+    quiet_trainer(max_epochs=1).fit(model, loader)
+    return saved_and_read(model, loader, folder)
+
+
+def checkpointed_and_read(model, loader, folder):
+    model.trainer.save_checkpoint(folder / "a.ckpt")
+    return AudioCodecModel.load_from_checkpoint(folder / "a.ckpt")
+
+
+@pytest.mark.parametrize("use", [saved_and_read, validated_and_trained, checkpointed_and_read])
+def test_an_average_of_nan_restarts_when_the_weights_are_finite_again(use, tmp_path):
     model = AudioCodecModel(OmegaConf.create(training_config([], ema_decay=0.5, optim=FROZEN)))
     loader = torch.utils.data.DataLoader([batch(frames=1)] * 3, batch_size=None)
     quiet_trainer(max_epochs=1, callbacks=[Rollback()]).fit(model, loader)
-    model.save_to(tmp_path / "a.nemo")
-    assert torch.equal(generator_weights(AudioCodecModel.restore_from(tmp_path / "a.nemo")), generator_weights(model))
+    found = use(model, loader, tmp_path)
+    assert torch.equal(generator_weights(found), generator_weights(model))
+    assert generator_weights(found).isfinite().all()
 
 
 def test_accelerate_refuses_a_model_that_is_being_trained():
@@ -880,7 +898,34 @@ def test_accelerate_refuses_a_model_that_is_being_trained():
     late = pl.callbacks.LambdaCallback(on_fit_start=lambda *_: accelerate(stock))
     with pytest.raises(ConfigError, match="call accelerate before"):
         quiet_trainer(max_epochs=1, callbacks=[late]).fit(stock, loader)
-    assert accelerate(stock)
+    assert not isinstance(stock, AudioCodecModel)
+    assert isinstance(accelerate(stock), AudioCodecModel)
+
+
+class Surrounding(pl.LightningModule):
+    """A model that is trained on the tokens of a frozen codec, which it accelerates when the training starts."""
+
+    def __init__(self, codec: StockModel) -> None:
+        super().__init__()
+        self.codec = codec.freeze() or codec
+        self.scale = torch.nn.Parameter(torch.ones(()))
+
+    def on_fit_start(self):
+        accelerate(self.codec)
+
+    def training_step(self, batch, batch_idx):
+        tokens, _ = self.codec.encode(audio=batch["audio"], audio_len=batch["audio_lens"])
+        return self.scale * tokens.float().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD([self.scale], lr=0.1)
+
+
+def test_a_frozen_codec_in_a_model_that_is_being_trained_can_be_accelerated():
+    outer = Surrounding(models(training_config([]))[0])
+    loader = torch.utils.data.DataLoader([batch(frames=1)], batch_size=None)
+    quiet_trainer(max_epochs=1).fit(outer, loader)
+    assert isinstance(outer.codec, AudioCodecModel) and outer.scale != 1
 
 
 class Skipping(AudioCodecModel):
@@ -1038,9 +1083,7 @@ def test_a_search_for_the_learning_rate_does_not_prevent_the_initialization():
     finder = pl.callbacks.LearningRateFinder(num_training_steps=2, update_attr=False)
     for callbacks in ([], [finder]):
         torch.manual_seed(0)
-        model = AudioCodecModel(
-            OmegaConf.create(training_config([], optim=FROZEN) | {"initialize_from_data": True})
-        )
+        model = AudioCodecModel(OmegaConf.create(training_config([], optim=FROZEN) | {"initialize_from_data": True}))
         model.lr = 0.0
         loader = torch.utils.data.DataLoader([batch(frames=8)] * 4, batch_size=None)
         quiet_trainer(max_steps=1, callbacks=callbacks).fit(model, loader)
