@@ -1,12 +1,14 @@
 """Find the config and the weights in a `.nemo` tar archive without extracting it."""
 
 import bz2
+import contextlib
 import gzip
+import itertools
 import json
 import lzma
 import os
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -79,11 +81,50 @@ def read_members(path: Path) -> Members:
     Raises:
         CheckpointError: if the file is missing, damaged or not a checkpoint.
     """
-    try:
+    with _damage_named(path):
         if path.is_dir():
             return _read_folder(path)
         with open_regular(path, CheckpointError) as file:
             return _read_members(path, file)
+
+
+def unpack_files(path: Path, names: Collection[str], folder: Path) -> None:
+    """Extract files from the top level of a `.nemo` archive.
+
+    Names that contain a folder, or that the archive does not contain, are ignored.
+
+    Args:
+        path: a `.nemo` file, or a `.ckpt` file, which contains no other files.
+        names: names of the files.
+        folder: folder to write the files to.
+
+    Raises:
+        CheckpointError: if the archive is damaged.
+    """
+    wanted = set(filter(is_plain_name, names))
+    with _damage_named(path), open_regular(path, CheckpointError) as file:
+        if file.read(len(ZIP_MAGIC)) == ZIP_MAGIC:
+            return
+        stream, _ = _open_stream(file)
+        with tarfile.open(fileobj=cast(IO[bytes], stream), mode="r:") as archive:
+            for member in itertools.islice(archive, MAX_MEMBERS):
+                name = member.name.removeprefix("./")
+                if name in wanted and member.isreg() and not member.issparse():
+                    wanted.remove(name)
+                    with open(folder / name, "xb") as target:
+                        target.writelines(_pieces(stream, member))
+
+
+def is_plain_name(name: str) -> bool:
+    """Return whether a name, joined to the path of a folder, is a path in this folder itself."""
+    return name == os.path.basename(name) and name not in ("", ".", "..") and not {"\\", "\0"} & set(name)
+
+
+@contextlib.contextmanager
+def _damage_named(path: Path) -> Iterator[None]:
+    """Convert the errors of reading a damaged or missing checkpoint to CheckpointError."""
+    try:
+        yield
     except CheckpointError:
         raise
     except FileNotFoundError:
@@ -186,17 +227,28 @@ def _read_members(path: Path, file: IO[bytes]) -> Members:
             f"{path}: this is a bare pickle, the format before PyTorch 1.6, and reading it could run code; if you "
             "trust it, load it with PyTorch and save it again."
         )
-    unpack = next((unpack for magic, unpack in _DECOMPRESSORS.items() if head.startswith(magic)), None)
-    stream = _Bounded(file, None) if unpack is None else _Bounded(unpack(file), (64 << 20) + MAX_EXPANSION * size)
+    stream, is_compressed = _open_stream(file)
     found = _find_members(path, stream)
     config = _contents(stream, found[CONFIG_MEMBER])
     weights = found[WEIGHTS_MEMBER]
-    if unpack is not None:
+    if is_compressed:
         return Members(bytes(config), MemorySource(_contents(stream, weights)))
     begin, end = weights.offset_data, weights.offset_data + weights.size
     if end > size:
         raise EOFError(f"{WEIGHTS_MEMBER} ends after {max(0, size - begin)} of {weights.size} bytes")
     return Members(bytes(config), FileSource(path, file, begin, weights.size, state))
+
+
+def _open_stream(file: IO[bytes]) -> tuple["_Bounded", bool]:
+    """Return the tar archive in a file, and whether the file is compressed."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    head = file.read(8)
+    file.seek(0)
+    for magic, unpack in _DECOMPRESSORS.items():
+        if head.startswith(magic):
+            return _Bounded(unpack(file), (64 << 20) + MAX_EXPANSION * size), True
+    return _Bounded(file, None), False
 
 
 def _find_members(path: Path, stream: "_Bounded") -> dict[str, tarfile.TarInfo]:
@@ -232,13 +284,21 @@ def _find_members(path: Path, stream: "_Bounded") -> dict[str, tarfile.TarInfo]:
 
 def _contents(stream: "_Bounded", member: tarfile.TarInfo) -> bytearray:
     contents = bytearray()
-    stream.seek(member.offset_data)
-    while len(contents) < member.size:
-        piece = stream.read(min(1 << 20, member.size - len(contents)))
-        if not piece:
-            raise EOFError(f"{member.name} ends after {len(contents)} of {member.size} bytes")
+    for piece in _pieces(stream, member):
         contents += piece
     return contents
+
+
+def _pieces(stream: "_Bounded", member: tarfile.TarInfo) -> Iterator[bytes]:
+    """Yield the content of a member in pieces of at most 1 MiB."""
+    stream.seek(member.offset_data)
+    count = 0
+    while count < member.size:
+        piece = stream.read(min(1 << 20, member.size - count))
+        if not piece:
+            raise EOFError(f"{member.name} ends after {count} of {member.size} bytes")
+        count += len(piece)
+        yield piece
 
 
 class _Bounded:

@@ -29,6 +29,7 @@ try:
     from nemo.core.classes.common import PretrainedModelInfo
     from nemo.core.connectors.save_restore_connector import SaveRestoreConnector
     from nemo.utils import logging, model_utils
+    from nemo.utils.app_state import AppState
 
     from nemo_lfr.nemo import artifacts, cuts, resume  # noqa: F401  fails early if NeMo is broken
     from nemo_lfr.nemo import neural_types as nemo_interface  # noqa: F401  assigns neural types to our modules
@@ -43,6 +44,7 @@ __all__ = [
     "EMA",
     "PROXIES",
     "WAVLM",
+    "AppState",
     "BaseModel",
     "NeMoAudioCodecModel",
     "PretrainedModelInfo",

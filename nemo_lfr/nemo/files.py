@@ -30,6 +30,7 @@ from nemo_lfr.nemo.base import (
     logging,
 )
 from nemo_lfr.nemo.config import check_hparams, check_trainer, checked_values, override_config
+from nemo_lfr.nemo.packed_files import PackedFiles, restoring
 from nemo_lfr.nemo.training_checkpoint import problem_of_training_checkpoint
 
 # Modules that `restore_from` has loaded. The constructor uses these modules instead of building random ones.
@@ -38,7 +39,7 @@ READ_PARTS: ContextVar[CodecModules | None] = ContextVar("parts", default=None)
 _SAVING = {"save_to", "pack_nemo_file", "_pack_nemo_file", "_save_state_dict_to_disk"}
 
 
-class NemoFiles(BaseModel):
+class NemoFiles(PackedFiles):
     """Mixin with the methods that save a model to a `.nemo` file and restore it from checkpoints."""
 
     @classmethod
@@ -112,18 +113,18 @@ class NemoFiles(BaseModel):
         loaded = [value for part in parts.named().values() for value in part.state_dict(keep_vars=True).values()]
         read_parts = READ_PARTS.set(parts)
         try:
-            # While this flag is set, NeMo's constructor does not open the training data that the config names.
-            cls._set_model_restore_state(is_being_restored=True)
-            model = cls(cfg=config, trainer=trainer)
+            with restoring(cls, path, config):
+                model = cls(cfg=config, trainer=trainer)
         except ConfigError as error:
             raise CheckpointError(f"{path}: {error}") from error
         finally:
-            cls._set_model_restore_state(is_being_restored=False)
             READ_PARTS.reset(read_parts)
         model.load_rest(tensors, loaded)
         model._restored_from = path
         if save_restore_connector is not None:
             model._save_restore_connector = save_restore_connector
+        elif path.is_dir() and model.has_artifacts():  # `save_to` packs the files of this folder again
+            model._save_restore_connector.model_extracted_dir = str(path)
         logging.info("%s restored from %s", cls.__name__, path)
         return model.to(choose_device(map_location)).eval()
 

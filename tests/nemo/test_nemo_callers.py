@@ -5,7 +5,10 @@ import copy
 import functools
 import inspect
 import io
+import os
 import pickle
+import tarfile
+import tempfile
 import textwrap
 from types import SimpleNamespace
 
@@ -827,7 +830,17 @@ class WithoutDiscriminator(AudioCodecModel):
         del self.discriminator
 
 
+class WithFile(AudioCodecModel):
+    """Model that reads a file of a user, which its checkpoints contain."""
+
+    def __init__(self, cfg, trainer=None):
+        super().__init__(cfg=cfg, trainer=trainer)
+        path = self.register_artifact("speakers", cfg.get("speakers", __file__))
+        self.register_buffer("speakers", torch.tensor([os.path.getsize(path)]))
+
+
 SUBCLASSES = {
+    "file": (WithFile, "speakers"),
     "new module": (WithHead, "head.weight"),
     "new encoder": (WithEncoder, f"{CONV}.parametrizations.weight.original1"),
     "new layer": (WithLayer, f"{CONV}.parametrizations.weight.original1"),
@@ -841,11 +854,27 @@ def test_weights_that_a_subclass_saves_are_restored(nemo_file, tmp_path, kind):
     model = model_class.restore_from(nemo_file, map_location="cpu")
     for value in model.parameters():
         value.data.mul_(1.25)
-    model.save_to(tmp_path / "saved.nemo")
-    restored = model_class.restore_from(tmp_path / "saved.nemo", map_location="cpu")
-    assert restored.state_dict().keys() == model.state_dict().keys() and key in model.state_dict()
-    torch.testing.assert_close(restored.state_dict()[key], model.state_dict()[key])
-    assert torch.equal(tokens_of(restored), tokens_of(model))
+    restored, saved, folder = model, tmp_path / "saved.nemo", tmp_path / "unpacked"
+    for source in (saved, folder, saved):
+        restored.save_to(saved)
+        with tarfile.open(saved) as archive:
+            archive.extractall(folder, filter="data")
+        restored = model_class.restore_from(source, map_location="cpu")
+        assert restored.state_dict().keys() == model.state_dict().keys() and key in model.state_dict()
+        torch.testing.assert_close(restored.state_dict()[key], model.state_dict()[key])
+        assert torch.equal(tokens_of(restored), tokens_of(model))
+
+
+@pytest.mark.parametrize("name", ["missing.txt", "../secret.txt", "folder/../../secret.txt", "", ".", "a\0b"])
+def test_a_file_outside_the_checkpoint_is_not_read(nemo_file, tmp_path, monkeypatch, name):
+    (tmp_path / "secret.txt").write_text("secret")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    config = AudioCodecModel.restore_from(nemo_file, return_config=True)
+    config.speakers = f"nemo:{name}"
+    with pytest.raises(CheckpointError, match=r"tiny\.nemo: speakers is 'nemo:.*no checkpoint with such a file"):
+        WithFile.restore_from(nemo_file, override_config_path=config)
+    with pytest.raises(ConfigError, match="set speakers to the path of a file"):
+        WithFile(config)
 
 
 def test_weights_of_a_subclass_with_another_shape_are_refused(nemo_file, tmp_path):
