@@ -4,6 +4,7 @@ State dicts from any NeMo version can be loaded. Returned state dicts use NeMo's
 """
 
 from collections.abc import Collection, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
@@ -54,6 +55,24 @@ class StateDicts(BaseModel):
         if (metadata := getattr(state, "_metadata", None)) is not None:
             state._metadata = type(metadata)((plain_key(key), value) for key, value in metadata.items())
         return cast(dict[str, Any], state)
+
+    def _fqn_modifiers(self) -> dict[str, str]:
+        """Return the attribute that has the names of unbuilt discriminators.
+
+        `torch.distributed.checkpoint` calls this method, because it looks up each name in a state dict as attributes
+        of the model.
+        """
+        return {"discriminator": "_unbuilt_names"} if self._unbuilt_discriminator else {}
+
+    @property
+    def _unbuilt_names(self) -> SimpleNamespace:
+        """Nested namespaces with the names of `_unbuilt_discriminator` as attributes."""
+        names = SimpleNamespace()
+        for key in self._unbuilt_discriminator:
+            node = names
+            for name in key.split("."):
+                node = vars(node).setdefault(name, SimpleNamespace())
+        return names
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load a state dict saved by any NeMo version.

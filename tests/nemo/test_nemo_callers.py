@@ -21,6 +21,7 @@ from nemo.collections.tts.models.audio_codec import AudioCodecModel as StockMode
 from nemo.collections.tts.modules.audio_codec_modules import GroupFiniteScalarQuantizer, VectorQuantizerIndexConverter
 from nemo.collections.tts.modules.audio_codec_modules import HiFiGANEncoder as StockEncoder
 from omegaconf import OmegaConf, open_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.nn.utils import parametrize
 
 import nemo_lfr
@@ -43,6 +44,18 @@ DISCRIMINATOR = {
 @pytest.fixture(scope="module")
 def nemo_file(tmp_path_factory):
     return write_nemo(tmp_path_factory.mktemp("callers") / "tiny.nemo", small_config())
+
+
+@pytest.fixture(scope="module")
+def trained_file(nemo_file, tmp_path_factory):
+    """Write the codec of `nemo_file` with discriminators, as stock saves it."""
+    stock = StockModel(OmegaConf.create(small_config() | {"discriminator": DISCRIMINATOR}))
+    stock.load_state_dict(
+        stock_model(nemo_file).state_dict() | stock.discriminator.state_dict(prefix="discriminator.")
+    )
+    path = tmp_path_factory.mktemp("trained") / "trained.nemo"
+    stock.save_to(str(path))
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +161,24 @@ def test_submodule_saves_and_loads_plain_names(nemo_file, expected, target):
             parameter.zero_()
     torch.nn.ModuleDict({"codec": model}).load_state_dict(state)
     assert torch.equal(tokens_of(model), expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"full_state_dict": True}])
+@pytest.mark.parametrize("kind", ["ours", "accelerated", "torch.save after del"])
+def test_distributed_checkpoints_contain_the_names_of_stock(trained_file, expected, kind, options):
+    """The discriminators of a restored model are not built, but its state dict contains their weights."""
+    model, other = (torch.nn.ModuleDict({"codec": MODELS[kind](trained_file)}) for _ in range(2))
+    state = get_model_state_dict(model, options=StateDictOptions(**options))
+    is_kept = "del" not in kind
+    names = [f"codec.{key}" for key in stock_model(trained_file).state_dict() if is_kept or "discriminator" not in key]
+    assert sorted(state) == sorted(names)
+    saved = {key: value.clone() for key, value in state.items()}
+    for value in other.state_dict().values():
+        if value.is_floating_point():
+            value.zero_()
+    set_model_state_dict(other, state, options=StateDictOptions(**options))
+    assert all(torch.equal(saved[key], value) for key, value in other.state_dict().items())
+    assert torch.equal(tokens_of(other.codec), expected)
 
 
 # Changes to single layers, beside stock NeMo.
@@ -952,14 +983,11 @@ def test_invalid_path_argument_is_named(nemo_file, path):
         ours(nemo_file).save_to(path)
 
 
-def test_deleting_the_discriminator_frees_its_weights(nemo_file, tmp_path, expected):
-    stock = StockModel(OmegaConf.create(small_config() | {"discriminator": DISCRIMINATOR}))
-    stock.load_state_dict(stock_model(nemo_file).state_dict())
-    path = tmp_path / "trained.nemo"
-    stock.save_to(str(path))
-    restored = WithoutDiscriminator.restore_from(path, map_location="cpu")
+def test_deleting_the_discriminator_frees_its_weights(trained_file, expected):
+    stock = stock_model(trained_file)
+    restored = WithoutDiscriminator.restore_from(trained_file, map_location="cpu")
     assert not any(key.startswith("discriminator.") for key in restored.state_dict())
-    for model in (ours(path), accelerate(stock_model(path))):
+    for model in (ours(trained_file), accelerate(stock_model(trained_file))):
         assert any(key.startswith("discriminator.") for key in model.state_dict())
         del model.discriminator
         assert not hasattr(model, "discriminator")
