@@ -262,7 +262,7 @@ def build_part(config: Mapping[str, Any], *, weight_norm: bool = True) -> nn.Mod
 
 
 def _check_sizes(arguments: Mapping[str, Any]) -> None:
-    """Raise ConfigError for sizes that would make a constructor allocate too much memory or run for too long."""
+    """Raise ConfigError for sizes that are invalid, or that would need too much memory or time in a constructor."""
     for key, value in arguments.items():
         if isinstance(value, list | tuple) and not 1 <= len(value) <= MAX_LIST:
             raise ConfigError(f"{key} has {len(value)} items; between 1 and {MAX_LIST} are allowed.")

@@ -115,8 +115,8 @@ class Expansion:
                 value = value[int(name)]
             elif isinstance(value, str) and "${" in value:
                 raise ConfigError(
-                    f"${{{'.'.join(path)}}} cannot be resolved: it refers to a key inside the interpolation "
-                    f"{shorten(value)!r}; write the value instead."
+                    f"${{{'.'.join(path)}}} cannot be resolved, because the value of one of its parent keys is "
+                    f"an interpolation, {shorten(value)!r}; write a value instead of ${{{'.'.join(path)}}}."
                 )
             else:
                 return None  # OmegaConf reports the missing key

@@ -705,7 +705,7 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
     ),
     "interpolations that double through a section": (
         lambda: with_config(config(s={"x0": 1} | doubling("{0}{0}", "${{t.x{}}}"), t="${s}", sample_rate="${t.x40}")),
-        r"\$\{t\.x40\} cannot be resolved: it refers to a key inside the interpolation '\$\{s\}'; write the value",
+        r"\$\{t\.x40\} cannot be resolved, because the value of one of its parent keys is an interpolation, '\$\{s\}'; write",
     ),
     "interpolations that double in another section": (
         lambda: with_config(config(train_ds={"x0": 1} | doubling("{0}{0}", "${{.x{}}}"))), "expand",

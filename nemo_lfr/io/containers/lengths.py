@@ -191,7 +191,10 @@ def _aifc_whole(stream: Stream, kind: bytes, channels: int, count: int, size: in
 
 
 def caf_streams(window: Window) -> list[Stream]:
-    """Return a CAF file as one `Stream`, and correct the length in its header."""
+    """Return a list with one `Stream` for a CAF file, or an empty list if a chunk of the file is invalid.
+
+    If the header of the file stores no valid length, the stream has a header with the length of the audio.
+    """
     streams = _caf_streams(window)
     problem = _caf_packets_problem(window, to_end=bool(streams and streams[0].header))
     return [stream if stream.problem else replace(stream, problem=problem) for stream in streams]
@@ -260,7 +263,10 @@ def _caf_streams(window: Window) -> list[Stream]:
 
 
 def w64_streams(window: Window) -> list[Stream]:
-    """Return a Wave64 file as one `Stream`, and correct the length in its header."""
+    """Return a list with one `Stream` for a Wave64 file, or an empty list if a chunk of the file is invalid.
+
+    If the header of the file stores no valid length, the stream has a header with the length of the audio.
+    """
     position, header = 40, WavHeader(b"RIFF")
     while position + 24 <= window.size:
         name, length = window.at(position, 4), struct.unpack("<q", window.at(position + 16, 8))[0]
