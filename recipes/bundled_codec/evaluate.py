@@ -130,7 +130,7 @@ def main() -> None:
         "models",
         type=expand_home,
         nargs="+",
-        help=".nemo files, or state.pt files of runs, whose averaged weights are evaluated",
+        help=".nemo files, or state.pt files of runs (their averaged weights are evaluated)",
     )
     parser.add_argument("--valid", type=expand_home, required=True, help="NeMo manifest of held-out speech")
     parser.add_argument("--clips", type=int, help="maximum number of recordings, evenly spaced (default all)")
