@@ -42,7 +42,7 @@ pytest.importorskip("lhotse", reason="pip install '.[corpus]'")
 pytest.importorskip("pyarrow", reason="pip install '.[corpus]'")
 
 ROOT = Path(__file__).resolve().parents[2]
-KILLS = int(os.environ.get("NEMO_LFR_KILLS", "3"))
+KILLS = int(os.environ.get("NEMO_LFR_KILLS", "2"))
 CLIPS = int(os.environ.get("NEMO_LFR_CLIPS", "120"))
 # Samples of each clip: near multiples of 1,024, and shorter than the context of the network.
 LENGTHS = [9000, 1, 1024, 4096, 5000, 20480, 12_345, 7000, 3071, 6144, 30_000]
