@@ -1,7 +1,7 @@
 """GPU benchmark of the codec: agreement, and speed compared with stock NeMo.
 
-    python benchmarks/gpu.py [--device cuda] [--minutes 8] [--parts peaks,kernels,speech,latency,stages,saturation]
-                             [--precisions bf16,fp32] [--batches 32] [--speech FOLDER]
+    python benchmarks/gpu.py [--device cuda] [--minutes 8] [--precisions bf16,fp32] [--batches 32] [--speech FOLDER]
+                             [--parts peaks,kernels,speech,latency,saturation,stages,upload] [--small]
     python benchmarks/gpu.py --pack .gpu_inputs.pt [--speech FOLDER]
 
 The benchmark takes at most 8 minutes by default. It needs torch and numpy, and Triton for the fused kernels, but
@@ -366,8 +366,8 @@ def real_speech(folder: Path | None) -> tuple[Codec, list[torch.Tensor]]:
 def _load_speech(folder: Path | None) -> tuple[Codec, list[torch.Tensor]]:
     if not HAS_SOUNDFILE:
         raise RuntimeError(
-            f"soundfile is not installed, and there is no {PACKED.name}; write this file with --pack on another "
-            "machine that has soundfile, and copy it here"
+            f"soundfile is not installed; write {PACKED.name} with --pack on another machine that has soundfile, copy "
+            "the file here, and run without --speech"
         )
     from nemo_lfr.cli.demo import demo_clip
     from nemo_lfr.io.audio import AudioReader

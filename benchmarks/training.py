@@ -57,7 +57,7 @@ def released_config(wavlm: str) -> dict[str, Any]:
 
 
 class Turns(pl.Callback):
-    """Callback that waits for a request, runs `STEPS` training steps and reports the seconds per step.
+    """Callback that runs `STEPS` training steps for each request of the main process, and reports seconds per step.
 
     It keeps the losses of the first step, and puts WavLM in evaluation mode.
     """
@@ -68,7 +68,7 @@ class Turns(pl.Callback):
         self.started = 0.0
 
     def on_train_batch_start(self, trainer: pl.Trainer, model: pl.LightningModule, batch: Any, number: int) -> None:
-        """Before every `STEPS` steps, wait for a request and start the clock."""
+        """Before each group of `STEPS` steps, wait for the main process's request and start the clock."""
         for module in model.modules():
             if type(module).__name__ == "WavLMModel":
                 module.eval()

@@ -128,7 +128,7 @@ def _exit_with_error(error: BaseException, session: Session, code: int) -> NoRet
 
 
 def _check_current_folder(session: Session) -> None:
-    """Exit with an error if the current folder was removed."""
+    """Exit with an error if the current folder cannot be used, for example because it was removed."""
     try:
         os.getcwd()
     except OSError as error:

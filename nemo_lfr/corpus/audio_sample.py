@@ -1,7 +1,7 @@
 """Hash a sample of a corpus's audio files, to recognize the audio after the corpus was moved.
 
-Corpora with equal lists of files, such as clean and noisy speech, differ only in their audio. Reading all audio files
-would take long, and so would asking a network drive for all their sizes.
+The list of files does not suffice: the clean and the noisy version of a corpus may have equal lists. Only a sample is
+hashed, because it would take long to read all audio files, or to ask a network drive for all their sizes.
 """
 
 from collections.abc import Iterator

@@ -157,7 +157,7 @@ class TokenFolder:
         return identity.hexdigest()[:16]
 
     def _was_replaced(self) -> bool:
-        """Return whether the folder was given the tokens of another run after it was opened."""
+        """Return whether another run has replaced the tokens in the folder since this object opened it."""
         name = self.path / METADATA
         if self._watch.changed([name]) is None:
             return False

@@ -282,9 +282,9 @@ def _zero_bias(conv: nn.Conv1d | nn.ConvTranspose1d) -> None:
 def _put(
     conv: nn.Conv1d | nn.ConvTranspose1d, filters: torch.Tensor, *, mirror_in: bool = True, mirror_out: bool = True
 ) -> None:
-    """Set the filters of a layer for the signal channels and their mirror images, in place.
+    """Set, in place, the filters between the signal channels u of a layer and their mirror images -u.
 
-    The weights from all other input channels to these output channels are set to zero.
+    In the output channels of these filters, the weights of all other input channels become zero.
 
     Args:
         conv: layer to change.

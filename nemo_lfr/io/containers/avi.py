@@ -27,7 +27,7 @@ def is_avi(head: bytes, _: Window) -> bool:
 
 
 def avi_streams(window: Window) -> list[Stream]:
-    """Return an AVI file as one `Stream`, after checking its chunks."""
+    """Return a list with one `Stream` for an AVI file, after checking its chunks."""
     return walked(window, _parts(window), _SECTION)
 
 

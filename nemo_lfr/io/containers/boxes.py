@@ -90,7 +90,7 @@ def is_mp4(head: bytes, _: Window) -> bool:
 
 
 def mp4_streams(window: Window) -> list[Stream]:
-    """Return an MP4, M4A, MOV or 3GP file as one `Stream`, after checking the sizes of its boxes."""
+    """Return a list with one `Stream` for an MP4, M4A, MOV or 3GP file, after checking the sizes of its boxes."""
     position, indexes, is_joined, is_fragmented, before = 0, 0, False, False, b"moov"
     while position + 8 <= window.size:
         size, name = struct.unpack(">I4s", window.at(position, 8))

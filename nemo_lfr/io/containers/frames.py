@@ -81,7 +81,7 @@ def is_gsm(head: bytes, window: Window) -> bool:
 
 
 def gsm_streams(window: Window) -> list[Stream]:
-    """Return a GSM 06.10 file as one `Stream` with an AIFC header, after checking its frames.
+    """Return a list with one `Stream` for a GSM 06.10 file with an AIFC header, after checking its frames.
 
     GSM files have no header. Without the AIFC header, libsndfile would recognize the format only by the file's suffix.
     """

@@ -147,7 +147,7 @@ def note_after(window: Window, end: int) -> str | None:
 
 
 def compare_size(window: Window, start: int, promised: int) -> list[Stream]:
-    """Return a file as one `Stream`, after comparing the declared number of bytes with the size of the file.
+    """Return a list with one `Stream` for a file, after comparing the declared number of bytes with its size.
 
     Args:
         window: the file.

@@ -71,7 +71,7 @@ def _to_end(window: Window, begin: int, fields: Sequence[Field], note: str | Non
 
 
 def au_streams(window: Window) -> list[Stream]:
-    """Return an AU file as one `Stream`, and correct the length in its header."""
+    """Return a list with one `Stream` for an AU file, and correct the length in its header."""
     (stream,) = _au_streams(window)
     head = window.at(0, 16)
     if stream.problem or len(head) < 16:
@@ -113,7 +113,7 @@ def _au_streams(window: Window) -> list[Stream]:
 
 
 def aiff_streams(window: Window) -> list[Stream]:
-    """Return an AIFF or AIFC file as one `Stream`, and correct the lengths in its header."""
+    """Return a list with one `Stream` for an AIFF or AIFC file, and correct the lengths in its header."""
     position, common = 12, None
     while position + 8 <= window.size:
         name, length = struct.unpack(">4sI", window.at(position, 8))
@@ -130,7 +130,7 @@ def aiff_streams(window: Window) -> list[Stream]:
 
 
 def _aiff_samples(window: Window, common: int, position: int, length: int) -> list[Stream]:
-    """Return an AIFF or AIFC file as one `Stream`.
+    """Return a list with one `Stream` for an AIFF or AIFC file.
 
     Args:
         window: the file.

@@ -28,7 +28,7 @@ def is_sphere(head: bytes, _: Window) -> bool:
 
 
 def sphere_streams(window: Window) -> list[Stream]:
-    """Return a SPHERE file as one `Stream`, after checking its size."""
+    """Return a list with one `Stream` for a SPHERE file, after checking its size."""
     own_size = window.at(8, 8).strip()
     start = int(own_size) if own_size.isdigit() else _SPHERE_HEADER
     header = window.at(0, min(start, _MAX_SPHERE_HEADER))
@@ -49,7 +49,7 @@ def is_voc(head: bytes, _: Window) -> bool:
 
 
 def voc_streams(window: Window) -> list[Stream]:
-    """Return a VOC file as one `Stream`. The samples of several blocks are joined after a WAV header.
+    """Return a list with one `Stream` for a VOC file. The samples of several blocks are joined after a WAV header.
 
     libsndfile would decode the headers of all blocks after the first one as samples.
     """
@@ -104,7 +104,7 @@ def is_svx(head: bytes, _: Window) -> bool:
 
 
 def svx_streams(window: Window) -> list[Stream]:
-    """Return an 8SVX or 16SV file as one `Stream`, after checking its size."""
+    """Return a list with one `Stream` for an 8SVX or 16SV file, after checking its size."""
     position = 12
     while position + 8 <= window.size:
         name, length = struct.unpack(">4sI", window.at(position, 8))
@@ -122,7 +122,7 @@ def is_avr(head: bytes, _: Window) -> bool:
 
 
 def avr_streams(window: Window) -> list[Stream]:
-    """Return an AVR file as one `Stream`, after checking its size."""
+    """Return a list with one `Stream` for an AVR file, after checking its size."""
     head = window.at(0, _AVR_HEADER)
     if len(head) < _AVR_HEADER:
         return [whole_file(window.size, HEADER_CUT)]

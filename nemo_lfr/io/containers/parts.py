@@ -46,7 +46,7 @@ def is_asf(head: bytes, _: Window) -> bool:
 
 
 def asf_streams(window: Window) -> list[Stream]:
-    """Return an ASF file as one `Stream`, after checking the sizes of its objects and packets.
+    """Return a list with one `Stream` for an ASF file, after checking the sizes of its objects and packets.
 
     A live recording does not state the size of its data. The data then extends to the end of the file.
     """
@@ -98,7 +98,7 @@ def is_flv(head: bytes, _: Window) -> bool:
 
 
 def flv_streams(window: Window) -> list[Stream]:
-    """Return a Flash video file as one `Stream`, after checking the sizes of its tags."""
+    """Return a list with one `Stream` for a Flash video file, after checking the sizes of its tags."""
     return walked(window, _flv_parts(window), _SECTION["flv"])
 
 
@@ -117,7 +117,7 @@ def is_amr(head: bytes, _: Window) -> bool:
 
 
 def amr_streams(window: Window) -> list[Stream]:
-    """Return an AMR file as one `Stream`, after checking its frames."""
+    """Return a list with one `Stream` for an AMR file, after checking its frames."""
     return walked(window, _amr_parts(window), _SECTION["amr"])
 
 
@@ -137,7 +137,7 @@ def is_wavpack(head: bytes, _: Window) -> bool:
 
 
 def wavpack_streams(window: Window) -> list[Stream]:
-    """Return a WavPack file as one `Stream`, after checking its blocks."""
+    """Return a list with one `Stream` for a WavPack file, after checking its blocks."""
     return walked(window, _wavpack_parts(window), _SECTION["wavpack"])
 
 
@@ -162,7 +162,7 @@ def is_tta(head: bytes, _: Window) -> bool:
 
 
 def tta_streams(window: Window) -> list[Stream]:
-    """Return a True Audio file as one `Stream`, after checking its frames."""
+    """Return a list with one `Stream` for a True Audio file, after checking its frames."""
     return walked(window, _tta_parts(window))
 
 
@@ -182,7 +182,7 @@ def is_real(head: bytes, _: Window) -> bool:
 
 
 def real_streams(window: Window) -> list[Stream]:
-    """Return a RealMedia file as one `Stream`, after checking its chunks and packets."""
+    """Return a list with one `Stream` for a RealMedia file, after checking its chunks and packets."""
     return walked(window, _real_parts(window), _SECTION["real"])
 
 
@@ -207,7 +207,7 @@ def _real_parts(window: Window) -> Iterator[int]:
 
 
 def walked(window: Window, parts: Iterator[int], section: re.Pattern[bytes] | None = None) -> list[Stream]:
-    """Return a file as one `Stream`, after comparing the total size of its sections with the size of the file.
+    """Return a list with one `Stream` for a file, after comparing the total size of its sections with its size.
 
     Args:
         window: the file.

@@ -38,7 +38,7 @@ def is_ircam(head: bytes, _: Window) -> bool:
 
 
 def ircam_streams(window: Window) -> list[Stream]:
-    """Return an IRCAM file as one `Stream`, after checking its size."""
+    """Return a list with one `Stream` for an IRCAM file, after checking its size."""
     head = window.at(0, 16)
     if window.size < _IRCAM_HEADER:
         return [whole_file(window.size, HEADER_CUT)]
@@ -52,7 +52,7 @@ def is_paf(head: bytes, _: Window) -> bool:
 
 
 def paf_streams(window: Window) -> list[Stream]:
-    """Return an Ensoniq PARIS file as one `Stream`, after checking its size."""
+    """Return a list with one `Stream` for an Ensoniq PARIS file, after checking its size."""
     if window.size < _PAF_HEADER:
         return [whole_file(window.size, HEADER_CUT)]
     order = ">" if window.at(0, 1) == b" " else "<"
@@ -66,7 +66,7 @@ def is_pvf(head: bytes, _: Window) -> bool:
 
 
 def pvf_streams(window: Window) -> list[Stream]:
-    """Return a Portable Voice Format file as one `Stream`, after checking its size."""
+    """Return a list with one `Stream` for a Portable Voice Format file, after checking its size."""
     header = _PVF.match(window.at(0, 64))
     if header is None:
         return [whole_file(window.size, HEADER_CUT if b"\n" not in window.at(5, 64) else None)]
@@ -79,7 +79,7 @@ def is_wve(head: bytes, _: Window) -> bool:
 
 
 def wve_streams(window: Window) -> list[Stream]:
-    """Return a Psion WVE file as one `Stream`, after checking its size."""
+    """Return a list with one `Stream` for a Psion WVE file, after checking its size."""
     if window.size < _WVE_HEADER:
         return [whole_file(window.size, HEADER_CUT)]
     return compare_size(window, _WVE_HEADER, int.from_bytes(window.at(18, 4), "big"))
@@ -114,7 +114,7 @@ def is_mpc(head: bytes, window: Window) -> bool:
 
 
 def mpc_streams(window: Window) -> list[Stream]:
-    """Return an Akai MPC 2000 file as one `Stream`, after checking its size."""
+    """Return a list with one `Stream` for an Akai MPC 2000 file, after checking its size."""
     header = window.at(0, _MPC_HEADER)
     if len(header) < _MPC_HEADER:
         return [whole_file(window.size, HEADER_CUT)]
@@ -128,7 +128,7 @@ def is_mat4(_: bytes, window: Window) -> bool:
 
 
 def mat4_streams(window: Window) -> list[Stream]:
-    """Return a MATLAB 4 file as one `Stream`, after checking its sample rate and the size of its samples."""
+    """Return a list with one `Stream` for a MATLAB 4 file, after checking its rate and the size of its samples."""
     position = 0
     order = "<" if window.at(0, 4) == bytes(4) else ">"
     for _ in range(_MAT4_MATRICES):
@@ -154,7 +154,7 @@ def is_mat5(head: bytes, _: Window) -> bool:
 
 
 def mat5_streams(window: Window) -> list[Stream]:
-    """Return a MATLAB 5 file as one `Stream`, after checking the sizes of its elements."""
+    """Return a list with one `Stream` for a MATLAB 5 file, after checking the sizes of its elements."""
     if window.size < _MAT5_HEADER + 8:
         return [whole_file(window.size, HEADER_CUT)]
     order = "<" if window.at(126, 2) == b"IM" else ">"
