@@ -1,5 +1,6 @@
 """Tests of exported ONNX codecs: the same tokens and audio for any length and batch, without PyTorch."""
 
+import codecs
 import contextlib
 import hashlib
 import json
@@ -493,6 +494,20 @@ def test_commands_refuse_a_folder_without_the_network_that_they_need(capsys, two
     names = {"in": tmp_path / "in", "tmp": tmp_path, "model": tmp_path / "x"}
     code, _, err = run(capsys, *(word.format(**names) for word in command.split()), "--out", tmp_path / "out")
     assert code == 2 and err.count(f"{missing}.onnx: no such file") == 1 and not (tmp_path / "out").exists()
+
+
+def test_a_manifest_that_was_saved_with_a_byte_order_mark_is_read(two_exports, tmp_path):
+    folder = Path(shutil.copytree(two_exports[0], tmp_path / "x"))
+    manifest = folder / "codec.json"
+    manifest.write_bytes(codecs.BOM_UTF8 + manifest.read_bytes())
+    assert nemo_lfr.load(folder).fingerprint == nemo_lfr.load(two_exports[0]).fingerprint
+
+
+def test_a_folder_that_is_moved_after_it_was_opened_is_named(two_exports, tmp_path):
+    codec = nemo_lfr.load(shutil.copytree(two_exports[0], tmp_path / "x"))
+    (tmp_path / "x").rename(tmp_path / "y")
+    with pytest.raises(CheckpointError, match="x: this folder was moved or deleted after it was opened"):
+        codec.encode(synthesize(0.1))
 
 
 @pytest.mark.slow

@@ -26,6 +26,7 @@ from nemo_lfr.codec.onnx.graph import check_graph
 from nemo_lfr.errors import CheckpointError, quoted, shorten
 from nemo_lfr.frames import Context
 from nemo_lfr.io.regular import open_regular
+from nemo_lfr.io.text import decode
 from nemo_lfr.spec import CodecSpec
 
 MAX_BYTES = 1 << 16
@@ -80,7 +81,7 @@ def read_manifest(folder: Path) -> Manifest:
     if len(raw) > MAX_BYTES:
         raise CheckpointError(f"{path}: the file is larger than {MAX_BYTES} bytes, the limit for manifests; {AGAIN}.")
     try:
-        return parse_manifest(json.loads(raw.decode("utf-8")))
+        return parse_manifest(json.loads(decode(raw)))
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error} {AGAIN[0].upper()}{AGAIN[1:]}.") from None
     except (ValueError, RecursionError) as error:
@@ -167,6 +168,8 @@ def read_verified(folder: Path, name: str, manifest: Manifest) -> bytes:
             contains something that the export does not write.
     """
     path = folder / name
+    if not folder.exists():
+        raise CheckpointError(f"{folder}: this folder was moved or deleted after it was opened; load the codec again.")
     if not os.path.lexists(path):
         other = "decode" if name == ENCODER else "encode"
         raise CheckpointError(
