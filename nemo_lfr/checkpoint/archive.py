@@ -201,7 +201,7 @@ def check_shards(index: Path, shards: Any, pattern: str = SHARDS) -> dict[str, s
         raise CheckpointError(f"{index}: the file is not an index of safetensors files; download it again.") from error
     for name in names:
         # A path would lead out of the folder.
-        if not isinstance(name, str) or not fnmatchcase(name, pattern) or "/" in name or "\\" in name or "\0" in name:
+        if not isinstance(name, str) or not fnmatchcase(name, pattern) or not is_plain_name(name):
             raise CheckpointError(
                 f"{index}: the file lists {quoted(name)}, but the weights must be in files of the same folder, with "
                 f"names like {pattern}; save the model again."

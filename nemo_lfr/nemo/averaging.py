@@ -56,7 +56,7 @@ class WeightAveraging(BaseModel):
                 "The weights were changed after the training, so their moving average (ema_decay) is not "
                 "used. The .ckpt files that the training wrote contain the average."
             )
-        elif not average.is_finite and is_finite(self._generator.parameters()):
+        elif not is_finite(average.weights) and is_finite(self._generator.parameters()):
             average.restart(self._generator)
             logging.warning(
                 "The moving average of the weights (ema_decay) contains NaN or infinity, but the weights are finite "

@@ -43,11 +43,6 @@ class Average:
         with torch.inference_mode(False):  # the trainer's `validate` calls this in inference mode
             self.weights = [parameter.detach().clone() for parameter in module.parameters()]
 
-    @property
-    def is_finite(self) -> bool:
-        """Whether `weights` contain neither NaN nor infinity."""
-        return is_finite(self.weights)
-
     def use(self, module: torch.nn.Module, averaged: bool) -> None:
         """Put the averaged weights into the module, or put the trained weights back if `averaged` is False."""
         if averaged == self.in_use:

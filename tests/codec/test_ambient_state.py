@@ -110,7 +110,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:Anomaly Detection")
 
 
 def config_of(state: str) -> dict[str, Any]:
-    """Return a config with snake and a grouped layer, or with leaky ReLU and reflection. One has the usual size."""
+    """Return a config with snake and a grouped layer, or with leaky ReLU and reflection.
+
+    They have one stage, except for one config with the released stages.
+    """
     kind = "nano" if "default" in state else "symmetric"
     return codec_config(kind, **({} if state == "autocast bf16" else ONE_STAGE))
 
