@@ -11,6 +11,7 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ import numpy as np
 
 from nemo_lfr.codec.arrays import to_numpy
 from nemo_lfr.codec.cpu.malloc import configure_malloc, trim_after_batch
-from nemo_lfr.corpus.claim import check_claim
+from nemo_lfr.corpus.claim import check_claim, writing
 from nemo_lfr.corpus.clip_checks import check_clip, load_samples, read_clips
 from nemo_lfr.corpus.config import TokenizeConfig
 from nemo_lfr.corpus.formats import FORMAT, get_format, register_format
@@ -80,11 +81,11 @@ def tokenize_shard(
     """
     out = resolve(config.out)
     record = ShardRecord(index)
-    check_claim(config.state, config.claim)
     staging = config.state / "staging" / f"{index:06d}.{uuid.uuid4().hex[:8]}"
-    with naming(out, staging.parent):
-        staging.mkdir(parents=True)
-    try:
+    with writing(config.state, config.claim), ExitStack() as cleanup:
+        with naming(out, staging.parent):
+            staging.mkdir(parents=True)
+        cleanup.callback(shutil.rmtree, staging, ignore_errors=True)
         model = model_to_write(codec, config.compress, config.entropy_model)
         output = get_format(config.kind)
         with naming_extension(output, FORMAT):
@@ -103,23 +104,28 @@ def tokenize_shard(
         if earlier is not None and (lost := record.lost_since(earlier)):
             return _kept(out, earlier, lost)
         check_claim(config.state, config.claim)
-        for path in sorted(file for file in staging.rglob("*") if file.is_file()):
-            name = str(path.relative_to(staging))
-            record.files[name] = digest(path)
-            record.sizes[name] = path.stat().st_size
-            with naming(out / name, staging):
-                with open(path, "rb") as file:
-                    sync(file.fileno())
-                (out / name).parent.mkdir(parents=True, exist_ok=True)
-                check_replaceable(out / name)
-                os.replace(path, out / name)
+        _move_files(staging, out, record)
         record.write(out)
-    except OSError:
-        check_claim(config.state, config.claim)  # raises an error with a better message if the folder was removed
-        raise
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
     return record
+
+
+def _move_files(staging: Path, out: Path, record: ShardRecord) -> None:
+    """Move the files of a shard into the output folder, and add their hashes and sizes to the record.
+
+    Raises:
+        OSError: if the folder `staging` was removed, or if a file cannot be moved.
+    """
+    staging.stat()  # files that are open while their folder is removed raise no error
+    for path in sorted(file for file in staging.rglob("*") if file.is_file()):
+        name = str(path.relative_to(staging))
+        record.files[name] = digest(path)
+        record.sizes[name] = path.stat().st_size
+        with naming(out / name, staging):
+            with open(path, "rb") as file:
+                sync(file.fileno())
+            (out / name).parent.mkdir(parents=True, exist_ok=True)
+            check_replaceable(out / name)
+            os.replace(path, out / name)
 
 
 def _kept(out: Path, earlier: ShardRecord, lost: list[dict[str, str]]) -> ShardRecord:

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import soundfile
 
-from nemo_lfr.corpus.claim import NAME, check_claim, claim
+from nemo_lfr.corpus import shard
+from nemo_lfr.corpus.claim import NAME, check_claim, claim, writing
 from nemo_lfr.corpus.config import TokenizeConfig
 from nemo_lfr.corpus.records import METADATA, ShardRecord
 from nemo_lfr.corpus.run import Totals, tokenize
@@ -120,3 +121,41 @@ def test_resumed_run_keeps_the_existing_claim(tmp_path):
         with pytest.raises(NemoLfrError, match=GONE):
             check_claim(tmp_path, first)
         assert len(claim(tmp_path)) == len(first) and claim(tmp_path) != first
+
+
+@pytest.mark.parametrize("function", ["check_replaceable", "_move_files"])
+def test_folder_that_is_being_removed_raises_even_if_its_claim_still_exists(
+    function, audio, model, tmp_path, monkeypatch
+):
+    def remove_all_but_claim(*arguments: object) -> object:
+        for folder in (out / "tokens", out / ".tokenize/staging"):
+            shutil.rmtree(folder, ignore_errors=True)
+        return original(*arguments)
+
+    out = tmp_path / "out"
+    original = getattr(shard, function)
+    monkeypatch.setattr(shard, function, remove_all_but_claim)
+    with pytest.raises(NemoLfrError, match=GONE):
+        tokenize(job(audio, out, model), device="cpu", workers=1)
+    assert (out / ".tokenize" / NAME).exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "is_removal"),
+    [
+        ("gone", FileExistsError, True),  # Path.mkdir raises it if the folder disappears between two system calls
+        ("folder", FileExistsError, True),  # created again meanwhile
+        ("file", FileExistsError, False),
+        ("gone", FileNotFoundError, True),
+        ("../../audio.wav", FileNotFoundError, False),
+        ("folder", PermissionError, False),
+    ],
+)
+def test_errors_of_a_removal_are_told_from_other_errors(name, error, is_removal, tmp_path):
+    state = tmp_path / "out/.tokenize"
+    (state / "folder").mkdir(parents=True)
+    (state / "file").write_bytes(b"")
+    text = claim(state)
+    expected = pytest.raises(NemoLfrError if is_removal else error, match=GONE if is_removal else name)
+    with expected, writing(state, text):
+        raise error(17, "reason", str(state / name))
