@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tarfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -191,27 +191,35 @@ import json, sys, logging
 import numpy as np
 logging.basicConfig(stream=sys.stderr)
 import nemo_lfr
-try:
-    codec = nemo_lfr.load(sys.argv[1], device="cpu")
-except nemo_lfr.CheckpointError as error:
-    print(json.dumps({"error": str(error)}))
-else:
-    tokens, _ = codec.encode(np.load(sys.argv[2]))
-    print(json.dumps({"tokens": tokens.tolist()}))
+wave, *sources = sys.argv[1:]
+for source in sources:
+    try:
+        codec = nemo_lfr.load(source, device="cpu")
+    except nemo_lfr.CheckpointError as error:
+        print(json.dumps({"error": str(error)}))
+    else:
+        tokens, _ = codec.encode(np.load(wave))
+        print(json.dumps({"tokens": tokens.tolist()}))
 """
 
 
-def client(source: str, wave: Path, environment: dict[str, str]) -> tuple[dict, str]:
-    """Run `nemo_lfr.load(source)` in a new process; return its results and its log."""
+def clients(sources: Sequence[str], wave: Path, environment: dict[str, str]) -> tuple[list[dict], str]:
+    """Call `nemo_lfr.load` with each source in a new process; return the results and the log."""
     done = subprocess.run(
-        [sys.executable, "-c", CLIENT, source, wave],
+        [sys.executable, "-c", CLIENT, wave, *sources],
         env=environment | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout), done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()], done.stderr
+
+
+def client(source: str, wave: Path, environment: dict[str, str]) -> tuple[dict, str]:
+    """Call `nemo_lfr.load` in a new process; return its result and the log."""
+    (result,), log = clients([source], wave, environment)
+    return result, log
 
 
 @pytest.mark.slow
@@ -248,15 +256,14 @@ def test_a_repository_with_another_file_name_loads_its_only_nemo_file(tmp_path):
     repositories["me/empty"] = {"README.md": path}
     with HubServer(repositories) as hub:
         environment = hub.environment(tmp_path / "home")
-        assert client("me/one", tmp_path / "wave.npy", environment)[0] == {"tokens": codec.encode(wave)[0].tolist()}
-        assert "2 .nemo files" in client("me/two", tmp_path / "wave.npy", environment)[0]["error"]
+        (one, two, empty, none), _ = clients([*repositories, "me/none"], tmp_path / "wave.npy", environment)
+        assert one == {"tokens": codec.encode(wave)[0].tolist()}
+        assert "2 .nemo files" in two["error"]
+        assert "me/empty" in empty["error"] and "neither a .nemo file, nor config.json" in empty["error"]
+        assert "me/none" in none["error"] and "check the name" in none["error"]
         asked = len(hub.requests)
-        assert client("me/one", tmp_path / "wave.npy", environment)[0] == {"tokens": codec.encode(wave)[0].tolist()}
+        assert client("me/one", tmp_path / "wave.npy", environment)[0] == one
         assert len(hub.requests) == asked, "it is in the cache"
-        error = client("me/empty", tmp_path / "wave.npy", environment)[0]["error"]
-        assert "me/empty" in error and "neither a .nemo file, nor config.json" in error
-        error = client("me/none", tmp_path / "wave.npy", environment)[0]["error"]
-        assert "me/none" in error and "check the name" in error
     # The server has stopped, so only the cache can answer.
     environment |= {"HF_HUB_OFFLINE": "1"}
     assert client("me/one", tmp_path / "wave.npy", environment)[0] == {"tokens": codec.encode(wave)[0].tolist()}

@@ -393,8 +393,9 @@ def test_the_command_in_the_metadata_makes_the_same_tokens_again(audio, model, t
 @pytest.mark.slow
 def test_a_long_clip_does_not_widen_the_batch_of_many_short_ones(model, tmp_path, monkeypatch):
     lengths = [RATE // 10] * 40 + [20 * RATE] + [RATE // 10] * 40
+    speech = synthesize(20, seed=1)
     for number, length in enumerate(lengths):
-        soundfile.write(tmp_path / f"{number:03d}.wav", synthesize(20, seed=1)[:length], RATE)
+        soundfile.write(tmp_path / f"{number:03d}.wav", speech[:length], RATE)
     sizes = []
     zeros = shard._zeros
     monkeypatch.setattr(

@@ -347,7 +347,8 @@ def test_a_failed_restore_leaves_nemos_state_clean(nemo_file, tmp_path):
     assert AppState().is_model_being_restored is False
 
 
-@pytest.mark.parametrize("case", HOSTILE)
+# NeMo's methods read files with the function that the tests of `HOSTILE` call, so one case of each message is enough.
+@pytest.mark.parametrize("case", {match: case for case, (_, match) in HOSTILE.items()}.values())
 @pytest.mark.filterwarnings("ignore:Duplicate name", "ignore::UserWarning", "ignore::DeprecationWarning")
 def test_restore_from_refuses_hostile_file(case, tmp_path):
     make, match = HOSTILE[case]
