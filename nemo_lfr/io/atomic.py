@@ -12,7 +12,6 @@ import re
 import secrets
 import shutil
 import stat
-import tempfile
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import IO
@@ -232,21 +231,22 @@ def writing_folder(parent: Path) -> Iterator[Path]:
         OSError: if the folder cannot be created; the error names `parent`.
     """
     sweep(parent)
-    while True:
-        try:
-            folder = tempfile.mkdtemp(dir=parent, prefix=".writing-")
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(parent)) from error
-        descriptor = _open_folder(folder)
-        if descriptor is None or os.path.exists(folder):
-            break
-        os.close(descriptor)  # before the folder was locked, another process took it for a leftover and removed it
-    try:
-        yield Path(folder)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        if descriptor is not None:
-            os.close(descriptor)
+    with contextlib.ExitStack() as cleanup:
+        while True:
+            folder = parent / f".writing-{secrets.token_hex(4)}"
+            # Before the folder is created, since a signal may raise an exception right after that.
+            cleanup.callback(shutil.rmtree, folder, ignore_errors=True)
+            try:
+                folder.mkdir(mode=stat.S_IRWXU)
+            except OSError as error:
+                cleanup.pop_all()
+                raise OSError(error.errno, error.strerror, str(parent)) from error
+            descriptor = _open_folder(str(folder))
+            if descriptor is not None:
+                cleanup.callback(os.close, descriptor)
+            if descriptor is None or folder.exists():
+                break  # otherwise another process took the folder for a leftover before it was locked, and removed it
+        yield folder
 
 
 def sweep(folder: Path, names: Collection[str] | None = ()) -> None:

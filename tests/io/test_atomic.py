@@ -18,6 +18,7 @@ from nemo_lfr.checkpoint import write_checkpoint
 from nemo_lfr.checkpoint.folder import export_safetensors, write_folder
 from nemo_lfr.codec.golden import export_golden
 from nemo_lfr.errors import NemoLfrError
+from nemo_lfr.io import atomic
 from nemo_lfr.io.atomic import (
     NO_SYNC,
     check_overwrite,
@@ -96,6 +97,17 @@ def test_nothing_is_opened_or_removed_through_a_link(tmp_path):
 def test_a_name_of_any_length_that_the_system_takes_is_written(tmp_path, name):
     assert write_bytes(tmp_path / name, [b"new", b"er"]).read_bytes() == b"newer"
     assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_signal_right_after_a_folder_is_created_leaves_nothing(tmp_path, monkeypatch):
+    def interrupt(folder: str) -> None:
+        assert os.path.isdir(folder)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(atomic, "_open_folder", interrupt)
+    with pytest.raises(KeyboardInterrupt), writing_folder(tmp_path):
+        pass
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_two_writers_of_one_file_do_not_interfere(tmp_path):
