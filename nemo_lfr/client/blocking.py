@@ -101,8 +101,9 @@ class Client:
                 gives the same audio as decoding the whole recording.
             first_lookahead: a smaller lookahead for the first frames, so that the audio starts sooner; at
                 most `lookahead`. See `Codec.stream_decoder`.
-            ramp: numbers of frames in the first chunks that the server decodes, such as (1, 2, 4). With small first
-                chunks, the audio starts sooner. By default, the first chunk contains all frames that the first audio
+            ramp: numbers of frames in the first chunks that the server decodes, such as (1, 2, 4). If you push frames
+                one by one, the audio starts sooner with small first chunks, because the server processes them while
+                the next frames arrive. By default, the first chunk contains all frames that the first frame of audio
                 depends on.
             sample_type: type of the samples that the client receives, "float32" or "int16".
 

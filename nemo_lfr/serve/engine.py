@@ -154,8 +154,10 @@ class Engine:
         Args:
             lookahead: number of later frames that a sample may depend on; see `Codec.stream_decoder`.
             first_lookahead: a smaller lookahead for the first frames; see `Codec.stream_decoder`.
-            ramp: numbers of frames in the first chunks, such as (1, 2, 4). Small first chunks give the first audio
-                sooner. A chunk is processed when all of its frames have arrived, or the input has ended.
+            ramp: numbers of frames in the first chunks, such as (1, 2, 4). If frames arrive one by one, small first
+                chunks give the first audio sooner, because they are processed while the next frames arrive. A chunk
+                is processed when all of its frames have arrived, or the input has ended. By default, the first chunk
+                contains all frames that the first frame of audio depends on.
             live: whether the session is a live stream. Other sessions (files) wait while a live stream has input.
 
         Yields:

@@ -68,8 +68,9 @@ class Session:
         self._pending: deque[np.ndarray] = deque()
         self._num_pending = 0  # input that is not processed yet, in samples (encoding) or frames (decoding)
         self._num_uncollected = 0  # results that were not collected, in frames (encoding) or samples (decoding)
-        # Numbers of frames in the next chunks. Without a ramp, the first chunk has all frames that the first result
-        # depends on, because smaller chunks would need more steps without giving a result sooner.
+        # Numbers of frames in the next chunks. Without a ramp, the first chunk has all frames that the first frame of
+        # the result depends on. This is fastest if these frames arrive at once. If they arrive one by one, a ramp is
+        # faster, because the first chunks are processed while the next frames arrive.
         self._ramp = deque(ramp or (stream.first_delay_frames + 1,))
         self._started: float | None = None
         self._played_until: float | None = None  # when the audio so far will have been played

@@ -204,8 +204,9 @@ export class Client {
    * Open a stream that takes tokens, frame by frame, and yields samples.
    *
    * @param {{ramp?: number[], lookahead?: number | null, firstLookahead?: number | null}} options
-   *   `ramp` contains the numbers of frames in the first chunks. `lookahead` is in frames. `firstLookahead` is a
-   *   smaller lookahead for the first frames, at most `lookahead`.
+   *   `ramp` contains the numbers of frames in the first chunks. If you push frames one by one, the audio starts
+   *   sooner with small first chunks, such as `[1, 2, 4]`. `lookahead` is in frames. `firstLookahead` is a smaller
+   *   lookahead for the first frames, at most `lookahead`.
    * @returns {Promise<Stream<Float32Array>>}
    */
   async decodeStream(options = {}) {
