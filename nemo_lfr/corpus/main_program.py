@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from multiprocessing import process
@@ -24,6 +25,8 @@ REMEDY = (
 
 
 _VARIABLE, _VALUE = "PYTHONSAFEPATH", "nemo_lfr"
+_users = 0  # number of threads that are inside `safe_imports`
+_lock = threading.Lock()
 
 
 @contextmanager
@@ -33,14 +36,19 @@ def safe_imports() -> Iterator[None]:
     Until it has the import path of its parent, a process that `multiprocessing` spawns imports from the current folder
     first, for example a `types.py` beside the recordings of a corpus. This function has no effect in Python 3.10.
     """
-    if _VARIABLE in os.environ:
-        yield
-        return
-    os.environ[_VARIABLE] = _VALUE
+    global _users
+    with _lock:
+        if is_ours := _users > 0 or _VARIABLE not in os.environ:  # otherwise the user has set the variable
+            _users += 1
+            os.environ[_VARIABLE] = _VALUE
     try:
         yield
     finally:
-        os.environ.pop(_VARIABLE, None)
+        if is_ours:
+            with _lock:
+                _users -= 1
+                if not _users:
+                    os.environ.pop(_VARIABLE, None)
 
 
 def begin_worker(parent: int) -> None:

@@ -277,7 +277,7 @@ def manifest_loader(config: DictConfig, world_size: int, rank: int) -> DataLoade
     ours = f"{CodecDataset.__module__}.{CodecDataset.__name__}"
     if arguments.pop("_target_", None) not in (NEMO_DATASET, ours):
         return None
-    if arguments.get("feature_processors") or arguments.get("resample_rate"):
+    if any([arguments.pop(key, None) for key in ("feature_processors", "resample_rate")]):
         return None
     try:
         dataset = CodecDataset(**{key: value for key, value in arguments.items() if value is not None})

@@ -14,6 +14,7 @@ import soundfile
 
 from nemo_lfr.corpus import executors, ray_executor, worker_failures
 from nemo_lfr.corpus.config import TokenizeConfig
+from nemo_lfr.corpus.main_program import safe_imports
 from nemo_lfr.errors import NemoLfrError
 from tests.corpora import write_codec
 from tests.models import RATE, synthesize
@@ -143,6 +144,21 @@ WITH_WORKERS = {
     "tokenize with Ray": ["tokenize", "manifest.json", "--out", "out", "--ray", "local", "--workers", 1],
     "evaluate": ["evaluate", "manifest.json", "--out", "out", "--codec", "lfr", "--workers", 2],
 }
+
+
+def test_safe_imports_last_until_all_threads_have_left_them(monkeypatch):
+    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
+    first, second = safe_imports(), safe_imports()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert os.environ["PYTHONSAFEPATH"]
+    second.__exit__(None, None, None)
+    assert "PYTHONSAFEPATH" not in os.environ
+    monkeypatch.setenv("PYTHONSAFEPATH", "mine")
+    with safe_imports():
+        assert os.environ["PYTHONSAFEPATH"] == "mine"
+    assert os.environ["PYTHONSAFEPATH"] == "mine"
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 cannot prevent it")

@@ -1568,6 +1568,20 @@ def test_a_restored_model_is_trained_in_training_mode(tmp_path):
     assert not any(mode for name, mode in modes.items() if name.startswith("audio_encoder"))
 
 
+@pytest.mark.parametrize("unfreezes", [False, True])
+def test_discriminators_of_a_frozen_model_are_frozen_as_in_stock(unfreezes):
+    config = OmegaConf.create(training_config([SMALL_STFT]))
+    states = []
+    for model in (AudioCodecModel(config), StockModel(config)):
+        model.freeze()
+        if unfreezes:
+            model.unfreeze()
+        if isinstance(model, AudioCodecModel):
+            model.build_discriminator()
+        states.append({name: value.requires_grad for name, value in model.discriminator.named_parameters()})
+    assert states[0] == states[1] and any(states[0].values()) == unfreezes
+
+
 def test_only_one_file_may_give_the_initial_weights():
     model = AudioCodecModel(OmegaConf.create(training_config([])))
     files = {"init_from_ptl_ckpt": "a.ckpt", "init_from_nemo_model": "b.nemo"}

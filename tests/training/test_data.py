@@ -187,6 +187,19 @@ def loader(folder: Path, dataset: dict | None = None, world_size: int = 1, **par
     return manifest_loader(OmegaConf.create({"train_ds": config}).train_ds, world_size, 0)
 
 
+@pytest.mark.parametrize(
+    ("more", "is_ours"),
+    [
+        ({"feature_processors": {}}, True),
+        ({"feature_processors": None, "resample_rate": None}, True),
+        ({"feature_processors": {"pitch": {}}}, False),
+        ({"resample_rate": 16000}, False),
+    ],
+)
+def test_datasets_that_need_nemos_own_loader(more, is_ours, tmp_path):
+    assert (loader(tmp_path, more) is not None) == is_ours
+
+
 BAD = [
     ({"n_samples": 0}, r"n_samples is 0; pass a whole number from 1 to"),
     ({"n_samples": -1024}, "n_samples is -1024"),
