@@ -523,7 +523,8 @@ BAD_ARGUMENTS = {
     **{
         f"client.{call}({content})": "file is of the type"
         for call in ("decode", "encode", "encodeToTokenFile")
-        for content in ("undefined", "null", "5", "'RIFF'", "{}", "new FormData()", "new ReadableStream()")
+        for content in ("undefined", "null", "5", "'RIFF'", "{}", "new FormData()", "new ReadableStream()",
+                        "new Float32Array(9)", "new Int16Array(8)")  # samples or tokens in place of a file
     },
     **{f"new Client({url})": "is not the URL of a server" for url in (
         "5", "null", "undefined", "''", "'127.0.0.1:8000'", "'ftp://a'", "'http://'", "'http://a:99999'",

@@ -18,7 +18,7 @@
  * @typedef {{tokens: number[][], num_samples: number, sample_rate: number, samples_per_frame: number}} EncodedFile
  * @typedef {number[] | Int8Array | Uint8Array | Int16Array | Uint16Array | Int32Array | Uint32Array} Integers
  * @typedef {number[] | Float32Array | Float64Array | Int16Array} Samples
- * @typedef {Blob | ArrayBuffer | ArrayBufferView<ArrayBuffer>} FileContent
+ * @typedef {Blob | ArrayBuffer | Uint8Array<ArrayBuffer> | DataView<ArrayBuffer>} FileContent
  * @typedef {"wav" | "flac" | "opus"} AudioFormat
  */
 
@@ -699,7 +699,7 @@ function sizeOf(name, file) {
   if (name === "body" && typeof file === "string") return file.length;
   const type = typeOf(file);
   if (["Blob", "File"].includes(type)) return file.size;
-  if (type === "ArrayBuffer" || ArrayBuffer.isView(file)) return file.byteLength;
+  if (["ArrayBuffer", "Uint8Array", "DataView"].includes(type)) return file.byteLength;
   throw new InputError(`the ${name} is of the type ${type}; pass a Blob, an ArrayBuffer or a Uint8Array.`);
 }
 
