@@ -3,6 +3,7 @@
 State dicts from any NeMo version can be loaded. Returned state dicts use NeMo's names.
 """
 
+import logging
 from collections.abc import Collection, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, cast
@@ -15,6 +16,8 @@ from nemo_lfr.checkpoint.tensors import Tensors
 from nemo_lfr.errors import CheckpointError, shorten
 from nemo_lfr.modules.quantizer import FiniteScalarQuantizer
 from nemo_lfr.nemo.base import DISCRIMINATOR, WAVLM, BaseModel, NeMoAudioCodecModel
+
+logger = logging.getLogger(__name__)
 
 # Attributes with the modules that are built from the config when they are first used.
 CONFIGURED = ("discriminator", "_losses", "_metrics")
@@ -145,6 +148,23 @@ class StateDicts(BaseModel):
             kept = {key: value.detach().cpu().clone() for key, value in discriminator.items()}
             self._unbuilt_discriminator = self._unbuilt_discriminator | kept
         return {key: value for key, value in state.items() if key not in discriminator}
+
+    def _load_kept_discriminator(self) -> None:
+        """Load the weights that were kept for the discriminators, which are built now."""
+        kept, self._unbuilt_discriminator = self._unbuilt_discriminator, {}
+        if not kept:
+            return
+        own = {key: value for key, value in super(NeMoAudioCodecModel, self).state_dict().items() if WAVLM not in key}
+        kept = _spelled_for(own, kept)
+        names = [key for key in own if key.startswith(DISCRIMINATOR)]
+        random = [key for key in names if key not in kept or kept[key].shape != own[key].shape]
+        if random:
+            logger.warning(
+                "%d of %d weights of the discriminators keep their random initial values, because the checkpoint has "
+                "none with these names and shapes, for example %s.",
+                len(random), len(names), random[0],
+            )  # fmt: skip
+        self.load_state_dict(own | kept)
 
     def load_rest(self, tensors: Tensors, loaded: Sequence[torch.Tensor]) -> None:
         """Load those weights of a checkpoint that are not in the model yet.

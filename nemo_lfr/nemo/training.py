@@ -133,9 +133,7 @@ class TrainingSteps(DataLoaders, StockSteps):
             for module in self.discriminator.modules():
                 if isinstance(module, SLMDiscriminator):
                     module.slm.fallback = functools.partial(_wavlm_weights, self._restored_from)
-        if self._unbuilt_discriminator:
-            state, self._unbuilt_discriminator = self._unbuilt_discriminator, {}
-            self.load_state_dict(self.state_dict() | state)
+        self._load_kept_discriminator()
 
     def configure_optimizers(self) -> Any:
         """Build the optimizers. A model without a trainer is first prepared for training."""

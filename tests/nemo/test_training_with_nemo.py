@@ -1568,6 +1568,26 @@ def test_a_restored_model_is_trained_in_training_mode(tmp_path):
     assert not any(mode for name, mode in modes.items() if name.startswith("audio_encoder"))
 
 
+@pytest.mark.parametrize(
+    ("discriminators", "warned"),
+    [([SMALL_STFT], ""), ([SMALL_STFT, SMALL_PERIOD], "18 of 37"), ([], "")],
+)
+def test_discriminators_without_weights_in_the_checkpoint_are_reported(discriminators, warned, tmp_path, caplog):
+    trained = AudioCodecModel(OmegaConf.create(training_config([SMALL_STFT])))
+    trained.build_discriminator()
+    trained.save_to(tmp_path / "codec.nemo")
+    model = AudioCodecModel(OmegaConf.create(training_config(discriminators)))
+    model.maybe_init_from_pretrained_checkpoint(
+        OmegaConf.create({"init_from_nemo_model": str(tmp_path / "codec.nemo")})
+    )
+    model.build_discriminator()
+    reports = [record.getMessage() for record in caplog.records if "random initial values" in record.getMessage()]
+    assert len(reports) == bool(warned) and all(report.startswith(warned) for report in reports)
+    state = trained.state_dict()
+    first = [key for key in model.state_dict() if key.startswith("discriminator.discriminators.0.")]
+    assert all(torch.equal(model.state_dict()[key], state[key]) for key in first)
+
+
 @pytest.mark.parametrize("unfreezes", [False, True])
 def test_discriminators_of_a_frozen_model_are_frozen_as_in_stock(unfreezes):
     config = OmegaConf.create(training_config([SMALL_STFT]))
