@@ -78,9 +78,8 @@ def parse_config(text: str) -> DictConfig:
     """Parse a model config from YAML, without resolving interpolations.
 
     Raises:
-        ConfigError: if the text is not a YAML mapping, uses YAML aliases, is too large or too deeply nested, or
-            contains an interpolation that is not allowed (see `check_interpolations`, `Expansion` and
-            `NEMO_RESOLVERS`).
+        ConfigError: if the text is not a YAML mapping, is too large or too deeply nested, or contains YAML aliases or
+            an interpolation that is not allowed.
     """
     try:
         _check_yaml(text)

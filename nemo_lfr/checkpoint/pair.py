@@ -14,9 +14,8 @@ from nemo_lfr.io.locate import SAFETENSORS, SAFETENSORS_CONFIG
 def check_pair(tensors: Tensors, config: DictConfig) -> None:
     """Check that the weights in a safetensors file belong to a config.
 
-    The file may store a copy of the config, and the config may store a checksum of the weights. A mismatch means that
-    an export or a download was interrupted, or that a file was edited or damaged. A missing copy or checksum is not an
-    error.
+    The file may store a copy of the config, and the config may store a checksum of the weights. A missing copy or
+    checksum is not an error.
 
     Raises:
         CheckpointError: if the copy differs from `config`, or the checksum differs from that of the weights.

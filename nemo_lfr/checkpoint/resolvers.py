@@ -1,8 +1,7 @@
 """Implement NeMo's OmegaConf resolvers without NeMo.
 
-NeMo registers `multiply` and `sum` when it is imported, and other programs may register other functions with these
-names. This package therefore reads the config of a codec with its own resolvers. A config then has the same values in
-every process.
+Other programs may register other functions under the names `multiply` and `sum`. This package therefore reads the
+config of a codec with its own resolvers.
 """
 
 import operator

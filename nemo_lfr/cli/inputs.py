@@ -39,8 +39,7 @@ def check_input(path: Path, suffixes: Collection[str], *, is_only: bool = False)
     """Check that an input is a file for this command, by its content.
 
     An audio file, a token file, a checkpoint or an entropy model is refused if it is for another command. Any other
-    file that this command cannot read is refused only if it is the only input. With several inputs, such a file fails
-    later, without affecting the others.
+    file that this command cannot read is refused only if it is the only input.
 
     Args:
         path: input from the command line.

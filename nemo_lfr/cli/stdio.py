@@ -49,8 +49,8 @@ def check_pipe(inputs: Sequence[str], out: Path | None) -> None:
 def spooled(source: str, suffix: str, new_suffix: str) -> Iterator[FileTask]:
     """Write the output to a temporary file, and copy this file to stdout when the context ends.
 
-    If `source` is "-", stdin is first copied to a temporary file. Use this context manager for work that needs
-    complete files. If the context ends with an error, nothing is written to stdout.
+    If `source` is "-", stdin is first copied to a temporary file. If the context ends with an error, nothing is
+    written to stdout.
 
     Args:
         source: path of the input, or "-" for stdin.

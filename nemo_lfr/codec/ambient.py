@@ -2,9 +2,8 @@
 
 Some settings belong to a thread (autocast, default device, inference mode, grad mode), others to the process (default
 dtype, precision of fp32 matrix products). `reference_state`, for inference, turns off the settings that change
-results. It ignores the default dtype, because inference code passes a dtype for every tensor that it creates.
-`building_state`, for code that builds modules, also sets the default dtype, because the constructors of PyTorch's
-modules use it.
+results, except the default dtype: inference code must pass a dtype for every tensor that it creates. `building_state`,
+for code that builds modules, also sets the default dtype.
 """
 
 import os
@@ -73,8 +72,8 @@ class ProcessSetting:
     def differs(self, wanted: Any) -> bool:
         """Return whether a `with setting.at(wanted)` block is needed.
 
-        It is needed if the current value is not `wanted`. It is also needed while a thread is inside a `with
-        setting.at(...)` block, because the end of that block may restore another value.
+        It is needed if the current value is not `wanted`, or while any thread is inside a `with setting.at(...)`
+        block, because the end of that block may restore another value.
         """
         return self._users > 0 or self._get() != wanted
 

@@ -101,10 +101,7 @@ def check_described(config: Mapping[str, Any], settings: Mapping[str, Any], name
 
 
 def _unused_children(module: nn.Module) -> list[nn.Module]:
-    """Return the children of a layer that do not affect results, such as dropout.
-
-    The fingerprint does not depend on them. If a caller has altered one, the codec has no fingerprint.
-    """
+    """Return the children of a layer that do not affect results, such as dropout."""
     match module:
         case Conv1d() | ConvTranspose1d():
             return [module.activation]

@@ -75,9 +75,8 @@ class LazyModule(Generic[M]):
         If the weights are not loaded yet, they are read from the checkpoint but not kept.
 
         Args:
-            order: order of summation for the norms when weight norm is folded. Loaded weights are already folded in
-                the default order, so another order requires reading the checkpoint again. If the checkpoint no longer
-                contains these weights, the loaded weights are returned.
+            order: order of summation for the norms when weight norm is folded. For another order than the default, the
+                checkpoint is read again; if it has changed, the loaded weights are returned.
 
         Raises:
             CheckpointError: if the weights cannot be read.

@@ -1,7 +1,7 @@
 """Hash a sample of a corpus's audio files, to recognize the audio after the corpus was moved.
 
 The list of files does not suffice: the clean and the noisy version of a corpus may have equal lists. Only a sample is
-hashed, because it would take long to read all audio files, or to ask a network drive for all their sizes.
+hashed, because it would take long to read all audio files.
 """
 
 from collections.abc import Iterator

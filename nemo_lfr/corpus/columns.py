@@ -110,8 +110,7 @@ def label_value(cell: Any, names: Sequence[str] | None, column: str) -> Any:
     standard labels (`LABEL_COLUMNS`), however, values of any type are returned, so that `standard_labels` can raise an
     error for them.
 
-    Some databases and TensorFlow export text as bytes. Bytes are decoded only in columns that usually contain text
-    (`TEXT_COLUMNS`).
+    Bytes are decoded only in columns that usually contain text (`TEXT_COLUMNS`).
 
     Args:
         cell: the Arrow scalar.

@@ -34,9 +34,8 @@ def clean_id(name: str) -> str:
     """Return a valid clip id for any name.
 
     The id is a relative path that does not leave its folder, has a bounded length, and consists of characters that
-    Linux, macOS and Windows accept. A name that already is such a path is returned unchanged. A path component that
-    is too long is truncated. If the whole path is too long, only its last component is kept. In both cases, a hash of
-    the full text is appended, so that different names stay different.
+    Linux, macOS and Windows accept. A name that already is such a path is returned unchanged. A name that is too long
+    is shortened, and a hash is appended, so that different names stay different.
     """
     if _CLEAN.fullmatch(name) and len(name.encode()) <= MAX_COMPONENT_BYTES:
         return name.removeprefix("/")

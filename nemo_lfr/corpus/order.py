@@ -78,9 +78,8 @@ class EpochOrder:
     def _grouped(self, skip: int, size: int) -> Iterator[TokenizedUtterance]:
         """Fill the buffer repeatedly, sort it by length, and yield its utterances.
 
-        With `shuffle`, the sorted buffer is divided into groups of `size` utterances, and the groups are shuffled. The
-        order of the groups is the same on every rank, so that all ranks have batches of similar length in the same
-        training step. The first `skip` utterances are not yielded.
+        With `shuffle`, groups of `size` utterances are shuffled, in the same order on every rank, so that all ranks
+        have batches of similar length in a training step. The first `skip` utterances are not yielded.
         """
         pool_size = max(1, self.buffer_size // size) * size
         number, skip = divmod(skip, pool_size)

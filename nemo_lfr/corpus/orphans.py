@@ -57,10 +57,9 @@ def _is_alive(parent: int) -> bool:
 def family() -> Iterator[None]:
     """Kill all processes that were started in this context if this process is killed before the context ends.
 
-    A watcher process in its own session waits for this process to end. The watcher recognizes the processes by an
-    environment variable, which child processes inherit. The watcher scans for new processes continuously, because some
-    of Ray's processes later overwrite their environment and lose their parents. On systems without /proc, this context
-    manager does nothing.
+    A watcher process recognizes the processes by an environment variable, and scans for them continuously, because
+    some of Ray's processes later overwrite their environment and lose their parents. On systems without /proc, this
+    context manager does nothing.
     """
     if not Path("/proc/self/environ").exists():
         yield
@@ -89,10 +88,7 @@ def family() -> Iterator[None]:
 
 
 class _Kin:
-    """Tracker of the processes of a run: those with the run's random id in their environment, and their descendants.
-
-    A process stays known after it was found once, even if it overwrites its environment or its parent ends.
-    """
+    """Tracker of a run's processes: those with the run's random id in their environment, and their descendants."""
 
     def __init__(self, token: str, head: int) -> None:
         self._variable = f"{VARIABLE}={token}".encode()

@@ -82,9 +82,8 @@ def open_plan(config: TokenizeConfig, on_cpu: bool) -> Iterator[Plan]:
         on_cpu: whether local processes will run the codec on the CPU.
 
     Raises:
-        NemoLfrError: if the corpus or codec cannot be read, an option is invalid, or another run is writing to the
-            output folder. This error is also raised if the folder contains other files, the tokens of another run, or
-            a run whose plan is missing or damaged.
+        NemoLfrError: if the corpus or codec cannot be read, an option is invalid, or the output folder is in use or
+            contains anything but a resumable run of the same corpus, codec and options.
     """
     config.validate()
     requested_out = config.out
@@ -208,7 +207,7 @@ def load_or_create_plan(
 
 
 def _check_not_empty(corpus: CorpusReader, shards: list[ShardSpec], source: str) -> None:
-    """Raise ConfigError if a corpus has no clips, which is most likely a mistake. No audio is decoded."""
+    """Raise ConfigError if a corpus has no clips, without decoding audio."""
     for shard in shards:
         clips = corpus.read(shard)
         try:
@@ -272,8 +271,8 @@ def _load_codec(
 def _remove_leftovers(config: TokenizeConfig, out: Path, output: type[OutputFormat]) -> None:
     """Remove temporary files of killed runs, without following links.
 
-    The caller must hold the lock of the output folder, so that no other run is writing to the folder. If this run
-    tokenizes only a part of the corpus, temporary files of other parts are kept.
+    The caller must hold the lock of the output folder. If this run tokenizes only a part of the corpus, temporary
+    files of other parts are kept.
     """
     staging = config.state / "staging"
     if staging.is_symlink():

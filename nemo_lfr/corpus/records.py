@@ -41,8 +41,7 @@ def stored_dataset(out: Path) -> str | None:
 class ShardRecord:
     """Record of a finished shard: counts, failures, and the hash and size of each file.
 
-    A shard is complete if it has a record. When a run is resumed, shards without a record are tokenized again, with
-    identical results.
+    A shard is complete if it has a record. Shards without a record are tokenized again when the run is resumed.
     """
 
     index: int

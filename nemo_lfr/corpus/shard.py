@@ -1,8 +1,7 @@
 """Tokenize one shard.
 
-The result depends only on the shard's clips, the codec and the options. The files of the shard are written to a
-temporary folder, synchronized to disk and renamed into place. The shard's record is written last, and marks the shard
-as complete.
+The result depends only on the shard's clips, the codec and the options. The shard's record is written last, and marks
+the shard as complete.
 """
 
 import logging
@@ -285,8 +284,7 @@ class Worker:
     Args:
         config: options of the run.
         device: device of the codec.
-        plugins: output format and corpus reader of the run. The worker registers them, since its process may not have
-            imported them.
+        plugins: output format and corpus reader of the run. The worker registers them.
         codec: a codec on the CPU that is used if `device` is "cpu"; None to load one.
     """
 

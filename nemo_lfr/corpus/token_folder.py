@@ -1,7 +1,6 @@
 """Read and validate a folder of tokens that `nemo-lfr tokenize` wrote.
 
-The number of clips and the size of each file are compared with the records of the run; with `verify`, also the hash of
-each file. In place of damaged utterances, the reader yields an error, so that the caller can stop or continue. Files
+The files are compared with the records of the run. The reader yields an error in place of a damaged utterance. Files
 outside the folder are not read, even through links, and no code in the folder is executed.
 """
 

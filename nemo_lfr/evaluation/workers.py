@@ -53,8 +53,7 @@ class Task:
         recording: the original recording.
         rate: sample rate of the comparison in Hz.
         outputs: outputs of the codecs.
-        table: descriptions of all metrics. A worker process needs them, because metrics of other packages are not
-            registered there.
+        table: descriptions of all metrics. In a worker process, metrics of other packages are not registered.
     """
 
     key: str

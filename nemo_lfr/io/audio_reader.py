@@ -171,8 +171,8 @@ class AudioReader:
     def _open_mpeg(self, first: SndfileDecoder) -> Decoder:
         """Open MPEG audio that follows other bytes.
 
-        The frames are counted, because libsndfile only estimates the number of samples. If there are no frames,
-        `first` is returned: libsndfile's decoder for the file.
+        If there are no frames, return `first`, libsndfile's decoder for the file, which only estimates the number of
+        samples.
         """
         if self._source is None or not (streams := find_mpeg(self._source)):
             return first

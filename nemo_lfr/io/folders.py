@@ -130,9 +130,8 @@ def find_files(
 ) -> list[Path]:
     """Find files with certain suffixes in a folder and its subfolders.
 
-    Hidden files and folders and system files (`._*`, `__MACOSX`, `@eaDir` ...) are skipped. Links are followed. A
-    folder that is reached more than once, for example through a link to its parent, is read once. Broken links are
-    returned too, so that the caller notices them when it opens the files.
+    Hidden files and folders and system files (`._*`, `__MACOSX`, `@eaDir` ...) are skipped. Links are followed, but no
+    folder is read twice. Broken links are returned too.
 
     Args:
         root: folder to search; it may itself be hidden.
@@ -143,9 +142,8 @@ def find_files(
             links.
         known: names of files that the caller reads itself, so they are neither found nor reported as skipped.
         report: function that is called at most once, with one line that says how many files were skipped and why.
-        unread: list to which the error of each unreadable folder below `root` is added. A link to a network drive that
-            is not available counts as an unreadable folder. The files in these folders are missing from the result. If
-            `unread` is None, the first of these errors is raised.
+        unread: list to which the error of each unreadable folder below `root` is added, for example of a network drive
+            that is not available. If it is None, the first of these errors is raised.
 
     Returns:
         The sorted paths.

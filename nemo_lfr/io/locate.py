@@ -223,9 +223,6 @@ def main_snapshot(folder: Path) -> Path | None:
 def only_snapshot(folder: Path) -> Path:
     """Return the only snapshot in a folder of the Hub's cache, and warn that its branch is unknown.
 
-    The branch of a snapshot is unknown if the snapshot was downloaded by its commit, if the cache was copied without
-    references, or if a later download was interrupted.
-
     Args:
         folder: folder of a repository, named `models--OWNER--NAME`, without a snapshot of the main branch.
 

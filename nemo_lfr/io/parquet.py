@@ -132,8 +132,7 @@ def read_footer(path: Path, *, is_input: bool = False) -> ParquetFooter:
 def _read_footer(path: Path, state: tuple[int, ...]) -> tuple[ParquetFooter, int]:
     """Return the validated footer of a file, and the file's size in bytes.
 
-    `state` is the size, modification time and inode of the file. It is part of the cache key, so that the footer is
-    read again if the file has changed.
+    `state`, the size, modification time and inode of the file, is the cache key, together with the path.
     """
     with open_regular(path) as file:
         size = file.seek(0, os.SEEK_END)

@@ -41,7 +41,7 @@ class SeekableFile(SeekableBytes):
     """File object for libsndfile that reads from another file object.
 
     In a damaged file, libsndfile may seek to a position before the first byte. This object then seeks to the first
-    byte. `file` itself would raise an exception, which libsndfile's callback prints on stderr.
+    byte, because an exception would be printed on stderr.
 
     Args:
         file: seekable file, open for reading. Closing this object does not close it.

@@ -28,7 +28,7 @@ class _NoInitialization(TorchFunctionMode):
 def on_meta_device() -> Iterator[None]:
     """Create tensors on the meta device, where they have a shape and a dtype but no values.
 
-    Random initialization, which would have no effect there, is skipped. This halves the time to build a codec.
+    Random initialization is skipped, which halves the time to build a codec.
     """
     with torch.device("meta"), _NoInitialization():
         yield

@@ -1,8 +1,7 @@
 """Mark NaN and infinite values in the results of a network.
 
 `quantize` marks such values with the token `INVALID`, and `to_audio` with NaN. `Codec` raises an error when it finds a
-mark. Without marks, the quantizer and the output activation would hide the values: `tanh` of infinity is 1, and
-converting NaN to an integer is undefined.
+mark. Without marks, the quantizer and the output activation would hide the values; `tanh` of infinity is 1.
 """
 
 from collections.abc import Callable

@@ -21,8 +21,8 @@ def check_tokens(
 ) -> None:
     """Raise an error if a token is outside the codebook, or was made from NaN or infinite values.
 
-    The values are checked too, because the conversion of NaN to an integer is undefined and may give a valid token.
-    The check synchronizes a GPU. Nothing is checked while a graph is traced or captured.
+    The values are checked too, because NaN may have become a valid token. The check synchronizes a GPU. Nothing is
+    checked while a graph is traced or captured.
 
     Args:
         tokens: the tokens, in any shape.

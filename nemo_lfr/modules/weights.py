@@ -114,7 +114,7 @@ def weights_version(*modules: nn.Module) -> Callable[[], Any]:
     """Return a function whose result changes if a submodule, weight or buffer is replaced, moved or written to.
 
     The result also changes with the settings of layers, such as the slope of an activation. The function does not keep
-    `modules` alive, because it only references the dictionaries of attributes, children, parameters and buffers.
+    `modules` alive.
     """
     found = [child for module in modules for child in module.modules()]
     children = [child._modules for child in found]

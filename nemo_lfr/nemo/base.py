@@ -1,8 +1,7 @@
 """Base class of the mixins that make up `LFRCodecModel`.
 
 The mixins import NeMo's classes from this module. If NeMo is missing or broken, importing this module raises
-MissingExtraError with a one-line message. This module also imports the other modules that need NeMo or Lightning, such
-as `cuts`, so that a broken NeMo is detected here.
+MissingExtraError with a one-line message.
 """
 
 from pathlib import Path

@@ -135,8 +135,7 @@ class CarefulLines(LazyJsonlIterator):
 class StrictLines(CarefulLines):
     """JSON-lines iterator that raises an error for a malformed line.
 
-    For some manifests, NeMo combines line N with line N of another file. If one line were skipped, each later line
-    would be combined with a line about another clip.
+    NeMo combines line N of some manifests with line N of another file, so no line may be skipped.
     """
 
     cause = "NeMo matches the lines of this manifest to those of other files by their numbers"

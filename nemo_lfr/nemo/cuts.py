@@ -36,9 +36,9 @@ class CutDataset(Dataset[dict[str, Any] | None]):
     Like NeMo's `AudioCodecLhotseDataset`, it uses the audio in a cut's `target_audio` field if there is one, and the
     cut's own audio otherwise. Unreadable cuts are skipped and logged once.
 
-    A manifest cannot make this process execute commands. Audio is only read from regular files, from memory and, with
-    `allow_url`, over HTTP. Lhotse has audio backends that start a shell (sph2pipe, and ffmpeg for legacy Opus). These
-    are disabled in the whole process, because NeMo's own loaders could also use them.
+    Audio is only read from regular files, from memory and, with `allow_url`, over HTTP. Lhotse's audio backends that
+    start a shell (sph2pipe, and ffmpeg for legacy Opus) are disabled in the whole process, so that a manifest cannot
+    execute commands.
 
     Args:
         sample_rate: sample rate of the batches, Hz.

@@ -27,9 +27,8 @@ AVERAGE = "-EMA"
 class WholeCheckpoints(TorchCheckpointIO):
     """Lightning checkpoint plugin that writes files atomically.
 
-    Lightning writes to the system's folder for temporary files and then moves the result. Between file systems, moving
-    means copying, so a killed run or a full disk would leave a truncated checkpoint under the final name. This class
-    writes a temporary file in the target folder and renames it.
+    Lightning moves the file from the system's folder for temporary files. Between file systems, this is a copy, so a
+    killed run or a full disk would leave a truncated checkpoint.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:

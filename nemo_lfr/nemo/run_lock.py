@@ -45,8 +45,8 @@ def unlock_runs() -> None:
 class RunLock(Callback):
     """Callback that locks the folders of a run's checkpoints while the run trains.
 
-    Only the process with rank 0 takes the lock, because only this process writes to these folders. If a resumed run
-    was already complete, the callback warns that nothing was trained.
+    Only the process with rank 0 takes the lock. If a resumed run was already complete, the callback warns that nothing
+    was trained.
     """
 
     _has_trained = False

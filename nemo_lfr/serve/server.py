@@ -29,11 +29,10 @@ class _WebSockets(WebSocketsSansIOProtocol):
     """Subclass of uvicorn's WebSocket protocol that limits what a faulty client can do.
 
     It disconnects clients that stop reading. uvicorn would wait for them indefinitely, even after the application has
-    closed the stream, because the close frame waits behind data that the client has not read.
+    closed the stream.
 
     It also disconnects clients that send too many pings, pongs or small fragments. These never reach the application,
-    whose limits therefore do not apply. A client that sends them in a loop would keep the event loop busy, and empty
-    fragments would fill the memory.
+    so its limits do not apply to them.
     """
 
     send_s = 20.0
@@ -136,11 +135,7 @@ class _HeaderLimit(asyncio.Protocol):
         self._start_limit()
 
     def data_received(self, data: bytes) -> None:
-        """Pass data on to uvicorn, or answer with status 400 if the headers or trailers are too large.
-
-        The timer for the headers is canceled when the headers are complete. The first data of the next request starts
-        it again.
-        """
+        """Pass data on to uvicorn, or answer with status 400 if the headers or trailers are too large."""
         if self._num_bytes is not None:
             self._num_bytes += len(data)
         super().data_received(data)
@@ -212,10 +207,7 @@ class Server(uvicorn.Server):
 
 
 def _without_traceback(record: logging.LogRecord) -> bool:
-    """Keep a log record, but remove its traceback if a client sent a message that is not UTF-8.
-
-    Any client can send such a message, so a traceback would not indicate a bug in the server.
-    """
+    """Keep a log record, but remove its traceback if a client sent a message that is not UTF-8."""
     if record.getMessage().startswith("Invalid UTF-8"):
         record.exc_info = None
     return True

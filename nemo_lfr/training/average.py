@@ -69,10 +69,7 @@ class Average:
         return self._trained is None or self._trained.describes(module)
 
     def _move(self, module: torch.nn.Module) -> None:
-        """Convert `weights` to the devices and dtypes of the module.
-
-        The devices may differ, since a checkpoint is loaded before the model is moved to its GPU.
-        """
+        """Convert `weights` to the devices and dtypes of the module."""
         with torch.inference_mode(False):  # the first call may be during validation
             pairs = zip(self.weights, module.parameters(), strict=True)
             self.weights = [weight.to(parameter.device, parameter.dtype) for weight, parameter in pairs]

@@ -129,7 +129,7 @@ def _plain_section(config: Mapping[str, Any], key: str, own: bool) -> Any:
     """Return a section of a config as Python values.
 
     The result is None if the section cannot be resolved, or if `own` is set and the section was read from a
-    checkpoint. A section that cannot be resolved causes an error later, when the component is built.
+    checkpoint.
     """
     try:
         section = config.get(key)

@@ -36,8 +36,7 @@ def ending_in_one_line(*folders: str | os.PathLike[str] | None) -> Iterator[None
     """Exit with one line on stderr if a run fails for a reason that the user can fix.
 
     Such reasons are invalid input, an invalid config, a full disk, and a file or folder that cannot be created or
-    written. Inside this context, a log record that cannot be written, for example on a full disk, causes no traceback
-    either.
+    written. Inside this context, a log record that cannot be written causes no traceback either.
 
     Args:
         folders: folders that the run writes to; None is ignored. The message contains the first one if the error does

@@ -104,9 +104,8 @@ def prepare(
     """Write NeMo manifests for a corpus: train.json, valid.json and test.json.
 
     Each manifest line contains `audio_filepath`, `duration` in seconds, `speaker`, and `lang` and `text` if the corpus
-    has these labels. The paths are absolute, so that a manifest can be used in any folder. A split without utterances
-    has no manifest. Files, rows and transcripts that cannot be used are listed in failures.jsonl, with the reason. An
-    interrupted run is resumed.
+    has these labels. The paths are absolute. A split without utterances has no manifest. Files, rows and transcripts
+    that cannot be used are listed in failures.jsonl, with the reason. An interrupted run is resumed.
 
     Args:
         kind: layout of the corpus, a key of `LAYOUTS`, or "lhotse:NAME" for a recipe of Lhotse.
@@ -119,8 +118,8 @@ def prepare(
         workers: number of files to open in parallel.
         check: whether to decode every file completely, which finds truncated and damaged files and gives exact
             durations. Otherwise the durations are read from the headers, which is faster.
-        overwrite: whether to replace the manifests and failures.jsonl of an earlier run in the output folder. All of
-            them are replaced or removed, so that a folder never has manifests of two runs.
+        overwrite: whether to replace or remove all manifests and the failures.jsonl of an earlier run in the output
+            folder.
         progress: progress callback; see `nemo_lfr.io.journal`.
 
     Returns:

@@ -225,7 +225,7 @@ class NemoLfrModel(Copies, PreTrainedAudioTokenizerBase):
 
         Raises:
             AudioError: if `input_values` or the mask has the wrong type or shape, if samples are NaN, infinite or far
-                outside [-1, 1], or if the mask has ones after a zero, no ones, or values other than 0 and 1.
+                outside [-1, 1], or if the mask is invalid.
             TokensError: for an invalid `num_codebooks`.
         """
         check_tensor(input_values, "input_values", AudioError)
@@ -260,9 +260,8 @@ class NemoLfrModel(Copies, PreTrainedAudioTokenizerBase):
             return_dict: whether to return an output object (default) or a tuple.
 
         Raises:
-            TokensError: if an argument has the wrong type or shape, or a token is outside the codebook. Also if a mask
-                does not fit the tokens or the other mask, has ones after a zero, has no ones, or has values other than
-                0 and 1.
+            TokensError: if an argument has the wrong type or shape, if a token is outside the codebook, or if a mask
+                is invalid or does not fit the tokens or the other mask.
         """
         return self._decode(audio_codes, padding_mask, audio_codes_mask, return_dict)
 

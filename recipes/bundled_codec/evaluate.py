@@ -108,10 +108,7 @@ def means(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def _reconstruct(generator: Generator, original: Signal) -> Signal:
-    """Reconstruct an entire recording in fp32.
-
-    The recording is padded with zeros to complete frames, and the output is trimmed to the length of the recording.
-    """
+    """Reconstruct an entire recording in fp32."""
     device = next(generator.parameters()).device
     samples = len(original.wave)
     num_frames = -(-samples // generator.samples_per_frame)

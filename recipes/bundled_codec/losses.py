@@ -59,8 +59,7 @@ class LogMelDistance(nn.Module):
 def compressed_distance(real: Spectra, gen: Spectra, windows: Sequence[int], power: float = 0.3) -> torch.Tensor:
     """Return the relative squared error of compressed STFT magnitudes |X|^power.
 
-    This distance resolves the harmonics of a voice. Above about 1 kHz, mel bands are wider than the distance between
-    harmonics, but an STFT with a window of 1024 samples or more separates them.
+    With a window of 1024 samples or more, this distance resolves the harmonics of a voice, even above 1 kHz.
 
     Args:
         real: recordings [B, T_audio] with cached STFTs.

@@ -47,9 +47,8 @@ class Stopwatch:
 class Trainer:
     """Trainer of a generator and, if they are added, of discriminators.
 
-    The optimizer updates fp32 weights. The network runs in `dtype`, with a copy of the weights that is cast once per
-    update instead of layer by layer. Values that change between updates (segments and learning rates) are in
-    tensors with fixed addresses, as CUDA graphs require.
+    The optimizer updates fp32 weights. The network runs in `dtype`, with a copy of the weights. Values that change
+    between updates (segments and learning rates) are in tensors with fixed addresses, as CUDA graphs require.
 
     Args:
         generator: generator on its final device. Its weights are changed to channels-last layout in place.

@@ -1,9 +1,7 @@
 """Settings for glibc's malloc, so that it keeps freed memory for the next window of audio.
 
-By default, glibc returns every large block to the system as soon as it is freed. An encoder allocates and frees
-hundreds of megabytes for each second of audio. For every allocation, the system must then map and clear new pages,
-which takes up to a third of the encoding time. `configure_malloc` lets a process that mainly runs a codec keep the
-freed memory.
+By default, glibc returns large blocks to the system when they are freed. Mapping and clearing new pages then takes up
+to a third of the encoding time.
 """
 
 import ctypes

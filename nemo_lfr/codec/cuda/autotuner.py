@@ -47,7 +47,7 @@ class Autotuner:
         Args:
             key: value that identifies the kind, the shapes and the dtype of the layer.
             candidates: implementations by name, each of which returns [B, T, H]. The first one is the reference. It is
-                used for a new `key` while a CUDA graph is captured, because nothing can be measured then.
+                used for a new `key` while a CUDA graph is captured.
             ends: number of valid time steps in each example, [B]. Only these are compared with the reference.
         """
         first = next(iter(candidates))

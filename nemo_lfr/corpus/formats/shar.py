@@ -73,9 +73,8 @@ class Layout:
 class ArrayTar:
     """Tar file with an array and its description for each clip, as in Lhotse Shar.
 
-    The bytes are the same as those of Lhotse's `ArrayTarWriter`. Lhotse's class is not used, because it refuses paths
-    that contain a `%`. Also, if a write fails, for example on a full disk, it writes again when it is deleted, and
-    prints a traceback.
+    The bytes are the same as those of Lhotse's `ArrayTarWriter`, which refuses paths that contain a `%`, and prints a
+    traceback after a failed write.
 
     Args:
         path: path of the file, which is created.

@@ -1,8 +1,7 @@
 """Base class for corpus readers, and the types of clips and shard specifications.
 
 No audio is read when a corpus is split into shards. The specification of a shard is a small JSON object, from which
-any worker can find the clips of the shard. An audio file is opened only when its clip is loaded. A file that cannot be
-read therefore affects no other clip.
+any worker can find the clips of the shard. An audio file is opened only when its clip is loaded.
 """
 
 import hashlib

@@ -215,7 +215,7 @@ def _is_entry(line: bytes) -> bool:
 def _dependence_pattern(folder: Path) -> re.Pattern[bytes]:
     """Return a pattern that matches manifest lines for which `_depends_on` may be true.
 
-    Only these lines are parsed. This saves time if most paths are absolute and outside the folder.
+    Only these lines are parsed, to save time.
     """
     prefix = re.escape(os.fsencode(os.path.join(os.path.abspath(os.path.expanduser(folder)), "")))
     part = rb'/(?!/|\.\.?[/"])[^"\\/]*'  # one component of a path that `os.path.normpath` would not change

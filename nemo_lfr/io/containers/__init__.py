@@ -1,8 +1,8 @@
 """Find the audio in a file, and correct wrong headers.
 
-Decoders rely on the length in the header. This length is wrong if the recorder was killed, if the file was written to
-a pipe, or if files were concatenated with `cat`. `find_streams` compares the header with the bytes in the file, and
-returns a `Stream` for each recording, from which a decoder reads the whole recording.
+The length in a header is wrong if the recorder was killed, if the file was written to a pipe, or if files were
+concatenated with `cat`. `find_streams` compares the header with the bytes in the file, and returns a `Stream` for each
+recording, from which a decoder reads the whole recording.
 
 Each module handles some formats. Functions `is_FORMAT` recognize a format, and functions `FORMAT_streams` return the
 recordings in a file. If a recording is truncated or damaged, `Stream.problem` contains a message.

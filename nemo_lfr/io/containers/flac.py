@@ -104,8 +104,8 @@ def _frame_ends(data: bytes) -> Iterator[int]:
 def _last_sample(window: Window, start: int, stop: int, block_size: int) -> tuple[int | None, bool]:
     """Return the number of samples in a FLAC stream, and whether the stream ends with a complete frame.
 
-    The number follows from the positions that the first and last frames store. It is None if the stream does
-    not end with a complete frame, or if the header of the first frame is invalid.
+    The number is None if the stream does not end with a complete frame, or if the header of the first frame is
+    invalid.
     """
     first = _after_metadata(window, start, stop)
     if first is not None and first == stop:
@@ -127,8 +127,7 @@ def _last_sample(window: Window, start: int, stop: int, block_size: int) -> tupl
 def _counted(window: Window, first: int | None, end: int, block_size: int) -> int | None:
     """Return the number of samples from the frame at byte `first` up to sample `end`.
 
-    The frame need not begin at sample 0, because the stream may be an excerpt of a longer one. The result is None if
-    there is no frame (`first` is None), or if its header is invalid.
+    The result is None if there is no frame (`first` is None), or if its header is invalid.
     """
     span = None if first is None else _frame_span(window.at(first, 32), block_size)
     return None if span is None else end - span[0]

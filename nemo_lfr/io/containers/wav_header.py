@@ -123,8 +123,7 @@ class WavHeader:
 def _with_bits(form: bytes, order: str) -> bytes:
     """Add the number of bits per sample to the content of a `fmt ` chunk that ends at byte 14, before this field.
 
-    FFmpeg would assume 8 bits. The number is computed from the number of channels and the block alignment (the size in
-    bytes of one sample of all channels).
+    FFmpeg would assume 8 bits.
     """
     if not 14 <= len(form) < 16:
         return form

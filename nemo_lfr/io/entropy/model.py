@@ -3,9 +3,8 @@
 The network predicts FSQ values, called digits in the code. The FSQ value of a token in an FSQ dimension is the index
 of its level in this dimension. `docs/concepts/lfr-compressed.md` specifies the file and the arithmetic.
 
-All values are integers, but are computed in float32. This is exact because a model whose sums of absolute values could
-reach 2^24 is rejected when it is loaded. The order of summation therefore does not matter, and all BLAS libraries give
-the same result.
+All values are integers, but are computed in float32. This is exact in any order of summation, because a model whose
+sums of absolute values could reach 2^24 is rejected.
 """
 
 import hashlib

@@ -73,8 +73,8 @@ class _Chain(torch.autograd.Function):
 class _Ordinal(nn.Module):
     """Weights [D, L, H] for the levels of each FSQ dimension: a parabola over the levels plus a residual.
 
-    Neighboring levels have similar weights. With the parabola, training on one level also changes the weights of the
-    neighboring levels, so fewer training tokens are needed.
+    With the parabola, training on one level also changes the weights of the other levels, so fewer training tokens are
+    needed.
 
     Args:
         levels: number of levels in each FSQ dimension.

@@ -122,7 +122,7 @@ def block_features(spec: ModelSpec, digits: np.ndarray) -> np.ndarray:
 def hidden_sums(model: EntropyModel, features: np.ndarray) -> np.ndarray:
     """Compute the contribution of past frames to the second hidden layer, before its activation function.
 
-    The contributions of the current frame's FSQ values are added later, one by one, when the values are known.
+    The contributions of the current frame's FSQ values are added later.
 
     Args:
         model: entropy model.
