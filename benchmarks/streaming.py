@@ -3,12 +3,11 @@
     python benchmarks/streaming.py [MANIFEST] [--model FILE.nemo] [--chunkings 200] [--threads 1]
 
 MANIFEST lists speech recordings; the default is the clip inside the package. Random excerpts (200 by default) are
-streamed in chunks of random lengths (empty, one sample, one frame, a prime length, up to 0.4 s), through the codec and
-through a codec with NanoCodec's causal decoder and random weights.
-Tokens must equal offline tokens except for rounding ties, and audio must agree within 1e-5. The first table shows the
-time to process a chunk of 20, 80 or 320 ms, for one stream and for 16 streams in a batch. Speed relative to real time
-is the total over all streams. The next two tables show the effect of `lookahead` on the tokens and on the decoded
-audio. The last table shows the SNR of the first frames for each `first_lookahead`.
+streamed in chunks of random lengths, through the codec and through a codec with NanoCodec's causal decoder and random
+weights. Tokens must equal offline tokens except for rounding ties, and audio must agree within 1e-5. The first table
+shows the time to process a chunk of 20, 80 or 320 ms, for one stream and for 16 streams in a batch. Speed relative to
+real time is the total over all streams. The next two tables show the effect of `lookahead` on the tokens and on the
+decoded audio. The last table shows the SNR of the first frames for each `first_lookahead`.
 """
 
 import argparse

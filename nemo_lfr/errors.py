@@ -17,8 +17,8 @@ class NemoLfrError(ValueError):
 
     Control characters in the message are replaced, because it may contain untrusted file names (see `printable`).
 
-    PyTorch's data loader raises errors of worker processes again in the main process. The message is then the worker's
-    traceback, of which only the last line is kept.
+    If PyTorch's data loader raises the error of a worker process again, the message is a traceback, of which only the
+    last line is kept.
 
     Attributes:
         source: name of the utterance that caused the error; None if unknown, or if no utterance caused it.

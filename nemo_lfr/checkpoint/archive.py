@@ -72,7 +72,7 @@ class Members:
 def read_members(path: Path) -> Members:
     """Find the config and the weights of a checkpoint.
 
-    Other members of a `.nemo` are ignored. Weights in an uncompressed tar archive are read only when they are used.
+    Weights in an uncompressed tar archive are read only when they are used.
 
     Args:
         path: a `.nemo` file, a `.ckpt` file, or a folder. A folder contains the files of an unpacked `.nemo`, or

@@ -223,8 +223,8 @@ def _changed_settings(
 ) -> dict[str, dict[str, Any]]:
     """Return the attributes of a model and its layers that differ from those of a rebuilt model.
 
-    Plain values, such as dropout rates, are compared by value. So are tensors that are not in the state dict. Other
-    objects are compared by type if the attribute is public, and ignored if it is private.
+    Plain values, such as dropout rates, and tensors outside the state dict are compared by value. Other objects are
+    compared by type if the attribute is public, and ignored if it is private.
 
     Args:
         model: the model.

@@ -40,9 +40,8 @@ class InputSignals:
 class _Watcher:
     """Watcher that runs in a thread and decides which signals stop the command.
 
-    Python calls a signal handler only when the main thread executes Python code. While the main thread waits in
-    libsndfile for data, no handler is called, and a second signal of the same kind is lost. The watcher therefore
-    reads the numbers of the signals from a pipe, to which Python writes them immediately.
+    While the main thread waits for data in libsndfile, Python calls no signal handlers. The watcher therefore reads
+    the numbers of the signals from a pipe, to which Python writes them immediately.
 
     Args:
         finishes: whether the first SIGINT ends only the recording, and not the command.

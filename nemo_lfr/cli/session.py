@@ -117,8 +117,8 @@ def print_json(values: Any) -> None:
 def json_text(values: Any) -> str:
     r"""Return JSON for `--json`, as ASCII.
 
-    Bytes of file names that are not UTF-8 are replaced by escapes such as `\xff`, because strict JSON parsers would
-    refuse the surrogates with which Python represents them.
+    Bytes of file names that are not UTF-8 are replaced by escapes such as `\xff`, because strict JSON parsers refuse
+    surrogates.
     """
     text = json.dumps(values, indent=2, ensure_ascii=False)
     if not _SURROGATES.search(text):

@@ -67,8 +67,7 @@ class Batching:
 
     Attributes:
         chunk_frames: frames in one window of a long recording, without the context of the window. The default suits a
-            CPU, whose cache is too small for longer windows. With the context of NVIDIA's codec, a window of 132
-            frames becomes 144 frames to encode and 158 to decode.
+            CPU, whose cache is too small for longer windows.
         batch_frames: maximum number of frames, including padding, in a batch of several windows.
         pad_multiple: windows are padded to a multiple of this many frames, so that few different shapes occur.
         mix_widths: whether windows of similar widths share a batch. If false, all windows of a batch have the same
@@ -118,8 +117,7 @@ def check_result(backend: Any, operation: Operation, result: Any, inputs: Any, n
         num_frames: valid frames in each example.
 
     Raises:
-        NemoLfrError: if the result is not an array of the same library as `inputs`, its shape is not the one that
-            `Backend` specifies, or its elements have the wrong type (tokens are integers, audio is floating point).
+        NemoLfrError: if the result has another type, shape or dtype than `Backend` specifies.
     """
     spec, kinds = backend.spec, {"encode": "integers", "decode": "floating-point numbers"}
     expected: list[int] = [len(inputs), max(num_frames) * spec.samples_per_frame]

@@ -50,10 +50,8 @@ def to_batch(
 ) -> tuple[Any, list[int]]:
     """Convert audio in any of the supported forms to one batch.
 
-    Files and `datasets` items with several channels are mixed to mono. A plain array with several rows is a batch of
-    clips. A warning is logged if an array has two rows and no `audio_len`, because it may be a stereo recording.
-    Another warning is logged if neither the source nor `sample_rate` gives the sample rate. Each warning is logged at
-    most once per process.
+    An array with two rows is a batch of two clips. A warning is logged if `audio_len` is missing, because the array
+    may be a stereo recording. Another warning is logged if the sample rate is unknown.
 
     Args:
         arrays: array library of the result.

@@ -45,9 +45,8 @@ class Codec(HubMethods[Array]):
     """Speech codec: encodes audio to tokens and decodes tokens to audio, with any backend.
 
     Arguments may be numpy arrays or arrays of the backend (tensors with PyTorch). Results are arrays of the backend,
-    or numpy arrays for blocks and streams. Batching does not change results: every utterance gets the tokens that it
-    would get alone. Long audio is cut into windows. This does not change results either, because each window includes
-    all frames that its results depend on.
+    or numpy arrays for blocks and streams. Results do not depend on batching, or on the windows into which long audio
+    is cut.
 
     Args:
         backend: backend that runs the encoder and the decoder.

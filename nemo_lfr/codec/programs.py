@@ -100,8 +100,8 @@ def fp32_backend(codec: CodecBase[Any], target: str) -> TorchBackend:
         target: what will be exported, in the plural, for messages; for example "ONNX files".
 
     Raises:
-        NemoLfrError: if the codec does not run in PyTorch in fp32; if it has hooks, replaced layers or changed
-            buffers; or if `eps` differs between codebooks.
+        NemoLfrError: if the codec does not run in PyTorch in fp32, or has hooks or other changes that cannot be
+            exported.
     """
     backend = codec.backend
     if not isinstance(backend, TorchBackend):
@@ -138,8 +138,8 @@ def export_programs(codec: CodecBase[Any]) -> Programs:
         The exported programs of the encoder and the decoder, which `torch.export.save` can write to files.
 
     Raises:
-        NemoLfrError: if the codec does not run in PyTorch in fp32; if it has hooks, replaced layers or changed
-            buffers; or if `eps` differs between codebooks.
+        NemoLfrError: if the codec does not run in PyTorch in fp32, or has hooks or other changes that cannot be
+            exported.
     """
     backend = fp32_backend(codec, "programs")
     with building_state(torch.device("cpu")), backend.computing():

@@ -187,9 +187,8 @@ def flush(
         advance: function that processes the last input of the streams.
 
     Raises:
-        NemoLfrError: if the streams belong to different codecs; if a stream is passed twice, was flushed before, or is
-            in use by another thread; if the numbers of streams and lengths differ; if a length is invalid; or if a
-            result is not finite.
+        NemoLfrError: if a stream is unsuitable (for example, flushed before), if `lengths` is invalid, or if a result
+            is not finite.
     """
     streams = _batch(streams, kind)
     if lengths is None:

@@ -49,8 +49,7 @@ class Slot(NamedTuple):
 class State(NamedTuple):
     """State of an encoder or decoder for one stream.
 
-    Each layer keeps the inputs that its next outputs depend on. One tensor contains the kept inputs of all layers, so
-    that the states of several streams are joined to a batch with one copy. The tensor is never changed in place.
+    Each layer keeps the inputs that its next outputs depend on. The tensor `values` is never changed in place.
 
     Attributes:
         slots: description of the part of `values` that belongs to each layer, in order.

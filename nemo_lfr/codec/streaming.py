@@ -184,9 +184,8 @@ def push_encoders(streams: Sequence[StreamEncoder], samples: Sequence[np.ndarray
     Raises:
         AudioError: if a chunk has an unsupported shape or type, or samples that are NaN, infinite or far outside
             [-1, 1].
-        NemoLfrError: if the streams belong to different codecs, if a stream is passed twice, was flushed before or is
-            in use by another thread, if the numbers of streams and chunks differ, or if the encoder returns NaN or
-            infinite values. After any error, all streams are unchanged.
+        NemoLfrError: if a stream is unsuitable (for example, flushed before), if the numbers of streams and chunks
+            differ, or if the encoder returns NaN or infinite values. After any error, all streams are unchanged.
     """
     return push(streams, samples, StreamEncoder, _advance_encoders)
 

@@ -164,8 +164,7 @@ class TorchBackend:
     def fingerprints(self) -> Iterator[str]:
         """Yield the current fingerprint, and then all fingerprints that older versions gave the same codec.
 
-        The current fingerprint is a hash of weights and settings. The oldest versions hashed the weights alone. In
-        some older versions, the fingerprint depended on the kind of CPU; one for each known kind is included.
+        In some older versions, the fingerprint depended on the kind of CPU; one for each known kind is included.
 
         Raises:
             NemoLfrError: if a module has hooks, replaced layers or changed levels, which a fingerprint does not cover.

@@ -1,9 +1,8 @@
 """Detect that the output folder was removed, and that another run created it again.
 
-A lock excludes other runs only while the locked folder exists. If a user removes the folder of an active run, possibly
-on another machine, and starts a second run with the same path, both runs hold a lock. Each run therefore has a random
-ID, the claim, which is stored in the file `claim` of its state folder. Every process of the run checks this file
-before it moves results into the output folder, and stops if the file contains another ID.
+If a user removes the folder of an active run and starts a second run with the same path, both runs hold a lock. Each
+run therefore has a random ID, the claim, which is stored in the file `claim` of its state folder. Every process of the
+run checks this file before it moves results into the output folder, and stops if the file contains another ID.
 """
 
 import os
@@ -24,8 +23,7 @@ LENGTH = 32  # number of hex digits
 def claim(state: Path) -> str:
     """Return the claim of an output folder, which is the random ID of the run that owns the folder.
 
-    If the state folder contains no valid claim, a new one is written. The caller must hold the lock of the output. If
-    several processes tokenize parts of one run, all of them get the same claim.
+    If the state folder contains no valid claim, a new one is written. The caller must hold the lock of the output.
 
     Args:
         state: the state folder of the output.

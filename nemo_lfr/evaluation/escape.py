@@ -15,7 +15,7 @@ def plain_cell(text: str) -> str:
     """Escape text for a CSV cell so that spreadsheets do not evaluate it.
 
     Text that would be a formula gets an apostrophe at the start. A number is unchanged. Control characters are
-    replaced by "?". Surrogate escapes, which Python uses for invalid UTF-8 in file names, are kept.
+    replaced by "?".
     """
     formula = FORMULA.match(text) or text[:1] in ("\t", "\r")
     text = "".join(char if char.isprintable() or "\ud800" <= char <= "\udfff" else "?" for char in text)

@@ -51,8 +51,8 @@ class Signal:
         rate: sample rate in Hz.
 
     Raises:
-        AudioError: if the audio is empty, is not one-dimensional, contains NaN or infinity, or has a peak above 64, or
-            if `rate` is not between 100 and 1,000,000 Hz.
+        AudioError: if `wave` is empty, or has a wrong shape or invalid values, or if `rate` is not between 100 and
+            1,000,000 Hz.
     """
 
     def __init__(self, wave: np.ndarray, rate: int) -> None:

@@ -1,8 +1,8 @@
 """Test sets from the public corpora that NVIDIA's model card names.
 
 The model card does not list the recordings that NVIDIA used, so the selections in this module are our own. The
-selection from MLS depends only on the files and the seed. The selection from DAPS depends only on the files. The
-field `card` contains the metrics that the card reports for the released checkpoint (170k steps).
+selections depend only on the files and the seed. The field `card` contains the metrics that the card reports for the
+released checkpoint (170k steps).
 """
 
 import random

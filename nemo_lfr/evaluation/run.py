@@ -56,9 +56,8 @@ def evaluate(
             the report is written; see `nemo_lfr.io.exclusive`.
         rate: sample rate of the comparison in Hz. The output of a codec with another sample rate is resampled.
         device: PyTorch device for models that compute metrics; chosen automatically if None.
-        jobs: number of processes that compute metrics. If it is more than 1, each process imports the main program,
-            whose code must therefore be under `if __name__ == "__main__":`. The codecs themselves process one
-            recording at a time with all threads, so that their times are comparable.
+        jobs: number of processes that compute metrics. With more than one, each process imports the main program,
+            whose code must therefore be under `if __name__ == "__main__":`.
         models: for each kind of model metric, the Hub id or path of the model, such as
             {"asr": "openai/whisper-base"}; an empty string for the default model. See `open_model_metrics`.
         source: text that identifies the source of the recordings; see `claim`.

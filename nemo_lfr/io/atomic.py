@@ -85,7 +85,7 @@ def _link(temporary: Path, path: Path) -> bool:
 def _is_linked(temporary: Path, path: Path) -> bool:
     """Return whether `path` is a second name of the temporary file, although `os.link` raised an error.
 
-    NFS repeats a request if the reply is lost. The repeated request finds the link of the first one.
+    If a reply is lost, NFS repeats the request, which then finds the link of the first request.
     """
     status = os.stat(temporary)
     return status.st_nlink == 2 and os.path.samestat(status, os.lstat(path))

@@ -1,10 +1,9 @@
 """Read the audio of Lhotse cuts. No program is started, and URLs are opened only if the user allows it.
 
 Lhotse itself starts a shell for sources of type "command", for URLs that begin with "pipe:" and for file names that
-end in ".sph". It also opens any URL in a manifest. This module accepts only regular files, bytes in memory and, if the
-caller allows it, http(s) URLs. The module reads these sources itself and passes only samples to Lhotse.
+end in ".sph". It also opens any URL in a manifest. This module reads only regular files, bytes in memory and, if the
+caller allows it, http(s) URLs, and passes only samples to Lhotse.
 
-`check_cut` checks the manifest of a cut. `read_cut` also checks each source with `check_source` before opening it.
 Relative paths in cuts start from the current folder, as in Lhotse, and `~` is expanded.
 """
 

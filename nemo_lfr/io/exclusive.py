@@ -47,9 +47,9 @@ if hasattr(os, "register_at_fork"):
 def exclusive(folder: Path, shared: bool = False) -> Iterator[None]:
     """Hold a lock on a folder while this context manager is active.
 
-    The folder itself is locked. On network drives that can lock only files, the file `.lock` in the folder is locked
-    instead, and is not removed afterwards. The system releases the lock when the process ends for any reason. Nothing
-    is locked on systems without such locks.
+    On network drives that can lock only files, the file `.lock` in the folder is locked, and is not removed
+    afterwards. The system releases the lock when the process ends for any reason. Nothing is locked on systems without
+    such locks.
 
     Args:
         folder: an existing folder.

@@ -45,9 +45,8 @@ def find_checkpoint(source: str | os.PathLike[str] | None, refresh: bool = False
         Path of a `.nemo` or `.ckpt` file, or of a folder with config and weights.
 
     Raises:
-        CheckpointError: if the path does not exist or is not a checkpoint; if the repository contains no checkpoint,
-            or several and none of them is named after the repository; or if the repository is not cached and cannot
-            be downloaded.
+        CheckpointError: if the checkpoint does not exist, is not the only one in its repository, or cannot be
+            downloaded.
     """
     if source is None:
         return bundled_checkpoint()

@@ -75,8 +75,8 @@ class ParquetFooter(NamedTuple):
     def rows_at_a_time(self, groups: Iterable[int], most: int) -> int:
         """Return how many rows of some row groups can be read at a time without filling the memory.
 
-        In a dictionary-encoded column, many rows may refer to one large value. The file stores this value once, but
-        every row that is read has its own copy in memory.
+        In a dictionary-encoded column, many rows may refer to one large value, which is copied for every row that is
+        read.
 
         Args:
             groups: indices of the row groups.

@@ -100,8 +100,6 @@ def fold(codes: Any, levels: Levels) -> Any:
 def regroup(tokens: Any, levels: Levels, new_levels: Levels) -> Any:
     """Convert tokens losslessly to codebooks that group the same FSQ dimensions differently.
 
-    NeMo's `VectorQuantizerIndexConverter` gives the same result, but needs two quantizers.
-
     Args:
         tokens: ids in [0, codebook_size), shape [..., C, T].
         levels: levels of the codebooks of `tokens`; see `unfold`.

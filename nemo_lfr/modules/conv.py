@@ -101,9 +101,9 @@ class Conv1d(nn.Module):
     A symmetric convolution pads both ends with the mode `pad_mode`. A causal one only adds zeros before the first time
     step, so that no output depends on later inputs.
 
-    The child `conv` has the same settings as in NeMo. Its `padding` is `pad[0]` in a symmetric layer, and 0 in a
-    causal layer. `conv` is only called if a caller has altered it (see `must_be_called`). Otherwise, only its weights
-    are used. The child `activation` does nothing unless a caller replaces it.
+    The child `conv` has the same settings as in NeMo. It is only called if a caller has altered it (see
+    `must_be_called`). Otherwise, only its weights are used. The child `activation` does nothing unless a caller
+    replaces it.
 
     Args:
         in_channels: number of input channels.

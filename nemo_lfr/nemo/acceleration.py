@@ -23,9 +23,9 @@ _OPERATION = Operation("accelerate()", "the stock", "accelerated model")
 def accelerate(model: NeMoAudioCodecModel) -> NeMoAudioCodecModel:
     """Replace the encoder, quantizer and decoder of a loaded NeMo `AudioCodecModel` with modules of this package.
 
-    The weights are kept: the parameters remain the same objects, with their dtype, device and `requires_grad`.
-    If `torch.compile` or `DistributedDataParallel` wraps a replaced module, the wrapper is removed. Changed rates of
-    dropout are kept. Modules that already come from this package are not replaced.
+    The weights are kept: the parameters remain the same objects, with their dtype, device and `requires_grad`. If
+    `torch.compile` or `DistributedDataParallel` wraps a replaced module, the wrapper is removed. Modules that already
+    come from this package are not replaced.
 
     Args:
         model: model to change in place. A plain `AudioCodecModel` becomes an `LFRCodecModel`; an instance of a
@@ -35,9 +35,8 @@ def accelerate(model: NeMoAudioCodecModel) -> NeMoAudioCodecModel:
         `model` itself.
 
     Raises:
-        ConfigError: if the model is not an `AudioCodecModel` of the LFR codec family, or is being trained; if its
-            modules do not match its config; or if a hook, an overridden method, a layer of another class or a
-            changed setting in its encoder, quantizer or decoder would be lost. The model is then unchanged.
+        ConfigError: if the model is not an `AudioCodecModel` of the LFR codec family, is being trained, or has changes
+            that would be lost, such as hooks. The model is then unchanged.
     """
     inner = unwrapped(model) if isinstance(model, torch.nn.Module) else model
     if isinstance(inner, LFRCodecModel):

@@ -94,8 +94,7 @@ class Inference(BaseModel):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Encode audio to tokens; see `Codec.encode`.
 
-        Audio at another sample rate is resampled with soxr. NeMo uses another resampler, which takes minutes for rates
-        such as 22,049 Hz.
+        Audio at another sample rate is resampled with soxr.
 
         Args:
             audio: samples in [-1, 1], shape [B, T_audio].

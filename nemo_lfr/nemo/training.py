@@ -85,9 +85,7 @@ class TrainingSteps(DataLoaders, StockSteps):
         Preparation builds the discriminators, losses and metrics, and makes Lightning write checkpoints atomically.
 
         Raises:
-            ConfigError: if the trainer's precision would round the weights. For training, also if the config sets a
-                loss that this package does not support, an invalid number, a component that cannot be built, or
-                segments that are too short for the losses and discriminators.
+            ConfigError: if the trainer's precision would round the weights or, for training, if the config is invalid.
         """
         check_precision(self._trainer)
         if stage == "fit":

@@ -1,8 +1,8 @@
 """Continuous batching of live streams.
 
 One thread runs the codec. At each step, the thread selects the most urgent stream that has input, and other streams of
-the same kind (encode or decode). It processes one chunk of each selected stream, in one batch. The functions for
-batches in `codec.streaming` guarantee that each stream gets the same results as if it were processed alone.
+the same kind (encode or decode). It processes one chunk of each selected stream, in one batch. Each stream gets the
+same results as if it were processed alone.
 
 The queues of a stream have limits, so memory is bounded. `Session.feed` waits while a stream has too much
 unprocessed input. The engine pauses a stream while its client has not collected earlier results.

@@ -49,8 +49,8 @@ class Spectra:
     def mel(self, resolution: Sequence[int], filters: torch.Tensor) -> torch.Tensor:
         """Compute mel magnitudes.
 
-        In NeMo, the mel loss pads the signal with zeros, but the STFT loss pads it by reflection. The cached STFT,
-        which is padded by reflection, is therefore reused only for frames that do not overlap the padding.
+        As in NeMo's mel loss, the signal is padded with zeros. The cached STFT is padded by reflection, so it is
+        reused only for frames that do not overlap the padding.
 
         Args:
             resolution: (n_fft, hop, window) in samples.

@@ -120,9 +120,9 @@ def check_lengths(codec: Codec[Any]) -> None:
 def check_batches(codec: Codec[Any]) -> None:
     """Check that clips in a batch do not affect each other.
 
-    The samples after the end of a clip must not affect the result of the clip either. Some clips have similar lengths
-    (21 to 23 frames), because a backend may process windows of slightly different lengths in one batch.
+    The samples after the end of a clip must not affect the result of the clip either.
     """
+    # A backend may batch windows of similar lengths, such as 20.5 to 23 frames.
     clips = [_speech(codec, num_frames, seed) for seed, num_frames in enumerate((9.5, 23, 1, 22.6, 21.2, 20.5))]
     batch = np.full((len(clips), max(map(len, clips))), 0.7, np.float32)
     for row, clip in zip(batch, clips, strict=True):

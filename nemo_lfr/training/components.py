@@ -298,8 +298,7 @@ class AudioTerms(nn.Module):
         reserved: names of built-in terms, which custom terms must not use.
 
     Raises:
-        ConfigError: if `sections` is not a mapping, if a name is invalid, reserved or the name of an attribute of
-            `nn.ModuleDict`, or if a component cannot be built, or cannot be called as above.
+        ConfigError: if `sections` or a name is invalid, or if a component cannot be built or called as above.
     """
 
     def __init__(self, sections: Mapping[str, Any] | None, where: str, reserved: Collection[str]) -> None:

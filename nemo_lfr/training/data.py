@@ -206,9 +206,7 @@ class CodecDataset(Dataset[dict[str, Any]]):
 class SegmentSampler(DistributedSampler[tuple[int, float]]):
     """Sampler that draws recordings and the starts of segments. The draws depend only on the seed and the epoch.
 
-    After a run is resumed, an epoch therefore has the same segments as without the interruption, with any number of
-    data loader workers. The base class is `DistributedSampler` because Lightning sets the epoch of such a sampler and
-    does not replace it.
+    The base class is `DistributedSampler` because Lightning sets the epoch of such a sampler and does not replace it.
 
     Args:
         dataset: dataset to sample from.

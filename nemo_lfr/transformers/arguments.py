@@ -134,8 +134,7 @@ def mask_lengths(mask: torch.Tensor | None, shape: Any, name: str, error: type[E
         error: class of the error to raise.
 
     Raises:
-        Exception: of the class `error`, if the mask is not a tensor of the expected shape, contains values other than
-            0 and 1, contains a one after a zero, or contains no ones.
+        Exception: of the class `error`, if the mask has another form or shape, or contains no ones.
     """
     if mask is None:
         return None

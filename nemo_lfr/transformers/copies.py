@@ -28,8 +28,7 @@ class Copies(copying.Copies):
         """Return the config and the weights, so that `pickle` can rebuild the model from them.
 
         Raises:
-            NemoLfrError: if the model has changes that would be lost: hooks, added or replaced modules, added
-                parameters or buffers, or changed settings of convolutions, activations or the quantizer.
+            NemoLfrError: if the model has changes that would be lost, such as hooks or added modules.
         """
         model: Any = self
         model.codec.backend.check_described(PICKLE)

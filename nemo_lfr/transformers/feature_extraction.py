@@ -72,8 +72,7 @@ class NemoLfrFeatureExtractor(SequenceFeatureExtractor):
 
         Raises:
             ConfigError: if `padding_side` is not "right".
-            AudioError: if `sampling_rate` is not the codec's sample rate, if there are no clips, if a clip is not mono
-                or has invalid samples, or if `raw_audio` contains paths or `datasets` items instead of samples.
+            AudioError: if `sampling_rate` is not the codec's sample rate, or `raw_audio` is invalid, such as a path.
         """
         self._check_padding_side()
         if sampling_rate is None:

@@ -135,8 +135,6 @@ class SpeechSegments:
     def cut(self, draw: Draw) -> torch.Tensor:
         """Cut the segments of a batch, and change their speed, loudness and spectrum.
 
-        The random gain of a segment is reduced if the segment would clip.
-
         Args:
             draw: random choices, from the method `draw`.
 

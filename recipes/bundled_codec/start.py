@@ -282,7 +282,7 @@ def _zero_bias(conv: nn.Conv1d | nn.ConvTranspose1d) -> None:
 def _put(
     conv: nn.Conv1d | nn.ConvTranspose1d, filters: torch.Tensor, *, mirror_in: bool = True, mirror_out: bool = True
 ) -> None:
-    """Set, in place, the filters between the signal channels u of a layer and their mirror images -u.
+    """Set the filters of a layer, in place, for its signal channels and their mirror images.
 
     In the output channels of these filters, the weights of all other input channels become zero.
 

@@ -4,8 +4,8 @@
 
 The settings are documented in `bundled.yaml`, and each of them can be overridden with KEY=VALUE. The folder OUT
 contains the files `state.pt` (saved every few minutes and at the end), `settings.yaml` and `curve.jsonl` (one line per
-evaluation). A resumed run makes the same updates as a run without interruption, because a batch depends only on the
-seed and the number of the update. This does not hold with a time limit or if the precision changes.
+evaluation). A resumed run makes the same updates as a run without interruption, except with a time limit or another
+precision.
 """
 
 import argparse

@@ -258,8 +258,7 @@ def _pack(weight: torch.Tensor, stride: int, dilation: int) -> torch.Tensor:
     """Reorder weights [H_out, H_in, 1, K] to the layout of oneDNN's kernel.
 
     oneDNN's layout depends on the length of the input. For kernels with more than one tap, it is the same for all
-    inputs of about 100 time steps or more (measured). For shorter inputs, and for kernels with one tap, oneDNN may
-    reorder the weights in each call.
+    inputs of about 100 time steps or more (measured). In other cases, oneDNN may reorder the weights in each call.
     """
     span = (weight.shape[3] - 1) * dilation + 1
     shape = [1, weight.shape[1], 1, span + 1023 * stride]

@@ -1,8 +1,8 @@
 """Convolutions of short signals on a CPU, as matrix products.
 
-A live stream advances by a few frames at a time. In the deep layers of the network, such a signal is only a few time
-steps long, and oneDNN's convolutions read all weights again for each stream. A matrix product reads the weights once
-for all streams. Each row of its left matrix contains the inputs that one output of one stream depends on.
+A live stream advances by a few frames at a time. For short signals, oneDNN's convolutions read all weights again for
+each stream. A matrix product reads the weights once for all streams. Each row of its left matrix contains the inputs
+that one output of one stream depends on.
 """
 
 from typing import Protocol

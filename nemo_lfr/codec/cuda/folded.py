@@ -1,9 +1,8 @@
 """Folded layers for CUDA: convolutions whose weights are prepared in advance instead of in every call.
 
-To prepare the weights, weight norm is folded, and the weights are converted to the dtype and the memory layout of the
-kernels. Signals are [B, T, H], channels innermost. The lengths of the examples in a batch are in a tensor on the GPU,
-so that one CUDA graph works for clips of all lengths. `convolution` is the reference in plain PyTorch;
-`kernels.convolution` does the same in one Triton kernel.
+Signals are [B, T, H], channels innermost. The lengths of the examples in a batch are in a tensor on the GPU, so that
+one CUDA graph works for clips of all lengths. `convolution` is the reference in plain PyTorch; `kernels.convolution`
+does the same in one Triton kernel.
 """
 
 from dataclasses import dataclass

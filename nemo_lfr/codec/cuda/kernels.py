@@ -180,8 +180,6 @@ def pointwise(
 ) -> torch.Tensor:
     """Compute activation(scale * (signal + bias + residual + total)) and pad the result, in one kernel.
 
-    If cuDNN runs a convolution, this kernel prepares the input and completes the output.
-
     Args:
         signal: [B, T, H].
         ends: number of valid time steps in each example, [B]. The padding starts directly after these time steps.

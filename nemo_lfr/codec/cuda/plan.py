@@ -1,10 +1,9 @@
 """Execution plan of an encoder or decoder on CUDA: the list of its layers, each with the fastest implementation.
 
 A layer has several implementations, called candidates: a cuDNN convolution between two pointwise Triton kernels, and
-one fused Triton kernel for each tile size. The autotuner measures the candidates for each shape and chooses the
-fastest one. In fp32, the only candidate is the one with cuDNN. Without Triton, all layers run in plain PyTorch. At
-every precision, the first and the last layer of the network run in fp32, because these layers are cheap, and their
-errors affect tokens and audio directly.
+one fused Triton kernel for each tile size. In fp32, the only candidate is the one with cuDNN. Without Triton, all
+layers run in plain PyTorch. The first and the last layer of the network always run in fp32, because their errors
+affect tokens and audio directly.
 """
 
 import functools

@@ -4,9 +4,8 @@ ONNX can express more than a codec needs: weights in other files, loops, functio
 tensors of any size. Files that contain any of these are refused before ONNX Runtime opens them. Otherwise, ONNX
 Runtime might read other files in the working directory, or run a loop without end.
 
-An ONNX file is a protobuf message. The `onnx` package could parse it, but exported files also run where `onnx` is not
-installed. The reader below knows only the fields that the export writes, and refuses all others. It reads the file
-once, skips weights without copying them, and gives up after `MAX_FIELDS` fields.
+The reader below parses ONNX's protobuf messages itself, because the `onnx` package may not be installed. It refuses
+all fields that the export does not write, skips weights without copying them, and gives up after `MAX_FIELDS` fields.
 """
 
 import math

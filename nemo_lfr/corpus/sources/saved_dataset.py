@@ -130,8 +130,7 @@ def _check_files(path: Path) -> None:
     """Check the files of a saved dataset before `datasets` opens them.
 
     Raises:
-        ConfigError: if the dataset has no rows, if `state.json` is damaged, or if a file is missing, outside the
-            folder, not a regular file, or implausibly large when decompressed.
+        ConfigError: if the dataset has no rows, or if a file is missing, damaged or unsafe to open.
     """
     state = path / "state.json"
     for file in [match for name in ("*.json", "*.arrow") for match in sorted(path.glob(name))]:

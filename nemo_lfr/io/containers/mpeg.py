@@ -347,8 +347,8 @@ def _xing_tag(window: Window, piece: Piece) -> bytes:
 def _true_header(window: Window, piece: Piece) -> tuple[bytes, list[Span]]:
     """Return a new Xing header, and the byte ranges of the frames after it.
 
-    The new header states the true size and number of frames, and its side information is all zeros. If the old header
-    declares too few frames, the padding at the end is unknown, and the new header declares no padding.
+    The new header states the true size and number of frames. If the old header declares too few frames, the padding at
+    the end is unknown, and the new header declares no padding.
     """
     (start, stop), *others = piece.spans
     header = bytearray(window.at(start, piece.first_length))

@@ -1,8 +1,8 @@
 """Range coder (rANS) for symbols with integer frequencies (Duda, arXiv 1311.2540).
 
 The state of the coder is an integer in [2^23, 2^31). A symbol is represented by an interval in [0, 2^15), whose length
-is the frequency of the symbol. The decoder undoes the steps of the encoder in reverse order. The encoder therefore
-processes the symbols from last to first, so that the decoder returns them from first to last.
+is the frequency of the symbol. The encoder processes the symbols from last to first, so that the decoder returns them
+from first to last.
 """
 
 import struct
