@@ -49,7 +49,7 @@ BATCH_SECONDS = 60
 @skip_existing_option
 @count_option("--batch-size", "Number of files to encode together.", 8)
 @count_option("--block", "For pipes: number of frames to encode at a time.", 8)
-@click.option("--compress", is_flag=True, help="Compress the token files losslessly, to about 74 % of their size.")
+@click.option("--compress", is_flag=True, help="Compress the token files losslessly, to about 75 % of their size.")
 @entropy_model_option("Entropy model (.lfrm); implies --compress (default: the bundled codec's model).")
 @lookahead_option
 @model_options

@@ -88,7 +88,7 @@ class RegistryOption(click.Option):
     multiple=True,
     cls=RegistryOption,
     metavar="KIND[:MODEL]",
-    help="Model that computes metrics, repeatable; kinds: {} (default: squim, if its weights are downloaded).",
+    help="Model that computes metrics, repeatable; kinds: {} (default: squim, if its weights have been downloaded).",
 )
 @click.option(
     "--by",

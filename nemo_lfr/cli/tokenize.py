@@ -54,7 +54,7 @@ AFTER_REPAIR = "after repairing audio files, rerun with --retry-failed; after ot
 @click.option(
     "--compress",
     is_flag=True,
-    help="Compress the files of --format lfr losslessly, to about 74 % of their size.",
+    help="Compress the files of --format lfr losslessly, to about 75 % of their size.",
 )
 @entropy_model_option("Entropy model (.lfrm); implies --compress (default: the bundled codec's model).")
 @click.option(
