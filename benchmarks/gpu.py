@@ -580,8 +580,8 @@ def saturation(bench: Bench, codec: Codec, stock: Stock) -> None:
 def stages(bench: Bench, codec: Codec) -> None:
     """Profile each stage in bf16 with and without the fused kernels.
 
-    Prints the time, rate and bandwidth of each stage for a large batch, and the speedup of the fused kernels for the
-    large batch and for one clip.
+    It prints the time, rate and bandwidth of each stage for a large batch, and the speedup of the fused kernels for
+    the large batch and for one clip.
     """
     kernels = find_kernels(bench.device)
     batch, frames = (1, 32) if bench.small else (16, 224)

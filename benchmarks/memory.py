@@ -2,11 +2,10 @@
 
     python benchmarks/memory.py [--model FILE.nemo] [--seconds 60 600] [--stock-seconds 60]
 
-Each measurement runs in a new process that loads a checkpoint, processes two seconds of audio, returns free memory to
-the system, measures its resident memory (the loaded model) and processes the recording. nemo_lfr processes it from
-file to file. NeMo processes it in one call under `no_grad`, as is usual. Ten minutes of audio then need tens of GiB.
-Without --model, a full-size checkpoint with random weights is written first. At most one in ten thousand tokens may
-differ from NeMo's, because of rounding ties.
+Each measurement runs in a new process that loads a checkpoint, processes two seconds of audio, measures its resident
+memory (the loaded model) and processes the recording. nemo_lfr processes it from file to file, and NeMo in one call
+under `no_grad`, which needs tens of GiB for ten minutes of audio. Without --model, a full-size checkpoint with random
+weights is written first. At most one in ten thousand tokens may differ from NeMo's, because of rounding ties.
 """
 
 import argparse

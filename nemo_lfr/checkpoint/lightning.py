@@ -121,10 +121,7 @@ class _Plain:
 
 
 def _content(placeholder: Inert) -> Any:
-    """Return the content of a placeholder for an OmegaConf object, a dict subclass or a Namespace.
-
-    For any other placeholder, return None.
-    """
+    """Return the content of a placeholder for an OmegaConf object, a dict subclass or a Namespace; otherwise None."""
     state = placeholder.state if isinstance(placeholder.state, dict) else {}
     for key in ("_content", "_val"):  # of a container, and of a leaf
         if key in state:

@@ -187,16 +187,15 @@ def read_weights(
     match it.
 
     Args:
-        files: paths of the safetensors files: one path, or several if the weights were split into several files.
+        files: paths of the safetensors files.
         config: model config.
-        shards: `weight_map` of the index if the weights were split into several files, else None.
+        shards: `weight_map` of the index if there are several files, else None.
 
     Returns:
         fp32 weights and int32 buffers, by their names in a checkpoint.
 
     Raises:
-        CheckpointError: if a file is damaged, or does not match the config or the index; the message names the file,
-            the key, and what to do.
+        CheckpointError: if a file is damaged, or does not match the config or the index.
     """
     paths = [Path(file) for file in files]
     if shards is None:

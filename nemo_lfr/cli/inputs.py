@@ -47,7 +47,7 @@ def check_input(path: Path, suffixes: Collection[str], *, is_only: bool = False)
         is_only: whether this is the only input.
 
     Raises:
-        NemoLfrError: if the file is refused. The message names the command or option that accepts it, if there is one.
+        NemoLfrError: if the file is refused.
     """
     wanted = TOKENS if TOKEN_SUFFIX in suffixes else AUDIO
     identity = identify_content(path) if path.is_file() else None

@@ -12,9 +12,8 @@ The clients validate every answer of the server and count the results, so a faul
 never an incomplete or invalid result. A server that makes no progress for `timeout` seconds causes a
 `ServerLostError`.
 
-If the connection of a stream is lost, the server discards the state of the stream, and the stream's methods raise
-`ServerLostError`. Open another stream, and send the recording again. With `retry_s`, a client keeps trying for that
-many seconds to open a stream or to send a request.
+If the connection of a stream is lost, the stream's methods raise `ServerLostError`. Open another stream, and send the
+recording again. With `retry_s`, a client keeps trying for that many seconds to open a stream or to send a request.
 """
 
 from nemo_lfr.client.asynchronous import AsyncClient, AsyncDecodeStream, AsyncEncodeStream

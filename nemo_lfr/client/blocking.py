@@ -102,9 +102,8 @@ class Client:
             first_lookahead: a smaller lookahead for the first frames, so that the audio starts sooner; at
                 most `lookahead`. See `Codec.stream_decoder`.
             ramp: numbers of frames in the first chunks that the server decodes, such as (1, 2, 4). If you push frames
-                one by one, the audio starts sooner with small first chunks, because the server processes them while
-                the next frames arrive. By default, the first chunk contains all frames that the first frame of audio
-                depends on.
+                one by one, the audio starts sooner with small first chunks. By default, the first chunk contains all
+                frames that the first frame of audio depends on.
             sample_type: type of the samples that the client receives, "float32" or "int16".
 
         Raises:

@@ -144,13 +144,11 @@ class CodecBase(Generic[Array]):
         return cast(Any, self.backend).quantizer
 
     def _encode_frames(self, audio: Array, num_frames: list[int]) -> Array:
-        """Call `encode_frames` of the backend and check its result."""
         tokens = self.backend.encode_frames(audio, num_frames)
         check_result(self.backend, "encode", tokens, audio, num_frames)
         return tokens
 
     def _decode_frames(self, tokens: Array, num_frames: list[int]) -> Array:
-        """Call `decode_frames` of the backend and check its result."""
         audio = self.backend.decode_frames(tokens, num_frames)
         check_result(self.backend, "decode", audio, tokens, num_frames)
         return audio

@@ -1,7 +1,7 @@
 """Golden vectors: the outputs of every layer for a short input.
 
-They help to port the codec to another runtime: compare the outputs of the port's layers with the golden vectors, and
-find the first layer that differs. Golden vectors are stored in a safetensors file with these tensors:
+They show which layer of a port to another runtime is the first that differs. Golden vectors are stored in a
+safetensors file with these tensors:
 
 | name | content |
 | --- | --- |

@@ -1,10 +1,10 @@
 """Streaming encoder and decoder.
 
-Results are the same as for the whole recording, whatever the chunk size. The result for a frame depends on some later
-frames, the lookahead, and is returned as soon as they have arrived. In NVIDIA's codec, the encoder waits for 6
-later frames and the decoder for 13. A smaller `lookahead` reduces latency at some cost in quality: each frame is then
-processed as if the recording ended after its lookahead. Only one thread at a time may push to a stream. A call of
-`push` that raises an error leaves all streams unchanged.
+Results are the same as for the whole recording, whatever the chunk size. The result for a frame is returned as soon as
+its lookahead, the later frames that it depends on, has arrived: 6 frames in the encoder of NVIDIA's codec, and 13 in
+its decoder. With a smaller `lookahead`, each frame is processed as if the recording ended after its lookahead, at some
+cost in quality. Only one thread at a time may push to a stream. A call of `push` that raises an error leaves all
+streams unchanged.
 """
 
 from collections.abc import Hashable, Sequence

@@ -39,8 +39,7 @@ class TokenDataset(IterableDataset[TokenizedUtterance]):
         seed: random seed of the order.
         buffer_size: size of the shuffle buffer in utterances.
         bucket_size: number of utterances of similar length that are yielded one after another; pass the batch size of
-            the data loader. To form these groups, the utterances in a buffer are sorted by length. None does not group
-            utterances.
+            the data loader. None does not group utterances.
         rank: rank of this process; by default the rank in `torch.distributed`, or 0. Accelerate and the Hugging Face
             Trainer split batches among processes themselves: with them, pass `rank=0` and `world_size=1`, and
             configure them with `dispatch_batches=False`.
@@ -50,9 +49,9 @@ class TokenDataset(IterableDataset[TokenizedUtterance]):
         verify: before a file is read, compare its hash, and not only its size, with the record of the run.
 
     Raises:
-        NemoLfrError: if an argument is invalid, or the folder does not contain the tokens of a complete run. This
-            error is raised while reading if data loader workers have no shared memory, if Accelerate would split the
-            utterances of a rank a second time, or if several processes use Accelerate and `rank` was not passed.
+        NemoLfrError: if an argument is invalid, or the folder does not contain the tokens of a complete run. While
+            reading, also if data loader workers have no shared memory, or if `rank` and `world_size` do not fit
+            Accelerate.
         TokenFileError: while reading, if a file is damaged or truncated.
     """
 

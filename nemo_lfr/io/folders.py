@@ -150,7 +150,7 @@ def find_files(
 
     Raises:
         NemoLfrError: if `root` is not a folder.
-        OSError: if `root` cannot be read. Also if `unread` is None and a folder below `root` cannot be read.
+        OSError: if `root` or, with `unread` None, a folder below `root` cannot be read.
     """
     if not root.is_dir():
         raise NemoLfrError(f"{root}: no such folder.")

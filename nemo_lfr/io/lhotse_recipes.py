@@ -32,7 +32,7 @@ def lhotse_recipe(name: str) -> Callable[[Path], Iterator[CorpusUtterance]]:
 
     Raises:
         NemoLfrError: if Lhotse has no such recipe, if the recipe needs other arguments besides the folder of the
-            corpus, or if it starts other programs (a shell could run parts of file names as commands).
+            corpus, or if it starts other programs.
         MissingExtraError: if Lhotse is not installed.
     """
     recipes = require("lhotse.recipes")

@@ -109,8 +109,8 @@ def resolve(path: str | os.PathLike[str]) -> Path:
 def resolve_folder(path: str | os.PathLike[str]) -> Path:
     """Return an absolute path in which only links to folders are resolved.
 
-    The path of a link to a file keeps the name and folder of the link, because the suffix of the name determines the
-    kind of the file, and relative paths in the file start from the folder.
+    The path of a link to a file keeps the name and folder of the link, so that its suffix and the relative paths in
+    the file stay valid.
 
     Raises:
         OSError: if the links form a loop; the error names `path`.

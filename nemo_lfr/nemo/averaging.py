@@ -168,5 +168,4 @@ class WeightAveraging(BaseModel):
             self._average.count, self._average.weights = average["count"], weights
 
     def _averaged_names(self) -> list[str]:
-        """Return the names of the averaged weights in the state dict."""
         return [f"{PARTS[int(name[0])]}{name[1:]}" for name, _ in self._generator.named_parameters()]

@@ -60,7 +60,7 @@ class LFRCodecModel(Inference, StateDicts, NemoFiles, Copies, TrainingSteps):
 
     Raises:
         ConfigError: if the config does not describe a codec of the LFR family, or names a custom component that cannot
-            be imported, or if an argument has the wrong type. The message names the key or argument.
+            be imported, or if an argument has the wrong type.
     """
 
     def __init__(self, cfg: DictConfig, trainer: Trainer | None = None) -> None:

@@ -27,8 +27,8 @@ AVERAGE = "-EMA"
 class WholeCheckpoints(TorchCheckpointIO):
     """Lightning checkpoint plugin that writes files atomically.
 
-    Lightning moves the file from the system's folder for temporary files. Between file systems, this is a copy, so a
-    killed run or a full disk would leave a truncated checkpoint.
+    Lightning's own plugin moves the file from the system's folder for temporary files. Between file systems, this is a
+    copy, so a killed run or a full disk would leave a truncated checkpoint.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:

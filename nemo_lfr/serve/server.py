@@ -100,9 +100,9 @@ class _WebSockets(WebSocketsSansIOProtocol):
 
 
 class _HeaderLimit(asyncio.Protocol):
-    """Mixin for uvicorn's HTTP protocols that limits headers and trailers.
+    """Mixin for uvicorn's HTTP protocols that limits the size of headers and trailers, and the time for headers.
 
-    It limits their size, and the time in which headers must arrive. With h11, uvicorn itself limits the size.
+    With h11, uvicorn itself limits the size.
     """
 
     idle_s = 60.0

@@ -127,9 +127,8 @@ def prepare(
 
     Raises:
         NemoLfrError: if the layout is unknown, the corpus does not have this layout, no file can be used, or
-            `speaker_level` is passed for another layout than "folder" or exceeds the depth of the files. Also if
-            another run is writing to the output folder, or if the folder has manifests of a completed run and
-            `overwrite` is not set.
+            `speaker_level` does not fit the layout or the depth of the files. Also if another run is writing to the
+            output folder, or if the folder has manifests of a completed run and `overwrite` is not set.
         MissingExtraError: if Lhotse is needed but not installed.
     """
     read = lhotse_recipe(kind.removeprefix(PREFIX)) if kind.startswith(PREFIX) else LAYOUTS.get(kind)

@@ -293,10 +293,7 @@ def _exact(layer: Conv1d | ConvTranspose1d, padded: torch.Tensor) -> torch.Tenso
 
 
 def _error(layer: Conv1d | ConvTranspose1d, padded: torch.Tensor, result: torch.Tensor) -> float:
-    """Return the rms error of a result, relative to the rms of the fp32 result.
-
-    Both rms values are measured at 16 time steps of the first example.
-    """
+    """Return the rms error of a result relative to fp32, at 16 time steps of the first example."""
     weight, _ = fold(layer)
     stride = layer.conv.stride[0] if isinstance(layer, Conv1d) else 1
     span = (weight.shape[2] - 1) * layer.conv.dilation[0] + 1

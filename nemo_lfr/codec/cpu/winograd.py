@@ -146,10 +146,7 @@ def _sum_of_products(
 
 
 def _kernel_transform(like: torch.Tensor) -> torch.Tensor:
-    """Return the kernel transform [POINTS, 4], divided by the scale of the input transform.
-
-    Its dtype and device are those of `like`.
-    """
+    """Return the kernel transform [POINTS, 4] in the dtype of `like`, divided by the scale of the input transform."""
     rows = []
     for a, total, product in PAIRS:
         scale = 2 * a * (a**4 - total * a**2 + product)

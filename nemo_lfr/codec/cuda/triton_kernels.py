@@ -92,7 +92,7 @@ def convolution_kernel(
     """Write `activation_after(scale * (conv(activation(signal)) + bias + residual + total))` to `out`.
 
     The convolution is a matrix product of the inputs, [time, taps * inputs], and the weight. The matrix of inputs is
-    not stored; its values are loaded from the signal as needed.
+    not stored.
     """
     tiles = tl.cdiv(outputs, tile_channels)
     time = (tl.program_id(0) // tiles) * tile_time + tl.arange(0, tile_time)

@@ -242,7 +242,7 @@ class Table(CorpusReader):
 
 
 def _digest(file: Path) -> str:
-    """Return a hash of a file, or "unreadable". The run reports an unreadable file as a failure."""
+    """Return a hash of a file, or "unreadable"."""
     try:
         return sampled_digest(file)
     except OSError:

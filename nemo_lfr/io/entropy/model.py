@@ -154,7 +154,7 @@ class EntropyModel:
 
     Raises:
         ValueError: if `spec` is invalid, if a tensor does not have the shape and dtype that `spec` requires, or if the
-            sums in a layer could reach 2^24, so that float32 would not be exact.
+            sums in a layer could reach 2^24.
         KeyError: if a tensor is missing.
     """
 
