@@ -6,16 +6,15 @@
 
 The benchmark takes at most 8 minutes by default. It needs torch and numpy, and Triton for the fused kernels, but
 neither a network nor NeMo. The full-size codec (112.7 M parameters) has random weights, which do not affect its speed.
-The "PyTorch reference" is always timed. It implements NeMo's operations in plain PyTorch: weight norm on every call,
-[B, H, T] convolutions over padded copies, a mask after each of them, and FSQ group by group. NeMo is timed too if it
-is installed. A speedup "over stock" is relative to NeMo if it is timed, and otherwise to the PyTorch reference. In
-fp32, NeMo and the reference use PyTorch's defaults, which means TF32 in the convolutions of cuDNN.
+The "PyTorch reference" is always timed. It implements NeMo's operations in plain PyTorch. NeMo is timed too if it is
+installed. A speedup "over stock" is relative to NeMo if it is timed, and otherwise to the PyTorch reference. In fp32,
+NeMo and the reference use PyTorch's defaults, which means TF32 in the convolutions of cuDNN.
 
-Agreement of tokens is measured on real speech with the bundled codec, relative to fp32 on the CPU. If soundfile or
-omegaconf are missing, run --pack on a machine that has them. It writes the codec and speech to one file. Without
---speech, the benchmark reads `.gpu_inputs.pt` in the root of the repository if it exists.
+Agreement of tokens is measured with the bundled codec, relative to fp32 on the CPU. If soundfile or omegaconf are
+missing, run --pack on a machine that has them: it writes the codec and speech to one file. Without --speech, the
+benchmark reads `.gpu_inputs.pt` in the root of the repository if it exists.
 
-The parts run independently and print results immediately. A failed part is reported, and makes the exit code nonzero.
+The parts run independently. If one of them fails, the exit code is nonzero.
 """
 
 import argparse

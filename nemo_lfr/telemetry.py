@@ -1,9 +1,8 @@
 """Turn off the usage reports of other libraries, through environment variables.
 
 ONNX Runtime for Linux reports usage when it is imported, Ray reports usage when a cluster starts, and the Hub's client
-adds details about the machine to its requests. Each library reads an environment variable when it is imported.
-`nemo_lfr` sets these variables before any of its modules imports such a library. Child processes inherit the
-variables. A variable that is already set keeps its value.
+adds details about the machine to its requests. `nemo_lfr` sets their environment variables before any of its modules
+imports such a library. A variable that is already set keeps its value.
 """
 
 import os

@@ -89,10 +89,7 @@ def _cfg(checkpoint: Any) -> Any:
 
 
 class _Plain:
-    """Convert pickled containers to dicts and lists, and limit the total number of values.
-
-    A value that several containers share counts once for each of them.
-    """
+    """Convert pickled containers to dicts and lists, and limit the total number of values."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -100,7 +97,7 @@ class _Plain:
     def of(self, value: Any, depth: int = 0) -> Any:
         """Convert an unpickled value to dicts, lists, strings, numbers and None.
 
-        Values inside it are converted too. Objects of all other types become None.
+        Objects of all other types become None.
 
         Raises:
             ConfigError: if there are more than MAX_CONFIG_EVENTS values or more than MAX_CONFIG_DEPTH levels.

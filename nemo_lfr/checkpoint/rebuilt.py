@@ -365,8 +365,8 @@ def _name(kind: type) -> str:
 def _is_equal(value: Any, expected: Any) -> bool:
     """Return whether two settings are equal.
 
-    Numbers, strings, tensors and iterables are compared by value. A meta tensor, which has no values, equals any other
-    tensor. Of other objects, only the types are compared.
+    Numbers, strings, tensors and iterables are compared by value, and other objects by type. A meta tensor equals any
+    other tensor.
     """
     if isinstance(expected, str | int | float | None):
         return isinstance(value, str | int | float | None) and value == expected

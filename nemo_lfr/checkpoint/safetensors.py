@@ -257,8 +257,7 @@ def write_tensors(
         SHA-256 of the values of all tensors, in hex.
 
     Raises:
-        OutputExistsError: if `path` exists and `overwrite` is not set. This is only checked after all values have been
-            written to a temporary file.
+        OutputExistsError: if `path` exists and `overwrite` is not set.
         OSError: if the file cannot be written, for instance on a full disk; the error names `path`.
     """
     entries, offset = {}, 0

@@ -72,8 +72,7 @@ def plan_tasks(
         Tasks without duplicates.
 
     Raises:
-        NemoLfrError: if an input is missing or has the wrong type, if an input folder has no matching file, if a file
-            is its own output, if two inputs have the same output, or if `out` has an unsuitable suffix.
+        NemoLfrError: if an input or `out` is not valid, or if an output would replace an input or another output.
     """
     passed_over: list[str] = []
     single = names_a_file(out, new_suffix, possible)

@@ -90,8 +90,8 @@ def _stopped_by_signals() -> Iterator[None]:
 def _prepare_streams() -> None:
     """Replace closed standard streams with the null device, and let stdout print any file name.
 
-    If stdout or stderr is closed, the next file that is opened gets the free descriptor. The output of `print` and of
-    native libraries would then be written to this file.
+    Otherwise, the next file that is opened would get the free descriptor, and output of native libraries would be
+    written to this file.
     """
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
@@ -164,10 +164,7 @@ def _run(arguments: Sequence[str] | None) -> None:
 
 
 def _exit_for_usage(error: click.UsageError, session: Session) -> NoReturn:
-    """Print a usage error and the advice to try --help, and exit with code 2.
-
-    If a group was called without a command, print the help of the group instead.
-    """
+    """Print a usage error and the advice to try --help, and exit with code 2."""
     no_arguments = getattr(click.exceptions, "NoArgsIsHelpError", ())  # since click 8.2
     if isinstance(error, no_arguments):
         click.echo(error.format_message(), err=True)

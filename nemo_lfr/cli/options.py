@@ -47,9 +47,8 @@ class Number(click.FloatRange):
 class UserPath(click.Path):
     """Type of an option whose value is a `Path`.
 
-    `~` is expanded, because shells do not expand it in `--out=~/tokens`. An empty path is an error, because it usually
-    comes from an unset shell variable. "-" is an error, because it stands for stdin or stdout. A broken link in the
-    path of a folder is an error.
+    `~` is expanded, because shells do not expand it in `--out=~/tokens`. An empty path, "-" and a broken link in the
+    path of a folder are errors.
     """
 
     def __init__(self, **options: Any) -> None:

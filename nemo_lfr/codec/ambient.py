@@ -25,8 +25,8 @@ _MKLDNN: Any = torch.backends.mkldnn
 class ProcessSetting:
     """Process-wide setting that several threads can change temporarily, in `with setting.at(value)` blocks.
 
-    The first thread that enters such a block saves the old value, and the last thread that leaves such a block
-    restores it. While a thread is inside such a block, threads that need another value wait.
+    The last thread that leaves a block restores the old value. While a thread is inside a block, threads that need
+    another value wait.
 
     Args:
         get: function that returns the current value.

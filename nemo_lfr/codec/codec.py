@@ -78,8 +78,8 @@ class Codec(HubMethods[Array]):
                 or the path of an audio file; or an item from an audio column of `datasets`; or a list of clips in any
                 of these forms, of any lengths. Files and `datasets` items with several channels are mixed to mono.
             audio_len: samples in each clip, [B]; later samples are ignored. Default: the full length.
-            sample_rate: sample rate of `audio`, Hz. Audio is resampled if this is not the codec's rate. Not needed
-                for files and `datasets` items, which declare their rate. Default for arrays: the codec's rate.
+            sample_rate: sample rate of `audio`, Hz. Audio at another rate than the codec's is resampled. Default: the
+                declared rate of a file or `datasets` item, and the codec's rate for arrays.
             num_codebooks: number of codebooks to return, starting with the first. Useful if the codec was trained with
                 codebook dropout. Default: all.
 
@@ -264,10 +264,10 @@ class Codec(HubMethods[Array]):
         Args:
             lookahead: number of later frames that the audio of a frame may depend on. A smaller number reduces latency
                 at some cost in quality. Default: `decoder.context.future`, which gives the same audio as `decode`.
-            first_lookahead: lookahead in frames for the start of the audio, at most `lookahead`. The audio then
-                starts n = `lookahead - first_lookahead` frames sooner, but its first n frames are approximate. Later
-                frames wait for the full `lookahead`. Playback has no gap if the tokens of the first n + `lookahead`
-                frames arrive at twice the playback rate or faster. Default: `lookahead`.
+            first_lookahead: lookahead in frames for the start of the audio, at most `lookahead`. The audio then starts
+                n = `lookahead - first_lookahead` frames sooner, but its first n frames are approximate. Playback has
+                no gap if the tokens of the first n + `lookahead` frames arrive at twice the playback rate or faster.
+                Default: `lookahead`.
 
         Raises:
             NemoLfrError: for an invalid `lookahead` or `first_lookahead`, or a backend that does not stream.

@@ -162,9 +162,8 @@ def push(streams: Sequence[Any], inputs: Sequence[Any], kind: type[BaseStream], 
         advance: function that processes checked input of the streams.
 
     Raises:
-        NemoLfrError: if the streams belong to different codecs; if a stream is passed twice, was flushed before, or is
-            in use by another thread; if the numbers of streams and inputs differ; if an input is invalid; or if a
-            result is not finite.
+        NemoLfrError: if a stream is unsuitable (for example, flushed before), if an input is invalid, or if a result
+            is not finite.
     """
     streams = _batch(streams, kind)
     inputs = _one_each(inputs, streams, "chunks", "pass one chunk, possibly empty, for each stream")

@@ -1,8 +1,8 @@
 """Cut recordings into windows, and stack windows into batches.
 
 The result for a frame depends on a limited number of frames around it, which are its context. A window consists of a
-chunk of consecutive frames and their context. The frames of the chunk therefore get the same results as if the whole
-recording were processed at once. The results for the context frames are discarded.
+chunk of consecutive frames and their context, so the chunk gets the same results as in the whole recording. The
+results for the context frames are discarded.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -132,8 +132,7 @@ def place_windows(
         places: recording and window of each example.
         results: results for the windows, [b, ..., t * items_per_frame].
         items_per_frame: length of one frame on the last axis: `samples_per_frame` for audio, 1 for tokens.
-        lengths: number of valid samples or frames in each row of `out`. Values after them are not copied. None if all
-            are valid.
+        lengths: number of valid samples or frames to copy to each row of `out`; None if all are valid.
     """
     for (row, window), result in zip(places, results, strict=True):
         start, stop = (edge * items_per_frame for edge in (window.keep_start, window.keep_stop))

@@ -61,7 +61,6 @@ def _hashes(
 
 
 def _file_of(clip: Clip) -> Path | None:
-    """Return the audio file of a clip; None if the clip has none."""
     if clip.path is not None or clip.cut is None:
         return clip.path
     sources = (source["source"] for source in sources_of(clip.cut) if source.get("type") == "file")

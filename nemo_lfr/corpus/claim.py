@@ -63,9 +63,6 @@ def check_claim(state: Path, text: str) -> None:
 def writing(state: Path, text: str) -> Iterator[None]:
     """Return a context manager for a block that writes to the output folder, which another process may be removing.
 
-    The claim may be the last file that a removal deletes, so an error that says that a file or folder in the output
-    folder has disappeared also means that it was removed.
-
     Args:
         state: the state folder of the output.
         text: the claim; an empty string disables the check.

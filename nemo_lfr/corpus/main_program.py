@@ -85,8 +85,7 @@ def check_is_file() -> None:
 def check_starts(workers: Collection[BaseProcess]) -> None:
     """Raise NemoLfrError if a worker has ended with a Python error.
 
-    Workers return errors of their tasks to the parent. A worker therefore ends with a Python error only if it cannot
-    import the main program, or the class of one of its arguments.
+    A worker ends with a Python error only if it cannot import the main program, or the class of one of its arguments.
 
     Args:
         workers: processes, some of which have ended.

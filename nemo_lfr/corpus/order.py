@@ -2,9 +2,8 @@
 
 Utterances are read shard by shard. Optionally, they are shuffled in a buffer and grouped by length.
 
-An epoch can be resumed at any utterance without saving the buffer. Shuffling is first repeated up to this utterance,
-which takes little time, since only positions are shuffled. Then only the utterances that the buffer contains at this
-point are read.
+An epoch can be resumed at any utterance without saving the buffer. The shuffling is repeated, which takes little time,
+because only positions are shuffled.
 """
 
 import random

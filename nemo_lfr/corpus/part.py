@@ -1,9 +1,8 @@
 """Divide a run among N independent processes, each of which tokenizes a part of the shards.
 
-Part I of N consists of the shards whose index modulo N is I. The processes have no common driver and share only the
-output folder. Every process plans the run, and all of them use the first plan that was stored in the folder; see
-`nemo_lfr.corpus.plan`. A process that finds all shards complete writes the summary. The same command without
-`--shard-of` tokenizes all missing shards and writes the summary.
+Part I of N consists of the shards whose index modulo N is I. The processes share only the output folder, and use the
+first plan that was stored in it; see `nemo_lfr.corpus.plan`. A process that finds all shards complete writes the
+summary.
 """
 
 import os
@@ -150,7 +149,6 @@ def reserve(out: Path, state: Path, part: Part | None) -> Iterator[None]:
     """Lock an output folder for a run, or for one part of a run.
 
     Several parts of a run may write to the folder at the same time. A run without parts needs the folder for itself.
-    The number of parts is checked even on file systems without locks.
 
     Args:
         out: the output folder.

@@ -117,8 +117,8 @@ def _collect(ray: Any, pool: "_Actors", tasks: Sequence[Task], failures: WorkerF
 def _wait(ray: Any, pending: list[Any]) -> Any:
     """Wait for pending results, and return the first one that is available.
 
-    If the last node of a cluster dies, actors that have not started yet stay pending without an error. The nodes are
-    therefore checked while no result arrives.
+    The nodes are checked while no result arrives, because actors that have not started do not fail if the last node
+    dies.
 
     Raises:
         ConnectionError: if no node of the cluster is alive.

@@ -59,14 +59,13 @@ def tokenize(
     """Tokenize a corpus into `config.out`.
 
     Shards that an earlier run with the same options completed are kept. With `config.part`, only the shards of this
-    part are tokenized, and the process that finds all shards complete writes the summary. A run without a part
-    tokenizes all missing shards, and writes the summary.
+    part are tokenized, and the process that finds all shards complete writes the summary.
 
     Args:
         config: corpus, output and options.
         workers: number of processes or Ray actors, at most one for each shard; by default one for each GPU, or for
-            every `config.threads` CPU cores. If there are several processes, each of them imports the main program,
-            so the calls in the main program must be under `if __name__ == "__main__":`.
+            every `config.threads` CPU cores. With several processes, the calls in the main program must be under
+            `if __name__ == "__main__":`.
         device: "cpu" or "cuda"; by default a GPU if there is one.
         ray: address of Ray: "local", "auto" or "HOST:PORT"; by default local processes are used.
         verify: compare the hashes of existing files with the records, and not only their sizes.
@@ -74,9 +73,8 @@ def tokenize(
         watch: callback that receives the totals, at the start and after every shard.
 
     Returns:
-        The content of `tokens.json`: format, codec, counts and hours. While shards of other parts are missing,
-        `tokens.json` is not written. The result then contains the counts of this part, and the keys "part" and
-        "missing_shards".
+        The content of `tokens.json`: format, codec, counts and hours. While shards of other parts are missing, the
+        result contains the counts of this part, and the keys "part" and "missing_shards".
 
     Raises:
         NemoLfrError: if the run cannot start (see `open_plan`), the corpus or the output changes during the run, or

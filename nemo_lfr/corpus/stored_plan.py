@@ -88,8 +88,8 @@ def _adopt_corpus(
 def _check_audio(stored: dict[str, Any], folder: str | None, config: TokenizeConfig, corpus: CorpusReader) -> None:
     """Check that a corpus that was moved has the audio of the first run.
 
-    The hashes of some audio files are compared with those in the stored plan. `folder` is the current path of the
-    folder that relative paths start from; None if the corpus has no relative paths.
+    `folder` is the current path of the folder that relative paths start from; None if the corpus has no relative
+    paths.
 
     Raises:
         NemoLfrError: if the folder of the first run no longer exists, and the hashes of all compared files differ.

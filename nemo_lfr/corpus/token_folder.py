@@ -145,8 +145,8 @@ class TokenFolder:
     def _identify(self) -> str:
         """Return a hash of the codec and of the contents of all shards, 16 hex digits.
 
-        The records of the shards contain hashes of the files, so the files are not read. In a folder without records,
-        the result depends only on the codec, the counts of clips and frames, and the options `context` and `pad`.
+        In a folder without records, the result depends only on the codec, the counts of clips and frames, and the
+        options `context` and `pad`.
         """
         counts = {key: self.metadata.get(key) for key in ("clips", "frames", "context", "pad")}
         identity = hashlib.sha256(json.dumps([self.codec.fingerprint, self.counts, counts]).encode())

@@ -1,8 +1,7 @@
 """Estimate F0 with pYIN from librosa.
 
-librosa compiles its kernels with numba, which writes machine code to a cache on disk without a lock. If two processes
-compile at the same time, the files in the cache may not match each other, and every later call ends in a segmentation
-fault. This module therefore compiles the kernels under a lock, into a cache of its own.
+numba writes compiled kernels to a cache on disk without a lock. If two processes compile at the same time, every later
+call may end in a segmentation fault. This module therefore compiles the kernels under a lock, into a cache of its own.
 """
 
 import os

@@ -24,17 +24,15 @@ END_MARKS = (b"\xff\xff\xff\xff\x00\x00\x00\x00", b"\x00\x00\x00\x00")
 def check_stream(path: Path) -> None:
     """Check that an Arrow stream is complete, and that it does not expand to an implausible size.
 
-    A stream without a marker at its end was truncated. `datasets` and pyarrow do not report this if the last batch is
-    complete.
-
-    Only the headers of the record batches and the declared sizes of the buffers are read.
+    `datasets` and pyarrow do not report a truncated stream if its last batch is complete. Only headers and declared
+    sizes are read.
 
     Args:
         path: file in Arrow's streaming format.
 
     Raises:
-        NemoLfrError: if the file cannot be read, is damaged or truncated, or contains other data after the last batch.
-            Also if the batches declare an implausible number of rows or bytes.
+        NemoLfrError: if the file cannot be read or is damaged, or if its batches declare an implausible number of rows
+            or bytes.
     """
     arrow = require("pyarrow")
     rows = expanded = 0
@@ -66,10 +64,9 @@ def check_stream(path: Path) -> None:
 
 
 def _claims(message: Any) -> tuple[int, int]:
-    """Return the number of rows and the decompressed size in bytes of the record batch in an Arrow message.
+    """Return the declared numbers of rows and decompressed bytes in an Arrow message.
 
-    Both values are as declared. They are 0 if the message contains no batch. The size is also 0 if the batch is not
-    compressed.
+    Both are 0 if the message contains no batch. The size is also 0 if the batch is not compressed.
     """
     data = bytes(message.metadata)
     root = _follow(data, 0)

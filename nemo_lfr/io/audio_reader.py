@@ -34,10 +34,8 @@ MAX_BLOCK = 1 << 24
 class AudioReader:
     """Read an audio file as mono float32 blocks at `sample_rate`.
 
-    All samples in the file are read, even if the header declares fewer. Recordings that were appended with `cat` are
-    read, too. A truncated file raises an error. Smaller faults are logged as warnings, such as a header without a
-    length, or an incomplete last frame in MPEG or AAC audio that was recorded from a stream. For a file that FFmpeg
-    decodes, gaps in the time stamps and an end shortly before the declared duration are also only logged.
+    All samples in the file are read, including recordings that were appended with `cat`. Small faults, such as an
+    incomplete last frame or a gap in the time stamps, are logged as warnings.
 
     Args:
         path: the file.
@@ -55,8 +53,8 @@ class AudioReader:
             raises AudioError with the message. Set it to check the data from a pipe.
 
     Raises:
-        AudioError: if the file is missing or is not audio. Also if the file is truncated or damaged, or its peak is
-            not valid (see `check_peak`); some of these faults are found only when samples are read.
+        AudioError: if the file is missing, is not audio, is truncated or damaged, or has an invalid peak (see
+            `check_peak`). Some faults are found only when samples are read.
         MissingExtraError: if the format needs PyAV, which is not installed.
     """
 
@@ -299,8 +297,8 @@ class AudioReader:
             Samples [channels, T_audio] at `native_rate`.
 
         Raises:
-            AudioError: if the audio is damaged or truncated, or its peak is not valid (see `check_peak`). Also if the
-                file consists of several recordings with different sample rates or numbers of channels.
+            AudioError: if the audio is damaged or its peak is not valid (see `check_peak`), or if the recordings in
+                the file differ in sample rate or number of channels.
         """
         blocks = [np.zeros((0, self.channels), np.float32)]
         for rate, block in self._read_seconds(start, duration):

@@ -131,9 +131,8 @@ def _check_array(item: Mapping[str, Any]) -> None:
 def read_cut(cut: Any, sample_rate: int, longest: float = math.inf, allow_url: bool = False) -> np.ndarray:
     """Read a Lhotse cut or recording as mono samples.
 
-    If the cut is an unmodified excerpt of all channels of one file, this module reads it without Lhotse. The samples
-    are the same as those of Lhotse's `load_audio`, mixed to mono and resampled. For any other cut, this module reads
-    the sources, and Lhotse assembles the cut from their samples.
+    The samples are the same as those of Lhotse's `load_audio`, mixed to mono and resampled. An unmodified excerpt of
+    all channels of one file is read without Lhotse.
 
     If a file ends before the cut does, the missing samples are filled by reflection, up to Lhotse's tolerance; see
     `lhotse.audio.get_audio_duration_mismatch_tolerance`.
@@ -306,8 +305,8 @@ def _download(url: str) -> bytes:
     """Download a file from an http(s) URL.
 
     Raises:
-        AudioError: if the file cannot be downloaded, is larger than `MAX_DOWNLOAD`, takes longer than
-            `MAX_DOWNLOAD_SECONDS`, or if the URL redirects to an address other than http(s).
+        AudioError: if the file cannot be downloaded within `MAX_DOWNLOAD` and `MAX_DOWNLOAD_SECONDS`, or if the URL
+            redirects to an address other than http(s).
     """
     import http.client
     import urllib.request

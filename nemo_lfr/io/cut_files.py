@@ -1,7 +1,7 @@
 """Read cuts from Lhotse manifests and Shar folders, even if some cuts are malformed.
 
-A cut that is malformed or not allowed does not affect other cuts. Lhotse's own readers stop at the first cut that they
-cannot read, and end without an error if a file of a Shar is truncated.
+Lhotse's own readers stop at the first cut that they cannot read, and end without an error if a file of a Shar is
+truncated.
 """
 
 import json

@@ -130,8 +130,7 @@ class SndfileDecoder:
         """Continue reading at the sample with index `position`.
 
         `read` then returns the samples that decoding from the beginning gives (in Opus audio almost always; see
-        `_LEAD`). For codecs in which libsndfile's seeks are not exact, `_LEAD` seconds before the position are decoded
-        and dropped. If libsndfile cannot seek at all, the file is decoded from its beginning.
+        `_LEAD`).
         """
         start = position - self._lead
         if self._last_seek is not None:

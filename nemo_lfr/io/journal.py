@@ -63,7 +63,7 @@ class Journal:
     def entries(self, length: int) -> Iterator[list[Any]]:
         """Yield the entries that are lists of `length` values and begin with a string.
 
-        Other entries are skipped. They may occur in a file that a user edited.
+        Other entries, which may occur in a file that a user edited, are skipped.
         """
         for entry in self:
             if isinstance(entry, list) and len(entry) == length and isinstance(entry[0], str):

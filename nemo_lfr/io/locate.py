@@ -71,8 +71,7 @@ def check_path(path: object, error: type[NemoLfrError] = NemoLfrError) -> None:
 def expand_home(path: str | os.PathLike[str], error: type[NemoLfrError] = NemoLfrError) -> Path:
     """Expand `~` and `~user` in a path.
 
-    A name that begins with `~` but is not a home folder is returned unchanged. An empty path is an error, since it
-    would silently become the current folder. A URL is an error too.
+    A name that begins with `~` but is not a home folder is returned unchanged.
 
     Args:
         path: path to expand.

@@ -217,8 +217,8 @@ class MediaDecoder:
     def _frames(self, track: Any) -> Iterator[Any]:
         """Yield the frames of a track.
 
-        A recorded transport stream usually ends within a frame. The incomplete frame is not decoded, since
-        FFmpeg would invent the missing bytes.
+        An incomplete frame at the end of a transport stream is not decoded, since FFmpeg would invent the missing
+        bytes.
 
         Raises:
             AudioError: if packets other than the last ones are incomplete.
@@ -313,8 +313,7 @@ class MediaDecoder:
 def _reason(error: Exception) -> str:
     """Return the reason for an error without the file name.
 
-    For damaged data, FFmpeg's decoders may return an error code of the operating system, such as "permission denied".
-    Such a misleading reason is replaced.
+    FFmpeg may report damaged data as an error of the operating system, such as "permission denied".
     """
     if type(error).__module__.startswith("av.") and (reason := _REASONS.get(type(error).__name__)):
         return reason

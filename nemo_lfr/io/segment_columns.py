@@ -1,8 +1,7 @@
 """Refuse lists in which columns such as "start" and "end" select segments of files.
 
-Such columns are not read, because their meaning is not known: they may be in seconds, milliseconds or samples, or
-refer to a longer recording from which the file was cut. If several rows with a start have the same file, each row is a
-segment of this file. Reading the whole file for each row would pair audio with wrong texts.
+The values may be in seconds, milliseconds or samples, or refer to a longer recording, so they cannot be used. If
+several rows with a start have the same file, reading the whole file for each row would pair audio with wrong texts.
 """
 
 import logging

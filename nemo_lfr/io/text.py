@@ -64,8 +64,7 @@ def iter_lines(path: Path, error: type[NemoLfrError] = NemoLfrError, *, truncate
 def read_lines(path: Path, error: type[NemoLfrError] = NemoLfrError) -> list[bytes]:
     """Return the lines of a file as bytes, without line ends. Gzip data is decompressed.
 
-    The caller decodes each line separately, so one invalid line does not affect the others. As in JSON lines,
-    only a line feed ends a line, since a text may contain other Unicode line separators.
+    Only a line feed ends a line, since a text may contain other Unicode line separators.
 
     Args:
         path: the file.

@@ -1,8 +1,8 @@
 """Run a batch of examples with different lengths so that no example depends on the others.
 
-In NeMo, the last tokens of a clip depend on whether its batch contains longer clips. If so, NeMo pads the clip, and
-sets the padding to zero after each convolution. A clip that is encoded alone is instead padded by reflection in each
-convolution. Here, only examples of the same length run together, so each example gets the same result as alone.
+In NeMo, the last tokens of a clip depend on whether its batch contains longer clips, because the clip is then padded
+with zeros instead of by reflection. Here, only examples of the same length run together, so each example gets the same
+result as alone.
 """
 
 from collections.abc import Callable

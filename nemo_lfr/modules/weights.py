@@ -2,13 +2,11 @@
 
 PyTorch counts most writes to a tensor, but not writes through `.data`, a numpy view or another process. Therefore the
 values are also compared, by a checksum that reads every byte once. On one CPU core this takes 0.15 to 0.25 ms for a
-million fp32 weights. `Codec` uses `checksum_once`, so the checksum is computed once per call instead of once per
-batch.
+million fp32 weights.
 
-The checksum reads the weights as rows of 509 integers, adds up each column of a block of 128 rows, and hashes the
-sums. (An integer has 8 bytes on a CPU. On a GPU, it has at most 4 bytes, and all rows form one block.) Changes that
-leave every sum unchanged, such as a swap of two values in one column of a block, are not detected. Other changes are
-missed with a probability of about 2^-60.
+The checksum reads the weights as rows of 509 integers, adds up each column of a block of rows, and combines the sums.
+Changes that leave every sum unchanged, such as a swap of two values in one column of a block, are not detected. Other
+changes are missed with a probability of about 2^-60.
 """
 
 import operator
@@ -103,8 +101,7 @@ def check_once(network: nn.Module, key: Hashable, check: Callable[[], bool]) -> 
 def contiguous_values(parameter: torch.Tensor) -> torch.Tensor:
     """Return the values of a parameter in contiguous memory, detached; a contiguous parameter is not copied.
 
-    A parameter may be a view, for example a column of a table or an expanded scalar. Kernels that read memory by
-    pointer, such as oneDNN's convolutions and Triton's, ignore the strides of a view.
+    Kernels that read memory by pointer, such as oneDNN's convolutions and Triton's, ignore the strides of a view.
     """
     values = parameter.detach() if parameter.layout is torch.strided else parameter.detach().to_dense()
     return values.resolve_neg().contiguous()
@@ -245,9 +242,7 @@ def _checksum(data: np.ndarray) -> int:
 def _device_checksum(flat: torch.Tensor) -> torch.Tensor:
     """Return a checksum of elements [n] as a tensor on their device.
 
-    The elements are arranged in rows of `COLUMNS` integers. The sum of each column is multiplied by its own factor,
-    and the checksum is the sum of the products. The factors are odd, so a change of a single column's sum always
-    changes the checksum.
+    The factors are odd, so that a change of a single column's sum always changes the checksum.
     """
     values = flat.view(_INTEGERS[flat.element_size()])
     factors = torch.from_numpy(_FACTORS.view(np.int64)).to(flat.device)

@@ -44,8 +44,8 @@ class WeightAveraging(BaseModel):
     def _check_average(self) -> None:
         """Drop the average if the weights were changed after the training.
 
-        If the average contains NaN or infinity, but the weights do not, restart it from the weights. A warning is
-        logged in both cases. While the averaged weights are in the model, this method does nothing.
+        If the average contains NaN or infinity, but the weights do not, restart it from the weights. While the
+        averaged weights are in the model, this method does nothing.
         """
         average = self._average
         if average is None or average.in_use:

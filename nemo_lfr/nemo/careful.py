@@ -1,9 +1,8 @@
 """Iterators that skip malformed lines of NeMo and Lhotse manifests.
 
-NeMo interprets the data config, because such configs have many forms (lists, weights, groups, buckets). `make_careful`
-then searches the object that NeMo returns, and replaces the class of each iterator over lines by one of the classes
-below. If a line is malformed, only its clip is skipped, and training continues. A malformed line is an error if NeMo
-matches the line to a file in a tar file or to a line of another file, because such a line cannot be skipped.
+`make_careful` searches the object that NeMo builds from a data config, and replaces the class of each iterator over
+lines by one of the classes below. A malformed line is an error if NeMo matches the line to a file in a tar file or to
+a line of another file.
 """
 
 import copy

@@ -208,8 +208,7 @@ def override_config(source: Any) -> DictConfig:
             section is used.
 
     Raises:
-        ConfigError: if `source` has another type, if the file cannot be read or parsed, if the config or its `model`
-            section is not a mapping, if a value cannot be resolved, or if a component cannot be imported.
+        ConfigError: if `source` cannot be read, is not a valid config, or names a component that cannot be imported.
     """
     is_path = isinstance(source, str | os.PathLike) and os.fspath(source)
     if not (is_path or OmegaConf.is_config(source) or hasattr(source, "read")):
@@ -252,15 +251,15 @@ def _loaded(file: Any, name: str) -> DictConfig | ListConfig:
 
 
 def check_hparams(file: Any) -> None:
-    """Check the lengths of OmegaConf interpolations (`${...}`) in the hyperparameter file that Lightning will read.
+    """Limit the OmegaConf interpolations (`${...}`) in a file of hyperparameters.
 
-    A file that cannot be read or parsed is ignored here, because Lightning reports it.
+    A file that cannot be read or parsed is ignored, because Lightning reports it.
 
     Args:
         file: local path of a YAML file. Other values are not checked.
 
     Raises:
-        ConfigError: if a string with interpolations is too long, or if all such strings together are too long.
+        ConfigError: if the strings with interpolations are too long.
     """
     if not isinstance(file, str | os.PathLike) or not os.path.isfile(file):
         return

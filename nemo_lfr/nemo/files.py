@@ -222,8 +222,8 @@ class NemoFiles(PackedFiles):
             The model.
 
         Raises:
-            CheckpointError: if the file does not exist, is damaged, is not a training checkpoint, belongs to a model
-                of another class, or contains weights that do not fit the model.
+            CheckpointError: if the file cannot be read as a training checkpoint of this class, or its weights do not
+                fit the model.
             ConfigError: if an OmegaConf interpolation in `hparams_file` is too long.
         """
         check_hparams(hparams_file)
@@ -346,8 +346,8 @@ def _function(value: Any) -> Any:
 def _stock(cls: type[BaseModel], name: str) -> Any:
     """Return a class method of NeMo's model, bound to `cls`.
 
-    `super()` is not used, because it would add `__class__` to the frame of the calling method, so that Lightning's
-    `save_hyperparameters` would mistake the calling method for a constructor.
+    `super()` would add `__class__` to the frame of the calling method, which Lightning's `save_hyperparameters` would
+    then mistake for a constructor.
     """
     return getattr(NeMoAudioCodecModel, name).__func__.__get__(cls)
 

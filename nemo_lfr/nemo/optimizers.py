@@ -96,8 +96,7 @@ class Optimizers(WeightAveraging):
         With `steps_per_epoch: null`, an epoch is one pass over the data.
 
         Raises:
-            ConfigError: if the config sets neither `max_steps` nor `max_epochs`, if `max_epochs` is 0, or if
-                `steps_per_epoch` is not set and the training data is missing or endless.
+            ConfigError: if the number of steps is 0, or cannot be computed from the config and the training data.
         """
         config = self._cfg
         if patched_method(NeMoAudioCodecModel, ("max_steps",)) is not None:

@@ -18,8 +18,7 @@ _REPLACED = ("HiFiGANEncoder", "HiFiGANDecoder", "FiniteScalarQuantizer", "Group
 def patched_method(kind: type, names: Collection[str] | None = None) -> str | None:
     """Return "CLASS.METHOD" for a method that a caller has patched in a class of NeMo; None if there is none.
 
-    Patches are found even if they were made before this package was imported, because the code of a patched method is
-    not from NeMo's file.
+    A method is patched if its code is not from NeMo's file.
 
     Args:
         kind: class of NeMo, or a subclass.

@@ -50,8 +50,7 @@ class WholeCheckpoints(TorchCheckpointIO):
 def tidy_checkpoints(experiment: str | os.PathLike[str]) -> None:
     """Remove unfinished checkpoints so that `exp_manager` can resume the run.
 
-    Call this function before `exp_manager`, in one process only. NeMo refuses to resume if the last checkpoint is
-    unfinished, even if an older one is intact.
+    Call this function before `exp_manager`, in one process only.
 
     NeMo resumes from the file named `*last.ckpt`. If there is an unfinished checkpoint, this function removes all
     files of this name except the newest intact one. If none of them is intact, it copies the newest intact checkpoint
@@ -68,8 +67,7 @@ def tidy_experiment(settings: Mapping[str, Any] | None) -> None:
     """Remove unfinished checkpoints of the run that `exp_manager` will resume.
 
     Call this function in your training script before `exp_manager`, on rank 0 only. Without it, a run that is killed
-    while it writes a checkpoint may leave a file that you must delete by hand before NeMo resumes. A hook of the model
-    would be too late, because `exp_manager` looks for the last checkpoint before the model exists.
+    while it writes a checkpoint may leave a file that you must delete by hand before NeMo resumes.
 
     The function also locks the folder of the checkpoints until training or the process ends. The folder is created if
     it does not exist.

@@ -62,8 +62,8 @@ class StateDicts(BaseModel):
     def _fqn_modifiers(self) -> dict[str, str]:
         """Return the attribute that has the names of unbuilt discriminators.
 
-        `torch.distributed.checkpoint` calls this method, because it looks up each name in a state dict as attributes
-        of the model.
+        `torch.distributed.checkpoint` calls this method to look up the names in a state dict as attributes of the
+        model.
         """
         return {"discriminator": "_unbuilt_names"} if self._unbuilt_discriminator else {}
 
@@ -81,8 +81,7 @@ class StateDicts(BaseModel):
         """Load a state dict saved by any NeMo version.
 
         Prefixes that `torch.compile` and `DistributedDataParallel` add to names are removed. The weights of WavLM are
-        not loaded. The tensors of discriminators, losses and metrics vary between NeMo versions and configs. Such a
-        tensor is loaded if its shape fits.
+        not loaded. A tensor of a discriminator, loss or metric is loaded if its shape fits.
 
         Args:
             state_dict: tensors by name.
@@ -93,9 +92,8 @@ class StateDicts(BaseModel):
             The missing and unexpected keys, as in `torch.nn.Module.load_state_dict`.
 
         Raises:
-            CheckpointError: if `state_dict` does not map names to tensors, if the FSQ levels differ, or if a tensor
-                of the codec or of an added module has another shape. With `strict`, also if weights of the encoder,
-                quantizer or decoder are missing or unknown.
+            CheckpointError: if `state_dict` does not map names to tensors, if the FSQ levels differ, or if a tensor of
+                the codec or of an added module has another shape. With `strict`, also for missing or unknown weights.
         """
         _check_state_dict(state_dict)
         own = super(NeMoAudioCodecModel, self).state_dict()
@@ -245,8 +243,7 @@ def _check_state_dict(state_dict: Any) -> None:
     """Check that an argument maps names to tensors.
 
     Raises:
-        CheckpointError: if a key is not a string or a value is not a tensor. The message describes the first invalid
-            entry.
+        CheckpointError: if a key is not a string or a value is not a tensor.
     """
     if not isinstance(state_dict, Mapping):
         raise CheckpointError(

@@ -41,10 +41,7 @@ _ADDITIONS: dict[str, tuple[Any, ...]] = {
 
 
 class StockSteps(Optimizers):
-    """Mixin that runs NeMo's own steps if a caller has changed something that this package's steps would ignore.
-
-    To detect changed losses, it compares the model's losses with losses of NeMo that are built from the config.
-    """
+    """Mixin that runs NeMo's own steps if a caller has changed something that this package's steps would ignore."""
 
     _checked: tuple[tuple[str, ...], bool] = ((), True)  # attributes that differ, and whether for training
     _stock_losses: "dict[str, _StockLoss] | None" = None

@@ -174,8 +174,7 @@ class TrainingSteps(DataLoaders, StockSteps):
     def begin_fit(self) -> None:
         """Check that the trainer can train the model, and set the modules of a restored model to training mode.
 
-        `restore_from` returns a model in evaluation mode, and Lightning does not change this mode. Frozen modules stay
-        in evaluation mode.
+        Frozen modules stay in evaluation mode.
 
         Raises:
             ConfigError: if the trainer's strategy or callbacks cannot train the model; see `check_fit`. Also if the
@@ -183,6 +182,7 @@ class TrainingSteps(DataLoaders, StockSteps):
         """
         self.check_resumed()
         if self._restored_from is not None and not self.training:
+            # `restore_from` returns a model in evaluation mode, and Lightning does not change this mode.
             self.training = True
             for part in (getattr(self, name) for name in PARTS):
                 weights = list(part.parameters())
@@ -263,12 +263,11 @@ class TrainingSteps(DataLoaders, StockSteps):
     def training_step(self, batch: Mapping[str, torch.Tensor], batch_idx: int) -> None:
         """Update the discriminators and then the generator, which consists of the encoder and the decoder.
 
-        As in NeMo, the discriminators are skipped in some steps. The updates equal NeMo's. NeMo's own step runs if a
-        caller has changed the losses that it uses; see `StockSteps`.
+        As in NeMo, the discriminators are skipped in some steps. If a caller has changed the losses, NeMo's own step
+        runs instead; see `StockSteps`.
 
-        If the model config sets `accumulate_grad_batches`, each update uses the gradients of that many batches. It
-        uses fewer at the end of an epoch, or if a subclass skips batches. If the subclass skips the last batch of an
-        update, the update does not take place.
+        If the model config sets `accumulate_grad_batches`, each update uses the gradients of that many batches, or of
+        fewer at the end of an epoch. If a subclass skips the last batch of an update, the update does not take place.
 
         Args:
             batch: `audio` [B, T_audio] and `audio_lens` [B].

@@ -155,9 +155,8 @@ class Engine:
             lookahead: number of later frames that a sample may depend on; see `Codec.stream_decoder`.
             first_lookahead: a smaller lookahead for the first frames; see `Codec.stream_decoder`.
             ramp: numbers of frames in the first chunks, such as (1, 2, 4). If frames arrive one by one, small first
-                chunks give the first audio sooner, because they are processed while the next frames arrive. A chunk
-                is processed when all of its frames have arrived, or the input has ended. By default, the first chunk
-                contains all frames that the first frame of audio depends on.
+                chunks give the first audio sooner. By default, the first chunk contains all frames that the first
+                frame of audio depends on.
             live: whether the session is a live stream. Other sessions (files) wait while a live stream has input.
 
         Yields:
@@ -341,7 +340,7 @@ class Engine:
 def _for_each(function: Callable[..., list[np.ndarray]], streams: list[Any], *arguments: list[Any]) -> list[Any]:
     """Call a function with a batch of streams, and return a result or an exception for each stream.
 
-    If the batch fails, each stream is processed alone. Streams without an error then still get their results.
+    If the batch fails, each stream is processed alone, so that streams without an error get their results.
     """
     try:
         return list(function(streams, *arguments))

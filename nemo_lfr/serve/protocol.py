@@ -1,8 +1,8 @@
 """Parse and format the messages of WebSocket streams, version 1; docs/reference/protocol.md is the specification.
 
 Each stream is for one recording. Binary messages contain little-endian samples or tokens. Text messages are JSON
-objects with either `tokens` or the `type` of a control message. Every message is validated when it is parsed, so an
-invalid message ends only its own stream. Unknown and repeated keys and parameters are refused.
+objects with either `tokens` or the `type` of a control message. An invalid message ends only its own stream. Unknown
+and repeated keys and parameters are refused.
 """
 
 import json

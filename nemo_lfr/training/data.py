@@ -30,7 +30,7 @@ NEMO_DATASET = "nemo.collections.tts.data.vocoder_dataset.VocoderDataset"
 class CodecDataset(Dataset[dict[str, Any]]):
     """Dataset of recordings, or of random segments of recordings.
 
-    The audio is float32 and mono, and has the same sample rate for all recordings.
+    The audio is float32 and mono.
 
     Args:
         dataset_meta: settings of each dataset, by name: `manifest_path`, `audio_dir` (by default the manifest's

@@ -1,9 +1,7 @@
 """Discriminators for periods, complex STFTs and hidden states of WavLM ("SLM").
 
-First, `preprocess` computes a representation of the audio: folded audio, spectra or hidden states of WavLM. This step
-has no trainable weights. Then `score` computes scores and feature maps from the representation. In a training step,
-the representation of each signal is computed only once: without gradients for real audio, and with gradients for
-generated audio. The update of the discriminators uses a detached copy of the representation.
+`preprocess` computes a representation of the audio, such as spectra, without trainable weights. Then `score` computes
+scores and feature maps from the representation.
 
 State-dict keys are the same as in the NeMo classes that these classes replace. A custom discriminator is a subclass of
 `AudioDiscriminator`; see `nemo_lfr.training.components`.
@@ -220,10 +218,7 @@ class MultiBandDiscriminatorSTFT(_Networks):
 
 
 def _stft_samples(network: Network, resolution: Sequence[int]) -> int:
-    """Return the length, in samples, of the shortest audio whose STFT has enough frames for a network.
-
-    The STFT is centered, with padding by reflection.
-    """
+    """Return the length, in samples, of the shortest audio whose STFT has enough frames for a network."""
     n_fft, hop, _ = resolution
     return max((network.least_size(0) - 1) * hop, n_fft // 2 + 1)
 

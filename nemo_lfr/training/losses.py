@@ -22,8 +22,7 @@ FeatureMaps = Sequence[Sequence[torch.Tensor]]  # for each network, a tensor [B,
 def spread(encoded: torch.Tensor) -> torch.Tensor:
     """Compute a penalty that keeps each dimension of the encoder output centered and spread out.
 
-    The penalty is zero if every dimension has a mean of 0 and a standard deviation of at least 0.8. Early in training,
-    the decoder cannot use the codes yet, and the other losses favor an encoder whose output is constant. Without this
+    The penalty is zero if every dimension has a mean of 0 and a standard deviation of at least 0.8. Without this
     penalty, a new codec uses a single token per codebook after 50 steps.
 
     Args:

@@ -67,8 +67,8 @@ class Prepared:
     """Result of `prepare`.
 
     Attributes:
-        audio_dir: absolute path of the folder that contains the audio files. Stock NeMo needs this path as `audio_dir`
-            for training. If `tokenize` gets this path as `audio_dir`, the ids of clips are relative to it.
+        audio_dir: absolute path of the folder with the audio files, to pass as `audio_dir` to stock NeMo or
+            `tokenize`.
         splits: manifest of each split that has utterances, by name of the split.
         failures: records of the files, rows and transcripts that cannot be used.
         failures_file: path of failures.jsonl, which contains these records; None if there are no failures.
@@ -353,8 +353,8 @@ def _unusable(corpus: Path, name: str, error: Exception) -> Failure:
 def _fitted(utterance: CorpusUtterance, found: dict[str, float | Failure]) -> CorpusUtterance:
     """Adapt an utterance's duration to the length of its file.
 
-    A missing duration becomes the rest of the file, and differences due to rounding are corrected. If the utterance
-    extends beyond the end of its file by more than rounding explains, the returned utterance has a `problem`.
+    A missing duration becomes the rest of the file, and rounding differences are corrected. If the utterance extends
+    beyond the end of its file, the returned utterance has a `problem`.
 
     Args:
         utterance: the utterance.

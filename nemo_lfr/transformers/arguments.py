@@ -22,9 +22,6 @@ from nemo_lfr.io.locate import SAFETENSORS_INDEX, VARIANT_SHARDS
 def checked_files(name: Any, **kwargs: Any) -> Iterator[None]:
     """Check the files of a model that transformers loads inside a `with` block.
 
-    The files are checked before they are loaded. After a failure, the index of the weights is checked again, because
-    transformers may have downloaded it.
-
     Args:
         name: local path or Hub id.
         kwargs: keyword arguments of `PreTrainedModel.from_pretrained`.

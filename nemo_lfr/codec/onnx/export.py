@@ -32,11 +32,10 @@ OPSET = 20
 def export_onnx(codec: CodecBase[Any], folder: str | os.PathLike[str], *, overwrite: bool = False) -> list[Path]:
     """Export a codec to encoder.onnx, decoder.onnx and codec.json in `folder`.
 
-    The files are validated with ONNX's checker and written atomically. encoder.onnx maps audio
-    [B, T * samples_per_frame] to int32 tokens [B, C, T]. decoder.onnx maps int64 tokens [B, C, T] and tokens_len [B]
-    to audio. Input shorter than `min_frames` must be zero-padded, and all clips in a batch must have the same length.
-    A codec from `nemo_lfr.load(folder)` accepts clips of any lengths. The tokens are described in codec.json
-    (`nemo_lfr.codec.onnx.manifest`), and in the metadata of both ONNX files under the key "nemo_lfr".
+    encoder.onnx maps audio [B, T * samples_per_frame] to int32 tokens [B, C, T]. decoder.onnx maps int64 tokens [B, C,
+    T] and tokens_len [B] to audio. Input shorter than `min_frames` must be zero-padded, and all clips in a batch must
+    have the same length. A codec from `nemo_lfr.load(folder)` accepts clips of any lengths. The tokens are described
+    in codec.json (`nemo_lfr.codec.onnx.manifest`), and in the metadata of both ONNX files under the key "nemo_lfr".
 
     Args:
         codec: codec with the PyTorch backend in fp32, on any device.

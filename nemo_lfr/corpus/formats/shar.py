@@ -147,8 +147,8 @@ class SharWriter(FormatWriter):
     def _cut(self, clip: Clip, num_samples: int) -> dict[str, Any]:
         """Return a Lhotse cut with the clip's labels.
 
-        If the clip was read from a cut, the result is a copy of that cut, whose text and speaker take precedence over
-        the labels. The speaker is written in Magpie's notation; see `SPEAKER`.
+        If the clip was read from a cut, the text and speaker of that cut take precedence. `SPEAKER` describes the
+        notation of speakers.
         """
         duration = self._duration(num_samples)
         default = {"start": 0, "channel": 0, "type": "MonoCut", "supervisions": []}

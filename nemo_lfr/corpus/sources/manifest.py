@@ -51,9 +51,8 @@ class Manifest(CorpusReader):
             `resolve_audio_path`.
 
     Raises:
-        ConfigError: if the file cannot be read, is an archive or a spreadsheet, or has no manifest entry in its first
-            100 lines. Also if all of these lines have the key `shard_id`, as for audio in tar files, and none of their
-            audio files exists.
+        ConfigError: if the file cannot be read, has no manifest entry in its first 100 lines, or describes audio in
+            tar files.
     """
 
     def __init__(self, path: Path, audio_dir: Path | None = None) -> None:

@@ -26,8 +26,8 @@ MAX_SHARDS = 1_000_000  # a larger number in the name of a file is not the numbe
 class Shar(CorpusReader):
     """Reader for a Lhotse Shar: `cuts.*.jsonl.gz` or `cuts.jsonl.gz`, and the files of the other fields.
 
-    The files may be in one folder, or in a subfolder for each field. Each input shard becomes one output shard, so
-    that an input shard and its output shard can be read together. The option for the shard size has no effect.
+    The files may be in one folder, or in a subfolder for each field. Each input shard becomes one output shard, so the
+    option for the shard size has no effect.
 
     Args:
         path: the folder.

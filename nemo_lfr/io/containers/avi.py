@@ -1,7 +1,6 @@
 """Check that AVI files are complete, chunk by chunk.
 
-FFmpeg skips the parts of an AVI file that it does not understand, and stops at the end of the `movi` list. If the name
-or size of a chunk is damaged, audio is therefore lost without an error.
+FFmpeg skips what it does not understand, so damage to the name or size of a chunk would lose audio without an error.
 """
 
 import re

@@ -227,10 +227,7 @@ def _caf_packets_problem(window: Window, to_end: bool) -> str | None:
 def _sum_of_sizes(table: bytes) -> int:
     """Return the sum of the integers in a table of CAF packets.
 
-    Each byte contains seven bits of an integer. If its highest bit is set, the next byte belongs to the same integer.
-
-    Args:
-        table: bytes of the table.
+    Each byte contains seven bits of an integer. Its highest bit is set if the next byte belongs to the same integer.
     """
     total = number = 0
     for byte in table:

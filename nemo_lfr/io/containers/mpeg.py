@@ -214,7 +214,7 @@ def _left_out(window: Window, start: int | None, stop: int) -> str | None:
 def _confirmed(window: Window, position: int, frame: Frame) -> bool:
     """Return whether another frame of the same kind, or the end of the audio, follows the frame at a position.
 
-    Other bytes may look like a frame by chance, but are very unlikely to look like two consecutive frames.
+    Other bytes may look like a single frame by chance.
     """
     following = position + frame.length
     if following > window.size:
@@ -373,9 +373,9 @@ def _true_header(window: Window, piece: Piece) -> tuple[bytes, list[Span]]:
 def _header_frames(head: bytes, count: int) -> bytes:
     """Return a frame with a Xing header and a silent frame, to be placed before audio without a Xing header.
 
-    The header states the number of frames, which libmpg123 would otherwise estimate from the bit rate. The header also
-    declares a delay. libmpg123 drops the declared delay and 529 more samples (the delay of its decoder). The declared
-    delay is 529 samples shorter than the silent frame, so exactly the silent frame is dropped.
+    Without the header, libmpg123 would estimate the number of frames from the bit rate. libmpg123 drops the declared
+    delay and 529 more samples (the delay of its decoder), so the declared delay is 529 samples shorter than the silent
+    frame.
 
     Args:
         head: first four bytes of an audio frame. The two returned frames have its sample rate and channels.

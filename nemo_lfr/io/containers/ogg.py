@@ -85,8 +85,7 @@ _REVERSED = bytes(int(f"{value:08b}"[::-1], 2) for value in range(256))
 def _checksum(page: bytes) -> int:
     """Return the CRC of a page, computed with zeros in the checksum field.
 
-    Ogg's CRC has the polynomial of zlib's CRC, but is neither reflected nor inverted at the start and the end. To
-    compute it with zlib, the bits of each input byte and of the result are reversed, and the inversions are undone.
+    Ogg's CRC has the polynomial of zlib's CRC, but is neither reflected nor inverted at the start and the end.
     """
     cleared = page[:22] + bytes(4) + page[26:]
     inverted = zlib.crc32(cleared.translate(_REVERSED), 0xFFFFFFFF) ^ 0xFFFFFFFF

@@ -313,11 +313,7 @@ def _samples_follow(window: Window, stop: int, declared: int, order: str) -> boo
 
 
 def _is_mock_chunk(window: Window, position: int, order: str) -> bool:
-    """Return whether bytes that look like a chunk are samples.
-
-    They are samples if the name of the chunk is unknown, and the next chunk would begin beyond the end of the file or
-    at unrecognized bytes.
-    """
+    """Return whether bytes that look like a chunk are samples."""
     end = _end_of_chunks(window, position, order)
     is_beyond = end > max(window.size + 1, position) and not window.at(position, 11).startswith(TAGS)
     return is_beyond or _is_broken_chain(window, position, order)
