@@ -6,8 +6,8 @@ The benchmark compares time, losses and memory. The model has full size, as in t
 112.7 M parameters, 5 STFT and 5 period discriminators, and WavLM base (random weights) as the SLM discriminator. The
 discriminators are updated every second step, and the optimizer is Adam. Both implementations start from the same
 weights, run in separate processes and alternate, two steps each. The first round is a warm-up whose times are
-discarded but whose losses are compared. WavLM is in evaluation mode for both implementations, although NeMo
-itself leaves it in training mode. Times cover the training steps, without the startup of the trainer and data loading.
+discarded but whose losses are compared. WavLM is in evaluation mode for both implementations, although NeMo itself
+leaves it in training mode. Times cover the training steps, without the startup of the trainer and data loading.
 """
 
 import argparse

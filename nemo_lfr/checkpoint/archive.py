@@ -116,7 +116,7 @@ def unpack_files(path: Path, names: Collection[str], folder: Path) -> None:
 
 
 def is_plain_name(name: str) -> bool:
-    """Return whether a name, joined to the path of a folder, is a path in this folder itself."""
+    """Return whether a name, joined to the path of a folder, is a path directly in this folder."""
     return name == os.path.basename(name) and name not in ("", ".", "..") and not {"\\", "\0"} & set(name)
 
 

@@ -66,7 +66,7 @@ def check_layers(module: nn.Module, reference: nn.Module, path: str, operation: 
         operation: the operation that rebuilds the module, such as pickling, for messages.
 
     Raises:
-        ConfigError: if the module or one of its sub-modules differs. The message says how to fix it.
+        ConfigError: if the module or one of its sub-modules differs.
     """
     for name, layer, original in _pairs(module, reference, path, operation):
         for key, value in vars(layer).items():
@@ -85,7 +85,7 @@ def check_settings(module: nn.Module, reference: nn.Module, path: str, operation
     Dropout rates may differ. For the arguments see `check_layers`.
 
     Raises:
-        ConfigError: if a setting such as the padding of a convolution differs. The message says how to fix it.
+        ConfigError: if a setting such as the padding of a convolution differs.
     """
     for name, layer, original in _pairs(module, reference, path, operation):
         for key, expected in vars(original).items():
@@ -194,8 +194,7 @@ def _check_tensors(module: nn.Module, reference: nn.Module, path: str, operation
     The shapes are not compared. For the arguments see `check_layers`.
 
     Raises:
-        ConfigError: if a parameter or buffer was added or removed, or if a parameter has a hook. The message says how
-            to fix it.
+        ConfigError: if a parameter or buffer was added or removed, or if a parameter has a hook.
     """
     for name, layer, original in _pairs(module, reference, path, operation):
         tensors, expected = _tensors(layer), _tensors(original)
@@ -309,7 +308,7 @@ def _check_hooks(
 
 
 def _function_name(function: Any) -> str:
-    """Return "MODULE:NAME" of a function. For a callable object, return that of its class."""
+    """Return "MODULE:NAME" of a function, or of the class of a callable object."""
     function = getattr(function, "hook", function)  # PyTorch wraps some kinds of hooks in an object
     named = function if hasattr(function, "__qualname__") else type(function)
     return f"{getattr(function, '__module__', None)}:{named.__qualname__}"

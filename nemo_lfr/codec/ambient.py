@@ -200,7 +200,7 @@ def check_weights(module: nn.Module, name: str) -> None:
 
     Raises:
         NemoLfrError: if a weight is not fp32 or is sparse, or if the settings of a `Conv1d` or `ConvTranspose1d` were
-            changed to values that the module does not support. The message says how to fix it.
+            changed to values that the module does not support.
     """
     # `module.parameters()` would take three times as long.
     for child in module.modules():

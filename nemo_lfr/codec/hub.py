@@ -58,8 +58,8 @@ class HubMethods(CodecBase[Array]):
 
         Args:
             pretrained_model_name_or_path: name of a repository on the Hub, or path of a local folder or file. A
-                repository must contain `config.json` and `model.safetensors`, or a `.nemo` file. The `.nemo` file may
-                be in a subfolder. See `source` in `nemo_lfr.load` for local paths.
+                repository must contain `config.json` and `model.safetensors`, or a `.nemo` file. See `source` in
+                `nemo_lfr.load` for local paths.
             device: as in `nemo_lfr.load`.
             precision: as in `nemo_lfr.load`.
             force_download: download again, even if the files are in the cache.

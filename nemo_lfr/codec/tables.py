@@ -78,10 +78,7 @@ def _is_arrow(value: Any) -> bool:
 
 
 def _has_clips(audio: Any) -> bool:
-    """Return whether an array or column begins with a path, a dict or a polars list.
-
-    False for anything but a one-dimensional numpy array, or a column of pandas or polars.
-    """
+    """Return whether a 1-D array, or a column of pandas or polars, begins with a path, a dict or a polars list."""
     if not isinstance(audio, np.ndarray) and not callable(getattr(audio, "to_list", None)):
         return False
     if getattr(audio, "ndim", 1) != 1 or not len(audio):

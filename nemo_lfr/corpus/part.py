@@ -199,8 +199,7 @@ def forget_count(out: Path, state: Path, part: Part) -> None:
 def _check_free(state: Path, out: Path, own: Part | None = None) -> None:
     """Raise NemoLfrError if a part other than `own` is being tokenized, possibly on another machine.
 
-    This function checks the lock files of the parts. Unlike a lock on the output folder, they are visible to all
-    machines.
+    Unlike a lock on the output folder, the lock files of the parts are visible to all machines.
     """
     for path in sorted((state / FOLDER).glob("*.lock")):
         if own is not None and path.stem == own.name:

@@ -214,8 +214,7 @@ def _room(ray: Any, cores: int, gpu: bool, address: str) -> int:
 class _ImportFolders(list[str]):
     """List of the folders from which Ray's workers import modules.
 
-    Ray also adds the driver's current folder. It is left out unless it is in the driver's `sys.path`, because a corpus
-    with a `types.py` beside the recordings may be there.
+    Ray would add the driver's current folder, which may contain a corpus with a file such as `types.py`.
     """
 
     def extend(self, folders: Iterable[str]) -> None:

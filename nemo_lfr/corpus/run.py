@@ -150,8 +150,6 @@ def compute(
 def finish_part(plan: Plan, records: list[ShardRecord]) -> dict[str, Any]:
     """Write the summary if the shards of all parts are complete.
 
-    Several processes that end at the same time may all write the summary, with the same content.
-
     Args:
         plan: the plan.
         records: records of the shards that belong to this process's part.

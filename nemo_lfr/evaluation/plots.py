@@ -146,11 +146,7 @@ def _rate_plot(name: str, rates: Mapping[int, float], means: Mapping[int, tables
 
 
 def _distribution(name: str, names: Mapping[int, str], values: Mapping[int, Sequence[float]]) -> str:
-    """Draw a box plot for each codec.
-
-    The box shows the quartiles. The whiskers extend to the most distant values within 1.5 interquartile ranges of
-    the box, and dots show the values beyond the whiskers.
-    """
+    """Draw a box plot for each codec."""
     from matplotlib.cbook import boxplot_stats
 
     height = ROW * len(names) + 28

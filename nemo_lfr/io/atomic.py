@@ -355,10 +355,7 @@ def _remove_free_file(path: str) -> None:
 
 
 def _open_folder(folder: str) -> int | None:
-    """Open and lock a folder, and return its descriptor.
-
-    The result is None if another process holds the lock, or the system has no such locks.
-    """
+    """Open and lock a folder, and return its descriptor; None if the folder cannot be locked."""
     if os.name == "nt":
         return None
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)

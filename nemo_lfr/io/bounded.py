@@ -30,8 +30,7 @@ def lines(file: Any, *, truncate: bool = False) -> Iterator[bytes]:
         truncate: whether to truncate a line of more than `MAX_LINE` bytes, instead of raising an error.
 
     Raises:
-        ValueError: if a line has more than `MAX_LINE` bytes, and `truncate` is not set. The file is then most likely
-            not text.
+        ValueError: if a line has more than `MAX_LINE` bytes, and `truncate` is not set.
     """
     number = 0
     while line := file.readline(MAX_LINE + 1):

@@ -142,8 +142,7 @@ def _usable(
 def resolve_audio_path(folder: str | os.PathLike[str], name: object) -> Path:
     """Return the path of an audio file that a manifest or table names.
 
-    An absolute path is returned unchanged. A leading `~` or `~user` is expanded to the home folder, as in NeMo. Any
-    other path is relative to `folder`.
+    A leading `~` or `~user` is expanded to the home folder, as in NeMo.
 
     Args:
         folder: folder that relative paths start from.

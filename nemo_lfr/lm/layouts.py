@@ -93,9 +93,9 @@ class Layout(ABC):
             tokens_len: number of valid frames of each utterance, shape [B]; by default T.
 
         Returns:
-            Ids, int64, and the lengths of the sequences, shape [B]. The ids have shape [B, L] for `FlatLayout` and [B,
-            S, L] for other layouts, where L is the largest length. A length includes BOS and EOS, but not the padding
-            after them. If `tokens` has no dimension B, neither have the results.
+            Ids, int64, and the lengths of the sequences, shape [B]. The ids have shape [B, L] for `FlatLayout` and
+            [B, S, L] for other layouts, where L is the largest length. A length includes BOS and EOS, but not the
+            padding after them. If `tokens` has no dimension B, neither have the results.
 
         Raises:
             TokensError: if `tokens_len` or the shape of `tokens` is invalid, or an id is outside the codebook.

@@ -73,8 +73,7 @@ class NemoFiles(PackedFiles):
             The model in evaluation mode, or its config with `return_config`.
 
         Raises:
-            CheckpointError: if the file cannot be read or does not match the config. The message names the file, the
-                problem and a remedy.
+            CheckpointError: if the file cannot be read or does not match the config.
             ConfigError: if `override_config_path` is not a valid config, or `trainer` or `save_restore_connector` has
                 the wrong type.
             NemoLfrError: if the device in `map_location` is unknown or not available.

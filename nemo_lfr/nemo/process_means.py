@@ -10,8 +10,6 @@ from nemo_lfr.nemo.base import Trainer
 def mean_over_processes(metrics: dict[str, Any], trainer: Trainer, device: torch.device) -> dict[str, Any]:
     """Return the mean of each metric over all processes, as NeMo logs it.
 
-    The processes communicate once for all metrics, not once per metric.
-
     Args:
         metrics: numbers and tensors with one element, by name. All processes must have the same names.
         trainer: Lightning trainer of the run.

@@ -327,7 +327,7 @@ async def _through(
 
 
 async def _steps(iterator: Iterator[T]) -> AsyncIterator[T]:
-    """Yield the items of a blocking iterator. Each step of the iterator runs in a worker thread."""
+    """Yield the items of a blocking iterator, each of which is computed in a worker thread."""
     end = object()
     step: Callable[..., Any] = next
     while True:

@@ -44,7 +44,7 @@ def is_page(path: str) -> bool:
 
 
 class _PageFiles(StaticFiles):
-    """Static files of the page. Each response has the headers in `HEADERS`."""
+    """Static files of the page, sent with the headers in `HEADERS`."""
 
     async def get_response(self, path: str, scope: Scope) -> Response:
         """Return a file with the headers in `HEADERS`. Raise HTTPException if there is no such file."""

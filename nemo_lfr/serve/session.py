@@ -166,9 +166,8 @@ class Session:
     def _urgency(self) -> tuple[bool, float]:
         """Return a sort key. The stream with the smallest key is the most urgent.
 
-        Live streams come before background sessions. The key of a live stream is the time at which its client runs out
-        of audio, or, before the first result, the time of the first input. The key of a background session is the time
-        of its last step.
+        Live streams come first, in the order in which their clients run out of audio. Background sessions follow, the
+        one that has waited longest first.
         """
         return (False, self._played_until or self._started or 0.0) if self._live else (True, self._taken_at)
 

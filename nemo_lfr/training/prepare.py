@@ -318,10 +318,7 @@ def _is_duration(entry: Any) -> bool:
 
 
 def _duration(corpus: Path, name: str) -> float | Failure:
-    """Return the duration of a file in seconds without decoding it.
-
-    The result is a failure record if the file cannot be opened or has no samples.
-    """
+    """Return the duration of a file in seconds, or a failure record if it cannot be opened or is empty."""
     try:
         with AudioReader(corpus / name, None) as reader:
             if reader.duration <= 0:

@@ -228,7 +228,7 @@ def pointwise(
 
 
 def _rows(signal: torch.Tensor) -> torch.Tensor:
-    """Return a signal [B, T, H] in which each example is contiguous in memory. The signal is copied if necessary."""
+    """Return a signal [B, T, H], copied if necessary so that each example is contiguous in memory."""
     _, _, channels = signal.shape
     return signal if signal.stride()[1:] == (channels, 1) else signal.contiguous()
 

@@ -20,14 +20,12 @@ class OnnxBackend(NumpyBackend):
     A folder without decoder.onnx can only encode, and a folder without encoder.onnx can only decode.
 
     Args:
-        folder: folder with codec.json, and with encoder.onnx, decoder.onnx or both. The hashes of the files must equal
-            the hashes in codec.json.
+        folder: folder with codec.json, and with encoder.onnx, decoder.onnx or both.
         device: "cpu" or "cuda"; None or "auto" for a GPU if ONNX Runtime supports one, else the CPU.
         name: name for messages; default: the folder.
 
     Raises:
-        CheckpointError: if the files are missing or damaged, come from different exports, or were not written by
-            this package.
+        CheckpointError: if files are missing or damaged, or do not come from one export of this package.
         MissingExtraError: if ONNX Runtime is not installed.
         NemoLfrError: for a device that ONNX Runtime does not support.
     """

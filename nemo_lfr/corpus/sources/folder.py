@@ -22,8 +22,6 @@ PROBLEM = "nemo_lfr.problem"
 class Folder(Manifest):
     """Reader for a folder of audio files. The list of files is first written to a manifest, and then read from it.
 
-    The list does not contain the path of the folder, so that the folder can be moved.
-
     Args:
         path: the manifest.
         audio_dir: folder that relative paths of audio files start from.

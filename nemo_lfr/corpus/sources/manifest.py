@@ -246,7 +246,7 @@ def _is_in_tar(line: bytes) -> bool:
 
 
 def _is_skipped(line: bytes) -> bool:
-    """Return whether `_skipme` is true in a line. NeMo marks entries in this way, and its readers skip them."""
+    """Return whether `_skipme` is true in a line, which NeMo's readers then skip."""
     if b"_skipme" not in line:
         return False
     try:

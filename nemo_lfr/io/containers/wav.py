@@ -116,10 +116,9 @@ class WavSamples:
         return b"".join(samples)
 
     def _before_header(self, data: bytes, last: bool) -> bytes:
-        """Return the samples in `data`. If the header of another file follows them, stop before it.
+        """Return the samples in `data` up to the header of another file, if there is one.
 
-        This method is for samples of unknown length. The last bytes are kept until more data arrives, since a header
-        may begin in them.
+        The last bytes are kept until more data arrives, since a header may begin in them.
         """
         if (found := header_in(data)) is not None:
             self._done, self.problem = True, SEVERAL
