@@ -44,7 +44,7 @@ class Copies:
 
         Raises:
             ConfigError: if the model has hooks, modules, methods, parameters or buffers that the config and the
-                constructor of its class do not describe. The message names the first one.
+                constructor of its class do not describe.
         """
         model: Any = self
         state, recipe = model.state_dict(), self._recipe()

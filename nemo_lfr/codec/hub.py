@@ -106,8 +106,8 @@ class HubMethods(CodecBase[Array]):
 
         Raises:
             NemoLfrError: for an unknown argument. Also if the codec has no config (it was built from modules, or its
-                backend is not PyTorch), or if it has changes that would not be saved: hooks, replaced layers, changed
-                settings, or weights that were converted to another dtype than fp32.
+                backend is not PyTorch), or if it has changes that would not be saved, such as hooks, replaced layers,
+                or weights in another dtype than fp32.
         """
         from nemo_lfr.checkpoint.folder import module_tensors, write_folder
         from nemo_lfr.modules.altered import SAVE

@@ -82,8 +82,8 @@ def load_samples(loader: AudioLoader, what: str, sample_rate: int, max_duration:
         Samples [T], floating point.
 
     Raises:
-        AudioError: if the loader fails; if it returns anything but a floating-point array [T]; or if it returns no
-            samples, only zeros, or samples that are not finite.
+        AudioError: if the loader fails, or returns anything but a floating-point array [T] of finite samples that are
+            not all zero.
         OSError: if the loader cannot read the audio file.
     """
     try:

@@ -194,7 +194,7 @@ class TokenDataset(IterableDataset[TokenizedUtterance]):
             epoch: number of the epoch.
 
         Raises:
-            NemoLfrError: if `epoch` is not an integer, is negative, or is 2^63 or more.
+            NemoLfrError: if `epoch` is not an integer from 0 to 2^63 - 1.
         """
         epoch = check_whole_number(epoch, "epoch", 0, 2**63 - 1)
         self._epoch.fill_(epoch)

@@ -208,7 +208,7 @@ def read_samples(
 
 
 def rounding(duration: float) -> float:
-    """Return by how many seconds a file's duration may differ from the listed one, which may be rounded."""
+    """Return the tolerance in seconds for a listed duration, which may be rounded."""
     return max(DURATION_SLACK, 0.02 * duration)
 
 

@@ -298,7 +298,7 @@ class _Losses:
         """Raise an error if no entry was usable.
 
         Raises:
-            ConfigError: if entries were skipped and none was usable. The message names the first skipped entry.
+            ConfigError: if entries were skipped and none was usable.
         """
         if self._count and not self.used:
             raise ConfigError(f"none of the {self._count} entries can be used; the first error is: {self._first}")

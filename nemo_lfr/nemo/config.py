@@ -89,8 +89,7 @@ def check_gradients(trainer: Trainer) -> None:
         trainer: trainer that is about to fit a model.
 
     Raises:
-        ConfigError: if the trainer is set to accumulate or clip gradients. The message names the key of the model
-            config to set instead.
+        ConfigError: if the trainer is set to accumulate or clip gradients.
     """
     for key, unset, ours in (
         ("accumulate_grad_batches", (None, 1), "accumulate_grad_batches"),

@@ -144,8 +144,8 @@ class NemoLfrModel(Copies, PreTrainedAudioTokenizerBase):
         remains.
 
         Raises:
-            NemoLfrError: if the model has hooks, replaced layers, changed settings or converted weights, or its
-                `config` was changed, because the saved model would then give other results.
+            NemoLfrError: if the saved model would give other results, for example because of hooks, replaced layers or
+                a changed `config`.
         """
         if getattr(self, "_hf_peft_config_loaded", False):  # transformers then saves only the adapter
             super().save_pretrained(save_directory, is_main_process, state_dict, push_to_hub, **kwargs)

@@ -164,8 +164,8 @@ def read_verified(folder: Path, name: str, manifest: Manifest) -> bytes:
         Content of the file.
 
     Raises:
-        CheckpointError: if the file is missing or cannot be read, its hash differs from the one in the manifest, or it
-            contains something that the export does not write.
+        CheckpointError: if the file cannot be read, its hash differs from the one in the manifest, or it contains
+            something that the export does not write.
     """
     path = folder / name
     if not folder.exists():

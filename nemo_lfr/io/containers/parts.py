@@ -212,8 +212,8 @@ def walked(window: Window, parts: Iterator[int], section: re.Pattern[bytes] | No
     Args:
         window: the file.
         parts: size of each section in bytes, in order; 0 if the size is unknown.
-        section: pattern of the beginning of a section; None if a header states the number of sections. If another
-            section begins anywhere after those in `parts`, the file is damaged.
+        section: pattern of the beginning of a section; None if a header states the number of sections. Another section
+            after those in `parts` means that the file is damaged.
 
     Returns:
         The file as one `Stream`. The stream has a `problem` if the file is truncated or damaged, if the size of a
