@@ -1,8 +1,8 @@
 """Read the model config of a Lightning `.ckpt` without creating the pickled objects.
 
-A training checkpoint is a zip archive that `torch.save` wrote. Its pickle contains the state dict, the config as
-OmegaConf objects, and the state of optimizers and callbacks. In place of each object that is neither a tensor nor a
-plain container, the unpickler creates an `Inert` placeholder, which only stores the object's state.
+The pickle contains the state dict, the config as OmegaConf objects, and the state of optimizers and callbacks. In
+place of each object that is neither a tensor nor a plain container, the unpickler creates an `Inert` placeholder,
+which only stores the object's state.
 """
 
 from typing import Any

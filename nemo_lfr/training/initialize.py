@@ -68,9 +68,8 @@ def initialize_from_data(
 ) -> None:
     """Rescale every convolution so that its output on speech has a standard deviation of 1.
 
-    The convolutions are rescaled one after another, from the input of the encoder to the output of the decoder. The
-    outputs of the last convolutions of the encoder and of the decoder get the standard deviations `encoded_spread` and
-    `output_spread` instead.
+    The outputs of the last convolutions of the encoder and of the decoder get the standard deviations `encoded_spread`
+    and `output_spread` instead.
 
     Args:
         encoder: encoder to change in place.

@@ -81,9 +81,9 @@ def is_gsm(head: bytes, window: Window) -> bool:
 
 
 def gsm_streams(window: Window) -> list[Stream]:
-    """Return a list with one `Stream` for a GSM 06.10 file with an AIFC header, after checking its frames.
+    """Return a list with one `Stream` for a GSM 06.10 file, after checking its frames.
 
-    GSM files have no header. Without the AIFC header, libsndfile would recognize the format only by the file's suffix.
+    The stream gets an AIFC header, because libsndfile recognizes files without a header only by their suffix.
     """
     (stream,) = _walk(window, lambda head: _GSM_FRAME if head[:1] and head[0] >> 4 == 0xD else None)
     size = sum(stop - start for start, stop in stream.spans)

@@ -168,7 +168,7 @@ def of_unknown_length(window: Window, start: int, block: int) -> list[Stream]:
     """Return one `Stream` for a file whose header stores no length.
 
     The stream has a `problem` if the last block is incomplete or if another file follows. A file that looks complete
-    has a `note`, since it may have been truncated between two blocks. Its stream does not include tags at the end.
+    has a `note`, since it may have been truncated between two blocks. The stream does not include tags at the end.
 
     Args:
         window: the file.

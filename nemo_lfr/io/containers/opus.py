@@ -1,7 +1,7 @@
 """Compare the durations in the headers of Opus packets with the time stamps of a container.
 
-FFmpeg decodes as many samples as the header of a packet states. MP4 and CAF have no checksum for the headers, and
-FFmpeg ignores the one that Matroska may have, so a changed header gives audio of another length.
+FFmpeg decodes as many samples as the header of a packet states. In MP4, CAF and Matroska files,
+FFmpeg verifies no checksum, so a damaged header gives audio of another length.
 """
 
 from collections import Counter

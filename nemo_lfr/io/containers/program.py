@@ -1,7 +1,7 @@
 """Check that MPEG program streams (MPG, VOB) and transport streams (TS, M2TS) are complete.
 
-Both kinds consist of packets, each of which stores the number of its track. FFmpeg reads the available part of a
-truncated file without an error. If several files were joined, it reads only the tracks of the first one.
+FFmpeg reads the available part of a truncated file without an error. If several files were joined, FFmpeg reads only
+the tracks of the first one.
 """
 
 import numpy as np
