@@ -1,8 +1,7 @@
 """Command group `nemo-lfr` and its entry point.
 
-Each command has its own module. A command imports torch and other large packages only when it runs, so that `--help`
-is fast. Results go to stdout, and everything else to stderr. An error is printed as one line. `EXIT_CODES` lists the
-exit codes.
+Each command has its own module, and imports torch and other large packages only when it runs, so that `--help` is
+fast. Results go to stdout, and everything else to stderr. `EXIT_CODES` lists the exit codes.
 """
 
 import errno

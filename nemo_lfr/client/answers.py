@@ -113,8 +113,7 @@ def problem_of(values: Mapping[str, Any], schema: Mapping[str, Kind]) -> str | N
 def message_type(values: Mapping[str, Any]) -> str:
     """Return the type of a text message, or "" if the type is not valid.
 
-    A message without the key "type" contains tokens, so "tokens" is returned. The type is not valid if the value of
-    this key is "tokens" or is not a string.
+    A message without the key "type" has the type "tokens". The value of this key must be another string.
     """
     if "type" not in values:
         return "tokens"

@@ -1,8 +1,8 @@
 """Fingerprint of a codec: a hash of its weights and of all settings that change tokens or audio.
 
-The fingerprint is derived from the modules, not from the config. It does not change if the config names NeMo's classes
-instead of the classes of this package, or if the weights are stored without weight norm. Older `.lfr` files and
-corpora contain a hash of the weights alone, or a fingerprint that depends on the CPU. `Codec.made` accepts both.
+The fingerprint is derived from the modules, so it does not depend on the class names in the config or on weight norm.
+Older `.lfr` files and corpora contain a hash of the weights alone, or a fingerprint that depends on the CPU.
+`Codec.made` accepts both.
 """
 
 import hashlib

@@ -98,7 +98,6 @@ def read_part(
     """Read a section of an audio file for a cut, from a path or from bytes in memory.
 
     As in Lhotse, the missing samples are filled by reflection if the audio ends at most `tolerance` seconds too early.
-    The result has as many samples as with Lhotse.
 
     Args:
         source: path of the audio file, or its content.

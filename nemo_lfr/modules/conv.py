@@ -36,15 +36,6 @@ def convolve(
 ) -> torch.Tensor:
     """Convolve as `F.conv1d` does, with the implementation that is fastest on a CPU.
 
-    In a short clip, the weights of the deep layers are larger than the signal, and copying the weights takes most of
-    the time. There are three implementations:
-
-    - If the signal is larger than the weights: a channels-last convolution. It copies the weights, and in training
-      also their gradients, to another layout on every call.
-    - If the weights are larger: a convolution in the default layout, which does not copy them.
-    - If the weights are much larger: a matrix product. In this case, oneDNN's convolutions are up to 8 times slower,
-      for example with H_in = 768, H_out = 1536, K = 16 and T = 24.
-
     An exported graph contains `conv1d`, so that its runtime can choose an implementation.
 
     Args:
@@ -60,6 +51,10 @@ def convolve(
     """
     if torch.compiler.is_exporting():
         return F.conv1d(hidden, weight, bias, stride=stride, padding=padding, dilation=dilation)
+    # A channels-last convolution copies the weights, and in training also their gradients, on every call. In a short
+    # clip, the weights of the deep layers are larger than the signal, so the default layout is faster. If they are
+    # much larger, oneDNN's convolutions are up to 8 times slower than a matrix product, for example with H_in = 768,
+    # H_out = 1536, K = 16 and T = 24.
     outweighs = _outweighs(weight, hidden)
     # With gradients, a dilated convolution is never a matrix product, because the backward pass of the product would
     # also process the gaps between the taps.

@@ -1,10 +1,9 @@
 """Fold weight norm with the same rounding on every CPU.
 
-With weight norm, a weight is stored as a direction and a gain. Folding replaces both with the weight itself. PyTorch's
-kernel sums the squares of a row in an order that depends on the CPU's instruction set, so the last bits of folded
-weights differ between machines. Fingerprints hash folded weights and must be the same everywhere. `fold_weight_norm`
-therefore adds in one fixed order: the order of PyTorch's kernel for AVX2 and AVX-512. PyTorch's kernel is faster, so
-it is used on CPUs where it adds in this order.
+Folding replaces the direction and the gain of a weight by the weight itself. PyTorch's kernel sums the squares of a
+row in an order that depends on the CPU's instruction set, so the last bits of folded weights differ between machines.
+Fingerprints hash folded weights, so `fold_weight_norm` adds in one fixed order: the order of PyTorch's kernel for AVX2
+and AVX-512. PyTorch's kernel is faster, so it is used on CPUs where it adds in this order.
 """
 
 import functools

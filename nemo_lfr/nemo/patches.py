@@ -39,8 +39,8 @@ def patched_method(kind: type, names: Collection[str] | None = None) -> str | No
 def is_replaced(model: NeMoAudioCodecModel, name: str, kind: type) -> bool:
     """Return whether a method of a model is not the original one.
 
-    This is the case if the method is set on `model` itself, overridden in a subclass of `kind`, or patched in NeMo's
-    class. `name` is the name of the method.
+    This is the case if the method `name` is set on `model` itself, overridden in a subclass of `kind`, or patched in
+    NeMo's class.
     """
     # `getattr_static`, because NeMo's decorators return another object at each access.
     is_overridden = name in vars(model) or getattr_static(type(model), name) is not getattr_static(kind, name)

@@ -249,7 +249,7 @@ class _Admission:
         """Pass a connection on to the application, or refuse it.
 
         An HTTP request is refused with status 401 or 403, and a WebSocket with close code 1008. Requests for
-        `/health`, for the web page and for the page's files are never refused.
+        `/health`, for the web page and its files are never refused.
         """
         if scope["type"] not in ("http", "websocket") or scope["path"] == "/health" or is_page(scope["path"]):
             await self._app(scope, receive, send)

@@ -83,8 +83,8 @@ class CudaCapture:
 class GraphCache:
     """Cache of CUDA graphs, one for each function and shape of the inputs.
 
-    The first call of a function with a shape runs without a graph. The second call captures a graph and replays it,
-    and later calls replay it.
+    The first call of a function with a shape runs without a graph. The second call captures a graph, which later calls
+    replay.
 
     Args:
         capture: function that captures a call of a function as a graph.
