@@ -64,8 +64,8 @@ def to_batch(
         Audio [B, T_audio] as float32, and the number of samples in each clip.
 
     Raises:
-        AudioError: if the form of `audio` is not supported, `sample_rate` differs from the rate that the source
-            declares, a file cannot be read, or `check_audio` rejects the samples.
+        AudioError: if `audio` cannot be read or converted, or `sample_rate` differs from the rate that the source
+            declares.
     """
     audio, sample_rate = as_list(audio), plain_number(sample_rate)
     check_not_empty(audio, "audio", "clip", AudioError)

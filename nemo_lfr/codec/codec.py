@@ -356,7 +356,7 @@ class Codec(HubMethods[Array]):
 
         Raises:
             TokenFileError: if `source` is from another codec or damaged (with `recover`: if no block of it is intact),
-                `start` is outside the recording, or `duration` is negative or not finite.
+                or `start` or `duration` is invalid.
             NemoLfrError: if `target` is the same file as `source`, has a suffix other than .wav and .flac, or exists
                 while `overwrite` is not set. Also if the decoder returns NaN or infinite values.
             AudioError: if the format of `target` does not support the codec's sample rate.

@@ -98,8 +98,8 @@ class MediaDecoder:
 
     Raises:
         MissingExtraError: if PyAV is not installed or cannot be imported.
-        AudioError: if FFmpeg cannot read the file, or the file has no audio track. `read` also raises it if the audio
-            is damaged or truncated, or if the track has no samples at all.
+        AudioError: if FFmpeg cannot read the file, or the file has no audio track. `read` also raises it for damaged,
+            truncated or empty audio.
     """
 
     num_frames: int | None = None

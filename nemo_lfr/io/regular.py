@@ -29,7 +29,7 @@ def open_regular(
         advice: what the user should do, for the end of the error message.
 
     Raises:
-        NemoLfrError: of class `error`, if `path` is a pipe, device, socket or folder, or a Git LFS pointer.
+        NemoLfrError: of class `error`, if `path` is not a regular file, or is a Git LFS pointer.
         OSError: if the file cannot be opened. This error, and errors when the file is read, name `path`.
     """
     try:

@@ -45,7 +45,7 @@ def iter_lines(path: Path, error: type[NemoLfrError] = NemoLfrError, *, truncate
         Each line. A byte order mark is removed.
 
     Raises:
-        ValueError: if the file is UTF-16, a line is too long, or the compressed data is damaged or expands too much.
+        ValueError: if the content cannot be split into lines, for example because it is damaged or UTF-16.
         NemoLfrError: of class `error`, if `path` is not a regular file.
         OSError: if the file cannot be read.
     """

@@ -263,8 +263,8 @@ def manifest_loader(config: DictConfig, world_size: int, rank: int) -> DataLoade
         NeMo's own data loader is then needed.
 
     Raises:
-        ConfigError: if an argument of the dataset or of the data loader is unknown or invalid, if the dataset cannot
-            be created, or if it has too few recordings for a batch.
+        ConfigError: if the section is invalid, if the dataset cannot be created, or if it has too few recordings for a
+            batch.
         AudioError: if `sample_rate` is not a valid sample rate.
     """
     where = {key: config._get_full_key(key) for key in ("dataset", "dataloader_params")}

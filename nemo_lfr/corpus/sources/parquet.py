@@ -37,8 +37,8 @@ class Parquet(Table):
             folder, and the folder of the file otherwise.
 
     Raises:
-        ConfigError: if no file can be read, if no column contains audio, if a folder contains several splits of a
-            dataset, or if a file of a numbered set is missing (see `check_numbered`).
+        ConfigError: if no file can be read, no column contains audio, or the files are not one complete split of a
+            dataset.
     """
 
     def __init__(self, path: Path, audio_dir: Path | None = None) -> None:

@@ -81,9 +81,8 @@ def fit(
         overhead of the coder and the file.
 
     Raises:
-        EntropyModelError: if fewer than two utterances have tokens, a setting is out of range, or the codec has more
-            levels or FSQ dimensions than entropy models support. Also if the fitted weights are too large for integer
-            arithmetic.
+        EntropyModelError: if fewer than two utterances have tokens, if a setting or the codec is not supported, or if
+            the fitted weights are too large for integer arithmetic.
     """
     try:
         spec = ModelSpec(
