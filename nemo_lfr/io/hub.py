@@ -45,8 +45,7 @@ def find_checkpoint(source: str | os.PathLike[str] | None, refresh: bool = False
         Path of a `.nemo` or `.ckpt` file, or of a folder with config and weights.
 
     Raises:
-        CheckpointError: if the checkpoint does not exist, is not the only one in its repository, or cannot be
-            downloaded.
+        CheckpointError: if there is no checkpoint, if the choice among several is ambiguous, or if the download fails.
     """
     if source is None:
         return bundled_checkpoint()
