@@ -12,7 +12,7 @@ of the audio are printed instead. The other codecs also have random weights, whi
 
 The last tables list the convolutions of the execution plan, grouped by their numbers of channels. They show each
 group's share of the time, the rate of its multiply-adds, and this rate relative to that of a large matrix product.
-Only the multiply-adds that are computed are counted.
+A Toom-Cook algorithm computes fewer multiply-adds than a direct convolution; only those that it computes count.
 """
 
 import argparse

@@ -39,8 +39,8 @@ _OWN_ATTRIBUTES = frozenset(vars(nn.Module()))
 class Operation(NamedTuple):
     """Words for error messages about an operation that would drop changes of a model.
 
-    A message is, for example: "X is a Y, not the stock Z, and accelerate() would drop the Y; put the stock module
-    back before accelerate(), and insert the Y again in the accelerated model."
+    A message is, for example: "decoder.pre_conv is a LoraConv, not the stock Conv1d, and accelerate() would drop the
+    LoraConv; put the stock module back before accelerate(), and insert the LoraConv again in the accelerated model."
 
     Attributes:
         name: the operation, such as "accelerate()".

@@ -65,8 +65,8 @@ def begin_worker(parent: int) -> None:
 def check_main_program() -> None:
     """End this process with a message if it is a worker that is importing the main program.
 
-    Call this function first in each function that starts workers. A traceback of the worker would only hide the error
-    that the parent raises; see `check_starts`.
+    The message has no traceback, which would hide the error that the parent raises; see `check_starts`. Call this
+    function first in each function that starts workers.
 
     Raises:
         SystemExit: with exit code 1, as for an error that the main program raises.

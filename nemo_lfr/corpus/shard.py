@@ -75,7 +75,8 @@ def tokenize_shard(
     Raises:
         AudioError: with `config.strict`, for a clip that cannot be tokenized.
         NemoLfrError: if the output folder no longer belongs to this run, if a corpus reader or an output format of
-            another package fails, or if the shard is damaged and some of its clips can no longer be read.
+            another package fails, or if token files of an earlier run are damaged and their clips can no longer be
+            read.
         OSError: if files cannot be written, or with `config.strict`, if the file of a clip cannot be read.
     """
     out = resolve(config.out)

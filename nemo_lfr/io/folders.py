@@ -153,7 +153,7 @@ def find_files(
         OSError: if `root` or, with `unread` None, a folder below `root` cannot be read.
     """
     if not root.is_dir():
-        raise NemoLfrError(f"{root}: no such folder.")
+        raise NemoLfrError(f"{root}: {'not a folder' if os.path.lexists(root) else 'no such folder'}.")
     walk = _Walk(root, frozenset(suffixes), frozenset(companion_suffixes), frozenset(known))
     if walk.unread and unread is None:
         raise walk.unread[0]

@@ -73,15 +73,15 @@ def fold(codes: Any, levels: Levels) -> Any:
         count, rest = divmod(codes.shape[-2], len(groups[0]))
         if rest or not count:
             raise TokensError(
-                f"codes have {codes.shape[-2]} dimensions, but levels {list(levels)} need a multiple of "
+                f"axis -2 of the codes has size {codes.shape[-2]}, but levels {list(levels)} need a multiple of "
                 f"{len(levels)}; pass the codes of complete codebooks."
             )
         groups *= count
     total = sum(map(len, groups))
     if codes.shape[-2] != total:
         raise TokensError(
-            f"codes have {codes.shape[-2]} dimensions, but `levels` has entries for {total}; pass the "
-            "levels of all codebooks."
+            f"axis -2 of the codes has size {codes.shape[-2]}, but `levels` has {total} entries; pass the levels of "
+            "all codebooks."
         )
     radices = constant([level for group in groups for level in group], codes)[:, None]
     if bool(((codes < 0) | (codes >= radices)).any()):

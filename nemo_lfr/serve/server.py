@@ -110,7 +110,8 @@ class _HeaderLimit(asyncio.Protocol):
     send_400_response: Callable[[str], None]
     cycle: Any  # the latest request; None before the first request
     _limit: asyncio.TimerHandle | None = None
-    # Bytes received since the beginning of the request or the last part of its body, not counting the first piece.
+    # Bytes received since the request began or since the last part of its body; the data in which that happened is
+    # not counted.
     # None between requests, and always with h11.
     _num_bytes: int | None = None
 

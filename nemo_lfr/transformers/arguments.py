@@ -109,8 +109,7 @@ def check_index(
     read_index(index, VARIANT_SHARDS)
     if not isinstance(json.loads(index.read_bytes()).get("metadata"), dict):
         raise CheckpointError(
-            f'{index}: the file has no "metadata", which transformers requires; save the model again, or use '
-            "nemo_lfr.load."
+            f'{index}: the file has no "metadata", which transformers requires; save the model again.'
         )
 
 

@@ -156,10 +156,12 @@ class Trainer:
     def _judge(
         adversary: Adversary, real: Spectra, gen: Spectra
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
-        """Update the discriminators with the first `batch_size` segments of a batch.
+        """Update the discriminators with segments of a batch.
+
+        These are the first `adversary.config.batch_size` segments, or all if this size is not set.
 
         Returns:
-            The loss terms and the gradient that `Adversary.step` returns for these segments. The gradient is
+            The loss terms and the gradient that `Adversary.step` returns for these segments. A gradient is
             extended with zeros for the other segments.
         """
         size = adversary.config.batch_size or len(real.audio)

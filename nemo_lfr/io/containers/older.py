@@ -104,7 +104,10 @@ def is_svx(head: bytes, _: Window) -> bool:
 
 
 def svx_streams(window: Window) -> list[Stream]:
-    """Return a list with one `Stream` for an 8SVX or 16SV file, after checking its size."""
+    """Return a list with one `Stream` for an 8SVX or 16SV file, after checking its size.
+
+    The list is empty if the file contains an invalid chunk name.
+    """
     position = 12
     while position + 8 <= window.size:
         name, length = struct.unpack(">4sI", window.at(position, 8))

@@ -81,7 +81,10 @@ def _asf_parts(window: Window) -> Iterator[int]:
 
 
 def _asf_properties(window: Window, size: int) -> tuple[int, int]:
-    """Return the flags of an ASF file and the size of its packets in bytes (0 if it is unknown or varies)."""
+    """Return the flags of an ASF file and the size of its packets in bytes; each is 0 if it is unknown.
+
+    The size is also 0 if it varies.
+    """
     position = 30
     while position + _ASF_HEAD <= min(size, window.size):
         head = window.at(position, _ASF_FILE_END)

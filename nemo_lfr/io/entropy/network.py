@@ -163,7 +163,7 @@ class Network(nn.Module):
         return bits / math.log(2)
 
     def round_from_here(self) -> None:
-        """Choose the exponents of the integer weights, and round weights and hidden units from now on."""
+        """From now on, round weights and hidden units to integers, after they are multiplied by powers of two."""
 
         def exponent(*values: torch.Tensor) -> int:
             """Return the largest e <= 16 for which 99.95 % of each tensor's values, times 2^e, are in [-127, 127]."""
