@@ -195,7 +195,7 @@ BAD = [
     ),
     (lambda: regroup(np.zeros((2, 2), int), LEVELS, 8), TokensError, "pass a sequence of integers"),
     (lambda: fold(np.full((4, 2), 7), LEVELS), TokensError, "outside the levels"),
-    (lambda: fold(np.zeros((6, 2), int), LEVELS), TokensError, "6 dimensions"),
+    (lambda: fold(np.zeros((6, 2), int), LEVELS), TokensError, "size 6"),
     (lambda: regroup(np.zeros((8, 2), int), LEVELS, (7, 8, 6, 6)), TokensError, "same order"),
     (lambda: regroup(np.zeros((3, 2), int), LEVELS, LEVELS * 2), TokensError, "cannot be regrouped"),
 ]
