@@ -131,7 +131,7 @@ class TestLinks:
             server.bind("b.wav")
             found, lines = names(tmp_path)
         assert found == [] and "2 pipes, sockets or devices" in lines[0]
-        with pytest.raises(NemoLfrError, match="no such folder"):
+        with pytest.raises(NemoLfrError, match="not a folder"):
             find_files(tmp_path / "a.wav", AUDIO_SUFFIXES)
 
     def test_a_folder_that_cannot_be_read_is_named(self, tmp_path):
