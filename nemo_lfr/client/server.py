@@ -170,7 +170,7 @@ def require_websockets() -> Any:
     """Import the package `websockets`.
 
     Raises:
-        MissingExtraError: if the package is not installed.
+        MissingExtraError: if the package is not installed or cannot be imported.
     """
     try:
         import websockets.asyncio.client

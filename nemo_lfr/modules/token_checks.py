@@ -76,7 +76,7 @@ def check_shape(indices: torch.Tensor, num_codebooks: int) -> None:
 def check_dimensions(values: torch.Tensor, dim: int) -> None:
     """Raise an error unless codes or encoded frames have the shape [B, dim, T]."""
     if values.dim() != 3 or values.shape[1] != dim:
-        raise TokensError(f"codes have shape {list(values.shape)}; this quantizer takes [B, {dim}, T].")
+        raise TokensError(f"the values have shape {list(values.shape)}; this quantizer takes [B, {dim}, T].")
 
 
 def has_values(tokens: torch.Tensor) -> bool:

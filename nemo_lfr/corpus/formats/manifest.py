@@ -86,7 +86,10 @@ class ManifestReader(FormatReader):
     _is_reported = False  # whether a wrong number of lines was reported, which is done only once for all shards
 
     def count_shards(self) -> list[int]:
-        """Return equal numbers of clips, up to rounding, because manifest lines do not name their shards."""
+        """Return the number of clips for each shard.
+
+        Manifest lines do not name their shards, so the clips are divided equally, up to rounding.
+        """
         clips, shards = self.summary["clips"], self.summary["shards"]
         return [clips * (shard + 1) // shards - clips * shard // shards for shard in range(shards)]
 

@@ -190,7 +190,7 @@ class EntropyModel:
         for layer, bound in bounds.items():
             if bound.max() >= EXACT_LIMIT:
                 raise ValueError(
-                    f"sums of the {layer} layer may reach {bound.max()}, which float32 cannot represent exactly"
+                    f"sums of the {layer} layer may reach {bound.max()}, which is too large for exact float32 sums"
                 )
 
     @cached_property
