@@ -90,8 +90,8 @@ AFTER_REPAIR = "after repairing audio files, rerun with --retry-failed; after ot
 @click.option(
     "--shard-of",
     metavar="I/N",
-    help="Process only the shards of process I of N, where I counts from 0. auto reads I and N from the environment "
-    "variables of torchrun or Slurm (default: all shards).",
+    help="Process only the shards of process I of N, where I counts from 0. With 'auto', I and N are read from the "
+    "environment variables of torchrun or Slurm (default: all shards).",
 )
 @click.option("--allow-url", is_flag=True, help="Read audio from the http(s) URLs of Lhotse cuts.")
 @click.option("--strict", is_flag=True, help="Stop at the first clip that fails.")
