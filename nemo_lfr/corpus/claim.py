@@ -5,8 +5,8 @@ run therefore has a random ID, the claim, which is stored in the file `claim` of
 run checks this file before it moves results into the output folder, and stops if the file contains another ID.
 """
 
-import os
 import secrets
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +18,7 @@ from nemo_lfr.io.regular import open_regular
 
 NAME = "claim"
 LENGTH = 32  # number of hex digits
+REMOVAL_SECONDS = 1.0  # time in which a removal that has begun should reach the claim
 
 
 def claim(state: Path) -> str:
@@ -56,54 +57,43 @@ def check_claim(state: Path, text: str) -> None:
         NemoLfrError: if the state folder does not exist or belongs to another run.
     """
     if text and not holds_claim(state, text):
-        raise _removed(state)
+        raise NemoLfrError(
+            f"{state.parent}: this folder was removed or replaced during the run; start the run again, and choose "
+            "another --out if another run writes to this folder."
+        )
 
 
 @contextmanager
 def writing(state: Path, text: str) -> Iterator[None]:
     """Return a context manager for a block that writes to the output folder, which another process may be removing.
 
+    The claim may be the last file that a removal deletes. If the block fails because a file is missing, the claim is
+    therefore checked for another second.
+
     Args:
         state: the state folder of the output.
         text: the claim; an empty string disables the check.
 
     Raises:
-        NemoLfrError: if the folder does not contain the claim at the start, or was removed during the block.
+        NemoLfrError: if the folder does not contain the claim at the start, or no longer after an error.
         OSError: if the block raises it for another reason.
     """
     check_claim(state, text)
     try:
         yield
     except OSError as error:
+        # `Path.mkdir(exist_ok=True)` raises FileExistsError if a folder is removed between its two system calls.
+        is_missing = isinstance(error, (FileNotFoundError, FileExistsError))
+        end = time.monotonic() + (REMOVAL_SECONDS if is_missing else 0)
+        while text and holds_claim(state, text) and time.monotonic() < end:
+            time.sleep(0.05)
         check_claim(state, text)
-        if text and isinstance(error.filename, str) and _is_removal(error, state.parent):
-            raise _removed(state) from error
         raise
 
 
 def holds_claim(state: Path, text: str) -> bool:
     """Return whether the state folder contains the claim `text`."""
     return _read(state) == text
-
-
-def _removed(state: Path) -> NemoLfrError:
-    """Return the error that says that the output folder with the state folder `state` was removed or replaced."""
-    return NemoLfrError(
-        f"{state.parent}: this folder was removed or replaced during the run; start the run again, and choose "
-        "another --out if another run writes to this folder."
-    )
-
-
-def _is_removal(error: OSError, folder: Path) -> bool:
-    """Return whether an error says that a file or folder in `folder` has disappeared.
-
-    `Path.mkdir(exist_ok=True)` raises FileExistsError if a folder is removed between its two system calls.
-    """
-    path = os.path.realpath(error.filename)
-    if not Path(path).is_relative_to(os.path.realpath(folder)):
-        return False
-    is_file = os.path.lexists(path) and not os.path.isdir(path)
-    return isinstance(error, FileNotFoundError) or (isinstance(error, FileExistsError) and not is_file)
 
 
 def _read(state: Path) -> str | None:

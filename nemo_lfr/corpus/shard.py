@@ -82,7 +82,7 @@ def tokenize_shard(
     out = resolve(config.out)
     record = ShardRecord(index)
     staging = config.state / "staging" / f"{index:06d}.{uuid.uuid4().hex[:8]}"
-    with writing(config.state, config.claim), ExitStack() as cleanup:
+    with ExitStack() as cleanup, writing(config.state, config.claim):
         with naming(out, staging.parent):
             staging.mkdir(parents=True)
         cleanup.callback(shutil.rmtree, staging, ignore_errors=True)

@@ -231,9 +231,9 @@ def writing_folder(parent: Path) -> Iterator[Path]:
         OSError: if the folder cannot be created; the error names `parent`.
     """
     sweep(parent)
-    with contextlib.ExitStack() as cleanup:
-        while True:
-            folder = parent / f".writing-{secrets.token_hex(4)}"
+    while True:
+        folder = parent / f".writing-{secrets.token_hex(4)}"
+        with contextlib.ExitStack() as cleanup:
             # Before the folder is created, since a signal may raise an exception right after that.
             cleanup.callback(shutil.rmtree, folder, ignore_errors=True)
             try:
@@ -245,8 +245,9 @@ def writing_folder(parent: Path) -> Iterator[Path]:
             if descriptor is not None:
                 cleanup.callback(os.close, descriptor)
             if descriptor is None or folder.exists():
-                break  # otherwise another process took the folder for a leftover before it was locked, and removed it
-        yield folder
+                yield folder
+                return
+        # Before the folder was locked, another process took it for a leftover and removed it.
 
 
 def sweep(folder: Path, names: Collection[str] | None = ()) -> None:

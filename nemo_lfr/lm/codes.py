@@ -80,8 +80,8 @@ def fold(codes: Any, levels: Levels) -> Any:
     total = sum(map(len, groups))
     if codes.shape[-2] != total:
         raise TokensError(
-            f"axis -2 of the codes has size {codes.shape[-2]}, but `levels` has {total} entries; pass the levels of "
-            "all codebooks."
+            f"axis -2 of the codes has size {codes.shape[-2]}, but `levels` describes {total} dimensions; pass the "
+            "levels of all codebooks."
         )
     radices = constant([level for group in groups for level in group], codes)[:, None]
     if bool(((codes < 0) | (codes >= radices)).any()):

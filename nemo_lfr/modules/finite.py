@@ -39,7 +39,8 @@ def quantize(quantizer: Quantizer, encoded: torch.Tensor, num_frames: list[int] 
     If a frame has NaN or infinite values, all of its tokens are `INVALID`.
 
     Args:
-        quantizer: the quantizer. If a caller has changed it, its method `encode` is called, as in NeMo.
+        quantizer: the quantizer. If a caller has changed it, its method `encode` is called, as in NeMo, except under
+            `torch.compile`.
         encoded: output of the encoder.
         num_frames: valid frames in each example; default: all.
     """
@@ -55,7 +56,8 @@ def dequantize(quantizer: Quantizer, tokens: torch.Tensor, num_frames: list[int]
     """Dequantize valid tokens [B, C, T] to codes [B, D, T], which are zero after the end of each example.
 
     Args:
-        quantizer: the quantizer. If a caller has changed it, its method `decode` is called, as NeMo does.
+        quantizer: the quantizer. If a caller has changed it, its method `decode` is called, as in NeMo, except under
+            `torch.compile`.
         tokens: the tokens.
         num_frames: valid frames in each example; default: all.
     """

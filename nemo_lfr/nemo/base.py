@@ -78,6 +78,7 @@ class BaseModel(NeMoAudioCodecModel):
     _accumulated: tuple[int, int] | None = None  # epoch and number of the update to which the gradients belong
     _random_weights: WeightRecord | None  # of the random initial weights, until weights are loaded
     _restored_from: Path | None
+    _is_frozen: bool = False  # whether `freeze` was called, and `unfreeze` was not called after it
     _is_without_gan: bool = False  # whether a caller has set the discriminator to None
     _resumed: dict[str, Any] | None = None  # checkpoint of the run to resume, until training starts
 
@@ -110,6 +111,16 @@ class BaseModel(NeMoAudioCodecModel):
         self._hparams_initial["cfg"] = OmegaConf.to_container(
             cfg, resolve=True, structured_config_mode=SCMode.INSTANTIATE
         )
+
+    def freeze(self) -> None:
+        """Freeze all weights, including those of discriminators that are not built yet."""
+        super().freeze()
+        self._is_frozen = True
+
+    def unfreeze(self) -> None:
+        """Unfreeze all weights."""
+        super().unfreeze()
+        self._is_frozen = False
 
     @property
     def _is_random(self) -> bool:

@@ -103,9 +103,9 @@ class CutLoader(DataLoader[dict[str, Any]]):
     """Data loader that handles batches in which no cut can be read.
 
     Attributes:
-        keep_count: whether each unreadable batch is replaced by a copy of the previous readable batch (of the next one
-            at the start), so that all processes have the same number of batches. If False, unreadable batches are
-            dropped.
+        keep_count: whether each unreadable batch is replaced by a copy of the last readable batch, so that all
+            processes have the same number of batches. Unreadable batches before the first readable one are replaced by
+            copies of that one. If False, unreadable batches are dropped.
     """
 
     keep_count = False

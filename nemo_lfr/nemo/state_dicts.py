@@ -148,10 +148,13 @@ class StateDicts(BaseModel):
         return {key: value for key, value in state.items() if key not in discriminator}
 
     def _load_kept_discriminator(self) -> None:
-        """Load the weights that were kept for the discriminators, which are built now."""
+        """Load the weights that were kept for the discriminators, which are built now.
+
+        A warning names discriminator weights that the checkpoint of the model lacks.
+        """
         kept, self._unbuilt_discriminator = self._unbuilt_discriminator, {}
-        if not kept:
-            return
+        if not kept and self._random_weights is not None:
+            return  # no weights were loaded
         own = {key: value for key, value in super(NeMoAudioCodecModel, self).state_dict().items() if WAVLM not in key}
         kept = _spelled_for(own, kept)
         names = [key for key in own if key.startswith(DISCRIMINATOR)]

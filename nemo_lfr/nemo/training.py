@@ -123,10 +123,8 @@ class TrainingSteps(DataLoaders, StockSteps):
         if self.discriminator is not None or self._is_without_gan or not self.cfg.get("discriminator"):
             return
         config = OmegaConf.to_container(self.cfg.discriminator, resolve=True)
-        is_frozen = not any(parameter.requires_grad for parameter in self.parameters())
         self.discriminator = build_discriminator(cast(dict[str, Any], config)).to(self.device)
-        if is_frozen:  # by `freeze`, which would have frozen the discriminators of NeMo's model, too
-            self.discriminator.requires_grad_(False)
+        self.discriminator.requires_grad_(not self._is_frozen)
         if self._restored_from is not None:
             for module in self.discriminator.modules():
                 if isinstance(module, SLMDiscriminator):

@@ -1021,7 +1021,7 @@ def test_codebooks_are_regrouped_as_by_stock_and_back(nemo_file, kind):
 
 def test_codes_of_another_dimension_are_named(nemo_file):
     quantizer = ours(nemo_file).vector_quantizer
-    with pytest.raises(TokensError, match=r"codes have shape \[1, 31, 5\]; this quantizer takes \[B, 32, T\]"):
+    with pytest.raises(TokensError, match=r"the values have shape \[1, 31, 5\]; this quantizer takes \[B, 32, T\]"):
         quantizer.codes_to_indices(codes=torch.zeros(1, 31, 5), input_len=torch.tensor([5]))
 
 

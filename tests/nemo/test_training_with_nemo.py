@@ -1569,37 +1569,52 @@ def test_a_restored_model_is_trained_in_training_mode(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("discriminators", "warned"),
-    [([SMALL_STFT], ""), ([SMALL_STFT, SMALL_PERIOD], "18 of 37"), ([], "")],
+    ("trained", "tuned", "warned"),
+    [
+        ([SMALL_STFT], [SMALL_STFT], ""),
+        ([SMALL_STFT], [SMALL_STFT, SMALL_PERIOD], "18 of 37"),
+        ([SMALL_STFT], [], ""),
+        ([], [SMALL_STFT], "19 of 19"),
+        ([SMALL_PERIOD], [SMALL_PERIOD | {"channels": 4}], "16 of 18"),
+    ],
 )
-def test_discriminators_without_weights_in_the_checkpoint_are_reported(discriminators, warned, tmp_path, caplog):
-    trained = AudioCodecModel(OmegaConf.create(training_config([SMALL_STFT])))
-    trained.build_discriminator()
-    trained.save_to(tmp_path / "codec.nemo")
-    model = AudioCodecModel(OmegaConf.create(training_config(discriminators)))
-    model.maybe_init_from_pretrained_checkpoint(
-        OmegaConf.create({"init_from_nemo_model": str(tmp_path / "codec.nemo")})
-    )
-    model.build_discriminator()
+def test_discriminators_without_weights_in_the_checkpoint_are_reported(trained, tuned, warned, tmp_path, caplog):
+    before, after = (AudioCodecModel(OmegaConf.create(training_config(parts))) for parts in (trained, tuned))
+    before.build_discriminator()
+    assert "random initial values" not in caplog.text
+    before.save_to(tmp_path / "codec.nemo")
+    start = OmegaConf.create({"init_from_nemo_model": str(tmp_path / "codec.nemo")})
+    after.maybe_init_from_pretrained_checkpoint(start)
+    after.build_discriminator()
     reports = [record.getMessage() for record in caplog.records if "random initial values" in record.getMessage()]
     assert len(reports) == bool(warned) and all(report.startswith(warned) for report in reports)
-    state = trained.state_dict()
-    first = [key for key in model.state_dict() if key.startswith("discriminator.discriminators.0.")]
-    assert all(torch.equal(model.state_dict()[key], state[key]) for key in first)
+    saved = before.state_dict()
+    for key, value in after.state_dict().items():
+        if key.startswith("discriminator.") and key in saved and value.shape == saved[key].shape:
+            assert torch.equal(value, saved[key])
 
 
-@pytest.mark.parametrize("unfreezes", [False, True])
-def test_discriminators_of_a_frozen_model_are_frozen_as_in_stock(unfreezes):
+FREEZING = {
+    "freeze": lambda model: model.freeze(),
+    "freeze and unfreeze": lambda model: (model.freeze(), model.unfreeze()),
+    "parts": lambda model: (
+        model.audio_encoder.freeze(),
+        model.audio_decoder.freeze(),
+        model.vector_quantizer.freeze(),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", FREEZING)
+def test_discriminators_are_frozen_if_those_of_stock_are(kind):
     config = OmegaConf.create(training_config([SMALL_STFT]))
     states = []
     for model in (AudioCodecModel(config), StockModel(config)):
-        model.freeze()
-        if unfreezes:
-            model.unfreeze()
+        FREEZING[kind](model)
         if isinstance(model, AudioCodecModel):
             model.build_discriminator()
         states.append({name: value.requires_grad for name, value in model.discriminator.named_parameters()})
-    assert states[0] == states[1] and any(states[0].values()) == unfreezes
+    assert states[0] == states[1] and any(states[0].values()) == (kind != "freeze")
 
 
 def test_only_one_file_may_give_the_initial_weights():
