@@ -27,7 +27,7 @@ class Copies(copying.Copies, BaseModel):
 
     _not_copied: ClassVar = ("_codec", "_fabric", "_trainer")
     _shared: ClassVar = ("_train_dl", "_validation_dl", "_test_dl")
-    _kept: ClassVar = ("_random_weights", "_is_frozen", "_is_without_gan", "_restored_from", "_average")
+    _kept: ClassVar = ("_random_weights", "_is_without_gan", "_restored_from", "_average")
     _recomputed: ClassVar = ("model_guid", "_checked")
 
     def __reduce__(self) -> Any:

@@ -150,11 +150,11 @@ class StateDicts(BaseModel):
     def _load_kept_discriminator(self) -> None:
         """Load the weights that were kept for the discriminators, which are built now.
 
-        A warning names discriminator weights that the checkpoint of the model lacks.
+        A warning names weights that are missing, unless all are.
         """
         kept, self._unbuilt_discriminator = self._unbuilt_discriminator, {}
-        if not kept and self._random_weights is not None:
-            return  # no weights were loaded
+        if not kept:
+            return
         own = {key: value for key, value in super(NeMoAudioCodecModel, self).state_dict().items() if WAVLM not in key}
         kept = _spelled_for(own, kept)
         names = [key for key in own if key.startswith(DISCRIMINATOR)]
