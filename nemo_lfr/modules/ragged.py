@@ -9,6 +9,8 @@ from collections.abc import Callable
 
 import torch
 
+from nemo_lfr.errors import NemoLfrError
+
 
 def map_by_length(
     function: Callable[[torch.Tensor], torch.Tensor], inputs: torch.Tensor, lengths: list[int], out_lengths: list[int]
@@ -23,7 +25,15 @@ def map_by_length(
 
     Returns:
         [B, ..., max(out_lengths)], zero after the end of each example.
+
+    Raises:
+        NemoLfrError: within `torch.jit.trace`, whose graph would contain the lengths as constants.
     """
+    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        raise NemoLfrError(
+            "the encoder and the decoder cannot run within torch.jit.trace, because the graph would shorten longer "
+            "inputs to the lengths of the example; to get a graph of the codec, run nemo-lfr export onnx."
+        )
     if len(set(lengths)) == 1 and lengths[0] > 0:
         return function(inputs[..., : lengths[0]])[..., : out_lengths[0]]
     out: torch.Tensor | None = None

@@ -55,6 +55,15 @@ def test_tracers_raise_and_leave_the_codec_unchanged(tracer):
     assert torch.equal(Tokens()(AUDIO), expected)
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+def test_a_part_is_not_traced_with_the_lengths_of_one_example(part):
+    module = getattr(cached_codec(), part)
+    example = AUDIO[None] if part == "encoder" else torch.randn(1, 32, 20)
+    with pytest.raises(NemoLfrError, match=r"within torch\.jit\.trace"):
+        torch.jit.trace(module, (example, torch.tensor([example.shape[-1]])))
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("kind", "backend"), [(Tokens, "eager"), (Audio, "aot_eager")])
