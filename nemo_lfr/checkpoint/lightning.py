@@ -61,8 +61,10 @@ def config_text(checkpoint: Any) -> str:
     if not isinstance(config, dict):
         config = _Plain().of(_parameters(checkpoint))
     if not isinstance(config, dict):
-        raise ConfigError("the file has no hyper_parameters, so it is not a training checkpoint of NeMo; build a model from a config, and "
-            "pass the state dict of the file to its load_state_dict.")
+        raise ConfigError(
+            "the file has no hyper_parameters, so it is not a training checkpoint of NeMo; build a model from a "
+            "config, and pass the state dict of the file to its load_state_dict."
+        )
     text: str = yaml.safe_dump(config, sort_keys=False)
     return text
 

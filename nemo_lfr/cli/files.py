@@ -129,8 +129,8 @@ def _check_targets(tasks: Sequence[FileTask]) -> None:
     for task in dict.fromkeys(tasks):
         if task.target in targets:
             raise NemoLfrError(
-                f"{targets[task.target]} and {task.source} would both be written to {task.target}; process them "
-                "separately with different --out folders."
+                f"{targets[task.target]} and {task.source} would both be written to {task.target}; rename one of "
+                "them, or run the command for each of them with another --out."
             )
         if task.target == task.source:
             raise NemoLfrError(f"{task.source} is the same file as its output; pass another folder as --out.")

@@ -14,7 +14,7 @@ import soundfile
 from nemo_lfr.errors import AudioError, MissingExtraError, install_command
 from nemo_lfr.io.containers import Splice, Stream, find_mpeg, looks_like_media, unchecked_format
 from nemo_lfr.io.containers.cache import cached_streams
-from nemo_lfr.io.decoders import Decoder, LimitedDecoder, SndfileDecoder, sndfile_reason
+from nemo_lfr.io.decoders import Decoder, LimitedDecoder, ScaledDecoder, SndfileDecoder, sndfile_reason
 from nemo_lfr.io.media import MediaDecoder
 from nemo_lfr.io.regular import POINTER, POINTER_PROBLEM, not_a_file
 from nemo_lfr.io.resampling import Resampler, check_peak, check_rate, count_samples, resample
@@ -152,6 +152,8 @@ class AudioReader:
         count = self._decoder.num_frames
         if count is not None and count < stream.least_samples:
             raise AudioError(f"{_TOO_FEW.format(stream.least_samples, count)}.")
+        if stream.gain is not None and stream.gain != 1:
+            self._decoder = ScaledDecoder(self._decoder, stream.gain)
         if stream.num_samples is not None:
             self._decoder = LimitedDecoder(self._decoder, stream.num_samples)
         self._index = index

@@ -156,6 +156,42 @@ class SndfileDecoder:
         self._file.close()
 
 
+class ScaledDecoder:
+    """Decoder that multiplies the samples of another decoder by a factor.
+
+    Args:
+        decoder: the inner decoder.
+        gain: the factor.
+
+    Attributes:
+        note: `note` of the inner decoder. See `Decoder` for the other attributes.
+    """
+
+    def __init__(self, decoder: Decoder, gain: float) -> None:
+        self._decoder = decoder
+        self._gain = np.float32(gain)
+        self.rate, self.channels = decoder.rate, decoder.channels
+        self.num_frames, self.slack = decoder.num_frames, decoder.slack
+
+    @property
+    def note(self) -> str | None:
+        """Return `note` of the inner decoder."""
+        return self._decoder.note
+
+    def read(self, count: int) -> np.ndarray:
+        """Return up to `count` float32 samples, shape [n, channels]; n is 0 at the end."""
+        samples: np.ndarray = self._decoder.read(count) * self._gain
+        return samples
+
+    def seek(self, position: int) -> None:
+        """Seek to the sample with index `position`, from which `read` then continues."""
+        self._decoder.seek(position)
+
+    def close(self) -> None:
+        """Close the inner decoder."""
+        self._decoder.close()
+
+
 class LimitedDecoder:
     """Decoder that stops after a number of samples.
 

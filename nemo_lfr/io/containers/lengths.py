@@ -196,8 +196,16 @@ def caf_streams(window: Window) -> list[Stream]:
     If the header of the file stores no valid length, the stream has a header with the length of the audio.
     """
     streams = _caf_streams(window)
-    problem = _caf_packets_problem(window, to_end=bool(streams and streams[0].header))
+    problem = _caf_bits_problem(window) or _caf_packets_problem(window, bool(streams and streams[0].header))
     return [stream if stream.problem else replace(stream, problem=problem) for stream in streams]
+
+
+def _caf_bits_problem(window: Window) -> str | None:
+    """Return an error message for a CAF file with samples of 17 to 24 bits in 4 bytes; otherwise None."""
+    name, _, _, form, _, size, _, channels, bits = struct.unpack(">4sqd4sIIIII", window.at(8, 44).ljust(44, b"\0"))
+    if (name, form) == (b"desc", b"lpcm") and 16 < bits <= 24 and size == 4 * channels:
+        return f"{bits}-bit samples in 4 bytes each are not supported in CAF; export the audio again as 16-bit PCM"
+    return None
 
 
 def _caf_packets_problem(window: Window, to_end: bool) -> str | None:
@@ -293,9 +301,10 @@ def _w64_samples(window: Window, header: WavHeader, position: int, length: int) 
         # libsndfile would decode all bytes up to the end of the file.
         end = position + length
         stream = stream if stream.problem else replace(stream, spans=[(0, end)], is_file=False)
-    as_wav = samples_stream(header, [(position + 24, end)])
+    as_wav = samples_stream(window, header, [(position + 24, end)])
     # libsndfile does not read the extended description in Wave64: it would decode 32-bit floats as integers.
-    if stream.problem or (as_wav.num_samples is None and header.format[:2] != _EXTENSIBLE):
+    is_needed = as_wav.num_samples is not None or as_wav.gain is not None or header.format[:2] == _EXTENSIBLE
+    if stream.problem or not is_needed:
         return stream
     return replace(as_wav, note=stream.note or as_wav.note)
 

@@ -44,6 +44,7 @@ class Stream:
         least_samples: minimum number of samples per channel. If a decoder returns fewer, the recording is damaged.
         tail: number of samples per channel in the last page of an Ogg file; for Opus always at 48 kHz.
             libsndfile's seeks into this page may be wrong, since the page may end in the middle of a block.
+        gain: factor for the samples that a decoder returns; None if the decoder scales them.
     """
 
     spans: list[Span]
@@ -57,6 +58,7 @@ class Stream:
     num_samples: int | None = None
     least_samples: int = 0
     tail: int = 0
+    gain: float | None = None
 
 
 class Splice(SeekableBytes):

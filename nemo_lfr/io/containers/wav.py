@@ -28,6 +28,7 @@ from nemo_lfr.io.containers.stream import (
     whole_file,
 )
 from nemo_lfr.io.containers.wav_header import WavHeader, is_wav
+from nemo_lfr.io.containers.wide import WIDE_FLOATS, is_wide, wide_gain, with_size
 
 SEVERAL = "the audio contains several recordings; write it to a file, and pass the file"
 IN_LIST = "the samples are in a LIST chunk of the type wavl, which is not supported; write them to one data chunk"
@@ -234,15 +235,20 @@ def _recording(window: Window, start: int) -> tuple[list[Stream], int | None]:
         )
     # libsndfile does not read BW64, which differs from RF64 only in its name.
     is_file = exact and start == 0 and following is None and header.magic != b"BW64" and not header.is_completed
-    stream = samples_stream(header, spans)
-    if is_file and stream.num_samples is None:
+    stream = samples_stream(window, header, spans)
+    if is_file and stream.num_samples is None and stream.gain is None:
         return [whole_file(size, problem)], None
-    return [replace(stream, problem=problem, note=note or stream.note)], following
+    return [replace(stream, problem=problem or stream.problem, note=note or stream.note)], following
 
 
-def samples_stream(header: WavHeader, spans: list[Span]) -> Stream:
+def samples_stream(window: Window, header: WavHeader, spans: list[Span]) -> Stream:
     """Return one `Stream` of the samples of a WAV file, with a new header."""
     length = sum(stop - begin for begin, stop in spans)
+    if is_wide(header.format, header.order):
+        gain = wide_gain(window, header.format, header.order, spans)
+        header = replace(header, format=with_size(header.format, header.order, 3 if gain is None else 4))
+        problem = WIDE_FLOATS if gain == 0 else None
+        return Stream(spans, header.rebuilt(length), gain=1.0 if gain is None else gain, problem=problem)
     codec = wav_codec(header.format, header.order)
     stream = Stream(spans) if codec is None else codec.fit(Stream(spans), length)
     return replace(stream, header=header.rebuilt(length + stream.padding))

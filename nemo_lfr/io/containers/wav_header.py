@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from nemo_lfr.io.containers.stream import UNKNOWN_BYTES, Window
+from nemo_lfr.io.containers.wide import is_wide
 
 # Tags in the `fmt ` chunk of formats with a fixed size per sample: integers, floats, A-law, mu-law, and the extended
 # description of such a format.
@@ -72,8 +73,9 @@ class WavHeader:
 
     @property
     def is_plain(self) -> bool:
-        """Return whether all samples have the same size, as in PCM."""
-        return len(self.format) >= 2 and struct.unpack_from(f"{self.order}H", self.format)[0] in _PLAIN_TAGS
+        """Return whether all samples have the same size and a known position in their bytes, as in PCM."""
+        is_known = len(self.format) >= 2 and struct.unpack_from(f"{self.order}H", self.format)[0] in _PLAIN_TAGS
+        return is_known and not is_wide(self.format, self.order)
 
     @property
     def is_mpeg(self) -> bool:
