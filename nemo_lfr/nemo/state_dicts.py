@@ -142,7 +142,7 @@ class StateDicts(BaseModel):
         if getattr(self, "discriminator", None) is not None:
             return state
         discriminator = {key: value for key, value in state.items() if key.startswith(DISCRIMINATOR)}
-        if hasattr(self, "discriminator"):  # otherwise the caller has deleted it
+        if self.cfg.get("discriminator") and hasattr(self, "discriminator"):  # otherwise the caller has deleted it
             kept = {key: value.detach().cpu().clone() for key, value in discriminator.items()}
             self._unbuilt_discriminator = self._unbuilt_discriminator | kept
         return {key: value for key, value in state.items() if key not in discriminator}

@@ -1594,6 +1594,15 @@ def test_discriminators_without_weights_in_the_checkpoint_are_reported(trained, 
             assert torch.equal(value, saved[key])
 
 
+def test_discriminator_weights_are_dropped_if_the_config_has_no_discriminators():
+    trained = AudioCodecModel(OmegaConf.create(training_config([SMALL_STFT])))
+    trained.build_discriminator()
+    config = OmegaConf.create(training_config([]) | {"discriminator": None})
+    for model in (AudioCodecModel(config), StockModel(config)):
+        model.load_state_dict(trained.state_dict(), strict=False)
+        assert not any(key.startswith("discriminator.") for key in model.state_dict())
+
+
 FREEZING = {
     "freeze": lambda model: model.freeze(),
     "freeze and unfreeze": lambda model: (model.freeze(), model.unfreeze()),
