@@ -192,7 +192,7 @@ class StateDicts(BaseModel):
     def _added_names(self, stored: Collection[str], loaded: Sequence[torch.Tensor]) -> list[str]:
         """Return the names of stored weights for modules that a subclass added or replaced.
 
-        Tensors of NeMo's losses are left out, because they follow from the config.
+        Tensors of NeMo's losses and of WavLM are left out, because they follow from the config.
 
         Args:
             stored: names of the tensors in the checkpoint.

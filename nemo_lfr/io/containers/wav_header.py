@@ -73,7 +73,7 @@ class WavHeader:
 
     @property
     def is_plain(self) -> bool:
-        """Return whether all samples have the same size and a known position in their bytes, as in PCM."""
+        """Return whether all samples have one size, and the header says which of their bytes contain the value."""
         is_known = len(self.format) >= 2 and struct.unpack_from(f"{self.order}H", self.format)[0] in _PLAIN_TAGS
         return is_known and not is_wide(self.format, self.order)
 
