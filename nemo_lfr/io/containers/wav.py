@@ -28,7 +28,7 @@ from nemo_lfr.io.containers.stream import (
     whole_file,
 )
 from nemo_lfr.io.containers.wav_header import WavHeader, is_wav
-from nemo_lfr.io.containers.wide import WIDE_FLOATS, is_wide, wide_gain, with_size
+from nemo_lfr.io.containers.wide import is_wide, wide_layout, with_size
 
 SEVERAL = "the audio contains several recordings; write it to a file, and pass the file"
 IN_LIST = "the samples are in a LIST chunk of the type wavl, which is not supported; write them to one data chunk"
@@ -245,10 +245,9 @@ def samples_stream(window: Window, header: WavHeader, spans: list[Span]) -> Stre
     """Return one `Stream` of the samples of a WAV file, with a new header."""
     length = sum(stop - begin for begin, stop in spans)
     if is_wide(header.format, header.order):
-        gain = wide_gain(window, header.format, header.order, spans)
-        header = replace(header, format=with_size(header.format, header.order, 3 if gain is None else 4))
-        problem = WIDE_FLOATS if gain == 0 else None
-        return Stream(spans, header.rebuilt(length), gain=1.0 if gain is None else gain, problem=problem)
+        layout = wide_layout(window, header.format, header.order, spans)
+        header = replace(header, format=with_size(header.format, header.order, layout.size))
+        return Stream(spans, header.rebuilt(length), problem=layout.problem, gain=layout.gain)
     codec = wav_codec(header.format, header.order)
     stream = Stream(spans) if codec is None else codec.fit(Stream(spans), length)
     return replace(stream, header=header.rebuilt(length + stream.padding))

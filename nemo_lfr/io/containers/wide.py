@@ -6,6 +6,7 @@ libsndfile guesses the case from the first samples, and reads a pipe as if each 
 
 import struct
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -32,18 +33,28 @@ def is_wide(form: bytes, order: str) -> bool:
     return is_linear and channels > 0 and align == 4 * channels and 16 < bits <= 24
 
 
-def wide_gain(window: Window, form: bytes, order: str, spans: Sequence[Span]) -> float | None:
-    """Return the factor for samples that are read as 32-bit integers, for a file for which `is_wide` is true.
+class WideLayout(NamedTuple):
+    """How to read the samples of a file for which `is_wide` is true.
+
+    Attributes:
+        size: number of bytes per sample.
+        gain: factor for the samples, which are read as integers of this size.
+        problem: error message if the samples cannot be read; None otherwise.
+    """
+
+    size: int
+    gain: float = 1.0
+    problem: str | None = None
+
+
+def wide_layout(window: Window, form: bytes, order: str, spans: Sequence[Span]) -> WideLayout:
+    """Find out how the samples of a file are stored for which `is_wide` is true.
 
     Args:
         window: the file.
         form: content of the `fmt ` chunk.
         order: byte order in the notation of `struct`.
         spans: byte ranges of the samples.
-
-    Returns:
-        1 if the bits are in the high bytes, and a power of two if they are in the low bytes. 0 if the samples are
-        floats, which Cool Edit wrote with the same header. None if the samples have 3 bytes.
     """
     bits = struct.unpack_from(f"{order}H", form, 14)[0]
     is_low = is_high = is_float = True
@@ -56,8 +67,12 @@ def wide_gain(window: Window, form: bytes, order: str, spans: Sequence[Span]) ->
             sizes = np.abs(np.frombuffer(data, f"{order}f4", len(data) // 4))
             is_float = is_float and bool(((sizes == 0) | ((sizes > 1e-12) & (sizes < 1e8))).all())
     if is_low:  # also if both are true: samples in the high bytes would then have a level below -48 dB
-        return float(1 << 32 - bits)
-    return 1.0 if is_high else 0.0 if is_float else None
+        return WideLayout(4, float(1 << 32 - bits))
+    if is_high:
+        return WideLayout(4)
+    if is_float:  # Cool Edit wrote floats with this header
+        return WideLayout(4, problem=WIDE_FLOATS)
+    return WideLayout(3)
 
 
 def with_size(form: bytes, order: str, size: int) -> bytes:
