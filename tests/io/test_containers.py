@@ -130,6 +130,7 @@ WHOLE = {
     "ID3 after": wav(chunk(b"data", pcm()), chunk(b"id3 ", b"ID3\x04\0\0\0\0\0\0" * 40)),
     "tag after the RIFF chunk": wav(chunk(b"data", pcm())) + b"TAG" + b"title".ljust(125, b"\0"),
     "zeros after the RIFF chunk": wav(chunk(b"data", pcm())) + bytes(512),
+    "zeros before the data chunk": wav(b"\0" * 16, chunk(b"data", pcm())),
     "odd chunk without its pad byte": wav(chunk(b"note", b"abc", pad=False), chunk(b"data", pcm())),
     "two data chunks": wav(chunk(b"data", pcm()[:2000]), chunk(b"JUNK", b"12"), chunk(b"data", pcm()[2000:])),
     "RF64": rf64(SIZE),

@@ -197,6 +197,9 @@ def _recording(window: Window, start: int) -> tuple[list[Stream], int | None]:
     while position + 8 <= size:
         name, length = struct.unpack(f"{header.order}4sI", window.at(position, 8))
         begin = position + 8
+        if not spans and not any(name) and (after := after_zeros(window, position)) > position:
+            position, exact = after, False
+            continue
         if spans and name in (b"RIFF", b"RIFX", b"RF64", b"BW64") and window.at(begin, 4) == b"WAVE":
             following = position
             break
