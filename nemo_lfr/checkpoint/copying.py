@@ -50,11 +50,13 @@ class Copies:
         state, recipe = model.state_dict(), self._recipe()
         build: Any = functools.partial(self._rebuilt, recipe)
         settings = settings_to_pickle(model, state, build, skipped=self._recomputed)
+        # Pickled as parameters, so that an optimizer that is pickled with the model keeps its parameters.
+        variables = {name: value for name, value in model.state_dict(keep_vars=True).items() if value.is_leaf}
         content = {
             "form": _FORM,
             "class": type(self),
             "recipe": recipe,
-            "state": state,
+            "state": state | variables,
             "flags": flags_of(model),
             "kept": {name: getattr(self, name) for name in self._kept},
         }

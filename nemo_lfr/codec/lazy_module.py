@@ -12,6 +12,7 @@ from nemo_lfr.checkpoint import Checkpoint
 from nemo_lfr.codec.ambient import building_state
 from nemo_lfr.errors import CheckpointError
 from nemo_lfr.modules.weight_norm import CANONICAL, SumOrder, folded_weight
+from nemo_lfr.modules.weights import current_value
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -115,5 +116,5 @@ def _plain_state(module: nn.Module, order: SumOrder = CANONICAL) -> list[tuple[s
             state[f"{name}.weight"] = folded_weight(child, order)
         if parametrize.is_parametrized(child):  # also a bias or an alpha that a caller has parametrized
             others = [key for key in child.parametrizations if key != "weight"]
-            state |= {f"{name}.{key}": getattr(child, key).detach() for key in others}
+            state |= {f"{name}.{key}": current_value(child, key).detach() for key in others}
     return sorted(state.items())

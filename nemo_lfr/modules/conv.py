@@ -16,7 +16,7 @@ from torch.nn.utils.parametrizations import weight_norm as add_weight_norm
 from nemo_lfr.errors import ConfigError
 from nemo_lfr.modules.altered import must_be_called
 from nemo_lfr.modules.padding import PAD_MODES, pad_signal
-from nemo_lfr.modules.weights import contiguous_values
+from nemo_lfr.modules.weights import contiguous_values, current_value
 
 
 def channels_last(hidden: torch.Tensor) -> torch.Tensor:
@@ -329,11 +329,12 @@ def fold(layer: Conv1d | ConvTranspose1d) -> tuple[torch.Tensor, torch.Tensor | 
         Weight [H_out, H_in, K], and bias [H_out] or None. For a converted layer, the shapes are
         [stride * H_out, H_in, 2] and [stride * H_out]. A grouped transposed layer keeps PyTorch's shapes.
     """
-    bias = None if layer.conv.bias is None else contiguous_values(layer.conv.bias)
+    weight, bias = current_value(layer.conv, "weight"), current_value(layer.conv, "bias")
+    bias = None if bias is None else contiguous_values(bias)
     if isinstance(layer, Conv1d) or layer.conv.groups > 1:
-        return contiguous_values(layer.conv.weight), bias
+        return contiguous_values(weight), bias
     stride = layer.conv.stride[0]
-    return _phase_weight(layer.conv.weight.detach(), stride), None if bias is None else bias.repeat(stride)
+    return _phase_weight(weight.detach(), stride), None if bias is None else bias.repeat(stride)
 
 
 def _phase_weight(weight: torch.Tensor, stride: int) -> torch.Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from nemo_lfr.modules.weights import contiguous_values
+from nemo_lfr.modules.weights import contiguous_values, current_value
 
 BLOCK = 1 << 16  # number of weights whose squares are summed at once, so that they fit into the CPU cache
 
@@ -130,5 +130,5 @@ def folded_weight(conv: nn.Module, order: SumOrder = CANONICAL) -> torch.Tensor:
         weight: Any = conv.parametrizations["weight"]  # type: ignore[index]
         if len(weight) == 1 and type(weight[0]).__name__ == "_WeightNorm" and weight[0].dim == 0:
             return fold_weight_norm(weight.original1, weight.original0, order)
-    plain: torch.Tensor = conv.weight  # type: ignore[assignment]
+    plain: torch.Tensor = current_value(conv, "weight")
     return plain.detach()

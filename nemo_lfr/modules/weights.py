@@ -20,6 +20,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 # Number of columns of a checksum. It is prime, so a weight that moves by whole kernels or channels changes its column.
 COLUMNS = 509
@@ -105,6 +106,16 @@ def contiguous_values(parameter: torch.Tensor) -> torch.Tensor:
     """
     values = parameter.detach() if parameter.layout is torch.strided else parameter.detach().to_dense()
     return values.resolve_neg().contiguous()
+
+
+def current_value(module: nn.Module, name: str) -> Any:
+    """Return a parameter of a module.
+
+    A parametrized parameter is computed anew, even if `torch.nn.utils.parametrize.cached` has an older value.
+    """
+    if parametrize.is_parametrized(module, name):
+        return module.parametrizations[name]()  # type: ignore[index, operator]
+    return getattr(module, name)
 
 
 def weights_version(*modules: nn.Module) -> Callable[[], Any]:

@@ -135,6 +135,8 @@ WHOLE = {
     "two data chunks": wav(chunk(b"data", pcm()[:2000]), chunk(b"JUNK", b"12"), chunk(b"data", pcm()[2000:])),
     "RF64": rf64(SIZE),
     "RF64 whose long size is unknown": rf64(0),
+    "RF64 with a short size, and a long size of 0": rf64(0, SIZE),
+    "RF64 with a short size, and a long size of half of it": rf64(SIZE // 4 * 2, SIZE),
     "BW64": b"BW64" + rf64(SIZE)[4:],
     "FLAC": flac(),
     "FLAC of unknown length": flac(known=False),

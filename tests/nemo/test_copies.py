@@ -146,6 +146,17 @@ def test_copies_compute_the_same(model, change):
         assert_same(model, other)
 
 
+@pytest.mark.parametrize("change", ["nothing", "dtype and gradients", "no weight norm", "compiled"])
+def test_a_pickled_optimizer_changes_the_weights_of_the_model_in_the_same_pickle(model, change):
+    KEPT[change](model.float())
+    model.requires_grad_(True)
+    other, optimizer = pickled((model, torch.optim.SGD(model.parameters(), 0.1)))
+    named = {id(value): name for name, value in other.named_parameters()}
+    changed = [named.get(id(value), "") for value in optimizer.param_groups[0]["params"]]
+    assert all(changed) or change == "no weight norm"  # whose weights are converted
+    assert sum(map(bool, changed)) > 10
+
+
 @pytest.mark.parametrize("rebuild", [copying.unpickled, copies._unpickled, AudioCodecModel.__new__])
 def test_pickles_of_another_version_are_refused(model, rebuild):
     """The first pickle has another form, the second one calls an earlier function, the third one sets attributes."""

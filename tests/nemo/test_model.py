@@ -772,3 +772,18 @@ def test_lengths_of_frames_are_int64_as_in_nemo(nemo_file, dtype):
         with torch.no_grad():
             _, encoded_len = model.encode_audio(**inputs)
         assert (encoded_len.dtype, encoded_len.tolist()) == (torch.int64, [8])
+
+
+def test_weights_cached_by_parametrize_do_not_outlive_their_context(nemo_file):
+    model = AudioCodecModel.restore_from(nemo_file, map_location="cpu").eval()
+    audio, audio_len = speech_like(5000)[None], torch.tensor([5000])
+    with torch.nn.utils.parametrize.cached():
+        model.audio_encoder(audio=audio, audio_len=audio_len)  # fills the cache
+        with torch.no_grad():
+            for value in model.audio_encoder.parameters():
+                value.mul_(1.2)
+        model.encode(audio=audio, audio_len=audio_len)
+    tokens, _ = model.encode(audio=audio, audio_len=audio_len)
+    fresh = AudioCodecModel(model.cfg).eval()
+    fresh.load_state_dict(model.state_dict())
+    assert torch.equal(tokens, fresh.encode(audio=audio, audio_len=audio_len)[0])

@@ -14,7 +14,7 @@ from torch import nn
 from nemo_lfr.modules.activation import CodecActivation, HalfSnake, Snake
 from nemo_lfr.modules.conv import Conv1d, ConvTranspose1d, fold, interleave
 from nemo_lfr.modules.padding import fill_padding
-from nemo_lfr.modules.weights import contiguous_values
+from nemo_lfr.modules.weights import contiguous_values, current_value
 
 
 @dataclass(frozen=True)
@@ -56,10 +56,13 @@ class Activation:
             case nn.LeakyReLU() if known:
                 return cls(inner, "lrelu", inner.negative_slope)
             case Snake() if known:
-                return cls(inner, "snake", 0.0, contiguous_values(inner.alpha).flatten())
+                return cls(inner, "snake", 0.0, contiguous_values(current_value(inner, "alpha")).flatten())
             case HalfSnake() if known:
                 return cls(
-                    inner, "snake", inner.lrelu.negative_slope, contiguous_values(inner.snake_act.alpha).flatten()
+                    inner,
+                    "snake",
+                    inner.lrelu.negative_slope,
+                    contiguous_values(current_value(inner.snake_act, "alpha")).flatten(),
                 )
         return cls(inner)
 

@@ -237,7 +237,7 @@ def _recording(window: Window, start: int) -> tuple[list[Stream], int | None]:
             or "the audio contains DTS or AC-3, although its header says linear PCM; convert it to WAV with ffmpeg"
         )
     # libsndfile does not read BW64, which differs from RF64 only in its name.
-    is_file = exact and start == 0 and following is None and header.magic != b"BW64" and not header.is_completed
+    is_file = exact and start == 0 and following is None and header.magic != b"BW64" and not header.is_changed
     stream = samples_stream(window, header, spans)
     if is_file and stream.num_samples is None and stream.gain is None:
         return [whole_file(size, problem)], None

@@ -56,6 +56,15 @@ class WavHeader:
             return self.long_size
         return self.data_size
 
+    @property
+    def is_changed(self) -> bool:
+        """Return whether libsndfile would read the samples in another way than this header says.
+
+        For RF64, libsndfile uses the size in the `ds64` chunk even if the `data` chunk declares a size.
+        """
+        has_two_sizes = self.long_size not in (None, self.data_size) and self.data_size != 0xFFFFFFFF
+        return self.is_completed or has_two_sizes
+
     def includes_header(self, begin: int, available: int) -> bool:
         """Return whether the declared size of the samples includes the header, as in files of some recorders.
 
