@@ -144,6 +144,7 @@ WHOLE = {
     "AU of length 0": au(0),
     "AU of half its length": au(SIZE // 2),
     "AIFF of length 0": aiff(zero=True),
+    "AIFF of sox into a pipe": aiff_of(0x7F000008),
     "CAF of unknown length": caf(-1),
     "CAF of length 0": caf(0),
     "CAF of half its length": caf(SIZE // 4 * 2 + 4),

@@ -37,6 +37,8 @@ _AIFC_SAMPLES = {b"ima4": 64, b"GSM ": 160}  # samples per block
 _CAF_CHUNKS = frozenset(b"chan edct free info inst kuki mark midi ovvw pakt peak regn strg umid uuid".split())
 # Name of a Wave64 chunk, a GUID of 16 bytes: four letters, digits or spaces, four constant bytes, and eight others.
 _W64_CHUNK = re.compile(rb"[a-zA-Z0-9 ]{4}\xf3\xac\xd3\x11.{8}", re.DOTALL)
+# Sizes of the samples, in a whole number of frames, that sox declares in an AIFF header that it writes to a pipe.
+_SOX_UNKNOWN = range(0x7F000008 - 256, 0x7F000008 + 1)
 _EXTENSIBLE = b"\xfe\xff"  # tag of a WAVEFORMATEXTENSIBLE description
 _W64_FORMAT = 1 << 16  # maximum size in bytes of the description of the samples
 # A length field in a header: position, format in the notation of `struct`, number to add to the length, and unit of
@@ -142,7 +144,7 @@ def _aiff_samples(window: Window, common: int, position: int, length: int) -> li
     offset = int.from_bytes(window.at(position + 8, 4), "big")
     channels, count, bits = struct.unpack(">hIh", window.at(common, 8))
     kind = window.at(common + 18, 4) if window.at(8, 4) == b"AIFC" else b"NONE"
-    is_known = 8 + offset < length < UNKNOWN_BYTES
+    is_known = 8 + offset < length < UNKNOWN_BYTES and length not in _SOX_UNKNOWN
     if is_known and length > available:
         return [whole_file(window.size, cut_short(length, available))]
     if is_known:
