@@ -136,6 +136,7 @@ WHOLE = {
     "RF64": rf64(SIZE),
     "RF64 whose long size is unknown": rf64(0),
     "RF64 with a short size, and a long size of 0": rf64(0, SIZE),
+    "RF64 with a short size of 0, and a chunk behind": rf64(SIZE, 0) + chunk(b"bext", b"1234" * 50),
     "RF64 with a short size, and a long size of half of it": rf64(SIZE // 4 * 2, SIZE),
     "BW64": b"BW64" + rf64(SIZE)[4:],
     "FLAC": flac(),
@@ -733,6 +734,12 @@ NOT_TAKEN_APART = {
     "MP3 with a tag after WAV with a list": wav(chunk(b"data", pcm()), chunk(b"LIST", b"INFOISFT\x05\0\0\0Lavf\0"))
     + ID3
     + written(format="MP3"),
+    "AIFF of sox into a pipe, twice": (
+        aiff_of(0x7F000008)
+        + aiff_of(0x7F000008).replace(
+            b"COMM", b"COMT\0\0\0\x0c" + struct.pack(">HIHH2s", 1, 0, 0, 2, b"ab") + b"COMM", 1
+        )
+    ),
     "FLAC after MP3 with a tag": written(format="MP3") + b"TAG".ljust(128, b"\0") + flac(),
 }
 

@@ -21,7 +21,8 @@ _NO_LENGTH = "its header declares no length, so it is unknown whether the file i
 LOOK_BYTES = 1 << 15
 # Beginnings of files with at least eight constant bytes, which samples are unlikely to contain by chance.
 _HEADERS = re.compile(
-    rb"(?:RIFF|RIFX).{4}WAVE(?:fmt |bext|JUNK|LIST|fact)|R[FW]64.{4}WAVEds64|FORM.{4}AIF[FC](?:COMM|FVER)"
+    rb"(?:RIFF|RIFX).{4}WAVE(?:fmt |bext|JUNK|LIST|fact)|R[FW]64.{4}WAVEds64"
+    rb"|FORM.{4}AIF[FC](?:COMM|FVER|COMT|ANNO|NAME|AUTH|MARK|INST|APPL|CHAN|SSND)"
     rb"|fLaC[\x00\x80]\0\0\x22|OggS\0\x02.{8}.{4}\0\0\0\0|caff\0\x01\0\0desc|riff\x2e\x91\xcf\x11|NIST_1A\n   1024"
     rb"|\.snd\0\0\0[\x18-\x40].{4}\0\0\0|\0\0\0.ftyp[a-zA-Z0-9 ]{4}|Creative Voice File",
     re.DOTALL,

@@ -52,7 +52,7 @@ class WavHeader:
     @property
     def declared(self) -> int:
         """Return the declared size of the samples in bytes."""
-        if self.data_size == 0xFFFFFFFF and self.long_size is not None:
+        if self.data_size in (0, 0xFFFFFFFF) and self.long_size is not None:
             return self.long_size
         return self.data_size
 
