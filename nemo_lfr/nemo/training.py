@@ -163,6 +163,11 @@ class TrainingSteps(DataLoaders, StockSteps):
             return []
         if self._trainer is not None and not self.automatic_optimization:  # a subclass may turn it on
             check_gradients(self._trainer)  # before Lightning, whose own message does not name the model's options
+        if self.log_config is None and self.cfg.get("log_config"):
+            logger.warning(
+                "no clips are decoded during the training, because log_config in the checkpoint lists manifests that "
+                "do not exist here; to decode clips, assign settings to model.log_config before the training."
+            )
         with unset_keys_named():
             callbacks: list[Callback] = super().configure_callbacks()
         if callbacks and self.log_config.get("log_spectrograms"):

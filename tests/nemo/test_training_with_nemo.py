@@ -353,7 +353,7 @@ def test_a_cpu_updates_with_fused_adam_unless_the_config_says_otherwise():
     torch.testing.assert_close(ends[0], ends[1], rtol=1e-4, atol=1e-5)
 
 
-def test_a_saved_model_is_validated_without_its_logged_clips(tmp_path):
+def test_a_saved_model_is_validated_and_trained_without_its_logged_clips(tmp_path, caplog):
     nemo = "nemo.collections.tts."
     log = {
         "log_dir": str(tmp_path),
@@ -377,6 +377,10 @@ def test_a_saved_model_is_validated_without_its_logged_clips(tmp_path):
     assert metrics["val_loss"] > 0
     with pytest.raises(ConfigError, match=r"gone\.json"):
         train(model, [batch(frames=8)])
+    model.save_to(tmp_path / "codec.nemo")
+    restored = AudioCodecModel.restore_from(tmp_path / "codec.nemo")
+    train(restored, [batch(frames=8)])
+    assert "no clips are decoded during the training, because log_config in the checkpoint lists" in caplog.text
 
 
 def test_wavlm_is_neither_loaded_before_a_step_nor_trained_nor_saved(wavlm):
