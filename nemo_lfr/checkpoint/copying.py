@@ -4,7 +4,7 @@ import copy
 import functools
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
-from nemo_lfr.checkpoint.names import spell_as
+from nemo_lfr.checkpoint.names import plain_key, spell_as
 from nemo_lfr.checkpoint.rebuilt import flags_of, restore_flags, restore_settings, settings_to_pickle
 from nemo_lfr.errors import CheckpointError
 
@@ -51,7 +51,11 @@ class Copies:
         build: Any = functools.partial(self._rebuilt, recipe)
         settings = settings_to_pickle(model, state, build, skipped=self._recomputed)
         # Pickled as parameters, so that an optimizer that is pickled with the model keeps its parameters.
-        variables = {name: value for name, value in model.state_dict(keep_vars=True).items() if value.is_leaf}
+        # A layer without weight norm has another parameter than the state dict, and is not included.
+        named = {plain_key(name): value for name, value in model.named_parameters()}
+        variables = {
+            name: value for name, value in model.state_dict(keep_vars=True).items() if named.get(name) is value
+        }
         content = {
             "form": _FORM,
             "class": type(self),

@@ -241,7 +241,10 @@ def writing_folder(parent: Path) -> Iterator[Path]:
             except OSError as error:
                 cleanup.pop_all()
                 raise OSError(error.errno, error.strerror, str(parent)) from error
-            descriptor = _open_folder(str(folder))
+            try:
+                descriptor = _open_folder(str(folder))
+            except FileNotFoundError:
+                continue
             if descriptor is not None:
                 cleanup.callback(os.close, descriptor)
             if descriptor is None or folder.exists():

@@ -111,7 +111,7 @@ def contiguous_values(parameter: torch.Tensor) -> torch.Tensor:
 def current_value(module: nn.Module, name: str) -> Any:
     """Return a parameter of a module.
 
-    A parametrized parameter is computed anew, even if `torch.nn.utils.parametrize.cached` has an older value.
+    A parametrized parameter is computed again, even if `torch.nn.utils.parametrize.cached` has an older value.
     """
     if parametrize.is_parametrized(module, name):
         return module.parametrizations[name]()  # type: ignore[index, operator]

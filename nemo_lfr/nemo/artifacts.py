@@ -1,11 +1,13 @@
-"""Log spectrogram images of the clips that NeMo's logging callback logs as audio."""
+"""Log spectrogram images of the clips that NeMo's logging callback logs as audio, and find missing lists of clips."""
 
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
 from nemo.collections.tts.parts.utils.callbacks import ArtifactGenerator, AudioArtifact, ImageArtifact, create_id
+from omegaconf import DictConfig, OmegaConf
 
 from nemo_lfr.signal.spectra import Spectra
 
@@ -42,6 +44,19 @@ class SpectrogramGenerator(ArtifactGenerator):
             if initial_log:
                 images.append(_image(audio[index, :length], dataset, f"{clip}_spectrogram_in"))
         return [], images
+
+
+def lists_missing_manifests(section: DictConfig | None) -> bool:
+    """Return whether a data section lists manifests that do not exist.
+
+    `save_to` removes the folders from the paths of manifests, so they may exist only where the model was trained.
+    """
+    values: Any = None if section is None else OmegaConf.to_container(section, resolve=False)
+    for key in ("dataset", "dataset_meta"):
+        values = values.get(key) if isinstance(values, dict) else None
+    datasets = values.values() if isinstance(values, dict) else ()
+    paths = [dataset.get("manifest_path") for dataset in datasets if isinstance(dataset, dict)]
+    return any(isinstance(path, str) and "${" not in path and not os.path.isfile(path) for path in paths)
 
 
 def _image(audio: torch.Tensor, dataset: str, name: str) -> ImageArtifact:

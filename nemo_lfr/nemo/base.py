@@ -5,7 +5,7 @@ MissingExtraError with a one-line message.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf, SCMode
@@ -17,6 +17,9 @@ from nemo_lfr.training.audio_discriminator import AudioDiscriminator
 from nemo_lfr.training.average import Average, WeightRecord
 from nemo_lfr.training.components import AudioTerms
 from nemo_lfr.training.losses import CodecLosses
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 try:
     import wrapt
@@ -78,6 +81,7 @@ class BaseModel(NeMoAudioCodecModel):
     _accumulated: tuple[int, int] | None = None  # epoch and number of the update to which the gradients belong
     _random_weights: WeightRecord | None  # of the random initial weights, until weights are loaded
     _restored_from: Path | None
+    _restored_log_config: DictConfig | None = None  # the `log_config` that `restore_from` read
     _is_frozen: bool = False  # whether `freeze` was called, and `unfreeze` was not called after it
     _is_without_gan: bool = False  # whether a caller has set the discriminator to None
     _resumed: dict[str, Any] | None = None  # checkpoint of the run to resume, until training starts
@@ -121,6 +125,12 @@ class BaseModel(NeMoAudioCodecModel):
         """Unfreeze all weights."""
         super().unfreeze()
         self._is_frozen = False
+
+    def requires_grad_(self, requires_grad: bool = True) -> "Self":
+        """Set whether the weights are trained, including those of discriminators that are not built yet."""
+        super().requires_grad_(requires_grad)
+        self._is_frozen = not requires_grad
+        return self
 
     @property
     def _is_random(self) -> bool:

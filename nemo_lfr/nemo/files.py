@@ -120,8 +120,7 @@ class NemoFiles(PackedFiles):
             READ_PARTS.reset(read_parts)
         model.load_rest(tensors, loaded)
         model._restored_from = path
-        if override is None and _lists_missing_manifests(model.log_config):
-            model.log_config = None
+        model._restored_log_config = model.log_config if override is None else None
         if save_restore_connector is not None:
             model._save_restore_connector = save_restore_connector
         elif path.is_dir() and model.has_artifacts():  # `save_to` packs the files of this folder again
@@ -351,16 +350,6 @@ def _stock(cls: type[BaseModel], name: str) -> Any:
     then mistake for a constructor.
     """
     return getattr(NeMoAudioCodecModel, name).__func__.__get__(cls)
-
-
-def _lists_missing_manifests(section: DictConfig | None) -> bool:
-    """Return whether a data section lists manifests that do not exist, as after `_without_folders`."""
-    values: Any = None if section is None else OmegaConf.to_container(section, resolve=False)
-    for key in ("dataset", "dataset_meta"):
-        values = values.get(key) if isinstance(values, dict) else None
-    datasets = values.values() if isinstance(values, dict) else ()
-    paths = [dataset.get("manifest_path") for dataset in datasets if isinstance(dataset, dict)]
-    return any(isinstance(path, str) and "${" not in path and not os.path.isfile(path) for path in paths)
 
 
 def _without_folders(config: DictConfig) -> DictConfig:

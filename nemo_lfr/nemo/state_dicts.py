@@ -53,7 +53,9 @@ class StateDicts(BaseModel):
         state = super().state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
         own = {key.removeprefix(prefix): state.pop(key) for key in list(state) if key.startswith(prefix)}
         plain = plain_keys(own.items(), type(self).__name__)
-        plain = spell_as(_stock_names(plain), plain) | self._unbuilt_discriminator
+        plain = spell_as(_stock_names(plain), plain)
+        if self._unbuilt_discriminator and self.cfg.get("discriminator"):  # not if a caller has removed the section
+            plain |= self._unbuilt_discriminator
         state.update({prefix + key: value for key, value in plain.items() if not _is_wavlm(key)})
         if (metadata := getattr(state, "_metadata", None)) is not None:
             state._metadata = type(metadata)((plain_key(key), value) for key, value in metadata.items())

@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 
 from nemo_lfr.checkpoint import PARTS, load_parts
 from nemo_lfr.errors import ConfigError
-from nemo_lfr.nemo.artifacts import SpectrogramGenerator
+from nemo_lfr.nemo.artifacts import SpectrogramGenerator, lists_missing_manifests
 from nemo_lfr.nemo.base import DISCRIMINATOR, WAVLM
 from nemo_lfr.nemo.callback import CodecCallback, FirstCallback
 from nemo_lfr.nemo.config import (
@@ -124,7 +124,8 @@ class TrainingSteps(DataLoaders, StockSteps):
             return
         config = OmegaConf.to_container(self.cfg.discriminator, resolve=True)
         self.discriminator = build_discriminator(cast(dict[str, Any], config)).to(self.device)
-        self.discriminator.requires_grad_(not self._is_frozen)
+        if self._is_frozen:
+            self.discriminator.requires_grad_(False)
         if self._restored_from is not None:
             for module in self.discriminator.modules():
                 if isinstance(module, SLMDiscriminator):
@@ -163,11 +164,17 @@ class TrainingSteps(DataLoaders, StockSteps):
             return []
         if self._trainer is not None and not self.automatic_optimization:  # a subclass may turn it on
             check_gradients(self._trainer)  # before Lightning, whose own message does not name the model's options
-        if self.log_config is None and self.cfg.get("log_config"):
+        if (
+            self.log_config
+            and self.log_config is self._restored_log_config
+            and lists_missing_manifests(self.log_config)
+        ):
             logger.warning(
-                "no clips are decoded during the training, because log_config in the checkpoint lists manifests that "
-                "do not exist here; to decode clips, assign settings to model.log_config before the training."
+                "no clips are decoded during the training, because log_config in %s lists manifests that do not exist "
+                "here; to decode clips, change model.log_config before the training.",
+                self._restored_from,
             )
+            return [RunLock()]
         with unset_keys_named():
             callbacks: list[Callback] = super().configure_callbacks()
         if callbacks and self.log_config.get("log_spectrograms"):

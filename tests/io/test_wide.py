@@ -15,7 +15,7 @@ from nemo_lfr.io.token_file import TokenReader
 from tests.crash import ROOT
 from tests.models import RATE, synthesize
 
-PCM_GUID = b"\x01\0\0\0\0\0\x10\0\x80\0\0\xaa\0\x38\x9b\x71"
+GUID_END = b"\0\0\x10\0\x80\0\0\xaa\0\x38\x9b\x71"
 SPEECH = synthesize(0.5, seed=3)
 
 
@@ -23,7 +23,7 @@ def wav(values: np.ndarray, bits: int, order: str = "<", channels: int = 1, tag:
     """Return a WAV file whose header declares `bits` per sample and 4 bytes for each value."""
     form = struct.pack(f"{order}HHIIHH", tag, channels, RATE, RATE * 4 * channels, 4 * channels, bits)
     if tag != 1:
-        form += struct.pack(f"{order}HHI", 22, bits, 0) + PCM_GUID
+        form += struct.pack(f"{order}HHII", 22, bits, 0, 1) + GUID_END
     data = values.tobytes()
     chunks = struct.pack(f"{order}4sI", b"fmt ", len(form)) + form + struct.pack(f"{order}4sI", b"data", len(data))
     start = struct.pack(f"{order}4sI4s", b"RIFF" if order == "<" else b"RIFX", 4 + len(chunks) + len(data), b"WAVE")
@@ -42,7 +42,7 @@ def read(data: bytes) -> np.ndarray:
 
 @pytest.mark.parametrize("is_high", [False, True])
 @pytest.mark.parametrize("bits", [18, 20, 24])
-@pytest.mark.parametrize(("order", "tag"), [("<", 1), (">", 1), ("<", 0xFFFE)])
+@pytest.mark.parametrize(("order", "tag"), [("<", 1), (">", 1), ("<", 0xFFFE), (">", 0xFFFE)])
 @pytest.mark.parametrize("gain", [1.0, 0.002])
 def test_samples_are_read_from_the_low_or_the_high_bytes(is_high, bits, order, tag, gain):
     if is_high and gain < 2**-8:
@@ -60,15 +60,22 @@ def test_channels_are_mixed_and_short_or_silent_clips_are_read():
         assert np.abs(read(wav(integers(wave, 24, is_high=False), 24)) - wave).max() < 1e-6
 
 
-def test_floats_with_a_header_of_integers_are_refused():
-    with pytest.raises(AudioError, match=r"clip\.wav: the samples are floating-point numbers, although the header"):
-        read(wav(SPEECH.astype("<f4"), 24))
+def packed() -> np.ndarray:
+    return np.ascontiguousarray(integers(SPEECH, 24, is_high=False).view(np.uint8).reshape(-1, 4)[:, :3])
 
 
-def test_packed_samples_with_a_wrong_block_size_are_read():
-    packed = integers(SPEECH, 24, is_high=False).view(np.uint8).reshape(-1, 4)[:, :3]
-    heard = read(wav(np.ascontiguousarray(packed), 24))
-    assert heard.shape == SPEECH.shape and np.abs(heard - SPEECH).max() < 1e-6
+UNKNOWN = {
+    "floats": SPEECH.astype("<f4"),
+    "samples of 3 bytes": packed(),
+    "a high byte of zeros": integers(SPEECH, 24, is_high=False) & 0xFFFFFF,
+    "all 32 bits": integers(SPEECH, 32, is_high=False),
+}
+
+
+@pytest.mark.parametrize("kind", UNKNOWN)
+def test_bits_in_another_position_are_refused(kind):
+    with pytest.raises(AudioError, match=r"clip\.wav: the header declares 24 bits in 4 bytes for each sample, but"):
+        read(wav(UNKNOWN[kind], 24))
 
 
 def test_caf_with_such_samples_is_refused():

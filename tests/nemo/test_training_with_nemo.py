@@ -380,7 +380,10 @@ def test_a_saved_model_is_validated_and_trained_without_its_logged_clips(tmp_pat
     model.save_to(tmp_path / "codec.nemo")
     restored = AudioCodecModel.restore_from(tmp_path / "codec.nemo")
     train(restored, [batch(frames=8)])
-    assert "no clips are decoded during the training, because log_config in the checkpoint lists" in caplog.text
+    assert "no clips are decoded during the training, because log_config in" in caplog.text
+    restored.log_config = OmegaConf.create(log)  # set by the user, so it is an error
+    with pytest.raises(ConfigError, match=r"gone\.json"):
+        train(restored, [batch(frames=8)])
 
 
 def test_wavlm_is_neither_loaded_before_a_step_nor_trained_nor_saved(wavlm):
@@ -1610,6 +1613,8 @@ def test_discriminator_weights_are_dropped_if_the_config_has_no_discriminators()
 FREEZING = {
     "freeze": lambda model: model.freeze(),
     "freeze and unfreeze": lambda model: (model.freeze(), model.unfreeze()),
+    "requires_grad_": lambda model: model.requires_grad_(False),
+    "freeze and requires_grad_": lambda model: (model.freeze(), model.requires_grad_(True)),
     "parts": lambda model: (
         model.audio_encoder.freeze(),
         model.audio_decoder.freeze(),
@@ -1627,7 +1632,7 @@ def test_discriminators_are_frozen_if_those_of_stock_are(kind):
         if isinstance(model, AudioCodecModel):
             model.build_discriminator()
         states.append({name: value.requires_grad for name, value in model.discriminator.named_parameters()})
-    assert states[0] == states[1] and any(states[0].values()) == (kind != "freeze")
+    assert states[0] == states[1] and any(states[0].values()) == (kind not in ("freeze", "requires_grad_"))
 
 
 def test_only_one_file_may_give_the_initial_weights():

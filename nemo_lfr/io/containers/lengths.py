@@ -305,7 +305,9 @@ def _w64_samples(window: Window, header: WavHeader, position: int, length: int) 
         stream = stream if stream.problem else replace(stream, spans=[(0, end)], is_file=False)
     as_wav = samples_stream(window, header, [(position + 24, end)])
     # libsndfile does not read the extended description in Wave64: it would decode 32-bit floats as integers.
-    is_needed = as_wav.num_samples is not None or as_wav.gain is not None or header.format[:2] == _EXTENSIBLE
+    is_needed = (
+        as_wav.num_samples is not None or as_wav.gain is not None or as_wav.problem or header.format[:2] == _EXTENSIBLE
+    )
     if stream.problem or not is_needed:
         return stream
     return replace(as_wav, note=stream.note or as_wav.note)

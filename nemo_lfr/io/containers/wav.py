@@ -28,7 +28,7 @@ from nemo_lfr.io.containers.stream import (
     whole_file,
 )
 from nemo_lfr.io.containers.wav_header import WavHeader, is_wav
-from nemo_lfr.io.containers.wide import is_wide, wide_layout, with_size
+from nemo_lfr.io.containers.wide import UNKNOWN_LAYOUT, as_32_bits, bits_of, is_wide, wide_gain
 
 SEVERAL = "the audio contains several recordings; write it to a file, and pass the file"
 IN_LIST = "the samples are in a LIST chunk of the type wavl, which is not supported; write them to one data chunk"
@@ -239,7 +239,7 @@ def _recording(window: Window, start: int) -> tuple[list[Stream], int | None]:
     # libsndfile does not read BW64, which differs from RF64 only in its name.
     is_file = exact and start == 0 and following is None and header.magic != b"BW64" and not header.is_changed
     stream = samples_stream(window, header, spans)
-    if is_file and stream.num_samples is None and stream.gain is None:
+    if is_file and stream.num_samples is None and stream.gain is None and stream.problem is None:
         return [whole_file(size, problem)], None
     return [replace(stream, problem=problem or stream.problem, note=note or stream.note)], following
 
@@ -248,9 +248,10 @@ def samples_stream(window: Window, header: WavHeader, spans: list[Span]) -> Stre
     """Return one `Stream` of the samples of a WAV file, with a new header."""
     length = sum(stop - begin for begin, stop in spans)
     if is_wide(header.format, header.order):
-        layout = wide_layout(window, header.format, header.order, spans)
-        header = replace(header, format=with_size(header.format, header.order, layout.size))
-        return Stream(spans, header.rebuilt(length), problem=layout.problem, gain=layout.gain)
+        gain = wide_gain(window, header.format, header.order, spans)
+        problem = UNKNOWN_LAYOUT.format(bits_of(header.format, header.order)) if gain is None else None
+        header = replace(header, format=as_32_bits(header.format, header.order))
+        return Stream(spans, header.rebuilt(length), problem=problem, gain=gain)
     codec = wav_codec(header.format, header.order)
     stream = Stream(spans) if codec is None else codec.fit(Stream(spans), length)
     return replace(stream, header=header.rebuilt(length + stream.padding))
