@@ -82,7 +82,7 @@ class BaseModel(NeMoAudioCodecModel):
     _random_weights: WeightRecord | None  # of the random initial weights, until weights are loaded
     _restored_from: Path | None
     _restored_log_config: DictConfig | None = None  # the `log_config` that `restore_from` read
-    _is_frozen: bool = False  # whether `freeze` was called, and `unfreeze` was not called after it
+    _is_frozen: bool = False  # whether the last call was `freeze` or `requires_grad_(False)`
     _is_without_gan: bool = False  # whether a caller has set the discriminator to None
     _resumed: dict[str, Any] | None = None  # checkpoint of the run to resume, until training starts
 
