@@ -156,20 +156,11 @@ class SndfileDecoder:
         self._file.close()
 
 
-class ScaledDecoder:
-    """Decoder that multiplies the samples of another decoder by a factor.
+class _WrappedDecoder:
+    """Base class of decoders that change the samples of another decoder. See `Decoder` for the attributes."""
 
-    Args:
-        decoder: the inner decoder.
-        gain: the factor.
-
-    Attributes:
-        note: `note` of the inner decoder. See `Decoder` for the other attributes.
-    """
-
-    def __init__(self, decoder: Decoder, gain: float) -> None:
+    def __init__(self, decoder: Decoder) -> None:
         self._decoder = decoder
-        self._gain = np.float32(gain)
         self.rate, self.channels = decoder.rate, decoder.channels
         self.num_frames, self.slack = decoder.num_frames, decoder.slack
 
@@ -177,11 +168,6 @@ class ScaledDecoder:
     def note(self) -> str | None:
         """Return `note` of the inner decoder."""
         return self._decoder.note
-
-    def read(self, count: int) -> np.ndarray:
-        """Return up to `count` float32 samples, shape [n, channels]; n is 0 at the end."""
-        samples: np.ndarray = self._decoder.read(count) * self._gain
-        return samples
 
     def seek(self, position: int) -> None:
         """Seek to the sample with index `position`, from which `read` then continues."""
@@ -192,30 +178,36 @@ class ScaledDecoder:
         self._decoder.close()
 
 
-class LimitedDecoder:
+class ScaledDecoder(_WrappedDecoder):
+    """Decoder that multiplies the samples of another decoder by a factor.
+
+    Args:
+        decoder: the inner decoder.
+        gain: the factor.
+    """
+
+    def __init__(self, decoder: Decoder, gain: float) -> None:
+        super().__init__(decoder)
+        self._gain = np.float32(gain)
+
+    def read(self, count: int) -> np.ndarray:
+        """Return up to `count` float32 samples, shape [n, channels]; n is 0 at the end."""
+        samples: np.ndarray = self._decoder.read(count) * self._gain
+        return samples
+
+
+class LimitedDecoder(_WrappedDecoder):
     """Decoder that stops after a number of samples.
 
     Args:
         decoder: the inner decoder, which may return more samples.
         num_frames: number of samples per channel.
-
-    Attributes:
-        note: `note` of the inner decoder. See `Decoder` for the other attributes.
     """
 
-    slack = 0
-
     def __init__(self, decoder: Decoder, num_frames: int) -> None:
-        self._decoder = decoder
-        self._position = 0
-        self.rate, self.channels = decoder.rate, decoder.channels
-        self.num_frames: int | None = num_frames
-        self._end = num_frames
-
-    @property
-    def note(self) -> str | None:
-        """Return `note` of the inner decoder."""
-        return self._decoder.note
+        super().__init__(decoder)
+        self.num_frames, self.slack = num_frames, 0
+        self._position, self._end = 0, num_frames
 
     def read(self, count: int) -> np.ndarray:
         """Return up to `count` float32 samples, shape [n, channels]; n is 0 at the end."""
@@ -225,12 +217,8 @@ class LimitedDecoder:
 
     def seek(self, position: int) -> None:
         """Seek to the sample with index `position`, from which `read` then continues."""
-        self._decoder.seek(position)
+        super().seek(position)
         self._position = position
-
-    def close(self) -> None:
-        """Close the inner decoder."""
-        self._decoder.close()
 
 
 def sndfile_reason(error: Exception) -> str:
