@@ -266,8 +266,8 @@ class Codec(HubMethods[Array]):
                 at some cost in quality. Default: `decoder.context.future`, which gives the same audio as `decode`.
             first_lookahead: lookahead in frames for the start of the audio, at most `lookahead`. The audio then starts
                 n = `lookahead - first_lookahead` frames sooner, but its first n frames are approximate. Playback has
-                no gap if the tokens of the first n + `lookahead` frames arrive at twice the playback rate or faster.
-                Default: `lookahead`.
+                no gap if the tokens of the first n + `lookahead` + 1 frames arrive at twice the playback rate or
+                faster. Default: `lookahead`.
 
         Raises:
             NemoLfrError: for an invalid `lookahead` or `first_lookahead`, or a backend that does not stream.
