@@ -4,7 +4,6 @@
 does not stop them.
 """
 
-import logging
 import os
 import zlib
 from collections.abc import Callable, Iterator
@@ -16,16 +15,9 @@ from nemo_lfr.io.columns import repeated_column
 from nemo_lfr.io.folders import AUDIO_SUFFIXES, MAX_NAME, find_files, find_named
 from nemo_lfr.io.segment_columns import SegmentsNotReadError
 from nemo_lfr.io.splits import split_label, split_of_name, splits_of_folders
-from nemo_lfr.io.tables import (
-    METADATA_NAMES,
-    RepeatedColumnError,
-    check_audio_key,
-    read_table,
-)
+from nemo_lfr.io.tables import METADATA_NAMES, RepeatedColumnError, check_audio_key, read_table
 from nemo_lfr.io.text import decode, read_lines
-from nemo_lfr.io.transcripts import text_of, transcript_lines, why_unreadable
-
-logger = logging.getLogger(__name__)
+from nemo_lfr.io.transcripts import check_link, text_of, transcript_lines, why_unreadable
 
 # Maximum number of characters in a field. A longer field is not one sentence, but the result of a missing line end.
 MAX_FIELD = 1 << 17
@@ -130,6 +122,7 @@ def commonvoice(corpus: Path) -> Iterator[CorpusUtterance]:
         place = table.relative_to(corpus)
         split = None if spontaneous else split_of_name(table.stem)
         try:
+            check_link(table, corpus)
             header, *rows = read_lines(table)
             columns = decode(header).split("\t")
         except (OSError, ValueError) as error:
@@ -165,7 +158,7 @@ def vctk(corpus: Path) -> Iterator[CorpusUtterance]:
     for path in sorted(path for name in names for path in find_named(corpus, name, unread)):
         speaker = path.parent.name
         text = path.parents[2] / "txt" / speaker / f"{path.stem.removesuffix('_mic1')}.txt"
-        labels, problem = text_of(text)
+        labels, problem = text_of(text, corpus=corpus, audio=path)
         yield CorpusUtterance(path.relative_to(corpus), speaker, None, {"lang": "en"} | labels, problem)
     yield from _unread_folders(unread, corpus)
 
@@ -205,7 +198,7 @@ def folder(corpus: Path, speaker_level: int | None = None) -> Iterator[CorpusUtt
                 yield replace(row, speaker=row.speaker or speaker, split=row.split or split)
         else:
             possible = (path.with_suffix(suffix) for suffix in TRANSCRIPT_SUFFIXES)
-            labels, problem = text_of(*(text for text in possible if text in texts))
+            labels, problem = text_of(*(text for text in possible if text in texts), corpus=corpus, audio=path)
             yield CorpusUtterance(path.relative_to(corpus), speaker, split, labels, problem)
     for row in (row for found in rows.values() for row in found):
         yield row if row.problem else replace(row, problem="the file is listed in a table, but does not exist")
@@ -273,6 +266,7 @@ def _metadata(corpus: Path) -> Iterator[CorpusUtterance]:
     tables = find_files(corpus, (".csv", ".tsv", ".jsonl"), report=lambda _: None, unread=[])
     for path in [path for name in METADATA_NAMES for path in tables if path.name == name]:
         try:
+            check_link(path, corpus)
             if path.suffix == ".jsonl":
                 check_audio_key(path)
             # `by_file`, since a file with an invalid row must not be used without the labels in that row.

@@ -5,19 +5,50 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from nemo_lfr.errors import NemoLfrError, printable, shorten
+from nemo_lfr.errors import ConfigError, NemoLfrError, printable, shorten
 from nemo_lfr.io.folders import BROKEN
+from nemo_lfr.io.locate import resolve
 from nemo_lfr.io.text import decode, read_lines
 
 # The numbers of the first and last sample, which precede the sentence in the text files of TIMIT
 _TIMIT = re.compile(r"^0 \d{4,6} (?=\S)")
 
 
-def text_of(*transcripts: Path) -> tuple[dict[str, str], str | None]:
-    """Read the text file beside a recording.
+def check_link(path: Path, corpus: Path, audio: Path | None = None) -> None:
+    """Check that a text file or table of a corpus is not a link to a file elsewhere, which may be private.
+
+    A link may lead to a file in the corpus, from a snapshot in the Hub's cache to a blob of the same repository, or to
+    the text file beside the target of a linked recording.
+
+    Args:
+        path: the text file or table.
+        corpus: folder of the corpus.
+        audio: recording that the text belongs to; None for a file about several recordings.
+
+    Raises:
+        ConfigError: if the link leads elsewhere.
+        OSError: if the links form a loop.
+    """
+    if not path.is_symlink():
+        return
+    target, folder = resolve(path), resolve(path.parent)
+    # The folder of blobs is not resolved, since it could be a link itself.
+    blobs = [parent.parent / "blobs" for parent in folder.parents if parent.name == "snapshots"]
+    is_inside = any(target.is_relative_to(allowed) for allowed in (resolve(corpus), *blobs))
+    if not is_inside and not (audio and audio.is_symlink() and target == resolve(audio).with_suffix(target.suffix)):
+        raise ConfigError(
+            f"{path}: the file is a link that leads out of the corpus and is not followed; copy the file into the "
+            "corpus."
+        )
+
+
+def text_of(*transcripts: Path, corpus: Path, audio: Path) -> tuple[dict[str, str], str | None]:
+    """Read the text file of a recording.
 
     Args:
         transcripts: possible paths of the text file. The first one that exists is read.
+        corpus: folder of the corpus.
+        audio: the recording.
 
     Returns:
         The labels, and an error message. The labels are {"text": ...} if the file was read, otherwise empty. The
@@ -31,6 +62,7 @@ def text_of(*transcripts: Path) -> tuple[dict[str, str], str | None]:
         except OSError:
             pass  # `read_lines` raises it again
         try:
+            check_link(transcript, corpus, audio)
             lines = [decode(line) for line in read_lines(transcript)]
         except (OSError, ValueError) as error:
             if isinstance(error, OSError) and error.errno in BROKEN and not os.path.lexists(transcript):
@@ -47,6 +79,7 @@ def transcript_lines(path: Path, corpus: Path, separator: bytes) -> Iterator[tup
     `corpus`, error message).
     """
     try:
+        check_link(path, corpus)
         lines = read_lines(path)
     except (OSError, ValueError) as error:
         yield None, str(path.relative_to(corpus)), why_unreadable(error, path)

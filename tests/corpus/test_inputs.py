@@ -60,7 +60,7 @@ def test_only_transcripts_that_exist_are_looked_for(tmp_path, monkeypatch):
     for name in ("a.wav", "b.wav", "b.TXT", "c.wav", "c.txt", "other.txt"):
         (tmp_path / name).write_text("x")
     asked = []
-    monkeypatch.setattr("nemo_lfr.io.layouts.text_of", lambda *paths: asked.append(paths) or ({}, None))
+    monkeypatch.setattr("nemo_lfr.io.layouts.text_of", lambda *paths, **_: asked.append(paths) or ({}, None))
     assert len(list(layouts.folder(tmp_path))) == 3
     assert asked == [(), (tmp_path / "b.TXT",), (tmp_path / "c.txt",)]
 

@@ -226,6 +226,40 @@ def test_a_transcript_is_used_or_counted_as_skipped(names, text, skipped, tmp_pa
 
 
 @pytest.mark.parametrize(
+    ("files", "links", "is_read"),
+    [
+        (["secret"], {"corpus/a.txt": "secret"}, False),
+        (["secret", "x.wav"], {"corpus/a.txt": "secret", "corpus/a.wav": "x.wav"}, False),
+        (["y/a.txt", "y/a.wav"], {"corpus/a.txt": "y/a.txt", "corpus/a.wav": "y/a.wav"}, True),
+        (["y/b.txt", "y/b.wav"], {"corpus/a.txt": "y/b.txt", "corpus/a.wav": "y/b.wav"}, True),
+        (["y/a.txt", "y/a.wav"], {"corpus/y": "y"}, True),
+        (["corpus/texts/1", "corpus/a.wav"], {"corpus/a.txt": "corpus/texts/1"}, True),
+        (["secret"], {"corpus/metadata.csv": "secret"}, False),
+        (["corpus/table", "corpus/a.wav"], {"corpus/metadata.csv": "corpus/table"}, True),
+        (["blobs/1", "blobs/2"], {"snapshots/0/corpus/a.txt": "blobs/1", "snapshots/0/corpus/a.wav": "blobs/2"}, True),
+        (["secret", "blobs/2"], {"snapshots/0/corpus/a.txt": "secret", "snapshots/0/corpus/a.wav": "blobs/2"}, False),
+        (["y/1"], {"snapshots/0/corpus/a.txt": "y/1", "blobs": "y"}, False),
+        (["y/1", "corpus/x/snapshots/0/a.wav"], {"corpus/x/snapshots/0/a.txt": "y/1", "corpus/x/blobs": "y"}, False),
+    ],
+)
+def test_a_linked_text_is_read_only_from_the_corpus_or_its_hub_cache(files, links, is_read, tmp_path):
+    for name in files:
+        make(tmp_path, name)
+        (tmp_path / name).write_text("file_name,text\na.wav,hi")
+    for name, target in links.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).symlink_to(tmp_path / target)
+    corpus = next(path for path in tmp_path.rglob("corpus"))
+    if not any(name.endswith(".wav") for name in (*files, *links)):
+        make(corpus, "a.wav")
+    listed = list(folder_layout(corpus))
+    texts = [utterance.labels["text"] for utterance in listed if "text" in utterance.labels]
+    problems = [utterance.problem for utterance in listed if utterance.problem]
+    assert (len(texts), len(problems)) == ((1, 0) if is_read else (0, 1))
+    assert is_read or "link that leads out of the corpus and is not followed; copy the file" in problems[0]
+
+
+@pytest.mark.parametrize(
     ("text", "expected"),
     [
         ("0 46797 She had your dark suit.\n", "She had your dark suit."),  # TIMIT
@@ -277,4 +311,4 @@ def test_a_folder_that_cannot_be_entered_is_not_a_problem_of_the_transcript(tmp_
     folder.mkdir()
     make(tmp_path, "sub/u0.wav")
     with closed(folder, root=tmp_path):
-        assert text_of(folder / "u0.txt", folder / "u0.TXT") == ({}, None)
+        assert text_of(folder / "u0.txt", folder / "u0.TXT", corpus=tmp_path, audio=folder / "u0.wav") == ({}, None)

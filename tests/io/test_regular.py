@@ -82,7 +82,7 @@ def test_an_error_while_a_file_is_opened_names_the_file():
 def test_non_regular_transcript_fails_only_its_clip(kind, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     KINDS[kind](Path("a.txt"))
-    assert text_of(Path("a.txt")) == (
+    assert text_of(Path("a.txt"), corpus=Path("/"), audio=Path("a.wav")) == (
         {},
         f"the transcript a.txt: not a regular file but {kind}; pass the path of a regular file",
     )
