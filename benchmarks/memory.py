@@ -2,10 +2,11 @@
 
     python benchmarks/memory.py [--model FILE.nemo] [--seconds 60 600] [--stock-seconds 60]
 
-Each measurement runs in a new process that loads a checkpoint, processes two seconds of audio, measures its resident
-memory (the loaded model) and processes the recording. nemo_lfr processes it from file to file, and NeMo in one call
-under `no_grad`, which needs tens of GiB for ten minutes of audio. Without --model, a full-size checkpoint with random
-weights is written first. At most one in ten thousand tokens may differ from NeMo's, because of rounding ties.
+Each measurement runs in a new process, which loads a checkpoint and processes two seconds of audio. The process then
+measures its resident memory (the loaded model), and processes the recording. nemo_lfr reads the recording from a file
+and writes the result to a file. NeMo processes the recording in one call under `no_grad`, which needs tens of GiB for
+ten minutes of audio. Without --model, a full-size checkpoint with random weights is written first. At most one in ten
+thousand tokens may differ from NeMo's, because of rounding ties.
 """
 
 import argparse

@@ -189,7 +189,7 @@ def reserve(out: Path, state: Path, part: Part | None) -> Iterator[None]:
 def forget_count(out: Path, state: Path, part: Part) -> None:
     """Remove the record of the number of parts, unless another part is being tokenized.
 
-    The caller must have reserved `part`. Afterwards, a run may have another number of parts.
+    Call this function within `reserve` for `part`. Afterwards, a run may have another number of parts.
     """
     with suppress(OSError, NemoLfrError):
         _check_free(state, out, part)

@@ -134,7 +134,7 @@ def _kept(out: Path, earlier: ShardRecord, lost: list[dict[str, str]]) -> ShardR
     Args:
         out: the output folder.
         earlier: record of the earlier run.
-        lost: failures of clips that the earlier run tokenized.
+        lost: failures of this run, for clips that the earlier run tokenized.
 
     Raises:
         NemoLfrError: if files of the shard are damaged.

@@ -1,8 +1,8 @@
 """Read the audio of Lhotse cuts. No program is started, and URLs are opened only if the user allows it.
 
 Lhotse itself starts a shell for sources of type "command", for URLs that begin with "pipe:" and for file names that
-end in ".sph". It also opens any URL in a manifest. This module reads only regular files, bytes in memory and, if the
-caller allows it, http(s) URLs, and passes only samples to Lhotse.
+end in ".sph". It also opens any URL in a manifest. This module reads only regular files and bytes in memory,
+and also http(s) URLs if the caller allows them. Lhotse receives only the samples.
 
 Relative paths in cuts start from the current folder, as in Lhotse, and `~` is expanded.
 """

@@ -267,7 +267,7 @@ class GroupFiniteScalarQuantizer(CodebookDropout):
 
     @property
     def is_plain(self) -> bool:
-        """Whether no caller has added hooks, or changed groups, methods or buffers."""
+        """Whether the quantizer has no hooks, and its groups, methods and buffers are unchanged."""
         return check_once(self, "plain", lambda: not is_altered(self) and self._is_uniform())
 
     def _is_uniform(self) -> bool:

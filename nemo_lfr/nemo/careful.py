@@ -1,8 +1,10 @@
 """Iterators that skip malformed lines of NeMo and Lhotse manifests.
 
 `make_careful` searches the object that NeMo builds from a data config, and replaces the class of each iterator over
-lines by one of the classes below. A malformed line is an error if NeMo matches the line to a file in a tar file or to
-a line of another file.
+lines by one of the classes below.
+
+NeMo pairs each line of some manifests with a line of another file, or with a file in a tar file. These lines cannot be
+skipped, so a malformed one raises an error. See `StrictLines` and `TarredLines`.
 """
 
 import copy

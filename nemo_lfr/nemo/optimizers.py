@@ -160,8 +160,6 @@ class Optimizers(WeightAveraging):
     def check_resumed(self) -> None:
         """Check that the checkpoint to resume from contains states of the trainer's optimizers.
 
-        It may contain states of other optimizers if a subclass overrides `configure_optimizers`.
-
         Raises:
             ConfigError: if the optimizers in the checkpoint differ from those of the trainer.
         """

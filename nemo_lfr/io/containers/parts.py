@@ -210,7 +210,7 @@ def _real_parts(window: Window) -> Iterator[int]:
 
 
 def walked(window: Window, parts: Iterator[int], section: re.Pattern[bytes] | None = None) -> list[Stream]:
-    """Return a list with one `Stream` for a file, after comparing the total size of its sections with its size.
+    """Return a list with one `Stream` for a file, after checking its sections.
 
     Args:
         window: the file.

@@ -29,7 +29,7 @@ class WavHeader:
         data_size: size of the samples in bytes, as declared in the `data` chunk.
         long_size: size of the samples in bytes, as declared in the `ds64` chunk; None without this chunk.
         long_total: size of the RIFF chunk in bytes, as declared in the `ds64` chunk; None without this chunk.
-        is_completed: whether the `fmt ` chunk does not state the bits per sample, so that they were added to `format`.
+        is_completed: whether the bits per sample were added to `format`, because the `fmt ` chunk lacks them.
     """
 
     start: bytes
