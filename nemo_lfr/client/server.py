@@ -28,6 +28,7 @@ _FIRST_WAIT_S, _MAX_WAIT_S = 0.1, 2.0
 MAX_SECONDS = 1_000_000  # largest timeout; operating systems do not support much larger ones
 _USER = re.compile(r"//[^/?#]*@")  # user name and password in a URL
 _CONTROL = re.compile(r"[^\x21-\x7e]")  # http.client sends a path in ASCII
+FULL = (429, 503)  # HTTP status codes of a server or a proxy that is at its limit
 UNREACHED = (502, 504)  # HTTP status codes of a proxy that does not reach the server
 RETRIED = (ServerFullError, ServerLostError, ServerShutdownError)
 

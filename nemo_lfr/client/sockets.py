@@ -4,7 +4,7 @@ import asyncio
 from typing import Any
 
 from nemo_lfr.client.conversation import Conversation
-from nemo_lfr.client.server import UNREACHED, Server, require_websockets
+from nemo_lfr.client.server import FULL, UNREACHED, Server, require_websockets
 from nemo_lfr.errors import ServerError, ServerFullError, ServerRefusedError, shorten
 
 CLOSE_S = 5.0  # maximum time in seconds to wait until the server closes a connection
@@ -42,7 +42,7 @@ def handshake_error(server: Server, error: Exception) -> Exception:
         targets = error.response.headers.get_all("Location")
         if targets and 300 <= status < 400:
             return ServerRefusedError(f"{server.url} redirects to {shorten(targets[0], 300)}; pass that address.")
-        if status in (429, 503):
+        if status in FULL:
             return ServerFullError(f"{message}; try again later.")
         if status in UNREACHED:
             return server.lost(f"HTTP status {status}")

@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any
 
 from nemo_lfr.client.answers import parse_object
-from nemo_lfr.client.server import UNREACHED, Server
+from nemo_lfr.client.server import FULL, UNREACHED, Server
 from nemo_lfr.errors import (
     ServerError,
     ServerFullError,
@@ -120,7 +120,7 @@ def _refusal(server: Server, error: urllib.error.HTTPError) -> ServerError:
     message = f"{server.url}: {shorten(reason, 500)} (HTTP status {status})"
     if status in UNREACHED:
         return ServerLostError(message)
-    if status == 503:
+    if status in FULL:
         return ServerShutdownError(message) if kind == "ShutdownError" else ServerFullError(message)
     return ServerRefusedError(message) if 400 <= status < 500 else ServerError(message)
 

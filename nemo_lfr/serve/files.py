@@ -203,9 +203,10 @@ def _read_json(path: Path, engine: Engine, limits: StreamLimits) -> tuple[np.nda
     fields, rates = parse_text(text, "the body"), _rates(engine)
     check_keys(fields, ("tokens", "num_samples", *rates), "the body")
     for key, rate in rates.items():
-        if fields.get(key) not in (None, rate):
+        value = fields.get(key)
+        if value is not None and (type(value) is not int or value != rate):
             raise ProtocolError(
-                f"{key} is {shorten(repr(fields[key]), 40)}, but the codec of this server has {rate}; send tokens of "
+                f"{key} is {shorten(repr(value), 40)}, but the codec of this server has {rate}; send tokens of "
                 "this codec."
             )
     (tokens,) = _limited([protocol.tokens_of(fields)], limits, engine.codec.frame_rate)

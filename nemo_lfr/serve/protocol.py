@@ -109,8 +109,10 @@ def ramp(query: Mapping[str, str]) -> tuple[int, ...]:
     Raises:
         ProtocolError: if the parameter is not a list of at most `MAX_RAMP` integers from 1 to `MAX_CHUNK`.
     """
-    text = query.get("ramp", "")
-    names = text.split(",") if text else []
+    text = query.get("ramp")
+    if text is None:
+        return ()
+    names = text.split(",")
     if len(names) > MAX_RAMP:
         raise ProtocolError(f"ramp has {len(names)} chunks; pass at most {MAX_RAMP}.")
     try:

@@ -9,7 +9,7 @@ import asyncio
 import json
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from starlette.websockets import WebSocket, WebSocketDisconnect
@@ -126,15 +126,19 @@ async def _run(websocket: WebSocket, protocol: Protocol, session: Session, limit
     reader = asyncio.create_task(_receive_all(websocket, protocol, session, limits))
     writer = asyncio.create_task(_send_all(websocket, protocol, session, limits))
     try:
-        done, _ = await asyncio.wait({reader, writer}, return_when=asyncio.FIRST_COMPLETED)
-        for task in done:
-            task.result()  # raises the error of a task that failed
-        await writer
+        await asyncio.wait({reader, writer}, return_when=asyncio.FIRST_COMPLETED)
+        await (writer if writer.done() else reader)  # the reader ends only with an error
     finally:
         await stop_tasks((reader, writer))
 
 
-async def _receive_all(websocket: WebSocket, protocol: Protocol, session: Session, limits: StreamLimits) -> None:
+async def _receive_all(websocket: WebSocket, protocol: Protocol, session: Session, limits: StreamLimits) -> NoReturn:
+    """Pass the client's messages to the session, and wait for the client to disconnect.
+
+    Raises:
+        ProtocolError: if a message is invalid, too late, or sent after the end of the input.
+        WebSocketDisconnect: if the client has closed the connection.
+    """
     codec = protocol.codec
     resampler = None
     if isinstance(protocol, EncodeProtocol) and protocol.sample_rate != codec.sample_rate:
@@ -142,12 +146,16 @@ async def _receive_all(websocket: WebSocket, protocol: Protocol, session: Sessio
     rate = codec.frame_rate if isinstance(protocol, DecodeProtocol) else protocol.sample_rate
     num_items = 0
     while True:
-        items = protocol.parse(await _receive(websocket, limits))
+        items = protocol.parse(await within(limits.idle_s, _receive(websocket, limits), "no message received"))
         if isinstance(items, End):
             if resampler:
                 await session.feed(resampler.push(np.zeros(0, np.float32), last=True))
             session.end(items.num_samples)
-            return
+            await _receive(websocket, limits)
+            raise ProtocolError(
+                'a message follows the end of the input; send {"type": "end"} last, and open a stream for each '
+                "recording."
+            )
         num_items += items.shape[-1]
         limits.check_duration(num_items, rate)
         if resampler is None:
@@ -161,7 +169,7 @@ async def _receive_all(websocket: WebSocket, protocol: Protocol, session: Sessio
 
 
 async def _receive(websocket: WebSocket, limits: StreamLimits) -> bytes | str:
-    message = await within(limits.idle_s, websocket.receive(), "no message received")
+    message = await websocket.receive()
     if message["type"] == "websocket.disconnect":
         raise WebSocketDisconnect(message.get("code", 1005))
     data: bytes | str | None = message.get("bytes")

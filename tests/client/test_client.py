@@ -535,15 +535,18 @@ def test_a_valid_body_in_a_wrong_answer_is_refused(change, match):
             call(Client(url))
 
 
-@pytest.mark.parametrize("status", [502, 504])
-def test_a_proxy_that_does_not_reach_the_server_is_retried(status):
+@pytest.mark.parametrize(
+    ("status", "error"),
+    [(502, ServerLostError), (504, ServerLostError), (429, ServerFullError), (503, ServerFullError)],
+)
+def test_a_proxy_that_does_not_reach_the_server_or_is_full_is_retried(status, error):
     answers = [response(b"<html>", "text/html", status=f"{status} X"), response(INFO)]
     with answering(lambda: answers.pop(0), info=None) as url:
         assert Client(url, retry_s=30).info().model == INFO["model"]
     broken = response(b"", status=f"{status} X")
     with answering(lambda: broken, info=None) as url:
         for call in (lambda: Client(url).info(), lambda: Client(url).encode_stream()):
-            with pytest.raises(ServerLostError, match=f"status {status}"):
+            with pytest.raises(error, match=f"status {status}"):
                 call()
 
 

@@ -288,14 +288,15 @@ CALLS = {
     "flac": "client.decode([[1, 2], new Int32Array(2)], { format: 'flac' })",
     "opus": "client.decode(new ArrayBuffer(9), { format: 'opus' })",
 }
-PROXY_KINDS = {502: "lost", 504: "lost"}  # status of a proxy that does not reach the server
+# Status of a proxy that is at its limit or does not reach the server
+PROXY_KINDS = {429: "full", 502: "lost", 503: "full", 504: "lost"}
 # Call, status, content type and body of the answer, and the expected error; None for a valid answer.
 ANSWERS = [
     *((call, *HTML, "text/html.*, not audio|with JSON|with a token file") for call in CALLS),
     *((call, 200, None, HTML[2], "no content type, not audio|with JSON|with a token file") for call in CALLS),
     *((call, 204, JSON, b"", "status 204") for call in CALLS),
     *((call, 500, JSON, b"null", "status 500") for call in CALLS),
-    *((call, status, "text/html", b"<html>", f"status {status}") for call in CALLS for status in (502, 504)),
+    *((call, status, "text/html", b"<html>", f"status {status}") for call in CALLS for status in PROXY_KINDS),
     ("info", 403, JSON, {"error": {"a": 1}}, "status 403"),
     ("info", 401, JSON, [1], "status 401"),
     ("info", 400, JSON, {"error": "a\nb"}, "^a b$"),
@@ -390,7 +391,7 @@ def test_only_a_valid_answer_is_returned(answer_errors, index):
         assert answer_errors[index] is None
         return
     error, kind, message = answer_errors[index]
-    assert (error, kind) == ("ServerError", "refused" if 400 <= status < 500 else PROXY_KINDS.get(status, "fault"))
+    assert (error, kind) == ("ServerError", PROXY_KINDS.get(status, "refused" if 400 <= status < 500 else "fault"))
     assert re.search(expected, message) and "\n" not in message
     assert status != 200 or message.endswith("is it the address of nemo-lfr serve?")
 

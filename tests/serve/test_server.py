@@ -199,6 +199,7 @@ def test_a_bad_message_ends_its_own_stream_with_the_reason(server, tokens, kind,
         ("?lookahead=-1", "lookahead=-1 is not valid; pass an integer from 0 to 1000"),
         ("?lookahead=x", "lookahead=x is not valid"),
         ("?lookahead=3&first_lookahead=4", "first_lookahead is 4, but lookahead is only 3; pass"),
+        ("?ramp=", "ramp= is not valid; pass integers from 1 to 64"),
         ("?ramp=0", "ramp=0 is not valid; pass integers from 1 to 64, separated by commas, such as ramp=1,2,4"),
         ("?ramp=1,,2", "ramp=1,,2 is not valid; pass integers from 1 to 64, separated by commas, such as ramp=1,2,4"),
         ("?ramp=1,1,1,1,1,1,1,1,1", "ramp has 9 chunks; pass at most 8"),
@@ -211,6 +212,14 @@ def test_a_bad_parameter_is_refused(server, query, match):
     with server.connect("/v1/decode/stream" + query) as socket:
         _, texts, code = exchange(socket, [])
     assert code == 1007 and match in texts[-1]["error"]
+
+
+@pytest.mark.parametrize("message", [bytes(4096), END, "x"])
+@pytest.mark.parametrize(("kind", "size"), [("encode", 1 << 18), ("decode", 1 << 12)])
+def test_a_message_after_the_end_of_the_input_is_an_error(server, kind, size, message):
+    with server.connect(f"/v1/{kind}/stream") as socket:
+        _, texts, code = exchange(socket, [bytes(size), END, message])
+    assert code == 1007 and "a message follows the end of the input; send" in texts[-1]["error"]
 
 
 @pytest.mark.slow
@@ -298,6 +307,7 @@ def test_a_bad_request_is_an_error_of_the_client(server, path, body, status):
                 (b'"format": "flac"', "the body has the unknown key 'format'"),
                 (b'"type": "end"', "the body has the unknown key 'type'"),
                 (b'"sample_rate": 16000', "sample_rate is 16000, but the codec of this server has 22050; send tokens"),
+                (b'"sample_rate": 22050.0', "sample_rate is 22050.0, but the codec of this server has 22050; send"),
                 (b'"samples_per_frame": 16', "samples_per_frame is 16, but the codec of this server has 1024"),
             )
         ),

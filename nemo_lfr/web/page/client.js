@@ -296,9 +296,10 @@ export class Client {
     const isOurs = !problemOf(answer, { error: "text" });
     const message = isOurs ? shorten(answer.error, 500) : `status ${status} ${shorten(statusText)}`;
     const full = isOurs && answer.type === "ShutdownError" ? "shutdown" : "full";
+    const isFull = status === 429 || status === 503;
     const isLost = status === 502 || status === 504; // a proxy does not reach the server
     const other = status >= 400 && status < 500 ? "refused" : isLost ? "lost" : "fault";
-    throw new ServerError(message, status === 503 ? full : other, status);
+    throw new ServerError(message, isFull ? full : other, status);
   }
 
   /**
