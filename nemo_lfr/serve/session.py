@@ -18,11 +18,13 @@ from nemo_lfr.codec.streaming import StreamDecoder, StreamEncoder
 class EngineLimits:
     """Limits of an engine.
 
+    An engine works in steps. In each step, it processes one chunk of each selected stream, in one batch.
+
     Attributes:
         max_streams: maximum number of open sessions, including background sessions for files.
         max_batch: maximum number of streams per step.
-        max_frames: maximum number of frames per step, summed over all streams, unless the step processes only one
-            stream. This limits the memory and the duration of a step.
+        max_frames: maximum number of frames per step, summed over its streams, to limit the memory and the duration of
+            the step. A step with only one stream may have more frames.
         chunk_frames: maximum number of frames of one stream per step. Larger chunks need less computation but make
             other streams wait longer. The limit does not apply to the first chunk, nor to the chunks of a `ramp`.
         max_pending_s: maximum unprocessed input of one stream, in seconds of audio. Above this limit,
