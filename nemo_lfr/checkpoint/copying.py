@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 from nemo_lfr.checkpoint.names import plain_key, spell_as
 from nemo_lfr.checkpoint.rebuilt import flags_of, restore_flags, restore_settings, settings_to_pickle
 from nemo_lfr.errors import CheckpointError
+from nemo_lfr.modules.weight_norm import remove_weight_norm
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-_FORM = 2  # version of the content of pickled models; increase it when the content changes
+_FORM = 3  # version of the content of pickled models; increase it when the content changes
 
 
 class Copies:
@@ -50,17 +51,20 @@ class Copies:
         state, recipe = model.state_dict(), self._recipe()
         build: Any = functools.partial(self._rebuilt, recipe)
         settings = settings_to_pickle(model, state, build, skipped=self._recomputed)
-        # Pickled as parameters, so that an optimizer that is pickled with the model keeps its parameters.
-        # A layer without weight norm has another parameter than the state dict, and is not included.
-        named = {plain_key(name): value for name, value in model.named_parameters()}
+        # Pickled as parameters under their own names, so that an optimizer that is pickled with the model keeps its
+        # parameters. The state dict may contain weight norm that a layer no longer has.
+        tensors = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+        named = {plain_key(name): value for name, value in tensors}
+        spelled = spell_as(named, state)
         variables = {
             name: value for name, value in model.state_dict(keep_vars=True).items() if named.get(name) is value
         }
+        variables |= {name: named[name] for name in spelled if name not in state}
         content = {
             "form": _FORM,
             "class": type(self),
             "recipe": recipe,
-            "state": state | variables,
+            "state": spelled | variables,
             "flags": flags_of(model),
             "kept": {name: getattr(self, name) for name in self._kept},
         }
@@ -105,7 +109,10 @@ def unpickled(content: dict[str, Any]) -> Any:
     kind, state = content["class"], content["state"]
     has_weights = not kind.__init__.__module__.startswith("nemo_lfr.")  # a constructor of a user may use the weights
     model = kind._rebuilt(content["recipe"], has_weights)
-    model.load_state_dict(spell_as(model.state_dict(), state), assign=True)
+    for name, layer in model.named_modules():
+        if f"{plain_key(name)}.weight" in state:
+            remove_weight_norm(layer)
+    model.load_state_dict(state, assign=True)
     restore_flags(model, *content["flags"])
     for name, value in content["kept"].items():
         setattr(model, name, value)

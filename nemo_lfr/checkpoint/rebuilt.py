@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from nemo_lfr.checkpoint.names import DIRECTION, GAIN, WRAPPERS, plain_key, spell_as
+from nemo_lfr.checkpoint.names import WRAPPERS, plain_key, spell_as
 from nemo_lfr.errors import ConfigError, NemoLfrError, shorten
 
 _CALL_HOOKS = {
@@ -168,16 +168,14 @@ def restore_flags(model: nn.Module, modes: Mapping[str, bool], gradients: Mappin
     """Set `training` and `requires_grad` in a rebuilt model as in the original model.
 
     Args:
-        model: the rebuilt model. It may have weight norm even if the original model has none.
+        model: the rebuilt model.
         modes: dict from the plain name of each module (see `plain_key`) to its `training`.
         gradients: dict from the plain name of each parameter and buffer to its `requires_grad`.
     """
     for name, module in model.named_modules():
-        layer = name.partition(".parametrizations")[0]
-        module.training = modes[name] if name in modes else modes.get(layer, modes[""])
+        module.training = modes.get(plain_key(name), modes[""])
     for name, parameter in model.named_parameters():
-        weight = name.removesuffix(GAIN).removesuffix(DIRECTION) + ".weight"
-        parameter.requires_grad_(gradients.get(name, gradients.get(weight, True)))
+        parameter.requires_grad_(gradients.get(plain_key(name), True))
 
 
 def _not_rebuilt(model: nn.Module, reason: object) -> ConfigError:

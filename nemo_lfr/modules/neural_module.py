@@ -2,12 +2,11 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
-from torch.nn.utils import parametrize
 
-from nemo_lfr.modules.weight_norm import folded_weight
+from nemo_lfr.modules.weight_norm import remove_weight_norm
 
 # Function that returns the neural types of a module's inputs or outputs. `nemo_lfr.nemo.neural_types` sets it, so that
 # this file does not import NeMo.
@@ -94,15 +93,4 @@ class NeuralModule(nn.Module):
     def remove_weight_norm(self) -> None:
         """Remove weight norm, so that each weight is one parameter again instead of a direction and a gain."""
         for module in self.modules():
-            if not parametrize.is_parametrized(module, "weight"):
-                continue
-            weight, layer = folded_weight(module), cast(Any, module)
-            is_trained = any(value.requires_grad for value in layer.parametrizations.parameters())
-            # PyTorch gives a parametrized module its own class, which deep copies share. The class is copied here,
-            # because `remove_parametrizations` changes it.
-            kind = type(layer)
-            layer.__class__ = type(kind.__name__, kind.__bases__, dict(vars(kind)))
-            parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
-            layer.weight.data.copy_(weight)
-            if (frozen := layer._buffers.pop("weight", None)) is not None:  # PyTorch makes a frozen weight a buffer
-                layer.weight = nn.Parameter(frozen, requires_grad=is_trained)
+            remove_weight_norm(module)

@@ -7,7 +7,7 @@ and AVX-512. PyTorch's kernel is faster, so it is used on CPUs where it adds in 
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -120,6 +120,8 @@ def fold_weight_norm(direction: torch.Tensor, gain: torch.Tensor, order: SumOrde
     Returns:
         New tensor with the shape, dtype and device of `direction`.
     """
+    if direction.is_meta:
+        return torch.empty_like(direction)
     values = _values(direction)
     return (values * (gain.detach().to(values) / row_norms(values, order))).to(direction)
 
@@ -132,3 +134,19 @@ def folded_weight(conv: nn.Module, order: SumOrder = CANONICAL) -> torch.Tensor:
             return fold_weight_norm(weight.original1, weight.original0, order)
     plain: torch.Tensor = current_value(conv, "weight")
     return plain.detach()
+
+
+def remove_weight_norm(module: nn.Module) -> None:
+    """Make the weight of a layer one parameter instead of a direction and a gain. Other modules stay unchanged."""
+    if not parametrize.is_parametrized(module, "weight"):
+        return
+    weight, layer = folded_weight(module), cast(Any, module)
+    is_trained = any(value.requires_grad for value in layer.parametrizations.parameters())
+    # PyTorch gives a parametrized module its own class, which deep copies share. The class is copied here, because
+    # `remove_parametrizations` changes it.
+    kind = type(layer)
+    layer.__class__ = type(kind.__name__, kind.__bases__, dict(vars(kind)))
+    parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
+    layer.weight.data.copy_(weight)
+    if (frozen := layer._buffers.pop("weight", None)) is not None:  # PyTorch makes a frozen weight a buffer
+        layer.weight = nn.Parameter(frozen, requires_grad=is_trained)

@@ -383,7 +383,8 @@ def test_rates_of_dropout_and_weights_without_weight_norm_are_pickled(folder):
     model.audio_encoder.requires_grad_(False)
     rates = [module for module in model.modules() if isinstance(module, torch.nn.Dropout)]
     rates[0].p = 0.3
-    again = pickle.loads(pickle.dumps(model))
+    again, trained = pickle.loads(pickle.dumps((model, list(model.parameters()))))
+    assert list(map(id, trained)) == list(map(id, again.parameters()))
     assert [module.p for module in again.modules() if isinstance(module, torch.nn.Dropout)] == [
         module.p for module in rates
     ]
