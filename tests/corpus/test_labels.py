@@ -116,7 +116,7 @@ def test_other_columns_may_hold_anything(wav):
     [
         ({"id": "mine", "text": "a"}, {"source_id": "mine", "text": "a"}),
         ({"id": 7}, {"source_id": 7}),
-        ({"id": "mine", "source_id": "theirs"}, {"source_id": "theirs"}),
+        ({"id": "mine", "source_id": "theirs"}, {"source_id": "theirs", "source_id_2": "mine"}),
         ({"text": "a"}, {"text": "a"}),
     ],
 )

@@ -39,12 +39,13 @@ LINES = f"{STATE}/lines"  # folder with the manifest lines of each shard, which 
 def own_labels(clip: Clip) -> dict[str, Any]:
     """Return the labels of a clip for its line in the manifest.
 
-    In this line, the key "id" contains the clip's id. A label "id" of the corpus is renamed to "source_id", or left
-    out if the corpus has a label "source_id".
+    In this line, the key "id" contains the clip's id. A label "id" of the corpus is renamed to "source_id" or, if the
+    clip has this label too, to "source_id_2", "source_id_3" ...
     """
     labels = dict(clip.labels)
     if "id" in labels:
-        labels.setdefault("source_id", labels.pop("id"))
+        names = ("source_id", *(f"source_id_{number}" for number in range(2, len(labels) + 2)))
+        labels[next(name for name in names if name not in labels)] = labels.pop("id")
     return labels
 
 
