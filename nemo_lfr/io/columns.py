@@ -7,7 +7,8 @@ from typing import Any
 from nemo_lfr.errors import AudioError, ConfigError, shorten
 from nemo_lfr.io.text import is_missing
 
-# For each label, the columns that may contain it. The first column with a value is used.
+# For each label, the columns that may contain it. The first column with a value is used. Empty text is used only if no
+# other column has a value.
 LABELS: dict[str, tuple[str, ...]] = {
     "text": ("text", "sentence", "transcription", "transcript", "normalized_text", "raw_transcription"),
     "speaker": ("speaker", "speaker_id", "client_id"),
@@ -82,9 +83,8 @@ def known_names(columns: Iterable[str]) -> dict[str, str]:
 def standard_labels(labels: Mapping[str, Any], *, strict: bool = True) -> dict[str, Any]:
     """Add the standard labels "text", "speaker" and "lang" to the labels of a row.
 
-    `LABELS` lists the columns for each standard label. The first of these columns that has a value is used; see
-    `label_text` for the accepted values. Missing values (None, NaN and infinity) are dropped, and so are columns
-    with tokens of another codec.
+    `LABELS` lists the columns for each standard label, and which of them is used; see `label_text` for the accepted
+    values. Missing values (None, NaN and infinity) are dropped, and so are columns with tokens of another codec.
 
     Args:
         labels: values of the row by column.
@@ -98,9 +98,8 @@ def standard_labels(labels: Mapping[str, Any], *, strict: bool = True) -> dict[s
     """
     kept = {key: value for key, value in labels.items() if not is_missing(value) and key not in OTHER_TOKENS}
     for label, columns in LABELS.items():
-        for column in columns:
-            if column not in kept:
-                continue
+        present = [column for column in columns if column in kept]
+        for column in sorted(present, key=lambda name: _is_blank(kept[name])):  # a stable sort
             try:
                 kept[label] = label_text(kept[column], column, label)
                 break
@@ -108,6 +107,10 @@ def standard_labels(labels: Mapping[str, Any], *, strict: bool = True) -> dict[s
                 if strict:
                     raise
     return kept
+
+
+def _is_blank(value: Any) -> bool:
+    return isinstance(value, str) and not value.strip()
 
 
 def label_text(value: Any, column: str, label: str) -> str:

@@ -54,7 +54,10 @@ def write(path: Path, columns: dict) -> Path:
         ({"text": math.nan, "transcript": "c", "speaker_id": 3.0}, {"text": "c", "speaker": "3"}),
         ({"text": math.nan, "speaker": None, "lang": math.nan}, {}),
         ({"text": "nan"}, {"text": "nan"}),  # a word, not a number
-        ({"text": "", "sentence": "b"}, {"text": ""}),
+        ({"text": "", "sentence": "b"}, {"text": "b"}),
+        ({"text": " ", "sentence": "", "transcript": "c"}, {"text": "c"}),
+        ({"text": "", "sentence": None}, {"text": ""}),
+        ({"sentence": "", "speaker": "", "speaker_id": 0}, {"text": "", "speaker": "0"}),
         ({"speaker": 5}, {"speaker": "5"}),
         ({"speaker": 5.0, "text": 7}, {"speaker": "5", "text": "7"}),
         ({"text": 2.5, "sentence": "b", "lang": "de"}, {"text": "2.5", "lang": "de"}),
