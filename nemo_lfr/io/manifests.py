@@ -88,7 +88,7 @@ def read_manifest(
     recordings = []
     problems = []
     if is_table(path):
-        for row in read_table(path):
+        for row in read_table(path, folder):
             try:
                 if row.problem:
                     raise ValueError(row.problem)

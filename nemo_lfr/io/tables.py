@@ -6,6 +6,7 @@ Each row is converted to the form of an entry in a NeMo manifest: `audio_filepat
 
 import csv
 import json
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from nemo_lfr.io.segment_columns import SegmentCheck
 from nemo_lfr.io.text import GZIP, decode, is_missing, read_lines
 
 TABLE_SUFFIXES = frozenset((".csv", ".tsv"))
+# Columns with paths in the rows of `read_table`
+PATHS = frozenset(("audio_filepath", "context_audio_filepath"))
 # Characters that may separate the columns of a CSV file. The first one that gives an audio column is used.
 DELIMITERS = ",;\t|"
 # A first line like this declares the delimiter of a CSV file for Excel.
@@ -121,7 +124,7 @@ def _first_keys(path: Path) -> set[str]:
     return {str(key).lower() for key in first} if isinstance(first, dict) else set()
 
 
-def read_table(path: Path) -> Iterator[TableRow]:
+def read_table(path: Path, audio_dir: Path | None = None) -> Iterator[TableRow]:
     """Yield the rows of a table.
 
     Args:
@@ -130,6 +133,8 @@ def read_table(path: Path) -> Iterator[TableRow]:
             column. A first line such as `sep=;` declares another delimiter. In TSV, quotes have no special meaning, as
             in Common Voice. Times may have a decimal comma if the delimiter is not a comma. Known names of columns are
             recognized in upper and lower case.
+        audio_dir: folder that relative paths of audio files start from; default: the folder of the table. If there is
+            no file with the path in a CSV or TSV cell, spaces around this path are removed.
 
     Raises:
         UnreadableTableError: if the file or the header cannot be read.
@@ -144,23 +149,38 @@ def read_table(path: Path) -> Iterator[TableRow]:
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise UnreadableTableError(f"{path}: the table cannot be read: {reason}.") from error
-    rows = _json_lines(lines) if table_suffix(path) is None else _delimited(path, lines)
+    is_delimited = table_suffix(path) is not None
+    rows = _delimited(path, lines) if is_delimited else _json_lines(lines)
     check = SegmentCheck()
     for row in rows:
         entry = row if row.problem else _entry(row)
+        for key in entry.values.keys() & PATHS if is_delimited else ():
+            entry.values[key] = _existing(entry.values[key], path.parent if audio_dir is None else audio_dir)
         if entry.problem is None and "offset" not in entry.values:
             check.add(f"{path}, line {row.line}", entry.values["audio_filepath"], row.values)
         yield entry
     check.finish()
 
 
+def _existing(name: str, folder: Path) -> str:
+    """Return the path in a cell without the spaces around it, if only the path without them exists."""
+    stripped = name.strip()
+    if name == stripped:
+        return name
+    paths = (os.path.join(os.path.expanduser(folder), os.path.expanduser(path)) for path in (name, stripped))
+    has_file = [os.path.lexists(path) for path in paths]
+    return stripped if stripped and has_file == [False, True] else name
+
+
 def _entry(row: TableRow) -> TableRow:
     """Rename the audio column to `audio_filepath`, add the standard labels, and remove empty cells.
+
+    Columns without a name are removed, too, such as the index that pandas writes.
 
     If the audio column is not already named `audio_filepath`, the table is not a NeMo manifest, so its `offset` and
     `duration` may have another meaning and are removed. A row without the path of an audio file gets a `problem`.
     """
-    values = {key: value for key, value in row.values.items() if not is_missing(value) and value != ""}
+    values = {key: value for key, value in row.values.items() if key and not is_missing(value) and value != ""}
     column = next((name for name in AUDIO if name in row.values), None)
     if column is None:
         return TableRow(row.line, {}, f"the entry has no key {'file_name'!r}")

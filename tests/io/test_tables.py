@@ -38,6 +38,7 @@ GOOD: dict[str, tuple[str, bytes, list[dict]]] = {
     "text after a quote": ("t.csv", b'file_name,text\na.wav,"a" b\n', [named("a.wav", text="a b")]),
     "spaces in the header": ("t.csv", b"file_name, text\na.wav,hi\n", TWO[:1]),
     "empty columns at the end": ("t.csv", b"file_name,text,,\na.wav,hi,,\n", TWO[:1]),
+    "an index of pandas": ("t.csv", b",file_name,text\n0,a.wav,hi\n1,b.wav,ho\n", TWO),
     "an empty label": ("t.csv", b"file_name,text\na.wav,\n", [named("a.wav")]),
     "durations in unknown units": ("t.csv", b"path,duration\na.wav,1500\n", [named("a.wav")]),
     "NeMo's names": (
@@ -208,6 +209,29 @@ def test_recordings_of_a_table_have_paths_relative_to_its_folder(audio_folder):
     path.write_text("file_name,sentence\nbad\n")
     with pytest.raises(ConfigError, match=r"line 2: this line cannot be used: .*; expected a table of recordings\."):
         read_manifest(path)
+
+
+@pytest.mark.parametrize(
+    ("table", "cell", "name"),
+    [
+        ("t.csv", " a.wav", "a.wav"),
+        ("t.csv", "a.wav ", "a.wav"),
+        ("t.tsv", " a.wav", "a.wav"),
+        ("t.csv", " b.wav", " b.wav"),  # both " b.wav" and "b.wav" exist
+        ("t.csv", " gone.wav", " gone.wav"),
+        ("t.csv", " ", " "),
+        ("t.jsonl", " a.wav", " a.wav"),
+    ],
+)
+def test_blanks_around_a_path_are_removed_if_only_the_other_file_exists(audio_folder, table, cell, name):
+    (audio_folder / "wavs" / " b.wav").touch()
+    mark = "\t" if table == "t.tsv" else ","
+    lines = [f"path{mark}context_audio_filepath", f"{cell}{mark}{cell}"]
+    if table == "t.jsonl":
+        lines = [json.dumps({"file_name": cell, "context_audio_filepath": cell})]
+    (audio_folder / table).write_text("\n".join(lines))
+    (row,) = read_table(audio_folder / table, audio_folder / "wavs")
+    assert row.values == named(name, context_audio_filepath=name)
 
 
 @pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl"])

@@ -33,7 +33,7 @@ class TextTable(Folder):
         audio_dir = options.audio_dir or path.parent
         if options.relist:
             lines = []
-            for row in read_table(path):
+            for row in read_table(path, audio_dir):
                 problem = row.problem or _problem(row.values, audio_dir)
                 entry = unusable(f"{path.name}, line {row.line}", problem) if problem else row.values
                 lines.append(json.dumps(entry, ensure_ascii=False))
