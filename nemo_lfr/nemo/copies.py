@@ -7,9 +7,10 @@ import torch
 from nemo_lfr.checkpoint import build_parts, copying
 from nemo_lfr.codec.ambient import building_state
 from nemo_lfr.modules.empty import on_meta_device
-from nemo_lfr.nemo.base import PROXIES, BaseModel, logging
+from nemo_lfr.nemo.base import PROXIES, logging
 from nemo_lfr.nemo.config import checked_values
 from nemo_lfr.nemo.files import READ_PARTS
+from nemo_lfr.nemo.packed_files import PackedFiles
 from nemo_lfr.nemo.state_dicts import CONFIGURED
 from nemo_lfr.training.components import register_component, registered_components
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 _unpickled = copying.refuse_pickle  # pickles of earlier versions contain this name
 
 
-class Copies(copying.Copies, BaseModel):
+class Copies(copying.Copies, PackedFiles):
     """Mixin with the methods that `copy` and `pickle` call.
 
     Copies have no trainer. Pickled models have no optimizers and data loaders either.
@@ -43,6 +44,7 @@ class Copies(copying.Copies, BaseModel):
         return state
 
     def _recipe(self) -> dict[str, Any]:
+        self.check_files_exist()
         return {
             "cfg": self.cfg,
             "has_discriminator": hasattr(self, "discriminator"),

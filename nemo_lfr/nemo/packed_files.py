@@ -45,6 +45,21 @@ class PackedFiles(BaseModel):
                 )
         return super().register_artifact(config_path, src, verify_src_exists)
 
+    def check_files_exist(self) -> None:
+        """Check that the registered files exist, so that the constructor of a subclass can read them again.
+
+        Raises:
+            ConfigError: if a file does not exist, for example because it was packed into the checkpoint.
+        """
+        for key in getattr(self, "artifacts", None) or {}:
+            path = OmegaConf.select(self.cfg, key)
+            if isinstance(path, str) and path and not os.path.exists(path):
+                raise ConfigError(
+                    f"this {type(self).__name__} cannot be pickled, because the file of {key} does not exist (a file "
+                    "in a checkpoint is unpacked only while restore_from runs); use save_to and restore_from instead, "
+                    f"or set model.cfg.{key} to the path of a copy of the file."
+                )
+
 
 @contextlib.contextmanager
 def restoring(model_class: type[BaseModel], path: Path, config: DictConfig) -> Iterator[None]:

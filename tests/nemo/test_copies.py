@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import tempfile
 from types import SimpleNamespace
 
 import pytest
@@ -239,6 +240,11 @@ def halve(_layer, _inputs, result):
     return result * 0.5
 
 
+def register_deleted_file(model):
+    with tempfile.NamedTemporaryFile() as file, open_dict(model.cfg):
+        model.cfg.speakers = model.register_artifact("speakers", file.name)
+
+
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_state_dict_pre_hooks")
 REFUSED = {
     "head is a Linear that": lambda model: model.add_module("head", nn.Linear(3, 3)),
@@ -265,6 +271,7 @@ REFUSED = {
     "num_levels is \\[5, 5, 5, 5\\].* model.state_dict\\(\\) instead": lambda model: model.vector_quantizer.fsqs[
         0
     ].num_levels.fill_(5),
+    "the file of speakers does not exist": register_deleted_file,
     "is a meta tensor, which has no values": lambda model: model.to("meta"),
 }
 
