@@ -237,13 +237,17 @@ def test_model_is_found_where_the_file_lies(tmp_path):
         for found in paths:
             assert np.array_equal(read(found, None), tokens), (place, found)
         (place / f"{model.hash}.lfrm").unlink()
-    write_model(small_model(seed=5), folder / f"{model.hash}.lfrm")
-    with pytest.raises(EntropyModelError, match="replace it"):
-        read(path, None)
     write_model(model, tmp_path / "mine.lfrm")
     assert np.array_equal(read(path, tmp_path / "mine.lfrm"), tokens)
+    other = small_model(seed=5)
     with pytest.raises(EntropyModelError, match="the passed model is"):
-        read(path, small_model(seed=5))
+        read(path, other)
+    write_model(model, folder / f"{model.hash}.lfrm")
+    assert np.array_equal(read(path, other), tokens)  # the passed model is for other files of the same run
+    (folder / f"{model.hash}.lfrm").unlink()
+    write_model(other, folder / f"{model.hash}.lfrm")
+    with pytest.raises(EntropyModelError, match="replace it"):
+        read(path, None)
 
 
 def test_model_of_another_layout_is_refused(tmp_path):

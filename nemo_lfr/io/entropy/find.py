@@ -1,4 +1,4 @@
-"""Find entropy models: the bundled model, a file that the user passes, or a file in a folder above the token file."""
+"""Find entropy models: a file that the user passes, the bundled model, or a file in a folder above the token file."""
 
 import os
 from functools import lru_cache
@@ -110,20 +110,14 @@ def find_model(
         beside: path of the token file. `HASH.lfrm` is searched for in the folder of this file and in all folders
             above it, the nearest first. If the path leads through links, the target's folders are searched too.
         written_by: program that wrote the token file, for messages.
-        passed: entropy model or its path. If it is not None, no other model is searched for.
+        passed: entropy model or its path, which is tried first; None if the user passed none.
 
     Raises:
         EntropyModelError: if no model is found, or the model is damaged or has another hash.
     """
-    if passed is not None:
-        model = as_model(passed)
-        assert model is not None
-        if model.hash != wanted:
-            raise EntropyModelError(
-                f"{beside}: the file was compressed with the entropy model {wanted}, but the passed model is "
-                f"{model.hash}; pass {wanted}{SUFFIX}."
-            )
-        return model
+    first = as_model(passed)
+    if first is not None and first.hash == wanted:
+        return first
     if bundled_model_path().is_file() and bundled_model().hash == wanted:
         return bundled_model()
     for folder in dict.fromkeys([*beside.absolute().parents, *Path(os.path.realpath(beside)).parents]):
@@ -135,6 +129,11 @@ def find_model(
                     f"{path}: the file contains the entropy model {model.hash}, not {wanted}; replace it."
                 )
             return model
+    if first is not None:
+        raise EntropyModelError(
+            f"{beside}: the file was compressed with the entropy model {wanted}, but the passed model is "
+            f"{first.hash}; pass {wanted}{SUFFIX}."
+        )
     raise EntropyModelError(
         f"{beside}: the file was compressed with the entropy model {wanted}, which was not found. Get "
         f"{wanted}{SUFFIX} from the author of the file and put it beside the file or into a folder above it. If "
