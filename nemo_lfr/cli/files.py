@@ -16,7 +16,8 @@ from nemo_lfr.cli.results import FileFigures
 from nemo_lfr.cli.session import current, fail, note, print_line
 from nemo_lfr.errors import NemoLfrError, OutputExistsError, counted
 from nemo_lfr.io.atomic import check_overwrite, sweep
-from nemo_lfr.io.folders import AUDIO_SUFFIXES, describe_contents, find_files, find_matches
+from nemo_lfr.io.folders import AUDIO_SUFFIXES, describe_contents, find_files
+from nemo_lfr.io.globs import find_matches
 from nemo_lfr.io.locate import URL, expand_home
 from nemo_lfr.io.shortage import shortage_of
 

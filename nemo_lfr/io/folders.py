@@ -1,12 +1,12 @@
 """Search folders for files, and report which files were skipped."""
 
 import errno
-import glob
 import logging
 import os
+import re
 import stat
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from nemo_lfr.errors import NemoLfrError, counted, shorten
@@ -85,6 +85,14 @@ ADVICE = (
     (frozenset({".lfr"}), "nemo-lfr decode reads .lfr files"),
     (AUDIO_SUFFIXES, "nemo-lfr encode and tokenize read audio files"),
 )
+# Paths of transcripts of published corpora, and the KIND of `nemo-lfr prepare` that reads them
+TRANSCRIPTS = (
+    (re.compile(r"\.trans\.txt$"), "librispeech"),
+    (re.compile(r"\.normalized\.txt$"), "lhotse:libritts"),
+    (re.compile(r"[/\\]transcripts\.txt$"), "mls"),
+    (re.compile(r"[/\\]txt[/\\](?P<speaker>[ps]\d+)[/\\](?P=speaker)_\d+\.txt$"), "vctk"),
+    (re.compile(r"[/\\](train|dev|test|ss-corpus-[^/\\]+)\.tsv$"), "commonvoice"),
+)
 # Names of folders that operating systems, network drives and notebooks create, in lower case.
 SYSTEM_FOLDERS = frozenset(
     {
@@ -104,7 +112,6 @@ SYSTEM_FOLDERS = frozenset(
 )
 # Maximum length of a file name in bytes on the file systems of Linux, macOS and Windows.
 MAX_NAME = 255
-_SEPARATORS = {"/", os.sep}
 # Reasons for skipping files, in the singular and in the plural. Other reasons are suffixes.
 PLURALS = {
     "hidden file": "hidden files",
@@ -196,81 +203,6 @@ def describe_contents(root: Path, wanted: Collection[str]) -> str:
     return f" ({report.partition('found; ')[2]})" + "".join(f"; {text}" for text in advice)
 
 
-def find_matches(pattern: str, unread: list[OSError] | None = None) -> list[str]:
-    """Return the paths that match a glob pattern, sorted.
-
-    `**` matches any number of nested folders. At the end of a pattern, it has no effect: `FOLDER/**` matches only
-    FOLDER. As in `glob.glob`, a hidden name matches only if the pattern contains its dot. Links to folders are
-    followed. A folder that is reached more than once, for example through a link to its parent, is read once.
-
-    Args:
-        pattern: the pattern.
-        unread: list to which the errors of unreadable folders are added. If it is None, these folders are ignored.
-    """
-    errors: list[OSError] = []
-    found = _matches(pattern, errors)
-    if unread is not None:
-        unread += {os.path.abspath(error.filename): error for error in errors}.values()
-    return found
-
-
-def _matches(pattern: str, unread: list[OSError]) -> list[str]:
-    """Return the sorted paths that match a glob pattern. The errors of unreadable folders are added to `unread`."""
-    head, star, tail = pattern.partition("**")
-    if not star or (head and head[-1] not in _SEPARATORS) or (tail and tail[0] not in _SEPARATORS):
-        return _glob(pattern, unread)
-    tail = tail.lstrip("".join(_SEPARATORS))
-    roots = _glob(head, unread) if head else ["."]
-    if not tail:
-        return sorted(roots)
-    found: set[str] = set()
-    for root in roots:
-        for folder in _folders_below(root, unread):
-            path = os.path.join(glob.escape(os.path.relpath(folder) if not head else folder), tail)
-            found.update(_matches(os.path.normpath(path) if not head else path, unread))
-    return sorted(found)
-
-
-def _glob(pattern: str, unread: list[OSError]) -> list[str]:
-    """Return the paths that match a pattern without `**`, sorted. Unreadable folders add errors to `unread`."""
-    parent, rest = os.path.split(pattern.rstrip("".join(_SEPARATORS)))
-    while rest:
-        if glob.has_magic(rest):
-            for folder in glob.glob(parent) if parent else ["."]:
-                try:
-                    os.scandir(folder).close()
-                except OSError as error:
-                    if error.errno not in BROKEN:
-                        unread.append(error)
-        parent, rest = os.path.split(parent)
-    return sorted(glob.glob(pattern))
-
-
-def _folders_below(root: str, unread: list[OSError]) -> Iterator[str]:
-    """Yield a folder, and each folder below it exactly once. Hidden folders are skipped.
-
-    The errors of folders that cannot be read are added to `unread`.
-    """
-    seen = {_identity(os.stat(root))}
-
-    def is_new(path: str) -> bool:
-        try:
-            identity = _identity(os.stat(path))
-        except OSError as error:
-            if error.errno not in BROKEN:
-                unread.append(error)
-            return False
-        new = identity not in seen
-        seen.add(identity)
-        return new
-
-    for folder, names, _ in os.walk(root, onerror=unread.append, followlinks=True):
-        shown = [name for name in names if not name.startswith(".")]
-        shown.sort(key=lambda name: (os.path.islink(os.path.join(folder, name)), name))
-        names[:] = [name for name in shown if is_new(os.path.join(folder, name))]
-        yield folder
-
-
 class _Walk:
     """State of one recursive search."""
 
@@ -283,8 +215,9 @@ class _Walk:
         self.found: list[Path] = []
         self.companions: set[Path] = set()
         self.passed: Counter[str] = Counter()
+        self.corpora: set[str] = set()  # kinds of corpora whose transcripts were skipped
         self.unread: list[OSError] = []
-        self._seen = {_identity(os.stat(root))}
+        self._seen = {file_identity(os.stat(root))}
         self._folders = [self.root]
         # Links are followed last. If a folder can also be reached without a link, its files get the path without one.
         self._links: deque[str] = deque()
@@ -296,7 +229,7 @@ class _Walk:
 
     def _follow(self, link: str) -> None:
         try:
-            identity = _identity(os.stat(link))
+            identity = file_identity(os.stat(link))
         except OSError as error:
             self.unread.append(error)
             return
@@ -323,9 +256,10 @@ class _Walk:
         companions = [entry for entry in children if not self._take(entry)]
         if companions:
             stems = {path.stem for path in self.found[number:]}
-            for stem, suffix in (os.path.splitext(entry.name) for entry in companions):
+            for entry in companions:
+                stem, suffix = os.path.splitext(entry.name)
                 if stem not in stems:
-                    self.passed[suffix.lower()] += 1
+                    self._skip(entry, suffix.lower())
 
     def _take(self, entry: "os.DirEntry[str]") -> bool:
         """Record an entry of a folder, and return True. For a companion file, only return False."""
@@ -355,18 +289,23 @@ class _Walk:
             if ending in self.companion_suffixes:
                 return False
             suffix = next((end for end in COMPRESSED if entry.name.lower().endswith(end)), suffix)
-            self.passed[shorten(suffix, 16) if suffix else "without a suffix"] += 1
+            self._skip(entry, shorten(suffix, 16) if suffix else "without a suffix")
         elif is_file:
             self.found.append(Path(entry.path))
         else:
             self.passed["pipe, socket or device"] += 1
         return True
 
+    def _skip(self, entry: "os.DirEntry[str]", reason: str) -> None:
+        self.passed[reason] += 1
+        if self.companion_suffixes:  # the caller reads transcripts
+            self.corpora.update(kind for pattern, kind in TRANSCRIPTS if pattern.search(entry.path))
+
     def _enter(self, entry: "os.DirEntry[str]") -> None:
         if entry.is_symlink():
             self._links.append(entry.path)
             return
-        identity = _identity(os.stat(entry.path))  # on Windows the inode of a directory entry is always 0
+        identity = file_identity(os.stat(entry.path))  # on Windows the inode of a directory entry is always 0
         if identity in self._seen:
             self.passed["folder found twice"] += 1
         else:
@@ -389,8 +328,11 @@ class _Walk:
                 for error in self.unread[:NAMED]
             ) + (", ..." if len(self.unread) > NAMED else "")
             parts.append(f"{counted(len(self.unread), 'folder')} cannot be read: {named}")
+        if self.corpora:
+            parts.append(f"nemo-lfr prepare may read their texts (KIND {' or '.join(sorted(self.corpora))})")
         return f"{shorten(self.root, 200)}: {counted(len(self.found), 'file')} found; {'; '.join(parts)}"
 
 
-def _identity(status: os.stat_result) -> tuple[int, int]:
+def file_identity(status: os.stat_result) -> tuple[int, int]:
+    """Return a key that is the same for two paths of one file or folder."""
     return status.st_dev, status.st_ino

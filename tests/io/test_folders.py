@@ -11,7 +11,8 @@ import pytest
 import soundfile
 
 from nemo_lfr.errors import NemoLfrError
-from nemo_lfr.io.folders import AUDIO_SUFFIXES, MEDIA_SUFFIXES, SOUND_SUFFIXES, find_files, find_matches
+from nemo_lfr.io.folders import AUDIO_SUFFIXES, MEDIA_SUFFIXES, SOUND_SUFFIXES, find_files
+from nemo_lfr.io.globs import find_matches
 from nemo_lfr.io.layouts import LAYOUTS
 from nemo_lfr.io.layouts import folder as folder_layout
 from nemo_lfr.io.transcripts import text_of
@@ -209,7 +210,26 @@ def test_the_folder_layout_finds_the_same_files_and_their_texts(tmp_path):
     [
         (("SA1.WAV", "SA1.TXT"), "SA1.TXT", ""),  # TIMIT
         (("a.wav", "a.TXT", "a.txt"), "a.txt", ""),
-        (("a.wav", "a.normalized.txt", "a.original.txt"), None, "2 skipped: 2 .txt"),  # LibriTTS
+        (
+            ("a.wav", "a.normalized.txt", "a.original.txt"),
+            None,
+            "2 skipped: 2 .txt; nemo-lfr prepare may read their texts (KIND lhotse:libritts)",
+        ),
+        *(
+            (
+                ("x/a.flac", name),
+                None,
+                f"1 skipped: 1 .{name[-3:]}; nemo-lfr prepare may read their texts (KIND {kind})",
+            )
+            for name, kind in (
+                ("dev-clean/84/121123/84-121123.trans.txt", "librispeech"),
+                ("mls_german/dev/transcripts.txt", "mls"),
+                ("txt/p225/p225_001.txt", "vctk"),
+                ("de/train.tsv", "commonvoice"),
+                ("de/ss-corpus-de.tsv", "commonvoice"),
+            )
+        ),
+        (("a.wav", "txt/p225/notes.txt", "train.txt"), None, "2 skipped: 2 .txt"),
         (("a.wav", "README.txt", "b.TXT"), None, "2 skipped: 2 .txt"),
         (("a.wav", "x/a.txt"), None, "1 skipped: 1 .txt"),
         (("a.wav", "a.Txt"), None, "1 skipped: 1 .txt"),
