@@ -1,5 +1,6 @@
 """Encoder and decoder modules that load their weights from a checkpoint on first use."""
 
+import copy
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -7,11 +8,12 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import weight_norm as add_weight_norm
 
 from nemo_lfr.checkpoint import Checkpoint
 from nemo_lfr.codec.ambient import building_state
 from nemo_lfr.errors import CheckpointError
-from nemo_lfr.modules.weight_norm import CANONICAL, SumOrder, folded_weight
+from nemo_lfr.modules.weight_norm import CANONICAL, SumOrder, folded_weight, has_weight_norm
 from nemo_lfr.modules.weights import current_value
 
 M = TypeVar("M", bound=nn.Module)
@@ -46,7 +48,10 @@ class LazyModule(Generic[M]):
         self._path = path if checkpoint is None else checkpoint.path.absolute()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.get(), None, self._name, None, self._path)
+        return _unpickled, (*_without_norm(self.get()), self._name, self._path)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "LazyModule[M]":
+        return LazyModule(copy.deepcopy(self.get(), memo), None, self._name, None, self._path)
 
     @property
     def is_read(self) -> bool:
@@ -103,6 +108,39 @@ class LazyModule(Generic[M]):
         except (CheckpointError, ValueError, RuntimeError):  # the file has other weights, with other names or shapes
             return None
         return checkpoint if same else None
+
+
+def _without_norm(module: M) -> tuple[M, dict[str, tuple[nn.Parameter, nn.Parameter]]]:
+    """Return a copy without weight norm, which PyTorch cannot pickle, and the gain and direction of each weight.
+
+    The copy has the same tensors, so that a pickle that also contains the NeMo model contains each one once.
+    """
+    plain = copy.deepcopy(module, {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())})
+    norms = {}
+    for name, layer in plain.named_modules():
+        hooks: Any = layer._load_state_dict_pre_hooks
+        for key in [key for key, hook in hooks.items() if hook.hook.__module__ == add_weight_norm.__module__]:
+            del hooks[key]
+        if has_weight_norm(layer):
+            parametrizations: Any = layer.parametrizations
+            norms[name] = parametrizations.weight.original0, parametrizations.weight.original1
+            if len(parametrizations) == 1:  # otherwise, PyTorch raises an error
+                layer.__class__ = parametrize.type_before_parametrizations(layer)
+                del layer.parametrizations
+    return plain, norms
+
+
+def _unpickled(
+    module: M, norms: dict[str, tuple[nn.Parameter, nn.Parameter]], name: str, path: Path | None
+) -> LazyModule[M]:
+    """Rebuild a `LazyModule` from the values that `__reduce__` returned."""
+    for key, (gain, direction) in norms.items():
+        layer: Any = module.get_submodule(key)
+        layer.weight = nn.Parameter(torch.empty_like(direction, device="meta"), requires_grad=direction.requires_grad)
+        add_weight_norm(layer)
+        layer.parametrizations.weight.original0, layer.parametrizations.weight.original1 = gain, direction
+        layer.parametrizations.train(layer.training)
+    return LazyModule(module, None, name, None, path)
 
 
 def _plain_state(module: nn.Module, order: SumOrder = CANONICAL) -> list[tuple[str, torch.Tensor]]:

@@ -126,12 +126,19 @@ def fold_weight_norm(direction: torch.Tensor, gain: torch.Tensor, order: SumOrde
     return (values * (gain.detach().to(values) / row_norms(values, order))).to(direction)
 
 
+def has_weight_norm(module: nn.Module) -> bool:
+    """Return whether the weight of a module has weight norm along its first dimension and no other parametrization."""
+    if not parametrize.is_parametrized(module, "weight"):
+        return False
+    weight: Any = module.parametrizations["weight"]  # type: ignore[index]
+    return len(weight) == 1 and type(weight[0]).__name__ == "_WeightNorm" and weight[0].dim == 0
+
+
 def folded_weight(conv: nn.Module, order: SumOrder = CANONICAL) -> torch.Tensor:
     """Return the weight of a convolution without gradient; weight norm, if the layer has it, is folded."""
-    if parametrize.is_parametrized(conv, "weight"):
+    if has_weight_norm(conv):
         weight: Any = conv.parametrizations["weight"]  # type: ignore[index]
-        if len(weight) == 1 and type(weight[0]).__name__ == "_WeightNorm" and weight[0].dim == 0:
-            return fold_weight_norm(weight.original1, weight.original0, order)
+        return fold_weight_norm(weight.original1, weight.original0, order)
     plain: torch.Tensor = current_value(conv, "weight")
     return plain.detach()
 

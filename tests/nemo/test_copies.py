@@ -166,6 +166,19 @@ def test_a_pickled_optimizer_changes_the_weights_of_the_model_in_the_same_pickle
     assert len(trained) > 10 and list(map(id, trained)) == list(map(id, other.parameters()))
 
 
+@pytest.mark.parametrize("change", ["nothing", "no weight norm", "no weight norm in two layers"])
+def test_a_pickled_codec_shares_the_weights_of_the_model_in_the_same_pickle(model, change):
+    KEPT[change](model)
+    codec, other, copied = *pickled((model.codec, model)), copy.deepcopy(model.codec)
+    encoder = codec.backend.encoder
+    assert flags_of(encoder) == flags_of(model.audio_encoder)
+    assert list(map(id, encoder.parameters())) == list(map(id, other.audio_encoder.parameters()))
+    expected = model.codec.encode(AUDIO, LENGTHS, 22050)[0]
+    for each in (codec, copied):
+        assert torch.equal(each.encode(AUDIO, LENGTHS, 22050)[0], expected)
+        assert each.fingerprint == model.codec.fingerprint
+
+
 @pytest.mark.parametrize("rebuild", [copying.unpickled, copies._unpickled, AudioCodecModel.__new__])
 def test_pickles_of_another_version_are_refused(model, rebuild):
     """The first pickle has another form, the second one calls an earlier function, the third one sets attributes."""
