@@ -103,6 +103,13 @@ def save_first(folder: Path, value: object) -> None:
     torch.save(value, folder / "target_codes" / "s0" / "clip0.pt")
 
 
+def exchange_files(folder: Path) -> None:
+    first, second = folder / "tokens" / "s0" / "clip0.lfr", folder / "tokens" / "s1" / "clip2.lfr"
+    first.rename(folder / "x")
+    second.rename(first)
+    (folder / "x").rename(second)
+
+
 def npy(value: np.ndarray) -> bytes:
     file = io.BytesIO()
     np.save(file, value)
@@ -240,6 +247,7 @@ CASES: dict[str, tuple[str, Damage, int, str]] = {
     "line: missing": ("lfr", lambda f: (f / "manifest.json").write_text(""), 0, "found 0 lines"),
     "lfr: cut": ("lfr", lambda f: os.truncate(f / "tokens/s0/clip0.lfr", 50), 2, "clip0"),
     "lfr: gone": ("lfr", lambda f: (f / "tokens/s0/clip0.lfr").unlink(), 2, "no such file"),
+    "lfr: exchanged": ("lfr", exchange_files, 1, "the file is probably that of another clip"),
     "shar: cuts cut": (
         "shar",
         lambda f: os.truncate(f / "shar/cuts.000000.jsonl.gz", (f / "shar/cuts.000000.jsonl.gz").stat().st_size - 8),

@@ -47,6 +47,12 @@ class LfrReader(ManifestReader):
                         f"{reader.path}: the tokens were made by a codec with {key} {getattr(stored, key)}, but "
                         f"{METADATA} lists {getattr(expected, key)}; tokenize the corpus again to another --out."
                     )
+            duration, rate = labels.get("duration"), stored.sample_rate
+            if isinstance(duration, int | float) and abs(duration * rate - reader.num_samples) >= 1:
+                raise TokenFileError(
+                    f"{reader.path}: the file lasts {reader.num_samples / rate:g} s, but the manifest lists "
+                    f"{shorten(duration)} s, so the file is probably that of another clip; {REPAIR}."
+                )
             tokens = reader.read()
             return {"id": labels["id"], "tokens": tokens, "num_samples": reader.num_samples, "labels": labels}
 
