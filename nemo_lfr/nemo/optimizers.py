@@ -9,10 +9,11 @@ from lightning.pytorch.trainer.states import TrainerFn
 from omegaconf import DictConfig, open_dict
 
 from nemo_lfr.checkpoint.names import plain_keys
-from nemo_lfr.errors import ConfigError, shorten
+from nemo_lfr.errors import CheckpointError, ConfigError, shorten
 from nemo_lfr.nemo.averaging import WeightAveraging
 from nemo_lfr.nemo.base import DISCRIMINATOR, WAVLM, NeMoAudioCodecModel
 from nemo_lfr.nemo.patches import patched_method
+from nemo_lfr.nemo.training_checkpoint import weights_without_config
 
 
 def check_discriminator(checkpoint: Mapping[str, Any], state: Mapping[str, torch.Tensor], path: Any) -> None:
@@ -189,6 +190,7 @@ class Optimizers(WeightAveraging):
 
         Raises:
             ConfigError: if `init_from_ptl_ckpt` and `init_from_nemo_model` are both set.
+            CheckpointError: if the file cannot be read or belongs to another codec.
         """
         path = cfg.get("init_from_ptl_ckpt")
         if isinstance(path, str):
@@ -196,6 +198,13 @@ class Optimizers(WeightAveraging):
                 raise ConfigError("init_from_ptl_ckpt and init_from_nemo_model are both set; remove one of them.")
             with open_dict(cfg):
                 del cfg.init_from_ptl_ckpt
+            if (weights := weights_without_config(Path(path))) is not None:
+                try:
+                    self.load_state_dict(weights, strict=False)
+                except CheckpointError as error:
+                    raise CheckpointError(f"{path}: {error}") from error
+                return
+            with open_dict(cfg):
                 cfg.init_from_nemo_model = path
         if isinstance(path := cfg.get("init_from_nemo_model"), str):
             self._restored_from = Path(path)  # set in every process, although NeMo reads the file on rank 0 only

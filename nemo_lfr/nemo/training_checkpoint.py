@@ -1,8 +1,10 @@
-"""Find out why Lightning cannot load a training checkpoint."""
+"""Find out why Lightning cannot load a training checkpoint, and read one without hyperparameters."""
 
 import os
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from nemo_lfr.checkpoint import load_parts, read_config
 from nemo_lfr.checkpoint.archive import read_members
@@ -42,3 +44,22 @@ def problem_of_training_checkpoint(checkpoint: Any) -> CheckpointError | None:
     except OSError as error:
         return CheckpointError(f"{path}: the file cannot be read ({error.strerror}); check its permissions.")
     return None
+
+
+def weights_without_config(path: Path) -> dict[str, torch.Tensor] | None:
+    """Return the weights in a training checkpoint that has no hyperparameters, so that no model can be built from it.
+
+    The result is None for any other file.
+
+    Raises:
+        CheckpointError: if the file cannot be read.
+    """
+    if path.is_dir():
+        return None
+    members = read_members(path)
+    if members.config is not None or isinstance(members.weights, dict):
+        return None
+    tensors = Tensors(path, members.weights, training=True)
+    if "state_dict" not in tensors.contents or "hyper_parameters" in tensors.contents:
+        return None
+    return {name: tensors[name] for name in tensors.entries}

@@ -1635,6 +1635,15 @@ def test_discriminators_are_frozen_if_those_of_stock_are(kind):
     assert states[0] == states[1] and any(states[0].values()) == (kind not in ("freeze", "requires_grad_"))
 
 
+def test_a_training_checkpoint_without_hyper_parameters_gives_the_initial_weights(tmp_path):
+    config, path = OmegaConf.create(training_config([])), tmp_path / "weights.ckpt"
+    first, ours, stock = AudioCodecModel(config), AudioCodecModel(config), StockModel(config)
+    torch.save({"state_dict": first.state_dict(), "epoch": 3}, path)
+    for model in (ours, stock):
+        model.maybe_init_from_pretrained_checkpoint(OmegaConf.create({"init_from_ptl_ckpt": str(path)}))
+        assert all(torch.equal(model.state_dict()[key], value) for key, value in first.state_dict().items())
+
+
 def test_only_one_file_may_give_the_initial_weights():
     model = AudioCodecModel(OmegaConf.create(training_config([])))
     files = {"init_from_ptl_ckpt": "a.ckpt", "init_from_nemo_model": "b.nemo"}
