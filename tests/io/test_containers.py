@@ -157,6 +157,7 @@ WHOLE = {
     "FLAC of unknown length with an ID3 tag before": ID3 + flac(known=False),
     "SPHERE": written(format="NIST"),
     "SPHERE without the size of its samples": written(format="NIST").replace(b"sample_n_bytes", b"sample_x_bytes"),
+    "SPHERE of 100 samples": written(format="NIST").replace(b"-i 33075\nend_head\n", b"-i 100\nend_head\n\0\0"),
     "VOC": written(format="VOC", subtype="PCM_16"),
     "VOC in several blocks": voc([pcm()[:3000], pcm()[3000:9000], pcm()[9000:]]),
     "8SVX": written(format="SVX"),

@@ -1,6 +1,7 @@
 """Detect another audio file after the end of the first one, as in files that were joined with `cat`."""
 
 import re
+from collections.abc import Callable
 
 from nemo_lfr.io.containers.magic import after_tags, has_magic
 from nemo_lfr.io.containers.mpeg import frames_follow
@@ -12,6 +13,8 @@ from nemo_lfr.io.containers.stream import (
     Stream,
     Window,
     cut_short,
+    goes_on,
+    longer,
     whole_file,
     without_tags,
 )
@@ -147,13 +150,28 @@ def note_after(window: Window, end: int) -> str | None:
     return f"{window.size - start} bytes at position {start} follow the audio and are ignored"
 
 
-def compare_size(window: Window, start: int, promised: int) -> list[Stream]:
+def samples_follow(window: Window, end: int) -> bool:
+    """Return whether more samples follow than a header declares, rather than another file, chunks, tags or padding.
+
+    Args:
+        window: the file.
+        end: end of the declared samples.
+    """
+    is_more = goes_on(window.at(end, 256)) and not window.is_zero(end, window.size)
+    return is_more and next_file(window, end) is None
+
+
+def compare_size(
+    window: Window, start: int, promised: int, header_for: Callable[[int], bytes] | None = None
+) -> list[Stream]:
     """Return a list with one `Stream` for a file, after comparing the declared number of bytes with its size.
 
     Args:
         window: the file.
         start: position of the first sample.
         promised: number of bytes of samples that the header declares.
+        header_for: function that returns the header for another number of bytes; None if samples behind the declared
+            ones are ignored.
 
     Returns:
         The file up to the end of the samples. The stream has a `problem` if the file is truncated or if another file
@@ -162,6 +180,9 @@ def compare_size(window: Window, start: int, promised: int) -> list[Stream]:
     available, end = max(0, window.size - start), start + promised
     if available < promised < UNKNOWN_BYTES:
         return [whole_file(window.size, cut_short(promised, available))]
+    if header_for and 0 < promised < available and samples_follow(window, end):
+        stop = without_tags(window, end, window.size)
+        return [Stream([(start, stop)], header_for(stop - start), note=longer(promised, available))]
     return compare_end(window, end) if 0 < promised < UNKNOWN_BYTES else of_unknown_length(window, start, 1)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from nemo_lfr.io.containers.blocks import BlockCodec, sample_codec
-from nemo_lfr.io.containers.joined import compare_end, next_file, until_end
+from nemo_lfr.io.containers.joined import compare_end, next_file, samples_follow, until_end
 from nemo_lfr.io.containers.magic import has_magic
 from nemo_lfr.io.containers.stream import (
     CHUNK_NAME,
@@ -108,7 +108,7 @@ def _au_streams(window: Window) -> list[Stream]:
         return [whole_file(window.size, cut_short(length, available))]
     is_known = 0 < length <= UNKNOWN_BYTES
     end = offset + length
-    if is_known and (not goes_on(window.at(end, 256)) or window.is_zero(end, window.size)):
+    if is_known and not samples_follow(window, end):
         return compare_end(window, end)
     note = longer(length, available) if is_known else None
     return _to_end(window, offset, [(8, f"{order}I", 0, 1)], note)

@@ -14,6 +14,7 @@ from nemo_lfr.io.containers.wav_header import WavHeader
 SPHERE, VOC, AVR = b"NIST_1A", b"Creative Voice File", b"2BIT"
 SVX_FORMS = (b"8SVX", b"16SV")
 _SPHERE_FIELD = re.compile(rb"(?m)^(sample_count|sample_n_bytes|channel_count) -i (\d{1,18})\s*$")
+_SPHERE_COUNT = re.compile(rb"(?m)^(sample_count -i )\d+")
 _SPHERE_LAW = re.compile(rb"(?m)^sample_coding -s\d+ (ulaw|mu-law|alaw|pculaw)")
 _SPHERE_HEADER, _MAX_SPHERE_HEADER, _AVR_HEADER = 1024, 1 << 16, 128  # sizes in bytes
 _VOC_SOUND = {1: 2, 9: 12}  # types of blocks that begin a sound, and the size of their fields in bytes
@@ -40,7 +41,12 @@ def sphere_streams(window: Window) -> list[Stream]:
     # In A-law and mu-law, a sample has one byte. libsndfile then writes `sample_n_bytes` as text, which is not parsed.
     size = 1 if _SPHERE_LAW.search(header) else fields.get(b"sample_n_bytes", 2)
     block = size * fields.get(b"channel_count", 1)
-    return compare_size(window, start, fields.get(b"sample_count", 0) * block)
+
+    def header_for(length: int) -> bytes:
+        count = str(length // block).encode() if block else b"0"
+        return _SPHERE_COUNT.sub(rb"\g<1>" + count, header, count=1).ljust(start, b"\0")[:start]
+
+    return compare_size(window, start, fields.get(b"sample_count", 0) * block, header_for)
 
 
 def is_voc(head: bytes, _: Window) -> bool:
