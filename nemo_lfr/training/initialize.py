@@ -69,7 +69,7 @@ def initialize_from_data(
     """Rescale every convolution so that its output on speech has a standard deviation of 1.
 
     The outputs of the last convolutions of the encoder and of the decoder get the standard deviations `encoded_spread`
-    and `output_spread` instead.
+    and `output_spread` instead. Convolutions with frozen parameters stay unchanged.
 
     Args:
         encoder: encoder to change in place.
@@ -84,6 +84,8 @@ def initialize_from_data(
         conv = module.conv
         assert isinstance(conv, nn.Conv1d | nn.ConvTranspose1d)
         assert conv.bias is not None
+        if not all(parameter.requires_grad for parameter in conv.parameters()):
+            return output
         if module is encoder.post_conv:
             mean = output.mean(dim=(0, 2))
             scale = encoded_spread / output.std(dim=(0, 2)).clamp_min(1e-8)

@@ -1,5 +1,6 @@
 """Tests of losses, spectra and initialization; `test_training_with_nemo.py` compares whole steps with stock NeMo."""
 
+import copy
 import math
 
 import pytest
@@ -187,6 +188,17 @@ def test_initialization_from_data_centers_and_spreads_the_encoder_and_fills_the_
     torch.testing.assert_close(encoded.mean(dim=(0, 2)), torch.zeros(32), rtol=0, atol=1e-3)
     # 240 frames use many of the 2016 entries at a spread of 0.9; a collapsed FSQ would use one.
     assert min(len(codebook.unique()) for codebook in tokens) >= 100
+
+
+@pytest.mark.parametrize("frozen", ["encoder", "decoder"])
+def test_initialization_from_data_keeps_frozen_weights(frozen):
+    parts = build_parts(codec_config("two_stages"))
+    parts.named()[f"audio_{frozen}"].requires_grad_(False)
+    first = {name: copy.deepcopy(part.state_dict()) for name, part in parts.named().items()}
+    initialize_from_data(*parts.named().values(), torch.from_numpy(synthesize(1.0)[: 16 * 1024])[None])
+    for name in ("audio_encoder", "audio_decoder"):
+        state = parts.named()[name].state_dict()
+        assert all(torch.equal(state[key], first[name][key]) for key in state) == (name == f"audio_{frozen}")
 
 
 def test_initialization_leaves_no_hook_behind():
