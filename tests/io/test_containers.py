@@ -159,6 +159,8 @@ WHOLE = {
     "SPHERE without the size of its samples": written(format="NIST").replace(b"sample_n_bytes", b"sample_x_bytes"),
     "SPHERE of 100 samples": written(format="NIST").replace(b"-i 33075\nend_head\n", b"-i 100\nend_head\n\0\0"),
     "VOC": written(format="VOC", subtype="PCM_16"),
+    "VOC without the zero at its end": written(format="VOC", subtype="PCM_16")[:-1],
+    "VOC with a repetition": voc([pcm()])[:26] + b"\6\2\0\0\2\0" + voc([pcm()])[26:-1] + b"\7\0\0\0\0",
     "VOC in several blocks": voc([pcm()[:3000], pcm()[3000:9000], pcm()[9000:]]),
     "8SVX": written(format="SVX"),
     "AVR": written(format="AVR"),

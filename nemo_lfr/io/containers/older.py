@@ -18,7 +18,8 @@ _SPHERE_COUNT = re.compile(rb"(?m)^(sample_count -i )\d+")
 _SPHERE_LAW = re.compile(rb"(?m)^sample_coding -s\d+ (ulaw|mu-law|alaw|pculaw)")
 _SPHERE_HEADER, _MAX_SPHERE_HEADER, _AVR_HEADER = 1024, 1 << 16, 128  # sizes in bytes
 _VOC_SOUND = {1: 2, 9: 12}  # types of blocks that begin a sound, and the size of their fields in bytes
-_VOC_MORE, _VOC_LAST = 2, 9  # type of a block that continues a sound, and the highest defined type
+# Types of a block that continues a sound, and of one that describes the next sound; the highest defined type
+_VOC_MORE, _VOC_EXTENDED, _VOC_LAST = 2, 8, 9
 _VOC_REST = re.compile(rb"[^\0\x1a]")  # any byte that is not padding; programs for CP/M and DOS pad files with 0x1A
 _VOC_CODECS = {0: 1, 4: 1, 6: 6, 7: 7}  # VOC codec to WAV format tag: linear, A-law, mu-law
 
@@ -57,34 +58,42 @@ def is_voc(head: bytes, _: Window) -> bool:
 def voc_streams(window: Window) -> list[Stream]:
     """Return a list with one `Stream` for a VOC file. The samples of several blocks are joined after a WAV header.
 
-    libsndfile would decode the headers of all blocks after the first one as samples.
+    libsndfile would decode the headers of all blocks after the first sound as samples.
     """
     position = int.from_bytes(window.at(20, 2), "little")
     spans: list[Span] = []
     kinds: list[bytes] = []
+    extended = b""
     while position + 4 <= window.size and (kind := window.at(position, 1)[0]):
         start, stop = position + 4, position + 4 + int.from_bytes(window.at(position + 1, 3), "little")
         if stop > window.size and kind in (*_VOC_SOUND, _VOC_MORE):
             return [whole_file(window.size, cut_short(stop - start, window.size - start))]
         if kind in _VOC_SOUND:
             size = _VOC_SOUND[kind]
-            kinds.append(window.at(position, 1) + window.at(start, size))
+            kinds.append(extended or window.at(position, 1) + window.at(start, size))
+            extended = b""
             spans.append((start + size, stop))
         elif kind == _VOC_MORE:
             spans.append((start, stop))
+        elif kind == _VOC_EXTENDED:
+            extended = window.at(position, 1) + window.at(start, 4)
         elif kind > _VOC_LAST:
             break
         position = stop
     if not spans:
         return [whole_file(window.size, HEADER_CUT)] if position + 4 > window.size else []
-    if window.at(position, 1) == b"\0":
+    is_last = spans[-1][1] == position
+    if has_mark := window.at(position, 1) == b"\0":
         position += 1
     if len(set(kinds)) > 1 or next_file(window, position) is not None:
         return [whole_file(window.size, JOINED)]
     if (damage := damage_after(window, position, _VOC_REST)) is not None:
         return [whole_file(window.size, damage)]
-    if len(spans) == 1:
-        return compare_end(window, position)
+    if len(spans) == 1 and is_last:
+        if position < window.size or has_mark:
+            return compare_end(window, position)
+        # libsndfile needs the zero at the end, which `arecord` does not write to a pipe.
+        return [Stream([(0, position)], padding=1)]
     form = _voc_format(kinds[0]) if kinds else None
     if form is None:
         return [whole_file(window.size, "the VOC file has several blocks with an unknown encoding; convert it to WAV")]
@@ -96,6 +105,10 @@ def _voc_format(block: bytes) -> bytes | None:
     """Return the content of a WAV `fmt ` chunk for a VOC block; None if the encoding is unsupported."""
     if block[0] == 1:
         rate, bits, channels, codec = round(1_000_000 / (256 - block[1])), 8, 1, block[2]
+    elif block[0] == _VOC_EXTENDED:
+        time, codec, mode = struct.unpack_from("<HBB", block, 1)
+        bits, channels = 8, mode + 1
+        rate = 256_000_000 // (65536 - time) // channels
     else:
         rate, bits, channels, codec = struct.unpack_from("<IBBH", block, 1)
     if codec not in _VOC_CODECS or not bits or bits % 8:
