@@ -47,7 +47,10 @@ def read(path: Path, rate: int) -> np.ndarray:
 
 
 def cut(rng: np.random.Generator, total: int, frame: int, longest: int) -> list[tuple[int, int]]:
-    """Split `total` items into chunks [start, stop) of random lengths: 0, 1, `frame`, 997 or less than `longest`."""
+    """Split `total` items into chunks [start, stop) of random lengths.
+
+    Each length is 0, 1, 997, `frame`, or a random number below `longest`.
+    """
     edges = [0]
     while edges[-1] < total:
         kind = int(rng.integers(6))

@@ -340,7 +340,10 @@ def held_out_by(utterances: list[CorpusUtterance], share: float) -> str:
 
 
 def _units(utterances: list[CorpusUtterance], share: float) -> Callable[[CorpusUtterance], str]:
-    """Return a function that gives the kind of an utterance's unit, "speaker", "folder" or "file"; see `hold_out`."""
+    """Return a function from an utterance to the kind of its unit; see `hold_out`.
+
+    The kind is "speaker", "folder" or "file".
+    """
     speakers = {utterance.speaker for utterance in utterances if utterance.split is None}
     folders = {utterance.path.parent for utterance in utterances if utterance.split is None}
 

@@ -170,7 +170,7 @@ def _groups(tokens: Any, levels: Levels, name: str) -> list[tuple[int, ...]]:
 
 
 def _first(groups: Sequence[Sequence[int]], index: int) -> int:
-    """Return the index of the first dimension of a codebook among the dimensions of all codebooks."""
+    """Return the total number of dimensions of the codebooks before codebook `index`."""
     return sum(map(len, groups[:index]))
 
 

@@ -150,9 +150,9 @@ class StateDicts(BaseModel):
         return {key: value for key, value in state.items() if key not in discriminator}
 
     def _load_kept_discriminator(self) -> None:
-        """Load the weights that were kept for the discriminators, which are built now.
+        """Load the weights that were kept until the discriminators were built.
 
-        A warning names weights that are missing, unless all are.
+        If no weights were kept, do nothing. Otherwise, log a warning if some are missing or have another shape.
         """
         kept, self._unbuilt_discriminator = self._unbuilt_discriminator, {}
         if not kept:

@@ -81,9 +81,9 @@ def feature_matching(real: FeatureMaps, gen: FeatureMaps) -> torch.Tensor:
 def relative_feature_matching(real: FeatureMaps, gen: FeatureMaps, guard: float = 1e-3) -> torch.Tensor:
     """Compute the relative difference between feature maps of real and generated audio (EnCodec).
 
-    The mean absolute difference along the last dimension is divided by the mean absolute value for real audio along
-    this dimension (arXiv 2210.13438). `guard` is added to the divisor, to avoid a division by zero. The ratios are
-    averaged over the other dimensions, then over the layers of each network, then over all networks.
+    The difference is mean(|real - gen|) / (mean(|real|) + guard), with means along the last dimension (arXiv
+    2210.13438). `guard` avoids a division by zero. The result is averaged over the other dimensions, then over the
+    layers of each network, then over all networks.
     """
     return _average(
         [

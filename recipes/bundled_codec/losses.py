@@ -127,9 +127,9 @@ def periodicity_distance(real: torch.Tensor, gen: torch.Tensor) -> torch.Tensor:
     """Return the weighted mean of the absolute differences between the periodicities of two signals.
 
     The periodicity of a frame at a lag is YIN's cumulative mean normalized difference (de Cheveigne and Kawahara,
-    2002, equation 8). It is near 0 at lags at which the frame repeats itself, and near 1 at most other lags. Lags at
-    which one of the signals repeats itself have the largest weight. Frames 30 dB or more below the mean energy of the
-    segment are ignored.
+    2002, equation 8). It is near 0 at lags at which the frame repeats itself, and near 1 at most other lags. A lag has
+    a large weight if at least one of the two signals repeats itself at this lag. Frames in which the energy of `real`
+    is 30 dB or more below its mean are ignored.
 
     Args:
         real: recordings, shape [B, T_audio].

@@ -53,7 +53,8 @@ def _walk(window: Window, size_of: FrameSize) -> list[Stream]:
 def _file_follows(window: Window, position: int, size_of: FrameSize) -> bool:
     """Return whether another file begins at a position or after the tags that begin there.
 
-    A frame of the file's own codec counts as another file only after tags. Without tags, the file is damaged.
+    Frames of the file's own codec count as another file only if tags precede them. Otherwise, they are the rest of a
+    damaged file.
     """
     start = next_file(window, position)
     is_tagged = window.at(position, 11).startswith(TAGS)

@@ -68,7 +68,7 @@ class WavHeader:
     def includes_header(self, begin: int, available: int) -> bool:
         """Return whether the declared size of the samples includes the header, as in files of some recorders.
 
-        The result is False for a truncated file, in which the RIFF chunk is declared larger than the file.
+        If the RIFF chunk is declared larger than the file, the file is truncated, and the result is False.
 
         Args:
             begin: position of the first sample.

@@ -66,6 +66,9 @@ def wide_gain(window: Window, form: bytes, order: str, spans: Sequence[Span]) ->
 
 
 def as_32_bits(form: bytes, order: str) -> bytes:
-    """Return the content of a `fmt ` chunk for the same samples, described as 32-bit integers."""
+    """Return the content of a `fmt ` chunk that declares 32-bit integers.
+
+    The sample rate and the number of channels are those in `form`.
+    """
     _, channels, rate, _, align = struct.unpack_from(f"{order}HHIIH", form)
     return struct.pack(f"{order}HHIIHH", _PCM, channels, rate, rate * align & 0xFFFFFFFF, align, 32)
