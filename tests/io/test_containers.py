@@ -159,7 +159,6 @@ WHOLE = {
     "SPHERE without the size of its samples": written(format="NIST").replace(b"sample_n_bytes", b"sample_x_bytes"),
     "SPHERE of 100 samples": written(format="NIST").replace(b"-i 33075\nend_head\n", b"-i 100\nend_head\n\0\0"),
     "VOC": written(format="VOC", subtype="PCM_16"),
-    "VOC without the zero at its end": written(format="VOC", subtype="PCM_16")[:-1],
     "VOC with a repetition": voc([pcm()])[:26] + b"\6\2\0\0\2\0" + voc([pcm()])[26:-1] + b"\7\0\0\0\0",
     "VOC in several blocks": voc([pcm()[:3000], pcm()[3000:9000], pcm()[9000:]]),
     "8SVX": written(format="SVX"),
@@ -769,6 +768,13 @@ def test_sphere_of_8_bits_is_read_completely():
     assert len(read(written(format="NIST", subtype="ULAW"))) == len(WAVE)
     with pytest.raises(AudioError, match="was truncated"):
         read(written(format="NIST", subtype="ULAW")[:-100])
+
+
+@pytest.mark.parametrize("subtype", ["PCM_U8", "PCM_16"])
+@pytest.mark.parametrize("channels", [1, 2])
+def test_voc_of_a_pipe_lacks_the_zero_at_its_end(subtype, channels):
+    data = written(np.stack([WAVE] * channels, axis=1), format="VOC", subtype=subtype)
+    assert data.endswith(b"\0") and np.array_equal(read(data[:-1]), read(data)) and len(read(data)) > 0
 
 
 EMPTY = {
