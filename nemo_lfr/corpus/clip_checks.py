@@ -1,7 +1,9 @@
 """Checks of clips, which may come from the corpus readers of other packages. An invalid clip affects no other clip."""
 
 import json
+import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -36,6 +38,15 @@ def read_clips(corpus: CorpusReader, shard: ShardSpec) -> Iterator[Clip]:
         yield clip
 
 
+def _why_not_utf8(names: str) -> str:
+    encoding = sys.getfilesystemencoding()
+    if encoding != "utf-8":
+        with suppress(UnicodeError):
+            names.encode(errors="surrogateescape").decode()
+            return f"the file name is not valid in the locale's encoding, {encoding}; set PYTHONUTF8=1"
+    return "the id or the file name is not valid UTF-8; rename it"
+
+
 def check_clip(clip: Clip) -> None:
     """Raise AudioError if the id or a label of a clip cannot be written."""
     where = clip.origin
@@ -44,7 +55,7 @@ def check_clip(clip: Clip) -> None:
     try:
         (clip.id + where).encode()
     except UnicodeEncodeError:
-        raise AudioError(f"{where}: the id or the file name is not valid UTF-8; rename it.") from None
+        raise AudioError(f"{where}: {_why_not_utf8(clip.id + where)}.") from None
     if clip.id.startswith("/") or ".." in PurePosixPath(clip.id).parts or "\0" in clip.id:
         raise AudioError(
             f"{where}: the id of the clip, {shorten(repr(clip.id))}, leads out of the output folder; pass it through "

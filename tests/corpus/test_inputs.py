@@ -2,12 +2,15 @@
 
 import io
 import json
+import sys
 
 import numpy as np
 import pytest
 import soundfile
 
+from nemo_lfr.corpus.clip_checks import check_clip
 from nemo_lfr.corpus.sources import open_corpus
+from nemo_lfr.corpus.sources.base import Clip
 from nemo_lfr.errors import AudioError, ConfigError
 from nemo_lfr.io import layouts
 from nemo_lfr.io.tables import METADATA_NAMES
@@ -232,6 +235,24 @@ def test_a_file_in_two_tables_of_a_folder_is_one_clip(tmp_path):
     assert len(first.audio(RATE, 100)) == len(WAVE) and first.labels["text"] in ("one", "two")
     with pytest.raises(AudioError, match="listed more than once; the first row is used"):
         second.audio(RATE, 100)
+
+
+@pytest.mark.parametrize(
+    ("encoding", "name", "advice"),
+    [
+        ("utf-8", b"\xff", "the id or the file name is not valid UTF-8; rename it"),
+        ("ascii", b"\xff", "the id or the file name is not valid UTF-8; rename it"),
+        ("ascii", b"\xc3\xa4", "the file name is not valid in the locale's encoding, ascii; set PYTHONUTF8=1"),
+    ],
+)
+def test_a_name_that_is_valid_in_another_locale_need_not_be_changed(encoding, name, advice, monkeypatch):
+    text = name.decode("ascii", "surrogateescape")
+    clip = Clip(text, f"{text}.wav", lambda *_: WAVE)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "getfilesystemencoding", lambda: encoding)
+        with pytest.raises(AudioError) as error:
+            check_clip(clip)
+    assert str(error.value).endswith(f": {advice}.")
 
 
 def test_a_manifest_of_tar_files_is_refused_until_they_are_unpacked(tmp_path):
