@@ -9,11 +9,12 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 from nemo_lfr.checkpoint import PARTS
 from nemo_lfr.checkpoint.names import DIRECTION, GAIN, plain_key, plain_keys, spell_as
 from nemo_lfr.checkpoint.tensors import Tensors
-from nemo_lfr.errors import CheckpointError, shorten
+from nemo_lfr.errors import CheckpointError, ConfigError, shorten
 from nemo_lfr.modules.quantizer import FiniteScalarQuantizer
 from nemo_lfr.nemo.base import DISCRIMINATOR, WAVLM, BaseModel, NeMoAudioCodecModel
 
@@ -65,8 +66,17 @@ class StateDicts(BaseModel):
         """Return the attribute that has the names of unbuilt discriminators.
 
         `torch.distributed.checkpoint` calls this method to look up the names in a state dict as attributes of the
-        model.
+        model. Names without the components of wrappers are no attributes.
+
+        Raises:
+            ConfigError: if a module is wrapped in `torch.compile` or `DistributedDataParallel`.
         """
+        for name, module in self.named_modules():
+            if name and ("_orig_mod" in module._modules or isinstance(module, DistributedDataParallel)):
+                raise ConfigError(
+                    f"{name} is wrapped in {type(module).__name__}, so torch.distributed.checkpoint cannot look up "
+                    f"the names of its weights; remove the wrapper. To compile the module, call {name}.compile()."
+                )
         return {"discriminator": "_unbuilt_names"} if self._unbuilt_discriminator else {}
 
     @property

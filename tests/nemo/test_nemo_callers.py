@@ -181,6 +181,13 @@ def test_distributed_checkpoints_contain_the_names_of_stock(trained_file, expect
     assert torch.equal(tokens_of(other.codec), expected)
 
 
+def test_distributed_checkpoints_refuse_wrapped_modules(nemo_file):
+    """Stock NeMo's names contain `_orig_mod`, which PyTorch expects in the names of a compiled module."""
+    model = torch.nn.ModuleDict({"codec": MODELS["ours, compiled"](nemo_file)})
+    with pytest.raises(ConfigError, match=r"audio_encoder is wrapped in OptimizedModule.*call audio_encoder\.compile"):
+        get_model_state_dict(model)
+
+
 # Changes to single layers, beside stock NeMo.
 
 
