@@ -16,6 +16,7 @@ from torch.nn.utils.parametrizations import weight_norm as add_weight_norm
 from nemo_lfr.errors import ConfigError
 from nemo_lfr.modules.altered import must_be_called
 from nemo_lfr.modules.padding import PAD_MODES, pad_signal
+from nemo_lfr.modules.token_checks import mask
 from nemo_lfr.modules.weights import contiguous_values, current_value
 
 
@@ -199,17 +200,19 @@ class Conv1d(nn.Module):
         conv = self.conv
         return convolve(padded, conv.weight, conv.bias, conv.stride[0], conv.dilation[0])
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Pad and convolve: [B, H_in, T] -> [B, H_out, T // stride]."""
+    def forward(self, inputs: torch.Tensor, input_len: torch.Tensor | None = None) -> torch.Tensor:
+        """Pad and convolve: [B, H_in, T] -> [B, H_out, T // stride].
+
+        As in NeMo, outputs after the first `input_len` [B] time steps are set to zero.
+        """
         if _must_be_called(self):
-            result = self.conv(self.pad_ends(hidden) if self.causal else hidden)
+            result = self.conv(self.pad_ends(inputs) if self.causal else inputs)
         elif self.pad_mode == "constant" and self.pad[0] == self.pad[1]:
             conv = self.conv
-            result = convolve(hidden, conv.weight, conv.bias, conv.stride[0], conv.dilation[0], self.pad[0])
+            result = convolve(inputs, conv.weight, conv.bias, conv.stride[0], conv.dilation[0], self.pad[0])
         else:
-            result = self.convolve(self.pad_ends(hidden))
-        activated: torch.Tensor = self.activation(result)
-        return activated
+            result = self.convolve(self.pad_ends(inputs))
+        return mask(self.activation(result), input_len)
 
 
 class ConvTranspose1d(nn.Module):
@@ -299,18 +302,17 @@ class ConvTranspose1d(nn.Module):
         full = F.conv_transpose1d(hidden.contiguous(), conv.weight, conv.bias, stride=stride, groups=groups)
         return channels_last(full[..., stride:-stride])
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Up-sample: [B, H_in, T] -> [B, H_out, T * stride]."""
-        stride, length = self.stride, hidden.shape[-1]
+    def forward(self, inputs: torch.Tensor, input_len: torch.Tensor | None = None) -> torch.Tensor:
+        """Up-sample: [B, H_in, T] -> [B, H_out, T * stride]; see `Conv1d.forward` for `input_len`."""
+        stride, length = self.stride, inputs.shape[-1]
         if _must_be_called(self):
-            result = self.conv(hidden)
+            result = self.conv(inputs)
             if not self.cut[0]:  # `conv` has not removed the extra outputs
                 result = result[..., self.first_sample : result.shape[-1] - stride + self.first_sample]
         else:
-            full = self.overlap(F.pad(hidden, (1, 1)))  # [B, H_out, (T + 1) * stride]
+            full = self.overlap(F.pad(inputs, (1, 1)))  # [B, H_out, (T + 1) * stride]
             result = full[..., self.first_sample : self.first_sample + length * stride]
-        activated: torch.Tensor = self.activation(result)
-        return activated
+        return mask(self.activation(result), input_len)
 
 
 def _must_be_called(layer: Conv1d | ConvTranspose1d) -> bool:

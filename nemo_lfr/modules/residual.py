@@ -53,15 +53,15 @@ class ResidualBlock(nn.Module):
             channels, channels, kernel_size, causal=causal, pad_mode=pad_mode, weight_norm=weight_norm
         )
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Run the block: [B, H, T] -> [B, H, T]."""
-        residual = self.input_conv(self.input_activation(hidden))
-        residual = self.skip_conv(self.skip_activation(residual))
+    def forward(self, inputs: torch.Tensor, input_len: torch.Tensor | None = None) -> torch.Tensor:
+        """Run the block: [B, H, T] -> [B, H, T]; see `Conv1d.forward` for `input_len`."""
+        residual = _call(self.input_conv, self.input_activation(inputs), input_len)
+        residual = _call(self.skip_conv, self.skip_activation(residual), input_len)
         if not torch.compiler.is_exporting():
             if is_dropping(self.dropout):
                 residual = residual.contiguous()  # so that a seed drops the same values as in NeMo
             residual = self.dropout(residual)
-        result: torch.Tensor = hidden + residual
+        result: torch.Tensor = inputs + residual
         return result
 
 
@@ -94,11 +94,11 @@ class ResidualBranch(nn.Module):
             for dilation in dilations
         )
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Run the blocks in order: [B, H, T] -> [B, H, T]."""
+    def forward(self, inputs: torch.Tensor, input_len: torch.Tensor | None = None) -> torch.Tensor:
+        """Run the blocks in order: [B, H, T] -> [B, H, T]; see `Conv1d.forward` for `input_len`."""
         for block in self.res_blocks:
-            hidden = block(hidden)
-        return hidden
+            inputs = _call(block, inputs, input_len)
+        return inputs
 
 
 class ResidualLayer(nn.Module):
@@ -135,9 +135,15 @@ class ResidualLayer(nn.Module):
         """Blocks of each branch, in order."""
         return [list(cast(Iterable[ResidualBlock], branch.res_blocks)) for branch in self.res_blocks]
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Return the mean of the branches' outputs: [B, H, T] -> [B, H, T]."""
-        total: torch.Tensor = self.res_blocks[0](hidden)
+    def forward(self, inputs: torch.Tensor, input_len: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the mean of the branches: [B, H, T] -> [B, H, T]; see `Conv1d.forward` for `input_len`."""
+        total = _call(self.res_blocks[0], inputs, input_len)
         for branch in self.res_blocks[1:]:
-            total = total + branch(hidden)
+            total = total + _call(branch, inputs, input_len)
         return total / len(self.res_blocks)
+
+
+def _call(layer: nn.Module, inputs: torch.Tensor, input_len: torch.Tensor | None) -> torch.Tensor:
+    """Call a layer. Replaced layers and hooks get no `input_len` unless a caller has passed one."""
+    result: torch.Tensor = layer(inputs) if input_len is None else layer(inputs, input_len)
+    return result

@@ -188,6 +188,28 @@ def test_distributed_checkpoints_refuse_wrapped_modules(nemo_file):
         get_model_state_dict(model)
 
 
+RESIDUAL = "audio_encoder.res_layers.0"
+LAYERS = {  # by name: the factor by which the layer shortens a signal
+    "audio_encoder.pre_conv": 1,
+    "audio_encoder.down_sample_conv_layers.0": 32,
+    "audio_decoder.up_sample_conv_layers.0": 1,
+    RESIDUAL: 1,
+    f"{RESIDUAL}.res_blocks.1": 1,
+    f"{RESIDUAL}.res_blocks.1.res_blocks.0": 1,
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_have_the_arguments_of_stock(nemo_file, name):
+    layers = [model.get_submodule(name) for model in (stock_model(nemo_file), ours(nemo_file))]
+    conv = next(module for module in layers[0].modules() if hasattr(module, "in_channels"))
+    torch.manual_seed(0)
+    inputs, lengths = torch.randn(2, conv.in_channels, 96), torch.tensor([96, 56]) // LAYERS[name]
+    with torch.no_grad():
+        expected, result = (layer(inputs=inputs, input_len=lengths) for layer in layers)
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-5)
+
+
 # Changes to single layers, beside stock NeMo.
 
 
