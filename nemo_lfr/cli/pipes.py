@@ -1,6 +1,7 @@
 """Encode and decode from stdin to stdout while the input arrives, for `encode - -` and `decode - -`."""
 
 import io
+import logging
 import os
 import select
 import shutil
@@ -28,6 +29,8 @@ from nemo_lfr.io.token_file import MAGIC, Metadata, TokenStreamReader, TokenStre
 
 if TYPE_CHECKING:
     from nemo_lfr.codec.codec import Codec
+
+logger = logging.getLogger(__name__)
 
 # Number of bytes to read from stdin to detect the format. Input in a format other than WAV is then written to a
 # temporary file.
@@ -152,6 +155,8 @@ def _open_audio(source: Path | io.BufferedReader, sample_rate: int, signals: Inp
         with AudioReader("stdin", sample_rate, data=out) as reader:
             reader.problem_at_end = lambda: samples.problem
             yield reader
+        if samples.note:
+            logger.warning("stdin: %s.", samples.note)
         return
     head += source.read(SNIFFED_BYTES)
     if not head:

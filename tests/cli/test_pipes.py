@@ -225,6 +225,11 @@ def test_pipes_accept_other_formats_rates_and_stereo(piped, tmp_path, rate, subt
     assert got.shape == expected.shape and (got != expected).sum() <= 1
 
 
+def test_pipe_with_more_samples_than_its_header_declares_is_reported(piped):
+    done = piped("encode", "-", "-", stdin=WHOLE["data size of a quarter"])
+    assert done.returncode == 0 and "stdin: its header declares" in done.stderr, done.stderr
+
+
 @pytest.mark.slow
 def test_wav_of_unknown_length_is_encoded_to_its_end(piped):
     data = bytearray(wav(speech_like(30_000)))
@@ -372,7 +377,7 @@ PIPED = {
 
 @pytest.mark.parametrize("name", PIPED)
 @pytest.mark.parametrize("piece", [1, 7, 1000, 1 << 20])
-def test_pipe_and_file_give_the_same_samples(name, piece):
+def test_pipe_and_file_give_the_same_samples_and_warnings(caplog, name, piece):
     """The sizes of the pieces that arrive must not matter."""
     data = PIPED[name]
     source = io.BytesIO(data)
@@ -398,6 +403,8 @@ def test_pipe_and_file_give_the_same_samples(name, piece):
     assert filtered.problem is None
     wave = np.frombuffer(samples[: len(samples) // 2 * 2], "<i2") / np.float32(32768)
     assert np.array_equal(wave, expected)
+    warnings = [record.getMessage() for record in caplog.records if "header declares" in record.getMessage()]
+    assert warnings == ([f"a.wav: {filtered.note}."] if filtered.note else [])
 
 
 def test_ambiguous_data_after_the_samples_of_a_pipe_is_reported(monkeypatch):

@@ -127,6 +127,11 @@ WHOLE = {
     "wrong fact chunk": wav(chunk(b"fact", struct.pack("<I", 7)), chunk(b"data", pcm())),
     "list before": wav(chunk(b"LIST", b"INFOISFT\x05\0\0\0Lavf\0"), chunk(b"data", pcm())),
     "list after": wav(chunk(b"data", pcm()), chunk(b"LIST", b"INFOISFT\x05\0\0\0Lavf\0")),
+    "chunk without a name in ASCII after a list": wav(
+        chunk(b"data", pcm()), chunk(b"LIST", b"INFOISFT\x05\0\0\0Lavf\0"), chunk(b"\xa9xyz", b"A" * 5000)
+    ),
+    "bytes after a list": wav(chunk(b"data", pcm()), chunk(b"LIST", b"INFO")) + b"\xff\0\x12\x88" * 999,
+    "text after a list": wav(chunk(b"data", pcm()), chunk(b"LIST", b"INFO")) + b"-----BEGIN PGP SIGNATURE-----" * 9,
     "ID3 after": wav(chunk(b"data", pcm()), chunk(b"id3 ", b"ID3\x04\0\0\0\0\0\0" * 40)),
     "tag after the RIFF chunk": wav(chunk(b"data", pcm())) + b"TAG" + b"title".ljust(125, b"\0"),
     "zeros after the RIFF chunk": wav(chunk(b"data", pcm())) + bytes(512),

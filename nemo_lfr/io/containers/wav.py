@@ -52,6 +52,7 @@ class WavSamples:
 
     Attributes:
         problem: error message after `finish`; None if the file is complete.
+        note: warning after `finish`, if there are more samples than the header declares; otherwise None.
     """
 
     def __init__(self, header: WavHeader, header_size: int) -> None:
@@ -64,11 +65,13 @@ class WavSamples:
         self._zeros: int | None = None
         self._skip = 0
         self._unknown: bytes | None = None  # name of the last chunk, if its bytes may be samples
+        self._extra: int | None = None  # number of bytes of samples after those that the header declares
         self._done = False
         self._look = LOOK_BYTES
         self._at_samples = True  # whether the last chunk contained samples
         self._total = header_size
         self.problem: str | None = None
+        self.note: str | None = None
 
     def push(self, piece: bytes) -> bytes:
         """Process the next bytes of the file and return the samples among them."""
@@ -78,6 +81,8 @@ class WavSamples:
     def finish(self) -> bytes:
         """Process the end of the file and return the remaining samples."""
         samples = self._filter(self._held, last=True)
+        if self._extra is not None:
+            self.note = longer(self._declared, self._declared + self._extra)
         counted = self._header.includes_header(self._header_size, self._total - self._header_size)
         if self._left and not self._done and not counted:
             self.problem = cut_short(self._declared, self._declared - self._left)
@@ -100,7 +105,7 @@ class WavSamples:
                     self._zeros += len(data)
                     break
                 samples.append(bytes(self._zeros))
-                self._zeros = self._left = None
+                self._extra, self._zeros, self._left = self._zeros, None, None
             elif self._left is None:
                 samples.append(self._before_header(data, last))
                 break
@@ -126,6 +131,7 @@ class WavSamples:
             return data[:found]
         count = len(data) if last else max(len(data) - HEADER_BYTES, 0)
         self._held = data[count:]
+        self._extra = None if self._extra is None else self._extra + count
         return data[:count]
 
     def _next_chunk(self, data: bytes, last: bool) -> bytes:
@@ -147,7 +153,8 @@ class WavSamples:
         left, order = UNKNOWN_BYTES, self._order
         is_broken = _is_mock_chunk if last else _is_broken_chain
         is_mock = any(is_broken(window, start, order) for start in {0, self._odd})
-        if (goes_on(data, left, order) and goes_on(data[self._odd :], left, order)) or (is_mock and self._at_samples):
+        is_more = goes_on(data, left, order) and goes_on(data[self._odd :], left, order)
+        if self._at_samples and (is_more or is_mock):
             # Zeros after samples are padding. If the header declares no samples, zeros are silence.
             self._zeros = 0 if self._declared else None
             self._left = self._left if self._declared else None
@@ -158,12 +165,14 @@ class WavSamples:
             self._done = True
             return b""
         name, size = struct.unpack(f"{self._order}4sI", data[:8])
+        # After a known chunk, bytes that do not look like a chunk are not samples.
+        may_be_samples = (self._at_samples or self._unknown is not None) and not data.startswith(TAGS)
         self._at_samples = name == b"data"
         if name == b"data":
             self._left, self._odd, self._declared = (None if size >= UNKNOWN_BYTES else size), size % 2, size
         else:
             self._skip, self._odd = size, size % 2
-            self._unknown = None if name in KNOWN_CHUNKS or data.startswith(TAGS) else name
+            self._unknown = name if may_be_samples and name not in KNOWN_CHUNKS else None
         return data[8:]
 
     def _is_open(self, window: Window) -> bool:
