@@ -202,6 +202,8 @@ class AudioReader:
         source: Any = self._source if stream.is_file else Splice(self._source, stream)
         source.seek(0)
         head = source.read(max(16, len(POINTER)))
+        if not head:
+            raise AudioError("the file is empty; copy or record it again.") from error
         if head.startswith(POINTER):
             raise AudioError(f"{POINTER_PROBLEM}.") from error
         head = head[:16]

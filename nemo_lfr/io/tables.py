@@ -339,6 +339,9 @@ def _split(texts: list[str], delimiter: str) -> list[str]:
     try:
         return next(csv.reader(texts, delimiter=delimiter, strict=True))
     except csv.Error as error:
+        if "new-line character" in str(error):
+            reason = "it contains a carriage return without quotes; save the table with line feeds as line ends"
+            raise csv.Error(reason) from error
         if "expected after" not in str(error):  # text after a closing quote
             raise
         return next(csv.reader(texts, delimiter=delimiter))

@@ -143,6 +143,13 @@ def test_a_file_of_another_kind_is_named_as_such_and_libraries_print_nothing(
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize("suffix", ["wav", "flac", "mp3", "m4a"])
+def test_a_file_without_a_byte_is_said_to_be_empty(tmp_path, suffix):
+    (tmp_path / f"a.{suffix}").touch()
+    with pytest.raises(AudioError, match="the file is empty"):
+        AudioReader(tmp_path / f"a.{suffix}", 22050)
+
+
 def test_a_file_without_samples_has_no_blocks(tmp_path):
     for rate in (22050, 48000):
         soundfile.write(tmp_path / "a.wav", np.zeros(0, np.float32), rate)

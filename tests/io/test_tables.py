@@ -101,6 +101,7 @@ BAD_ROWS: dict[str, tuple[str, bytes, str]] = {
     "Latin-1": ("t.csv", b"a.wav,caf\xe9", "not UTF-8 text"),
     "NUL": ("t.csv", b"a.wav,\0", "NUL"),
     "a quote that is not closed": ("t.csv", b'a.wav,"hi', "quote is not closed"),
+    "two kinds of line ends": ("t.csv", b"a.wav,hi\rb.wav,ho\r\n", "carriage return without quotes; save the table"),
     "a field of a megabyte": ("t.csv", b"a.wav," + b"x" * (1 << 20), "field larger than"),
     "no name": ("t.csv", b",hi", "the column 'file_name' is empty"),
     "TSV": ("t.tsv", b"a.wav\thi\tho", "the row has 3 fields"),
