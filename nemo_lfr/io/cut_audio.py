@@ -152,6 +152,8 @@ def read_cut(cut: Any, sample_rate: int, longest: float = math.inf, allow_url: b
     """
     name = f"cut {shorten(getattr(cut, 'id', cut))}"
     try:
+        if not hasattr(cut, "load_audio"):
+            raise AudioError(f"expected a Lhotse cut or recording, got {shorten(repr(cut))}.")
         start, duration = _seconds(cut, "start"), _seconds(cut, "duration")
         if not 0 <= start <= MAX_SECONDS or not 0 <= duration <= MAX_SECONDS:
             raise AudioError(

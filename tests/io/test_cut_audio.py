@@ -329,6 +329,8 @@ def test_the_reason_of_a_failure_is_kept(wav, tmp_path):
         assert "\n" not in str(error.value)
     with pytest.raises(AudioError, match="the cut has no audio"):
         read_cut(replace(cut, recording=None), RATE)
+    with pytest.raises(AudioError, match=r"expected a Lhotse cut or recording, got 'a\.wav'"):
+        read_cut("a.wav", RATE)
 
 
 # Change of a cut -> message.
