@@ -202,12 +202,10 @@ class AudioReader:
         source: Any = self._source if stream.is_file else Splice(self._source, stream)
         source.seek(0)
         head = source.read(max(16, len(POINTER)))
-        if not head:
-            raise AudioError("the file is empty; copy or record it again.") from error
-        if head.startswith(POINTER):
-            raise AudioError(f"{POINTER_PROBLEM}.") from error
-        head = head[:16]
-        if name := unchecked_format(head):
+        if not head or head.startswith(POINTER):
+            problem = POINTER_PROBLEM if head else "the file is empty; copy or record it again"
+            raise AudioError(f"{problem}.") from error
+        if name := unchecked_format(head := head[:16]):
             problem = f"the format {name} is not supported because truncated files cannot be detected; {TO_WAV}."
             raise AudioError(problem) from error
         if not stream.is_checked or not (looks_like_media(head) or head[:4] in FFMPEG_FALLBACK_MAGIC):
