@@ -12,7 +12,8 @@ of the audio are printed instead. The other codecs also have random weights, whi
 
 The last tables list the convolutions of the execution plan, grouped by their numbers of channels. They show each
 group's share of the time, the rate of its multiply-adds, and this rate relative to that of a large matrix product.
-A Toom-Cook algorithm computes fewer multiply-adds than a direct convolution; only those that it computes count.
+A Toom-Cook algorithm needs fewer multiply-adds than a direct convolution. For such an algorithm, only the
+multiply-adds of its matrix products are counted.
 """
 
 import argparse

@@ -50,8 +50,8 @@ def to_batch(
 ) -> tuple[Any, list[int]]:
     """Convert audio in any of the supported forms to one batch.
 
-    An array with two rows is a batch of two clips. A warning is logged if `audio_len` is missing, because the array
-    may be a stereo recording. Another warning is logged if the sample rate is unknown.
+    An array with two rows is a batch of two clips. Without `audio_len`, a warning is logged for such an array, because
+    it may be a stereo recording. Another warning is logged if the sample rate is unknown.
 
     Args:
         arrays: array library of the result.

@@ -33,8 +33,9 @@ _lock = threading.Lock()
 def safe_imports() -> Iterator[None]:
     """Keep processes that start inside a `with` block from importing modules of the current folder.
 
-    Until it has the import path of its parent, a process that `multiprocessing` spawns imports from the current folder
-    first, for example a `types.py` beside the recordings of a corpus. This function has no effect in Python 3.10.
+    A process that `multiprocessing` spawns searches the current folder first, until it receives its parent's import
+    path. It could import, for example, a `types.py` beside the recordings of a corpus. This function has no effect in
+    Python 3.10.
     """
     global _users
     with _lock:
@@ -65,7 +66,7 @@ def begin_worker(parent: int) -> None:
 def check_main_program() -> None:
     """End this process with a message if it is a worker that is importing the main program.
 
-    The message has no traceback, which would hide the error that the parent raises; see `check_starts`. Call this
+    No traceback is printed, because it would hide the error that the parent raises; see `check_starts`. Call this
     function first in each function that starts workers.
 
     Raises:

@@ -57,7 +57,7 @@ def _is_alive(parent: int) -> bool:
 def family() -> Iterator[None]:
     """Kill all processes that were started in this context if this process is killed before the context ends.
 
-    A watcher process recognizes the processes by an environment variable, and scans for them continuously, because
+    A watcher process recognizes the processes by an environment variable. It scans for them continuously, because
     some of Ray's processes later overwrite their environment and lose their parents. On systems without /proc, this
     context manager does nothing.
     """

@@ -18,8 +18,8 @@ class Result:
         folder: folder that contains the codec's outputs and journals.
         round_trips: for each recording key, a dictionary with the duration in seconds ("seconds"), the sizes in bytes
             ("num_bytes", "file_bytes") and the times in seconds ("encode_seconds", "decode_seconds"). If an entropy
-            model is available, it also contains the number of frames ("frames") and the sizes in bytes after
-            compression ("compressed_bytes", "compressed_file_bytes").
+            model is available, the dictionary also contains the number of frames ("frames") and the sizes in bytes
+            after compression ("compressed_bytes", "compressed_file_bytes").
         values: for each recording key, the values of the metrics by name.
         failures: error message of each recording that failed, by key.
     """

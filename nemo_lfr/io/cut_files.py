@@ -199,7 +199,7 @@ def read_shar(cuts: Path, fields: Mapping[str, Path], allow_url: bool = False) -
         Each cut, or the reason why it is invalid.
 
     Raises:
-        ConfigError: if the file `cuts` cannot be read. Damage in the file of a field only makes cuts invalid.
+        ConfigError: if the file `cuts` cannot be read. A damaged file of a field makes cuts invalid instead.
     """
     readers = {name: _field(path, name) for name, path in fields.items()}
     broken: dict[str, str] = {}

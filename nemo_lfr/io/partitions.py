@@ -12,9 +12,9 @@ MISSING = "__HIVE_DEFAULT_PARTITION__"  # stands for a missing value in a folder
 def partition_of(file: Path, root: Path) -> dict[str, str]:
     """Return the columns that are stored in the names of a file's folders, with their values as text.
 
-    Columns come from folders named `COLUMN=VALUE`: from all such folders below `root`, and from `root` and the
-    folders above it, up to the first one without such a name. If `root` is `corpus/lang=de`, its files have the
-    column `lang`. Missing and empty values are left out.
+    Columns come from folders named `COLUMN=VALUE`. The search starts at the file's folder and goes up. Below `root`,
+    folders with other names are skipped. At `root` and above, the first folder with another name ends the search. If
+    `root` is `corpus/lang=de`, its files have the column `lang`. Missing and empty values are left out.
 
     Args:
         file: the file.

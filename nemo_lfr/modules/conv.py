@@ -2,8 +2,8 @@
 
 Inputs and outputs are `[B, H, T]`. A convolution usually runs as a 2-d convolution of height 1 in channels-last
 memory. On CPUs and tensor cores this is up to 1.5 times faster than `conv1d` if the signal is larger than the weights.
-For other signals see `convolve`. The state-dict keys are those of NeMo's `Conv1dNorm`, `ConvTranspose1dNorm` and their
-causal variants.
+For smaller signals, a CPU uses the default memory layout or a matrix product (see `convolve`). The state-dict keys are
+those of NeMo's `Conv1dNorm`, `ConvTranspose1dNorm` and their causal variants.
 """
 
 import math

@@ -26,7 +26,7 @@ from torch.nn.utils import parametrize
 COLUMNS = 509
 # Number of rows of a block on a CPU. Longer blocks are not faster, and miss more changes.
 ROWS = 128
-# Odd factors for the sums on a GPU.
+# Factors for the sums of the columns on a GPU. With odd factors, a change of a single sum always changes the checksum.
 _FACTORS = np.random.default_rng(509).integers(0, 2**63, COLUMNS, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
 # Tensors of up to this many elements are concatenated, because each checksum has a fixed cost. On a GPU, this cost is
 # a kernel launch; on a CPU, it is as high as the cost of reading thousands of weights.
@@ -191,7 +191,7 @@ class DerivedForms(Generic[Form]):
         return entry.form
 
     def drop(self, module: nn.Module) -> None:
-        """Remove all forms of a module from the cache."""
+        """Remove all forms of a module (see the class) from the cache."""
         self._forms.pop(module, None)
 
 
@@ -251,10 +251,7 @@ def _checksum(data: np.ndarray) -> int:
 
 
 def _device_checksum(flat: torch.Tensor) -> torch.Tensor:
-    """Return a checksum of elements [n] as a tensor on their device.
-
-    The factors are odd, so that a change of a single column's sum always changes the checksum.
-    """
+    """Return a checksum of elements [n] as a tensor on their device."""
     values = flat.view(_INTEGERS[flat.element_size()])
     factors = torch.from_numpy(_FACTORS.view(np.int64)).to(flat.device)
     whole = len(values) // COLUMNS * COLUMNS

@@ -1,4 +1,4 @@
-"""Log spectrogram images of the clips that NeMo's logging callback logs as audio, and find missing lists of clips."""
+"""Log spectrograms as images, and check whether manifests exist."""
 
 import os
 from pathlib import Path
@@ -49,7 +49,7 @@ class SpectrogramGenerator(ArtifactGenerator):
 def lists_missing_manifests(section: DictConfig | None) -> bool:
     """Return whether a data section lists manifests that do not exist.
 
-    `save_to` removes the folders from the paths of manifests, so they may exist only where the model was trained.
+    `save_to` shortens absolute paths in the config to file names, so a restored model may list missing manifests.
     """
     values: Any = None if section is None else OmegaConf.to_container(section, resolve=False)
     for key in ("dataset", "dataset_meta"):

@@ -63,9 +63,10 @@ class PackedFiles(BaseModel):
 
 @contextlib.contextmanager
 def restoring(model_class: type[BaseModel], path: Path, config: DictConfig) -> Iterator[None]:
-    """Set the state in which NeMo's constructors restore a model, with the packed files that the config names.
+    """Tell NeMo's constructors inside a `with` block that a model is being restored.
 
-    In this state, NeMo's constructor does not open the training data that the config names.
+    Inside the block, `register_artifact` finds the packed files that the config names, and NeMo's constructor does not
+    open training, validation or test data.
 
     Args:
         model_class: class of the model.

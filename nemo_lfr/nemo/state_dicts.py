@@ -63,10 +63,11 @@ class StateDicts(BaseModel):
         return cast(dict[str, Any], state)
 
     def _fqn_modifiers(self) -> dict[str, str]:
-        """Return the attribute that has the names of unbuilt discriminators.
+        """Return a dict that names the substitute for unbuilt discriminators.
 
-        `torch.distributed.checkpoint` calls this method to look up the names in a state dict as attributes of the
-        model. Names without the components of wrappers are no attributes.
+        `torch.distributed.checkpoint` looks up each name in the state dict as an attribute of the model. Weights of
+        unbuilt discriminators are looked up in `_unbuilt_names`. Weights of wrapped modules cannot be looked up,
+        because the state dict leaves out the names of wrappers.
 
         Raises:
             ConfigError: if a module is wrapped in `torch.compile` or `DistributedDataParallel`.
@@ -81,7 +82,7 @@ class StateDicts(BaseModel):
 
     @property
     def _unbuilt_names(self) -> SimpleNamespace:
-        """Nested namespaces with the names of `_unbuilt_discriminator` as attributes."""
+        """Namespaces in which the keys of `_unbuilt_discriminator` are attributes."""
         names = SimpleNamespace()
         for key in self._unbuilt_discriminator:
             node = names

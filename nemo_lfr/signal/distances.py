@@ -114,7 +114,7 @@ class ReconstructionLoss(nn.Module):
 def _frames(audio_len: torch.Tensor | None, spectrum: torch.Tensor, hop: int, extra: int) -> torch.Tensor:
     """Return the number of valid frames of each example, shape [B]: samples // hop + extra.
 
-    If `audio_len` is None, all frames of `spectrum` count, except the last one if `extra` is 0.
+    If `audio_len` is None, all frames of `spectrum` are valid, except the last one if `extra` is 0.
     """
     if audio_len is None:
         return torch.full((spectrum.shape[0],), spectrum.shape[-1] - 1 + extra, device=spectrum.device)

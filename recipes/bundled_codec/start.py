@@ -283,7 +283,7 @@ def _put(
 ) -> None:
     """Set the filters of a layer, in place, for its signal channels and their mirror images.
 
-    In the output channels of these filters, the weights of all other input channels become zero.
+    The output channels of these filters get zero weights for all other input channels.
 
     Args:
         conv: layer to change.

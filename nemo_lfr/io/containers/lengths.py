@@ -195,7 +195,7 @@ def _aifc_whole(stream: Stream, kind: bytes, channels: int, count: int, size: in
 def caf_streams(window: Window) -> list[Stream]:
     """Return a list with one `Stream` for a CAF file, or an empty list if a chunk of the file is invalid.
 
-    If the header of the file stores no valid length, the stream has a header with the length of the audio.
+    If the file's header contains no valid length, the stream has a new header with the actual length of the audio.
     """
     streams = _caf_streams(window)
     problem = _caf_bits_problem(window) or _caf_packets_problem(window, bool(streams and streams[0].header))
@@ -272,7 +272,7 @@ def _caf_streams(window: Window) -> list[Stream]:
 def w64_streams(window: Window) -> list[Stream]:
     """Return a list with one `Stream` for a Wave64 file, or an empty list if a chunk of the file is invalid.
 
-    If the header of the file stores no valid length, the stream has a header with the length of the audio.
+    If the file's header contains no valid length, the stream has a new header with the actual length of the audio.
     """
     position, header = 40, WavHeader(b"RIFF")
     while position + 24 <= window.size:
