@@ -105,34 +105,37 @@ def score_views(discriminator: AudioDiscriminator, views: Views) -> Discriminato
         raise _wrong(discriminator, "score", "a tuple of scores and feature maps", output)
     scores, feature_maps = output
     batch = len(views[0])
-    _check(discriminator, "score", scores, batch)
+    _check(discriminator, "score", scores, batch, " as scores")
     if not isinstance(feature_maps, list) or len(feature_maps) != len(scores):
-        raise _wrong(
-            discriminator, "score", f"a list with the feature maps of each of {len(scores)} networks", feature_maps
-        )
+        wanted = f"a list with one item per network ({len(scores)})"
+        raise _wrong(discriminator, "score", wanted, feature_maps, " as feature maps")
     for layers in feature_maps:
         if not isinstance(layers, list) or not all(torch.is_tensor(layer) and len(layer) == batch for layer in layers):
             raise _wrong(
                 discriminator,
                 "score",
-                f"the feature maps of a network as a list of tensors [B, ...] with B = {batch}",
+                f"a list of tensors [B, ...] with B = {batch}",
                 layers,
+                " as the feature maps of a network",
             )
     return output
 
 
-def _check(discriminator: AudioDiscriminator, method: str, values: Any, batch: int) -> None:
-    """Raise ConfigError unless `values` is a list or tuple with one tensor [batch, ...] per network."""
+def _check(discriminator: AudioDiscriminator, method: str, values: Any, batch: int, role: str = "") -> None:
+    """Raise ConfigError unless `values` is a list or tuple with one tensor [batch, ...] per network.
+
+    `role` says in the message which item of the result `values` is, such as " as scores".
+    """
     count = discriminator.num_networks
     is_list = isinstance(values, list | tuple) and all(isinstance(value, torch.Tensor) for value in values)
     if not is_list or len(values) != count:
-        raise _wrong(discriminator, method, f"a list of {count} tensor{'s' if count > 1 else ''}", values)
+        raise _wrong(discriminator, method, f"a list of {count} tensor{'s' if count > 1 else ''}", values, role)
     for value in values:
         if not value.dim() or len(value) != batch:
-            raise _wrong(discriminator, method, f"tensors [B, ...] with B = {batch}", value)
+            raise _wrong(discriminator, method, f"tensors [B, ...] with B = {batch}", value, role)
 
 
-def _wrong(discriminator: AudioDiscriminator, method: str, wanted: str, found: Any) -> ConfigError:
+def _wrong(discriminator: AudioDiscriminator, method: str, wanted: str, found: Any, role: str = "") -> ConfigError:
     return ConfigError(
-        f"discriminator: {type(discriminator).__name__}.{method} returned {described(found)}; return {wanted}."
+        f"discriminator: {type(discriminator).__name__}.{method} returned {described(found)}{role}; expected {wanted}."
     )

@@ -215,9 +215,14 @@ WRONG = {
         "discriminator",
         OWN + "OneNumber",
         {},
-        r"returned a tensor of shape \[\]; return tensors \[B, ...\]",
+        r"OneNumber.score returned a tensor of shape \[\] as scores; expected tensors \[B, ...\]",
     ),
-    "flat feature maps": ("discriminator", OWN + "FlatMaps", {}, r"FlatMaps.score returned a tensor.*feature maps"),
+    "flat feature maps": (
+        "discriminator",
+        OWN + "FlatMaps",
+        {},
+        r"FlatMaps.score returned a tensor of .* as the feature maps",
+    ),
     "two views": (
         "discriminator",
         OWN + "TwoViews",
