@@ -55,7 +55,7 @@ if TYPE_CHECKING:
 @entropy_model_option(
     "Entropy model (.lfrm) for compressed files (default: the bundled codec's model, or HASH.lfrm in the folder of "
     "the token file or in a folder above it; `nemo-lfr info` prints the HASH). Files that were compressed with "
-    "another model than this one use the default."
+    "a different model still use the default."
 )
 @lookahead_option
 @model_options

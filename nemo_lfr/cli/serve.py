@@ -33,7 +33,9 @@ LOCAL = ("127.0.0.1", "localhost", "::1")
     help="TCP port; 0 for a free one.",
 )
 @count_option("--max-streams", "Maximum number of live streams and posted files at the same time.", 64)
-@count_option("--chunk", "Maximum number of frames of a stream per step, after its first chunks.", 4)
+@count_option(
+    "--chunk", "Maximum number of frames per stream in one step; the first chunks of a stream may be larger.", 4
+)
 @seconds_option("--idle", "Time after which a client that sends nothing is disconnected, in seconds.", 60.0, low=1)
 @seconds_option("--drain", "Timeout for open streams at shutdown, in seconds.", 30.0)
 @click.option(

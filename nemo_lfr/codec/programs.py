@@ -117,8 +117,8 @@ def fp32_backend(codec: CodecBase[Any], target: str) -> TorchBackend:
     _, _, eps = settings_of(backend.encoder, backend.quantizer, backend.decoder, codec.sample_rate)["quantizer"]
     if isinstance(eps, list):
         raise NemoLfrError(
-            f"{codec.name}: the codebooks have the eps {shorten(eps)}, but {target} have one for all codebooks; set "
-            "the same eps in each of the quantizers."
+            f"{codec.name}: the codebooks have the eps {shorten(eps)}, but {target} support only one for all "
+            "codebooks; set the same eps in each of the quantizers."
         )
     return backend
 

@@ -181,7 +181,7 @@ class TokenFolder:
             raise TokenFileError(
                 f"{self.path}: tokens cannot be verified, because the hashes of {len(missing)} of "
                 f"{self.metadata['shards']} shards are missing from {ShardRecord.folder(self.path)} or damaged; if "
-                "you copied the tokens from elsewhere, copy that folder too, or read without verifying."
+                "you copied the tokens from elsewhere, copy that folder too, or remove --verify (verify=True)."
             )
 
     def read(

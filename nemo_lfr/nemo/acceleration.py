@@ -163,6 +163,6 @@ def _check_classes(stock: torch.nn.Module, path: str) -> None:
         if (method := patched_method(type(layer))) is not None:
             raise ConfigError(
                 f"{plain_key(f'{path}.{name}').removesuffix('.')}: the method {shorten(method)} of NeMo is patched, "
-                "which accelerate() would drop; undo the patch before accelerate(), and patch the modules of the "
+                "and accelerate() would drop the patch; undo it before accelerate(), and patch the modules of the "
                 "accelerated model afterwards."
             )

@@ -88,8 +88,8 @@ def signal_channels(rates: Sequence[int], encoded_dim: int, sample_rate: int = S
         channels.append(min(needed, channels[-1] * stride))
     if channels[-1] != encoded_dim or any(after % before for before, after in pairwise(channels)):
         raise ValueError(
-            f"strides {list(rates)} lead to the signal channels {channels}; choose strides for which the last number "
-            f"is {encoded_dim}, and each number is a multiple of the number before it."
+            f"strides {list(rates)} give the numbers of signal channels {channels}; choose strides that make the last "
+            f"of these numbers {encoded_dim}, and each number a multiple of the one before it."
         )
     return channels
 
