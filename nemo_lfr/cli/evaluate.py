@@ -80,7 +80,8 @@ class RegistryOption(click.Option):
 @click.option(
     "--speaker-model",
     type=PathText("model"),
-    help="Model for speaker similarity; accepts the same values as --asr (default: none).",
+    help="Speaker verification model for speaker similarity: a folder or Hub id (transformers), a .nemo file or "
+    "nemo:HUB_ID (default: none).",
 )
 @click.option(
     "--model-metric",

@@ -33,8 +33,8 @@ class Kind(click.Choice):  # type: ignore[type-arg]  # generic in recent release
     metavar="SHARE",
     default=0.02,
     show_default=True,
-    help="Fraction of the speakers to hold out for validation if the corpus has no validation set. Folders or files "
-    "are held out if fewer than two speakers are known.",
+    help="Fraction of the speakers to hold out for validation if the corpus has no validation set. If speakers are "
+    "unknown, or if there is only one, folders or files are held out instead.",
 )
 @click.option(
     "--speaker-level",
