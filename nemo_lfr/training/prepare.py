@@ -213,10 +213,7 @@ def _write_all(
     result.failures += [value for value in found.values() if isinstance(value, dict)]
     if not any(_is_usable(utterance, found) for utterance in utterances):
         _write(out / FAILURES, result.failures, overwrite)
-        raise NemoLfrError(
-            f"none of the {counted(len(result.failures), 'file')} in the corpus can be used; "
-            f"{out / FAILURES} lists the reasons."
-        )
+        raise NemoLfrError(f"no file in the corpus can be used; {out / FAILURES} lists the reasons.")
     # First leave out the files that cannot be used: they may be all files of a split.
     utterances = [utterance for utterance in utterances if _is_usable(utterance, found)]
     rest = "train" if any(item.split == "valid" for item in utterances) else None  # None: `hold_out` decides
