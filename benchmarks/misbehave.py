@@ -332,7 +332,10 @@ async def _forever() -> AsyncIterator[None]:
 
 
 async def _hold(target: Target, number: int) -> None:
-    """Keep open a connection without a request, an idle stream, or a stream that sends a frame every 0.5 s."""
+    """Keep one connection open in one of three states, which `number` modulo 3 selects.
+
+    For 0, no request is sent. For 1, a stream is opened and stays idle. For 2, a stream sends a frame every 0.5 s.
+    """
     with suppress(OSError, asyncio.IncompleteReadError):
         async with connection(target, small=True) as peer:
             if number % 3:

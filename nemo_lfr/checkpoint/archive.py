@@ -94,7 +94,7 @@ def unpack_files(path: Path, names: Collection[str], folder: Path) -> None:
     Names that contain a folder, or that the archive does not contain, are ignored.
 
     Args:
-        path: a `.nemo` file, or a `.ckpt` file, which contains no other files.
+        path: a `.nemo` file. From a `.ckpt` file, nothing is extracted.
         names: names of the files.
         folder: folder to write the files to.
 

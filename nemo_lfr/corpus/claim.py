@@ -75,7 +75,7 @@ def writing(state: Path, text: str) -> Iterator[None]:
         text: the claim; an empty string disables the check.
 
     Raises:
-        NemoLfrError: if the folder does not contain the claim at the start, or no longer after an error.
+        NemoLfrError: if the folder does not contain the claim before the block, or after an OSError in the block.
         OSError: if the block raises it for another reason.
     """
     check_claim(state, text)

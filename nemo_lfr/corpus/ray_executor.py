@@ -224,7 +224,10 @@ class _ImportFolders(list[str]):
 
 
 def _connect(ray: Any, address: str) -> str:
-    """Connect to Ray and return the address. "auto" becomes "local" if no cluster was found and Ray was started."""
+    """Connect to Ray and return the address.
+
+    If the address is "auto" and no cluster is found, Ray is started on this machine, and the result is "local".
+    """
     from ray.job_config import JobConfig
 
     requested = address

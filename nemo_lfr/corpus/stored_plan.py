@@ -53,7 +53,7 @@ def _adopt_codec(
     `made` returns whether a fingerprint belongs to this codec.
 
     Raises:
-        NemoLfrError: if the run writes token files, and readers do not treat the two fingerprints as equal.
+        NemoLfrError: if the run writes `.lfr` files, and `same_fingerprint` is false for the two fingerprints.
     """
     if (older := _older_fingerprint(stored.get("codec"), spec, made)) is None:
         return

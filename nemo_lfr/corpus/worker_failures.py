@@ -35,8 +35,8 @@ class WorkerFailures:
             is_death: False if this worker was counted before, for another of its shards.
 
         Raises:
-            NemoLfrError: if more than `MAX_DEATHS` workers died while they processed the same shard, or died since
-                the last shard was finished.
+            NemoLfrError: if more than `MAX_DEATHS` workers died while they processed the same shard, or if more than
+                `MAX_DEATHS` workers died and no shard was finished in between.
         """
         self.since_record += is_death
         for index in indices:

@@ -108,8 +108,8 @@ def resolve(path: str | os.PathLike[str]) -> Path:
 def resolve_folder(path: str | os.PathLike[str]) -> Path:
     """Return an absolute path in which only links to folders are resolved.
 
-    The path of a link to a file keeps the name and folder of the link, so that its suffix and the relative paths in
-    the file stay valid.
+    A link to a file is not resolved, because its target may have another suffix, and because relative paths in the
+    file refer to the folder of the link.
 
     Raises:
         OSError: if the links form a loop; the error names `path`.

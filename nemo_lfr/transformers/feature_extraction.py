@@ -64,8 +64,8 @@ class NemoLfrFeatureExtractor(SequenceFeatureExtractor):
             truncation: whether to cut clips at `max_length`.
             max_length: length in samples for `padding` and `truncation`.
             return_tensors: "pt" or "np"; None for lists of arrays.
-            sampling_rate: sample rate of `raw_audio`, Hz. It must be the codec's sample rate, which None also
-                stands for, with a warning.
+            sampling_rate: sample rate of `raw_audio`, Hz. It must be the codec's sample rate. If it is None, the
+                codec's sample rate is assumed, and a warning is logged.
 
         Returns:
             `input_values` [B, 1, T_audio] and, if clips are padded, `padding_mask` [B, T_audio].

@@ -218,7 +218,7 @@ def transform_start_(generator: Generator, audio: torch.Tensor) -> float:
 def _normalize_encoded(generator: Generator, audio: torch.Tensor) -> None:
     """Change the encoder so that each dimension of its output has mean 0 and standard deviation `ENCODED_STD`.
 
-    Both are measured on `audio`, and the decoder is changed to undo the scaling.
+    The mean and the standard deviation are measured on `audio`. The decoder is changed to undo the scaling.
     """
     encoder, decoder = generator.audio_encoder, generator.audio_decoder
     encoded = encoder.encode_frames(audio)

@@ -226,7 +226,8 @@ def _dependence_pattern(folder: Path) -> re.Pattern[bytes]:
 def _depends_on(folder: Path, line: bytes) -> bool:
     """Return whether the audio or the id of a manifest line depends on `folder`.
 
-    This is the case for a relative path, and for an absolute path inside `folder`, from which a relative id is made.
+    This is the case for a relative path. It is also the case for an absolute path inside `folder`, because the id is
+    then relative to `folder`.
     """
     try:
         entry = parse_entry(line)

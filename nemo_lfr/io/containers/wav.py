@@ -124,7 +124,7 @@ class WavSamples:
     def _before_header(self, data: bytes, last: bool) -> bytes:
         """Return the samples in `data` up to the header of another file, if there is one.
 
-        The last bytes are kept until more data arrives, since a header may begin in them.
+        Unless `last` is set, the bytes at the end are kept until the next call, since a header may begin in them.
         """
         if (found := header_in(data)) is not None:
             self._done, self.problem = True, SEVERAL
