@@ -45,8 +45,10 @@ from nemo_lfr.client import Client
 from nemo_lfr.client.server import require_websockets
 from nemo_lfr.corpus.dataset import TokenDataset, collate
 from nemo_lfr.errors import NemoLfrError
+from nemo_lfr.io.atomic import naming, replacing, sweep
 from nemo_lfr.io.exclusive import exclusive
 from nemo_lfr.io.locate import expand_home
+from nemo_lfr.io.tensor_file import save_tensors
 from nemo_lfr.io.token_file import Metadata
 from nemo_lfr.lm import DelayLayout
 from nemo_lfr.spec import same_fingerprint
@@ -226,11 +228,18 @@ class Trainer:
         self.signal: int | None = None
         if self.checkpoint.exists():
             self._resume()
+        if self.rank == 0:
+            self._trim_metrics()
 
     @property
     def checkpoint(self) -> Path:
         """Return the path of the checkpoint."""
         return self.out / "checkpoint.pt"
+
+    @property
+    def metrics(self) -> Path:
+        """Return the path of the file with the losses."""
+        return self.out / "metrics.jsonl"
 
     def train(self) -> None:
         """Train, validate and save until the last step, or until a signal."""
@@ -336,7 +345,7 @@ class Trainer:
 
     def _log(self, line: dict[str, Any]) -> None:
         if self.rank == 0:
-            with open(self.out / "metrics.jsonl", "a") as file:
+            with naming(self.metrics), open(self.metrics, "a") as file:
                 file.write(json.dumps(line) + "\n")
             print(", ".join(f"{name.replace('_', ' ')} {value}" for name, value in line.items()), flush=True)
 
@@ -352,9 +361,7 @@ class Trainer:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
-        aside = self.checkpoint.with_suffix(".tmp")
-        torch.save(state, aside)
-        os.replace(aside, self.checkpoint)
+        save_tensors(self.checkpoint, state)
 
     def _resume(self) -> None:
         try:
@@ -371,11 +378,26 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.epoch = state["step"], state["epoch"]
         self.data.load_state_dict(state["data"])
-        metrics = self.out / "metrics.jsonl"
-        if self.rank == 0 and metrics.exists():  # later lines will be written again
-            lines = [line for line in metrics.read_text().splitlines() if json.loads(line)["step"] <= self.step]
-            metrics.write_text("".join(line + "\n" for line in lines))
+        if self.rank == 0:
             print(f"resumed at step {self.step}", flush=True)
+
+    def _trim_metrics(self) -> None:
+        """Remove the lines of later steps, which will be written again, and a truncated last line."""
+        if not self.metrics.exists():
+            return
+        lines = self.metrics.read_text(errors="replace").splitlines()
+        kept = []
+        for number, line in enumerate(lines, start=1):
+            try:
+                if json.loads(line)["step"] <= self.step:
+                    kept.append(line)
+            except (ValueError, TypeError, KeyError) as error:
+                if number < len(lines):  # a killed run or a full disk truncates the last line only
+                    raise NemoLfrError(
+                        f"{self.metrics}: line {number} is damaged; remove this line to resume the run."
+                    ) from error
+        with replacing(self.metrics) as file:
+            file.write("".join(line + "\n" for line in kept).encode())
 
 
 def read_config(path: Path, overrides: list[str]) -> DictConfig:
@@ -438,6 +460,8 @@ def output_folder(path: str) -> Iterator[None]:
         raise NemoLfrError(f"{out}: cannot be used as a folder ({error.strerror}); choose another out=.") from error
     is_first = not dist.is_initialized() or dist.get_rank() == 0
     with exclusive(out) if is_first else contextlib.nullcontext():
+        if is_first:
+            sweep(out, ("checkpoint.pt", "metrics.jsonl"))
         yield
 
 
@@ -484,9 +508,12 @@ def main(arguments: list[str] | None = None) -> int:
         if trainer.rank == 0 and trainer.config.sample_frames:
             trainer.write_sample()
         if trainer.rank == 0 and args.plot is not None:
-            plot(trainer.out / "metrics.jsonl", args.plot)
+            plot(trainer.metrics, args.plot)
     except NemoLfrError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (OSError, soundfile.LibsndfileError) as error:  # for instance a full disk
+        print(f"error: {error}; the same command resumes the run", file=sys.stderr)
         return 2
     finally:
         for number, handler in handlers.items():

@@ -178,6 +178,8 @@ def test_a_resumed_run_equals_an_undisturbed_one(
     if code is None:
         with pytest.raises(Killed):
             example.main(arguments)
+        with open(tmp_path / "metrics.jsonl", "a") as file:
+            file.write('{"step": 7, "tr')
     else:
         assert example.main(arguments) == code
         assert f"at step {saved}; the same command resumes the run" in capsys.readouterr().out
@@ -186,10 +188,37 @@ def test_a_resumed_run_equals_an_undisturbed_one(
     if saved == 3:  # the validation of an interrupted run is that of its step
         assert len(metrics_of(tmp_path)) == 3
     assert example.main(arguments) == 0
-    if saved is None:  # lines that a run without a checkpoint wrote
-        lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
-        (tmp_path / "metrics.jsonl").write_text("\n".join(lines[-8:]))
     assert_same_run(tmp_path, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="no such limit")
+@pytest.mark.parametrize(("limit", "name"), [(100, "metrics.jsonl"), (10_000, "checkpoint.pt")])
+def test_a_run_on_a_full_disk_ends_in_one_line_and_can_be_resumed(limit, name, example, undisturbed, tmp_path, capsys):
+    import resource
+
+    keys, expected = undisturbed
+    arguments = [*keys.split(), f"out={tmp_path}"]
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        assert example.main(arguments) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    error = capsys.readouterr().err
+    assert f"{tmp_path / name}'; the same command resumes the run" in error and error.count("\n") == 1
+    assert not list(tmp_path.glob("*.part"))
+    assert example.main(arguments) == 0
+    assert_same_run(tmp_path, expected)
+
+
+@pytest.mark.slow
+def test_a_damaged_line_of_the_metrics_is_named(example, undisturbed, tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "tr\n{"step": 2}\n')
+    assert example.main([*undisturbed[0].split(), f"out={tmp_path}"]) == 2
+    assert "metrics.jsonl: line 1 is damaged; remove this line" in capsys.readouterr().err
 
 
 def load_example() -> ModuleType:
