@@ -126,6 +126,7 @@ WHOLE = {
     "byte rate of another format": wav(chunk(b"data", pcm()), byte_rate=8000),
     "wrong fact chunk": wav(chunk(b"fact", struct.pack("<I", 7)), chunk(b"data", pcm())),
     "list before": wav(chunk(b"LIST", b"INFOISFT\x05\0\0\0Lavf\0"), chunk(b"data", pcm())),
+    "chunk without a name in ASCII before": wav(chunk(b"\xa9xyz", b"abc"), chunk(b"data", pcm())),
     "list after": wav(chunk(b"data", pcm()), chunk(b"LIST", b"INFOISFT\x05\0\0\0Lavf\0")),
     "chunk without a name in ASCII after a list": wav(
         chunk(b"data", pcm()), chunk(b"LIST", b"INFOISFT\x05\0\0\0Lavf\0"), chunk(b"\xa9xyz", b"A" * 5000)

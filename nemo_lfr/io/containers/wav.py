@@ -213,7 +213,7 @@ def _recording(window: Window, start: int) -> tuple[list[Stream], int | None]:
             following = position
             break
         is_other = spans and (has_magic(window, position) or _is_tag(name))
-        if is_other or not CHUNK_NAME.match(name):
+        if is_other or not (CHUNK_NAME.match(name) or (not spans and begin + length <= size)):
             break
         if name != b"data":
             has_list = has_list or (name == b"LIST" and window.at(begin, 4) == b"wavl")
