@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
 from nemo_lfr.errors import ConfigError
@@ -138,7 +139,7 @@ def _tidy(folder: Path) -> None:
         kept = next((path for path in reversed(whole) if path.name.endswith(LAST)), None)
         if kept is None:
             kept = whole[-1].with_name(f"{whole[-1].stem}-{LAST}")
-            _copy(whole[-1], kept)
+            _copy_as_last(whole[-1], kept)
             if _average_of(whole[-1]) in averages:
                 _copy(_average_of(whole[-1]), _average_of(kept))
             logger.warning("%s: training resumes from this checkpoint, the newest complete one", whole[-1])
@@ -163,6 +164,24 @@ def _is_whole(path: Path) -> bool:
             return True
     except (OSError, zipfile.BadZipFile):
         return False
+
+
+def _copy_as_last(path: Path, target: Path) -> None:
+    """Copy a checkpoint, and record in the copy that it is the last one of its run.
+
+    Lightning removes the last checkpoint after it has written the next one only if it is recorded there. Otherwise two
+    files would be named `*last.ckpt`.
+    """
+    try:  # with the same trust as Lightning, which loads this file next
+        checkpoint = torch.load(path, map_location="cpu", weights_only=False, mmap=True)
+    except Exception:  # Lightning will report this error, and may raise anything
+        _copy(path, target)
+        return
+    callbacks = checkpoint.get("callbacks") if isinstance(checkpoint, dict) else None
+    for state in (callbacks or {}).values():
+        if isinstance(state, dict) and state.get("dirpath"):
+            state["last_model_path"] = os.path.join(state["dirpath"], target.name)
+    save_tensors(target, checkpoint)
 
 
 def _copy(path: Path, target: Path) -> None:

@@ -84,6 +84,18 @@ def test_complete_checkpoint_with_a_marker_is_kept(tmp_path, files, cut, expecte
     assert {path.name: torch.load(path)["value"] for path in tmp_path.iterdir()} == expected
 
 
+@pytest.mark.parametrize("dirpath", ["{folder}", "/elsewhere", None])
+def test_training_removes_the_copied_checkpoint_after_the_next_one(dirpath, tmp_path):
+    dirpath = dirpath and dirpath.format(folder=tmp_path)
+    states = {"ModelCheckpoint": {"dirpath": dirpath, "last_model_path": ""}, "EarlyStopping": {"wait_count": 0}}
+    torch.save({"callbacks": states, "state_dict": {"a": torch.arange(3)}}, tmp_path / "e=0.ckpt")
+    (tmp_path / "e=0-last-unfinished").touch()
+    tidy_experiment({"resume_if_exists": True, "checkpoint_callback_params": {"dirpath": str(tmp_path)}})
+    last = torch.load(tmp_path / "e=0-last.ckpt")
+    states["ModelCheckpoint"]["last_model_path"] = f"{dirpath}/e=0-last.ckpt" if dirpath else ""
+    assert last["callbacks"] == states and torch.equal(last["state_dict"]["a"], torch.arange(3))
+
+
 def test_an_unfinished_folder_stays_marked(tmp_path):
     make(tmp_path / "checkpoints", "e=0-last-unfinished")
     (tmp_path / "checkpoints" / "e=0-last").mkdir()
