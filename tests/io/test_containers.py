@@ -127,6 +127,9 @@ WHOLE = {
     "wrong fact chunk": wav(chunk(b"fact", struct.pack("<I", 7)), chunk(b"data", pcm())),
     "list before": wav(chunk(b"LIST", b"INFOISFT\x05\0\0\0Lavf\0"), chunk(b"data", pcm())),
     "chunk without a name in ASCII before": wav(chunk(b"\xa9xyz", b"abc"), chunk(b"data", pcm())),
+    "short acid chunk before": wav(chunk(b"acid", b"1234"), chunk(b"data", pcm())),
+    "short bext chunk after": wav(chunk(b"data", pcm()), chunk(b"bext", b"1234")),
+    "list of unknown type before": wav(chunk(b"LIST", b"\xff" * 27), chunk(b"data", pcm())),
     "list after": wav(chunk(b"data", pcm()), chunk(b"LIST", b"INFOISFT\x05\0\0\0Lavf\0")),
     "chunk without a name in ASCII after a list": wav(
         chunk(b"data", pcm()), chunk(b"LIST", b"INFOISFT\x05\0\0\0Lavf\0"), chunk(b"\xa9xyz", b"A" * 5000)

@@ -39,6 +39,9 @@ MAX_HELD = 1 << 24
 # First bytes of DTS (16 and 14 bits) and of other compressed audio (IEC 61937) that is stored as samples on a CD.
 CODED = (b"\xfe\x7f\x01\x80", b"\xff\x1f\x00\xe8", b"\x72\xf8\x1f\x4e")
 LINEAR = (b"\x01\0", b"\xfe\xff")  # tags in the `fmt ` chunk
+# Chunks of files that libsndfile opens by itself. It reads the samples at a wrong place, or refuses the file, if other
+# chunks, such as `acid` or `bext`, are shorter than their formats require.
+BARE_CHUNKS = (b"fmt ", b"fact", b"ds64")
 
 
 class WavSamples:
@@ -220,7 +223,7 @@ def _recording(window: Window, start: int) -> tuple[list[Stream], int | None]:
             is_read = name in (b"fmt ", b"ds64")
             header.note(name, window.at(begin, min(length, MAX_HEADER_CHUNK)) if is_read else b"")
             position = _after(window, begin, length)
-            exact = exact and (bool(spans) or position == begin + length + length % 2)
+            exact = exact and name in BARE_CHUNKS and (bool(spans) or position == begin + length + length % 2)
             continue
         header.data_size = length
         stop, problem, is_exact = _wav_data(window, header, start, begin)
