@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch.utils.data import DataLoader, Dataset
 
-from nemo_lfr.errors import AudioError, ConfigError, shorten
+from nemo_lfr.errors import AudioError, ConfigError, first_line, shorten
 from nemo_lfr.io.cut_audio import forbid_programs, read_cut
 from nemo_lfr.nemo.careful import careful_iterators
 from nemo_lfr.training.settings import CUTS, LOADER, check_settings
@@ -182,25 +182,29 @@ def cut_loader(
     """
     arguments: Any = OmegaConf.to_container(config.get("dataset_args") or OmegaConf.create(), resolve=True)
     given = config.get("dataloader_params") or OmegaConf.create()
-    check_settings(cast(dict[str, Any], OmegaConf.to_container(given, resolve=True)), LOADER, "dataloader_params")
-    check_settings(arguments, CUTS, "dataset_args")
+    settings, where = config._get_full_key("dataloader_params"), config._get_full_key("dataset_args")
+    check_settings(cast(dict[str, Any], OmegaConf.to_container(given, resolve=True)), LOADER, settings)
+    check_settings(arguments, CUTS, where)
     unknown = set(given) - set(OmegaConf.structured(LhotseDataLoadingConfig)) - {"use_lhotse"}
     if unknown:
         raise ConfigError(
-            f"dataloader_params: {sorted(unknown)} are not keys of NeMo's LhotseDataLoadingConfig; remove them."
+            f"{settings}: {sorted(unknown)} are not keys of NeMo's LhotseDataLoadingConfig; remove them."
         )
     if given.get("batch_size") is None:
-        raise ConfigError("dataloader_params: batch_size must be set.")
+        raise ConfigError(f"{settings}: batch_size must be set.")
     for key in ("truncate_duration", "min_duration") if not validation else ():
         if given.get(key) not in (None, -1):
-            raise ConfigError(f"dataloader_params: remove {key}, because dataset_args.segment_duration determines it.")
+            raise ConfigError(f"{settings}: remove {key}, because dataset_args.segment_duration determines it.")
     try:
         dataset = CutDataset(sample_rate, **arguments)
     except TypeError as error:
-        raise ConfigError(f"dataset_args: {error}; correct the arguments in the config.") from error
+        raise ConfigError(f"{where}: {error}; correct the arguments in the config.") from error
     if dataset.segment is None and not validation:
-        raise ConfigError("dataset_args: segment_duration must be set for training.")
-    loader = make_structured_with_schema_warnings(given)
+        raise ConfigError(f"{where}: segment_duration must be set for training.")
+    try:
+        loader = make_structured_with_schema_warnings(given)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{settings}.{error.full_key}: {first_line(error)}; correct the value.") from error
     loader.sample_rate = sample_rate
     if validation:
         loader.force_finite = True

@@ -199,6 +199,11 @@ def test_training_draws_segments_without_end(shar, convert):
         ({"dataloader_params": {"batch_sise": 3}}, "batch_sise"),
         ({"dataloader_params": {"batch_size": None}}, "batch_size must be set"),
         ({"dataloader_params": {"truncate_duration": 1}}, "remove truncate_duration, because"),
+        (
+            {"dataloader_params": {"drop_last": None}},
+            r"^train_ds\.dataloader_params\.drop_last: Incompatible value 'None'",
+        ),
+        ({"dataloader_params": {"num_buckets": "many"}}, r"^train_ds\.dataloader_params\.num_buckets: "),
     ],
 )
 def test_a_wrong_section_is_refused_by_key(shar, change, match):
@@ -206,4 +211,4 @@ def test_a_wrong_section_is_refused_by_key(shar, change, match):
     config["dataset_args"] = change.get("dataset_args", config["dataset_args"])
     config["dataloader_params"] |= change.get("dataloader_params", {})
     with pytest.raises(ConfigError, match=match):
-        cut_loader(OmegaConf.create(config), RATE, 0, 1)
+        cut_loader(OmegaConf.create({"train_ds": config}).train_ds, RATE, 0, 1)
