@@ -5,12 +5,13 @@ place of each object that is neither a tensor nor a plain container, the unpickl
 which only stores the object's state.
 """
 
+from collections.abc import Collection
 from typing import Any
 
 import yaml
 
-from nemo_lfr.checkpoint.config import MAX_CONFIG_DEPTH, MAX_CONFIG_EVENTS
-from nemo_lfr.errors import ConfigError
+from nemo_lfr.checkpoint.config import MAX_CONFIG_DEPTH, MAX_CONFIG_EVENTS, PARTS
+from nemo_lfr.errors import ConfigError, quoted
 
 
 class Inert:
@@ -51,12 +52,24 @@ class InertNamespace(Inert):
     __slots__ = ()
 
 
-def config_text(checkpoint: Any) -> str:
+def config_text(checkpoint: Any, names: Collection[str]) -> str:
     """Return the model config of an unpickled training checkpoint as YAML.
 
+    Args:
+        checkpoint: the unpickled checkpoint.
+        names: names of the tensors in its state dict.
+
     Raises:
-        ConfigError: if the checkpoint has no config, or its config is too large or too deeply nested.
+        ConfigError: if the checkpoint has no config, or its config is too large or too deeply nested. Also if the
+            codec is a submodule of the model in the checkpoint.
     """
+    own, inside = f"{PARTS[0]}.", f".{PARTS[0]}."
+    owner = next((name.partition(inside)[0] for name in names if inside in name), None)
+    if owner is not None and not any(name.startswith(own) for name in names):
+        raise ConfigError(
+            f"the codec is the submodule {quoted(owner)} of another model; load this model with its own class, and "
+            "save the submodule as a .nemo file (save_to)."
+        )
     config = _Plain().of(_cfg(checkpoint))
     if not isinstance(config, dict):
         config = _Plain().of(_parameters(checkpoint))

@@ -223,7 +223,8 @@ def _tensors(path: Path, members: Members) -> Tensors:
 def _parse_config(path: Path, members: Members) -> DictConfig:
     try:
         if members.config is None:
-            return parse_config(config_text(_tensors(path, members).contents))
+            tensors = _tensors(path, members)
+            return parse_config(config_text(tensors.contents, tensors.entries))
         return parse_config(members.config.decode())
     except (UnicodeDecodeError, ConfigError) as error:
         raise CheckpointError(f"{path}: {members.config_name} is invalid: {error}") from error

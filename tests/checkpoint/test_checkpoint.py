@@ -885,6 +885,7 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
     "ckpt whose config is deep": (lambda: lightning(None, hyper_parameters=nested(40)), "deeply nested"),
     "ckpt whose config explodes": (lambda: lightning(None, hyper_parameters=shared(30)), "too large"),
     "ckpt whose config holds itself": (lambda: lightning(None, hyper_parameters=shared(0)), "deeply nested"),
+    "ckpt of a model with a codec inside": (lambda: zip_of({"state_dict": {f"my.codec.{key}": value for key, value in STATE.items()}, "hyper_parameters": {}}), "the codec is the submodule 'my.codec' of another model"),
     "ckpt of an empty config": (lambda: lightning({}), "no 'sample_rate'"),
     "ckpt of an empty Namespace": (lambda: lightning(argparse.Namespace(cfg=argparse.Namespace())), "no 'sample_rate'"),
     "ckpt of a Namespace that holds itself": (lambda: lightning(None, hyper_parameters={"cfg": endless()}), "deeply nested"),
