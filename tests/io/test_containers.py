@@ -155,6 +155,12 @@ WHOLE = {
     "AU of half its length": au(SIZE // 2),
     "AIFF of length 0": aiff(zero=True),
     "AIFF of sox into a pipe": aiff_of(0x7F000008),
+    "AIFF with a copyright behind": aiff(zero=False) + b"(c) \0\0\0\x14" + b"1989 A long company.",
+    "AIFF with a copyright before": aiff(zero=False).replace(b"COMM", b"(c) \0\0\0\x0a1989 A manCOMM"),
+    "AIFF with an invalid CHAN chunk": aiff(zero=False).replace(b"SSND", b"CHAN\0\0\0\x0e" + b"1" * 14 + b"SSND"),
+    "CAF with a short peak chunk": written(format="CAF", subtype="ALAC_16").replace(
+        b"data", b"peak\0\0\0\0\0\0\0\x041234data"
+    ),
     "CAF of unknown length": caf(-1),
     "CAF of length 0": caf(0),
     "CAF of half its length": caf(SIZE // 4 * 2 + 4),

@@ -14,6 +14,7 @@ from nemo_lfr.io.containers.stream import (
     JOINED,
     NO_LENGTH,
     UNKNOWN_BYTES,
+    Span,
     Stream,
     Window,
     cut_short,
@@ -39,7 +40,6 @@ _CAF_CHUNKS = frozenset(b"chan edct free info inst kuki mark midi ovvw pakt peak
 _W64_CHUNK = re.compile(rb"[a-zA-Z0-9 ]{4}\xf3\xac\xd3\x11.{8}", re.DOTALL)
 # Sizes of the samples, in a whole number of frames, that sox declares in an AIFF header that it writes to a pipe.
 _SOX_UNKNOWN = range(0x7F000008 - 256, 0x7F000008 + 1)
-_EXTENSIBLE = b"\xfe\xff"  # tag of a WAVEFORMATEXTENSIBLE description
 _W64_FORMAT = 1 << 16  # maximum size in bytes of the description of the samples
 # A length field in a header: position, format in the notation of `struct`, number to add to the length, and unit of
 # the length in bytes.
@@ -155,6 +155,11 @@ def _aiff_samples(window: Window, common: int, position: int, length: int) -> li
             return [whole_file(window.size, JOINED)]
         if not more or window.is_zero(end, window.size):
             streams = compare_end(window, _after_chunks(window, end + odd, ">I"))
+            size = int.from_bytes(window.at(common - 4, 4), "big")
+            head = b"FORM" + struct.pack(">I", 20 + size + size % 2 + length) + window.at(8, 4)
+            chunks = [(common - 8, common + size + size % 2), (position, end)]
+            if kind in _AIFC_BYTES.keys() | _AIFC_SAMPLES.keys() or kind[:3] == b"DWV":
+                streams = [_without_metadata(stream, chunks, head) for stream in streams]
             return [_aifc_whole(stream, kind, channels, count, length - 8 - offset) for stream in streams]
     note = longer(length, available) if is_known else None
     if kind not in _AIFC_BYTES:
@@ -167,6 +172,19 @@ def _aiff_samples(window: Window, common: int, position: int, length: int) -> li
     fields: list[Field] = [(common + 2, ">I", 0, block), (position + 4, ">I", 8 + offset, 1)]
     streams = _to_end(window, position + 16 + offset, fields, note)
     return [_aifc_whole(s, kind, channels, 0, s.spans[-1][1] - position - 16 - offset) for s in streams]
+
+
+def _without_metadata(stream: Stream, chunks: list[Span], header: bytes = b"") -> Stream:
+    """Return a stream with only the chunks that describe or contain samples, unless it has an error message.
+
+    libsndfile refuses some files with metadata that it does not expect, or reads the samples at a wrong place.
+
+    Args:
+        stream: stream of the file.
+        chunks: byte ranges of these chunks.
+        header: bytes that precede the chunks.
+    """
+    return stream if stream.problem else replace(stream, header=header, spans=chunks, is_file=False)
 
 
 def _aifc_whole(stream: Stream, kind: bytes, channels: int, count: int, size: int) -> Stream:
@@ -260,13 +278,25 @@ def _caf_streams(window: Window) -> list[Stream]:
                 if next_file(window, end) is not None:
                     return [whole_file(window.size, JOINED)]
                 if not goes_on(window.at(end, 256)) or window.is_zero(end, window.size):
-                    return compare_end(window, _after_chunks(window, end, ">q", _CAF_CHUNKS))
+                    last = _after_chunks(window, end, ">q", _CAF_CHUNKS)
+                    return [_without_metadata(s, _caf_chunks(window, last)) for s in compare_end(window, last)]
                 note = longer(length, available)
             return _to_end(window, position + 12, [(position + 4, ">q", 0, 1)], note)
         if length < 0 or not CHUNK_NAME.match(name):
             return []
         position += 12 + length
     return [whole_file(window.size, HEADER_CUT)]
+
+
+def _caf_chunks(window: Window, end: int) -> list[Span]:
+    """Return the byte ranges of the header and of the first chunk of each needed kind in a CAF file, up to `end`."""
+    position, found = 8, {b"": (0, 8)}
+    while position + 12 <= end:
+        name, length = struct.unpack(">4sq", window.at(position, 12))
+        if name in (b"desc", b"kuki", b"pakt", b"data"):
+            found.setdefault(name, (position, position + 12 + length))
+        position += 12 + length
+    return list(found.values())
 
 
 def w64_streams(window: Window) -> list[Stream]:
@@ -302,15 +332,9 @@ def _w64_samples(window: Window, header: WavHeader, position: int, length: int) 
         (stream,) = compare_end(window, _after_w64_chunks(window, position + length))
         # libsndfile would decode all bytes up to the end of the file.
         end = position + length
-        stream = stream if stream.problem else replace(stream, spans=[(0, end)], is_file=False)
     as_wav = samples_stream(window, header, [(position + 24, end)])
-    # libsndfile does not read the extended description in Wave64: it would decode 32-bit floats as integers.
-    is_needed = (
-        as_wav.num_samples is not None or as_wav.gain is not None or as_wav.problem or header.format[:2] == _EXTENSIBLE
-    )
-    if stream.problem or not is_needed:
-        return stream
-    return replace(as_wav, note=stream.note or as_wav.note)
+    # In Wave64, libsndfile does not read the extended description, and refuses metadata that it does not expect.
+    return stream if stream.problem else replace(as_wav, note=stream.note or as_wav.note)
 
 
 def _after_w64_chunks(window: Window, position: int) -> int:

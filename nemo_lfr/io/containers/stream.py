@@ -11,7 +11,7 @@ from nemo_lfr.io.seekable import SeekableBytes
 # While the length of the audio is unknown, programs write this value or a larger one into the header.
 UNKNOWN_BYTES = 0x7FFF0000
 # Name of a chunk. Samples rarely match, since each of their four bytes must be one of these characters.
-CHUNK_NAME = re.compile(rb"[A-Za-z0-9_ -]{4}")
+CHUNK_NAME = re.compile(rb"[A-Za-z0-9_ -]{4}|\(c\) ")
 # Chunks that programs write after the samples. A truncated chunk with such a name is accepted.
 KNOWN_CHUNKS = frozenset(
     name.ljust(4)
