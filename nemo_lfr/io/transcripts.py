@@ -6,24 +6,31 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from nemo_lfr.errors import ConfigError, NemoLfrError, printable, shorten
-from nemo_lfr.io.folders import BROKEN
+from nemo_lfr.io.folders import AUDIO_SUFFIXES, BROKEN
 from nemo_lfr.io.locate import resolve
 from nemo_lfr.io.text import decode, read_lines
 
 # The numbers of the first and last sample, which precede the sentence in the text files of TIMIT
 _TIMIT = re.compile(r"^0 \d{4,6} (?=\S)")
+# Files that DVC and git-annex name after their content, so that only a link of someone who knows it leads to them
+_NAMED_BY_CONTENT = re.compile(
+    r"/(?:files/md5|\.dvc/cache)/[0-9a-f]{2}/[0-9a-f]{30}$"
+    r"|/annex/objects/(?:[^/]+/){2}([A-Z0-9_]+-s\d+--[0-9a-f]{32,}[^/]*)/\1$"
+)
 
 
 def check_link(path: Path, corpus: Path, audio: Path | None = None) -> None:
     """Check that a text file or table of a corpus is not a link to a file elsewhere, which may be private.
 
     A link may lead to a file in the corpus, from a snapshot in the Hub's cache to a blob of the same repository, or to
-    the text file beside the target of a linked recording.
+    a file that DVC or git-annex stores. If a recording is a link too, the link of the text may lead to the file beside
+    the recording's target, or to the file in the same place relative to this target.
 
     Args:
         path: the text file or table.
         corpus: folder of the corpus.
-        audio: recording that the text belongs to; None for a file about several recordings.
+        audio: recording that the text belongs to; None for a file about several recordings, which are in its folder or
+            below.
 
     Raises:
         ConfigError: if the link leads elsewhere.
@@ -34,12 +41,33 @@ def check_link(path: Path, corpus: Path, audio: Path | None = None) -> None:
     target, folder = resolve(path), resolve(path.parent)
     # The folder of blobs is not resolved, since it could be a link itself.
     blobs = [parent.parent / "blobs" for parent in folder.parents if parent.name == "snapshots"]
-    is_inside = any(target.is_relative_to(allowed) for allowed in (resolve(corpus), *blobs))
-    if not is_inside and not (audio and audio.is_symlink() and target == resolve(audio).with_suffix(target.suffix)):
-        raise ConfigError(
-            f"{path}: the file is a link that leads out of the corpus and is not followed; copy the file into the "
-            "corpus."
-        )
+    if any(target.is_relative_to(allowed) for allowed in (resolve(corpus), *blobs)):
+        return
+    if _NAMED_BY_CONTENT.search(target.as_posix()) or _follows_audio(path, target, audio):
+        return
+    raise ConfigError(
+        f"{path}: the file is a link that leads out of the corpus and is not followed; copy the file into the corpus."
+    )
+
+
+def _follows_audio(path: Path, target: Path, audio: Path | None) -> bool:
+    """Return whether the links of a text and of a recording lead to files that belong together; see `check_link`."""
+    recording = _first_audio(path.parent) if audio is None else audio
+    if recording is None or not recording.is_symlink():
+        return False
+    source = resolve(recording)
+    is_beside = audio is not None and target == source.with_suffix(target.suffix)
+    return is_beside or target == Path(os.path.normpath(source / os.path.relpath(path, recording)))
+
+
+def _first_audio(folder: Path) -> Path | None:
+    """Return the first audio file in a folder or below it; None if there is none."""
+    for parent, folders, names in os.walk(folder):
+        folders.sort()
+        for name in sorted(names):
+            if os.path.splitext(name)[1].lower() in AUDIO_SUFFIXES:
+                return Path(parent, name)
+    return None
 
 
 def text_of(*transcripts: Path, corpus: Path, audio: Path) -> tuple[dict[str, str], str | None]:

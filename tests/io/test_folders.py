@@ -245,6 +245,10 @@ def test_a_transcript_is_used_or_counted_as_skipped(names, text, skipped, tmp_pa
     assert caplog.messages == ([f"{tmp_path}: 1 file found; {skipped}"] if skipped else [])
 
 
+DVC = f".dvc/cache/files/md5/0a/{'1b' * 15}"
+ANNEX = "annex/objects/0/1/{0}/{0}".format(f"SHA256E-s27--{'1b' * 32}.txt")
+
+
 @pytest.mark.parametrize(
     ("files", "links", "is_read"),
     [
@@ -259,6 +263,11 @@ def test_a_transcript_is_used_or_counted_as_skipped(names, text, skipped, tmp_pa
         (["blobs/1", "blobs/2"], {"snapshots/0/corpus/a.txt": "blobs/1", "snapshots/0/corpus/a.wav": "blobs/2"}, True),
         (["secret", "blobs/2"], {"snapshots/0/corpus/a.txt": "secret", "snapshots/0/corpus/a.wav": "blobs/2"}, False),
         (["y/1"], {"snapshots/0/corpus/a.txt": "y/1", "blobs": "y"}, False),
+        ([DVC, "b.wav"], {"corpus/a.txt": DVC, "corpus/a.wav": "b.wav"}, True),
+        ([ANNEX, "b.wav"], {"corpus/a.txt": ANNEX, "corpus/a.wav": "b.wav"}, True),
+        (["annex/objects/0/1/W-s1--a/W-s1--a"], {"corpus/a.txt": "annex/objects/0/1/W-s1--a/W-s1--a"}, False),
+        (["y/metadata.csv", "y/a.wav"], {"corpus/metadata.csv": "y/metadata.csv", "corpus/a.wav": "y/a.wav"}, True),
+        (["secret", "y/a.wav"], {"corpus/metadata.csv": "secret", "corpus/a.wav": "y/a.wav"}, False),
         (["y/1", "corpus/x/snapshots/0/a.wav"], {"corpus/x/snapshots/0/a.txt": "y/1", "corpus/x/blobs": "y"}, False),
     ],
 )
