@@ -104,7 +104,7 @@ def standard_labels(labels: Mapping[str, Any], *, strict: bool = True) -> dict[s
                 kept[label] = label_text(kept[column], column, label)
                 break
             except AudioError:
-                if strict:
+                if strict and column == present[0]:  # otherwise, the empty text before this column is valid
                     raise
     return kept
 

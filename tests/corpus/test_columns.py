@@ -57,6 +57,7 @@ def write(path: Path, columns: dict) -> Path:
         ({"text": "", "sentence": "b"}, {"text": "b"}),
         ({"text": " ", "sentence": "", "transcript": "c"}, {"text": "c"}),
         ({"text": "", "sentence": None}, {"text": ""}),
+        ({"text": "", "transcript": ["a", "word"]}, {"text": ""}),
         ({"sentence": "", "speaker": "", "speaker_id": 0}, {"text": "", "speaker": "0"}),
         ({"speaker": 5}, {"speaker": "5"}),
         ({"speaker": 5.0, "text": 7}, {"speaker": "5", "text": "7"}),
