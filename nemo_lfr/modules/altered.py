@@ -28,14 +28,18 @@ EXPORT = "which are not exported, so the exported codec would give other results
 
 Module = TypeVar("Module", bound=type[nn.Module])
 
-# Original methods of the classes that `notice_patches` decorates, by class and by name.
-_ORIGINALS: dict[type, dict[str, Any]] = {}
+# Original methods, by class and by name: the methods that compute a convolution, and all methods of the classes that
+# `notice_patches` decorates.
+_ORIGINALS: dict[type, dict[str, Any]] = {
+    nn.Conv1d: {"forward": nn.Conv1d.forward, "_conv_forward": nn.Conv1d._conv_forward},
+    nn.ConvTranspose1d: {"forward": nn.ConvTranspose1d.forward},
+}
 
 
 def notice_patches(kind: Module) -> Module:
     """Class decorator that lets `is_patched` detect methods replaced in the class.
 
-    For other classes, `is_patched` only detects methods replaced in an object.
+    For classes other than these and PyTorch's convolutions, `is_patched` only detects methods replaced in an object.
     """
     _ORIGINALS[kind] = {name: value for name, value in vars(kind).items() if callable(value)}
     return kind

@@ -76,6 +76,16 @@ def patched_forward(part):
     conv(part).forward = lambda inputs: original(inputs) * 0.5
 
 
+@pytest.fixture(autouse=True)
+def unpatched_convolutions(monkeypatch):
+    monkeypatch.setattr(nn.Conv1d, "forward", nn.Conv1d.forward)  # restores it after `patched_class`
+
+
+def patched_class(part):
+    original = nn.Conv1d.forward
+    nn.Conv1d.forward = lambda layer, inputs: original(layer, inputs) * 0.5
+
+
 class Halving(nn.Module):
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         return hidden * 0.5
@@ -119,6 +129,7 @@ CHANGES = [
     adapter,
     other_activation,
     patched_forward,
+    patched_class,
     other_residual_layer,
     other_residual_block,
     overridden_forward,
