@@ -1,5 +1,6 @@
 """Build the optimizers of a model, load initial weights, and check that a run to resume fits the config."""
 
+import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -190,7 +191,8 @@ class Optimizers(WeightAveraging):
 
         Raises:
             ConfigError: if `init_from_ptl_ckpt` and `init_from_nemo_model` are both set.
-            CheckpointError: if the file cannot be read or belongs to another codec.
+            CheckpointError: if the file cannot be read or belongs to another codec, or if a file of a section
+                `init_from_ptl_ckpt` contains objects other than tensors.
         """
         path = cfg.get("init_from_ptl_ckpt")
         if isinstance(path, str):
@@ -208,4 +210,14 @@ class Optimizers(WeightAveraging):
                 cfg.init_from_nemo_model = path
         if isinstance(path := cfg.get("init_from_nemo_model"), str):
             self._restored_from = Path(path)  # set in every process, although NeMo reads the file on rank 0 only
-        super().maybe_init_from_pretrained_checkpoint(cfg, map_location)
+        sections = cfg.get("init_from_ptl_ckpt")
+        try:
+            super().maybe_init_from_pretrained_checkpoint(cfg, map_location)
+        except pickle.UnpicklingError as error:  # NeMo reads the files of a section with weights_only=True
+            if not isinstance(sections, Mapping | DictConfig):
+                raise
+            paths = ", ".join(str(section.get("path")) for section in sections.values())
+            raise CheckpointError(
+                f"init_from_ptl_ckpt: a file of this section ({paths}) is damaged, or contains objects other than "
+                "tensors; save {'state_dict': ...} alone, or pass one path (init_from_ptl_ckpt=PATH)."
+            ) from error

@@ -1644,6 +1644,15 @@ def test_a_training_checkpoint_without_hyper_parameters_gives_the_initial_weight
         assert all(torch.equal(model.state_dict()[key], value) for key, value in first.state_dict().items())
 
 
+def test_a_section_of_initial_weights_names_the_file_that_pytorch_refuses(tmp_path):
+    config, path = OmegaConf.create(training_config([])), tmp_path / "weights.ckpt"
+    model = AudioCodecModel(config)
+    torch.save({"state_dict": model.state_dict(), "hyper_parameters": {"cfg": config}}, path)
+    section = OmegaConf.create({"init_from_ptl_ckpt": {"first": {"path": str(path)}}})
+    with pytest.raises(CheckpointError, match=r"init_from_ptl_ckpt: a file of this section \(.*weights\.ckpt\)"):
+        model.maybe_init_from_pretrained_checkpoint(section)
+
+
 def test_only_one_file_may_give_the_initial_weights():
     model = AudioCodecModel(OmegaConf.create(training_config([])))
     files = {"init_from_ptl_ckpt": "a.ckpt", "init_from_nemo_model": "b.nemo"}
