@@ -792,6 +792,12 @@ def test_voc_of_a_pipe_lacks_the_zero_at_its_end(subtype, channels):
     assert data.endswith(b"\0") and np.array_equal(read(data[:-1]), read(data)) and len(read(data)) > 0
 
 
+def test_adpcm_in_voc_is_not_read_as_linear_samples():
+    data = written(format="VOC", subtype="PCM_U8")
+    with pytest.raises(AudioError, match="the encoding of the VOC file is unknown; convert it to WAV"):
+        read(patched(data, (data.index(b"\1", 26) + 5, b"\1")))
+
+
 EMPTY = {
     "WAV": wav(chunk(b"data", b"")),
     "WAV with a list": wav(chunk(b"data", b""), chunk(b"LIST", b"INFOISFT\x05\0\0\0Lavf\0")),

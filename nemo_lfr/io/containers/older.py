@@ -89,14 +89,14 @@ def voc_streams(window: Window) -> list[Stream]:
         return [whole_file(window.size, JOINED)]
     if (damage := damage_after(window, position, _VOC_REST)) is not None:
         return [whole_file(window.size, damage)]
+    form = _voc_format(kinds[0]) if kinds else None
+    if form is None:  # libsndfile would decode compressed samples as linear ones
+        return [whole_file(window.size, "the encoding of the VOC file is unknown; convert it to WAV")]
     if len(spans) == 1 and is_last:
         if position < window.size or has_mark:
             return compare_end(window, position)
         # libsndfile needs the zero at the end, which `arecord` does not write to a pipe.
         return [Stream([(0, position)], padding=1)]
-    form = _voc_format(kinds[0]) if kinds else None
-    if form is None:
-        return [whole_file(window.size, "the VOC file has several blocks with an unknown encoding; convert it to WAV")]
     header = WavHeader(b"RIFF", form).rebuilt(sum(stop - start for start, stop in spans))
     return [Stream(spans, header, note=note_after(window, position))]
 
