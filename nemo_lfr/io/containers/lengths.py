@@ -277,7 +277,7 @@ def _caf_streams(window: Window) -> list[Stream]:
             if length > 4:
                 if next_file(window, end) is not None:
                     return [whole_file(window.size, JOINED)]
-                if not goes_on(window.at(end, 256)) or window.is_zero(end, window.size):
+                if not samples_follow(window, end):
                     last = _after_chunks(window, end, ">q", _CAF_CHUNKS)
                     return [_without_metadata(s, _caf_chunks(window, last)) for s in compare_end(window, last)]
                 note = longer(length, available)
