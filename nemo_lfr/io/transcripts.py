@@ -12,9 +12,10 @@ from nemo_lfr.io.text import decode, read_lines
 
 # The numbers of the first and last sample, which precede the sentence in the text files of TIMIT
 _TIMIT = re.compile(r"^0 \d{4,6} (?=\S)")
-# Files that DVC and git-annex name after their content, so that only a link of someone who knows it leads to them
+# Files that DVC, git-annex and the Hub's cache name after their content. A link to them requires knowing it.
 _NAMED_BY_CONTENT = re.compile(
     r"/(?:files/md5|\.dvc/cache)/[0-9a-f]{2}/[0-9a-f]{30}$"
+    r"|--[^/]+/blobs/(?:[0-9a-f]{40}|[0-9a-f]{64})$"
     r"|/annex/objects/(?:[^/]+/){2}([A-Z0-9_]+-s\d+--[0-9a-f]{32,}[^/]*)/\1$"
 )
 
@@ -23,8 +24,8 @@ def check_link(path: Path, corpus: Path, audio: Path | None = None) -> None:
     """Check that a text file or table of a corpus is not a link to a file elsewhere, which may be private.
 
     A link may lead to a file in the corpus, from a snapshot in the Hub's cache to a blob of the same repository, or to
-    a file that DVC or git-annex stores. If a recording is a link too, the link of the text may lead to the file beside
-    the recording's target, or to the file in the same place relative to this target.
+    a file that is stored under the hash of its content. If a recording is a link too, the link of the text may lead to
+    the file beside the recording's target, or to the file in the same place relative to this target.
 
     Args:
         path: the text file or table.

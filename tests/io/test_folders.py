@@ -246,6 +246,7 @@ def test_a_transcript_is_used_or_counted_as_skipped(names, text, skipped, tmp_pa
 
 
 DVC = f".dvc/cache/files/md5/0a/{'1b' * 15}"
+BLOB = f"datasets--x--y/blobs/{'1b' * 20}"
 ANNEX = "annex/objects/0/1/{0}/{0}".format(f"SHA256E-s27--{'1b' * 32}.txt")
 
 
@@ -264,6 +265,7 @@ ANNEX = "annex/objects/0/1/{0}/{0}".format(f"SHA256E-s27--{'1b' * 32}.txt")
         (["secret", "blobs/2"], {"snapshots/0/corpus/a.txt": "secret", "snapshots/0/corpus/a.wav": "blobs/2"}, False),
         (["y/1"], {"snapshots/0/corpus/a.txt": "y/1", "blobs": "y"}, False),
         ([DVC, "b.wav"], {"corpus/a.txt": DVC, "corpus/a.wav": "b.wav"}, True),
+        ([BLOB, "b.wav"], {"corpus/a.txt": BLOB, "corpus/a.wav": "b.wav"}, True),
         ([ANNEX, "b.wav"], {"corpus/a.txt": ANNEX, "corpus/a.wav": "b.wav"}, True),
         (["annex/objects/0/1/W-s1--a/W-s1--a"], {"corpus/a.txt": "annex/objects/0/1/W-s1--a/W-s1--a"}, False),
         (["y/metadata.csv", "y/a.wav"], {"corpus/metadata.csv": "y/metadata.csv", "corpus/a.wav": "y/a.wav"}, True),
@@ -271,7 +273,7 @@ ANNEX = "annex/objects/0/1/{0}/{0}".format(f"SHA256E-s27--{'1b' * 32}.txt")
         (["y/1", "corpus/x/snapshots/0/a.wav"], {"corpus/x/snapshots/0/a.txt": "y/1", "corpus/x/blobs": "y"}, False),
     ],
 )
-def test_a_linked_text_is_read_only_from_the_corpus_or_its_hub_cache(files, links, is_read, tmp_path):
+def test_a_linked_text_is_read_only_if_the_link_cannot_lead_to_a_private_file(files, links, is_read, tmp_path):
     for name in files:
         make(tmp_path, name)
         (tmp_path / name).write_text("file_name,text\na.wav,hi")
