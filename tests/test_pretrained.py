@@ -434,7 +434,7 @@ def test_cached_repository_loads_offline_for_any_cache_layout(tmp_path, offline,
 def test_a_snapshot_of_another_branch_is_not_taken_for_main(tmp_path, offline, references, source):
     path = save(cached_codec("symmetric"), tmp_path / "tiny.nemo")
     snapshot = fill_cache(tmp_path / "cache", path, [USUAL], OTHER_REVISIONS[references], True)
-    message = r"one of another revision \((features/)?dev\); pass its path .* to use it"
+    message = r"no reference to the main branch \(found: (features/)?dev\); pass the path .* to use this"
     with pytest.raises(CheckpointError, match=message) as raised:
         nemo_lfr.load("me/one" if source == "id" else snapshot.parents[1])
     assert str(snapshot) in str(raised.value) and "\n" not in str(raised.value)

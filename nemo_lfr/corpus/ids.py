@@ -93,7 +93,7 @@ def path_inside(folder: Path, name: str) -> Path | None:
         name: a relative or absolute path.
 
     Returns:
-        The resolved path, or None if it is outside the folder.
+        The resolved path, or None if it is outside the folder or cannot be resolved.
     """
     try:
         path = resolve(Path(folder, name))

@@ -117,8 +117,7 @@ def _collect(ray: Any, pool: "_Actors", tasks: Sequence[Task], failures: WorkerF
 def _wait(ray: Any, pending: list[Any]) -> Any:
     """Wait for pending results, and return the first one that is available.
 
-    The nodes are checked while no result arrives, because actors that have not started do not fail if the last node
-    dies.
+    If the last node dies before an actor has started, Ray reports no error. So the nodes are checked while waiting.
 
     Raises:
         ConnectionError: if no node of the cluster is alive.
@@ -135,7 +134,7 @@ class _Actors:
     """Pool of numbered Ray actors. A lost actor is replaced by an actor with a new number.
 
     Attributes:
-        starting: dictionary from the pending result of each actor's start to the number of the actor. Shards are
+        starting: numbers of the actors that are starting, by the pending result of their method `ready`. Shards are
             assigned only to ready actors, because an actor for which the cluster has no resources may never start.
         ready: numbers of the actors that are ready.
         running: dictionary from pending results to pairs (index of the shard, number of the actor).

@@ -247,8 +247,8 @@ def only_snapshot(folder: Path) -> Path:
     names = sorted(path.relative_to(folder / "refs").as_posix() for path in references)
     if others := [name for name in names if name != "main"]:
         raise CheckpointError(
-            f"{folder}: the folder in the Hub's cache has no snapshot of the main branch, but one of another revision "
-            f"({shorten(', '.join(others), 200)}); pass its path {snapshots[0]} to use it, or download the "
+            f"{folder}: the folder in the Hub's cache has a snapshot, but no reference to the main branch (found: "
+            f"{shorten(', '.join(others), 200)}); pass the path {snapshots[0]} to use this snapshot, or download the "
             "repository."
         )
     logger.warning(
