@@ -12,7 +12,7 @@ from nemo_lfr.io.text import decode, read_lines
 
 # The numbers of the first and last sample, which precede the sentence in the text files of TIMIT
 _TIMIT = re.compile(r"^0 \d{4,6} (?=\S)")
-# Files that DVC, git-annex and the Hub's cache name after their content. A link to them requires knowing it.
+# Files that DVC, git-annex and the Hub's cache name after a hash of their content, which cannot be guessed
 _NAMED_BY_CONTENT = re.compile(
     r"/(?:files/md5|\.dvc/cache)/[0-9a-f]{2}/[0-9a-f]{30}$"
     r"|--[^/]+/blobs/(?:[0-9a-f]{40}|[0-9a-f]{64})$"
