@@ -64,7 +64,7 @@ class Target:
 
 
 class Connection:
-    """TCP connection to the server that can send arbitrary bytes."""
+    """TCP connection to the server, for requests of arbitrary bytes."""
 
     def __init__(self, target: Target, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.target, self.reader, self.writer = target, reader, writer

@@ -3,8 +3,8 @@ r"""Output of `--json`: one TypedDict for each command.
 Keys are in snake_case. A key whose value has a unit ends in the unit: `_s` seconds, `_hz` hertz, `_bps` bits per
 second, `_bytes` bytes, `_db` decibels. Numbers are JSON numbers, and paths are strings, in which each byte that is not
 valid UTF-8 is written as `\x` and two hex digits. Every output has the key `failures`: a list of `Failure` records,
-empty on success. If a command fails before it has a result, the output has only this key. If a signal stops a command,
-there is no output; only `serve` prints its output.
+empty on success. If a command fails before it has a result, the output has only this key. `serve` prints its output
+when a signal stops it. Other commands that a signal stops print no output.
 """
 
 from typing import Literal, TypedDict

@@ -111,7 +111,7 @@ class Layout(ABC):
         real = arange(width, tokens)[None, None] < length[:, None, None]
         if bool((real & ((tokens < 0) | (tokens >= self.codebook_size))).any()):
             raise TokensError(
-                f"a token is outside [0, {self.codebook_size}); create the layout with the codebook_size of the codec."
+                f"a token is outside [0, {self.codebook_size}); remove padding, or use the codec's codebook_size."
             )
         if width == 0:  # indexing below needs at least one frame
             tokens = constant([0] * tokens.shape[0] * tokens.shape[1], tokens).reshape(*tokens.shape[:2], 1)

@@ -44,7 +44,7 @@ def row_norms(weight: torch.Tensor, order: SumOrder = CANONICAL) -> torch.Tensor
 
     Args:
         weight: weight with at least two dimensions, on any device; fp16 and bf16 are converted to fp32.
-        order: order of summation.
+        order: order of summation. Norms in fp64 have an order of their own.
 
     Returns:
         Norms with as many dimensions as `weight`; all dimensions except the first one have size 1.

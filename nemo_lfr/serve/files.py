@@ -375,7 +375,7 @@ async def _spooled(request: Request, max_bytes: int, limits: StreamLimits) -> As
                 size += len(part)
                 if size > max_bytes:
                     raise ProtocolError(
-                        f"the body is larger than {max_bytes} bytes, the server's limit; send a shorter recording.",
+                        f"the body is larger than {max_bytes} bytes, the server's limit; send a shorter file.",
                         CloseCode.TOO_BIG,
                     )
                 file.write(part)
