@@ -8,7 +8,7 @@ file is written uncompressed and compressed, and must decode to the same tokens.
 1. File sizes in bytes, including headers and checksums, for recordings of at least `--min-seconds` and for all.
 2. Bits per frame for several block sizes: of the payload alone, and of the payload with the overhead of the blocks.
 3. The size of incompressible tokens, drawn uniformly at random.
-4. Speed on one thread as seconds of audio per second of CPU time, which other load on the machine hardly affects.
+4. Speed on one thread, as seconds of audio per second of CPU time. Other load on the machine hardly affects CPU time.
    "Frame by frame" uses blocks of one frame that are written and read separately. "One after the other" decodes blocks
    sequentially, as for a pipe. "Side by side" decodes the blocks of a file together.
 

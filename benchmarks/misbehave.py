@@ -312,7 +312,7 @@ def wait_until_idle(url: str) -> bool:
 
 
 async def terminate(process: subprocess.Popen[str], target: Target) -> float:
-    """Open connections that do not end by themselves, send SIGTERM, and return the seconds until the process ends."""
+    """Hold 20 connections open, send SIGTERM, and return the seconds until the process ends."""
     async with asyncio.timeout(60) if sys.version_info >= (3, 11) else _forever():
         bad = [asyncio.create_task(_hold(target, number)) for number in range(20)]
         await asyncio.sleep(1)

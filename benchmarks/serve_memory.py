@@ -37,7 +37,7 @@ async def live(items: list[np.ndarray]) -> AsyncIterator[np.ndarray]:
 
 
 async def stream(client: AsyncClient, rng: np.random.Generator, closed: Counter[str]) -> None:
-    """Run one stream, and check that it returns as many frames as it was sent."""
+    """Run one stream, and check that the numbers of sent and returned frames are equal."""
     num_frames = int(rng.integers(20, 430))
     if rng.random() < 0.5:
         tokens = rng.integers(0, 2016, (8, num_frames))

@@ -79,7 +79,7 @@ class BaseStream:
         return 1000 * self.delay_frames / self.codec.frame_rate
 
     def _num_due(self) -> int:
-        """Return the number of output items, from the start of the recording, whose lookahead has arrived."""
+        """Return the total number of output items whose lookahead has arrived."""
         # The first frames only wait for the first lookahead. They play while the lookahead of later frames arrives.
         early_frames = min(self.delay_frames - self.first_delay_frames, self._num_in - self.first_delay_frames)
         return max(self._num_in - self.delay_frames, early_frames) * self._items_out

@@ -114,7 +114,7 @@ class TokenDataset(IterableDataset[TokenizedUtterance]):
         return self._shared_epoch
 
     def _own_epoch(self) -> None:
-        """Copy the epoch if another process created it, such as the parent of this rank.
+        """Copy the tensor with the epoch if another process, such as the parent of this rank, created it.
 
         Without the copy, passes over the dataset in this process would change the order in the other process. Data
         loader workers share the epoch of the process that started them.

@@ -83,8 +83,10 @@ def known_names(columns: Iterable[str]) -> dict[str, str]:
 def standard_labels(labels: Mapping[str, Any], *, strict: bool = True) -> dict[str, Any]:
     """Add the standard labels "text", "speaker" and "lang" to the labels of a row.
 
-    `LABELS` lists the columns for each standard label, and which of them is used; see `label_text` for the accepted
-    values. Missing values (None, NaN and infinity) are dropped, and so are columns with tokens of another codec.
+    `LABELS` lists the columns for each standard label, in order of preference. Empty text is used only if no other
+    column has a value. See `label_text` for the accepted values.
+
+    Missing values (None, NaN and infinity) are dropped, and so are columns with tokens of another codec.
 
     Args:
         labels: values of the row by column.

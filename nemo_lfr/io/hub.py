@@ -74,7 +74,7 @@ def _cached(repository: str) -> Path | None:
     """Return the checkpoint in the cached snapshot of a repository's main branch.
 
     The result is None if the cache has no such snapshot, or if the snapshot contains no checkpoint or more than one.
-    The Hub client's own functions would refuse a snapshot that lacks files which we do not need.
+    The Hub client's own functions would refuse an incomplete snapshot, even if we do not need the missing files.
     """
     snapshot = main_snapshot(_cache_folder(repository))
     try:

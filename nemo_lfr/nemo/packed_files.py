@@ -30,8 +30,8 @@ class PackedFiles(BaseModel):
             verify_src_exists: whether a path without a file is an error.
 
         Returns:
-            The absolute path of the file; None or "" if `src` is. A file from a checkpoint exists only until the
-            constructor returns.
+            The absolute path of the file, or `src` itself if it is None or empty. A file from a checkpoint exists
+            only until the constructor returns.
 
         Raises:
             ConfigError: if `src` names a packed file, but the checkpoint has no such file.

@@ -24,7 +24,7 @@ PAIRS = ((0.5, 5.0, 4.0), (1.0, 4.25, 1.0), (2.0, 1.25, 0.25))
 
 
 def slack(dilation: int, kernel_size: int = 11) -> int:
-    """Return the number of time steps past the end of the padded input that the last tiles may read.
+    """Return how many time steps past the end of the padded input the last tiles may read.
 
     The values there must be finite. They cancel out of the outputs that are kept, except for rounding errors.
     """

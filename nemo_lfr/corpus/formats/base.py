@@ -208,8 +208,8 @@ class FormatReader(ABC):
     def _shard_counts(self, count: Callable[[ShardFiles], int]) -> list[int]:
         """Return the number of utterances in each shard, according to `count`.
 
-        Shards for which `count` fails get equal shares of the remaining utterances. Their number is the total in
-        `tokens.json` minus the counts of the other shards.
+        Shards for which `count` fails get equal shares of the remaining utterances. The number of remaining
+        utterances is the total in `tokens.json` minus the counts of the other shards.
         """
         counts: list[int | None] = []
         for shard in range(self.summary["shards"]):

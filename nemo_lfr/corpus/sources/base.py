@@ -53,9 +53,9 @@ class OpenOptions:
     Attributes:
         audio_dir: folder that relative paths in a manifest or table start from; None for the folder of the manifest
             or table.
-        listing: path of the list of clips, a file that the readers of audio folders and of text tables write.
-        relist: whether to write `listing` and log warnings about the corpus, as the process that plans a run does. If
-            False, an existing list is read.
+        listing: path of the list of clips that the readers `Folder` and `TextTable` write.
+        relist: whether to write `listing`, check the corpus and log warnings. Only the process that plans a run does
+            this. If False, an existing list is read.
         allow_url: whether to download audio from http(s) URLs in Lhotse manifests.
     """
 
