@@ -249,7 +249,7 @@ GOOD_FILES: dict[str, tuple[Callable[[], bytes], str, int]] = {
 }  # fmt: skip
 
 BAD_FILES: dict[str, tuple[Callable[[], bytes], str, str]] = {
-    "empty file": (lambda: b"", "wav", "not an audio file"),
+    "empty file": (lambda: b"", "wav", "the file is empty"),
     "text": (lambda: b"hello", "wav", "not an audio file"),
     "text as mp3": (lambda: b"hello", "mp3", "not an audio file"),
     "raw numbers without a header": (lambda: WAVE.tobytes(), "raw", "not an audio file"),

@@ -13,6 +13,7 @@ from nemo_lfr.evaluation.codecs.base import RoundTrip, fit
 from nemo_lfr.evaluation.codecs.opus import ogg_payload
 from nemo_lfr.evaluation.metrics import Signal, measure
 from nemo_lfr.pretrained import bundled_checkpoint, load
+from tests.checkpoint.test_checkpoint import Payload, with_weights
 from tests.models import RATE, synthesize
 from tests.reference import assert_same_tokens
 
@@ -42,6 +43,15 @@ def test_lfr_returns_the_output_of_the_codec(speech):
     assert np.allclose(trip.audio, output[0].numpy(), atol=1e-6)
     assert trip.num_bytes * 8 == pytest.approx(8 * math.log2(2016) * tokens.shape[2])
     assert trip.num_bytes < trip.file_bytes < trip.num_bytes + 800
+
+
+def test_stock_nemo_gets_no_checkpoint_that_calls_programs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")  # NeMo's reader would then run the call
+    (tmp_path / "a.nemo").write_bytes(with_weights({"a": Payload()}))
+    with pytest.raises(NemoLfrError, match=r"a\.nemo: .*posix\.system"):
+        open_codec("nemo:a.nemo", "cpu")
+    assert not (tmp_path / "escaped").exists()
 
 
 @pytest.mark.nemo

@@ -22,12 +22,12 @@ class StockNeMo(ComparedCodec):
     def __init__(self, options: str = "", device: str | None = None) -> None:
         import torch
 
-        from nemo_lfr.checkpoint import read_config
+        from nemo_lfr.checkpoint import read_checkpoint
         from nemo_lfr.codec.devices import choose_device
         from nemo_lfr.io.hub import find_checkpoint
 
         path = find_checkpoint(options or None)
-        read_config(path)  # raises an error with a clear message for an unsupported checkpoint
+        read_checkpoint(path)  # refuses damaged and unsupported files, and those from which PyTorch may run code
         try:
             from nemo.collections.tts.models import AudioCodecModel
         except Exception as error:  # a broken installation can raise anything
