@@ -73,7 +73,7 @@ def find_checkpoint(source: str | os.PathLike[str] | None, refresh: bool = False
 def _cached(repository: str) -> Path | None:
     """Return the checkpoint in the cached snapshot of a repository's main branch.
 
-    The result is None if the cache has no such snapshot, or if the snapshot contains no checkpoint or more than one.
+    The result is None if the cache has no such snapshot, or if `checkpoint_in` raises an error for the snapshot.
     The Hub client's own functions would refuse an incomplete snapshot, even if we do not need the missing files.
     """
     snapshot = main_snapshot(_cache_folder(repository))
