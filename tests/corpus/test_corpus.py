@@ -458,7 +458,7 @@ def bad_files(root: Path) -> dict[str, str]:
     whole = flac.read_bytes()
     flac.unlink()
     content: dict[str, tuple[bytes, str]] = {
-        "empty.wav": (b"", "not an audio file"),
+        "empty.wav": (b"", "the file is empty"),
         "text.wav": (b"hello, world\n" * 50, "not an audio file"),
         "zeros.wav": (bytes(5000), "not an audio file"),
         "html.mp3": (b"<html><body>404</body></html>", "not an audio file"),
