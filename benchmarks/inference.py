@@ -109,8 +109,7 @@ def compare_with_stock(stock: Any, codecs: dict[str, Codec], rounds: int) -> dic
     """Time all cases against NeMo, and print a table.
 
     Returns:
-        A dict from each direction and precision, such as "encode bf16", to a dict from each case to the speedups over
-        NeMo, one per round.
+        The speedup over NeMo in each round, as `result["encode bf16"][case][round]`.
     """
     names = list(codecs)
     found: dict[str, dict[str, list[float]]] = {}

@@ -348,8 +348,8 @@ class Codec(HubMethods[Array]):
             duration: length of the segment in seconds, cut at the end of the recording. Default: up to the end.
             overwrite: replace an existing `target`.
             recover: decode the part of a damaged `source` before the damage, and log the duration of this part.
-            entropy_model: entropy model that `source` was compressed with, or the path of its `.lfrm` file. Only
-                needed if this model is neither bundled, nor in the folder of `source` or in a folder above it.
+            entropy_model: entropy model that `source` was compressed with, or the path of its `.lfrm` file. Not
+                needed if this model is bundled, or is in the folder of `source` or in a folder above it.
 
         Returns:
             Number of samples that were written.

@@ -113,7 +113,7 @@ class LazyModule(Generic[M]):
 def _without_norm(module: M) -> tuple[M, dict[str, tuple[nn.Parameter, nn.Parameter]]]:
     """Return a copy without weight norm, which PyTorch cannot pickle, and the gain and direction of each weight.
 
-    The copy has the same tensors, so that a pickle that also contains the NeMo model contains each one once.
+    The copy and `module` share their tensors. A pickle of the copy and the NeMo model thus stores each tensor once.
     """
     plain = copy.deepcopy(module, {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())})
     norms = {}

@@ -27,8 +27,8 @@ def sample_audio(corpus: CorpusReader, shards: list[ShardSpec], base: Path | Non
         base: folder that relative paths start from, as in `corpus.base`. If it is None, the result is empty.
 
     Returns:
-        Dictionary from the id of the first clip of each file to the file and its hash. Files that cannot be read are
-        left out.
+        Dictionary with one entry for each file in the sample. The key is the id of the first clip in the file, and
+        the value is (file, hash). Files that cannot be read are left out.
     """
     found: dict[str, tuple[Path, str]] = {}
     if base is None:

@@ -146,7 +146,7 @@ def _state(pid: int) -> tuple[int, str] | None:
 def _watch(token: str) -> None:
     """Wait until the run ends, and kill its processes unless it ended normally.
 
-    The run has ended when it closes the standard input of this process. It ended normally if it first wrote a byte.
+    When the run ends, it closes the standard input of this process. If the run ends normally, it writes a byte first.
 
     Args:
         token: random id of the run, which its processes have in the environment variable `NEMO_LFR_RUN`.

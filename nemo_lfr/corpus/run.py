@@ -251,7 +251,8 @@ def _check_inputs(
     """Yield the records of completed shards, after checking that the files of the corpus have not changed.
 
     Raises:
-        NemoLfrError: if a file has changed. The record files of all shards that were not yielded are deleted first.
+        NemoLfrError: if a file has changed. First, the record files of all shards whose records were not yielded are
+            deleted.
     """
     waiting = dict(tasks)
     for record in computed:

@@ -191,8 +191,8 @@ class Optimizers(WeightAveraging):
 
         Raises:
             ConfigError: if `init_from_ptl_ckpt` and `init_from_nemo_model` are both set.
-            CheckpointError: if the file cannot be read or belongs to another codec, or if a file of a section
-                `init_from_ptl_ckpt` contains objects other than tensors.
+            CheckpointError: if a file cannot be read or belongs to another codec. Also if
+                `init_from_ptl_ckpt` is a section that lists files, and a file contains objects other than tensors.
         """
         path = cfg.get("init_from_ptl_ckpt")
         if isinstance(path, str):

@@ -169,8 +169,8 @@ def _is_whole(path: Path) -> bool:
 def _copy_as_last(path: Path, target: Path) -> None:
     """Copy a checkpoint, and record in the copy that it is the last one of its run.
 
-    Lightning removes the last checkpoint after it has written the next one only if it is recorded there. Otherwise two
-    files would be named `*last.ckpt`.
+    Without this record, Lightning would keep the copy when it writes the next last checkpoint. Two files would then be
+    named `*last.ckpt`.
     """
     try:  # with the same trust as Lightning, which loads this file next
         checkpoint = torch.load(path, map_location="cpu", weights_only=False, mmap=True)

@@ -124,7 +124,7 @@ def score_views(discriminator: AudioDiscriminator, views: Views) -> Discriminato
 def _check(discriminator: AudioDiscriminator, method: str, values: Any, batch: int, role: str = "") -> None:
     """Raise ConfigError unless `values` is a list or tuple with one tensor [batch, ...] per network.
 
-    `role` says in the message which item of the result `values` is, such as " as scores".
+    `role` is a phrase for the message, such as " as scores". It is empty if `values` is the whole result of `method`.
     """
     count = discriminator.num_networks
     is_list = isinstance(values, list | tuple) and all(isinstance(value, torch.Tensor) for value in values)

@@ -31,7 +31,7 @@ class WavLM:
 
     Attributes:
         fallback: function to call if the model `name` is not available, or None. It returns the weights of WavLM from
-            a checkpoint of the codec, since NeMo 3.0 saves them there.
+            a checkpoint of the codec, in which NeMo 3.0 saves them.
     """
 
     def __init__(self, name: str, hidden: int, layers: int) -> None:

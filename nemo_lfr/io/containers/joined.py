@@ -151,7 +151,9 @@ def note_after(window: Window, end: int) -> str | None:
 
 
 def samples_follow(window: Window, end: int) -> bool:
-    """Return whether more samples follow than a header declares, rather than another file, chunks, tags or padding.
+    """Return whether a file contains more samples than its header declares.
+
+    The result is False if another file, chunks, tags or padding follow the declared samples.
 
     Args:
         window: the file.

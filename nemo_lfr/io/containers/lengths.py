@@ -175,13 +175,15 @@ def _aiff_samples(window: Window, common: int, position: int, length: int) -> li
 
 
 def _without_metadata(stream: Stream, chunks: list[Span], header: bytes = b"") -> Stream:
-    """Return a stream with only the chunks that describe or contain samples, unless it has an error message.
+    """Return a stream with only the chunks that describe or contain samples.
+
+    A stream with an error message is returned unchanged.
 
     libsndfile refuses some files with metadata that it does not expect, or reads the samples at a wrong place.
 
     Args:
         stream: stream of the file.
-        chunks: byte ranges of these chunks.
+        chunks: byte ranges of the chunks to keep.
         header: bytes that precede the chunks.
     """
     return stream if stream.problem else replace(stream, header=header, spans=chunks, is_file=False)

@@ -250,7 +250,7 @@ def _next_sync(window: Window, position: int) -> int:
 def _xing_frames(frame_bytes: bytes, frame: Frame) -> int | None:
     """Return the number of frames that a Xing or VBRI header declares.
 
-    The result is 0 if the header does not declare it, and None without such a header.
+    The result is 0 if the header declares no number, and None if there is no such header.
     """
     if frame.layer != 3:
         return None
