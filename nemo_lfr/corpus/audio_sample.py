@@ -27,7 +27,7 @@ def sample_audio(corpus: CorpusReader, shards: list[ShardSpec], base: Path | Non
         base: folder that relative paths start from, as in `corpus.base`. If it is None, the result is empty.
 
     Returns:
-        Dictionary with one entry for each file in the sample. The key is the id of the first clip in the file, and
+        Dictionary with one entry for each file in the sample. The key is the id of a clip that uses the file, and
         the value is (file, hash). Files that cannot be read are left out.
     """
     found: dict[str, tuple[Path, str]] = {}
