@@ -44,8 +44,8 @@ class Latents(NamedTuple):
 class Codec(HubMethods[Array]):
     """Speech codec: encodes audio to tokens and decodes tokens to audio, with any backend.
 
-    Arguments may be numpy arrays or arrays of the backend (tensors with PyTorch). Results are arrays of the backend,
-    or numpy arrays for blocks and streams. Results do not depend on batching, or on the windows into which long audio
+    Arguments may be numpy arrays or arrays of the backend (tensors with PyTorch). Results are arrays of the backend.
+    `encode_blocks`, `decode_blocks` and streams return numpy arrays. Results do not depend on batching, or on the windows into which long audio
     is cut.
 
     Args:

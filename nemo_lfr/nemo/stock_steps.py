@@ -90,7 +90,7 @@ class StockSteps(Optimizers):
                     f"{changes[0]} of the model was changed, so NeMo's own step must run, but that step does not "
                     f"support {obstacle}; undo the change, or {remedy} the model config."
                 )
-            logger.warning("training uses NeMo's own, slower step, because the model's %s changed", ", ".join(changes))
+            logger.warning("the model uses NeMo's own, slower step, because its %s changed", ", ".join(changes))
         self._checked = changes, is_fit
         return bool(changes)
 

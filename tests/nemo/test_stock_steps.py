@@ -264,7 +264,7 @@ def test_a_change_that_needs_nemos_step_excludes_additions(caplog):
     with caplog.at_level(logging.WARNING, "nemo_lfr"):
         train(ours, [stock_model_and_batch()[1]])
     assert [record.message for record in caplog.records if "slower step" in record.message] == [
-        "training uses NeMo's own, slower step, because the model's mel_loss_fn changed"
+        "the model uses NeMo's own, slower step, because its mel_loss_fn changed"
     ]
 
 
