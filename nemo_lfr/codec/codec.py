@@ -45,8 +45,8 @@ class Codec(HubMethods[Array]):
     """Speech codec: encodes audio to tokens and decodes tokens to audio, with any backend.
 
     Arguments may be numpy arrays or arrays of the backend (tensors with PyTorch). Results are arrays of the backend.
-    `encode_blocks`, `decode_blocks` and streams return numpy arrays. Results do not depend on batching, or on the windows into which long audio
-    is cut.
+    `encode_blocks`, `decode_blocks` and streams return numpy arrays. Results do not depend on batching, or on the
+    windows into which long audio is cut.
 
     Args:
         backend: backend that runs the encoder and the decoder.
