@@ -4,11 +4,11 @@
                              [--parts peaks,kernels,speech,latency,saturation,stages,upload] [--small]
     python benchmarks/gpu.py --pack .gpu_inputs.pt [--speech FOLDER]
 
-The benchmark takes at most 8 minutes by default. It needs torch and numpy, and Triton for the fused kernels, but
-neither a network nor NeMo. The full-size codec (112.7 M parameters) has random weights, which do not affect its speed.
-The "PyTorch reference" is always timed. It implements NeMo's operations in plain PyTorch. NeMo is timed too if it is
-installed. A speedup "over stock" is relative to NeMo if it is timed, and otherwise to the PyTorch reference. In fp32,
-NeMo and the reference use PyTorch's defaults, which means TF32 in the convolutions of cuDNN.
+The benchmark takes at most 8 minutes by default. It needs torch and numpy, and Triton for the fused kernels. It needs
+neither internet access nor NeMo. The full-size codec (112.7 M parameters) has random weights, which do not affect its
+speed. The "PyTorch reference" is always timed. It implements NeMo's operations in plain PyTorch. NeMo is timed too if
+it is installed. A speedup "over stock" is relative to NeMo if it is timed, and otherwise to the PyTorch reference. In
+fp32, NeMo and the reference use PyTorch's defaults, which means TF32 in the convolutions of cuDNN.
 
 Agreement of tokens is measured with the bundled codec, relative to fp32 on the CPU. If soundfile or omegaconf are
 missing, run --pack on a machine that has them: it writes the codec and speech to one file. Without --speech, the

@@ -17,8 +17,8 @@ class NemoLfrError(ValueError):
 
     Control characters in the message are replaced, because it may contain untrusted file names (see `printable`).
 
-    If the error was raised in a worker process of a data loader, PyTorch replaces the message by a traceback. Only the
-    last line of the traceback is kept.
+    If the error was raised in a worker process of a data loader, PyTorch replaces the message by a traceback. This
+    class keeps only the last line of the traceback.
 
     Attributes:
         source: name of the utterance that caused the error; None if unknown, or if no utterance caused it.

@@ -143,7 +143,7 @@ class _Unpickler(pickle.Unpickler):
         return _NAMES[module, name]
 
     def persistent_load(self, pid: Any) -> Any:
-        """Return the name of the archive's record that contains a tensor's storage, and its dtype."""
+        """Return the name of the record that contains a storage, and the storage's dtype."""
         kind, dtype, record, *_ = pid
         if kind != "storage" or not isinstance(dtype, torch.dtype) or not isinstance(record, str):
             raise pickle.UnpicklingError("its pickle refers to an object that is not a tensor's storage")

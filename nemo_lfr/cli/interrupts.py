@@ -46,10 +46,10 @@ class _Watcher:
     Args:
         finishes: whether the first SIGINT ends only the recording, and not the command.
         numbers: descriptor to read the numbers of the signals from.
-        stop: descriptor to close when reading must stop.
+        stop: descriptor that the watcher closes when stdin must not be read any further.
 
     Attributes:
-        answered: whether the main thread has raised KeyboardInterrupt or left the context.
+        answered: whether the main thread has raised KeyboardInterrupt or left the context of `watch_signals`.
     """
 
     def __init__(self, finishes: bool, numbers: int, stop: int) -> None:
@@ -94,7 +94,7 @@ class _Watcher:
                 return number
 
     def handle(self, *_: object) -> None:
-        """Raise KeyboardInterrupt at the first SIGINT after `run` has decided to stop the command."""
+        """Raise KeyboardInterrupt if `run` has decided to stop the command. Later calls do nothing."""
         if self._stopping and not self.answered:
             self.answered = True
             raise KeyboardInterrupt

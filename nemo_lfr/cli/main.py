@@ -89,8 +89,8 @@ def _stopped_by_signals() -> Iterator[None]:
 def _prepare_streams() -> None:
     """Replace closed standard streams with the null device, and let stdout print any file name.
 
-    Otherwise, the next file that is opened would get the free descriptor, and output of native libraries would be
-    written to this file.
+    If a stream stayed closed, the next file that is opened would get its descriptor, and output of native libraries
+    would be written to this file.
     """
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass

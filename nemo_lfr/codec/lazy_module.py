@@ -82,7 +82,7 @@ class LazyModule(Generic[M]):
 
         Args:
             order: order of summation for the norms when weight norm is folded. For another order than the default, the
-                checkpoint is read again; if it has changed, the loaded weights are returned.
+                checkpoint is read again. If the checkpoint has changed, the loaded weights are returned.
 
         Raises:
             CheckpointError: if the weights cannot be read.

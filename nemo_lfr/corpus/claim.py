@@ -67,8 +67,8 @@ def check_claim(state: Path, text: str) -> None:
 def writing(state: Path, text: str) -> Iterator[None]:
     """Return a context manager for a block that writes to the output folder, which another process may be removing.
 
-    The claim may be the last file that a removal deletes. If the block fails because a file is missing, the claim is
-    therefore checked for another second.
+    The claim may be the last file that a removal deletes. If the block fails because a file is missing, this function
+    therefore waits up to a second for the removal of the claim.
 
     Args:
         state: the state folder of the output.

@@ -187,9 +187,9 @@ def _seconds(cut: Any, field: str) -> float:
 
 
 def forbid_programs() -> None:
-    """Remove the backends that start a shell from Lhotse's default audio backends.
+    """Keep Lhotse's default audio backends from starting a shell.
 
-    The change lasts until this process ends. NeMo's data loaders would use these backends to find the sample rate of
+    The change lasts until this process ends. NeMo's data loaders use the default backends to find the sample rate of
     audio files.
     """
     from lhotse.audio.backend import (

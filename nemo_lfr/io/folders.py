@@ -149,8 +149,8 @@ def find_files(
             links.
         known: names of files that the caller reads itself, so they are neither found nor reported as skipped.
         report: function that is called at most once, with one line that says how many files were skipped and why.
-        unread: list to which the error of each unreadable folder below `root` is added, for example of a network drive
-            that is not available. If it is None, the first of these errors is raised.
+        unread: list to which the error of each unreadable folder below `root` is added. If it is None, the first of
+            these errors is raised.
 
     Returns:
         The sorted paths.

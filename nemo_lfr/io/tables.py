@@ -163,7 +163,7 @@ def read_table(path: Path, audio_dir: Path | None = None) -> Iterator[TableRow]:
 
 
 def _existing(name: str, folder: Path) -> str:
-    """Return the path in a cell without the spaces around it, if only the path without them exists."""
+    """Return the path in a cell, stripped of spaces if only the stripped path exists."""
     stripped = name.strip()
     if name == stripped:
         return name

@@ -23,9 +23,12 @@ _NAMED_BY_CONTENT = re.compile(
 def check_link(path: Path, corpus: Path, audio: Path | None = None) -> None:
     """Check that a text file or table of a corpus is not a link to a file elsewhere, which may be private.
 
-    A link may lead to a file in the corpus, from a snapshot in the Hub's cache to a blob of the same repository, or to
-    a file that is stored under the hash of its content. If a recording is a link too, the link of the text may lead to
-    the file beside the recording's target, or to the file in the same place relative to this target.
+    A link may lead to a file in the corpus, or to a file that is stored under the hash of its content. In a snapshot
+    of the Hub's cache, a link may also lead to a blob of the same repository.
+
+    If the recording is a link too, the text may link to the file with the same stem beside the recording's target. The
+    text may also link to a file elsewhere if the relative path from the recording to the text equals the relative path
+    between their targets.
 
     Args:
         path: the text file or table.

@@ -39,7 +39,7 @@ _ORIGINALS: dict[type, dict[str, Any]] = {
 def notice_patches(kind: Module) -> Module:
     """Class decorator that lets `is_patched` detect methods replaced in the class.
 
-    For classes other than these and PyTorch's convolutions, `is_patched` only detects methods replaced in an object.
+    Methods replaced in other classes are not detected, except in PyTorch's convolutions.
     """
     _ORIGINALS[kind] = {name: value for name, value in vars(kind).items() if callable(value)}
     return kind
