@@ -163,7 +163,10 @@ def _warn_once(text: str) -> None:
 def _recording(
     arrays: Arrays[Any], audio: Any, audio_len: object, sample_rate: object, target_rate: int, name: str
 ) -> _Recording | None:
-    """Read audio in any form of the module's table except arrays and lists; return None for these two."""
+    """Read a path, a `datasets` item, a decoder or `AudioSamples`.
+
+    Return None for any other object, such as an array or a list.
+    """
     if isinstance(audio, str | os.PathLike):
         return _read(audio, None, audio_len, sample_rate, target_rate, name)
     if isinstance(audio, Mapping):

@@ -213,7 +213,8 @@ def _room(ray: Any, cores: int, gpu: bool, address: str) -> int:
 class _ImportFolders(list[str]):
     """List of the folders from which Ray's workers import modules.
 
-    Ray would add the driver's current folder, which may contain a corpus with a file such as `types.py`.
+    The driver's current folder, which Ray tries to add, is left out unless it is in `sys.path`. The folder may
+    contain a corpus with a file such as `types.py`.
     """
 
     def extend(self, folders: Iterable[str]) -> None:

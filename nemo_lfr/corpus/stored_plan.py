@@ -92,7 +92,8 @@ def _check_audio(stored: dict[str, Any], folder: str | None, config: TokenizeCon
     paths.
 
     Raises:
-        NemoLfrError: if the folder of the first run no longer exists, and the hashes of all compared files differ.
+        NemoLfrError: if the audio folder of the first run no longer exists, and all compared files have other hashes
+            than in the first run.
     """
     earlier = stored.get("audio_dir")
     if folder is None or not isinstance(earlier, str) or os.path.lexists(earlier):

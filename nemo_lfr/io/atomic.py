@@ -161,7 +161,7 @@ def replacing(path: Path, overwrite: bool = True) -> Iterator[IO[bytes]]:
 
     Raises:
         NemoLfrError: if `path` is a pipe, device or socket.
-        OutputExistsError: if `path` exists at the end, and `overwrite` is not set.
+        OutputExistsError: if `path` exists when the `with` block ends, and `overwrite` is not set.
         OSError: if the file cannot be written, for instance on a full disk; the error names `path`.
     """
     with naming(path), open_temporary(path) as file, naming(path, Path(file.name)):

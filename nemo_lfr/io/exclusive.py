@@ -48,8 +48,8 @@ def exclusive(folder: Path, shared: bool = False) -> Iterator[None]:
     """Hold a lock on a folder while this context manager is active.
 
     On network drives that can lock only files, the file `.lock` in the folder is locked, and is not removed
-    afterwards. The system releases the lock when the process ends for any reason. Nothing is locked on systems without
-    such locks.
+    afterwards. The system releases the lock when the process ends for any reason. Without support for locks,
+    such as on Windows, nothing is locked.
 
     Args:
         folder: an existing folder.

@@ -53,9 +53,9 @@ def tidy_checkpoints(experiment: str | os.PathLike[str]) -> None:
 
     Call this function before `exp_manager`, in one process only.
 
-    NeMo resumes from the file named `*last.ckpt`. If there is an unfinished checkpoint, this function removes all
-    files of this name except the newest intact one. If none of them is intact, it copies the newest intact checkpoint
-    of another name to a file of this name.
+    NeMo resumes from the file named `*last.ckpt`. If there is an unfinished checkpoint, this function also removes
+    every `*last.ckpt` file except the newest intact one. If no `*last.ckpt` file is intact, the newest intact
+    checkpoint is copied to a new `*last.ckpt` file.
 
     Args:
         experiment: folder of the run, such as EXP_DIR/NAME. A missing folder is ignored.

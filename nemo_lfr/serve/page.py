@@ -38,7 +38,7 @@ def page_routes() -> list[BaseRoute]:
 def is_page(path: str) -> bool:
     """Return whether a URL path is that of the web page at `/` or of one of its files.
 
-    The server sends these files without an access token, because they contain no secrets.
+    Requests for these files need no access token, because the files contain no secrets.
     """
     return path == "/" or path.startswith(f"/{FOLDER}/")
 

@@ -126,7 +126,7 @@ class _HeaderLimit(asyncio.Protocol):
         super().on_body(body)  # type: ignore[misc]
 
     def on_message_complete(self) -> None:
-        """Stop counting bytes until the next request."""
+        """Stop counting bytes. `on_message_begin` starts the next count."""
         self._num_bytes = None
         super().on_message_complete()  # type: ignore[misc]
 
