@@ -294,7 +294,7 @@ def _match(tensors: Tensors, prefix: str, part: nn.Module, strict: bool) -> dict
 
 
 def _expected(part: nn.Module) -> dict[str, torch.Tensor]:
-    """Return a module's weights by plain name. With weight norm, only the direction is returned, as "conv.weight"."""
+    """Return a module's weights by their names without weight norm; with weight norm, the direction only."""
     state = part.state_dict()
     return {key.replace(DIRECTION, ".weight"): value for key, value in state.items() if not key.endswith(GAIN)}
 

@@ -1,4 +1,4 @@
-"""Files that the constructor of a subclass registers, and that `.nemo` files contain. NeMo calls them artifacts."""
+"""Files that a `.nemo` file contains besides the config and the weights. NeMo calls them artifacts."""
 
 import contextlib
 import os
