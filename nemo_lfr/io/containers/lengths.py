@@ -2,7 +2,7 @@
 
 import re
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from nemo_lfr.io.containers.blocks import BlockCodec, sample_codec
@@ -158,7 +158,7 @@ def _aiff_samples(window: Window, common: int, position: int, length: int) -> li
             size = int.from_bytes(window.at(common - 4, 4), "big")
             head = b"FORM" + struct.pack(">I", 20 + size + size % 2 + length) + window.at(8, 4)
             chunks = [(common - 8, common + size + size % 2), (position, end)]
-            if kind in _AIFC_BYTES.keys() | _AIFC_SAMPLES.keys() or kind[:3] == b"DWV":
+            if kind in _AIFC_BYTES or kind in _AIFC_SAMPLES or kind[:3] == b"DWV":
                 streams = [_without_metadata(stream, chunks, head) for stream in streams]
             return [_aifc_whole(stream, kind, channels, count, length - 8 - offset) for stream in streams]
     note = longer(length, available) if is_known else None
@@ -237,9 +237,8 @@ def _caf_packets_problem(window: Window, to_end: bool) -> str | None:
         window: the file.
         to_end: whether the audio extends to the end of the file, whatever size the header declares.
     """
-    position, is_variable, available, promised = 8, False, 0, 0
-    while position + 12 <= window.size:
-        name, length = struct.unpack(">4sq", window.at(position, 12))
+    is_variable, available, promised = False, 0, 0
+    for position, name, length in _caf_chunks(window, window.size):
         if name == b"desc":
             # If packets differ only in size, and not in their number of samples, the table contains only sizes.
             size, samples = struct.unpack(">II", window.at(position + 28, 8).ljust(8, b"\0"))
@@ -248,9 +247,6 @@ def _caf_packets_problem(window: Window, to_end: bool) -> str | None:
             available = (window.size - position - 12 if to_end else length) - 4
         if name == b"pakt" and is_variable and 24 < length <= window.size - position - 12:
             promised = _sum_of_sizes(window.at(position + 36, length - 24))
-        if length < 0:
-            break
-        position += 12 + length
     return cut_short(promised, available) if 0 < available < promised else None
 
 
@@ -267,10 +263,17 @@ def _sum_of_sizes(table: bytes) -> int:
     return total
 
 
-def _caf_streams(window: Window) -> list[Stream]:
-    position = 8
-    while position + 12 <= window.size:
+def _caf_chunks(window: Window, end: int) -> Iterator[tuple[int, bytes, int]]:
+    """Yield the position, name and declared length of each chunk of a CAF file, up to `end` or a negative length."""
+    position, length = 8, 0
+    while length >= 0 and position + 12 <= end:
         name, length = struct.unpack(">4sq", window.at(position, 12))
+        yield position, name, length
+        position += 12 + length
+
+
+def _caf_streams(window: Window) -> list[Stream]:
+    for position, name, length in _caf_chunks(window, window.size):
         if name == b"data":
             available = window.size - position - 12
             if length > available:
@@ -281,23 +284,20 @@ def _caf_streams(window: Window) -> list[Stream]:
                     return [whole_file(window.size, JOINED)]
                 if not samples_follow(window, end):
                     last = _after_chunks(window, end, ">q", _CAF_CHUNKS)
-                    return [_without_metadata(s, _caf_chunks(window, last)) for s in compare_end(window, last)]
+                    return [_without_metadata(s, _needed_of_caf(window, last)) for s in compare_end(window, last)]
                 note = longer(length, available)
             return _to_end(window, position + 12, [(position + 4, ">q", 0, 1)], note)
         if length < 0 or not CHUNK_NAME.match(name):
             return []
-        position += 12 + length
     return [whole_file(window.size, HEADER_CUT)]
 
 
-def _caf_chunks(window: Window, end: int) -> list[Span]:
+def _needed_of_caf(window: Window, end: int) -> list[Span]:
     """Return the byte ranges of the header and of the first chunk of each needed kind in a CAF file, up to `end`."""
-    position, found = 8, {b"": (0, 8)}
-    while position + 12 <= end:
-        name, length = struct.unpack(">4sq", window.at(position, 12))
+    found = {b"": (0, 8)}
+    for position, name, length in _caf_chunks(window, end):
         if name in (b"desc", b"kuki", b"pakt", b"data"):
             found.setdefault(name, (position, position + 12 + length))
-        position += 12 + length
     return list(found.values())
 
 
